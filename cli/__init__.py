@@ -1,0 +1,1 @@
+"""The smes command: reads the configuration and wires the processes."""

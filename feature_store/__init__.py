@@ -1,0 +1,1 @@
+"""What the serving side reads online, in Redis: model snapshots and entity features."""

@@ -1,0 +1,1 @@
+"""Event sources: log replay, log readers, a synthetic world with known truth."""

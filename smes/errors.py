@@ -1,0 +1,60 @@
+"""The exception tree.
+
+    SmesError                     what goes wrong in operation
+    ├── SchemaMismatch            two parts were built from different schemas
+    ├── SnapshotError             a snapshot is incomplete, damaged or unreadable
+    │   └── SnapshotNotFound      nothing was published yet, or it was trimmed
+    ├── CheckpointError           a checkpoint on disk cannot be restored
+    ├── EventLogError             the event log refused or lost something
+    │   ├── EventLogUnavailable   no answer within the bounded wait
+    │   └── PositionOutOfRange    the records at a position were trimmed away
+    ├── FeatureStoreUnavailable   Redis gave no answer within the bounded wait
+    └── LogError                  a logged-impressions file cannot be read as described
+
+A caller's bad argument is a ``ValueError``; what cannot be is an ``assert``.
+"""
+
+
+class SmesError(Exception):
+    """Base of every operational error of SMES Online."""
+
+
+class SchemaMismatch(SmesError):
+    """Two parts were built from different schemas; the message names both hashes."""
+
+    def __init__(self, where: str, *, expected: str, got: str) -> None:
+        super().__init__(f"{where}: schema hash {got} differs from the configured schema's {expected}")
+        self.expected = expected
+        self.got = got
+
+
+class SnapshotError(SmesError):
+    """A snapshot is incomplete, damaged or unreadable."""
+
+
+class SnapshotNotFound(SnapshotError):
+    """No such snapshot: nothing was published yet, or retention removed it."""
+
+
+class CheckpointError(SmesError):
+    """A checkpoint on disk cannot be restored."""
+
+
+class EventLogError(SmesError):
+    """The event log refused or lost something."""
+
+
+class EventLogUnavailable(EventLogError):
+    """The event log gave no answer within the bounded wait."""
+
+
+class PositionOutOfRange(EventLogError):
+    """The records at a requested position are no longer (or not yet) in the log."""
+
+
+class FeatureStoreUnavailable(SmesError):
+    """Redis gave no answer within the bounded wait."""
+
+
+class LogError(SmesError):
+    """A logged-impressions file cannot be read as its schema file describes it."""

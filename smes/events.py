@@ -1,0 +1,181 @@
+"""Events in columns: what the wire codecs decode to, what the join keeps, and what it hands on.
+
+Letters: N rows, W id columns (:attr:`Schema.id_width`), F numeric columns, T tasks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smes.schema import MISSING, Schema
+
+I64 = NDArray[np.int64]
+I32 = NDArray[np.int32]
+F32 = NDArray[np.float32]
+Bool = NDArray[np.bool_]
+Index = I64 | Bool | slice
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Equally long columns, addressed by row."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def take(self, rows: Index) -> Self:
+        """The chosen rows, in the order given."""
+        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Column name → array; ``type(self)(**arrays)`` builds an equal block."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def concat(cls, blocks: Sequence[Self]) -> Self:
+        """The rows of all blocks, one after the other; at least one block."""
+        if len(blocks) == 1:
+            return blocks[0]
+        return cls(**{f.name: np.concatenate([getattr(b, f.name) for b in blocks]) for f in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class ImpressionBlock(_Rows):
+    """Impressions: one row each, an item shown to a user.
+
+    Attributes:
+        impression_id: int64 [N], unique per impression.
+        request_id: int64 [N], ``MISSING`` where the log has none.
+        event_time_ms: int64 [N], Unix milliseconds.
+        ids: int64 [N, W]; column 0 is the user id, column 1 the item id; ``MISSING`` where a value is absent.
+        numerics: float32 [N, F]; NaN where a value is absent.
+        served_version: int64 [N], the version that scored it, ``MISSING`` where it was not served.
+        served_scores: float32 [N, T], the scores it was served with, NaN where absent.
+        partition: int32 [N], the event-log partition that the row was read from.
+        offset: int64 [N], the offset of the record there (an Arrow record holds many rows).
+        arrival_ms: int64 [N], when the record reached the event log, Unix milliseconds.
+    """
+
+    impression_id: I64
+    request_id: I64
+    event_time_ms: I64
+    ids: I64
+    numerics: F32
+    served_version: I64
+    served_scores: F32
+    partition: I32
+    offset: I64
+    arrival_ms: I64
+
+    @property
+    def user_id(self) -> I64:
+        column: I64 = self.ids[:, 0]
+        return column
+
+    @property
+    def item_id(self) -> I64:
+        column: I64 = self.ids[:, 1]
+        return column
+
+    @classmethod
+    def empty(cls, schema: Schema, n: int = 0) -> "ImpressionBlock":
+        """``n`` rows with every optional value missing and every required one 0."""
+        return cls(
+            impression_id=np.zeros(n, np.int64),
+            request_id=np.full(n, MISSING, np.int64),
+            event_time_ms=np.zeros(n, np.int64),
+            ids=np.full((n, schema.id_width), MISSING, np.int64),
+            numerics=np.full((n, schema.num_numerics), np.nan, np.float32),
+            served_version=np.full(n, MISSING, np.int64),
+            served_scores=np.full((n, schema.num_tasks), np.nan, np.float32),
+            partition=np.zeros(n, np.int32),
+            offset=np.zeros(n, np.int64),
+            arrival_ms=np.zeros(n, np.int64),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackBlock(_Rows):
+    """Feedback: one row each, one outcome of one impression.
+
+    Attributes:
+        impression_id: int64 [N].
+        event_time_ms: int64 [N], Unix milliseconds.
+        task: int32 [N], index into :attr:`Schema.tasks`.
+        value: float32 [N], 0 or 1 for a binary task, 0 … ``max_value`` for a regression task.
+        partition, offset, arrival_ms: as in :class:`ImpressionBlock`.
+    """
+
+    impression_id: I64
+    event_time_ms: I64
+    task: I32
+    value: F32
+    partition: I32
+    offset: I64
+    arrival_ms: I64
+
+    @classmethod
+    def empty(cls, n: int = 0) -> "FeedbackBlock":
+        """``n`` rows of zeros."""
+        return cls(
+            impression_id=np.zeros(n, np.int64),
+            event_time_ms=np.zeros(n, np.int64),
+            task=np.zeros(n, np.int32),
+            value=np.zeros(n, np.float32),
+            partition=np.zeros(n, np.int32),
+            offset=np.zeros(n, np.int64),
+            arrival_ms=np.zeros(n, np.int64),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleBlock(_Rows):
+    """Instances: impressions with the labels that the join attached.
+
+    Attributes:
+        impression_id, request_id, event_time_ms, ids, numerics, served_version, served_scores: as in
+            :class:`ImpressionBlock`.
+        labels: float32 [N, T]; 0 where ``label_mask`` is false.
+        label_mask: bool [N, T]; false where the task has no label for the row (it adds no loss and no metric).
+        weight: float32 [N], sample weight.
+        feedback_arrival_ms: int64 [N, T], when each attached feedback reached the log, ``MISSING`` where none.
+    """
+
+    impression_id: I64
+    request_id: I64
+    event_time_ms: I64
+    ids: I64
+    numerics: F32
+    served_version: I64
+    served_scores: F32
+    labels: F32
+    label_mask: Bool
+    weight: F32
+    feedback_arrival_ms: I64
+
+    @property
+    def user_id(self) -> I64:
+        column: I64 = self.ids[:, 0]
+        return column
+
+    @classmethod
+    def empty(cls, schema: Schema, n: int = 0) -> "ExampleBlock":
+        """``n`` rows: features missing, labels 0 and unmasked, weight 1."""
+        impressions = ImpressionBlock.empty(schema, n)
+        shape = (n, schema.num_tasks)
+        return cls(
+            impression_id=impressions.impression_id,
+            request_id=impressions.request_id,
+            event_time_ms=impressions.event_time_ms,
+            ids=impressions.ids,
+            numerics=impressions.numerics,
+            served_version=impressions.served_version,
+            served_scores=impressions.served_scores,
+            labels=np.zeros(shape, np.float32),
+            label_mask=np.ones(shape, np.bool_),
+            weight=np.ones(n, np.float32),
+            feedback_arrival_ms=np.full(shape, MISSING, np.int64),
+        )

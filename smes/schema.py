@@ -1,0 +1,212 @@
+"""The schema: which features an impression carries and which tasks are learned.
+
+One schema is shared by every process. Its :attr:`Schema.hash` travels with event records, checkpoints and
+snapshots, so that two parts that disagree refuse each other instead of misreading columns.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+MISSING: int = int(np.iinfo(np.int64).min)
+"""The null of every int64 column (an id feature without value, an impression without request, bag padding)."""
+
+USER_ID = "user_id"
+ITEM_ID = "item_id"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One input of the model.
+
+    Attributes:
+        name: Unique name; the key in an event's ``features``.
+        kind: ``id`` (one int64), ``bag`` (up to ``max_length`` int64, order ignored) or ``numeric`` (one float).
+        source: Whose attribute it is: the scorer reads ``user`` and ``item`` features from the feature store and
+            ``context`` features from the request.
+        vocabulary: Features with the same vocabulary share embedding rows; default: the feature's own name.
+        dim: Embedding width (id and bag); at most the model's ``embedding_dim``, which is the default.
+        max_length: Most ids kept of a bag; longer bags are cut.
+        transform: ``log1p`` squashes a non-negative numeric feature as ``sign(x)·log(1+|x|)``.
+    """
+
+    name: str
+    kind: Literal["id", "bag", "numeric"] = "id"
+    source: Literal["user", "item", "context"] = "context"
+    vocabulary: str | None = None
+    dim: int | None = None
+    max_length: int = 8
+    transform: Literal["none", "log1p"] = "none"
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("feature name: expected a non-empty string")
+        if self.kind == "bag" and not 1 <= self.max_length <= 1024:
+            raise ValueError(f"feature {self.name!r}: max_length {self.max_length}, expected 1 … 1024")
+        if self.dim is not None and self.dim < 1:
+            raise ValueError(f"feature {self.name!r}: dim {self.dim}, expected at least 1")
+
+    @property
+    def width(self) -> int:
+        """Columns it takes in its matrix: ``max_length`` for a bag, else 1."""
+        return self.max_length if self.kind == "bag" else 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of feedback to predict.
+
+    Attributes:
+        name: Unique name; the ``task`` of a feedback event.
+        kind: ``binary`` (value 0 or 1; no feedback within the window means 0) or ``regression`` (a non-negative
+            value such as watch time; no feedback means no label).
+        window_s: Attribution window in seconds of event time: feedback later than this after its impression is late.
+        loss_weight: Factor of this task's loss, ≥ 0.
+        max_value: Largest accepted value of a regression label, in ``unit``.
+        unit: Name of the unit of a regression label, for people.
+    """
+
+    name: str
+    kind: Literal["binary", "regression"] = "binary"
+    window_s: float = 600.0
+    loss_weight: float = 1.0
+    max_value: float = 86_400.0
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("task name: expected a non-empty string")
+        if not self.window_s > 0:
+            raise ValueError(f"task {self.name!r}: window_s {self.window_s}, expected more than 0 seconds")
+        if self.loss_weight < 0:
+            raise ValueError(f"task {self.name!r}: loss_weight {self.loss_weight}, expected at least 0")
+        if not self.max_value > 0:
+            raise ValueError(f"task {self.name!r}: max_value {self.max_value}, expected more than 0")
+
+    @property
+    def window_ms(self) -> int:
+        return round(self.window_s * 1000)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Features and tasks, in their column order.
+
+    ``user_id`` and ``item_id`` are always the first two id features: they are added when not declared, and may be
+    declared to set their ``dim`` or ``vocabulary``.
+
+    Raises:
+        ValueError: Duplicate names, no task, or a reserved name with the wrong kind.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    features: tuple[Feature, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        declared = {f.name: f for f in self.features}
+        if len(declared) != len(self.features):
+            names = [f.name for f in self.features]
+            raise ValueError(
+                f"schema {self.name!r}: duplicate feature {next(n for n in names if names.count(n) > 1)!r}"
+            )
+        if not self.tasks:
+            raise ValueError(f"schema {self.name!r}: expected at least one task")
+        task_names = [t.name for t in self.tasks]
+        if len(set(task_names)) != len(task_names):
+            raise ValueError(f"schema {self.name!r}: duplicate task {_repeated(task_names)!r}")
+        if len(self.tasks) > 62:
+            raise ValueError(f"schema {self.name!r}: {len(self.tasks)} tasks, expected at most 62")
+        head = (
+            declared.pop(USER_ID, Feature(USER_ID, source="user")),
+            declared.pop(ITEM_ID, Feature(ITEM_ID, source="item")),
+        )
+        for feature, source in zip(head, ("user", "item"), strict=True):
+            if feature.kind != "id" or feature.source != source:
+                raise ValueError(f"feature {feature.name!r}: expected kind id and source {source}")
+        object.__setattr__(self, "features", (*head, *declared.values()))
+
+    @cached_property
+    def id_features(self) -> tuple[Feature, ...]:
+        """Id and bag features in the order of their columns in ``ids``; ``user_id`` and ``item_id`` lead."""
+        return tuple(f for f in self.features if f.kind != "numeric")
+
+    @cached_property
+    def numeric_features(self) -> tuple[Feature, ...]:
+        """Numeric features in the order of their columns in ``numerics``."""
+        return tuple(f for f in self.features if f.kind == "numeric")
+
+    @cached_property
+    def id_slices(self) -> dict[str, slice]:
+        """The columns of each id or bag feature in an ``ids`` matrix."""
+        slices, start = {}, 0
+        for feature in self.id_features:
+            slices[feature.name] = slice(start, start + feature.width)
+            start += feature.width
+        return slices
+
+    @property
+    def id_width(self) -> int:
+        """Columns W of an ``ids`` matrix."""
+        return sum(f.width for f in self.id_features)
+
+    @property
+    def num_numerics(self) -> int:
+        """Columns F of a ``numerics`` matrix."""
+        return len(self.numeric_features)
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.tasks)
+
+    @cached_property
+    def task_index(self) -> dict[str, int]:
+        return {t.name: i for i, t in enumerate(self.tasks)}
+
+    @property
+    def max_window_ms(self) -> int:
+        return max(t.window_ms for t in self.tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data from which :meth:`from_dict` builds an equal schema."""
+        return {
+            "name": self.name,
+            "features": [asdict(f) for f in self.features],
+            "tasks": [asdict(t) for t in self.tasks],
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Schema":
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError, TypeError: An entry is missing, unknown or out of range.
+        """
+        return cls(
+            name=data["name"],
+            features=tuple(Feature(**f) for f in data.get("features", ())),
+            tasks=tuple(Task(**t) for t in data["tasks"]),
+        )
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits of the SHA-256 of the canonical JSON of :meth:`to_dict`."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _repeated(names: list[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)
+
+
+def stable_id(text: str) -> int:
+    """A non-negative int63 for a categorical value that is no integer, the same on every machine and day.
+
+    BLAKE2b of the UTF-8 text: 10 million distinct values collide with probability below 1e-5.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,1 @@
+"""The event log, wire codecs, the join and mini-batch assembly."""

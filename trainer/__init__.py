@@ -1,0 +1,1 @@
+"""The training loop: progressive evaluation, cuts, checkpoints, publishing."""
