@@ -3,12 +3,14 @@
     SmesError                     what goes wrong in operation
     ├── SchemaMismatch            two parts were built from different schemas
     ├── SnapshotError             a snapshot is incomplete, damaged or unreadable
-    │   └── SnapshotNotFound      nothing was published yet, or it was trimmed
+    │   ├── SnapshotNotFound      nothing was published yet, or it was trimmed
+    │   └── SnapshotStale         its lineage has already published this version or a later one
     ├── CheckpointError           a checkpoint on disk cannot be restored
     ├── EventLogError             the event log refused or lost something
     │   ├── EventLogUnavailable   no answer within the bounded wait
     │   └── PositionOutOfRange    the records at a position were trimmed away
-    ├── FeatureStoreUnavailable   Redis gave no answer within the bounded wait
+    ├── FeatureStoreError         Redis refused or returned something it should not (memory full, wrong layout)
+    │   └── FeatureStoreUnavailable  Redis gave no answer within the bounded wait
     └── LogError                  a logged-impressions file cannot be read as described
 
 A caller's bad argument is a ``ValueError``; what cannot be is an ``assert``.
@@ -36,6 +38,10 @@ class SnapshotNotFound(SnapshotError):
     """No such snapshot: nothing was published yet, or retention removed it."""
 
 
+class SnapshotStale(SnapshotError):
+    """The lineage's current snapshot is this version already, or a later one: serving never goes backwards."""
+
+
 class CheckpointError(SmesError):
     """A checkpoint on disk cannot be restored."""
 
@@ -52,7 +58,11 @@ class PositionOutOfRange(EventLogError):
     """The records at a requested position are no longer (or not yet) in the log."""
 
 
-class FeatureStoreUnavailable(SmesError):
+class FeatureStoreError(SmesError):
+    """Redis refused a command or holds something other than what this schema writes."""
+
+
+class FeatureStoreUnavailable(FeatureStoreError):
     """Redis gave no answer within the bounded wait."""
 
 
