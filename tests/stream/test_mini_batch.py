@@ -1,0 +1,67 @@
+"""Where batches end, against one example at a time, under every slicing of the input."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smes.events import ExampleBlock
+from smes.schema import Schema, Task
+from stream.mini_batch import MiniBatchConfig, MiniBatcher
+
+SCHEMA = Schema(name="test", tasks=(Task("click", window_s=5),))
+
+
+def block(times_ms: list[int], first_id: int = 0) -> ExampleBlock:
+    result = ExampleBlock.empty(SCHEMA, len(times_ms))
+    result.event_time_ms[:] = times_ms
+    result.impression_id[:] = np.arange(first_id, first_id + len(times_ms))
+    return result
+
+
+def reference(times_ms: list[int], size: int, max_age_ms: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for index, time in enumerate(times_ms):
+        if batches and len(batches[-1]) < size and time <= times_ms[batches[-1][0]] + max_age_ms:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+@given(st.lists(st.integers(0, 30_000), max_size=60), st.integers(1, 9), st.sampled_from([1, 500, 5000]), st.data())
+@settings(max_examples=300, deadline=None)
+def test_equals_the_reference(times_ms: list[int], size: int, max_age_ms: int, data: st.DataObject) -> None:
+    times_ms = sorted(times_ms)
+    batcher = MiniBatcher(SCHEMA, MiniBatchConfig(size, max_age_ms / 1000))
+    got, start = [], 0
+    while start < len(times_ms):
+        stop = start + data.draw(st.integers(1, 12))
+        following = times_ms[stop] if stop < len(times_ms) else times_ms[-1]
+        # The join emitted up to the watermark less the window: what follows is not older than that.
+        watermark = data.draw(st.integers(0, following)) + SCHEMA.max_window_ms
+        got += batcher.push(block(times_ms[start:stop], start), watermark)
+        if data.draw(st.booleans()):
+            restored = MiniBatcher(SCHEMA, MiniBatchConfig(size, max_age_ms / 1000))
+            restored.load_state(batcher.state())
+            batcher = restored
+        assert len(batcher) + sum(len(b) for b in got) == min(stop, len(times_ms))
+        start = stop
+    got += batcher.flush()
+    assert [b.impression_id.tolist() for b in got] == reference(times_ms, size, max_age_ms)
+    assert batcher.flush() == []
+
+
+def test_an_old_batch_does_not_wait_to_be_full() -> None:
+    batcher = MiniBatcher(SCHEMA, MiniBatchConfig(size=100, max_age_s=2))
+    assert batcher.push(block([1000, 1500]), watermark_ms=6600) == []
+    assert batcher.push(block([]), watermark_ms=8000) == []
+    (batch,) = batcher.push(block([]), watermark_ms=8001)
+    assert batch.event_time_ms.tolist() == [1000, 1500]
+
+
+def test_refuses_bad_bounds() -> None:
+    with pytest.raises(ValueError, match="size 0, expected at least 1"):
+        MiniBatchConfig(size=0)
+    with pytest.raises(ValueError, match="max_age_s 0, expected more than 0"):
+        MiniBatchConfig(max_age_s=0)
