@@ -1,0 +1,101 @@
+"""Metrics against scikit-learn and naive loops."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.metrics import log_loss, roc_auc_score
+
+from smes.metrics import BinaryTally, RegressionTally, group_auc
+
+
+def draw(n: int, rate: float, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    rng = np.random.default_rng(seed)
+    logit = rng.normal(np.log(rate / (1 - rate)), 1.5, n)
+    probability = 1 / (1 + np.exp(-logit))
+    label = rng.random(n) < probability
+    return probability.astype(np.float32), label.astype(np.float32)
+
+
+@pytest.mark.parametrize("rate", [0.4, 0.01])
+def test_binary_tally_equals_scikit_learn(rate: float) -> None:
+    probability, label = draw(50_000, rate)
+    tally = BinaryTally()
+    for part in np.array_split(np.arange(len(label)), 13):
+        tally.add(probability[part], label[part])
+    report = tally.report()
+    base = label.mean()
+    assert report.examples == 50_000
+    assert report.positives == int(label.sum())
+    assert report.auc == pytest.approx(roc_auc_score(label, probability), abs=1e-5)
+    assert report.ne == pytest.approx(
+        log_loss(label, probability) / log_loss(label, np.full(len(label), base)), rel=1e-5
+    )
+    assert report.calibration == pytest.approx(probability.mean() / base, rel=1e-5)
+
+
+def test_ece_equals_sorted_equal_mass_bins() -> None:
+    probability, label = draw(40_000, 0.2)
+    tally = BinaryTally()
+    tally.add(np.minimum(probability * 1.3, 1).astype(np.float32), label)  # over-confident on purpose
+    order = np.argsort(probability)
+    naive = sum(
+        abs(float(np.minimum(probability[part] * 1.3, 1).sum() - label[part].sum()))
+        for part in np.array_split(order, 20)
+    )
+    assert tally.report().ece == pytest.approx(naive / len(label), abs=2e-3)
+    assert tally.report().ece > 0.03
+
+
+def test_undefined_metrics_are_nan_not_errors() -> None:
+    tally = BinaryTally()
+    assert np.isnan(tally.report().auc)
+    tally.add(np.array([0.2, 1.0, 0.0], np.float32), np.zeros(3, np.float32))
+    report = tally.report()
+    assert (report.examples, report.positives) == (3, 0)
+    assert np.isnan(report.auc)
+    assert np.isnan(report.ne)
+    assert report.ece == pytest.approx(0.4, abs=1e-3)
+    assert np.isnan(RegressionTally().xauc)
+
+
+def test_tallies_go_on_from_their_state() -> None:
+    probability, label = draw(2000, 0.3)
+    whole, first, second = BinaryTally(), BinaryTally(), BinaryTally()
+    whole.add(probability, label)
+    first.add(probability[:700], label[:700])
+    second.load_state(first.state())
+    second.add(probability[700:], label[700:])
+    assert second.report().auc == whole.report().auc
+    assert second.report().ne == pytest.approx(whole.report().ne)
+
+
+def test_group_auc_equals_scikit_learn_per_group() -> None:
+    rng = np.random.default_rng(1)
+    group = rng.integers(-5, 300, 3000)
+    score = rng.integers(0, 12, 3000).astype(np.float32)  # many ties
+    label = (rng.random(3000) < 0.3).astype(np.float32)
+    auc, examples, ids = group_auc(group, score, label)
+    expected = {}
+    for g in np.unique(group):
+        rows = group == g
+        if len(set(label[rows])) == 2:
+            expected[int(g)] = (roc_auc_score(label[rows], score[rows]), int(rows.sum()))
+    assert ids.tolist() == sorted(expected)
+    for g, a, n in zip(ids.tolist(), auc, examples, strict=True):
+        assert (pytest.approx(a), n) == expected[g]
+    assert group_auc(group[:0], score[:0], label[:0])[0].size == 0
+
+
+def test_xauc_estimates_the_share_of_concordant_pairs() -> None:
+    rng = np.random.default_rng(2)
+    label = rng.exponential(10, 4000).astype(np.float32)
+    value = (label + rng.normal(0, 8, 4000)).astype(np.float32)
+    i, j = rng.integers(0, 4000, (2, 400_000))
+    i, j = i[i != j], j[i != j]
+    expected = ((label[i] < label[j]) == (value[i] < value[j])).mean()
+    tally = RegressionTally()
+    for part in np.array_split(np.arange(4000), 8):
+        tally.add(value[part], label[part])
+    assert tally.xauc == pytest.approx(expected, abs=0.02)
+    assert tally.mean_absolute_error == pytest.approx(np.abs(value - label).mean(), rel=1e-5)
+    assert (tally.examples, tally.positives) == (4000, 4000)
