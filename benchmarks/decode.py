@@ -1,0 +1,166 @@
+"""How fast the wire codecs decode, on one thread, in the shape of KuaiRand.
+
+33 categorical features per impression and about 2.2 feedback events per impression, every value drawn from a seeded
+generator. Each codec is timed beside a peer that only opens the bytes: ``json.loads`` and reading the fields of the
+dict for JSON, pyarrow's own reader for Arrow. Repeats are interleaved, so that a slow moment hits all of them.
+
+Run: ``python -m benchmarks.decode [--json FILE] [--impressions N] [--repeats N]``
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from smes.events import FeedbackBlock, ImpressionBlock
+from smes.schema import Feature, Schema, Task
+from stream.codec import decode, encode_feedback, encode_impressions
+from stream.log import OutRecord, Record
+from stream.topics import FEEDBACK, IMPRESSIONS
+
+START_MS = 1_650_844_800_000
+ROWS_PER_ARROW_RECORD = 1_000
+RECORDS_PER_CALL = {"json": 5_000, "arrow": 16}
+NUM_FEATURES = 33
+FEEDBACK_PER_IMPRESSION = 2.2
+
+
+def kuairand_schema() -> Schema:
+    """33 id features beside user and item, 8 binary tasks and watch time."""
+    tasks = ("click", "long_view", "like", "follow", "comment", "forward", "hate", "profile_enter")
+    return Schema(
+        "kuairand-shape",
+        tasks=(*(Task(name) for name in tasks), Task("watch_time", "regression", max_value=86_400.0)),
+        features=tuple(Feature(f"onehot_feat{i}") for i in range(NUM_FEATURES)),
+    )
+
+
+def events(num_impressions: int, schema: Schema, seed: int) -> tuple[ImpressionBlock, FeedbackBlock]:
+    """Random events; 5 % of the feature values are missing."""
+    rng = np.random.default_rng(seed)
+    impressions = ImpressionBlock.empty(schema, num_impressions)
+    impressions.impression_id[:] = np.arange(num_impressions) + 10_000_000
+    impressions.event_time_ms[:] = START_MS + np.arange(num_impressions)
+    values = rng.integers(0, 5_000, (num_impressions, schema.id_width))
+    present = rng.random(values.shape) > 0.05
+    present[:, :2] = True
+    impressions.ids[present] = values[present]
+    n = round(num_impressions * FEEDBACK_PER_IMPRESSION)
+    feedback = FeedbackBlock.empty(n)
+    feedback.impression_id[:] = rng.integers(0, num_impressions, n) + 10_000_000
+    feedback.event_time_ms[:] = START_MS + rng.integers(0, num_impressions, n)
+    feedback.task[:] = rng.integers(0, schema.num_tasks, n)
+    watch_time = feedback.task == schema.task_index["watch_time"]
+    feedback.value[:] = np.where(watch_time, rng.random(n, np.float32) * 60, 1)
+    return impressions, feedback
+
+
+def records(impressions: ImpressionBlock, feedback: FeedbackBlock, schema: Schema, codec: str) -> list[Record]:
+    """The events as records of one partition per topic, read in blocks as a log would return them."""
+    rows = ROWS_PER_ARROW_RECORD
+    sent: list[tuple[str, OutRecord]] = []
+    for start in range(0, len(impressions), rows):
+        block = impressions.take(slice(start, start + rows))
+        outs = encode_impressions(block, schema, "arrow" if codec == "arrow" else "json", 1)
+        sent += [(IMPRESSIONS, out) for out in outs]
+    for start in range(0, len(feedback), rows):
+        block_feedback = feedback.take(slice(start, start + rows))
+        outs = encode_feedback(block_feedback, schema, "arrow" if codec == "arrow" else "json", 1)
+        sent += [(FEEDBACK, out) for out in outs]
+    return [
+        Record(topic, 0, offset, out.value, out.headers, START_MS + 3_600_000)
+        for offset, (topic, out) in enumerate(sent)
+    ]
+
+
+def decode_all(log: Sequence[Record], schema: Schema, per_call: int) -> int:
+    """Decode in calls of ``per_call`` records; the number of events."""
+    decoded_events = 0
+    for start in range(0, len(log), per_call):
+        decoded = decode(log[start : start + per_call], schema)
+        assert not decoded.dead, decoded.dead[0]
+        decoded_events += len(decoded.impressions) + len(decoded.feedback)
+    return decoded_events
+
+
+def peer_json(log: Sequence[Record], schema: Schema) -> int:
+    """The standard library's parser and one dict access per field."""
+    features = [f.name for f in schema.id_features[2:]]
+    for record in log:
+        event = json.loads(record.value)
+        if record.topic == IMPRESSIONS:
+            values = event["features"]
+            _ = (event["impression_id"], event["user_id"], event["item_id"], event["event_time_ms"])
+            _ = [values.get(name) for name in features]
+        else:
+            _ = (event["impression_id"], event["event_time_ms"], event["task"], event["value"])
+    return len(log)
+
+
+def peer_arrow(log: Sequence[Record]) -> int:
+    """pyarrow's reader alone: batches over the bytes, every column opened as NumPy (nulls as it likes)."""
+    rows = 0
+    for record in log:
+        with pa.ipc.open_stream(record.value) as reader:
+            for batch in reader:
+                for column in batch.columns:
+                    if not pa.types.is_dictionary(column.type):
+                        column.to_numpy(zero_copy_only=False)
+                rows += batch.num_rows
+    return rows
+
+
+def run(num_impressions: int = 20_000, repeats: int = 7, seed: int = 0) -> dict[str, float]:
+    """Median events per second of each contender, and the codecs' ratios to their peers."""
+    schema = kuairand_schema()
+    impressions, feedback = events(num_impressions, schema, seed)
+    json_log = records(impressions, feedback, schema, "json")
+    arrow_log = records(impressions, feedback, schema, "arrow")
+    contenders: dict[str, Callable[[], int]] = {
+        "decode_json_events_per_s": lambda: decode_all(json_log, schema, RECORDS_PER_CALL["json"]),
+        "peer_json_loads_events_per_s": lambda: peer_json(json_log, schema),
+        "decode_arrow_events_per_s": lambda: decode_all(arrow_log, schema, RECORDS_PER_CALL["arrow"]),
+        "peer_pyarrow_events_per_s": lambda: peer_arrow(arrow_log),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for repeat in range(repeats + 1):
+        for name, contender in contenders.items():
+            gc.collect()
+            start = time.perf_counter()
+            count = contender()
+            elapsed = time.perf_counter() - start
+            assert count == len(impressions) + len(feedback)
+            if repeat:  # the first round warms up
+                rates[name].append(count / elapsed)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        **medians,
+        "decode_json_vs_json_loads": medians["decode_json_events_per_s"] / medians["peer_json_loads_events_per_s"],
+        "decode_arrow_vs_pyarrow": medians["decode_arrow_events_per_s"] / medians["peer_pyarrow_events_per_s"],
+        "json_bytes_per_event": sum(len(r.value) for r in json_log) / len(json_log),
+        "arrow_bytes_per_event": sum(len(r.value) for r in arrow_log) / len(json_log),
+    }
+
+
+def main() -> None:
+    """Print the figures; ``--json FILE`` also writes them as one flat object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--impressions", type=int, default=20_000)
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds, at least 5 for a figure to quote")
+    arguments = parser.parse_args()
+    figures = run(arguments.impressions, arguments.repeats)
+    for name, value in figures.items():
+        print(f"{name:32} {value:14,.2f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Event blocks to wire records: JSON, one event a record, or Arrow, one IPC stream a partition."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from smes.events import F32, I64, FeedbackBlock, ImpressionBlock
+from smes.schema import ITEM_ID, MISSING, USER_ID, Schema
+from stream.codec_arrow import FEATURE_PREFIX
+
+
+def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
+    """One JSON event per row; what is missing is left out."""
+    names = [(f, schema.id_slices[f.name]) for f in schema.id_features[2:]]
+    numeric_names = [f.name for f in schema.numeric_features]
+    task_names = [t.name for t in schema.tasks]
+    encode = msgspec.json.Encoder().encode
+    for i in range(len(block)):
+        ids = block.ids[i].tolist()
+        event: dict[str, Any] = {"impression_id": int(block.impression_id[i])}
+        event |= {name: value for name, value in zip((USER_ID, ITEM_ID), ids, strict=False) if value != MISSING}
+        event["event_time_ms"] = int(block.event_time_ms[i])
+        if block.request_id[i] != MISSING:
+            event["request_id"] = int(block.request_id[i])
+        features: dict[str, Any] = {}
+        for feature, columns in names:
+            value = [v for v in ids[columns] if v != MISSING]
+            if value:
+                features[feature.name] = value if feature.kind == "bag" else value[0]
+        features |= _present(numeric_names, block.numerics[i])
+        event["features"] = features
+        served: dict[str, Any] = {}
+        if block.served_version[i] != MISSING:
+            served["version"] = int(block.served_version[i])
+        scores = _present(task_names, block.served_scores[i])
+        if scores:
+            served["scores"] = scores
+        if served:
+            event["served"] = served
+        yield encode(event)
+
+
+def json_feedback(block: FeedbackBlock, schema: Schema) -> Iterator[bytes]:
+    """One JSON event per row."""
+    names = [t.name for t in schema.tasks]
+    encode = msgspec.json.Encoder().encode
+    columns = (block.impression_id, block.event_time_ms, block.task, block.value)
+    for impression_id, event_time_ms, task, value in zip(*(c.tolist() for c in columns), strict=True):
+        event = {"impression_id": impression_id, "event_time_ms": event_time_ms, "task": names[task], "value": value}
+        yield encode(event)
+
+
+def arrow_impressions(block: ImpressionBlock, schema: Schema) -> bytes:
+    """All rows as one IPC stream."""
+    columns: dict[str, Any] = {
+        "impression_id": pa.array(block.impression_id),
+        USER_ID: _nullable(block.user_id),
+        ITEM_ID: _nullable(block.item_id),
+        "event_time_ms": pa.array(block.event_time_ms),
+        "request_id": _nullable(block.request_id),
+    }
+    for feature in schema.id_features[2:]:
+        values = block.ids[:, schema.id_slices[feature.name]]
+        columns[FEATURE_PREFIX + feature.name] = _bags(values) if feature.kind == "bag" else _nullable(values[:, 0])
+    for i, feature in enumerate(schema.numeric_features):
+        columns[FEATURE_PREFIX + feature.name] = _nullable(block.numerics[:, i])
+    columns["served_version"] = _nullable(block.served_version)
+    unscored = np.isnan(block.served_scores).all(axis=1)
+    flat_scores = _nullable(block.served_scores.reshape(-1))
+    columns["served_scores"] = pa.FixedSizeListArray.from_arrays(flat_scores, schema.num_tasks, mask=pa.array(unscored))
+    return _stream(columns)
+
+
+def arrow_feedback(block: FeedbackBlock, schema: Schema) -> bytes:
+    """All rows as one IPC stream."""
+    names = pa.array([t.name for t in schema.tasks], pa.string())
+    return _stream(
+        {
+            "impression_id": pa.array(block.impression_id),
+            "event_time_ms": pa.array(block.event_time_ms),
+            "task": pa.DictionaryArray.from_arrays(pa.array(block.task), names),
+            "value": pa.array(block.value),
+        }
+    )
+
+
+def require_finite(name: str, values: F32) -> None:
+    """Refuse infinities before they reach a wire form that cannot carry them; NaN stands for absent.
+
+    Raises:
+        ValueError: There is one; its row is named.
+    """
+    rows = np.flatnonzero(np.isinf(values).reshape(len(values), -1).any(axis=1))
+    if len(rows):
+        raise ValueError(f"{name}: expected finite numbers (NaN where absent), came an infinity in row {rows[0]}")
+
+
+def _present(names: list[str], values: F32) -> dict[str, float]:
+    return {name: value for name, value in zip(names, values.tolist(), strict=True) if value == value}
+
+
+def _nullable(values: I64 | F32) -> Any:
+    absent = np.isnan(values) if values.dtype.kind == "f" else values == MISSING
+    return pa.array(np.ascontiguousarray(values), mask=absent if absent.any() else None)
+
+
+def _bags(values_NL: I64) -> Any:
+    present = values_NL != MISSING
+    offsets = np.concatenate([[0], np.cumsum(present.sum(axis=1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_NL[present]))
+
+
+def _stream(columns: dict[str, Any]) -> bytes:
+    batch = pa.RecordBatch.from_pydict(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    encoded: bytes = sink.getvalue().to_pybytes()
+    return encoded
