@@ -1,0 +1,140 @@
+"""From decoded events to mini-batches: join → batch → a queue that the trainer takes from. No log, no clock.
+
+The queue belongs to the state: a checkpoint between two steps holds waiting impressions, the half-filled batch and the
+batches not yet trained on, all of one moment.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
+from smes.schema import Schema
+from stream.join import JoinConfig, Joiner, join_sources
+from stream.log import TopicPartition
+from stream.mini_batch import MiniBatchConfig, MiniBatcher
+
+_COUNTS = ("dead_impressions", "dead_feedback", "unknown_fields")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLedger:
+    """Where every event read is now; both equations of the design hold, ``trained`` being the trainer's count.
+
+    impressions read = trained + waiting + late + duplicate + dead-lettered
+    feedback read = attached + waiting + late + orphaned + duplicate + dead-lettered
+    """
+
+    impressions: int
+    handed_out: int
+    waiting: int
+    late: int
+    duplicate: int
+    dead_lettered: int
+    feedback: int
+    attached: int
+    feedback_waiting: int
+    feedback_late: int
+    orphaned: int
+    feedback_duplicate: int
+    feedback_dead_lettered: int
+    unknown_fields: int
+
+
+class Assembler:
+    """Join and mini-batcher as one resumable whole.
+
+    Args:
+        schema: Features and tasks.
+        join: Waiting and remembering.
+        batch: Bounds of a mini-batch.
+        partitions: Partitions of the impressions and of the feedback topic.
+    """
+
+    def __init__(self, schema: Schema, join: JoinConfig, batch: MiniBatchConfig, partitions: int) -> None:
+        self._schema = schema
+        self._join = Joiner(schema, join, join_sources(partitions))
+        self._batcher = MiniBatcher(schema, batch)
+        self._refused: Counter[str] = Counter()
+        self.ready: deque[ExampleBlock] = deque()
+        """Batches in order; the trainer removes the first once it has trained on it."""
+
+    @property
+    def sources(self) -> tuple[TopicPartition, ...]:
+        """The partitions that events come from, sorted."""
+        return self._join.sources
+
+    @property
+    def watermark_ms(self) -> int:
+        """Event time that the join has passed, Unix milliseconds (far in the past before the first event)."""
+        return self._join.watermark_ms
+
+    def push(self, impressions: ImpressionBlock, feedback: FeedbackBlock, idle: Iterable[TopicPartition] = ()) -> None:
+        """Take what was read (see :meth:`stream.join.Joiner.push`); complete batches go into :attr:`ready`."""
+        examples = self._join.push(impressions, feedback, idle)
+        self.ready.extend(self._batcher.push(examples, self._join.watermark_ms))
+
+    def refused(self, *, impressions: int, feedback: int, unknown_fields: int) -> None:
+        """Count events that were read but could not be used, and fields kept out."""
+        self._refused.update(dead_impressions=impressions, dead_feedback=feedback, unknown_fields=unknown_fields)
+
+    def flush(self) -> None:
+        """The stream is over: everything that waits goes into :attr:`ready`."""
+        examples = self._join.flush()
+        self.ready.extend(self._batcher.push(examples, self._join.watermark_ms))
+        self.ready.extend(self._batcher.flush())
+
+    def ledger(self) -> StreamLedger:
+        """Where every event read so far is now."""
+        join = self._join.ledger
+        join.check()
+        queued = len(self._batcher) + sum(len(batch) for batch in self.ready)
+        return StreamLedger(
+            impressions=join.impressions + self._refused["dead_impressions"],
+            handed_out=join.emitted - queued,
+            waiting=join.impressions_waiting + queued,
+            late=join.impressions_late,
+            duplicate=join.impressions_duplicate,
+            dead_lettered=self._refused["dead_impressions"],
+            feedback=join.feedback + self._refused["dead_feedback"],
+            attached=join.attached,
+            feedback_waiting=join.feedback_waiting,
+            feedback_late=join.feedback_late,
+            orphaned=join.orphaned,
+            feedback_duplicate=join.feedback_duplicate,
+            feedback_dead_lettered=self._refused["dead_feedback"],
+            unknown_fields=self._refused["unknown_fields"],
+        )
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Arrays from which :meth:`load_state` goes on: join, half-filled and ready batches, counts."""
+        empty = ExampleBlock.empty(self._schema)
+        state = {f"join.{name}": array for name, array in self._join.state().items()}
+        state |= {f"batch.{name}": array for name, array in self._batcher.state().items()}
+        state |= {f"ready.{name}": array for name, array in ExampleBlock.concat([empty, *self.ready]).arrays().items()}
+        state["ready_sizes"] = np.array([len(batch) for batch in self.ready], np.int64)
+        state["refused"] = np.array([self._refused[name] for name in _COUNTS], np.int64)
+        return state
+
+    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
+        """The inverse of :meth:`state`.
+
+        Raises:
+            ValueError: The topics' number of partitions changed since.
+        """
+
+        def part(prefix: str) -> dict[str, NDArray[Any]]:
+            return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
+
+        self._join.load_state(part("join."))
+        self._batcher.load_state(part("batch."))
+        ready, start = ExampleBlock(**part("ready.")), 0
+        self.ready.clear()
+        for size in state["ready_sizes"]:
+            self.ready.append(ready.take(slice(start, start + int(size))))
+            start += int(size)
+        self._refused = Counter(dict(zip(_COUNTS, state["refused"].tolist(), strict=True)))
