@@ -1,0 +1,67 @@
+"""Real servers for the tests, started once a session, and names that keep tests apart."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.local_servers import start_kafka, start_valkey
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def _missing(reason: str) -> None:
+    """Skip; under continuous integration fail, so that a server that is absent there is noticed."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI is set, so this is no reason to skip: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Redis or Valkey: the one at ``REDIS_URL``, else one started for the session."""
+    if url := os.environ.get("REDIS_URL"):
+        yield url
+        return
+    with start_valkey(tmp_path_factory.mktemp("valkey")) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def kafka_home() -> Path:
+    """A Kafka distribution that can be started: ``KAFKA_HOME``, else ``../shared/kafka``, with Java on PATH."""
+    home = Path(os.environ.get("KAFKA_HOME", _ROOT.parent / "shared" / "kafka"))
+    if not (home / "libs").is_dir():
+        _missing(f"no Kafka: KAFKA_BOOTSTRAP is not set and {home} (KAFKA_HOME) has no libs folder")
+    if shutil.which("java") is None:
+        _missing("no Kafka: KAFKA_BOOTSTRAP is not set and java is not on PATH")
+    return home
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Apache Kafka: the one at ``KAFKA_BOOTSTRAP``, else a single node started for the session."""
+    if bootstrap := os.environ.get("KAFKA_BOOTSTRAP"):
+        yield bootstrap
+        return
+    home: Path = request.getfixturevalue("kafka_home")
+    with start_kafka(home, tmp_path_factory.mktemp("kafka")) as server:
+        yield server.bootstrap
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A name no other test uses: first part of Redis keys and Kafka topics."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def kuairand_dir() -> Path:
+    """A KuaiRand folder: ``KUAIRAND_HOME``, else ``../shared/kuairand_pure``."""
+    folder = Path(os.environ.get("KUAIRAND_HOME", _ROOT.parent / "shared" / "kuairand_pure"))
+    if not folder.is_dir():
+        _missing(f"no KuaiRand data: {folder} (KUAIRAND_HOME) is not there")
+    return folder

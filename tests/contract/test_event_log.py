@@ -1,0 +1,416 @@
+"""What every event log has to do: one suite over the in-memory log, Redis Streams and Kafka."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import redis
+from kafka import KafkaAdminClient
+from kafka import TopicPartition as KafkaPartition
+
+from smes.errors import EventLogError, PositionOutOfRange
+from stream.kafka_log import KafkaLog
+from stream.log import EventLog, OutRecord, Positions, Record, TopicPartition
+from stream.memory_log import InMemoryLog
+from stream.redis_connection import connect
+from stream.redis_log import RedisStreamsLog
+
+TOPIC = "impressions"
+NOW_MS = 1_700_000_000_123
+DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class LogUnderTest:
+    """One adapter: the log, another client of the same log, and what retention does, on command."""
+
+    log: EventLog
+    another: Callable[[], EventLog]
+    trim: Callable[[TopicPartition, int], None]
+
+
+@pytest.fixture(params=["memory", "redis", pytest.param("kafka", marks=pytest.mark.kafka)])
+def under_test(request: pytest.FixtureRequest, namespace: str) -> Iterator[LogUnderTest]:
+    opened: list[EventLog] = []
+
+    def keep(log: EventLog) -> EventLog:
+        opened.append(log)
+        return log
+
+    if request.param == "memory":
+        memory = InMemoryLog(now_ms=lambda: NOW_MS)
+        yield LogUnderTest(keep(memory), lambda: memory, memory.truncate)
+    elif request.param == "redis":
+        url: str = request.getfixturevalue("redis_url")
+
+        def open_redis() -> EventLog:
+            return keep(RedisStreamsLog(connect(url, timeout_s=5), namespace, now_ms=lambda: NOW_MS))
+
+        def trim_redis(at: TopicPartition, offset: int) -> None:
+            with redis.Redis.from_url(url) as client:
+                client.xtrim(f"{namespace}:log:{at.topic}:{at.partition}", minid=f"0-{offset + 1}", approximate=False)
+
+        yield LogUnderTest(open_redis(), open_redis, trim_redis)
+        with redis.Redis.from_url(url) as client:
+            client.delete(*client.keys(f"{namespace}:*"))
+    else:
+        bootstrap: str = request.getfixturevalue("kafka_bootstrap")
+
+        def open_kafka() -> EventLog:
+            return keep(KafkaLog(bootstrap, namespace, now_ms=lambda: NOW_MS))
+
+        def trim_kafka(at: TopicPartition, offset: int) -> None:
+            with KafkaAdminClient(bootstrap_servers=bootstrap) as admin:
+                admin.delete_records({KafkaPartition(f"{namespace}.{at.topic}", at.partition): offset})
+
+        yield LogUnderTest(open_kafka(), open_kafka, trim_kafka)
+    for log in opened:
+        log.close()
+
+
+@pytest.fixture
+def log(under_test: LogUnderTest) -> EventLog:
+    return under_test.log
+
+
+def out(value: str, partition: int = 0) -> OutRecord:
+    return OutRecord(value.encode(), (("codec", b"json"),), partition)
+
+
+def drain(log: EventLog, positions: Positions, max_records: int = 1000) -> tuple[list[Record], Positions]:
+    """Read until every partition is at its end, or fail after ``DEADLINE_S``."""
+    records, deadline = [], time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        fetch = log.read(positions, max_records=max_records, timeout_s=0.5)
+        records += fetch.records
+        positions = fetch.positions
+        if fetch.at_end == set(positions):
+            return records, positions
+    pytest.fail(f"not at the end after {DEADLINE_S} s: {positions}")
+
+
+def values(records: list[Record], partition: int = 0) -> list[str]:
+    return [r.value.decode() for r in records if r.partition == partition]
+
+
+def test_a_new_topic_is_empty_and_begins_where_it_ends(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 3)
+    assert log.partitions(TOPIC) == 3
+    assert log.begin(TOPIC) == log.end(TOPIC) == {TopicPartition(TOPIC, i): 0 for i in range(3)}
+
+
+def test_records_come_back_in_order_with_everything_they_carried(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 2)
+    headers = (("codec", b"arrow"), ("schema", bytes(range(256))), ("codec", b""))
+    log.append(TOPIC, [OutRecord(f"v{i}".encode(), headers, 1) for i in range(50)])
+    records, _ = drain(log, log.begin(TOPIC))
+    assert values(records, 1) == [f"v{i}" for i in range(50)]
+    first = records[0].offset
+    assert [r.offset for r in records] == list(range(first, first + 50))
+    assert {(r.topic, r.partition, r.headers, r.arrival_ms) for r in records} == {(TOPIC, 1, headers, NOW_MS)}
+
+
+def test_a_value_and_headers_may_be_empty(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 1)
+    log.append(TOPIC, [OutRecord(b"", (), 0)])
+    records, _ = drain(log, log.begin(TOPIC))
+    assert [(r.value, r.headers) for r in records] == [(b"", ())]
+
+
+def test_begin_and_end_count_the_records_of_each_partition(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 2)
+    log.append(TOPIC, [out(str(i), partition=i % 2) for i in range(7)])
+    begin, end = log.begin(TOPIC), log.end(TOPIC)
+    assert {at.partition: end[at] - begin[at] for at in end} == {0: 4, 1: 3}
+
+
+def test_appends_add_up(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 1)
+    for start in range(0, 30, 10):
+        log.append(TOPIC, [out(str(i)) for i in range(start, start + 10)])
+    records, _ = drain(log, log.begin(TOPIC))
+    assert values(records) == [str(i) for i in range(30)]
+
+
+def test_an_empty_append_appends_nothing(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 1)
+    log.append(TOPIC, [])
+    assert log.end(TOPIC) == log.begin(TOPIC)
+
+
+def test_reading_goes_on_exactly_after_the_last_record_read(under_test: LogUnderTest) -> None:
+    log = under_test.log
+    log.ensure_topic(TOPIC, 1)
+    log.append(TOPIC, [out(str(i)) for i in range(100)])
+    start, seen, deadline = log.begin(TOPIC), 0, time.monotonic() + DEADLINE_S
+    while seen < 30 and time.monotonic() < deadline:
+        fetch = log.read(start, max_records=7, timeout_s=5)
+        assert values(fetch.records) == [str(i) for i in range(seen, seen + len(fetch.records))]
+        seen, start = seen + len(fetch.records), fetch.positions
+    records, after = drain(under_test.another(), start)
+    assert values(records) == [str(i) for i in range(seen, 100)]
+    assert after == log.end(TOPIC)
+
+
+def test_the_same_positions_give_the_same_records_again(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 2)
+    log.append(TOPIC, [out(str(i), partition=i % 2) for i in range(40)])
+    begin = log.begin(TOPIC)
+    once, _ = drain(log, begin, max_records=9)
+    again, _ = drain(log, begin)
+    by_place = [sorted((r.partition, r.offset, r.value) for r in records) for records in (once, again)]
+    assert by_place[0] == by_place[1]
+    assert len(once) == 40
+
+
+def test_several_partitions_and_topics_in_one_read(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 3)
+    log.ensure_topic("feedback", 2)
+    log.append(TOPIC, [out(f"i{i}", partition=i % 3) for i in range(30)])
+    log.append("feedback", [out(f"f{i}", partition=i % 2) for i in range(20)])
+    records, after = drain(log, log.begin(TOPIC) | log.begin("feedback"))
+    assert after == log.end(TOPIC) | log.end("feedback")
+    for topic, letter, partitions, count in ((TOPIC, "i", 3, 30), ("feedback", "f", 2, 20)):
+        mine = [r for r in records if r.topic == topic]
+        for p in range(partitions):
+            assert values(mine, p) == [f"{letter}{i}" for i in range(p, count, partitions)]
+
+
+def test_one_fetch_never_interleaves_partitions(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 3)
+    log.append(TOPIC, [out(str(i), partition=i % 3) for i in range(30)])
+    positions, deadline = log.begin(TOPIC), time.monotonic() + DEADLINE_S
+    while positions != log.end(TOPIC) and time.monotonic() < deadline:
+        fetch = log.read(positions, max_records=1000, timeout_s=1)
+        positions = fetch.positions
+        order = [r.partition for r in fetch.records]
+        runs = [p for i, p in enumerate(order) if i == 0 or order[i - 1] != p]
+        assert len(runs) == len(set(runs))
+    assert positions == log.end(TOPIC)
+
+
+def test_only_the_partitions_asked_for_are_read(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 2)
+    log.append(TOPIC, [out(str(i), partition=i % 2) for i in range(10)])
+    at = TopicPartition(TOPIC, 1)
+    records, after = drain(log, {at: 0})
+    assert values(records, 1) == ["1", "3", "5", "7", "9"]
+    assert after == {at: 5}
+    records, after = drain(log, {at: 3, TopicPartition(TOPIC, 0): 4})  # other partitions than before
+    assert (values(records, 0), values(records, 1)) == (["8"], ["7", "9"])
+
+
+def test_max_records_bounds_a_read(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 2)
+    log.append(TOPIC, [out(str(i), partition=i % 2) for i in range(60)])
+    positions, sizes, deadline = log.begin(TOPIC), [], time.monotonic() + DEADLINE_S
+    while positions != log.end(TOPIC) and time.monotonic() < deadline:
+        fetch = log.read(positions, max_records=10, timeout_s=5)
+        positions = fetch.positions
+        sizes.append(len(fetch.records))
+    assert sum(sizes) == 60
+    assert max(sizes) <= 10
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, 0.3])
+def test_without_data_a_read_returns_nothing_after_the_timeout(log: EventLog, timeout_s: float) -> None:
+    log.ensure_topic(TOPIC, 2)
+    begin = log.begin(TOPIC)
+    log.read(begin, max_records=1, timeout_s=0)  # clients are set up on first use
+    started = time.monotonic()
+    fetch = log.read(begin, max_records=10, timeout_s=timeout_s)
+    took_s = time.monotonic() - started
+    assert (fetch.records, fetch.positions, fetch.at_end) == ([], begin, frozenset(begin))
+    assert timeout_s - 0.02 <= took_s < timeout_s + 2
+
+
+def test_a_waiting_read_wakes_up_on_an_append(under_test: LogUnderTest) -> None:
+    log, writer = under_test.log, under_test.another()
+    log.ensure_topic(TOPIC, 2)
+    begin = log.begin(TOPIC)
+    log.read(begin, max_records=1, timeout_s=0)
+    writer.append(TOPIC, [out("warm", partition=0)])  # connects the writer
+    _, positions = drain(log, begin)
+    appender = threading.Timer(0.3, lambda: writer.append(TOPIC, [out("late", partition=1)]))
+    appender.start()
+    started = time.monotonic()
+    fetch = log.read(positions, max_records=10, timeout_s=20)
+    took_s = time.monotonic() - started
+    appender.join()
+    assert values(fetch.records, 1) == ["late"]
+    assert took_s < 10
+
+
+def test_big_records_pass(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 2)
+    megabyte = bytes(range(256)) * 4096
+    big = [OutRecord(bytes((i,)) + megabyte * 4, (), i % 2) for i in range(4)]
+    log.append(TOPIC, big)
+    records, _ = drain(log, log.begin(TOPIC))
+    assert sorted(r.value for r in records) == sorted(r.value for r in big)
+
+
+def test_at_end_says_which_partitions_have_nothing_further(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 2)
+    empty, full = TopicPartition(TOPIC, 0), TopicPartition(TOPIC, 1)
+    log.append(TOPIC, [out(str(i), partition=1) for i in range(8)])
+    positions, deadline = {empty: 0, full: 0}, time.monotonic() + DEADLINE_S
+    while positions[full] < 8 and time.monotonic() < deadline:
+        fetch = log.read(positions, max_records=4, timeout_s=5)
+        positions = fetch.positions
+        assert fetch.at_end == ({empty, full} if positions[full] == 8 else {empty})
+    log.append(TOPIC, [out("8", partition=1)])
+    assert empty in log.read({empty: 0}, max_records=1, timeout_s=0).at_end
+    records, _ = drain(log, positions)
+    assert values(records, 1) == ["8"]
+
+
+def test_at_end_knows_of_records_that_came_after_the_ones_it_had_fetched(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 1)
+    at = TopicPartition(TOPIC, 0)
+    log.append(TOPIC, [out(str(i)) for i in range(10)])
+    positions, deadline = {at: 0}, time.monotonic() + DEADLINE_S
+    while positions[at] < 5 and time.monotonic() < deadline:
+        positions = log.read(positions, max_records=5, timeout_s=5).positions
+    log.append(TOPIC, [out("new")])
+    fetch = log.read(positions, max_records=5, timeout_s=5)
+    assert fetch.positions == {at: 10}
+    assert fetch.at_end == frozenset()
+
+
+def test_a_trimmed_position_is_out_of_range(under_test: LogUnderTest) -> None:
+    log = under_test.log
+    log.ensure_topic(TOPIC, 2)
+    at = TopicPartition(TOPIC, 1)
+    log.append(TOPIC, [out(str(i), partition=1) for i in range(10)])
+    under_test.trim(at, 4)
+    assert log.begin(TOPIC)[at] == 4
+    with pytest.raises(PositionOutOfRange, match=r"impressions/1.* 3"):
+        drain(log, {TopicPartition(TOPIC, 0): 0, at: 3})
+    records, _ = drain(log, {TopicPartition(TOPIC, 0): 0, at: 4})
+    assert values(records, 1) == [str(i) for i in range(4, 10)]
+
+
+def test_a_position_trimmed_away_with_everything_is_out_of_range(under_test: LogUnderTest) -> None:
+    log = under_test.log
+    log.ensure_topic(TOPIC, 1)
+    at = TopicPartition(TOPIC, 0)
+    log.append(TOPIC, [out(str(i)) for i in range(10)])
+    under_test.trim(at, 10)
+    assert (log.begin(TOPIC), log.end(TOPIC)) == ({at: 10}, {at: 10})
+    with pytest.raises(PositionOutOfRange, match="impressions/0"):
+        drain(log, {at: 9})
+
+
+def test_a_reader_overtaken_by_retention_is_told(under_test: LogUnderTest) -> None:
+    log = under_test.log
+    log.ensure_topic(TOPIC, 1)
+    at = TopicPartition(TOPIC, 0)
+    log.append(TOPIC, [out(str(i)) for i in range(5)])
+    _, positions = drain(log, {at: 0})
+    log.append(TOPIC, [out(str(i)) for i in range(5, 10)])
+    under_test.trim(at, 8)
+    reader = under_test.another()
+    with pytest.raises(PositionOutOfRange, match="impressions/0"):
+        drain(reader, positions)
+
+
+@pytest.mark.parametrize("position", [-1, 11, 1_000_000])
+def test_a_position_that_never_was_is_out_of_range(log: EventLog, position: int) -> None:
+    log.ensure_topic(TOPIC, 1)
+    at = TopicPartition(TOPIC, 0)
+    log.append(TOPIC, [out(str(i)) for i in range(10)])
+    with pytest.raises(PositionOutOfRange, match=rf"impressions/0.*{position}"):
+        drain(log, {at: position})
+
+
+def test_a_topic_that_does_not_exist_is_named(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 1)
+    for ask in (
+        lambda: log.partitions("nowhere"),
+        lambda: log.begin("nowhere"),
+        lambda: log.end("nowhere"),
+        lambda: log.append("nowhere", [out("x")]),
+        lambda: log.read({TopicPartition("nowhere", 0): 0}, max_records=1, timeout_s=0),
+    ):
+        with pytest.raises(EventLogError, match=r"nowhere.*does not exist"):
+            ask()
+
+
+def test_ensure_topic_again_keeps_the_records(under_test: LogUnderTest) -> None:
+    log = under_test.log
+    log.ensure_topic(TOPIC, 2)
+    log.append(TOPIC, [out("kept")])
+    log.ensure_topic(TOPIC, 2)
+    under_test.another().ensure_topic(TOPIC, 2)
+    records, _ = drain(log, log.begin(TOPIC))
+    assert values(records) == ["kept"]
+
+
+def test_ensure_topic_with_another_number_of_partitions_names_both(under_test: LogUnderTest) -> None:
+    under_test.log.ensure_topic(TOPIC, 2)
+    with pytest.raises(EventLogError, match=r"impressions.* 2 partitions, expected 3"):
+        under_test.another().ensure_topic(TOPIC, 3)
+
+
+@pytest.mark.parametrize("partition", [-1, 2])
+def test_a_partition_that_does_not_exist_is_refused_and_nothing_appended(log: EventLog, partition: int) -> None:
+    log.ensure_topic(TOPIC, 2)
+    with pytest.raises(ValueError, match=rf"partition {partition}, expected 0 … 1"):
+        log.append(TOPIC, [out("good"), out("bad", partition=partition)])
+    assert log.end(TOPIC) == log.begin(TOPIC)
+    with pytest.raises(ValueError, match=rf"partition {partition}, expected 0 … 1"):
+        log.read({TopicPartition(TOPIC, partition): 0}, max_records=1, timeout_s=0)
+
+
+def test_a_read_of_no_records_is_refused(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 1)
+    with pytest.raises(ValueError, match="max_records 0"):
+        log.read(log.begin(TOPIC), max_records=0, timeout_s=0)
+    with pytest.raises(ValueError, match="at least one partition"):
+        log.read({}, max_records=1, timeout_s=0)
+    with pytest.raises(ValueError, match="partitions 0, expected at least 1"):
+        log.ensure_topic("none", 0)
+
+
+def test_two_readers_are_independent(under_test: LogUnderTest) -> None:
+    one, two = under_test.log, under_test.another()
+    one.ensure_topic(TOPIC, 1)
+    one.append(TOPIC, [out(str(i)) for i in range(20)])
+    mine, _ = drain(one, one.begin(TOPIC), max_records=6)
+    yours, _ = drain(two, two.begin(TOPIC), max_records=11)
+    assert values(mine) == values(yours) == [str(i) for i in range(20)]
+
+
+def test_many_threads_append_and_nothing_is_lost(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 2)
+    errors: list[BaseException] = []
+
+    def write(name: int) -> None:
+        try:
+            for i in range(5):
+                log.append(TOPIC, [out(f"{name}.{i}", partition=name % 2)])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    records, _ = drain(log, log.begin(TOPIC))
+    assert errors == []
+    assert sorted(r.value.decode() for r in records) == sorted(f"{n}.{i}" for n in range(6) for i in range(5))
+    for name in range(6):  # a thread's own appends keep their order
+        mine = [v for v in values(records, name % 2) if v.startswith(f"{name}.")]
+        assert mine == [f"{name}.{i}" for i in range(5)]
+
+
+def test_close_may_be_called_again(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 1)
+    log.append(TOPIC, [out("x")])
+    drain(log, log.begin(TOPIC))
+    log.close()
+    log.close()
