@@ -1,0 +1,172 @@
+"""Schema files: YAML with ``name``, ``features``, ``tasks`` and, for logs in files, ``log``.
+
+Unknown keys are refused at every level, and whatever is wrong is said in one line with file, key, value and what was
+expected.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from simulators.log_spec import LogSpec
+from smes.schema import ITEM_ID, USER_ID, Feature, Schema, Task
+
+BuiltinName = Literal["kuairand", "synthetic"]
+
+
+@dataclass(frozen=True)
+class SchemaFile:
+    """A schema and, where it describes files, how they are read.
+
+    Attributes:
+        name, tasks, features: As in :class:`smes.schema.Schema`.
+        log: Files and columns of the log; ``None`` for a schema of live events only.
+
+    Raises:
+        ValueError: The log section names a task or feature that the schema lacks, or lacks a task's label.
+    """
+
+    # Read by pydantic: refuse unknown keys here and in every dataclass below.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    tasks: tuple[Task, ...]
+    features: tuple[Feature, ...] = ()
+    log: LogSpec | None = None
+
+    def __post_init__(self) -> None:
+        schema = self.schema
+        if self.log is not None:
+            _check_log(schema, self.log)
+
+    @cached_property
+    def schema(self) -> Schema:
+        return Schema(self.name, self.tasks, self.features)
+
+
+def load_schema_file(path: str | Path) -> SchemaFile:
+    """Read and check a schema file.
+
+    Raises:
+        ValueError: It cannot be read, is no YAML mapping, or an entry is missing, unknown or out of range.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: expected a readable schema file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a mapping with name, features and tasks, got {type(data).__name__}")
+    try:
+        return TypeAdapter(SchemaFile).validate_python(_expand_shorthands(data))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from error
+
+
+def load_builtin(name: BuiltinName) -> SchemaFile:
+    """One of the schema files that come with the package."""
+    with as_file(builtin_path(name)) as path:
+        return load_schema_file(path)
+
+
+def builtin_path(name: BuiltinName) -> Any:
+    """The packaged YAML as an ``importlib.resources`` path, to read or to copy as a starting point."""
+    if name not in get_args(BuiltinName):
+        raise ValueError(f"built-in schema {name!r}, expected one of {', '.join(get_args(BuiltinName))}")
+    return files("simulators") / "schemas" / f"{name}.yaml"
+
+
+def _check_log(schema: Schema, log: LogSpec) -> None:
+    tasks = {t.name: t for t in schema.tasks}
+    names = ", ".join(tasks)
+    for name in log.labels:
+        if name not in tasks:
+            raise ValueError(f"log.labels.{name}: expected one of the tasks {names}")
+    for name, task in tasks.items():
+        if name not in log.labels:
+            raise ValueError(f"log.labels: task {name!r} has no label, expected one for each of {names}")
+        label = log.labels[name]
+        floor = label.delay.at_least
+        if floor is not None and (floor not in tasks or tasks[floor].kind != "regression"):
+            raise ValueError(f"log.labels.{name}.delay.at_least: {floor!r}, expected a regression task in seconds")
+        if label.threshold is not None and task.kind != "binary":
+            raise ValueError(f"log.labels.{name}.threshold: {label.threshold}, expected none for a regression task")
+    features = [f.name for f in schema.features if f.name not in (USER_ID, ITEM_ID)]
+    for name in log.features:
+        if name not in features:
+            raise ValueError(f"log.features.{name}: expected one of the features {', '.join(features)}")
+
+
+def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
+    """``x: column`` for ``x: {column: column}`` in features and labels; one string for a list of one file pattern."""
+    log = data.get("log")
+    if not isinstance(log, dict):
+        return data
+    log = dict(log)
+    for section in ("features", "labels"):
+        if isinstance(log.get(section), dict):
+            log[section] = {k: {"column": v} if isinstance(v, str) else v for k, v in log[section].items()}
+    if isinstance(log.get("files"), str):
+        log["files"] = [log["files"]]
+    for section in ("user_features", "item_features"):
+        table = log.get(section)
+        if isinstance(table, dict) and isinstance(table.get("files"), str):
+            log[section] = {**table, "files": [table["files"]]}
+    return {**data, "log": log}
+
+
+def _one_line(error: ValidationError) -> str:
+    details = error.errors(include_url=False)
+    first = details[0]
+    key = ".".join(str(part) for part in first["loc"]) or "file"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        expected = ", ".join(_keys_at(SchemaFile, first["loc"][:-1]))
+        return f"{key}: {first['input']!r} is an unknown key, expected one of {expected}{more}"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{key}: is missing, expected a value{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{key}: {message}{more}"
+    expected = message[:1].lower() + message[1:]
+    return f"{key}: {first['input']!r}, expected otherwise: {expected}{more}"
+
+
+def _keys_at(cls: Any, loc: tuple[int | str, ...]) -> list[str]:
+    """The keys accepted at a place in the file."""
+    for part in loc:
+        if is_dataclass(cls):
+            cls = get_type_hints(cls).get(str(part), cls)
+        cls = _element(cls)
+    return [f.name for f in fields(cls)] if is_dataclass(cls) else []
+
+
+def _element(hint: Any) -> Any:
+    """The dataclass within ``X | None``, ``tuple[X, ...]`` or ``dict[str, X]``."""
+    if is_dataclass(hint):
+        return hint
+    inner = [_element(arg) for arg in get_args(hint)]
+    return next((arg for arg in inner if is_dataclass(arg)), hint)
+
+
+def feature_columns(schema: Schema, log: LogSpec) -> Mapping[str, Literal["log", "user", "item"]]:
+    """Declared feature → the table it is read from, without the user's and item's own ids."""
+    tables: dict[str, Literal["log", "user", "item"]] = {}
+    for feature in schema.features:
+        if feature.name in (USER_ID, ITEM_ID):
+            continue
+        if feature.source == "user" and log.user_features is not None:
+            tables[feature.name] = "user"
+        elif feature.source == "item" and log.item_features is not None:
+            tables[feature.name] = "item"
+        else:
+            tables[feature.name] = "log"
+    return tables
