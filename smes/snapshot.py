@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -37,10 +38,14 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     Raises:
         ValueError: A tensor is sparse or of a type that safetensors does not know.
     """
-    # A copy for views, because safetensors refuses tensors that share storage.
-    plain = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    plain: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        packed = tensor.detach().cpu().contiguous()
+        storage = packed.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share storage, so the second view of one gets bytes of its own.
+        plain[name] = packed.clone() if storage in storages else packed
+        storages.add(storage)
     return save(plain, dict(metadata))
 
 
@@ -232,7 +237,9 @@ def _arrivals(value: object) -> tuple[tuple[int, int], ...]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: an undefined metric (an AUC without positives) is null."""
+    """JSON has no NaN: an undefined metric (an AUC without positives) is null; NumPy scalars become Python's."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

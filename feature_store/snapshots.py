@@ -1,0 +1,245 @@
+"""Model snapshots in Redis, as the trainer publishes and the scorer loads them.
+
+Chunks first, the manifest next, the ``current`` pointer last; how, and under which keys, is in
+:mod:`feature_store.publication`.
+"""
+
+import hashlib
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+from feature_store.connect import address, translated
+from feature_store.publication import Publication, SnapshotKeys, member, split_member, stale
+from smes.errors import SnapshotError, SnapshotNotFound
+from smes.snapshot import Chunk, Manifest
+
+_MIB = 1024 * 1024
+_LINEAGE = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_LARGEST_VERSION = 2**53 - 1  # Lua compares versions as doubles
+
+
+@dataclass(frozen=True)
+class SnapshotStoreConfig:
+    """How snapshots are cut up and how many are kept.
+
+    Attributes:
+        chunk_bytes: Size of a piece, 1 … 256 MiB; Redis' own limit for a value is 512 MB.
+        retain_bytes: Payload bytes kept in all; the oldest snapshots go first.
+        min_retained: Snapshots kept whatever their size, at least 1, so that a slow reader can finish.
+        max_manifests: Manifests kept, also of snapshots whose payload is gone: freshness reads them.
+        upload_ttl_s: Pieces of a publisher that died expire after this long (a restarted publisher of the same
+            lineage removes them at once); also the longest an upload may take.
+    """
+
+    chunk_bytes: int = 8 * _MIB
+    retain_bytes: int = 512 * _MIB
+    min_retained: int = 2
+    max_manifests: int = 256
+    upload_ttl_s: int = 600
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunk_bytes <= 256 * _MIB:
+            raise ValueError(f"chunk_bytes {self.chunk_bytes}, expected 1 … {256 * _MIB}")
+        for name in ("retain_bytes", "min_retained", "max_manifests", "upload_ttl_s"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}, expected at least 1")
+        if self.max_manifests < self.min_retained:
+            raise ValueError(f"max_manifests {self.max_manifests}, expected at least min_retained {self.min_retained}")
+
+
+class SnapshotStore:
+    """Publishes snapshots and reads them back. One publisher per lineage, any number of readers.
+
+    Args:
+        client: A client that returns bytes (see :func:`feature_store.connect.connect`).
+        namespace: Prefix of every key.
+        config: Sizes and retention.
+    """
+
+    def __init__(self, client: redis.Redis, namespace: str = "smes", config: SnapshotStoreConfig | None = None) -> None:
+        self._client = client
+        self._config = config or SnapshotStoreConfig()
+        self._keys = SnapshotKeys(namespace)
+        self._publication = Publication(client, self._keys, self._config.upload_ttl_s)
+
+    def publish(
+        self,
+        payload: bytes,
+        *,
+        lineage: str,
+        version: int,
+        schema_hash: str,
+        step: int,
+        created_ms: int,
+        event_time_ms: int | None = None,
+        positions: Mapping[str, Mapping[str, int]] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        feedback_arrivals: tuple[tuple[int, int], ...] = (),
+    ) -> Manifest:
+        """Store a payload and make it the current snapshot; readers see all of it or nothing.
+
+        Args:
+            payload: Bytes of :func:`smes.snapshot.encode`.
+            lineage, version, schema_hash, step, created_ms, event_time_ms, positions, metrics, feedback_arrivals:
+                As in :class:`smes.snapshot.Manifest`, whose ``parent`` becomes the lineage's current version.
+
+        Raises:
+            ValueError: Empty payload, or a lineage or version of the wrong form.
+            SnapshotStale: The lineage's current version is this one or a later one; nothing was changed.
+            SnapshotError: Another publisher of the lineage removed this upload.
+            FeatureStoreError: Redis refused, for instance because its memory is full.
+            FeatureStoreUnavailable: Redis gave no answer in time.
+        """
+        _check_cut(payload, lineage, version)
+        manifest = Manifest(
+            lineage=lineage,
+            version=version,
+            parent=self._parent(lineage, version),
+            schema_hash=schema_hash,
+            step=step,
+            created_ms=created_ms,
+            total_bytes=len(payload),
+            chunks=_cut_up(payload, self._config.chunk_bytes),
+            upload=f"{member(lineage, version)}:{secrets.token_hex(4)}",
+            event_time_ms=event_time_ms,
+            positions={topic: dict(partitions) for topic, partitions in (positions or {}).items()},
+            metrics=dict(metrics or {}),
+            feedback_arrivals=feedback_arrivals,
+        )
+        with translated(self._client, f"snapshot {member(lineage, version)} was published"):
+            self._publication.remove_abandoned(lineage)
+            self._make_room(len(payload))
+            try:
+                self._publication.upload(manifest, payload)
+                self._publication.commit(manifest)
+            except BaseException:
+                self._publication.abandon(manifest)
+                raise
+        return manifest
+
+    def pointer(self) -> str | None:
+        """``lineage:version`` of the current snapshot, None before the first; one small read."""
+        with translated(self._client, "the current snapshot was looked up"):
+            pointer = self._client.get(self._keys.key("current"))
+        return None if pointer is None else _text(pointer)
+
+    def current(self) -> Manifest | None:
+        """Manifest of the current snapshot, None before the first.
+
+        Raises:
+            SnapshotNotFound: The pointer names a snapshot whose manifest is gone.
+            SnapshotError: The manifest is damaged.
+        """
+        pointer = self.pointer()
+        return None if pointer is None else self._manifest(pointer)
+
+    def get(self, lineage: str, version: int) -> Manifest:
+        """Manifest of one snapshot; its payload may be trimmed already.
+
+        Raises:
+            SnapshotNotFound: There is no such manifest.
+        """
+        return self._manifest(member(lineage, version))
+
+    def list(self) -> tuple[Manifest, ...]:
+        """Manifests of the snapshots that can be loaded, in order of publication."""
+        with translated(self._client, "snapshots were listed"):
+            return self._manifests([_text(name) for name in self._client.zrange(self._keys.key("index"), 0, -1)])
+
+    def manifests_between(self, lineage: str, after_version: int, up_to: int) -> tuple[Manifest, ...]:
+        """Manifests of a lineage with ``after_version < version <= up_to``, ascending.
+
+        Manifests older than ``max_manifests`` publications are gone; ``parent`` shows where one is missing.
+        """
+        with translated(self._client, f"manifests of {lineage} were read"):
+            kept = (split_member(_text(name)) for name in self._client.zrange(self._keys.key("history"), 0, -1))
+            versions = sorted(v for name, v in kept if name == lineage and after_version < v <= up_to)
+            return self._manifests([member(lineage, version) for version in versions])
+
+    def load(self, manifest: Manifest) -> bytes:
+        """The payload of a snapshot, every piece verified against the manifest.
+
+        Raises:
+            SnapshotNotFound: Retention removed it (load the current one instead).
+            SnapshotError: A piece is missing, has another length or another checksum; names the piece.
+        """
+        name = f"snapshot {member(manifest.lineage, manifest.version)}"
+        pieces = []
+        for i, (key, chunk) in enumerate(zip(self._keys.chunks(manifest), manifest.chunks, strict=True)):
+            with translated(self._client, f"{name} was loaded"):
+                piece = self._client.get(key)
+            which = f"{name}: chunk {i} of {len(manifest.chunks)}"
+            if not isinstance(piece, bytes):
+                raise self._missing(manifest, which)
+            if len(piece) != chunk.bytes:
+                raise SnapshotError(f"{which}: {len(piece)} bytes, expected {chunk.bytes}")
+            digest = hashlib.sha256(piece).hexdigest()
+            if digest != chunk.sha256:
+                raise SnapshotError(f"{which}: SHA-256 {digest[:12]}…, expected {chunk.sha256[:12]}…")
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def _parent(self, lineage: str, version: int) -> int | None:
+        pointer = self.pointer()
+        if pointer is None:
+            return None
+        served_lineage, served_version = split_member(pointer)
+        if served_lineage != lineage:
+            return None
+        if served_version >= version:
+            raise stale(lineage, version, served_version)
+        return served_version
+
+    def _make_room(self, new_bytes: int) -> None:
+        """Trim, oldest first, to where one more snapshot of ``new_bytes`` fits; the current one always stays."""
+        kept = self.list()
+        current = self.pointer()
+        oldest = kept[: len(kept) - max(1, self._config.min_retained - 1)]
+        removable = [m for m in oldest if member(m.lineage, m.version) != current]
+        surplus_bytes = sum(m.total_bytes for m in kept) + new_bytes - self._config.retain_bytes
+        self._publication.trim(removable, surplus_bytes)
+        self._publication.trim_history(self._config.max_manifests)
+
+    def _manifests(self, names: Sequence[str]) -> tuple[Manifest, ...]:
+        texts = self._client.hmget(self._keys.key("manifests"), list(names)) if names else []
+        return tuple(Manifest.from_json(text) for text in texts if text is not None)
+
+    def _manifest(self, name: str) -> Manifest:
+        with translated(self._client, f"the manifest of snapshot {name} was read"):
+            text = self._client.hget(self._keys.key("manifests"), name)
+        if text is None:
+            raise SnapshotNotFound(f"snapshot {name}: not in Redis at {address(self._client)}")
+        return Manifest.from_json(text)
+
+    def _missing(self, manifest: Manifest, which: str) -> SnapshotError:
+        name = member(manifest.lineage, manifest.version)
+        with translated(self._client, f"snapshot {name} was loaded"):
+            listed = self._client.zscore(self._keys.key("index"), name) is not None
+        if not listed:
+            return SnapshotNotFound(f"snapshot {name}: retention removed it")
+        return SnapshotError(f"{which}: missing, though the snapshot is listed (evicted by a maxmemory-policy?)")
+
+
+def _check_cut(payload: bytes, lineage: str, version: int) -> None:
+    if not payload:
+        raise ValueError("snapshot payload: expected at least one byte")
+    if not _LINEAGE.fullmatch(lineage):
+        raise ValueError(f"lineage {lineage!r}, expected 1 … 128 letters, digits, dots, underscores or hyphens")
+    if not 0 <= version <= _LARGEST_VERSION:
+        raise ValueError(f"version {version}, expected 0 … {_LARGEST_VERSION}")
+
+
+def _cut_up(payload: bytes, chunk_bytes: int) -> tuple[Chunk, ...]:
+    view = memoryview(payload)
+    pieces = (view[start : start + chunk_bytes] for start in range(0, len(view), chunk_bytes))
+    return tuple(Chunk(len(piece), hashlib.sha256(piece).hexdigest()) for piece in pieces)
+
+
+def _text(value: object) -> str:
+    assert isinstance(value, bytes), "the client must return bytes (decode_responses=False)"
+    return value.decode()

