@@ -1,0 +1,105 @@
+"""Which (instance, expert) pairs are executed, and where each lies in the packed rows.
+
+Letters: B instances, T tasks, E experts, K experts of one task, P packed rows (one per pair executed), U slots of an
+instance (the most experts it can use, ``min(K_s + T·K_a, E)``), D input width, H output width of an expert.
+
+Pairs are packed expert by expert, so that an expert's rows are one segment of a grouped GEMM. A pair occurs once,
+however many tasks use it: an expert runs at most once per instance. The packing is a counting sort made of cumulative
+sums, in shapes that do not depend on the routing, so that nothing on a GPU waits for the host: there, P is the upper
+bound B·U and rows from ``offsets_E[-1]`` on are unused. Where reading a number back is free (the CPU) the unused rows
+and slots are cut off.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smes.routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Where the executed pairs lie.
+
+    Attributes:
+        instance_P: int64, the instance of each packed row (0 for unused rows).
+        offsets_E: int32, the end of each expert's segment.
+        used_P: bool, false for unused rows; None when there are none.
+        row_BU: int64, the packed row of each slot; unused slots point to row 0.
+        slot_BTK: int64, the slot of each of a task's experts.
+        active_B: int64, |U|: how many experts run for the instance.
+    """
+
+    instance_P: Tensor
+    offsets_E: Tensor
+    used_P: Tensor | None
+    row_BU: Tensor
+    slot_BTK: Tensor
+    active_B: Tensor
+
+
+def dispatch(routing: Routing, *, trim: bool) -> Dispatch:
+    """Plan the execution of a routing.
+
+    Args:
+        routing: Of B ≥ 1 instances.
+        trim: Cut unused rows and slots off; reads two numbers back to the host.
+    """
+    B, T, K = routing.experts_BTK.shape
+    E = routing.probs_BTE.shape[-1]
+    device = routing.experts_BTK.device
+    num_slots = min(routing.num_shared + T * (K - routing.num_shared), E)
+    chosen_BE = torch.zeros(B, E, dtype=torch.bool, device=device)
+    chosen_BE.scatter_(1, routing.experts_BTK.reshape(B, T * K), True)
+    # The n-th chosen expert of an instance gets slot n; the n-th instance of an expert gets its segment's n-th row.
+    slot_BE = chosen_BE.cumsum(dim=1) - 1
+    nth_BE = chosen_BE.cumsum(dim=0) - 1
+    active_B = slot_BE[:, -1] + 1
+    offsets_E = (nth_BE[-1] + 1).cumsum(dim=0)
+    starts_E = offsets_E - (nth_BE[-1] + 1)
+    row_BE = nth_BE + starts_E
+    num_rows = B * num_slots
+    if trim:
+        num_rows, num_slots = int(offsets_E[-1]), int(active_B.max())
+    # Experts not chosen are written to one spare place past the end, which is cut off.
+    instance_BE = torch.arange(B, device=device).view(B, 1).expand(B, E)
+    instance_P = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+    instance_P.scatter_(0, torch.where(chosen_BE, row_BE, num_rows).view(-1), instance_BE.reshape(-1))
+    row_BU = torch.zeros(B, num_slots + 1, dtype=torch.int64, device=device)
+    row_BU.scatter_(1, torch.where(chosen_BE, slot_BE, num_slots), row_BE)
+    slot_BTK = slot_BE.gather(1, routing.experts_BTK.reshape(B, T * K)).view(B, T, K)
+    return Dispatch(
+        instance_P=instance_P[:num_rows],
+        offsets_E=offsets_E.to(torch.int32),
+        used_P=None if trim else torch.arange(num_rows, device=device) < offsets_E[-1],
+        row_BU=row_BU[:, :num_slots],
+        slot_BTK=slot_BTK,
+        active_B=active_B,
+    )
+
+
+def neutralise(x_PD: Tensor, plan: Dispatch) -> Tensor:
+    """Zero the unused rows, and their gradient on the way back.
+
+    A grouped GEMM leaves whatever lay in memory in the rows that no segment covers, possibly NaN, so they are replaced,
+    never multiplied.
+    """
+    if plan.used_P is None:
+        return x_PD
+    return torch.where(plan.used_P.unsqueeze(1), x_PD, x_PD.new_zeros(()))
+
+
+def pack(x_BD: Tensor, plan: Dispatch) -> Tensor:
+    """The input of every packed row. [B, D] → [P, D]."""
+    return neutralise(x_BD.index_select(0, plan.instance_P), plan)
+
+
+def combine(y_PH: Tensor, weights_BTK: Tensor, plan: Dispatch) -> Tensor:
+    """``h_t = Σ_{e ∈ K_t} p̃_te f_e`` for every task, from outputs computed once. [P, H] → [B, T, H]."""
+    B, T, _ = weights_BTK.shape
+    num_slots = plan.row_BU.shape[1]
+    # Unused slots read row 0, which is always in use and so finite, with weight 0.
+    y_BUH = y_PH.index_select(0, plan.row_BU.reshape(-1)).view(B, num_slots, y_PH.shape[1])
+    weights_BTU = weights_BTK.new_zeros(B, T, num_slots).scatter(2, plan.slot_BTK, weights_BTK)
+    return torch.bmm(weights_BTU.to(y_BUH.dtype), y_BUH)

@@ -1,0 +1,120 @@
+"""A growing table of weights with row-wise sparse updates.
+
+Letters: R rows in use, U distinct rows of a batch, C columns.
+
+Only the rows that a batch touches are read, given a gradient and written: the cost of a step does not depend on the
+size of the table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdagradConfig:
+    """Adagrad on touched rows (Duchi et al., 2011).
+
+    Attributes:
+        learning_rate: > 0.
+        row_wise: One accumulator a row (the mean of the squared gradient over its columns, as in FBGEMM's
+            ``EXACT_ROWWISE_ADAGRAD``) instead of one per weight.
+        initial_accumulator: Start of the accumulators, ≥ 0. It is added to squared gradients of the *summed* loss, so
+            that its meaning does not depend on the batch size.
+    """
+
+    learning_rate: float
+    row_wise: bool
+    initial_accumulator: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate {self.learning_rate}, expected more than 0")
+        if self.initial_accumulator < 0:
+            raise ValueError(f"initial_accumulator {self.initial_accumulator}, expected at least 0")
+
+
+class RowTable:
+    """Weights [R, C] that grow by doubling, with their Adagrad accumulators.
+
+    Args:
+        columns: C.
+        config: The update rule.
+        device: Where the weights live.
+    """
+
+    def __init__(self, columns: int, config: AdagradConfig, device: torch.device) -> None:
+        self.columns = columns
+        self._config = config
+        self._rows = 0
+        self._weights = torch.zeros(0, columns, device=device)
+        self._accumulators = torch.zeros(0, 1 if config.row_wise else columns, device=device)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def weights(self) -> Tensor:
+        """The rows in use. float32 [R, C], not a copy."""
+        return self._weights[: self._rows]
+
+    def append(self, weights_NC: Tensor) -> None:
+        """Add rows with the given first weights, which may live on another device."""
+        start, self._rows = self._rows, self._rows + len(weights_NC)
+        if self._rows > len(self._weights):
+            capacity = max(self._rows, 2 * len(self._weights), 1024)
+            self._weights = _grown(self._weights[:start], capacity, 0.0)
+            self._accumulators = _grown(self._accumulators[:start], capacity, self._config.initial_accumulator)
+        self._weights[start : self._rows].copy_(weights_NC, non_blocking=True)
+
+    def gather(self, rows_U: Tensor) -> Tensor:
+        """A copy of some rows that collects a gradient. int64 [U] → float32 [U, C], a leaf."""
+        return self._weights.index_select(0, rows_U).requires_grad_()
+
+    @torch.no_grad()
+    def update(self, rows_U: Tensor, leaf_UC: Tensor, gradient_scale: Tensor) -> None:
+        """One Adagrad step on gathered rows.
+
+        Args:
+            rows_U: Distinct rows, int64 [U].
+            leaf_UC: What :meth:`gather` gave for them, after ``backward``.
+            gradient_scale: Scalar that turns the gradient of the mean loss into that of the summed loss.
+        """
+        if leaf_UC.grad is None:
+            return
+        gradient_UC = leaf_UC.grad * gradient_scale
+        square = gradient_UC.square()
+        if self._config.row_wise:
+            square = square.mean(dim=1, keepdim=True)
+        accumulator = self._accumulators.index_select(0, rows_U).add_(square)
+        step_UC = gradient_UC.div_(accumulator.sqrt().add_(1e-10)).mul_(self._config.learning_rate)
+        self._weights.index_copy_(0, rows_U, leaf_UC.detach() - step_UC)
+        self._accumulators.index_copy_(0, rows_U, accumulator)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of weights and accumulators on the CPU."""
+        return {
+            "weights": self.weights.cpu().clone(),
+            "accumulators": self._accumulators[: self._rows].cpu().clone(),
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replace all rows.
+
+        Raises:
+            ValueError: The columns differ.
+        """
+        weights, accumulators = state["weights"], state["accumulators"]
+        if weights.shape[1:] != self._weights.shape[1:] or accumulators.shape[1:] != self._accumulators.shape[1:]:
+            raise ValueError(f"table state of {weights.shape[1]} columns, expected {self.columns}")
+        self._rows = len(weights)
+        self._weights = weights.to(self._weights.device, copy=True)
+        self._accumulators = accumulators.to(self._accumulators.device, copy=True)
+
+
+def _grown(old: Tensor, capacity: int, fill: float) -> Tensor:
+    new = old.new_full((capacity, old.shape[1]), fill)
+    new[: len(old)] = old
+    return new

@@ -1,0 +1,63 @@
+"""Forms of an expert, each executing all experts of a dispatch as grouped GEMMs.
+
+Letters: B instances, E experts, P packed rows, D input width, H output width.
+"""
+
+import math
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smes.dispatch import Dispatch, neutralise, pack
+
+
+class Experts(Protocol):
+    """E functions of the encoded instance. A form decides itself what it packs: some need only a narrow projection."""
+
+    output_dim: int
+
+    def __call__(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
+        """The output of every executed pair, y_PH; unused rows are finite."""
+        ...
+
+
+class FullExperts(nn.Module):
+    """The paper's form: every expert an MLP of its own, ``x ← SiLU(LayerNorm(x W_e))`` per layer.
+
+    LayerNorm has no gain or bias of its own (our choice: the next layer absorbs them, and a packed row need not look
+    them up). BatchNorm, as in HoME, would see tiny batches in sparsely fed experts.
+
+    Args:
+        num_experts: E.
+        input_dim: D.
+        dims: Width of each layer; the last is H. Multiples of 8, as the GPU's grouped GEMM wants.
+    """
+
+    def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.output_dim = dims[-1]
+        widths = [input_dim, *dims]
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.empty(num_experts, d_in, d_out).uniform_(-bound, bound))
+            for d_in, d_out in pairwise(widths)
+            for bound in [math.sqrt(3 / d_in)]
+        )
+
+    def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
+        x_P = pack(h_BD, plan)
+        for weight_E in self.weights:
+            y_P = neutralise(grouped_linear(x_P, weight_E, plan.offsets_E), plan)
+            x_P = F.silu(F.layer_norm(y_P, y_P.shape[1:]))
+        return x_P
+
+
+def grouped_linear(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tensor:
+    """Rows of segment e times ``weight_EDH[e]``, in autocast's type where that is on. → [P, H]."""
+    kind = x_PD.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        x_PD, weight_EDH = x_PD.to(dtype), weight_EDH.to(dtype)
+    return F.grouped_mm(x_PD, weight_EDH, offs=offsets_E)

@@ -1,0 +1,207 @@
+"""The learner: one thread owns the weights, scores a batch with them as they are, then takes one step.
+
+Letters: B instances, W id columns, U distinct rows of a batch, T tasks, E experts, R rows of the table, D embedding
+width, C columns of a table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from smes.batch import RankBatch
+from smes.devices import open_device
+from smes.embedding import RowTable
+from smes.events import ExampleBlock
+from smes.features import FeatureInputs
+from smes.id_rows import DistinctRows, IdRows, pool_weights, uniform_rows
+from smes.model import ModelConfig, build_model
+from smes.optim import OptimizerConfig
+from smes.schema import Schema
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step found out; all on the training device, nothing waited for.
+
+    Attributes:
+        scores: float32 [B, T], by the weights before the step: probabilities, or values in the label's unit.
+        loss: float32 scalar, what the step descended.
+        task_losses: float32 [T], mean over the labelled instances.
+        active_experts: int64 [B], experts executed; None for a ranker without experts.
+        expert_load: int64 [T, E], instances each task sent to each expert; None likewise.
+    """
+
+    scores: Tensor
+    loss: Tensor
+    task_losses: Tensor
+    active_experts: Tensor | None
+    expert_load: Tensor | None
+
+
+class Learner:
+    """Weights, optimiser state and id table of one lineage.
+
+    Not thread-safe: one thread calls everything. ``prepare`` for the next batch may be called before or after ``step``
+    for the current one; on a GPU, after is better, for then the two overlap.
+
+    Args:
+        schema: Features and tasks.
+        model: Which model.
+        optimizer: How it learns.
+        device: ``cpu`` or ``cuda``.
+        seed: Of the dense first weights. Embedding rows start from their ids alone.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        model: ModelConfig,
+        optimizer: OptimizerConfig,
+        *,
+        device: torch.device,
+        seed: int = 0,
+    ) -> None:
+        self.schema = schema
+        self.config = model
+        self.step_number = 0
+        self._device = open_device(device)
+        self._model = build_model(schema, model, seed).to(self._device.device)
+        self._dense_names = [name for name, _ in self._model.named_parameters()]
+        self._dense = optimizer.dense(self._model.parameters())
+        self._rows = IdRows(schema)
+        self._distinct = DistinctRows()
+        self._tables: dict[str, RowTable] = {}
+        if model.table_dim:
+            self._tables["embedding"] = RowTable(model.table_dim, optimizer.embedding, self._device.device)
+        if model.wide:
+            self._tables["wide"] = RowTable(schema.num_tasks, optimizer.wide, self._device.device)
+        self._append_rows(0)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the id table in use."""
+        return len(self._rows)
+
+    def prepare(self, examples: ExampleBlock) -> RankBatch:
+        """Look up (and where new, add) the ids of a block, and send its columns to the device.
+
+        Args:
+            examples: B ≥ 1 instances.
+        """
+        if len(examples) == 0:
+            raise ValueError("examples: 0 instances, expected at least 1")
+        known = len(self._rows)
+        rows_BW = self._rows.insert(examples.ids)
+        if len(self._rows) > known:
+            self._append_rows(known)
+        rows_U, cells_BW = self._distinct(rows_BW, len(self._rows))
+        pool_BW = pool_weights(self.schema, examples.ids)
+        send = self._device.send
+        batch = RankBatch(
+            rows_U=send(rows_U),
+            cells_BW=send(cells_BW),
+            pool_BW=None if pool_BW is None else send(pool_BW),
+            numerics_BF=send(examples.numerics),
+            labels_BT=send(examples.labels),
+            mask_BT=send(examples.label_mask),
+            weight_B=send(examples.weight),
+            user_id=examples.user_id,
+            event_time_ms=examples.event_time_ms,
+        )
+        return replace(batch, ticket=self._device.ticket())
+
+    def step(self, batch: RankBatch) -> StepResult:
+        """Score a batch with the weights as they are, then take one optimisation step on it."""
+        self._device.receive(batch)
+        model = self._model
+        leaves = {name: table.gather(batch.rows_U) for name, table in self._tables.items()}
+        output = model(_inputs(leaves, batch), self._device.autocast())
+        scores = model.tasks.scores(output.logits_BT.detach())
+        loss, task_losses = model.tasks.losses(output.logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B)
+        if output.ranker.auxiliary_loss is not None:
+            loss = loss + output.ranker.auxiliary_loss
+        loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+        self._dense.step()
+        self._dense.zero_grad(set_to_none=True)
+        total_weight = batch.weight_B.sum()
+        for name, table in self._tables.items():
+            table.update(batch.rows_U, leaves[name], total_weight)
+        model.tasks.observe(batch.labels_BT, batch.mask_BT, batch.weight_B)
+        model.features.observe(batch.numerics_BF)
+        self.step_number += 1
+        stats = output.ranker.stats
+        return StepResult(
+            scores=scores,
+            loss=loss.detach(),
+            task_losses=task_losses,
+            active_experts=stats.active_B if stats else None,
+            expert_load=stats.load_TE if stats else None,
+        )
+
+    def serving_state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of all that :class:`smes.serving.ServingModel` needs.
+
+        ``dense.*`` are the model's weights and running moments, ``table.keys`` int64 [R] the keys by row,
+        ``table.embedding`` float32 [R, D] and ``table.wide`` float32 [R, T] the rows in use.
+        """
+        tensors = {f"dense.{name}": tensor.cpu().clone() for name, tensor in self._model.state_dict().items()}
+        tensors["table.keys"] = torch.from_numpy(self._rows.keys().copy())
+        tensors.update({f"table.{name}": table.weights.cpu().clone() for name, table in self._tables.items()})
+        return tensors
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of everything from which :meth:`load_state` goes on exactly."""
+        tensors = self.serving_state()
+        for name, table in self._tables.items():
+            tensors[f"accumulators.{name}"] = table.state()["accumulators"]
+        for index, moments in self._dense.state_dict()["state"].items():
+            for key, value in moments.items():
+                tensors[f"adam.{self._dense_names[index]}.{key}"] = value.cpu().clone()
+        tensors["step_number"] = torch.tensor(self.step_number)
+        return tensors
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state`: on the CPU, bit for bit as the learner that gave it (same number of threads).
+
+        Raises:
+            ValueError: A tensor is missing, unknown or of another shape: the state is of another schema or model.
+        """
+        try:
+            self._rows = IdRows(self.schema, state["table.keys"].numpy())
+            for name, table in self._tables.items():
+                table.load_state({"weights": state[f"table.{name}"], "accumulators": state[f"accumulators.{name}"]})
+            self._model.load_state_dict(_under("dense.", state))
+            self._load_adam(state)
+            self.step_number = int(state["step_number"])
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"learner state: of another schema or model configuration: {error}") from error
+
+    def _load_adam(self, state: Mapping[str, Tensor]) -> None:
+        adam = {
+            index: _under(f"adam.{name}.", state)
+            for index, name in enumerate(self._dense_names)
+            if f"adam.{name}.step" in state
+        }
+        self._dense.load_state_dict({"state": adam, "param_groups": self._dense.state_dict()["param_groups"]})
+
+    def _append_rows(self, start: int) -> None:
+        keys = self._rows.keys(start)
+        for name, table in self._tables.items():
+            scale = self.config.embedding_scale if name == "embedding" else 0.0
+            table.append(torch.from_numpy(uniform_rows(keys, table.columns, scale)))
+
+
+def _inputs(leaves: Mapping[str, Tensor], batch: RankBatch) -> FeatureInputs:
+    def cells(name: str) -> Tensor | None:
+        leaf_UC = leaves.get(name)
+        if leaf_UC is None:
+            return None
+        return leaf_UC.index_select(0, batch.cells_BW.view(-1)).view(*batch.cells_BW.shape, leaf_UC.shape[1])
+
+    return FeatureInputs(cells("embedding"), cells("wide"), batch.pool_BW, batch.numerics_BF)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,17 @@
+"""The linear ranker: the floor that the others must beat.
+
+Its scores come from the linear part of the feature layer alone. Letters: B instances, I input width.
+"""
+
+from torch import Tensor, nn
+
+from smes.ranker import RankerOutput
+
+
+class LinearRanker(nn.Module):
+    """Adds nothing to the linear part."""
+
+    output_dim = 0
+
+    def forward(self, x_BI: Tensor) -> RankerOutput:
+        return RankerOutput(tasks_BTH=None)

@@ -1,0 +1,50 @@
+"""What a ranker is to the model around it: the seam behind which SMES and its rivals stand.
+
+Letters: B instances, T tasks, E experts, I input width, H width of a task's representation.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingStats:
+    """What a ranker with experts tells about its routing.
+
+    Attributes:
+        active_B: int64, experts executed for each instance (|U|).
+        load_TE: int64, instances that each task sends to each expert.
+    """
+
+    active_B: Tensor
+    load_TE: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RankerOutput:
+    """One forward pass.
+
+    Attributes:
+        tasks_BTH: A representation per task, from which the task heads predict; None for a ranker that leaves
+            everything to the linear part.
+        auxiliary_loss: Scalar to add to the task losses; None for none.
+        stats: None for a ranker without experts.
+    """
+
+    tasks_BTH: Tensor | None
+    auxiliary_loss: Tensor | None = None
+    stats: RoutingStats | None = None
+
+
+class Ranker(Protocol):
+    """From an instance's features to a representation per task; a ``torch.nn.Module``.
+
+    Attributes:
+        output_dim: H; 0 for a ranker without representations.
+    """
+
+    output_dim: int
+
+    def __call__(self, x_BI: Tensor) -> RankerOutput: ...

@@ -1,0 +1,103 @@
+"""Progressive expert routing and its balance loss (SMES, arXiv 2602.09386).
+
+Letters: B instances, T tasks, E experts, K = K_s + K_a experts of one task, D width of the routed representation.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts each task of each instance uses, and how much of each.
+
+    Attributes:
+        experts_BTK: int64; the first K_s are the task-shared set S (the same for all tasks), the others A_t.
+        weights_BTK: p̃, renormalised over the task's own K experts; sums to 1.
+        probs_BTE: The full softmax, before selection.
+        num_shared: K_s.
+    """
+
+    experts_BTK: Tensor
+    weights_BTK: Tensor
+    probs_BTE: Tensor
+    num_shared: int
+
+
+class Router(nn.Module):
+    """One bias-free router per task over all E experts.
+
+    Args:
+        input_dim: D.
+        num_tasks: T.
+        num_experts: E.
+        rank: Width of a low-rank map ``D → rank → T·E`` (our answer to a router that costs more than the experts when
+            T·E is large); None for the plain linear map (bias-free: our choice).
+    """
+
+    def __init__(self, input_dim: int, num_tasks: int, num_experts: int, rank: int | None = None) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.num_experts = num_experts
+        self.down = nn.Linear(input_dim, rank, bias=False) if rank else nn.Identity()
+        self.up = nn.Linear(rank or input_dim, num_tasks * num_experts, bias=False)
+
+    def forward(self, h_BD: Tensor) -> Tensor:
+        """float32 logits z_BTE. Never in half precision: near-ties would be decided by rounding."""
+        with torch.autocast(h_BD.device.type, enabled=False):
+            z: Tensor = self.up(self.down(h_BD.float()))
+            return z.view(-1, self.num_tasks, self.num_experts)
+
+
+def route(z_BTE: Tensor, task_weights_T: Tensor, num_shared: int, num_adaptive: int) -> Routing:
+    """Select experts in SMES's two stages.
+
+    Stage I: ``s_e = Σ_t w_t p_te``, ``S = TopK(s, K_s)``. Stage II: ``A_t = TopK({z_te : e ∉ S}, K_a)``. Then
+    ``p̃_t = softmax(z_t restricted to S ∪ A_t)``. TopK gives exactly K experts, on ties as well, and passes no
+    gradient: routers learn through p̃ and the balance loss.
+
+    Args:
+        z_BTE: Router logits.
+        task_weights_T: w_t of stage I, summing to 1.
+        num_shared: K_s ≥ 0.
+        num_adaptive: K_a ≥ 0, with 1 ≤ K_s + K_a ≤ E.
+    """
+    B, T, _ = z_BTE.shape
+    probs_BTE = z_BTE.softmax(dim=-1)
+    demand_BE = torch.einsum("bte,t->be", probs_BTE.detach(), task_weights_T)
+    shared_BS = demand_BE.topk(num_shared, dim=-1).indices
+    rest_BTE = z_BTE.detach()
+    if num_shared:
+        taken_BE = torch.zeros_like(demand_BE, dtype=torch.bool).scatter_(1, shared_BS, True)
+        rest_BTE = rest_BTE.masked_fill(taken_BE.unsqueeze(1), float("-inf"))
+    adaptive_BTA = rest_BTE.topk(num_adaptive, dim=-1).indices
+    experts_BTK = torch.cat([shared_BS.unsqueeze(1).expand(B, T, num_shared), adaptive_BTA], dim=-1)
+    weights_BTK = z_BTE.gather(-1, experts_BTK).softmax(dim=-1)
+    return Routing(experts_BTK, weights_BTK, probs_BTE, num_shared)
+
+
+def expert_load(experts_BTK: Tensor, num_experts: int) -> Tensor:
+    """How many instances each task sends to each expert. int64 [T, E]."""
+    T = experts_BTK.shape[1]
+    offset_T = torch.arange(T, device=experts_BTK.device).mul_(num_experts).view(1, T, 1)
+    cells = (experts_BTK + offset_T).reshape(-1)
+    load = torch.zeros(T * num_experts, dtype=torch.int64, device=cells.device)
+    return load.scatter_add_(0, cells, torch.ones_like(cells)).view(T, num_experts)
+
+
+def balance_loss(routing: Routing, load_TE: Tensor) -> Tensor:
+    """Global multi-gate load balancing: ``L_lb = (E/K) Σ_e f̄_e p̄_e``, a scalar.
+
+    ``f̄_e`` is the share of (task, instance) pairs that use expert e (no gradient), ``p̄_e`` the mean probability before
+    selection, both over every task and instance of the mini-batch. An even load gives 1.
+
+    Args:
+        routing: Of the mini-batch.
+        load_TE: Its :func:`expert_load`.
+    """
+    B, T, K = routing.experts_BTK.shape
+    E = routing.probs_BTE.shape[-1]
+    used_E = load_TE.sum(dim=0).to(torch.float32) / (B * T)
+    return (E / K) * torch.dot(used_E, routing.probs_BTE.mean(dim=(0, 1)))

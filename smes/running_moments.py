@@ -1,0 +1,45 @@
+"""Mean and variance of columns over a stream, carried in the model's state. Letters: B instances, C columns."""
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningMoments(nn.Module):
+    """Mean and variance per column over the values seen so far (Chan et al.'s merge of batch moments, in float64).
+
+    Args:
+        columns: C.
+        horizon: From this many values on, old ones fade out exponentially, so that the figures follow a drift.
+    """
+
+    count_C: Tensor
+    mean_C: Tensor
+    variance_C: Tensor
+
+    def __init__(self, columns: int, horizon: float = 1e6) -> None:
+        super().__init__()
+        self._horizon = horizon
+        self.register_buffer("count_C", torch.zeros(columns, dtype=torch.float64))
+        self.register_buffer("mean_C", torch.zeros(columns, dtype=torch.float64))
+        self.register_buffer("variance_C", torch.ones(columns, dtype=torch.float64))
+
+    @torch.no_grad()
+    def observe(self, x_BC: Tensor, weight_BC: Tensor) -> None:
+        """Take in a batch; values of weight 0 are left out (they must be finite)."""
+        x_BC, weight_BC = x_BC.double(), weight_BC.double()
+        new_C = weight_BC.sum(dim=0)
+        mean_C = (x_BC * weight_BC).sum(dim=0) / new_C.clamp(min=1e-12)
+        variance_C = ((x_BC - mean_C).square() * weight_BC).sum(dim=0) / new_C.clamp(min=1e-12)
+        total_C = self.count_C + new_C
+        share_C = new_C / total_C.clamp(min=1e-12)
+        delta_C = mean_C - self.mean_C
+        # With nothing seen before, share is 1 and the variance 1 that stood in for "unknown" drops out.
+        merged_C = (1 - share_C) * self.variance_C + share_C * variance_C + share_C * (1 - share_C) * delta_C.square()
+        self.variance_C.copy_(merged_C)
+        self.mean_C.add_(share_C * delta_C)
+        self.count_C.copy_(total_C.clamp(max=self._horizon))
+
+    def standardise(self, x_BC: Tensor, clip: float) -> Tensor:
+        """``(x - mean) / std``, cut at ±``clip``. float32 [B, C]."""
+        scale_C = self.variance_C.clamp(min=1e-12).rsqrt()
+        return ((x_BC.double() - self.mean_C) * scale_C).clamp(-clip, clip).float()

@@ -1,0 +1,130 @@
+"""SMES: sparse mixture of experts with progressive routing (arXiv 2602.09386).
+
+Letters: B instances, T tasks, E experts, K = K_s + K_a experts of one task, I input width, D encoder width, H output
+width of an expert.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smes.dispatch import combine, dispatch
+from smes.experts import Experts, FullExperts
+from smes.ranker import RankerOutput, RoutingStats
+from smes.routing import Router, balance_loss, expert_load, route
+
+
+@dataclass(frozen=True)
+class SmesConfig:
+    """Shape of the SMES ranker. The paper publishes none of these figures: all defaults are ours.
+
+    Attributes:
+        num_experts: E, the common pool of all tasks.
+        num_shared: K_s, experts chosen per instance for all tasks together.
+        num_adaptive: K_a, experts that each task adds for itself.
+        encoder_dims: Widths of the shared encoder's layers (``SiLU(LayerNorm(Linear))``); multiples of 8.
+        expert_dims: Widths of an expert's layers; multiples of 8 (the GPU's grouped GEMM wants 16-byte rows).
+        experts: Form of an expert; ``full`` is the paper's.
+        router_rank: Width of a low-rank router; None for a linear one. Worth it above about 64 experts.
+        balance: β, the weight of the balance loss.
+        stage_one_weights: w_t of stage I per task, in the schema's order; None for 1/T each.
+    """
+
+    num_experts: int = 16
+    num_shared: int = 2
+    num_adaptive: int = 2
+    encoder_dims: tuple[int, ...] = (128,)
+    expert_dims: tuple[int, ...] = (64, 64)
+    experts: str = "full"
+    router_rank: int | None = None
+    balance: float = 1e-2
+    stage_one_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        per_task = self.num_shared + self.num_adaptive
+        if self.num_shared < 0 or self.num_adaptive < 0 or not 1 <= per_task <= self.num_experts:
+            raise ValueError(
+                f"smes: num_shared {self.num_shared} + num_adaptive {self.num_adaptive}, "
+                f"expected both ≥ 0 and 1 … num_experts ({self.num_experts}) together"
+            )
+        for name in ("encoder_dims", "expert_dims"):
+            dims = getattr(self, name)
+            if not dims or any(d < 8 or d % 8 for d in dims):
+                raise ValueError(f"smes.{name}: {list(dims)}, expected one or more positive multiples of 8")
+        if self.experts not in EXPERT_FORMS:
+            raise ValueError(f"smes.experts: {self.experts!r}, expected one of {sorted(EXPERT_FORMS)}")
+        if self.router_rank is not None and self.router_rank < 1:
+            raise ValueError(f"smes.router_rank: {self.router_rank}, expected at least 1, or none")
+        if self.balance < 0:
+            raise ValueError(f"smes.balance: {self.balance}, expected at least 0")
+
+
+def _full(config: SmesConfig) -> Experts:
+    return FullExperts(config.num_experts, config.encoder_dims[-1], config.expert_dims)
+
+
+EXPERT_FORMS: dict[str, Callable[[SmesConfig], Experts]] = {"full": _full}
+"""Forms of an expert by their name in the configuration; each builder returns a module."""
+
+
+class Encoder(nn.Module):
+    """The shared encoder: ``x ← SiLU(LayerNorm(Linear(x)))`` per layer. [B, I] → [B, D]."""
+
+    def __init__(self, input_dim: int, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [input_dim, *dims]
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(d_in, d_out, bias=False), nn.LayerNorm(d_out)) for d_in, d_out in pairwise(widths)
+        )
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        for layer in self.layers:
+            x_BI = F.silu(layer(x_BI))
+        return x_BI
+
+
+class SMES(nn.Module):
+    """The ranker of the paper: encoder → routing in two stages → experts, each once per instance → one h_t per task.
+
+    Args:
+        input_dim: I.
+        num_tasks: T.
+        config: Its shape.
+
+    Raises:
+        ValueError: ``stage_one_weights`` has another length than T, or no positive sum.
+    """
+
+    stage_one_weights_T: Tensor
+
+    def __init__(self, input_dim: int, num_tasks: int, config: SmesConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.output_dim = config.expert_dims[-1]
+        self.encoder = Encoder(input_dim, config.encoder_dims)
+        self.router = Router(config.encoder_dims[-1], num_tasks, config.num_experts, config.router_rank)
+        self.experts = EXPERT_FORMS[config.experts](config)
+        weights = torch.tensor(config.stage_one_weights or (1.0,) * num_tasks)
+        if len(weights) != num_tasks or bool((weights < 0).any()) or not float(weights.sum()) > 0:
+            raise ValueError(
+                f"smes.stage_one_weights: {weights.tolist()}, expected {num_tasks} weights ≥ 0, one > 0 at least"
+            )
+        self.register_buffer("stage_one_weights_T", weights / weights.sum(), persistent=False)
+
+    def forward(self, x_BI: Tensor) -> RankerOutput:
+        """Representations per task, the balance loss (times β) and the routing's figures, for B ≥ 1 instances."""
+        config = self.config
+        h_BD = self.encoder(x_BI)
+        routing = route(self.router(h_BD), self.stage_one_weights_T, config.num_shared, config.num_adaptive)
+        plan = dispatch(routing, trim=h_BD.device.type == "cpu")
+        tasks_BTH = combine(self.experts(h_BD, plan), routing.weights_BTK, plan)
+        load_TE = expert_load(routing.experts_BTK, config.num_experts)
+        return RankerOutput(
+            tasks_BTH=tasks_BTH,
+            auxiliary_loss=config.balance * balance_loss(routing, load_TE),
+            stats=RoutingStats(active_B=plan.active_B, load_TE=load_TE),
+        )
