@@ -109,6 +109,13 @@ class ExampleStream:
         self._last_news_s.update(dict.fromkeys(news, now_s))
         return [s for s, last_s in self._last_news_s.items() if now_s - last_s > self._config.idle_after_s]
 
+    def positions_by_topic(self) -> dict[str, dict[str, int]]:
+        """Topic → partition (decimal digits) → next record to read."""
+        topics: dict[str, dict[str, int]] = {}
+        for source, position in sorted(self.positions.items()):
+            topics.setdefault(source.topic, {})[str(source.partition)] = position
+        return topics
+
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays from which :meth:`load_state` goes on: positions and the assembler's state."""
         state = self.assembler.state()
