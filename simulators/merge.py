@@ -1,0 +1,77 @@
+"""Impressions and their delayed feedback as one stream in event-time order."""
+
+import heapq
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from simulators.feedback_delay import FeedbackTimes
+from simulators.log_reader import LogBlock, LogReader
+from smes.events import FeedbackBlock, ImpressionBlock
+from smes.schema import Schema
+
+
+class PendingFeedback:
+    """Feedback whose time has not come: a heap of runs, each in event-time order.
+
+    It holds what the impressions of the last attribution window brought, so its size is bounded by the window (or by
+    what the log's own feedback times say), not by the log.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[tuple[int, int, FeedbackBlock]] = []  # (time of its first event, tie-break, run)
+        self._pushed = 0
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, run: FeedbackBlock) -> None:
+        """Add events in event-time order."""
+        if len(run):
+            heapq.heappush(self._runs, (int(run.event_time_ms[0]), self._pushed, run))
+            self._pushed += 1
+            self._size += len(run)
+
+    def due(self, until_ms: int) -> FeedbackBlock:
+        """Remove and return all events up to and including ``until_ms``, in event-time order."""
+        due = [FeedbackBlock.empty()]
+        while self._runs and self._runs[0][0] <= until_ms:
+            _, _, run = heapq.heappop(self._runs)
+            count = int(np.searchsorted(run.event_time_ms, until_ms, side="right"))
+            due.append(run.take(slice(0, count)))
+            self._size -= len(run)
+            self.add(run.take(slice(count, None)))
+        events = FeedbackBlock.concat(due)
+        return events.take(np.argsort(events.event_time_ms, kind="stable"))
+
+
+def merge(
+    blocks: Iterable[LogBlock], times: FeedbackTimes, schema: Schema
+) -> Iterator[tuple[ImpressionBlock, FeedbackBlock]]:
+    """Pairs of consecutive stretches of event time: impressions, and the feedback that falls into the same stretch.
+
+    A stretch ends with its last impression, and feedback of exactly that time belongs to it. Both parts are in
+    event-time order. The last pair has no impressions, only what was still pending.
+    """
+    pending = PendingFeedback()
+    for block in blocks:
+        pending.add(times.feedback(block))
+        yield block.impressions, pending.due(int(block.impressions.event_time_ms[-1]))
+    if len(pending):
+        yield ImpressionBlock.empty(schema), pending.due(np.iinfo(np.int64).max)
+
+
+def replay_blocks(
+    reader: LogReader, seed: int = 0, *, rows_per_block: int = 8192, late_share: float = 0.0
+) -> Iterator[tuple[ImpressionBlock, FeedbackBlock]]:
+    """A log as the stream would bring it, in one process and at full speed; see :func:`merge`.
+
+    Args:
+        reader: The log.
+        seed: Of the feedback delays; the same seed gives the same delays as :class:`simulators.replay.Replayer`.
+        rows_per_block: Impressions a pair.
+        late_share: Share of the feedback that misses its window on purpose.
+    """
+    times = FeedbackTimes(reader.schema, reader.spec, seed, late_share)
+    return merge(reader.blocks(rows_per_block), times, reader.schema)
