@@ -35,7 +35,7 @@ class BlockStream:
         self._blocks = blocks
         self._read = 0
 
-    def poll(self, timeout_s: float) -> int:  # noqa: ARG002 - blocks never keep one waiting
+    def poll(self, timeout_s: float) -> int:
         """Take one pair of blocks; the number of events in it, 0 at the end."""
         pair = next(self._blocks, None)
         if pair is None:
