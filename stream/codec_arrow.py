@@ -42,6 +42,9 @@ _FEEDBACK_REQUIRED: dict[str, Code] = {
 # Least payload that a refused row may take in its letter, whatever else the record holds.
 _MIN_ROW_PAYLOAD = 512
 
+# Most characters of a text that a refused row's letter keeps: no good row holds more than the name of a task.
+_MAX_TEXT = 1_000
+
 
 @dataclass(frozen=True, slots=True)
 class _Part:
@@ -272,8 +275,9 @@ def _absent_if_nan(value: Any) -> Any:
 
 
 def _plain(scalar: Any) -> Any:
-    """A cell as plain data; a type that has no plain form as text."""
+    """A cell as plain data, long text cut; a type that has no plain form as text."""
     try:
-        return scalar.as_py()
+        value = scalar.as_py()
     except (pa.ArrowException, ValueError, OverflowError, TypeError):
         return f"<{scalar.type!s:.60}>"
+    return value[:_MAX_TEXT] if isinstance(value, str | bytes) else value

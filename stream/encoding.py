@@ -93,9 +93,10 @@ def require_finite(name: str, values: F32) -> None:
     Raises:
         ValueError: There is one; its row is named.
     """
-    rows = np.flatnonzero(np.isinf(values).reshape(len(values), -1).any(axis=1))
-    if len(rows):
-        raise ValueError(f"{name}: expected finite numbers (NaN where absent), came an infinity in row {rows[0]}")
+    infinite = np.argwhere(np.isinf(values))
+    if len(infinite):
+        row = infinite[0, 0]
+        raise ValueError(f"{name}: expected finite numbers (NaN where absent), came an infinity in row {row}")
 
 
 def _present(names: list[str], values: F32) -> dict[str, float]:

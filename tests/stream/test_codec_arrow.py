@@ -1,0 +1,523 @@
+"""The Arrow wire form: round trips, routing, columns of every make, bad rows, damage; and agreement with JSON."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smes.events import FeedbackBlock, ImpressionBlock
+from smes.schema import MISSING, Feature, Schema, Task
+from stream.codec import decode, encode_feedback, encode_impressions
+from stream.log import Headers, Record
+from stream.partitioner import partition_of
+
+ARRIVAL_MS = 1_700_000_000_000
+MakeRecord = Callable[..., Record]
+
+
+def _ipc(columns: dict[str, Any], *, batch_rows: int = 1000, **options: Any) -> bytes:
+    table = pa.table(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table, max_chunksize=batch_rows)
+    encoded: bytes = sink.getvalue().to_pybytes()
+    return encoded
+
+
+def _required(n: int) -> dict[str, Any]:
+    """The required columns of ``n`` good impressions with ids 1 … n."""
+    ids = pa.array(np.arange(1, n + 1))
+    return {"impression_id": ids, "user_id": ids, "item_id": ids, "event_time_ms": pa.array([ARRIVAL_MS] * n)}
+
+
+def _random_impressions(schema: Schema, n: int, seed: int) -> ImpressionBlock:
+    rng = np.random.default_rng(seed)
+    block = ImpressionBlock.empty(schema, n)
+    block.impression_id[:] = rng.integers(-(2**62), 2**62, n)
+    block.event_time_ms[:] = ARRIVAL_MS - rng.integers(0, 10_000, n)
+    block.ids[:] = rng.integers(-(2**62), 2**62, block.ids.shape)
+    block.ids[:, 2][rng.random(n) < 0.3] = MISSING
+    lengths = rng.integers(0, 4, n)
+    block.ids[:, 3:6][np.arange(3) >= lengths[:, None]] = MISSING
+    block.numerics[:] = rng.normal(size=block.numerics.shape)
+    block.numerics[rng.random(block.numerics.shape) < 0.3] = np.nan
+    block.request_id[::2] = 77
+    served = rng.random(n) < 0.5
+    block.served_version[served] = 12
+    block.served_scores[served] = rng.random((served.sum(), schema.num_tasks))
+    block.served_scores[rng.random(block.served_scores.shape) < 0.2] = np.nan
+    return block
+
+
+def _assert_same_events(got: Any, expected: Any) -> None:
+    for name, column in expected.arrays().items():
+        if name not in ("partition", "offset", "arrival_ms"):
+            np.testing.assert_array_equal(got.arrays()[name], column, err_msg=name)
+
+
+@pytest.mark.parametrize("codec", ["json", "arrow"])
+@pytest.mark.parametrize("n", [0, 1, 200])
+def test_impressions_survive_the_round_trip_in_their_partitions(
+    codec: Any, n: int, wire_schema: Schema, as_record: MakeRecord
+) -> None:
+    block = _random_impressions(wire_schema, n, seed=3)
+    outs = encode_impressions(block, wire_schema, codec, 3)
+    assert len(outs) == (n if codec == "json" else len(set(partition_of(block.impression_id, 3).tolist())))
+    records = [
+        as_record("impressions", out.value, offset, out.headers, out.partition) for offset, out in enumerate(outs)
+    ]
+    records.sort(key=lambda record: record.partition)
+    decoded = decode(records, wire_schema)
+    assert decoded.dead == []
+    assert decoded.unknown_fields == 0
+    expected = block.take(np.argsort(partition_of(block.impression_id, 3), kind="stable"))
+    _assert_same_events(decoded.impressions, expected)
+    np.testing.assert_array_equal(decoded.impressions.partition, partition_of(expected.impression_id, 3))
+
+
+@pytest.mark.parametrize("codec", ["json", "arrow"])
+def test_feedback_survives_the_round_trip_and_follows_its_impression(
+    codec: Any, wire_schema: Schema, as_record: MakeRecord
+) -> None:
+    rng = np.random.default_rng(0)
+    block = FeedbackBlock.empty(300)
+    block.impression_id[:] = rng.integers(0, 50, 300)
+    block.event_time_ms[:] = ARRIVAL_MS - rng.integers(0, 10_000, 300)
+    block.task[:] = rng.integers(0, 3, 300)
+    block.value[:] = np.where(block.task == 2, rng.random(300) * 5, rng.integers(0, 2, 300))
+    outs = encode_feedback(block, wire_schema, codec, 4)
+    records = sorted(
+        (as_record("feedback", out.value, i, out.headers, out.partition) for i, out in enumerate(outs)),
+        key=lambda record: record.partition,
+    )
+    decoded = decode(records, wire_schema)
+    assert decoded.dead == []
+    _assert_same_events(decoded.feedback, block.take(np.argsort(partition_of(block.impression_id, 4), kind="stable")))
+    np.testing.assert_array_equal(decoded.feedback.partition, partition_of(decoded.feedback.impression_id, 4))
+
+
+def test_rows_come_in_record_order_when_codecs_alternate(wire_schema: Schema, as_record: MakeRecord) -> None:
+    records: list[Record] = []
+    expected: list[int] = []
+    for i, codec in enumerate(["json", "arrow", "arrow", "json"]):
+        block = _random_impressions(wire_schema, 3, seed=i)
+        expected += block.impression_id.tolist()
+        for out in encode_impressions(block, wire_schema, "json" if codec == "json" else "arrow", 1):
+            records.append(as_record("impressions", out.value, len(records), out.headers))
+    assert decode(records, wire_schema).impressions.impression_id.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        (pa.array([1, None, -3], pa.int8()), [1, MISSING, -3]),
+        (pa.array([1, None, 2**32 - 1], pa.uint32()), [1, MISSING, 2**32 - 1]),
+        (pa.array([2**63 - 1, None, 0], pa.uint64()), [2**63 - 1, MISSING, 0]),
+        (pa.array([9, None, 9]).dictionary_encode(), [9, MISSING, 9]),
+        (pa.array([9, 1, None, 5]).slice(1), [1, MISSING, 5]),
+        (pa.nulls(3), [MISSING] * 3),
+    ],
+)
+def test_id_columns_of_any_integer_type_are_read(
+    column: Any, expected: list[int], wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    value = _ipc(_required(3) | {"features.tab": column})
+    decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+    assert decoded.impressions.ids[:, 2].tolist() == expected
+    assert decoded.dead == []
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[0], [1, 2, 3, 4], None, []]).slice(1),
+        pa.array([[1, 2, 3, 4], None, []], pa.large_list(pa.int32())),
+        # A null bag that still owns elements, which must not be read.
+        pa.ListArray.from_arrays(
+            pa.array([0, 4, 6, 6], pa.int32()), pa.array([1, 2, 3, 4, 8, None]), mask=pa.array([False, True, False])
+        ),
+    ],
+)
+def test_bags_are_cut_and_null_bags_are_empty(
+    column: Any, wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    value = _ipc(_required(3) | {"features.tags": column})
+    decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+    assert decoded.dead == []
+    assert decoded.impressions.ids[:, 3:6].tolist() == [[1, 2, 3], [MISSING] * 3, [MISSING] * 3]
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[0.5, 0.25, None], None], pa.list_(pa.float32(), 3)),
+        pa.array([[9, 9, 9], [0.5, 0.25, None], None], pa.list_(pa.float64(), 3)).slice(1),
+        pa.array([[0.5, 0.25, None], None], pa.list_(pa.float64())),
+    ],
+)
+def test_served_scores_are_read_from_any_list_of_numbers(
+    column: Any, wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    value = _ipc(_required(2) | {"served_scores": column, "served_version": pa.array([4, None])})
+    block = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema).impressions
+    nan = np.nan
+    np.testing.assert_array_equal(block.served_scores, np.array([[0.5, 0.25, nan], [nan, nan, nan]], np.float32))
+    assert block.served_version.tolist() == [4, MISSING]
+
+
+@pytest.mark.parametrize(
+    ("column", "name", "code", "field", "words"),
+    [
+        (pa.array([1, MISSING, 3]), "features.tab", "bad_id", "features.tab", "null sentinel"),
+        (pa.array([1, MISSING, None]), "features.tab", "bad_id", "features.tab", "null sentinel"),
+        (pa.array([1, 2**63, 3], pa.uint64()), "features.tab", "bad_id", "features.tab", "came 9223372036854775808"),
+        (pa.array([None, 1.0, None]), "features.tab", "bad_id", "features.tab", "expected an integer, came 1.0"),
+        (pa.array([None, "x", None]), "features.tab", "bad_id", "features.tab", "expected an integer, came 'x'"),
+        (pa.array([None, True, None]), "features.tab", "bad_id", "features.tab", "came True"),
+        (pa.array([[1], [2, None], []]), "features.tags", "bad_id", "features.tags", "position 1, came null"),
+        (pa.array([[1], [2, 3, 4, MISSING], []]), "features.tags", "bad_id", "features.tags", "null sentinel"),
+        (pa.array([[], [1.5], None]), "features.tags", "bad_id", "features.tags", "came 1.5"),
+        (pa.array([None, 3, None]), "features.tags", "bad_type", "features.tags", "array of integers, came 3"),
+        (pa.array([1, np.inf, np.nan]), "features.price", "bad_number", "features.price", "came inf"),
+        (pa.array([1, -1e39, None]), "features.age", "bad_number", "features.age", "came -1e+39"),
+        (pa.array([None, "a", None]), "features.age", "bad_number", "features.age", "came 'a'"),
+        (pa.array([None, 0.5, None]), "request_id", "bad_id", "request_id", "came 0.5"),
+        (pa.array([3, MISSING, None]), "served_version", "bad_id", "served.version", "null sentinel"),
+        (
+            pa.array([None, [0, np.inf, 1], None], pa.list_(pa.float32(), 3)),
+            "served_scores",
+            "bad_number",
+            "served.scores.like",
+            "came inf",
+        ),
+        (pa.array([None, [0.5], None]), "served_scores", "bad_type", "served.scores", "a score per task, came [0.5]"),
+        (pa.array([1, None, 3]), "user_id", "missing_field", "user_id", "expected an integer, came null"),
+        (pa.array([1, MISSING, 3]), "item_id", "bad_id", "item_id", "null sentinel"),
+        (pa.array([1, 0, 3]), "event_time_ms", "bad_time", "event_time_ms", "came 0"),
+        (pa.array([1, MISSING, 3]), "event_time_ms", "bad_time", "event_time_ms", "positive"),
+        (pa.array([1, None, 3]), "event_time_ms", "missing_field", "event_time_ms", "came null"),
+        (pa.array([1, ARRIVAL_MS + 300_001, 3]), "event_time_ms", "future_time", "event_time_ms", "300001 ms after"),
+    ],
+)
+@pytest.mark.parametrize("batch_rows", [1, 1000])
+def test_a_bad_row_is_refused_alone_and_says_why(
+    column: Any,
+    name: str,
+    code: str,
+    field: str,
+    words: str,
+    batch_rows: int,
+    wire_schema: Schema,
+    as_record: MakeRecord,
+    arrow_headers: Headers,
+) -> None:
+    value = _ipc(_required(3) | {name: column}, batch_rows=batch_rows)
+    decoded = decode([as_record("impressions", value, offset=6, headers=arrow_headers)], wire_schema)
+    assert decoded.impressions.impression_id.tolist() == [1, 3]
+    [letter] = decoded.dead
+    assert (letter.offset, letter.row, letter.code, letter.field, letter.events) == (6, 1, code, field, 1)
+    assert words in letter.reason
+    assert json.loads(letter.payload)["impression_id"] == 2
+    assert (decoded.dead_impressions, decoded.dead_feedback) == (1, 0)
+
+
+def _feedback(n: int) -> dict[str, Any]:
+    return {
+        "impression_id": pa.array(np.arange(1, n + 1)),
+        "event_time_ms": pa.array([ARRIVAL_MS] * n),
+        "task": pa.array(["click"] * n),
+        "value": pa.array([1.0] * n, pa.float32()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("column", "name", "code", "words"),
+    [
+        (pa.array(["like", "klick", "click"]), "task", "unknown_task", "came 'klick'"),
+        (pa.array(["like", "klick", "click"]).dictionary_encode(), "task", "unknown_task", "came 'klick'"),
+        (pa.array(["like", None, "click"], pa.large_string()), "task", "missing_field", "came null"),
+        (pa.array(["like", None, "click"]).dictionary_encode(), "task", "missing_field", "came null"),
+        (pa.array([1, 0.5, 0], pa.float32()), "value", "label_range", "0 or 1"),
+        (pa.array([1, 2, 0]), "value", "label_range", "came 2"),
+        (pa.array([1, np.nan, 0], pa.float32()), "value", "label_range", "came nan"),
+        (pa.array([1, 1.0000000001, 0]), "value", "label_range", "came 1.0000000001"),
+        (pa.array([1, None, 0], pa.float32()), "value", "missing_field", "came null"),
+        (pa.array([1, None, 3]), "impression_id", "missing_field", "came null"),
+    ],
+)
+def test_a_bad_feedback_row_is_refused_alone_and_says_why(
+    column: Any,
+    name: str,
+    code: str,
+    words: str,
+    wire_schema: Schema,
+    as_record: MakeRecord,
+    arrow_headers: Headers,
+) -> None:
+    value = _ipc(_feedback(3) | {name: column})
+    decoded = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema)
+    assert decoded.feedback.impression_id.tolist() == [1, 3]
+    [letter] = decoded.dead
+    assert (letter.row, letter.code, letter.field) == (1, code, name)
+    assert words in letter.reason
+    assert decoded.dead_feedback == 1
+
+
+def test_tasks_are_told_by_name_whatever_the_producers_numbering(
+    wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    names = pa.array(["rating", "click", "like"])
+    task = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 0], pa.uint8()), names)
+    value = _ipc(_feedback(4) | {"task": task})
+    decoded = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema)
+    assert decoded.feedback.task.tolist() == [2, 0, 1, 2]
+
+
+def test_a_regression_label_at_a_bound_that_float32_cannot_hold(as_record: MakeRecord) -> None:
+    schema = Schema("edge", (Task("watch", "regression", max_value=0.1),))
+    block = FeedbackBlock.empty(1)
+    block.event_time_ms[:] = ARRIVAL_MS
+    block.value[:] = 0.1
+    assert float(block.value[0]) > 0.1
+    for out in encode_feedback(block, schema, "arrow", 1) + encode_feedback(block, schema, "json", 1):
+        assert len(decode([as_record("feedback", out.value, headers=out.headers)], schema).feedback) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"event_time_ms": None}, "missing_field", "event_time_ms: expected a column, came no such column"),
+        ({"user_id": pa.nulls(5)}, "missing_field", "came a column of nulls"),
+        ({"impression_id": pa.array(["1"] * 5)}, "bad_id", "expected an int64 column, came string"),
+        ({"event_time_ms": pa.array([1.0] * 5)}, "bad_time", "expected an int64 column, came double"),
+    ],
+)
+def test_a_required_column_that_no_row_can_use_refuses_the_record_with_all_its_rows(
+    change: dict[str, Any],
+    code: str,
+    words: str,
+    wire_schema: Schema,
+    as_record: MakeRecord,
+    arrow_headers: Headers,
+) -> None:
+    columns = {name: column for name, column in (_required(5) | change).items() if column is not None}
+    value = _ipc(columns, batch_rows=2)
+    decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+    [letter] = decoded.dead
+    assert (letter.code, letter.row, letter.events, letter.payload) == (code, None, 5, value)
+    assert words in letter.reason
+    assert decoded.dead_impressions == 5
+    assert len(decoded.impressions) == 0
+
+
+def test_a_row_count_that_the_bytes_cannot_hold_counts_as_one(
+    wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    value = _ipc({"impression_id": pa.nulls(10**9)}, batch_rows=10**9)
+    decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+    assert decoded.dead_impressions == 1
+
+
+def test_unknown_columns_are_kept_out_and_counted_per_good_row(
+    wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    columns = _required(3) | {"features.colour": pa.array([1, 2, 3]), "x": pa.array(["a", "b", None])}
+    columns["event_time_ms"] = pa.array([1, 0, 1])
+    decoded = decode([as_record("impressions", _ipc(columns), headers=arrow_headers)], wire_schema)
+    assert decoded.unknown_fields == 4
+    assert decoded.impressions.impression_id.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda value: b"", "end-of-stream"),
+        (lambda value: value[:-8], "end-of-stream"),
+        (lambda value: value[len(value) // 2 :], "expected an Arrow IPC stream"),
+        (lambda value: b"{}" + value[-8:], "expected an Arrow IPC stream"),
+    ],
+)
+def test_a_damaged_stream_is_one_letter_and_counts_as_one(
+    spoil: Callable[[bytes], bytes],
+    words: str,
+    wire_schema: Schema,
+    as_record: MakeRecord,
+    arrow_headers: Headers,
+) -> None:
+    good = _ipc(_required(3))
+    records = [as_record("impressions", v, i, arrow_headers) for i, v in enumerate([spoil(good), good])]
+    decoded = decode(records, wire_schema)
+    [letter] = decoded.dead
+    assert (letter.code, letter.offset, letter.row) == ("unparsable", 0, None)
+    assert words in letter.reason
+    assert decoded.dead_impressions == 1
+    assert decoded.impressions.offset.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_a_compressed_stream_is_refused(
+    compression: str, dictionary: bool, wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    columns = _feedback(100)
+    if dictionary:
+        columns["task"] = columns["task"].dictionary_encode()
+    value = _ipc(columns, compression=compression)
+    [letter] = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema).dead
+    assert "uncompressed" in letter.reason
+
+
+def test_offsets_that_leave_their_buffer_are_damage(
+    wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    good = _ipc(_required(3) | {"features.tags": pa.array([[1], [2], [3]])})
+    offsets, beyond = np.array([0, 1, 2, 3], np.int32).tobytes(), np.array([0, 4_000_000, 2, 3], np.int32).tobytes()
+    assert good.count(offsets) == 1
+    value = good.replace(offsets, beyond)
+    decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+    assert [(letter.code, letter.field) for letter in decoded.dead] == [("unparsable", "features.tags")]
+    assert decoded.dead_impressions == 3
+
+
+def test_letters_stay_small_when_one_long_string_is_repeated_in_every_row(
+    wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    rows, text = 2_000, "x" * 500_000
+    task = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([text]))
+    value = _ipc(_feedback(rows) | {"task": task}, batch_rows=rows)
+    decoded = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema)
+    assert decoded.dead_feedback == len(decoded.dead) == rows
+    assert sum(len(letter.payload) + len(letter.reason) for letter in decoded.dead) < 6 * len(value)
+
+
+# Agreement: the same rows, once as JSON and once as Arrow, have the same fate.
+
+IDS = st.none() | st.integers(-5, 5) | st.sampled_from([MISSING, 2**63 - 1])
+FLOATS = st.none() | st.floats(-10, 10, width=32) | st.sampled_from([1e39, -3.4e38, 0.0])
+OPTIONAL_IDS = st.sampled_from(
+    [
+        (pa.int64(), IDS),
+        (pa.uint64(), st.none() | st.sampled_from([0, 2**63 - 1, 2**63])),
+        (pa.float64(), st.none() | st.sampled_from([1.0, 2.5])),
+        (pa.string(), st.none() | st.sampled_from(["", "1", "x"])),
+        (pa.bool_(), st.none() | st.booleans()),
+    ]
+)
+NUMBERS = st.sampled_from([(pa.float64(), FLOATS), (pa.int32(), st.none() | st.integers(-9, 9)), (pa.string(), IDS)])
+BAGS = st.sampled_from(
+    [
+        (pa.list_(pa.int64()), st.none() | st.lists(IDS, max_size=5)),
+        (pa.list_(pa.float64()), st.none() | st.lists(st.just(1.5), max_size=2)),
+        (pa.int64(), IDS),
+    ]
+)
+TIMES = st.none() | st.sampled_from([0, -1, 1, ARRIVAL_MS, ARRIVAL_MS + 300_000, ARRIVAL_MS + 300_001])
+
+
+@st.composite
+def _column(draw: st.DrawFn, kinds: st.SearchStrategy[Any], n: int) -> Any:
+    kind, values = draw(kinds)
+    column = draw(st.lists(values, min_size=n, max_size=n))
+    if kind == pa.string():
+        column = [None if v is None else str(v) for v in column]
+    return pa.array(column, kind)
+
+
+@st.composite
+def impression_columns(draw: st.DrawFn) -> dict[str, Any]:
+    n = draw(st.integers(1, 6))
+    required = {name: (pa.int64(), IDS) for name in ("impression_id", "user_id", "item_id")}
+    required["event_time_ms"] = (pa.int64(), TIMES)
+    optional = {
+        "request_id": OPTIONAL_IDS,
+        "features.tab": OPTIONAL_IDS,
+        "features.tags": BAGS,
+        "features.price": NUMBERS,
+        "served_version": OPTIONAL_IDS,
+        "features.unknown": OPTIONAL_IDS,
+    }
+    columns = {name: draw(_column(st.just(kind), n)) for name, kind in required.items()}
+    for name, kinds in optional.items():
+        if draw(st.booleans()):
+            columns[name] = draw(_column(kinds, n))
+    return columns
+
+
+def _json_event(row: dict[str, Any]) -> dict[str, Any]:
+    event = {name: value for name, value in row.items() if not name.startswith(("features.", "served_"))}
+    event["features"] = {name[9:]: value for name, value in row.items() if name.startswith("features.")}
+    event["served"] = {"version": row.get("served_version")}
+    return event
+
+
+def _fates(letters: list[Any], *, arrow: bool) -> list[tuple[Any, ...]]:
+    return sorted(
+        (letter.row if arrow else letter.offset, letter.code, letter.field or "", letter.reason) for letter in letters
+    )
+
+
+def _naive_ids(event: dict[str, Any]) -> list[int]:
+    """One row of ``ids`` for ``wire_schema``, by hand."""
+    features = event["features"]
+    bag = (features.get("tags") or [])[:3]
+    values = [event["user_id"], event["item_id"], features.get("tab"), *bag, *[None] * (3 - len(bag)), None]
+    return [MISSING if v is None else v for v in values]
+
+
+@given(columns=impression_columns())
+def test_json_and_arrow_agree_on_impressions(
+    columns: dict[str, Any], wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    rows = [_json_event(row) for row in pa.table(columns).to_pylist()]
+    by_arrow = decode([as_record("impressions", _ipc(columns), headers=arrow_headers)], wire_schema)
+    by_json = decode(
+        [as_record("impressions", json.dumps(row).encode(), offset) for offset, row in enumerate(rows)], wire_schema
+    )
+    assert _fates(by_json.dead, arrow=False) == _fates(by_arrow.dead, arrow=True)
+    assert by_json.unknown_fields == by_arrow.unknown_fields
+    assert len(by_json.impressions) + by_json.dead_impressions == len(rows)
+    _assert_same_events(by_arrow.impressions, by_json.impressions)
+    survivors = [rows[offset] for offset in by_json.impressions.offset.tolist()]
+    assert by_json.impressions.ids.tolist() == [_naive_ids(row) for row in survivors]
+
+
+@given(data=st.data(), n=st.integers(1, 8))
+def test_json_and_arrow_agree_on_feedback(
+    data: st.DataObject, n: int, wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    kinds = {
+        "impression_id": (pa.int64(), IDS),
+        "event_time_ms": (pa.int64(), TIMES),
+        "task": (pa.string(), st.none() | st.sampled_from(["click", "like", "rating", "klick", ""])),
+        "value": (pa.float64(), st.none() | st.sampled_from([0.0, 1.0, 0.5, 5.0, 5.1, -0.1, 1e39, 1 + 1e-12])),
+    }
+    columns = {name: data.draw(_column(st.just(kind), n)) for name, kind in kinds.items()}
+    rows = pa.table(columns).to_pylist()
+    if data.draw(st.booleans()):
+        columns["task"] = columns["task"].dictionary_encode()
+    by_arrow = decode([as_record("feedback", _ipc(columns), headers=arrow_headers)], wire_schema)
+    by_json = decode(
+        [as_record("feedback", json.dumps(row).encode(), offset) for offset, row in enumerate(rows)], wire_schema
+    )
+    assert _fates(by_json.dead, arrow=False) == _fates(by_arrow.dead, arrow=True)
+    assert len(by_json.feedback) + by_json.dead_feedback == n
+    _assert_same_events(by_arrow.feedback, by_json.feedback)
+
+
+def test_a_schema_without_features_or_numbers(as_record: MakeRecord) -> None:
+    schema = Schema("bare", (Task("click"),), (Feature("user_id", source="user", dim=4),))
+    block = ImpressionBlock.empty(schema, 2)
+    block.event_time_ms[:] = ARRIVAL_MS
+    block.ids[:] = [[1, 2], [3, 4]]
+    for out in encode_impressions(block, schema, "arrow", 1):
+        record = as_record("impressions", out.value, headers=out.headers)
+        assert decode([record], schema).impressions.ids.tolist() == [[1, 2], [3, 4]]
+    json_records = [
+        as_record("impressions", o.value, headers=o.headers) for o in encode_impressions(block, schema, "json", 1)
+    ]
+    assert decode(json_records, schema).impressions.ids.tolist() == [[1, 2], [3, 4]]

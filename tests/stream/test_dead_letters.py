@@ -1,0 +1,84 @@
+"""The dead-letter topic: what a letter says there, how large it gets, and what is counted."""
+
+import base64
+import json
+
+import pytest
+
+from smes.errors import EventLogError
+from smes.schema import Schema
+from stream.codec import decode
+from stream.dead_letters import MAX_PAYLOAD_BYTES, DeadLetter, DeadLetterWriter
+from stream.log import OutRecord, Record, TopicPartition
+from stream.memory_log import InMemoryLog
+from stream.topics import DEAD_LETTERS, IMPRESSIONS
+from stream.validation import Problem
+
+
+def _letter(payload: bytes = b"x", *, code: str = "bad_id", partition: int = 0, events: int = 1) -> DeadLetter:
+    record = Record("feedback", partition, 17, payload, (), 1)
+    problem = Problem("bad_id" if code == "bad_id" else "unparsable", "expected an integer, came 'ü'", "item_id")
+    return DeadLetter.of_record(record, problem, events=events)
+
+
+def _written(log: InMemoryLog, partition: int = 0) -> list[Record]:
+    return log.read({TopicPartition(DEAD_LETTERS, partition): 0}, max_records=100, timeout_s=1.0).records
+
+
+def test_a_refused_record_can_be_found_again_from_its_letter(wire_schema: Schema) -> None:
+    log = InMemoryLog(now_ms=lambda: 5)
+    writer = DeadLetterWriter(log)
+    log.ensure_topic(IMPRESSIONS, 2)
+    log.append(IMPRESSIONS, [OutRecord(b"{}", (), 1), OutRecord(b"\xff\x00", (), 1)])
+    read = log.read({TopicPartition(IMPRESSIONS, 1): 0}, max_records=10, timeout_s=1.0).records
+    writer.write(decode(read, wire_schema).dead)
+    first, second = (json.loads(record.value) for record in _written(log))
+    assert {key: first[key] for key in ("topic", "partition", "offset", "row", "code", "field", "events")} == {
+        "topic": "impressions",
+        "partition": 1,
+        "offset": 0,
+        "row": None,
+        "code": "missing_field",
+        "field": "impression_id",
+        "events": 1,
+    }
+    assert first["reason"] == "impression_id: expected an integer, came nothing"
+    assert base64.b64decode(second["payload"]) == read[second["offset"]].value == b"\xff\x00"
+    assert (second["payload_bytes"], second["payload_truncated"]) == (2, False)
+
+
+@pytest.mark.parametrize(("extra", "truncated"), [(0, False), (1, True)])
+def test_a_payload_beyond_the_limit_is_cut_and_flagged(extra: int, truncated: bool) -> None:
+    payload = bytes(range(256)) * (MAX_PAYLOAD_BYTES // 256) + b"y" * extra
+    written = json.loads(_letter(payload).to_json())
+    assert base64.b64decode(written["payload"]) == payload[:MAX_PAYLOAD_BYTES]
+    assert (written["payload_bytes"], written["payload_truncated"]) == (len(payload), truncated)
+
+
+def test_events_are_counted_by_topic_and_code() -> None:
+    writer = DeadLetterWriter(InMemoryLog())
+    assert dict(writer.counts) == {}
+    writer.write([_letter(), _letter(events=40), _letter(code="unparsable")])
+    writer.write([])
+    writer.write([_letter()])
+    assert dict(writer.counts) == {("feedback", "bad_id"): 42, ("feedback", "unparsable"): 1}
+
+
+def test_letters_are_spread_by_the_partition_they_came_from() -> None:
+    log = InMemoryLog()
+    writer = DeadLetterWriter(log, partitions=2)
+    writer.write([_letter(partition=p) for p in range(5)])
+    assert [json.loads(r.value)["partition"] for r in _written(log, 0)] == [0, 2, 4]
+    assert [json.loads(r.value)["partition"] for r in _written(log, 1)] == [1, 3]
+    assert _written(log, 0)[0].headers == (("codec", b"json"),)
+
+
+def test_nothing_is_counted_that_the_log_did_not_take() -> None:
+    class Refusing(InMemoryLog):
+        def append(self, topic: str, records: object) -> None:
+            raise EventLogError(f"{topic}: no")
+
+    writer = DeadLetterWriter(Refusing())
+    with pytest.raises(EventLogError):
+        writer.write([_letter()])
+    assert dict(writer.counts) == {}
