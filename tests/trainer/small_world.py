@@ -1,0 +1,84 @@
+"""A small world on an in-memory log, and trainers over it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from smes.events import FeedbackBlock, ImpressionBlock
+from smes.learner import Learner
+from smes.model import ModelConfig
+from smes.optim import OptimizerConfig
+from smes.schema import Feature, Schema, Task
+from smes.serving import ServingModel
+from smes.smes_ranker import SmesConfig
+from stream.codec import encode_feedback, encode_impressions
+from stream.dead_letters import DeadLetterWriter
+from stream.example_stream import ExampleStream, StreamConfig
+from stream.join import JoinConfig
+from stream.log import EventLog
+from stream.memory_log import InMemoryLog
+from stream.mini_batch import MiniBatchConfig
+from stream.topics import FEEDBACK, IMPRESSIONS
+from trainer.checkpoint import CheckpointDirectory
+from trainer.evaluation import EvaluationConfig, ProgressiveEvaluation
+from trainer.schedule import Flags
+from trainer.trainer import Trainer
+
+SCHEMA = Schema(
+    name="small",
+    features=(Feature("tab"), Feature("tags", kind="bag", max_length=3), Feature("price", kind="numeric")),
+    tasks=(Task("click", window_s=5), Task("like", window_s=10), Task("watch", kind="regression", window_s=8)),
+)
+MODEL = ModelConfig(embedding_dim=8, smes=SmesConfig(num_experts=4, num_shared=1, num_adaptive=1, encoder_dims=(16,)))
+START_MS = 1_700_000_000_000
+
+
+def fill(log: EventLog, n: int, seed: int = 0, partitions: int = 2) -> None:
+    """``n`` impressions, 10 ms apart, and feedback that depends on user, item and tab."""
+    rng = np.random.default_rng(seed)
+    impressions = ImpressionBlock.empty(SCHEMA, n)
+    impressions.impression_id[:] = np.arange(n)
+    impressions.event_time_ms[:] = START_MS + 10 * np.arange(n)
+    impressions.ids[:, 0] = rng.integers(0, 40, n)
+    impressions.ids[:, 1] = rng.integers(0, 60, n)
+    impressions.ids[:, 2] = rng.integers(0, 3, n)
+    impressions.ids[:, 3:5] = rng.integers(0, 9, (n, 2))
+    impressions.numerics[:, 0] = rng.normal(size=n)
+    logit = (impressions.ids[:, 0] % 5 + impressions.ids[:, 1] % 3) / 2 - 2
+    positive = rng.random((n, 2)) < (1 / (1 + np.exp(-logit)))[:, None] * np.array([1, 0.3])
+    rows, tasks = np.nonzero(np.c_[positive, rng.random(n) < 0.8])
+    feedback = FeedbackBlock.empty(len(rows))
+    feedback.impression_id[:] = rows
+    feedback.task[:] = tasks
+    feedback.value[:] = np.where(tasks == 2, rng.exponential(9, len(rows)), 1)
+    feedback.event_time_ms[:] = impressions.event_time_ms[rows] + rng.integers(1, 4000, len(rows))
+    feedback = feedback.take(np.argsort(feedback.event_time_ms, kind="stable"))
+    log.append(IMPRESSIONS, encode_impressions(impressions, SCHEMA, "json", partitions))
+    log.append(FEEDBACK, encode_feedback(feedback, SCHEMA, "json", partitions))
+
+
+def open_log() -> InMemoryLog:
+    """Empty, with two partitions a topic."""
+    log = InMemoryLog()
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, 2)
+    return log
+
+
+def make_trainer(log: EventLog, checkpoints: Path | None) -> Trainer:
+    """A trainer that has trained on nothing yet."""
+    learner = Learner(SCHEMA, MODEL, OptimizerConfig(), device=torch.device("cpu"), seed=1)
+    config = StreamConfig(join=JoinConfig(allowed_lateness_s=0.5), batch=MiniBatchConfig(size=64), events_per_read=300)
+    return Trainer(
+        learner,
+        ExampleStream(SCHEMA, config, log, DeadLetterWriter(log)),
+        ProgressiveEvaluation(
+            SCHEMA,
+            EvaluationConfig(window_s=10),
+            freeze=learner.serving_state,
+            build=lambda tensors: ServingModel(SCHEMA, MODEL, tensors),
+        ),
+        Flags(),
+        checkpoints=CheckpointDirectory(checkpoints, keep=2) if checkpoints else None,
+    )
