@@ -104,6 +104,7 @@ class _Wire:
     def __init__(self, schema: Schema) -> None:
         self.strict = msgspec.json.Decoder(_impression_struct(schema, strict=True))
         self.lenient = msgspec.json.Decoder(_impression_struct(schema, strict=False))
+        self.count_unknown = unknown_impression_fields(schema)
         self.no_features = (*(_ABSENT[f.kind] for f in _declared(schema)),)
         self.no_scores = (_ABSENT["numeric"],) * schema.num_tasks
 
@@ -122,7 +123,7 @@ def decode_impressions(
         records,
         wire.strict.decode,
         wire.lenient.decode,
-        lambda event: unknown_impression_fields(event, schema),
+        wire.count_unknown,
         lambda record, error: _bury(record, schema, max_future_ms, impression_problem, dead, error),
     )
     block = _impression_columns(events, kept, schema, wire)

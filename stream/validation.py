@@ -6,6 +6,7 @@ the same words whichever codec carried it.
 """
 
 import reprlib
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
@@ -114,18 +115,22 @@ def feedback_problem(event: object, schema: Schema, arrival_ms: int, max_future_
     )
 
 
-def unknown_impression_fields(event: object, schema: Schema) -> int:
-    """How many fields of an impression in its JSON form the schema does not know, at every level."""
+def unknown_impression_fields(schema: Schema) -> Callable[[object], int]:
+    """A counter of the fields, at every level, of an impression in its JSON form that the schema does not know."""
     top = {"impression_id", USER_ID, ITEM_ID, "event_time_ms", "request_id", "features", "served"}
-    if not isinstance(event, dict):
-        return 0
-    unknown = len(event.keys() - top)
-    unknown += _extra_keys(event.get("features"), {f.name for f in schema.features} - {USER_ID, ITEM_ID})
-    served = event.get("served")
-    unknown += _extra_keys(served, {"version", "scores"})
-    if isinstance(served, dict):
-        unknown += _extra_keys(served.get("scores"), schema.task_index.keys())
-    return unknown
+    names = {f.name for f in schema.features} - {USER_ID, ITEM_ID}
+    tasks = schema.task_index.keys()
+
+    def count(event: object) -> int:
+        if not isinstance(event, dict):
+            return 0
+        served = event.get("served")
+        unknown = _extra_keys(event, top) + _extra_keys(event.get("features"), names)
+        if isinstance(served, dict):
+            unknown += _extra_keys(served, {"version", "scores"}) + _extra_keys(served.get("scores"), tasks)
+        return unknown
+
+    return count
 
 
 def unknown_feedback_fields(event: object) -> int:
