@@ -1,6 +1,7 @@
 """Event blocks to wire records: JSON, one event a record, or Arrow, one IPC stream a partition."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import msgspec
@@ -14,30 +15,35 @@ from stream.codec_arrow import FEATURE_PREFIX
 
 def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
     """One JSON event per row; what is missing is left out."""
-    names = [(f, schema.id_slices[f.name]) for f in schema.id_features[2:]]
-    numeric_names = [f.name for f in schema.numeric_features]
-    task_names = [t.name for t in schema.tasks]
+    singles = [f.name for f in schema.id_features[2:] if f.kind == "id"]
+    bags = [f.name for f in schema.id_features if f.kind == "bag"]
+    numerics = [f.name for f in schema.numeric_features]
+    tasks = [t.name for t in schema.tasks]
+    columns = (
+        zip(block.impression_id.tolist(), block.event_time_ms.tolist(), strict=True),
+        block.request_id.tolist(),
+        block.ids[:, :2].tolist(),
+        block.ids[:, [schema.id_slices[name].start for name in singles]].tolist(),
+        zip(*(block.ids[:, schema.id_slices[name]].tolist() for name in bags), strict=True) if bags else repeat(()),
+        block.numerics.tolist(),
+        block.served_version.tolist(),
+        block.served_scores.tolist(),
+    )
     encode = msgspec.json.Encoder().encode
-    for i in range(len(block)):
-        ids = block.ids[i].tolist()
-        event: dict[str, Any] = {"impression_id": int(block.impression_id[i])}
-        event |= {name: value for name, value in zip((USER_ID, ITEM_ID), ids, strict=False) if value != MISSING}
-        event["event_time_ms"] = int(block.event_time_ms[i])
-        if block.request_id[i] != MISSING:
-            event["request_id"] = int(block.request_id[i])
-        features: dict[str, Any] = {}
-        for feature, columns in names:
-            value = [v for v in ids[columns] if v != MISSING]
-            if value:
-                features[feature.name] = value if feature.kind == "bag" else value[0]
-        features |= _present(numeric_names, block.numerics[i])
-        event["features"] = features
-        served: dict[str, Any] = {}
-        if block.served_version[i] != MISSING:
-            served["version"] = int(block.served_version[i])
-        scores = _present(task_names, block.served_scores[i])
-        if scores:
-            served["scores"] = scores
+    for (impression_id, time_ms), request_id, entities, ids, id_bags, numbers, version, scores in zip(*columns):  # noqa: B905  # without bags one of the columns has no end
+        event: dict[str, Any] = {"impression_id": impression_id, **_ids((USER_ID, ITEM_ID), entities)}
+        event["event_time_ms"] = time_ms
+        event |= _ids(("request_id",), (request_id,))
+        features: dict[str, Any] = _ids(singles, ids)
+        for name, bag in zip(bags, id_bags, strict=True):
+            present = [value for value in bag if value != MISSING]
+            if present:
+                features[name] = present
+        event["features"] = features | _numbers(numerics, numbers)
+        served: dict[str, Any] = _ids(("version",), (version,))
+        present_scores = _numbers(tasks, scores)
+        if present_scores:
+            served["scores"] = present_scores
         if served:
             event["served"] = served
         yield encode(event)
@@ -99,8 +105,12 @@ def require_finite(name: str, values: F32) -> None:
         raise ValueError(f"{name}: expected finite numbers (NaN where absent), came an infinity in row {row}")
 
 
-def _present(names: list[str], values: F32) -> dict[str, float]:
-    return {name: value for name, value in zip(names, values.tolist(), strict=True) if value == value}
+def _ids(names: Sequence[str], values: Sequence[int]) -> dict[str, int]:
+    return {name: value for name, value in zip(names, values, strict=True) if value != MISSING}
+
+
+def _numbers(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    return {name: value for name, value in zip(names, values, strict=True) if value == value}
 
 
 def _nullable(values: I64 | F32) -> Any:
