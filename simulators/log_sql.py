@@ -67,12 +67,13 @@ def id_sql(expr: str, sql_type: str) -> str:
 def bag_sql(expr: str, sql_type: str, feature: Feature, separator: str) -> str:
     """BIGINT[max_length], never null; shorter bags end in ``MISSING``."""
     if sql_type.endswith("]"):
-        items = f"CAST({expr} AS {sql_type[: sql_type.rindex('[')]}[])"
         element_type = sql_type[: sql_type.rindex("[")]
+        items = f"CAST({expr} AS {element_type}[])"
     else:
-        split = f"string_split(CAST({expr} AS VARCHAR), {text(separator)})"
-        items = f"list_filter({split}, lambda x: trim(x) <> '')"
         element_type = "VARCHAR"
+        items = f"string_split(CAST({expr} AS VARCHAR), {text(separator)})"
+    present = "x IS NOT NULL" if element_type in _INTEGERS else "trim(CAST(x AS VARCHAR)) <> ''"
+    items = f"list_filter({items}, lambda x: {present})"
     kept = f"list_slice({items}, 1, {feature.max_length})"
     ids = f"list_transform({kept}, lambda x: {id_sql('x', element_type)})"
     padded = f"list_resize(COALESCE({ids}, []::BIGINT[]), {feature.max_length}, {MISSING_SQL})"

@@ -152,8 +152,9 @@ class LogStore:
         """
         plan = self._plans["log"]
         self._execute(
-            f"CREATE TABLE narrow AS SELECT smes_row AS row, event_time_ms, smes_digest AS digest, reason FROM "
-            f"(SELECT *, {plan.reason} AS reason FROM ({plan.rows}))"
+            f"CREATE TABLE narrow AS "
+            "SELECT smes_row AS row, event_time_ms, smes_digest AS digest, smes_reason AS reason FROM "
+            f"(SELECT *, {plan.reason} AS smes_reason FROM ({plan.rows}))"
         )
         self._execute(
             "CREATE TABLE excluded AS SELECT row, false AS duplicate FROM narrow WHERE reason IS NOT NULL UNION ALL "

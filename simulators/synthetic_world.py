@@ -197,7 +197,7 @@ class World:
         c, n = self.config, ENTITY_BLOCK
         rng = np.random.default_rng([self.seed, 1, block])
         segment = rng.choice(c.segments, n, p=_normalised(1 / np.arange(2, c.segments + 2)))
-        latent = self._segment_centre[segment] + rng.normal(0, 0.7, (n, c.latent_dim))
+        latent = self._segment_centre[segment] + rng.normal(0, 0.5, (n, c.latent_dim))
         affinity = latent @ self._category_centre.T + rng.normal(0, 1.0, (n, c.categories))
         return Users(
             segment=segment,
@@ -214,7 +214,7 @@ class World:
         c, n = self.config, ENTITY_BLOCK
         rng = np.random.default_rng([self.seed, 2, block])
         category = rng.choice(c.categories, n, p=_normalised(1 / np.arange(3, c.categories + 3)))
-        latent = self._category_centre[category] + rng.normal(0, 0.5, (n, c.latent_dim))
+        latent = self._category_centre[category] + rng.normal(0, 0.35, (n, c.latent_dim))
         author = category * AUTHORS_PER_CATEGORY + np.minimum(rng.zipf(1.5, n) - 1, AUTHORS_PER_CATEGORY - 1)
         # A tag says of one dimension where the item lies: the three that stand out most, seen through noise.
         seen = latent + rng.normal(0, 0.5, latent.shape)
