@@ -18,6 +18,7 @@ from smes.features import FeatureInputs
 from smes.id_rows import DistinctRows, IdRows, pool_weights, uniform_rows
 from smes.model import ModelConfig, build_model
 from smes.optim import OptimizerConfig
+from smes.ranker import ExpertLimits
 from smes.schema import Schema
 
 
@@ -68,8 +69,10 @@ class Learner:
         self.step_number = 0
         self._device = open_device(device)
         self._model = build_model(schema, model, seed).to(self._device.device)
-        self._dense_names = [name for name, _ in self._model.named_parameters()]
-        self._dense = optimizer.dense(self._model.parameters())
+        wide = {n: p for n, p in self._model.named_parameters() if n == "features.wide_numerics"}
+        others = {n: p for n, p in self._model.named_parameters() if n not in wide}
+        self._dense_names = [*others, *wide]  # in the order in which the optimiser numbers them
+        self._dense = optimizer.dense(wide.values(), others.values())
         self._rows = IdRows(schema)
         self._distinct = DistinctRows()
         self._tables: dict[str, RowTable] = {}
@@ -83,6 +86,11 @@ class Learner:
     def num_rows(self) -> int:
         """Rows of the id table in use."""
         return len(self._rows)
+
+    @property
+    def expert_limits(self) -> ExpertLimits | None:
+        """What the ranker's routing allows; None for a ranker without experts."""
+        return self._model.ranker.expert_limits
 
     def prepare(self, examples: ExampleBlock) -> RankBatch:
         """Look up (and where new, add) the ids of a block, and send its columns to the device.

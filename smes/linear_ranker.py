@@ -5,13 +5,14 @@ Its scores come from the linear part of the feature layer alone. Letters: B inst
 
 from torch import Tensor, nn
 
-from smes.ranker import RankerOutput
+from smes.ranker import ExpertLimits, RankerOutput
 
 
 class LinearRanker(nn.Module):
     """Adds nothing to the linear part."""
 
     output_dim = 0
+    expert_limits: ExpertLimits | None = None
 
     def forward(self, x_BI: Tensor) -> RankerOutput:
         return RankerOutput(tasks_BTH=None)

@@ -35,8 +35,8 @@ class ModelConfig:
     ranker: str = "smes"
     embedding_dim: int = 16
     wide: bool = True
-    head_dim: int = 32
-    embedding_scale: float = 0.05
+    head_dim: int = 0
+    embedding_scale: float = 0.01
     smes: SmesConfig = field(default_factory=SmesConfig)
 
     def __post_init__(self) -> None:

@@ -18,14 +18,14 @@ class OptimizerConfig:
         weight_decay: Of the dense weights, decoupled, ≥ 0.
         betas: AdamW's decay rates.
         embedding_learning_rate: Of embedding rows (row-wise Adagrad), > 0.
-        wide_learning_rate: Of the linear part (Adagrad), > 0.
+        wide_learning_rate: Of the linear part (ids: Adagrad, numerics: AdamW), > 0.
         initial_accumulator: Start of Adagrad's accumulators; see :class:`smes.embedding.AdagradConfig`.
     """
 
     learning_rate: float = 2e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    embedding_learning_rate: float = 0.05
+    embedding_learning_rate: float = 0.01
     wide_learning_rate: float = 0.05
     initial_accumulator: float = 0.1
 
@@ -49,8 +49,12 @@ class OptimizerConfig:
         """The rule for the linear part's weights."""
         return AdagradConfig(self.wide_learning_rate, False, self.initial_accumulator)
 
-    def dense(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-        """The optimiser of the dense weights."""
+    def dense(self, wide: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        """The optimiser of the dense weights; those of the linear part have that part's learning rate."""
+        groups = [
+            {"params": list(others), "lr": self.learning_rate},
+            {"params": list(wide), "lr": self.wide_learning_rate, "weight_decay": 0.0},
+        ]
         return torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=True
+            [g for g in groups if g["params"]], betas=self.betas, weight_decay=self.weight_decay, fused=True
         )

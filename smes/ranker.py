@@ -23,6 +23,19 @@ class RoutingStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertLimits:
+    """What a ranker with experts allows.
+
+    Attributes:
+        bound: Most experts that one instance may execute.
+        num_experts: Size of the pool.
+    """
+
+    bound: int
+    num_experts: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankerOutput:
     """One forward pass.
 
@@ -43,8 +56,10 @@ class Ranker(Protocol):
 
     Attributes:
         output_dim: H; 0 for a ranker without representations.
+        expert_limits: None for a ranker without experts.
     """
 
     output_dim: int
+    expert_limits: ExpertLimits | None
 
     def __call__(self, x_BI: Tensor) -> RankerOutput: ...

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from smes.dispatch import combine, dispatch
 from smes.experts import Experts, FullExperts
-from smes.ranker import RankerOutput, RoutingStats
+from smes.ranker import ExpertLimits, RankerOutput, RoutingStats
 from smes.routing import Router, balance_loss, expert_load, route
 
 
@@ -105,6 +105,8 @@ class SMES(nn.Module):
         super().__init__()
         self.config = config
         self.output_dim = config.expert_dims[-1]
+        bound = min(config.num_experts, config.num_shared + num_tasks * config.num_adaptive)
+        self.expert_limits: ExpertLimits | None = ExpertLimits(bound, config.num_experts)
         self.encoder = Encoder(input_dim, config.encoder_dims)
         self.router = Router(config.encoder_dims[-1], num_tasks, config.num_experts, config.router_rank)
         self.experts = EXPERT_FORMS[config.experts](config)

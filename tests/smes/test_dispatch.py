@@ -1,0 +1,77 @@
+"""The plan of the grouped execution, against sets and loops. Letters as in smes.dispatch."""
+
+from itertools import pairwise
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smes.dispatch import combine, dispatch, neutralise, pack
+from smes.routing import route
+
+_SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 20), st.integers(0, 3), st.integers(0, 3))
+
+
+@settings(max_examples=120, deadline=None)
+@given(_SHAPES, st.booleans(), st.sampled_from([1, 3, 1000]), st.integers(0, 2**31))
+def test_every_pair_is_executed_once_and_found_again(
+    shape: tuple[int, int, int, int, int], trim: bool, levels: int, seed: int
+) -> None:
+    B, T, E, shared, adaptive = shape
+    shared = min(shared, E)
+    adaptive = max(min(adaptive, E - shared), 0 if shared else 1)
+    generator = torch.Generator().manual_seed(seed)
+    z_BTE = torch.randint(0, levels, (B, T, E), generator=generator).float()
+    routing = route(z_BTE, torch.full((T,), 1 / T), shared, adaptive)
+    plan = dispatch(routing, trim=trim)
+    wanted = {(b, e) for b in range(B) for e in set(routing.experts_BTK[b].flatten().tolist())}
+    starts = [0, *plan.offsets_E.tolist()]
+    executed = [
+        (int(plan.instance_P[p]), e) for e, (start, end) in enumerate(pairwise(starts)) for p in range(start, end)
+    ]
+    assert len(executed) == len(set(executed)) == starts[-1]
+    assert set(executed) == wanted
+    assert len(plan.instance_P) == (len(wanted) if trim else B * min(shared + T * adaptive, E))
+    if plan.used_P is not None:
+        assert plan.used_P.tolist() == [p < len(wanted) for p in range(len(plan.instance_P))]
+    rows_BTK = plan.row_BU.gather(1, plan.slot_BTK.view(B, -1)).view_as(routing.experts_BTK)
+    for b in range(B):
+        for t in range(T):
+            for k, e in enumerate(routing.experts_BTK[b, t].tolist()):
+                assert executed[int(rows_BTK[b, t, k])] == (b, e)
+
+
+def test_rubbish_in_unused_rows_reaches_neither_values_nor_gradients() -> None:
+    B, T, E, H = 6, 3, 12, 8
+    generator = torch.Generator().manual_seed(1)
+    z_BTE = torch.zeros(B, T, E)  # all tasks choose the same experts, so that most rows are unused
+    routing = route(z_BTE, torch.full((T,), 1 / T), 1, 2)
+    h_BD = torch.randn(B, H, generator=generator)
+    results = []
+    for trim in (True, False):
+        plan = dispatch(routing, trim=trim)
+        x_BD = h_BD.clone().requires_grad_()
+        y_PH = _Rubbish.apply(pack(x_BD, plan), int(plan.offsets_E[-1]))  # type: ignore[no-untyped-call]  # torch ships no type for it
+        out_BTH = combine(neutralise(y_PH, plan).tanh(), routing.weights_BTK, plan)
+        out_BTH.square().sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+        results.append((out_BTH.detach(), x_BD.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+class _Rubbish(torch.autograd.Function):
+    """The identity on used rows; NaN elsewhere, forward and backward, as a grouped GEMM on a GPU may leave there."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, used: int) -> torch.Tensor:
+        ctx.used = used  # type: ignore[attr-defined]  # autograd's way to carry values to backward
+        return _spoiled(x, used)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _spoiled(gradient, ctx.used), None  # type: ignore[attr-defined]  # set in forward
+
+
+def _spoiled(x: torch.Tensor, used: int) -> torch.Tensor:
+    x = x.clone()
+    x[used:] = float("nan")
+    return x

@@ -1,0 +1,243 @@
+"""The learner against plain torch, its own restart, and the serving model made from it."""
+
+import json
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from smes.events import ExampleBlock
+from smes.learner import Learner
+from smes.model import ModelConfig
+from smes.optim import OptimizerConfig
+from smes.schema import MISSING, Schema
+from smes.serving import ServingModel
+from smes.smes_ranker import SmesConfig
+from tests.smes.streams import RICH_SCHEMA, stream
+
+_CPU = torch.device("cpu")
+_SMALL = SmesConfig(num_experts=8, num_shared=1, num_adaptive=1, encoder_dims=(16,), expert_dims=(8,))
+_MODELS = {
+    "smes": ModelConfig(embedding_dim=8, head_dim=0, smes=_SMALL),
+    "smes-low-rank-no-wide": ModelConfig(
+        embedding_dim=8, head_dim=8, wide=False, smes=SmesConfig(8, 0, 2, (16, 16), (8, 8), router_rank=4)
+    ),
+    "linear": ModelConfig(ranker="linear"),
+}
+
+
+def _learner(model: ModelConfig, schema: Schema = RICH_SCHEMA, seed: int = 0, **optimizer: Any) -> Learner:
+    return Learner(schema, model, OptimizerConfig(**optimizer), device=_CPU, seed=seed)
+
+
+def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_restart_goes_on_bit_for_bit_also_when_the_table_grows(name: str) -> None:
+    blocks = stream(RICH_SCHEMA, batches=12, size=64, items=4000)
+    whole, first = _learner(_MODELS[name]), _learner(_MODELS[name])
+    results = [whole.step(whole.prepare(block)) for block in blocks]
+    for block in blocks[:5]:
+        first.step(first.prepare(block))
+    # Prepared, not trained on: its new ids are in the state already, and that must make no difference.
+    first.prepare(blocks[5])
+    state = first.state()
+    rows = first.num_rows
+    second = _learner(_MODELS[name], seed=99)
+    second.step(second.prepare(blocks[-1]))
+    second.load_state(state)
+    assert second.step_number == 5
+    for block, expected in zip(blocks[5:], results[5:], strict=True):
+        result = second.step(second.prepare(block))
+        assert torch.equal(result.scores, expected.scores)
+        assert torch.equal(result.loss, expected.loss)
+    assert second.num_rows > rows + 300, "the table grew after the restart"
+    _assert_equal(second.state(), whole.state())
+
+
+@pytest.mark.parametrize("name", _MODELS)
+def test_the_serving_model_scores_as_the_next_step_does(name: str) -> None:
+    blocks = stream(RICH_SCHEMA, batches=6, size=64, items=50)
+    learner = _learner(_MODELS[name])
+    for block in blocks[:5]:
+        learner.step(learner.prepare(block))
+    serving = ServingModel(RICH_SCHEMA, _MODELS[name], learner.serving_state())
+    seen = np.isin(blocks[5].ids[:, 1], np.concatenate([b.ids[:, 1] for b in blocks[:5]]))
+    known = blocks[5].take(np.flatnonzero(seen))
+    assert len(known) > 10
+    expected = learner.step(learner.prepare(known)).scores.numpy()
+    np.testing.assert_allclose(serving.score(known.ids, known.numerics), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_changes_the_learner_but_no_copy_taken_before() -> None:
+    blocks = stream(RICH_SCHEMA, batches=3, size=64)
+    learner = _learner(_MODELS["smes"])
+    learner.step(learner.prepare(blocks[0]))
+    serving_state = learner.serving_state()
+    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], serving_state)
+    kept = {name: tensor.clone() for name, tensor in serving_state.items()}
+    before = serving.score(blocks[1].ids, blocks[1].numerics)
+    learner.step(learner.prepare(blocks[1]))
+    _assert_equal(serving_state, kept)
+    assert np.array_equal(serving.score(blocks[1].ids, blocks[1].numerics), before)
+    after = learner.serving_state()
+    for name in ("dense.ranker.encoder.layers.0.0.weight", "table.embedding", "table.wide"):
+        assert not torch.equal(after[name][: len(kept[name])], kept[name]), name
+
+
+def test_scores_come_from_before_the_step_and_the_loss_falls() -> None:
+    block = stream(RICH_SCHEMA, batches=1, size=256)[0]
+    learner = _learner(_MODELS["smes"])
+    first = learner.step(learner.prepare(block))
+    assert first.scores[:, 0].tolist() == pytest.approx([0.5] * 256, abs=0.2)
+    for _ in range(30):
+        last = learner.step(learner.prepare(block))
+    assert float(last.loss) < 0.8 * float(first.loss)
+    assert float(last.task_losses[0]) < 0.8 * float(first.task_losses[0])
+
+
+def _late_click_auc(ranker: str) -> float:
+    shape = SmesConfig(num_experts=8, num_shared=1, num_adaptive=1, encoder_dims=(32,), expert_dims=(16,))
+    model = ModelConfig(ranker=ranker, embedding_dim=8, embedding_scale=0.5, head_dim=0, smes=shape)
+    learner = _learner(model, learning_rate=1e-2, embedding_learning_rate=0.2)
+    blocks = stream(RICH_SCHEMA, batches=100, size=128)
+    scores = [learner.step(learner.prepare(block)).scores.numpy()[:, 0] for block in blocks]
+    clicks = np.concatenate([block.labels[:, 0] for block in blocks[60:]])
+    return float(roc_auc_score(clicks, np.concatenate(scores[60:])))
+
+
+def test_it_learns_tastes_that_a_linear_model_cannot() -> None:
+    linear, smes = _late_click_auc("linear"), _late_click_auc("smes")
+    assert linear > 0.64, "the tags and the numeric, which add up"
+    assert smes > linear + 0.08, "and user taste times item taste, which does not"
+
+
+def test_masked_rows_train_nothing() -> None:
+    block = stream(RICH_SCHEMA, batches=1, size=64)[0]
+    learner = _learner(ModelConfig(embedding_dim=8, smes=SmesConfig(8, 1, 1, (16,), (8,), balance=0.0)))
+    learner.prepare(block)
+    before = learner.serving_state()
+    block.label_mask[:] = False
+    result = learner.step(learner.prepare(block))
+    assert float(result.loss) == 0
+    after = learner.serving_state()
+    for name in after:
+        if "moments" not in name:
+            assert torch.equal(after[name], before[name]), name
+
+
+def test_only_rows_of_the_batch_move() -> None:
+    blocks = stream(RICH_SCHEMA, batches=2, size=64, items=500)
+    learner = _learner(_MODELS["smes"])
+    learner.step(learner.prepare(blocks[0]))
+    batch = learner.prepare(blocks[1])
+    before = learner.serving_state()
+    learner.step(batch)
+    after = learner.serving_state()
+    untouched = torch.ones(learner.num_rows, dtype=torch.bool)
+    untouched[batch.rows_U] = False
+    assert untouched.any()
+    for table in ("table.embedding", "table.wide"):
+        assert torch.equal(after[table][untouched], before[table][untouched])
+        assert not torch.equal(after[table][~untouched], before[table][~untouched])
+
+
+def test_unknown_ids_are_scored_as_absent_ones() -> None:
+    learner = _learner(_MODELS["smes"])
+    for block in stream(RICH_SCHEMA, batches=3, size=64):
+        learner.step(learner.prepare(block))
+    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], learner.serving_state())
+    ids = block.ids[:2].copy()
+    ids[0, 1], ids[1, 1] = 10**12, MISSING
+    ids[1, [0, 2, 3, 4, 5]] = ids[0, [0, 2, 3, 4, 5]]
+    scores = serving.score(ids, np.repeat(block.numerics[:1], 2, axis=0))
+    assert np.array_equal(scores[0], scores[1])
+    assert np.isfinite(scores).all()
+
+
+def test_threads_score_alike() -> None:
+    learner = _learner(_MODELS["smes"])
+    block = stream(RICH_SCHEMA, batches=1, size=64)[0]
+    learner.step(learner.prepare(block))
+    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], learner.serving_state())
+    expected = serving.score(block.ids, block.numerics)
+    different: list[int] = []
+
+    def work() -> None:
+        different.append(sum(not np.array_equal(serving.score(block.ids, block.numerics), expected) for _ in range(20)))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert different == [0, 0, 0, 0]
+
+
+def test_results_report_the_routing() -> None:
+    block = stream(RICH_SCHEMA, batches=1, size=64)[0]
+    result = _learner(_MODELS["smes"]).step(_learner(_MODELS["smes"]).prepare(block))
+    assert result.active_experts is not None
+    assert result.expert_load is not None
+    assert result.expert_load.sum(dim=1).tolist() == [2 * 64] * RICH_SCHEMA.num_tasks
+    assert 2 <= int(result.active_experts.min()) <= int(result.active_experts.max()) <= 1 + RICH_SCHEMA.num_tasks
+    linear = _learner(_MODELS["linear"]).step(_learner(_MODELS["linear"]).prepare(block))
+    assert linear.active_experts is None
+    assert linear.expert_load is None
+
+
+def test_the_global_random_state_is_left_alone_and_the_seed_decides() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    a, b, c = (_learner(_MODELS["smes"], seed=s).serving_state() for s in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    _assert_equal(a, b)
+    assert not torch.equal(a["dense.ranker.router.up.weight"], c["dense.ranker.router.up.weight"])
+
+
+def test_states_of_something_else_are_refused() -> None:
+    learner = _learner(_MODELS["smes"])
+    other = _learner(ModelConfig(embedding_dim=4, smes=_SMALL))
+    with pytest.raises(ValueError, match="another schema or model"):
+        learner.load_state(_learner(_MODELS["linear"]).state())
+    with pytest.raises(ValueError, match="expected 8"):
+        learner.load_state(other.state())
+    with pytest.raises(ValueError, match=r"expected \[3, 8\]"):
+        ServingModel(RICH_SCHEMA, _MODELS["smes"], other.serving_state())
+    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], learner.serving_state())
+    with pytest.raises(ValueError, match="ids: shape \\[2, 3\\]"):
+        serving.score(np.zeros((2, 3), np.int64), np.zeros((2, 2), np.float32))
+    assert serving.score(np.zeros((0, 6), np.int64), np.zeros((0, 2), np.float32)).shape == (0, 3)
+    with pytest.raises(ValueError, match="at least 1"):
+        learner.prepare(ExampleBlock.empty(RICH_SCHEMA))
+
+
+def test_read_only_columns_are_accepted() -> None:
+    block = stream(RICH_SCHEMA, batches=1, size=64)[0]
+    for array in block.arrays().values():
+        array.flags.writeable = False
+    learner = _learner(_MODELS["smes"])
+    learner.step(learner.prepare(block))
+
+
+def test_configurations_survive_a_trip_through_plain_data() -> None:
+    for config in _MODELS.values():
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="unknown key 'rankr'"):
+        ModelConfig.from_dict({"rankr": "smes"})
+    with pytest.raises(ValueError, match="SmesConfig: unknown key 'depth'"):
+        ModelConfig.from_dict({"smes": {"depth": 3}})
+    with pytest.raises(ValueError, match="'tree', expected one of \\['linear', 'smes'\\]"):
+        ModelConfig(ranker="tree")
+    with pytest.raises(ValueError, match="wide"):
+        ModelConfig(ranker="linear", wide=False)
+    with pytest.raises(ValueError, match=r"optimizer\.learning_rate: 0"):
+        OptimizerConfig(learning_rate=0)

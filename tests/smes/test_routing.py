@@ -1,0 +1,116 @@
+"""Routing against what the paper's text demands of it. Letters as in smes.routing."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from smes.dispatch import dispatch
+from smes.routing import Router, Routing, balance_loss, expert_load, route
+
+
+@st.composite
+def _shapes(draw: st.DrawFn) -> tuple[int, int, int, int, int]:
+    E = draw(st.integers(1, 24))
+    k = draw(st.integers(1, E))
+    shared = draw(st.integers(0, k))
+    return draw(st.integers(1, 9)), draw(st.integers(1, 6)), E, shared, k - shared
+
+
+def _z(B: int, T: int, E: int, levels: int, seed: int) -> Tensor:
+    """Router logits; few levels make many ties, one makes them all equal."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, levels, (B, T, E), generator=generator).float() / 2
+
+
+def _mean(T: int) -> Tensor:
+    return torch.full((T,), 1 / T)
+
+
+@settings(max_examples=150, deadline=None)
+@given(_shapes(), st.sampled_from([1, 2, 5, 10_000]), st.integers(0, 2**31))
+def test_each_task_has_exactly_its_k_experts_and_they_are_the_best(
+    shape: tuple[int, int, int, int, int], levels: int, seed: int
+) -> None:
+    B, T, E, shared, adaptive = shape
+    z_BTE = _z(B, T, E, levels, seed)
+    routing = route(z_BTE, _mean(T), shared, adaptive)
+    assert routing.experts_BTK.shape == (B, T, shared + adaptive)
+    torch.testing.assert_close(routing.weights_BTK.sum(-1), torch.ones(B, T))
+    demand_BE = routing.probs_BTE.mean(dim=1)
+    active_B = dispatch(routing, trim=True).active_B.tolist()
+    for b in range(B):
+        shared_set = set(routing.experts_BTK[b, 0, :shared].tolist())
+        assert len(shared_set) == shared
+        _assert_top(demand_BE[b], shared_set, excluded=set())
+        union = set()
+        for t in range(T):
+            chosen = routing.experts_BTK[b, t].tolist()
+            assert set(chosen[:shared]) == shared_set, "stage I is the same for all tasks"
+            assert len(set(chosen)) == shared + adaptive, "S and A_t are disjoint, no expert twice"
+            _assert_top(z_BTE[b, t], set(chosen[shared:]), excluded=shared_set)
+            union |= set(chosen)
+        assert len(union) <= min(shared + T * adaptive, E)
+        assert active_B[b] == len(union)
+
+
+def _assert_top(score_E: Tensor, chosen: set[int], excluded: set[int]) -> None:
+    others = [float(s) for e, s in enumerate(score_E) if e not in chosen | excluded]
+    if chosen and others:
+        assert min(float(score_E[e]) for e in chosen) >= max(others) - 1e-6
+
+
+def test_stage_one_follows_the_task_weights() -> None:
+    z_BTE = torch.tensor([[[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]]])
+    assert route(z_BTE, torch.tensor([0.9, 0.1]), 1, 0).experts_BTK[0, 0].tolist() == [0]
+    assert route(z_BTE, torch.tensor([0.1, 0.9]), 1, 0).experts_BTK[0, 0].tolist() == [1]
+
+
+def test_selection_passes_no_gradient_but_weights_do() -> None:
+    z_BTE = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    routing = route(z_BTE, _mean(3), 1, 2)
+    routing.weights_BTK[..., 0].sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+    assert z_BTE.grad is not None
+    selected = torch.zeros(4, 3, 8, dtype=torch.bool).scatter_(2, routing.experts_BTK, True)
+    assert (z_BTE.grad[~selected] == 0).all()
+    assert (z_BTE.grad[selected] != 0).all()
+
+
+def test_an_even_load_has_balance_loss_one() -> None:
+    # Instance b uses experts b and b+1: every expert is used by a share K/E, and the mean probability is uniform.
+    E = 6
+    experts_BTK = torch.stack([torch.arange(E), (torch.arange(E) + 1) % E], dim=1).unsqueeze(1).expand(E, 2, 2)
+    routing = Routing(experts_BTK, torch.full((E, 2, 2), 0.5), torch.full((E, 2, E), 1 / E), 0)
+    assert balance_loss(routing, expert_load(experts_BTK, E)).item() == pytest.approx(1.0)
+
+
+def test_a_skewed_load_costs_more_and_the_gradient_lowers_it() -> None:
+    z_BTE = torch.zeros(32, 2, 8)
+    z_BTE[..., 3] = 2.0
+    z_BTE.requires_grad_()
+    routing = route(z_BTE, _mean(2), 0, 1)
+    loss = balance_loss(routing, expert_load(routing.experts_BTK, 8))
+    p3 = float(torch.softmax(z_BTE.detach(), -1)[0, 0, 3])
+    assert loss.item() == pytest.approx(8 * p3)  # f̄ is 1 on expert 3 and 0 elsewhere, K = 1
+    loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+    assert z_BTE.grad is not None
+    assert (z_BTE.grad[..., 3] > 0).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(_shapes(), st.integers(0, 2**31))
+def test_expert_load_counts(shape: tuple[int, int, int, int, int], seed: int) -> None:
+    B, T, E, shared, adaptive = shape
+    experts_BTK = route(_z(B, T, E, 1000, seed), _mean(T), shared, adaptive).experts_BTK
+    expected = [[sum(e in experts_BTK[b, t].tolist() for b in range(B)) for e in range(E)] for t in range(T)]
+    assert expert_load(experts_BTK, E).tolist() == expected
+
+
+def test_a_low_rank_router_is_the_product_of_its_maps() -> None:
+    torch.manual_seed(0)
+    router = Router(16, 3, 8, rank=4)
+    assert sum(p.numel() for p in router.parameters()) == 16 * 4 + 4 * 24
+    h_BD = torch.randn(5, 16)
+    down, up = (p for p in router.parameters())
+    torch.testing.assert_close(router(h_BD), (h_BD @ down.t() @ up.t()).view(5, 3, 8))

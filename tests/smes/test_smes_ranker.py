@@ -1,0 +1,105 @@
+"""The grouped execution equals the dense-masked one, in values and in every gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import smes.smes_ranker
+from smes.dispatch import dispatch
+from smes.routing import route
+from smes.smes_ranker import SMES, SmesConfig
+from tests.smes.dense_reference import dense_smes
+
+_INPUT = 12
+
+
+def _ranker(num_tasks: int, seed: int = 0, **config: Any) -> SMES:
+    torch.manual_seed(seed)
+    shape = {"encoder_dims": (16,), "expert_dims": (16, 8), "balance": 0.1, **config}
+    return SMES(_INPUT, num_tasks, SmesConfig(**shape))
+
+
+def _gradients(ranker: SMES, x_BI: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    names = ["x", *(n for n, _ in ranker.named_parameters())]
+    gradients = torch.autograd.grad(loss, [x_BI, *ranker.parameters()], allow_unused=True)
+    return {n: torch.zeros(()) if g is None else g for n, g in zip(names, gradients, strict=True)}
+
+
+def _experts(ranker: SMES, x_BI: Tensor) -> Tensor:
+    config = ranker.config
+    z_BTE = ranker.router(ranker.encoder(x_BI))
+    return route(z_BTE, ranker.stage_one_weights_T, config.num_shared, config.num_adaptive).experts_BTK
+
+
+def _assert_equal_to_dense(ranker: SMES, x_BI: Tensor) -> None:
+    x_BI.requires_grad_()
+    fast = ranker(x_BI)
+    assert fast.auxiliary_loss is not None
+    assert fast.tasks_BTH is not None
+    tasks_BTH, balance = dense_smes(ranker, x_BI, _experts(ranker, x_BI))
+    torch.testing.assert_close(fast.tasks_BTH, tasks_BTH, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast.auxiliary_loss, balance, rtol=1e-4, atol=1e-5, check_dtype=False)
+    probe = torch.randn(tasks_BTH.shape, generator=torch.Generator().manual_seed(7), dtype=tasks_BTH.dtype)
+    got = _gradients(ranker, x_BI, (fast.tasks_BTH * probe).sum() + fast.auxiliary_loss)
+    expected = _gradients(ranker, x_BI, (tasks_BTH * probe).sum() + balance)
+    for name, gradient in expected.items():
+        assert torch.allclose(got[name], gradient, rtol=1e-3, atol=1e-4), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.tuples(st.integers(1, 7), st.integers(1, 4), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3)),
+    st.integers(0, 2**20),
+    st.sampled_from([None, 2]),
+)
+def test_grouped_equals_dense(shape: tuple[int, int, int, int, int], seed: int, rank: int | None) -> None:
+    B, T, E, shared, adaptive = shape
+    shared = min(shared, E)
+    adaptive = max(min(adaptive, E - shared), 0 if shared else 1)
+    ranker = _ranker(T, seed, num_experts=E, num_shared=shared, num_adaptive=adaptive, router_rank=rank)
+    _assert_equal_to_dense(ranker, torch.randn(B, _INPUT, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize(("shared", "adaptive"), [(2, 2), (0, 3), (3, 0)])
+def test_grouped_equals_dense_when_every_router_ties(shared: int, adaptive: int) -> None:
+    ranker = _ranker(3, num_experts=8, num_shared=shared, num_adaptive=adaptive)
+    with torch.no_grad():
+        for parameter in ranker.router.parameters():
+            parameter.zero_()
+    x_BI = torch.randn(6, _INPUT, generator=torch.Generator().manual_seed(3))
+    stats = ranker(x_BI).stats
+    assert stats is not None
+    assert stats.load_TE.sum(dim=1).tolist() == [6 * (shared + adaptive)] * 3
+    _assert_equal_to_dense(ranker, x_BI)
+
+
+def test_the_layout_for_gpus_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranker = _ranker(4, num_experts=8, num_shared=1, num_adaptive=2)
+    x_BI = torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(5))
+    monkeypatch.setattr(smes.smes_ranker, "dispatch", lambda routing, trim: dispatch(routing, trim=False))
+    _assert_equal_to_dense(ranker, x_BI)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_experts": 4, "num_shared": 3, "num_adaptive": 2}, "num_shared 3 \\+ num_adaptive 2"),
+        ({"num_shared": 0, "num_adaptive": 0}, "expected both"),
+        ({"expert_dims": (12,)}, "multiples of 8"),
+        ({"encoder_dims": ()}, "multiples of 8"),
+        ({"experts": "tiny"}, "expected one of \\['full'\\]"),
+        ({"balance": -1.0}, "balance"),
+    ],
+)
+def test_a_wrong_shape_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SmesConfig(**config)
+
+
+def test_stage_one_weights_of_the_wrong_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected 3 weights"):
+        SMES(8, 3, SmesConfig(stage_one_weights=(0.5, 0.5)))
