@@ -99,13 +99,13 @@ def publish() -> Callable[..., Manifest]:
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], object]], None]:
-    """Waits until a condition holds, at most 20 s."""
+    """Waits until a condition holds, at most 60 s."""
 
     def until(condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         pause = threading.Event()
         while not condition():
-            assert time.monotonic() < deadline, "the condition did not come true within 20 s"
+            assert time.monotonic() < deadline, "the condition did not come true within 60 s"
             pause.wait(0.005)
 
     return until
