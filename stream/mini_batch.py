@@ -21,11 +21,13 @@ class MiniBatchConfig:
     Attributes:
         size: Most examples in a batch.
         max_age_s: Most event time between its first and last example, seconds; a batch that the stream has left behind
-            by this much is handed out however small, so that sparse traffic does not wait for a full one.
+            by this much is handed out however small, so that sparse traffic does not wait for a full one. It is event
+            time: live traffic wants seconds; a log replayed a thousand times as fast wants the hour of the default,
+            or its batches are tiny.
     """
 
     size: int = 1024
-    max_age_s: float = 60.0
+    max_age_s: float = 3600.0
 
     def __post_init__(self) -> None:
         if self.size < 1:

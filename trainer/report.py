@@ -1,37 +1,22 @@
 """The report: one shape for the demo and the backtest; what does not apply is None."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from stream.assembler import StreamLedger
 from trainer.trainer import Trainer
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertBounds:
-    """What the routing allows.
-
-    Attributes:
-        bound: Most experts that one instance may execute.
-        num_experts: Size of the pool.
-    """
-
-    bound: int
-    num_experts: int
-
-
-def training_report(trainer: Trainer, *, seconds: float, trained: int, experts: ExpertBounds | None) -> dict[str, Any]:
+def training_report(trainer: Trainer, *, seconds: float, trained: int) -> dict[str, Any]:
     """Everything that the trainer knows; the scorer's parts are None.
 
     Args:
         trainer: After its last step.
         seconds: How long this process has been training.
         trained: Examples that this process has trained on (not counting those before a restart).
-        experts: Bounds of the routing; None for a ranker without experts.
     """
     trainer.settle()
     ledger = trainer.stream.assembler.ledger()
-    tally = trainer.experts
+    tally, limits = trainer.experts, trainer.learner.expert_limits
     return {
         "schema": trainer.learner.schema.hash,
         "lineage": trainer.lineage,
@@ -58,10 +43,10 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int, experts: 
         "snapshots": {"published": None, "bytes_last": None, "served": None},
         "scorer": {"requests": None, "errors": None, "mixed_versions": None, "p50_ms": None, "p99_ms": None},
         "active_experts": {
-            "mean": tally.mean if experts else None,
-            "max": tally.max if experts and tally.instances else None,
-            "bound": experts.bound if experts else None,
-            "num_experts": experts.num_experts if experts else None,
+            "mean": tally.mean,
+            "max": tally.max if tally.instances else None,
+            "bound": limits.bound if limits else None,
+            "num_experts": limits.num_experts if limits else None,
         },
         "tasks": {
             name: {

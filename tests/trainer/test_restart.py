@@ -36,7 +36,7 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor), name
-    report, wanted = (training_report(t, seconds=1, trained=1, experts=None) for t in (one, other))
+    report, wanted = (training_report(t, seconds=1, trained=1) for t in (one, other))
     assert {**report, "lineage": None} == {**wanted, "lineage": None}
     assert conservation_errors(report) == []
 

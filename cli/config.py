@@ -1,0 +1,139 @@
+"""The one configuration file of a deployment, and environment variables over it.
+
+Every component's part is a frozen dataclass beside the component. A variable overrides a key: ``SMES_`` and the key's
+path in capitals, levels joined by two underscores, its value in YAML: ``SMES_EVENT_LOG__KIND=kafka``.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import ConfigDict
+
+from feature_store.snapshots import SnapshotStoreConfig
+from scorer.config import ScorerConfig
+from simulators.replay import ReplayConfig
+from simulators.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file
+from simulators.yaml_file import STRICT, read_mapping, validated
+from smes.model import ModelConfig
+from smes.optim import OptimizerConfig
+from stream.example_stream import StreamConfig
+from stream.open_log import EventLogConfig
+from trainer.config import TrainerConfig
+
+PREFIX = "SMES_"
+DEFAULT_FILE = Path("smes.yaml")
+_BUILTIN: dict[str, BuiltinName] = {"kuairand": "kuairand", "synthetic": "synthetic"}
+
+
+@dataclass(frozen=True)
+class FeatureStoreConfig:
+    """Where snapshots and entity features live.
+
+    Attributes:
+        redis_url: The Redis server, ``redis://[user:password@]host:port/database``.
+        namespace: Deployments with different namespaces share a server without meeting.
+        timeout_s: Longest wait for the server, at the start and for each answer, > 0.
+        snapshots: Sizes and retention.
+    """
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    namespace: str = "smes"
+    timeout_s: float = 10.0
+    snapshots: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s {self.timeout_s}, expected more than 0 seconds")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a deployment can be told.
+
+    Attributes:
+        schema: A schema file, or the name of a built-in one (``kuairand``, ``synthetic``); None: found from the log
+            where a command is given one.
+        event_log, stream, model, optimizer, trainer, feature_store, scorer, replay: The components' parts.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    schema: str | None = None
+    event_log: EventLogConfig = field(default_factory=EventLogConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    feature_store: FeatureStoreConfig = field(default_factory=FeatureStoreConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+
+    def schema_file(self, log: Path | None = None) -> SchemaFile:
+        """The schema file in force.
+
+        Args:
+            log: The log that the command is given; decides where the configuration names no schema.
+
+        Raises:
+            ValueError: None is named and none can be told from the log, or it cannot be read.
+        """
+        name = self.schema or (_schema_of(log) if log is not None else None)
+        if name is None:
+            what = f"log {log}" if log is not None else "schema"
+            raise ValueError(
+                f"{what}: expected a schema file: name one with --schema, with the key 'schema' in the configuration, "
+                f"or with {PREFIX}SCHEMA"
+            )
+        builtin = _BUILTIN.get(name)
+        return load_builtin(builtin) if builtin else load_schema_file(name)
+
+
+def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) -> Config:
+    """Read the configuration.
+
+    Args:
+        path: The file; None: ``smes.yaml`` in the working folder where there is one, else the defaults.
+        environment: Variables that override keys.
+
+    Raises:
+        ValueError: One line with file, key, value and what was expected.
+    """
+    if path is None and DEFAULT_FILE.exists():
+        path = DEFAULT_FILE
+    data = read_mapping(path) if path is not None else {}
+    overridden = _override(data, environment)
+    where = str(path) if path is not None else "configuration"
+    if overridden:
+        where += f" with {', '.join(overridden)}"
+    return validated(Config, data, where)
+
+
+def _override(data: dict[str, Any], environment: Mapping[str, str]) -> list[str]:
+    """Put the variables' values into ``data``; the names used."""
+    names = sorted(name for name in environment if name.startswith(PREFIX))
+    for name in names:
+        *parents, key = name.removeprefix(PREFIX).lower().split("__")
+        section = data
+        for parent in parents:
+            below = section.setdefault(parent, {})
+            if not isinstance(below, dict):
+                raise ValueError(f"environment variable {name}: {parent!r} is a value, expected a section")
+            section = below
+        try:
+            section[key] = yaml.safe_load(environment[name])
+        except yaml.YAMLError as error:
+            raise ValueError(f"environment variable {name}: {environment[name]!r}, expected a YAML value") from error
+    return names
+
+
+def _schema_of(log: Path) -> str | None:
+    """The built-in schema that a log is of, told by the names of its files."""
+    if log.is_dir() and any(log.glob("log_standard_*.csv")):
+        return "kuairand"
+    if log.suffix == ".parquet" and log.with_suffix(".truth.parquet").exists():
+        return "synthetic"
+    return None
