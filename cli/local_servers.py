@@ -23,6 +23,7 @@ from smes.errors import SmesError
 
 _LOOPBACK = "127.0.0.1"
 _POLL_S = 0.05
+_JAVA = ("java", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")  # starts fast and stays small
 
 
 class LocalServerError(SmesError):
@@ -96,14 +97,14 @@ def start_valkey(data_dir: Path, *, port: int | None = None, timeout_s: float = 
     server = ValkeyServer(spawn(argv, log=log, cwd=data_dir), port, log)
     client = redis.Redis(_LOOPBACK, port, socket_timeout=1.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
-    def answers_ping() -> bool:
-        try:
-            return bool(client.ping())
+    def answers() -> bool:
+        try:  # whose answer it is matters: another server may hold the port
+            return bool(client.ping()) and client.info("server")["process_id"] == server.pid
         except (redis.ConnectionError, redis.TimeoutError):  # not listening yet, or still loading its file
             return False
 
     try:
-        _wait_ready("Valkey", server, answers_ping, timeout_s)
+        _wait_ready("Valkey", server, answers, timeout_s)
     finally:
         client.close()
     return server
@@ -135,8 +136,7 @@ def start_kafka(kafka_home: Path, data_dir: Path, *, port: int | None = None, ti
     classpath = str(kafka_home.resolve() / "libs" / "*")  # the JVM expands the star
     if not (logs / "meta.properties").exists():
         _format_storage(classpath, properties, log, timeout_s)
-    java = ["java", "-Xms384m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", classpath]
-    argv = [*java, "kafka.Kafka", str(properties.resolve())]
+    argv = [*_JAVA, "-Xms384m", "-Xmx384m", "-cp", classpath, "kafka.Kafka", str(properties.resolve())]
     server = KafkaServer(spawn(argv, log=log, cwd=data_dir), port, log)
     _wait_ready("Kafka", server, lambda: _lists_topics(server), timeout_s)
     return server
@@ -186,7 +186,7 @@ def _failure(name: str, what: str, log: Path) -> str:
 
 def _format_storage(classpath: str, properties: Path, log: Path, timeout_s: float) -> None:
     cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    argv = ["java", "-cp", classpath, "kafka.tools.StorageTool", "format", "--standalone"]
+    argv = [*_JAVA, "-cp", classpath, "kafka.tools.StorageTool", "format", "--standalone"]
     process = spawn([*argv, "-t", cluster, "-c", str(properties.resolve())], log=log, cwd=properties.parent)
     try:
         status = process.wait(timeout_s)

@@ -1,6 +1,7 @@
 """kafka-python's clients as the event log sets them up, and bounded retries against brokers that are away."""
 
 import logging
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,10 +55,14 @@ class KafkaConnection:
         bootstrap: ``host:port[,host:port…]``.
         config: Limits of the log.
         connect_timeout_s: Longest wait for a first answer.
+
+    Raises:
+        ValueError: ``bootstrap`` is not of that form.
     """
 
     def __init__(self, bootstrap: str, config: KafkaLogConfig, connect_timeout_s: float) -> None:
         self.bootstrap = bootstrap
+        self._addresses = [_address(server) for server in bootstrap.split(",")]
         self.config = config
         self.connect_timeout_s = connect_timeout_s
         _quiet_client_logs()
@@ -77,6 +82,7 @@ class KafkaConnection:
             "batch_size": config.batch_bytes,
             "delivery_timeout_ms": _ms(config.outage_timeout_s),
             "max_block_ms": _ms(config.outage_timeout_s),
+            "metrics_enabled": False,
             "allow_auto_create_topics": False,
         }
         return self._connect(KafkaProducer, options)
@@ -87,6 +93,7 @@ class KafkaConnection:
             "group_id": None,
             "enable_auto_commit": False,
             "auto_offset_reset": "none",
+            "metrics_enabled": False,  # nobody reads them, and they cost time with every record
             "fetch_max_wait_ms": self.config.fetch_wait_ms,
             "fetch_max_bytes": self.config.fetch_max_bytes,
             "max_partition_fetch_bytes": self.config.fetch_max_bytes,
@@ -116,11 +123,12 @@ class KafkaConnection:
         return EventLogUnavailable(f"Kafka at {self.bootstrap}: {what}: no answer within {timeout_s:g} s: {error!r}")
 
     def _connect(self, kind: Callable[..., _T], options: dict[str, object]) -> _T:
-        timeout_ms = _ms(self.connect_timeout_s)
+        deadline = time.monotonic() + self.connect_timeout_s
+        self._await_listener(deadline)
         try:
             return kind(
                 bootstrap_servers=self.bootstrap.split(","),
-                bootstrap_timeout_ms=timeout_ms,
+                bootstrap_timeout_ms=_ms(deadline - time.monotonic()),
                 request_timeout_ms=_ms(min(_REQUEST_TIMEOUT_S, self.config.outage_timeout_s)),
                 reconnect_backoff_max_ms=_MOST_RECONNECT_BACKOFF_MS,
                 **options,
@@ -129,6 +137,31 @@ class KafkaConnection:
             raise self.unavailable("connect", self.connect_timeout_s, error) from error
         except KafkaError as error:
             raise EventLogError(f"Kafka at {self.bootstrap}: connect: {error!r}") from error
+
+    def _await_listener(self, deadline: float) -> None:
+        """Wait until a bootstrap server accepts connections.
+
+        A client that finds none fails too, but leaves its thread and sockets behind.
+        """
+        while True:
+            for address in self._addresses:
+                try:
+                    patience_s = min(1.0, max(0.1, deadline - time.monotonic()))
+                    socket.create_connection(address, timeout=patience_s).close()
+                except OSError as error:
+                    last = error
+                else:
+                    return
+            if time.monotonic() >= deadline:
+                raise self.unavailable("connect", self.connect_timeout_s, last) from last
+            time.sleep(_PAUSE_S)
+
+
+def _address(server: str) -> tuple[str, int]:
+    host, colon, port = server.strip().rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65_536):
+        raise ValueError(f"Kafka bootstrap server {server!r}, expected host:port")
+    return host.strip("[]"), int(port)
 
 
 def _ms(seconds: float) -> int:

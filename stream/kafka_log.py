@@ -11,6 +11,7 @@ answers a connection's requests in order: a question behind a fetch that waits f
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 
 from kafka import KafkaConsumer, KafkaProducer
 from kafka import TopicPartition as KafkaPartition
@@ -30,7 +31,7 @@ from kafka.protocol.consumer import OffsetSpec
 from smes.errors import EventLogError, PositionOutOfRange
 from stream.clock import wall_clock_ms
 from stream.kafka_connection import KafkaConnection, KafkaLogConfig
-from stream.log import Fetch, OutRecord, Positions, Record, TopicPartition
+from stream.log import Fetch, Headers, OutRecord, Positions, Record, TopicPartition
 
 _NO_ERROR, _UNKNOWN_TOPIC = 0, int(UnknownTopicOrPartitionError.errno)
 _RECORD_OVERHEAD_BYTES = 65_536  # headers and batch framing above a record's value
@@ -47,6 +48,7 @@ class KafkaLog:
         now_ms: The producer's clock, Unix milliseconds; it stamps ``arrival_ms``.
 
     Raises:
+        ValueError: ``bootstrap`` is not of that form.
         EventLogUnavailable: No answer within ``connect_timeout_s``; the message names the bootstrap servers.
     """
 
@@ -223,7 +225,7 @@ class KafkaLog:
         maybe_at_end = []
         for at in positions:
             there = self._kafka(at)
-            records += [_record(at, each) for each in batches.get(there, ())]
+            records += [_record(at, record) for record in batches.get(there, ())]
             after[at] = consumer.position(there)  # past gaps, such as transaction markers
             high_water = consumer.highwater(there)
             if high_water is None or after[at] >= high_water:
@@ -263,5 +265,12 @@ class KafkaLog:
 
 
 def _record(at: TopicPartition, record: ConsumerRecord) -> Record:
-    headers = tuple((name, value or b"") for name, value in record.headers)
+    headers = _headers(tuple(record.headers))
     return Record(at.topic, at.partition, record.offset, record.value or b"", headers, record.timestamp)
+
+
+# A run has a handful of different headers, and one of them comes with every record.
+@lru_cache(maxsize=256)
+def _headers(headers: tuple[tuple[str, bytes | None], ...]) -> Headers:
+    """Headers as other producers may write them: a header without a value has an empty one here."""
+    return tuple((name, value or b"") for name, value in headers)
