@@ -21,11 +21,13 @@ class CudaDevice:
         self.device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
         self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch ships no type for it
 
+    def host(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).pin_memory()
+
     def send(self, array: NDArray[Any]) -> Tensor:
-        # The caching host allocator keeps the pinned block until the copy has run, so it may be dropped here.
-        pinned = torch.from_numpy(np.require(array, requirements=["C", "W"])).pin_memory()
         with torch.cuda.stream(self._copies):
-            return pinned.to(self.device, non_blocking=True)
+            # The caching host allocator keeps the pinned block until the copy has run, so it may be dropped here.
+            return self.host(array).to(self.device, non_blocking=True)
 
     def ticket(self) -> object:
         return self._copies.record_event()

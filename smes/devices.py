@@ -16,6 +16,10 @@ class Device(Protocol):
 
     device: torch.device
 
+    def host(self, array: NDArray[Any]) -> Tensor:
+        """The array as a tensor on the host from which a copy to the device does not block."""
+        ...
+
     def send(self, array: NDArray[Any]) -> Tensor:
         """The array on the device; the copy may still be under way."""
         ...
@@ -38,8 +42,11 @@ class HostDevice:
 
     device = torch.device("cpu")
 
-    def send(self, array: NDArray[Any]) -> Tensor:
+    def host(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+    def send(self, array: NDArray[Any]) -> Tensor:
+        return self.host(array)
 
     def ticket(self) -> object:
         return None

@@ -198,7 +198,7 @@ class Learner:
         keys = self._rows.keys(start)
         for name, table in self._tables.items():
             scale = self.config.embedding_scale if name == "embedding" else 0.0
-            table.append(torch.from_numpy(uniform_rows(keys, table.columns, scale)))
+            table.append(self._device.host(uniform_rows(keys, table.columns, scale)))
 
 
 def _inputs(leaves: Mapping[str, Tensor], batch: RankBatch) -> FeatureInputs:

@@ -1,0 +1,61 @@
+"""The CUDA path against the CPU. Needs a CUDA GPU, torch ≥ 2.11 and pytest; nothing of the stream or the services.
+
+On a machine with only those (and numpy, numba, safetensors), from the repository's root:
+
+    PYTHONPATH=. python -m pytest -c /dev/null --rootdir=. --noconftest --import-mode=importlib tests/gpu
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.smes import device_checks
+from tests.smes.streams import RICH_SCHEMA, stream
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(scope="module")
+def cuda() -> torch.device:
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def sync_is_an_error() -> Iterator[None]:
+    """Puts back what the test switches on: any operation that makes the host wait for the GPU raises."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_grouped_execution(cuda: torch.device) -> None:
+    device_checks.check_grouped_execution(cuda)
+
+
+@pytest.mark.parametrize("ranker", ["smes", "linear"])
+def test_steps_follow_the_cpu(cuda: torch.device, ranker: str) -> None:
+    device_checks.check_steps_follow_the_cpu(cuda, ranker)
+
+
+def test_a_replayed_step(cuda: torch.device) -> None:
+    device_checks.check_a_replayed_step(cuda)
+
+
+def test_a_snapshot_is_served_on_the_cpu(cuda: torch.device) -> None:
+    device_checks.check_snapshot_served_on_cpu(cuda)
+
+
+def test_prefetch(cuda: torch.device) -> None:
+    device_checks.check_prefetch(cuda)
+
+
+@pytest.mark.usefixtures("sync_is_an_error")
+@pytest.mark.parametrize("ranker", ["smes", "linear"])
+def test_a_step_never_waits_for_the_gpu(cuda: torch.device, ranker: str) -> None:
+    learner = device_checks.make_learner(cuda, ranker)
+    blocks = stream(RICH_SCHEMA, batches=4, size=128)
+    learner.step(learner.prepare(blocks[0]))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    for block in blocks[1:]:
+        learner.step(learner.prepare(block))

@@ -1,0 +1,144 @@
+"""What must hold on any device; run on the CPU by ``tests/smes`` and on a GPU by ``tests/gpu``.
+
+Imports nothing but the package, what the package imports, and the test stream.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smes.devices import open_device
+from smes.dispatch import combine, dispatch
+from smes.experts import FullExperts
+from smes.learner import Learner, StepResult
+from smes.model import ModelConfig
+from smes.optim import OptimizerConfig
+from smes.routing import Routing, route
+from smes.serving import ServingModel
+from smes.smes_ranker import SmesConfig
+from tests.smes.streams import RICH_SCHEMA, stream
+
+CPU = torch.device("cpu")
+MODEL = ModelConfig(
+    embedding_dim=8,
+    smes=SmesConfig(num_experts=8, num_shared=1, num_adaptive=2, encoder_dims=(32,), expert_dims=(32, 16)),
+)
+
+
+def make_learner(device: torch.device, ranker: str = "smes") -> Learner:
+    """A learner of the rich schema, the same first weights on every device."""
+    model = ModelConfig(ranker=ranker, embedding_dim=MODEL.embedding_dim, smes=MODEL.smes)
+    return Learner(RICH_SCHEMA, model, OptimizerConfig(), device=device, seed=1)
+
+
+def check_grouped_execution(device: torch.device) -> None:
+    """Grouped experts on ``device``, in its precision, against a dense float32 loop on the CPU: values and gradients.
+
+    The routing is given, so that rounding cannot choose other experts.
+    """
+    torch.manual_seed(0)
+    experts = FullExperts(8, 32, (32, 16))
+    h_BD, z_BTE = torch.randn(64, 32), torch.randn(64, 3, 8)
+    routing = route(z_BTE, torch.full((3,), 1 / 3), 1, 2)
+    probe_BTH = torch.randn(64, 3, 16)
+    expected = _outcome(experts, h_BD, lambda h: (_dense(experts, h, routing) * probe_BTH).sum())
+    moved = Routing(routing.experts_BTK.to(device), routing.weights_BTK.to(device), routing.probs_BTE.to(device), 1)
+    plan = dispatch(moved, trim=device.type == "cpu")
+    experts.to(device)
+    probe = probe_BTH.to(device)
+
+    def grouped(h: Tensor) -> Tensor:
+        with open_device(device).autocast():
+            return (combine(experts(h, plan), moved.weights_BTK, plan).float() * probe).sum()
+
+    got = _outcome(experts, h_BD.to(device), grouped)
+    tolerance = 1e-4 if device.type == "cpu" else 3e-2  # bfloat16 keeps 8 bits
+    for name, value in expected.items():
+        error = (got[name].cpu() - value).norm() / value.norm()
+        assert torch.isfinite(got[name]).all(), name
+        assert float(error) < tolerance, f"{name}: relative error {float(error):.4f}, expected below {tolerance}"
+
+
+def check_steps_follow_the_cpu(device: torch.device, ranker: str) -> None:
+    """The same stream on ``device`` and on the CPU gives nearly the same scores, losses and tables."""
+    blocks = stream(RICH_SCHEMA, batches=20, size=128)
+    reference, learner = make_learner(CPU, ranker), make_learner(device, ranker)
+    for block in blocks:
+        expected = reference.step(reference.prepare(block))
+        got = learner.step(learner.prepare(block))
+        assert got.scores.device.type == device.type
+        binary = got.scores.cpu()[:, [0, 2]]
+        assert torch.isfinite(binary).all()
+        assert float((binary - expected.scores[:, [0, 2]]).abs().mean()) < 0.02
+        assert abs(float(got.loss) - float(expected.loss)) < 0.03 * float(expected.loss)
+    assert learner.num_rows == reference.num_rows
+    difference = learner.serving_state()["table.wide"] - reference.serving_state()["table.wide"]
+    assert float(difference.norm() / reference.serving_state()["table.wide"].norm()) < 0.1
+
+
+def check_a_replayed_step(device: torch.device) -> None:
+    """A restart goes on with the same scores and, up to the order of sums, the same weights."""
+    blocks = stream(RICH_SCHEMA, batches=6, size=128, items=4000)
+    whole, restarted = make_learner(device), make_learner(device)
+    for block in blocks[:5]:
+        whole.step(whole.prepare(block))
+    restarted.load_state(whole.state())
+    expected, got = (learner.step(learner.prepare(blocks[5])) for learner in (whole, restarted))
+    torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-6)
+    a, b = restarted.state(), whole.state()
+    assert a.keys() == b.keys()
+    for name in a:
+        # A GPU adds up gradients in no fixed order, and AdamW's first steps turn that into up to a step's width.
+        tolerance = 0.0 if device.type == "cpu" else 5e-3
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
+
+
+def check_snapshot_served_on_cpu(device: torch.device) -> None:
+    """What ``device`` trained is served on the CPU with the scores that ``device`` would give."""
+    blocks = stream(RICH_SCHEMA, batches=21, size=128)
+    learner = make_learner(device)
+    for block in blocks[:20]:
+        learner.step(learner.prepare(block))
+    state = learner.serving_state()
+    assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+    served = ServingModel(RICH_SCHEMA, MODEL, state).score(blocks[20].ids, blocks[20].numerics)
+    own = learner.step(learner.prepare(blocks[20])).scores.cpu().numpy()
+    assert np.abs(served[:, 0] - own[:, 0]).mean() < (1e-5 if device.type == "cpu" else 0.02)
+    on_device = ServingModel(RICH_SCHEMA, MODEL, state, device=device).score(blocks[20].ids, blocks[20].numerics)
+    np.testing.assert_allclose(on_device, served, rtol=1e-3, atol=1e-3)
+
+
+def check_prefetch(device: torch.device) -> None:
+    """Preparing the next batch while a step may still run changes nothing, also when the tables grow."""
+    blocks = stream(RICH_SCHEMA, batches=12, size=128, items=4000)
+    plain, ahead = make_learner(device), make_learner(device)
+    expected = [plain.step(plain.prepare(block)).scores for block in blocks]
+    got: list[StepResult] = []
+    batch = ahead.prepare(blocks[0])
+    for following in [*blocks[1:], None]:
+        got.append(ahead.step(batch))
+        if following is not None:
+            batch = ahead.prepare(following)
+    for result, scores in zip(got, expected, strict=True):
+        torch.testing.assert_close(result.scores, scores, rtol=0.05, atol=0.02)
+
+
+def _outcome(experts: FullExperts, h_BD: Tensor, loss_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    h_BD = h_BD.detach().requires_grad_()
+    loss = loss_of(h_BD)
+    gradients = torch.autograd.grad(loss, [h_BD, *experts.parameters()])
+    return dict(zip(["h", "first layer", "second layer"], gradients, strict=True)) | {"loss": loss.detach()}
+
+
+def _dense(experts: FullExperts, h_BD: Tensor, routing: Routing) -> Tensor:
+    outputs = []
+    for e in range(8):
+        y = h_BD
+        for weight_E in experts.weights:
+            y = y @ weight_E[e]
+            y = torch.nn.functional.silu(torch.nn.functional.layer_norm(y, y.shape[1:]))
+        outputs.append(y)
+    weights_BTE = torch.zeros_like(routing.probs_BTE).scatter(2, routing.experts_BTK, routing.weights_BTK)
+    return torch.einsum("bte,ebh->bth", weights_BTE, torch.stack(outputs))

@@ -1,0 +1,36 @@
+"""The checks of ``tests/gpu``, run on the CPU: every line of theirs runs here too."""
+
+import pytest
+import torch
+
+from smes.devices import open_device
+from tests.smes import device_checks
+
+
+def test_grouped_execution() -> None:
+    device_checks.check_grouped_execution(device_checks.CPU)
+
+
+@pytest.mark.parametrize("ranker", ["smes", "linear"])
+def test_steps(ranker: str) -> None:
+    device_checks.check_steps_follow_the_cpu(device_checks.CPU, ranker)
+
+
+def test_a_replayed_step() -> None:
+    device_checks.check_a_replayed_step(device_checks.CPU)
+
+
+def test_a_snapshot_is_served() -> None:
+    device_checks.check_snapshot_served_on_cpu(device_checks.CPU)
+
+
+def test_prefetch() -> None:
+    device_checks.check_prefetch(device_checks.CPU)
+
+
+def test_unusable_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected cpu or cuda"):
+        open_device(torch.device("meta"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no usable CUDA GPU"):
+            open_device(torch.device("cuda"))
