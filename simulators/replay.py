@@ -15,6 +15,7 @@ from stream.log import EventLog, OutRecord
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 MAX_WAIT_S = 0.2  # between two looks at `stop`, so that Ctrl-C is answered promptly
+_CLOCK_STEP_S = 1e-6  # what is due within this is due: a shorter wait may not move a clock of large numbers at all
 
 
 @dataclass(frozen=True)
@@ -232,14 +233,14 @@ class _Pace:
             wanted = min(max(int(config.rate * config.slice_s), 1), most)
             # The slice is due when its last event is.
             wait_s = (sent + wanted) / config.rate - elapsed_s
-            if wait_s > 0:
+            if wait_s > _CLOCK_STEP_S:
                 return 0, wait_s
             return min(int(config.rate * elapsed_s) - sent, most) or wanted, 0.0
         if config.speed == "max":
             return most, 0.0
         next_s = self._start_s + (int(times[0]) - self._first_event_ms) / 1000 / config.speed
         wait_s = max(next_s, self._not_before_s) - now_s
-        if wait_s > 0:
+        if wait_s > _CLOCK_STEP_S:
             return 0, wait_s
         reached_ms = self._first_event_ms + elapsed_s * 1000 * config.speed
         count = max(int(np.searchsorted(times[:most], reached_ms, side="right")), 1)
