@@ -185,9 +185,9 @@ def _failure(name: str, what: str, log: Path) -> str:
 
 
 def _format_storage(classpath: str, properties: Path, log: Path, timeout_s: float) -> None:
-    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
     argv = [*_JAVA, "-cp", classpath, "kafka.tools.StorageTool", "format", "--standalone"]
-    process = spawn([*argv, "-t", cluster, "-c", str(properties.resolve())], log=log, cwd=properties.parent)
+    argv += ["-t", _cluster_id(uuid.uuid4()), "-c", str(properties.resolve())]
+    process = spawn(argv, log=log, cwd=properties.parent)
     try:
         status = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -196,6 +196,12 @@ def _format_storage(classpath: str, properties: Path, log: Path, timeout_s: floa
         stop(process, timeout_s=0)
     if status != 0:
         raise LocalServerError(_failure("Kafka", f"formatting its storage ended with status {status}", log))
+
+
+def _cluster_id(random: uuid.UUID) -> str:
+    """URL-safe base64 of 16 random bytes, as Kafka wants it; a leading ``-`` would be taken for an option."""
+    first, *rest = random.bytes
+    return base64.urlsafe_b64encode(bytes((first & 0x7F, *rest))).decode().rstrip("=")
 
 
 def _lists_topics(server: KafkaServer) -> bool:

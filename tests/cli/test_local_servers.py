@@ -3,12 +3,14 @@
 import os
 import signal
 import time
+import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 import redis
 
+from cli import local_servers
 from cli.local_servers import LocalServerError, start_kafka, start_valkey
 
 
@@ -48,3 +50,10 @@ def test_a_broken_distribution_shows_its_own_words(tmp_path: Path, kafka_home: P
     (tmp_path / "home" / "libs").mkdir(parents=True)
     with pytest.raises(LocalServerError, match=r"formatting its storage ended with status 1(.|\n)*StorageTool"):
         start_kafka(tmp_path / "home", tmp_path / "data")
+
+
+def test_no_cluster_id_looks_like_an_option() -> None:
+    # as base64, the bytes 0xf8 … 0xfb at the front start with "-": one random id in 64
+    ids = [local_servers._cluster_id(uuid.UUID(bytes=bytes((first, *range(15))))) for first in range(256)]
+    assert not [cluster for cluster in ids if cluster.startswith("-")]
+    assert {len(cluster) for cluster in ids} == {22}
