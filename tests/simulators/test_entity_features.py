@@ -1,0 +1,99 @@
+"""Features for the online store are, value for value, what impressions carry."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from simulators.entity_features import ENTITIES, entity_features
+from simulators.log_reader import LogReader, open_log
+from simulators.schema_file import SchemaFile, load_builtin, load_schema_file
+from simulators.synthetic import synthesize
+from smes.schema import MISSING, stable_id
+
+Table = dict[int, dict[str, NDArray[Any]]]
+
+
+def tables(log: LogReader | Path, schema_file: SchemaFile) -> dict[str, Table]:
+    found: dict[str, Table] = {entity: {} for entity in ENTITIES}
+    for entity, ids, columns in entity_features(log, schema_file):
+        for row, entity_id in enumerate(ids.tolist()):
+            assert entity_id not in found[entity]
+            found[entity][entity_id] = {name: np.atleast_1d(values[row]) for name, values in columns.items()}
+    return found
+
+
+def assert_as_in_impressions(reader: LogReader, found: dict[str, Table], *, latest_only: bool) -> int:
+    """Compare with every impression (or with the last one of each entity); the number of values compared."""
+    schema, compared = reader.schema, 0
+    blocks = list(reader.blocks())
+    for entity, id_column in (("user", 0), ("item", 1)):
+        seen: set[int] = set()
+        for block in reversed(blocks):
+            impressions = block.impressions
+            for row in range(len(block) - 1, -1, -1):
+                entity_id = int(impressions.ids[row, id_column])
+                if (latest_only and entity_id in seen) or entity_id not in found[entity]:
+                    continue
+                seen.add(entity_id)
+                values = found[entity][entity_id]
+                for feature in schema.id_features[2:]:
+                    if feature.source == entity:
+                        expected = impressions.ids[row, schema.id_slices[feature.name]]
+                        np.testing.assert_array_equal(values[feature.name], expected)
+                        compared += 1
+                for index, feature in enumerate(schema.numeric_features):
+                    if feature.source == entity:
+                        np.testing.assert_array_equal(values[feature.name], impressions.numerics[row, [index]])
+                        compared += 1
+    return compared
+
+
+def test_side_tables_handmade(shop_dir: Path, shop_schema: SchemaFile) -> None:
+    found = tables(shop_dir, shop_schema)
+    assert set(found["user"]) == {stable_id("c1"), stable_id("c2")}
+    # The last row of a key counts.
+    assert found["user"][stable_id("c2")]["plan"] == stable_id("silver")
+    assert found["item"][12]["brand"] == stable_id("acme")
+    assert found["item"][12]["labels"].tolist() == [MISSING] * 3
+    assert set(found["item"][11]) == {"brand", "labels"}
+    with open_log(shop_dir, shop_schema) as reader:
+        assert assert_as_in_impressions(reader, found, latest_only=False) == 3 * 2 + 3 * 2
+
+
+@pytest.mark.kuairand
+def test_side_tables_of_kuairand(kuairand_dir: Path) -> None:
+    schema_file = load_builtin("kuairand")
+    with open_log(kuairand_dir, schema_file, limit=500) as reader:
+        found = tables(reader, schema_file)
+        assert assert_as_in_impressions(reader, found, latest_only=False) > 500 * 30
+        lines = {
+            entity: len(next(kuairand_dir.glob(pattern)).read_text().splitlines()) - 1
+            for entity, pattern in (("user", "user_features_*.csv"), ("item", "video_features_basic_*.csv"))
+        }
+    assert {entity: len(table) for entity, table in found.items()} == lines
+
+
+def test_without_side_tables_the_latest_value_counts(tmp_path: Path) -> None:
+    path = tmp_path / "world.parquet"
+    summary = synthesize(path, 3000, seed=2)
+    schema_file = load_builtin("synthetic")
+    with open_log(path, schema_file) as reader:
+        found = tables(reader, schema_file)
+        assert assert_as_in_impressions(reader, found, latest_only=True) > 4000
+    assert {entity: len(table) for entity, table in found.items()} == {"user": summary.users, "item": summary.items}
+
+
+def test_a_value_that_changes(tmp_path: Path, shop_yaml: Path) -> None:
+    """Inline features of an entity: its last impression in event time says, wherever it lies in the file."""
+    shop_yaml.write_text(
+        "name: inline\ntasks: [{name: y}]\nfeatures: [{name: level, source: user}]\n"
+        "log: {user_id: u, item_id: i, event_time: t, labels: {y: y}}\n"
+    )
+    (tmp_path / "inline.csv").write_text("u,i,t,y,level\n1,5,300,0,new\n1,5,100,0,old\n2,5,50,1,\n")
+    found = tables(tmp_path / "inline.csv", load_schema_file(shop_yaml))
+    assert found["user"][1]["level"] == stable_id("new")
+    assert found["user"][2]["level"] == MISSING
+    assert not found["item"]
