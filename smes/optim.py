@@ -22,10 +22,10 @@ class OptimizerConfig:
         initial_accumulator: Start of Adagrad's accumulators; see :class:`smes.embedding.AdagradConfig`.
     """
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    embedding_learning_rate: float = 0.01
+    embedding_learning_rate: float = 0.005
     wide_learning_rate: float = 0.05
     initial_accumulator: float = 0.1
 

@@ -80,11 +80,9 @@ def route(z_BTE: Tensor, task_weights_T: Tensor, num_shared: int, num_adaptive: 
 
 def expert_load(experts_BTK: Tensor, num_experts: int) -> Tensor:
     """How many instances each task sends to each expert. int64 [T, E]."""
-    T = experts_BTK.shape[1]
-    offset_T = torch.arange(T, device=experts_BTK.device).mul_(num_experts).view(1, T, 1)
-    cells = (experts_BTK + offset_T).reshape(-1)
-    load = torch.zeros(T * num_experts, dtype=torch.int64, device=cells.device)
-    return load.scatter_add_(0, cells, torch.ones_like(cells)).view(T, num_experts)
+    B, T, _ = experts_BTK.shape
+    used_BTE = torch.zeros(B, T, num_experts, dtype=torch.bool, device=experts_BTK.device)
+    return used_BTE.scatter_(2, experts_BTK, True).sum(dim=0)
 
 
 def balance_loss(routing: Routing, load_TE: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ class SmesConfig:
 
     num_experts: int = 16
     num_shared: int = 2
-    num_adaptive: int = 2
+    num_adaptive: int = 1
     encoder_dims: tuple[int, ...] = (128,)
-    expert_dims: tuple[int, ...] = (64, 64)
+    expert_dims: tuple[int, ...] = (64,)
     experts: str = "full"
     router_rank: int | None = None
     balance: float = 1e-2

@@ -89,4 +89,4 @@ def test_heads_equal_a_loop_over_tasks(hidden: int) -> None:
         x = h_BTH[:, t]
         if heads.hidden is not None:
             x = torch.nn.functional.silu(x @ heads.hidden[t])
-        torch.testing.assert_close(got[:, t], (x @ heads.out[t])[:, 0] + heads.out_bias[t])
+        torch.testing.assert_close(got[:, t], x @ heads.out[t] + heads.out_bias[t])
