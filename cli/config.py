@@ -72,14 +72,14 @@ class Config:
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
-    def schema_file(self, log: Path | None = None) -> SchemaFile:
-        """The schema file in force.
+    def schema_name(self, log: Path | None = None) -> str:
+        """The schema in force: the name of a built-in one, or the path of a schema file.
 
         Args:
             log: The log that the command is given; decides where the configuration names no schema.
 
         Raises:
-            ValueError: None is named and none can be told from the log, or it cannot be read.
+            ValueError: None is named and none can be told from the log.
         """
         name = self.schema or (_schema_of(log) if log is not None else None)
         if name is None:
@@ -88,6 +88,15 @@ class Config:
                 f"{what}: expected a schema file: name one with --schema, with the key 'schema' in the configuration, "
                 f"or with {PREFIX}SCHEMA"
             )
+        return name
+
+    def schema_file(self, log: Path | None = None) -> SchemaFile:
+        """The schema file that :meth:`schema_name` names.
+
+        Raises:
+            ValueError: As :meth:`schema_name`, or the file cannot be read.
+        """
+        name = self.schema_name(log)
         builtin = _BUILTIN.get(name)
         return load_builtin(builtin) if builtin else load_schema_file(name)
 

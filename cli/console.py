@@ -57,7 +57,7 @@ def progress(what: str, total: int | None) -> Iterator[Advance]:
         if time.monotonic() - last_s >= _PLAIN_EVERY_S:
             last_s = time.monotonic()
             of = f" of {total:,}" if total is not None else ""
-            console.print(f"{what}: {done:,}{of} {note}".rstrip(), highlight=False)
+            console.print(f"{what}: {done:,}{of} {note}".rstrip(), highlight=False, soft_wrap=True)
 
     yield line
 

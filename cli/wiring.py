@@ -11,10 +11,12 @@ from typing import Any
 
 from cli.config import Config
 from smes.errors import SmesError
+from smes.events import FeedbackBlock, ImpressionBlock
 from smes.learner import Learner
 from smes.model import ModelConfig
 from smes.schema import Schema
 from smes.serving import ServingModel
+from stream.assembler import Assembler
 from trainer.evaluation import ProgressiveEvaluation
 
 
@@ -33,6 +35,22 @@ def build_evaluation(config: Config, learner: Learner) -> ProgressiveEvaluation:
         freeze=learner.serving_state,
         build=lambda tensors: ServingModel(learner.schema, learner.config, tensors, device=device),
     )
+
+
+def warm_up(config: Config, schema: Schema) -> None:
+    """Run every compiled loop once on a throwaway row, so that the first event does not wait for the compiler.
+
+    Numba keeps what it compiles on disk: only the first process after an installation takes seconds here.
+    """
+    impressions, feedback = ImpressionBlock.empty(schema, 1), FeedbackBlock.empty(1)
+    impressions.ids[:] = 1
+    assembler = Assembler(schema, config.stream.join, config.stream.batch, partitions=1)
+    assembler.push(impressions, feedback)
+    assembler.flush()
+    learner = build_learner(config, schema)
+    examples = assembler.ready[0]
+    learner.step(learner.prepare(examples))
+    ServingModel(schema, config.model, learner.serving_state()).score(examples.ids, examples.numerics)
 
 
 @contextmanager
@@ -65,3 +83,22 @@ def write_report(report: dict[str, Any], path: Path | None) -> None:
         path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise SmesError(f"report {path}: cannot be written: {error.strerror}") from error
+
+
+def read_report(path: Path, otherwise: str) -> dict[str, Any]:
+    """A report that another process wrote.
+
+    Args:
+        path: Where.
+        otherwise: What that process last said, for the error.
+
+    Raises:
+        SmesError: It wrote none.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SmesError(
+            f"report {path.name}: expected one, but its process left none ({error}):\n{otherwise}"
+        ) from error
+    return report

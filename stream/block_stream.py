@@ -10,6 +10,7 @@ from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
 from stream.assembler import Assembler
 from stream.join import JoinConfig
+from stream.log import Positions
 from stream.mini_batch import MiniBatchConfig
 
 
@@ -46,6 +47,14 @@ class BlockStream:
         self.assembler.push(*pair)
         self._read += 1
         return len(pair[0]) + len(pair[1])
+
+    def end(self) -> Positions:
+        """Nowhere: blocks are read until there are no more."""
+        return {}
+
+    def has_reached(self, end: Positions) -> bool:
+        """Whether the last pair was taken."""
+        return self.ended
 
     @property
     def exhausted(self) -> bool:

@@ -109,6 +109,14 @@ class ExampleStream:
         self._last_news_s.update(dict.fromkeys(news, now_s))
         return [s for s, last_s in self._last_news_s.items() if now_s - last_s > self._config.idle_after_s]
 
+    def end(self) -> Positions:
+        """Where both topics end now."""
+        return {**self._log.end(IMPRESSIONS), **self._log.end(FEEDBACK)}
+
+    def has_reached(self, end: Positions) -> bool:
+        """Whether everything before ``end`` has been read."""
+        return all(self.positions[source] >= position for source, position in end.items())
+
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition (decimal digits) → next record to read."""
         topics: dict[str, dict[str, int]] = {}

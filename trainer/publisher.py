@@ -11,26 +11,20 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
+from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError, SnapshotStale
 from smes.events import I64
 from smes.schema import Schema
-from smes.snapshot import Manifest, encode
+from smes.snapshot import encode
 
 _logger = logging.getLogger(__name__)
 _MAX_ARRIVALS = 512
 _RETRY_S = 1.0
-
-
-class Store(Protocol):
-    """Where snapshots go: :class:`feature_store.snapshots.SnapshotStore`."""
-
-    def publish(self, payload: bytes, **cut: Any) -> Manifest:
-        """Store a payload and make it the current snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +60,7 @@ class Publisher:
     """
 
     def __init__(
-        self, store: Store, schema: Schema, model: dict[str, Any], lineage: str, *, now_ms: Callable[[], int]
+        self, store: SnapshotStore, schema: Schema, model: dict[str, Any], lineage: str, *, now_ms: Callable[[], int]
     ) -> None:
         self._store, self._schema, self._model, self.lineage, self._now_ms = store, schema, model, lineage, now_ms
         self._changed = threading.Condition()

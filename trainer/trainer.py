@@ -20,6 +20,7 @@ from smes.learner import Learner, StepResult
 from smes.schema import MISSING
 from smes.snapshot import Manifest
 from stream.assembler import Assembler
+from stream.log import Positions
 from trainer.checkpoint import Checkpoint, CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.publisher import Cut, Publisher, count_arrivals
@@ -36,6 +37,12 @@ class Stream(Protocol):
 
     def poll(self, timeout_s: float) -> int:
         """Read once; the number of events read."""
+
+    def end(self) -> Positions:
+        """Where the log ends now."""
+
+    def has_reached(self, end: Positions) -> bool:
+        """Whether everything before ``end`` has been read."""
 
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition → next record to read."""
@@ -131,8 +138,19 @@ class Trainer:
         if self.learner.step_number:
             self.cut()
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
+    def run(
+        self,
+        should_stop: Callable[[], bool],
+        *,
+        drain: bool = False,
+        on_progress: Callable[["Trainer"], None] = lambda trainer: None,
+    ) -> None:
         """Poll and train until told to stop, then cut, publish and checkpoint.
+
+        Args:
+            should_stop: Asked between two steps.
+            drain: When told to stop, first read and train on everything that is in the log by then.
+            on_progress: Called after every step and every read.
 
         Raises:
             EventLogError: The log could not be read within its bounded wait; the last checkpoint stands.
@@ -142,10 +160,22 @@ class Trainer:
             if not self.stream.assembler.ready:
                 self.stream.poll(_POLL_S)
             while self.stream.assembler.ready and not should_stop():
-                self.step()
-                self.honour_flags()
+                self._step_and_honour(on_progress)
             self.honour_flags()
+            on_progress(self)
+        if drain:
+            end = self.stream.end()
+            while self.stream.assembler.ready or not self.stream.has_reached(end):
+                if not self.stream.assembler.ready:
+                    self.stream.poll(_POLL_S)
+                while self.stream.assembler.ready:
+                    self._step_and_honour(on_progress)
         self.finish()
+
+    def _step_and_honour(self, on_progress: Callable[["Trainer"], None]) -> None:
+        self.step()
+        self.honour_flags()
+        on_progress(self)
 
     def step(self) -> None:
         """Score the first ready batch, then train on it."""
@@ -214,6 +244,12 @@ class Trainer:
         arrays["trainer.experts"] = np.array([self.experts.instances, self.experts.total, self.experts.max])
         schema_hash, model = self.learner.schema.hash, self.learner.config.to_dict()
         self._checkpoints.save(Checkpoint(self.lineage, self.learner.step_number, schema_hash, model, arrays))
+
+    def published(self) -> dict[str, int | None]:
+        """How many snapshots this process has published, and the bytes of the last one."""
+        if self._publisher is None:
+            return {"published": None, "bytes_last": None}
+        return {"published": self._publisher.published, "bytes_last": self._publisher.bytes_last}
 
     def settle(self) -> None:
         """Account for the last step, so that metrics cover every trained example."""

@@ -1,0 +1,333 @@
+"""``smes demo``: every process of the system on this machine, requests against the scorer, and a report."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import redis
+import yaml
+
+from cli.config import Config
+from cli.console import console, number, progress
+from cli.features import load_features
+from cli.local_servers import start_kafka, start_valkey
+from cli.processes import log_tail, spawn, stop_all
+from cli.requests import RequestLoop
+from cli.wiring import read_report, warm_up
+from feature_store.connect import connect
+from simulators.schema_file import SchemaFile
+from simulators.synthetic import synthesize
+from smes.errors import SmesError
+from stream.open_log import EventLogConfig, open_event_log
+from stream.topics import FEEDBACK, IMPRESSIONS
+from trainer.report import conservation_errors
+
+_READY_WITHIN_S = 90.0
+_SETTLE_S = 15.0
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo can be told.
+
+    Attributes:
+        log: Log to replay; None: a synthetic one is made.
+        limit: Impressions to replay.
+        rate: Events per second of the replay.
+        event_log: ``redis`` or ``kafka``.
+        codec: Wire form of the events.
+        seed: Of the synthetic log and the feedback delays.
+        requests_per_s: Scoring requests per second.
+        items_per_request: Candidates of each.
+        keep: Folder for configuration, logs and data of the run; None: a temporary one, removed at the end.
+    """
+
+    log: Path | None = None
+    limit: int = 50_000
+    rate: float = 2000.0
+    event_log: str = "redis"
+    codec: str = "arrow"
+    seed: int = 0
+    requests_per_s: float = 20.0
+    items_per_request: int = 50
+    keep: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Attributes: report, as documented; failures, what the demo found wrong, in words (empty when all is well)."""
+
+    report: dict[str, Any]
+    failures: list[str]
+
+
+def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], bool]) -> DemoResult:
+    """Start everything, replay, score all the while, stop everything, and check that nothing was lost.
+
+    Raises:
+        SmesError: A process did not start, or ended before its time; the message ends with its own output.
+        ValueError: The log has no schema, or an option is wrong.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(_run_folder(options.keep))
+        log, schema_file, schema_name = _open_input(config, options, folder)
+        config = _with_servers(config, options, folder, stack)
+        config = replace(config, schema=schema_name)
+        run = _Run(config, folder, stack)
+        _create_topics(config)
+        with console.status("compiling (the first time only) and loading features"):
+            warm_up(config, schema_file.schema)
+            loaded = load_features(config, log)
+        console.print(f"features of {loaded['user']:,} users and {loaded['item']:,} items in Redis", highlight=False)
+        trainer = run.start("train", "--drain", "--report", str(folder / "train.json"))
+        scorer = run.start("serve")
+        url = run.scorer_url(scorer)
+        replay = run.start("replay", str(log), "--report", str(folder / "replay.json"), *_replay_arguments(options))
+        run.wait_ready(url, scorer, trainer)
+        tasks = [task.name for task in schema_file.schema.tasks]
+        loop = RequestLoop(
+            url,
+            np.array(sorted(loaded["users_sample"])),
+            np.array(sorted(loaded["items_sample"])),
+            tasks,
+            per_s=options.requests_per_s,
+            items_per_request=options.items_per_request,
+        )
+        loop.start()
+        run.watch(url, replay, [trainer, scorer], options, should_stop)
+        stop_all([replay], timeout_s=30)
+        stop_all([trainer], timeout_s=120)
+        report = read_report(folder / "train.json", log_tail(run.log_of("train")))
+        _await_version(url, report)
+        tally = loop.stop()
+        stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
+        stop_all([scorer], timeout_s=20)
+    report["freshness_ms"] = {key: stats["freshness_ms"][key] for key in ("p50", "p99")}
+    report["snapshots"]["served"] = stats["versions_answered"]
+    report["scorer"] = {
+        "requests": tally.requests,
+        "errors": tally.errors,
+        "mixed_versions": tally.mixed_versions,
+        "p50_ms": tally.quantile_ms(0.5),
+        "p99_ms": tally.quantile_ms(0.99),
+    }
+    return DemoResult(report, _failures(report, run.replayed, tally.last_error))
+
+
+class _Run:
+    """The worker processes of one demo."""
+
+    def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        self._config_file = folder / "smes.yaml"
+        self._config_file.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+        self.replayed: dict[str, Any] = {}
+
+    def log_of(self, command: str) -> Path:
+        return self._folder / f"{command}.log"
+
+    def start(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """``smes COMMAND`` as a process that dies with this one."""
+        argv = [sys.executable, "-m", "cli", "-c", str(self._config_file), command, *arguments]
+        # The workers are told everything by the file; this process' overrides are in it already.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("SMES_")}
+        process = spawn(argv, log=self.log_of(command), env={**env, "PYTHONUNBUFFERED": "1"})
+        self._stack.callback(stop_all, [process], timeout_s=10)
+        return process
+
+    def scorer_url(self, scorer: subprocess.Popen[bytes]) -> str:
+        """The URL that the scorer, told to take any free port, printed."""
+        deadline = time.monotonic() + _READY_WITHIN_S
+        while True:
+            for line in log_tail(self.log_of("serve"), 50).splitlines():
+                if "listening on http://" in line:
+                    return line.rsplit(" ", 1)[-1]
+            self._check_alive("serve", scorer)
+            if time.monotonic() > deadline:
+                raise SmesError(f"scorer: not listening within {_READY_WITHIN_S:g} s:\n{self._tail('serve')}")
+            time.sleep(0.05)
+
+    def wait_ready(self, url: str, scorer: subprocess.Popen[bytes], trainer: subprocess.Popen[bytes]) -> None:
+        """Until the first snapshot is in service."""
+        deadline = time.monotonic() + _READY_WITHIN_S
+        with console.status("waiting for the first snapshot"):
+            while httpx.get(f"{url}/health/ready", timeout=10).status_code != 200:
+                self._check_alive("serve", scorer)
+                self._check_alive("train", trainer)
+                if time.monotonic() > deadline:
+                    raise SmesError(f"no snapshot within {_READY_WITHIN_S:g} s; the trainer:\n{self._tail('train')}")
+                time.sleep(0.1)
+
+    def watch(
+        self,
+        url: str,
+        replay: subprocess.Popen[bytes],
+        others: list[subprocess.Popen[bytes]],
+        options: DemoOptions,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Show what is served until the replay ends."""
+        with progress("replaying and serving", None) as advance:
+            while replay.poll() is None and not should_stop():
+                for command, process in zip(("train", "serve"), others, strict=True):
+                    self._check_alive(command, process)
+                stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
+                fresh = number(stats["freshness_ms"]["p50"], 0)
+                advance(
+                    int(stats["requests"]),
+                    f"requests · serving version {stats['version']}, {stats['swaps']} swaps · freshness p50 {fresh} ms",
+                )
+                time.sleep(0.5)
+        if replay.poll() not in (0, None):
+            raise SmesError(f"replay failed:\n{self._tail('replay')}")
+        if replay.poll() is None:  # told to stop early
+            stop_all([replay], timeout_s=30)
+        self.replayed = read_report(self._folder / "replay.json", self._tail("replay"))
+
+    def _tail(self, command: str) -> str:
+        return log_tail(self.log_of(command))
+
+    def _check_alive(self, command: str, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is not None:
+            raise SmesError(f"smes {command} ended with status {process.returncode}:\n{self._tail(command)}")
+
+
+@contextmanager
+def _run_folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.resolve()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="smes-demo-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_input(config: Config, options: DemoOptions, folder: Path) -> tuple[Path, SchemaFile, str]:
+    """The log, its schema file, and the name by which the workers find that file."""
+    if options.log is None:
+        log = folder / "world.parquet"
+        with console.status(f"making a synthetic log of {options.limit:,} impressions"):
+            synthesize(log, options.limit, options.seed)
+        config = replace(config, schema="synthetic")
+    else:
+        log = options.log.resolve()
+    name = config.schema_name(log)
+    # The workers run in another folder.
+    return log, config.schema_file(log), str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _with_servers(config: Config, options: DemoOptions, folder: Path, stack: ExitStack) -> Config:
+    """The configuration with the servers of this run in it, which are started where they are not given."""
+    namespace = f"demo-{os.getpid()}-{int(time.time())}"
+    given = os.environ.get("REDIS_URL")
+    if given:
+        redis_url = given
+        stack.callback(_remove_keys, redis_url, namespace)
+    else:
+        redis_url = stack.enter_context(start_valkey(folder / "valkey")).url
+    event_log = replace(config.event_log, redis_url=redis_url, namespace=namespace, kind="redis")
+    if options.event_log == "kafka":
+        event_log = replace(event_log, kind="kafka", kafka_bootstrap=_kafka(folder, stack))
+    trainer = config.trainer
+    return replace(
+        config,
+        event_log=event_log,
+        feature_store=replace(config.feature_store, redis_url=redis_url, namespace=namespace),
+        # One core each for training and for everything beside it; a port that is free; no haste with features.
+        trainer=replace(
+            trainer,
+            threads=trainer.threads or 1,
+            checkpoint=replace(trainer.checkpoint, directory=folder / "checkpoints"),
+        ),
+        scorer=replace(config.scorer, port=0, entity_timeout_ms=1000),
+    )
+
+
+def _kafka(folder: Path, stack: ExitStack) -> str:
+    if bootstrap := os.environ.get("KAFKA_BOOTSTRAP"):
+        return bootstrap
+    home = os.environ.get("KAFKA_HOME")
+    if home is None:
+        raise ValueError(
+            "--eventlog kafka: expected KAFKA_BOOTSTRAP (brokers that run) or KAFKA_HOME (a Kafka distribution)"
+        )
+    with console.status("starting Apache Kafka"):
+        return stack.enter_context(start_kafka(Path(home), folder / "kafka")).bootstrap
+
+
+def _create_topics(config: Config) -> None:
+    """Both topics, so that no process has to wait for another to create them."""
+    event_log: EventLogConfig = config.event_log
+    log = open_event_log(event_log)
+    try:
+        for topic in (IMPRESSIONS, FEEDBACK):
+            log.ensure_topic(topic, event_log.partitions)
+    finally:
+        log.close()
+
+
+def _remove_keys(redis_url: str, namespace: str) -> None:
+    """What the run left in a Redis that is not its own."""
+    client = connect(redis_url, 10.0)
+    try:
+        for key in client.scan_iter(match=f"{namespace}:*", count=1000):
+            client.unlink(key)
+    except redis.RedisError as error:
+        console.print(f"keys under {namespace}: could not be removed: {error}")
+    finally:
+        client.close()
+
+
+def _replay_arguments(options: DemoOptions) -> list[str]:
+    arguments = ["--limit", str(options.limit), "--seed", str(options.seed), "--codec", options.codec]
+    return [*arguments, "--rate", str(options.rate)]
+
+
+def _await_version(url: str, report: dict[str, Any]) -> None:
+    """Until the last version answers, so that the last feedback's freshness counts too."""
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline:
+        stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
+        if (stats["lineage"], stats["version"]) == (report["lineage"], report["version"]):
+            time.sleep(0.3)  # a few answers by it
+            return
+        time.sleep(0.1)
+
+
+def _failures(report: dict[str, Any], replayed: dict[str, Any], last_error: str) -> list[str]:
+    failures = conservation_errors(report)
+    for ledger, total, sent in (("events", "impressions", "impressions"), ("feedback", "received", "feedback")):
+        if report[ledger][total] < replayed[sent]:
+            failures.append(f"{sent}: {replayed[sent]} were appended to the log, {report[ledger][total]} were read")
+    scorer = report["scorer"]
+    if scorer["errors"]:
+        failures.append(
+            f"scorer: {scorer['errors']} of {scorer['requests']} requests failed, the last with {last_error}"
+        )
+    if scorer["mixed_versions"]:
+        failures.append(f"scorer: {scorer['mixed_versions']} answers mixed versions")
+    if not scorer["requests"]:
+        failures.append("scorer: no request was made")
+    return failures
+
+
+def _plain(value: Any) -> Any:
+    """YAML without Python's own types."""
+    if isinstance(value, dict):
+        return {key: _plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(below) for below in value]
+    return str(value) if isinstance(value, Path) else value
