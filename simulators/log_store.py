@@ -158,8 +158,9 @@ class LogStore:
         )
         self._execute(
             "CREATE TABLE excluded AS SELECT row, false AS duplicate FROM narrow WHERE reason IS NOT NULL UNION ALL "
-            "SELECT unnest(list_sort(list(row))[2:]), true FROM narrow WHERE reason IS NULL "
-            "GROUP BY event_time_ms, digest HAVING count(*) > 1"
+            "SELECT row, true FROM narrow JOIN (SELECT event_time_ms, digest, min(row) AS kept FROM narrow "
+            "WHERE reason IS NULL GROUP BY ALL HAVING count(*) > 1) USING (event_time_ms, digest) "
+            "WHERE reason IS NULL AND row <> kept"
         )
         duplicates = self._scalar("SELECT count(*) FROM excluded WHERE duplicate")
         parsed = self._scalar("SELECT count(*) FROM narrow")
