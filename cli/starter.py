@@ -39,7 +39,7 @@ model:
   wide: true                                 # a linear part beside the ranker
 
 optimizer:
-  learning_rate: 0.002
+  learning_rate: 0.001
 
 trainer:
   device: auto                               # auto, cpu or cuda

@@ -70,7 +70,7 @@ def test_refuses_in_one_line_with_file_key_value_and_what_was_expected(tmp_path:
 
 
 def test_a_bad_variable_is_named() -> None:
-    with pytest.raises(ValueError, match="with SMES_TRAINER__SEED: trainer.seed: 'x', expected otherwise"):
+    with pytest.raises(ValueError, match=r"with SMES_TRAINER__SEED: trainer\.seed: 'x', expected otherwise"):
         load_config(None, {"SMES_TRAINER__SEED": "x"})
     with pytest.raises(ValueError, match="SMES_SCHEMA__X: 'schema' is a value, expected a section"):
         load_config(None, {"SMES_SCHEMA": "kuairand", "SMES_SCHEMA__X": "1"})
