@@ -1,4 +1,4 @@
-"""How fast the wire codecs decode, on one thread, in the shape of KuaiRand.
+"""How fast the wire codecs decode, and decode and join, on one thread, in the shape of KuaiRand.
 
 33 categorical features per impression and about 2.2 feedback events per impression, every value drawn from a seeded
 generator. Each codec is timed beside a peer that only opens the bytes: ``json.loads`` and reading the fields of the
@@ -20,12 +20,16 @@ import pyarrow as pa
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Feature, Schema, Task
-from stream.codec import decode, encode_feedback, encode_impressions
+from stream.assembler import Assembler
+from stream.codec import Codec, decode, encode_feedback, encode_impressions
+from stream.join import JoinConfig
 from stream.log import OutRecord, Record
+from stream.mini_batch import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 START_MS = 1_650_844_800_000
-ROWS_PER_ARROW_RECORD = 1_000
+ROWS_PER_SLICE = 1_000  # impressions; in Arrow they are one record, their slice of feedback another
+MS_PER_IMPRESSION = 100
 RECORDS_PER_CALL = {"json": 5_000, "arrow": 16}
 NUM_FEATURES = 33
 FEEDBACK_PER_IMPRESSION = 2.2
@@ -46,33 +50,37 @@ def events(num_impressions: int, schema: Schema, seed: int) -> tuple[ImpressionB
     rng = np.random.default_rng(seed)
     impressions = ImpressionBlock.empty(schema, num_impressions)
     impressions.impression_id[:] = np.arange(num_impressions) + 10_000_000
-    impressions.event_time_ms[:] = START_MS + np.arange(num_impressions)
+    impressions.event_time_ms[:] = START_MS + MS_PER_IMPRESSION * np.arange(num_impressions)
     values = rng.integers(0, 5_000, (num_impressions, schema.id_width))
     present = rng.random(values.shape) > 0.05
     present[:, :2] = True
     impressions.ids[present] = values[present]
     n = round(num_impressions * FEEDBACK_PER_IMPRESSION)
     feedback = FeedbackBlock.empty(n)
-    feedback.impression_id[:] = rng.integers(0, num_impressions, n) + 10_000_000
-    feedback.event_time_ms[:] = START_MS + rng.integers(0, num_impressions, n)
+    of = rng.integers(0, num_impressions, n)
+    delayed_ms = impressions.event_time_ms[of] + rng.integers(1, 60_000, n)
+    order = np.argsort(delayed_ms, kind="stable")
+    feedback.impression_id[:] = impressions.impression_id[of[order]]
+    feedback.event_time_ms[:] = delayed_ms[order]
     feedback.task[:] = rng.integers(0, schema.num_tasks, n)
     watch_time = feedback.task == schema.task_index["watch_time"]
     feedback.value[:] = np.where(watch_time, rng.random(n, np.float32) * 60, 1)
     return impressions, feedback
 
 
-def records(impressions: ImpressionBlock, feedback: FeedbackBlock, schema: Schema, codec: str) -> list[Record]:
-    """The events as records of one partition per topic, read in blocks as a log would return them."""
-    rows = ROWS_PER_ARROW_RECORD
+def records(impressions: ImpressionBlock, feedback: FeedbackBlock, schema: Schema, codec: Codec) -> list[Record]:
+    """The events as records of one partition per topic, in slices of event time as a log would return them."""
     sent: list[tuple[str, OutRecord]] = []
-    for start in range(0, len(impressions), rows):
-        block = impressions.take(slice(start, start + rows))
-        outs = encode_impressions(block, schema, "arrow" if codec == "arrow" else "json", 1)
-        sent += [(IMPRESSIONS, out) for out in outs]
-    for start in range(0, len(feedback), rows):
-        block_feedback = feedback.take(slice(start, start + rows))
-        outs = encode_feedback(block_feedback, schema, "arrow" if codec == "arrow" else "json", 1)
-        sent += [(FEEDBACK, out) for out in outs]
+    taken = 0
+    for start in range(0, len(impressions), ROWS_PER_SLICE):
+        block = impressions.take(slice(start, start + ROWS_PER_SLICE))
+        last = start + ROWS_PER_SLICE >= len(impressions)
+        until = np.searchsorted(feedback.event_time_ms, block.event_time_ms[-1], side="right")
+        stop = len(feedback) if last else int(until)
+        sent += [(IMPRESSIONS, out) for out in encode_impressions(block, schema, codec, 1)]
+        block_feedback = feedback.take(slice(taken, stop))
+        sent += [(FEEDBACK, out) for out in encode_feedback(block_feedback, schema, codec, 1)]
+        taken = stop
     return [
         Record(topic, 0, offset, out.value, out.headers, START_MS + 3_600_000)
         for offset, (topic, out) in enumerate(sent)
@@ -87,6 +95,20 @@ def decode_all(log: Sequence[Record], schema: Schema, per_call: int) -> int:
         assert not decoded.dead, decoded.dead[0]
         decoded_events += len(decoded.impressions) + len(decoded.feedback)
     return decoded_events
+
+
+def decode_and_join(log: Sequence[Record], schema: Schema, per_call: int) -> int:
+    """Decode, join by event time and cut mini-batches of 1,024; the number of events."""
+    assembler = Assembler(schema, JoinConfig(), MiniBatchConfig(size=1024), partitions=1)
+    joined_events = examples = 0
+    for start in range(0, len(log), per_call):
+        decoded = decode(log[start : start + per_call], schema)
+        assembler.push(decoded.impressions, decoded.feedback)
+        joined_events += len(decoded.impressions) + len(decoded.feedback)
+        while assembler.ready:
+            examples += len(assembler.ready.popleft())
+    assert examples > 0, "nothing was emitted: the log is shorter than the attribution window"
+    return joined_events
 
 
 def peer_json(log: Sequence[Record], schema: Schema) -> int:
@@ -124,6 +146,8 @@ def run(num_impressions: int = 20_000, repeats: int = 7, seed: int = 0) -> dict[
     arrow_log = records(impressions, feedback, schema, "arrow")
     contenders: dict[str, Callable[[], int]] = {
         "decode_json_events_per_s": lambda: decode_all(json_log, schema, RECORDS_PER_CALL["json"]),
+        "decode_join_json_events_per_s": lambda: decode_and_join(json_log, schema, RECORDS_PER_CALL["json"]),
+        "decode_join_arrow_events_per_s": lambda: decode_and_join(arrow_log, schema, RECORDS_PER_CALL["arrow"]),
         "peer_json_loads_events_per_s": lambda: peer_json(json_log, schema),
         "decode_arrow_events_per_s": lambda: decode_all(arrow_log, schema, RECORDS_PER_CALL["arrow"]),
         "peer_pyarrow_events_per_s": lambda: peer_arrow(arrow_log),
@@ -141,6 +165,8 @@ def run(num_impressions: int = 20_000, repeats: int = 7, seed: int = 0) -> dict[
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         **medians,
+        "decode_join_json_vs_target_50k": medians["decode_join_json_events_per_s"] / 50_000,
+        "decode_join_arrow_vs_target_300k": medians["decode_join_arrow_events_per_s"] / 300_000,
         "decode_json_vs_json_loads": medians["decode_json_events_per_s"] / medians["peer_json_loads_events_per_s"],
         "decode_arrow_vs_pyarrow": medians["decode_arrow_events_per_s"] / medians["peer_pyarrow_events_per_s"],
         "json_bytes_per_event": sum(len(r.value) for r in json_log) / len(json_log),
