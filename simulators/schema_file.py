@@ -5,16 +5,16 @@ expected.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from simulators.log_spec import LogSpec
+from simulators.yaml_file import STRICT, read_mapping, validated
 from smes.schema import ITEM_ID, USER_ID, Feature, Schema, Task
 
 BuiltinName = Literal["kuairand", "synthetic"]
@@ -32,8 +32,7 @@ class SchemaFile:
         ValueError: The log section names a task or feature that the schema lacks, or lacks a task's label.
     """
 
-    # Read by pydantic: refuse unknown keys here and in every dataclass below.
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     name: str
     tasks: tuple[Task, ...]
@@ -56,19 +55,7 @@ def load_schema_file(path: str | Path) -> SchemaFile:
     Raises:
         ValueError: It cannot be read, is no YAML mapping, or an entry is missing, unknown or out of range.
     """
-    path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: expected a readable schema file ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a mapping with name, features and tasks, got {type(data).__name__}")
-    try:
-        return TypeAdapter(SchemaFile).validate_python(_expand_shorthands(data))
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_one_line(error)}") from error
+    return validated(SchemaFile, _expand_shorthands(read_mapping(Path(path))), path)
 
 
 def load_builtin(name: BuiltinName) -> SchemaFile:
@@ -121,40 +108,6 @@ def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
         if isinstance(table, dict) and isinstance(table.get("files"), str):
             log[section] = {**table, "files": [table["files"]]}
     return {**data, "log": log}
-
-
-def _one_line(error: ValidationError) -> str:
-    details = error.errors(include_url=False)
-    first = details[0]
-    key = ".".join(str(part) for part in first["loc"]) or "file"
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        expected = ", ".join(_keys_at(SchemaFile, first["loc"][:-1]))
-        return f"{key}: {first['input']!r} is an unknown key, expected one of {expected}{more}"
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{key}: is missing, expected a value{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{key}: {message}{more}"
-    expected = message[:1].lower() + message[1:]
-    return f"{key}: {first['input']!r}, expected otherwise: {expected}{more}"
-
-
-def _keys_at(cls: Any, loc: tuple[int | str, ...]) -> list[str]:
-    """The keys accepted at a place in the file."""
-    for part in loc:
-        if is_dataclass(cls):
-            cls = get_type_hints(cls).get(str(part), cls)
-        cls = _element(cls)
-    return [f.name for f in fields(cls)] if is_dataclass(cls) else []
-
-
-def _element(hint: Any) -> Any:
-    """The dataclass within ``X | None``, ``tuple[X, ...]`` or ``dict[str, X]``."""
-    if is_dataclass(hint):
-        return hint
-    inner = [_element(arg) for arg in get_args(hint)]
-    return next((arg for arg in inner if is_dataclass(arg)), hint)
 
 
 def feature_columns(schema: Schema, log: LogSpec) -> Mapping[str, Literal["log", "user", "item"]]:

@@ -84,5 +84,5 @@ def test_which_schema(tmp_path: Path) -> None:
     assert Config().schema_file(tmp_path).name == "kuairand"
     (tmp_path / "w.truth.parquet").touch()
     assert Config().schema_file(tmp_path / "w.parquet").name == "synthetic"
-    with pytest.raises(ValueError, match=r"missing\.yaml: expected a readable schema file"):
+    with pytest.raises(ValueError, match=r"missing\.yaml: expected a readable file"):
         Config(schema=str(tmp_path / "missing.yaml")).schema_file()

@@ -72,7 +72,7 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, old: str, new: str,
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.yaml: expected a readable schema file"):
+    with pytest.raises(ValueError, match=r"none\.yaml: expected a readable file"):
         load_schema_file(tmp_path / "none.yaml")
 
 
