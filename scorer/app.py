@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,9 +32,12 @@ from scorer.loading import load_serving_model
 from scorer.request import FieldError, ScoreRequest
 from scorer.served import Load
 from scorer.telemetry import Telemetry
+from smes.errors import SmesError
 from smes.schema import Schema
 
 SCORE_PATH = "/v1/score"
+
+_logger = logging.getLogger(__name__)
 
 _EXAMPLE = {
     "lineage": "a1b2",
@@ -145,6 +149,11 @@ def _add_scoring(app: FastAPI, parts: _Parts) -> None:
             ) from error
         except NotReady as error:
             raise HTTPException(503, detail=f"not ready: {error}", headers={"Retry-After": "1"}) from error
+        except Exception as error:
+            # Answered here: an exception that reaches the server would also cost the client its connection.
+            _logger.exception("a request could not be scored")
+            detail = str(error) if isinstance(error, SmesError) else "scoring failed; the scorer's log says why"
+            raise HTTPException(500, detail=detail) from error
         return Response(body, media_type="application/json")
 
 

@@ -1,5 +1,6 @@
 """Hot swap: a thread that loads each new snapshot aside and puts it into service by one assignment."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from feature_store.watcher import SnapshotWatcher
 from scorer.first_answers import Arrivals, FirstAnswers
 from scorer.served import Load, Scorable, ServedModel
 from scorer.telemetry import Telemetry
-from smes.errors import FeatureStoreError, SchemaMismatch, SnapshotError, SnapshotNotFound
+from smes.errors import FeatureStoreError, SchemaMismatch, SmesError, SnapshotError, SnapshotNotFound
 from smes.schema import Schema
 from smes.snapshot import Manifest, decode_metadata
 
 _WARM_UP_ITEMS = (1, 100)
-_RETRY_BAD_S = 30.0
+_RETRY_BAD_S = 5.0
+_logger = logging.getLogger(__name__)
 
 
 class HotSwap:
@@ -101,10 +103,13 @@ class HotSwap:
             self._swap(manifest)
         except (FeatureStoreError, SnapshotNotFound) as error:
             # Redis is away or was restarted, or the snapshot was trimmed while it was read: look again next time.
+            if self.problem is None:
+                _logger.warning("no newer snapshot can be loaded: %s", error)
             self.problem = str(error)
-        except Exception as error:  # noqa: BLE001 – whatever a bad snapshot raises, the old one goes on serving
+        except Exception as error:  # whatever a bad snapshot raises, the old one goes on serving
             self._telemetry.load_failures.inc()
-            self.problem = str(error) if isinstance(error, SnapshotError | SchemaMismatch) else repr(error)
+            self.problem = str(error) if isinstance(error, SmesError) else repr(error)
+            _logger.warning("a snapshot was refused: %s", self.problem, exc_info=not isinstance(error, SmesError))
             if key is not None:
                 self._refused = (key, self._monotonic_s() + _RETRY_BAD_S)
 
@@ -133,6 +138,7 @@ class HotSwap:
         self._telemetry.swaps.inc()
         self._telemetry.served_version.set(manifest.version)
         self._telemetry.served_step.set(manifest.step)
+        _logger.debug("%s is in service", name)
 
     def _brought(self, manifest: Manifest) -> tuple[Arrivals, int]:
         """The feedback that this version knows and the one served before it does not; versions it is unknown of."""

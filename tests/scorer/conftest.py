@@ -115,9 +115,9 @@ def until() -> Callable[[Callable[[], object]], None]:
 def make_app(redis_url: str, namespace: str) -> Callable[..., FastAPI]:
     """An application over the telling models; keywords go to its configuration."""
 
-    def make_app(url: str = redis_url, **config: object) -> FastAPI:
+    def make_app(url: str = redis_url, load: Load = _load, **config: object) -> FastAPI:
         fast: dict[str, object] = {"poll_s": 0.05, **config}
-        return create_app(ScorerConfig(**fast), SCHEMA, redis_url=url, namespace=namespace, load=_load)  # type: ignore[arg-type]  # tests name the fields
+        return create_app(ScorerConfig(**fast), SCHEMA, redis_url=url, namespace=namespace, load=load)  # type: ignore[arg-type]  # tests name the fields
 
     return make_app
 

@@ -188,6 +188,29 @@ def test_a_bad_payload_leaves_the_old_version_serving(
     assert swap.problem is None
 
 
+def test_scores_that_are_no_numbers_are_an_error_not_an_answer(
+    starting: Starting, store: SnapshotStore, publish: Publish, until: Until, schema: Schema
+) -> None:
+    class BrokenForOne:
+        def score(self, ids: I64, numerics: F32) -> F32:
+            scores = np.ones((len(ids), schema.num_tasks), np.float32)
+            scores[ids[:, 1] == 666] = np.nan
+            if (ids[:, 1] == 667).any():
+                raise RuntimeError("a bug")
+            return scores
+
+    publish(store, 1)
+    with starting(load=lambda payload, schema: BrokenForOne()) as http:
+        until(lambda: version(http) == 1)
+        assert http.post("/v1/score", json={"user_id": 1, "items": [5]}).status_code == 200
+        for item, message in ((666, "snapshot a:1 gave a score that is no finite number"), (667, "scoring failed")):
+            failed = http.post("/v1/score", json={"user_id": 1, "items": [5, item]})
+            assert failed.status_code == 500
+            assert failed.json()["detail"].startswith(message)
+        outcomes = http.get("/v1/stats").json()["outcomes"]
+    assert outcomes == {"ok": 1, "rejected": 0, "not_ready": 0, "error": 2}
+
+
 @pytest.mark.parametrize("bad", [np.full((100, 3), np.nan), np.zeros((100, 2))])
 def test_a_model_that_fails_its_warm_up_never_serves(
     store: SnapshotStore, publish: Publish, make_swap: Callable[..., HotSwap], bad: np.ndarray
@@ -224,7 +247,7 @@ def test_a_damaged_chunk_is_tried_again_after_a_while(
     client.set(key, intact)
     swap.refresh()
     assert swap.served is None
-    now_s[0] += 31
+    now_s[0] += 6
     swap.refresh()
     assert version_of(swap) == 1
 

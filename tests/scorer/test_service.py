@@ -105,7 +105,9 @@ def payload_of(learner: Learner, version: int) -> bytes:
 
 
 def serves(http: httpx.Client, version: int) -> bool:
-    return bool(http.get("/health/ready").json()["version"] == version)
+    health = http.get("/health/ready").json()
+    assert not any(health["problems"].values()), health
+    return bool(health["version"] == version)
 
 
 def new_learner() -> Learner:
@@ -161,7 +163,8 @@ def test_a_signal_stops_it_cleanly_with_requests_in_flight(
     learner.step(learner.prepare(examples(64, 0)))
     publish(SnapshotStore(client, namespace), learner)
     with scorer_process(redis_url, namespace) as (process, url):
-        until(lambda: httpx.get(f"{url}/health/ready").status_code == 200)
+        with httpx.Client(base_url=url, timeout=20) as http:
+            until(partial(serves, http, learner.step_number))
         begun = threading.Event()
         answered: list[int] = []
         refused: list[type[httpx.TransportError]] = []
