@@ -1,0 +1,213 @@
+"""Windowed GAUC, XAUC and served scores against naive loops with scikit-learn; a restart in mid-window changes nothing.
+
+Guarantee shown: within a window every example is scored by one frozen copy of the weights, groups are requests where
+the log has them and users where it has none, and no group spans two windows.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from smes.events import F32, I64, ExampleBlock
+from smes.schema import MISSING, Schema, Task
+from trainer.evaluation import EvaluationConfig, FrozenModel, ProgressiveEvaluation
+
+SCHEMA = Schema("evaluated", tasks=(Task("click"), Task("like"), Task("watch", kind="regression")))
+START_MS = 1_700_000_000_000
+CLICK, LIKE, WATCH = range(3)
+
+
+class Weights:
+    """Weights that every step changes: the scores of a copy tell when it was taken."""
+
+    def __init__(self) -> None:
+        self.version = 0
+
+    def freeze(self) -> dict[str, torch.Tensor]:
+        return {"version": torch.tensor([self.version])}
+
+    @staticmethod
+    def build(tensors: Any) -> FrozenModel:
+        return _Frozen(int(tensors["version"][0]))
+
+
+class _Frozen:
+    def __init__(self, version: int) -> None:
+        self._version = version
+
+    def score(self, ids: I64, numerics: F32) -> F32:
+        return scores_of(self._version, ids)
+
+
+def scores_of(version: int, ids: I64) -> F32:
+    """Any scores in 0 … 1 with ties, other ones for every version. float32 [N, 3]."""
+    mixed = (ids[:, :1] * 7 + ids[:, 1:2] * (13 + 2 * version) + 5 * version * ids[:, :1] + np.arange(3)) % 11
+    return (mixed / 11).astype(np.float32)
+
+
+def batches(n: int, *, requests: float = 0.5, served: float = 0.0, seed: int = 0) -> list[ExampleBlock]:
+    """``n`` examples, a second apart, in batches of 1 … 40; a share of them with request ids and served scores."""
+    rng = np.random.default_rng(seed)
+    block = ExampleBlock.empty(SCHEMA, n)
+    block.event_time_ms[:] = START_MS + 1000 * np.arange(n)
+    block.ids[:, 0] = rng.integers(0, 12, n)
+    block.ids[:, 1] = rng.integers(0, 30, n)
+    # A request has the number of a user too: they must not be taken for one group.
+    block.request_id[:] = np.where(rng.random(n) < requests, rng.integers(0, 12, n), MISSING)
+    block.labels[:, :2] = rng.random((n, 2)) < 0.3
+    block.labels[:, 2] = np.where(rng.random(n) < 0.2, 0, rng.exponential(9, n))
+    block.label_mask[:, LIKE] = rng.random(n) < 0.8
+    block.label_mask[:, WATCH] = rng.random(n) < 0.7
+    is_served = rng.random(n) < served
+    block.served_scores[is_served] = rng.random((int(is_served.sum()), 3)).astype(np.float32)
+    cuts = np.r_[0, np.cumsum(rng.integers(1, 40, n))]
+    cuts = np.r_[cuts[cuts < n], n]
+    return [block.take(slice(int(a), int(b))) for a, b in pairwise(cuts)]
+
+
+def evaluation(config: EvaluationConfig, weights: Weights) -> ProgressiveEvaluation:
+    return ProgressiveEvaluation(SCHEMA, config, freeze=weights.freeze, build=weights.build)
+
+
+def run(evaluated: ProgressiveEvaluation, weights: Weights, stretch: list[ExampleBlock]) -> None:
+    for batch in stretch:
+        evaluated.before_step(batch)
+        scores = scores_of(weights.version, batch.ids)
+        weights.version += 1
+        evaluated.after_step(batch, scores)
+
+
+def windows(stretch: list[ExampleBlock], config: EvaluationConfig) -> Iterator[tuple[int, list[ExampleBlock]]]:
+    """(version frozen, batches) of every window, told from the configuration's words alone."""
+    window: list[ExampleBlock] = []
+    first = 0
+    for version, batch in enumerate(stretch):
+        age_s = (batch.event_time_ms[0] - window[0].event_time_ms[0]) / 1000 if window else 0
+        if window and (age_s >= config.window_s or sum(map(len, window)) >= config.window_examples):
+            yield first, window
+            window, first = [], version
+        window.append(batch)
+    yield first, window
+
+
+def naive_gauc(stretch: list[ExampleBlock], config: EvaluationConfig, task: int) -> float:
+    weighted = weight = 0.0
+    for version, window in windows(stretch, config):
+        groups: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+        for batch in window:
+            ours = scores_of(version, batch.ids)
+            for row in range(len(batch)):
+                if not batch.label_mask[row, task]:
+                    continue
+                request, user = int(batch.request_id[row]), int(batch.ids[row, 0])
+                key = ("user", user) if request == MISSING else ("request", request)
+                served = float(batch.served_scores[row, task])
+                score = float(ours[row, task]) if np.isnan(served) else served
+                groups[key].append((float(batch.labels[row, task]), score))
+        for members in groups.values():
+            labels, scores = zip(*members, strict=True)
+            if 0 < sum(labels) < len(labels):
+                weighted += len(members) * float(roc_auc_score(labels, scores))
+                weight += len(members)
+    return weighted / weight
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EvaluationConfig(window_s=1e9, window_examples=10**9),
+        EvaluationConfig(window_s=100, window_examples=10**9),
+        EvaluationConfig(window_s=1e9, window_examples=90),
+        EvaluationConfig(window_s=150, window_examples=90),
+    ],
+    ids=["one window", "by time", "by count", "by both"],
+)
+@pytest.mark.parametrize("served", [0.0, 0.4])
+def test_windowed_gauc_is_the_naive_one(config: EvaluationConfig, served: float) -> None:
+    stretch, weights = batches(700, served=served), Weights()
+    evaluated = evaluation(config, weights)
+    run(evaluated, weights, stretch)
+    expected_windows = len(list(windows(stretch, config)))
+    assert (expected_windows > 3) == (config.window_s < 1e9 or config.window_examples < 10**9)
+    report = evaluated.report()
+    for task, name in ((CLICK, "click"), (LIKE, "like")):
+        assert report[name].gauc_windowed == pytest.approx(naive_gauc(stretch, config, task), abs=1e-12)
+    assert report["watch"].gauc_windowed is None
+
+
+def test_auc_counts_the_served_score_where_there_is_one() -> None:
+    stretch, weights = batches(900, served=0.5), Weights()
+    evaluated = evaluation(EvaluationConfig(), weights)
+    run(evaluated, weights, stretch)
+    ours = np.concatenate([scores_of(version, batch.ids) for version, batch in enumerate(stretch)])
+    block = ExampleBlock.concat(stretch)
+    scores = np.where(np.isnan(block.served_scores), ours, block.served_scores)
+    report = evaluated.report()
+    for task, name in ((CLICK, "click"), (LIKE, "like")):
+        rows = block.label_mask[:, task]
+        labels = block.labels[rows, task]
+        assert report[name].auc == pytest.approx(roc_auc_score(labels, scores[rows, task]), abs=2e-4)
+        assert report[name].auc != pytest.approx(roc_auc_score(labels, ours[rows, task]), abs=1e-3)
+        assert (report[name].examples, report[name].positives) == (rows.sum(), labels.sum())
+
+
+def test_xauc_is_the_share_of_pairs_in_order() -> None:
+    stretch, weights = batches(900), Weights()
+    evaluated = evaluation(EvaluationConfig(), weights)
+    run(evaluated, weights, stretch)
+    concordant = pairs = 0.0
+    for version, batch in enumerate(stretch):
+        rows = batch.label_mask[:, WATCH]
+        labels, scores = batch.labels[rows, WATCH], scores_of(version, batch.ids)[rows, WATCH]
+        n = len(labels)
+        for distance in {1, n // 2} if n > 1 else set():
+            for i in range(n):
+                label, score = labels[i] - labels[i - distance], scores[i] - scores[i - distance]
+                if label != 0:
+                    pairs += 1
+                    concordant += 0.5 if score == 0 else float((label > 0) == (score > 0))
+    block = ExampleBlock.concat(stretch)
+    rows = block.label_mask[:, WATCH]
+    report = evaluated.report()["watch"]
+    assert report.xauc == pytest.approx(concordant / pairs, abs=1e-12)
+    assert (report.examples, report.positives) == (rows.sum(), (block.labels[rows, WATCH] > 0).sum())
+    assert report.auc is None
+
+
+@pytest.mark.parametrize("at", [1, 7, 18])
+def test_a_restart_in_mid_window_changes_nothing(at: int) -> None:
+    config = EvaluationConfig(window_s=150, window_examples=90)
+    stretch, weights = batches(700, served=0.2), Weights()
+    whole = evaluation(config, weights)
+    run(whole, weights, stretch)
+
+    weights = Weights()
+    first = evaluation(config, weights)
+    run(first, weights, stretch[:at])
+    saved = {name: array.copy() for name, array in first.state().items()}
+    run(first, Weights(), stretch[at:])  # what the old process goes on to do must not reach the saved state
+    second = evaluation(config, weights)
+    second.load_state(saved)
+    run(second, weights, stretch[at:])
+    assert second.report() == whole.report()
+
+
+def test_nothing_seen_is_none_everywhere() -> None:
+    report = evaluation(EvaluationConfig(), Weights()).report()
+    for name in ("click", "like"):
+        metrics = report[name]
+        undefined = (metrics.auc, metrics.gauc_windowed, metrics.ne, metrics.ece, metrics.calibration)
+        assert (metrics.examples, metrics.positives, undefined) == (0, 0, (None,) * 5)
+    assert report["watch"].xauc is None
+
+
+@pytest.mark.parametrize("bounds", [{"window_s": 0.0}, {"window_s": float("nan")}, {"window_examples": 0}])
+def test_bounds_that_make_no_sense_are_refused(bounds: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        EvaluationConfig(**bounds)
