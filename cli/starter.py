@@ -51,7 +51,7 @@ trainer:
     keep: 2
   evaluation:
     window_s: 86400.0                        # longest stretch of event time scored by one frozen copy of the weights
-    window_examples: 262144
+    window_examples: 16384
 
 scorer:
   host: 127.0.0.1

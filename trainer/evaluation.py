@@ -3,8 +3,8 @@
 AUC, NE and calibration come from the scores of the weights as they are just before each step. GAUC is windowed: a
 window is a stretch of the stream scored by one frozen copy of the weights, taken at its start, because within a user
 weights that adapt to that user's own labels bias a pooled GAUC downwards. The group is the request where the log has
-one, else (user, window). Where an impression carries the score that it was served with, that score is the one that
-counts.
+one, else (user, window). The first window, whose weights have seen nothing, does not count. Where an impression carries
+the score that it was served with, that score is the one that counts.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +19,8 @@ from smes.events import F32, I64, Bool, ExampleBlock
 from smes.metrics import BinaryTally, RegressionTally, group_auc
 from smes.schema import MISSING, Schema
 
+_FIRST_WINDOW_EXAMPLES = 1024
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -26,11 +28,12 @@ class EvaluationConfig:
 
     Attributes:
         window_s: Longest stretch of event time scored by one frozen copy, seconds, > 0.
-        window_examples: Most examples in it, ≥ 1; bounds memory.
+        window_examples: Most examples in it, ≥ 1; bounds memory. Early windows are shorter: none is longer than all
+            that was trained on before it began.
     """
 
     window_s: float = 86_400.0
-    window_examples: int = 262_144
+    window_examples: int = 16_384
 
     def __post_init__(self) -> None:
         if not self.window_s > 0:
@@ -96,6 +99,7 @@ class ProgressiveEvaluation:
         self._frozen_tensors: Tensors = {}
         self._frozen: FrozenModel | None = None
         self._window_start_ms = 0
+        self._before_window = 0  # examples in closed windows
         self._window = _Window(schema.num_tasks)
         self._group_auc = np.zeros((schema.num_tasks, 2), np.float64)  # Σ weight · AUC, Σ weight of closed windows
 
@@ -103,8 +107,10 @@ class ProgressiveEvaluation:
         """Score a batch with the window's frozen weights, opening a new window first where one is due."""
         start_ms = int(examples.event_time_ms[0])
         too_long = start_ms >= self._window_start_ms + round(self._config.window_s * 1000)
-        if self._frozen is None or too_long or len(self._window) >= self._config.window_examples:
-            self._group_auc += self._window.group_auc()
+        most = min(self._config.window_examples, max(_FIRST_WINDOW_EXAMPLES, self._before_window))
+        if self._frozen is None or too_long or len(self._window) >= most:
+            self._group_auc += self._counted()
+            self._before_window += len(self._window)
             self._window = _Window(self._schema.num_tasks)
             self._window_start_ms = start_ms
             self._frozen_tensors = dict(self._freeze())
@@ -119,9 +125,14 @@ class ProgressiveEvaluation:
             rows = examples.label_mask[:, t]
             tally.add(scores[rows, t], examples.labels[rows, t])
 
+    def _counted(self) -> NDArray[np.float64]:
+        """What the open window adds to the GAUC of the closed ones."""
+        group_auc_T2 = self._window.group_auc()
+        return group_auc_T2 if self._before_window else np.zeros_like(group_auc_T2)
+
     def report(self) -> dict[str, TaskMetrics]:
         """Metrics so far by task name, the open window included."""
-        group_auc_T2 = self._group_auc + self._window.group_auc()
+        group_auc_T2 = self._group_auc + self._counted()
         metrics = {}
         for task, tally, (weighted, weight) in zip(self._schema.tasks, self._tallies, group_auc_T2, strict=True):
             if isinstance(tally, RegressionTally):
@@ -145,7 +156,7 @@ class ProgressiveEvaluation:
         state |= {f"window.{name}": array for name, array in self._window.arrays().items()}
         state |= {f"frozen.{name}": tensor.numpy() for name, tensor in self._frozen_tensors.items()}
         state["group_auc"] = self._group_auc
-        state["window_start_ms"] = np.array([self._window_start_ms])
+        state["window"] = np.array([self._window_start_ms, self._before_window])
         return state
 
     def load_state(self, state: dict[str, NDArray[Any]]) -> None:
@@ -158,7 +169,7 @@ class ProgressiveEvaluation:
             tally.load_state(part(f"{t}."))
         self._window = _Window(self._schema.num_tasks, part("window."))
         self._group_auc = state["group_auc"].copy()
-        self._window_start_ms = int(state["window_start_ms"][0])
+        self._window_start_ms, self._before_window = (int(n) for n in state["window"])
         self._frozen_tensors = {name: torch.from_numpy(array) for name, array in part("frozen.").items()}
         self._frozen = self._build(self._frozen_tensors) if self._frozen_tensors else None
 

@@ -1,0 +1,115 @@
+"""What the stream around the training step costs: training on given batches against a whole backtest.
+
+Both do the same steps on the same examples, progressive evaluation included. ``train_per_s`` takes ready-made batches;
+``backtest_per_s`` is ``smes backtest``: it reads, sorts and de-duplicates the log, draws the delays, joins and batches.
+``step_only_per_s`` leaves out the frozen scores of the windowed GAUC too. Repeats are interleaved; medians are printed.
+
+Run: ``python -m benchmarks.pipeline [LOG] [--json FILE] [--limit N] [--repeats N]``; LOG is a KuaiRand folder or a
+synthetic log, by default a synthetic one that is made first.
+"""
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cli.backtest import run_backtest
+from cli.config import Config
+from cli.console import console
+from cli.wiring import build_evaluation, build_learner, warm_up
+from simulators.log_reader import open_log
+from simulators.merge import replay_blocks
+from simulators.synthetic import synthesize
+from smes.events import ExampleBlock
+from smes.schema import Schema
+from stream.block_stream import BlockStream
+
+
+def given_batches(config: Config, log: Path, limit: int | None) -> tuple[Schema, list[ExampleBlock]]:
+    """Every mini-batch that a backtest of the log trains on."""
+    schema_file = config.schema_file(log)
+    schema = schema_file.schema
+    batches: list[ExampleBlock] = []
+    with open_log(log, schema_file, limit=limit) as reader:
+        stream = BlockStream(schema, config.stream.join, config.stream.batch, replay_blocks(reader, 0))
+        while not stream.exhausted:
+            stream.poll(0)
+            batches.extend(stream.assembler.ready)
+            stream.assembler.ready.clear()
+    return schema, batches
+
+
+def train(config: Config, schema: Schema, batches: list[ExampleBlock], *, evaluate: bool) -> int:
+    """Score and train on every batch; the number of examples."""
+    learner = build_learner(config, schema)
+    evaluation = build_evaluation(config, learner)
+    for examples in batches:
+        batch = learner.prepare(examples)
+        if evaluate:
+            evaluation.before_step(examples)
+        scores = learner.step(batch).scores.cpu().numpy()
+        if evaluate:
+            evaluation.after_step(examples, scores)
+    return sum(len(examples) for examples in batches)
+
+
+def run(config: Config, log: Path, limit: int | None, repeats: int) -> dict[str, float]:
+    """Median examples per second of each contender, and the backtest's share of training alone."""
+    schema, batches = given_batches(config, log, limit)
+    warm_up(config, schema)
+
+    def backtest() -> int:
+        result = run_backtest(config, log, limit=limit, seed=0, baseline=None, should_stop=lambda: False)
+        return int(result.report["events"]["trained"])
+
+    contenders: dict[str, Callable[[], int]] = {
+        "step_only_per_s": lambda: train(config, schema, batches, evaluate=False),
+        "train_per_s": lambda: train(config, schema, batches, evaluate=True),
+        "backtest_per_s": backtest,
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, contender in contenders.items():
+            gc.collect()
+            start_s = time.perf_counter()
+            examples = contender()
+            rates[name].append(examples / (time.perf_counter() - start_s))
+            assert examples == sum(len(batch) for batch in batches), "a contender trained on other examples"
+    figures = {name: statistics.median(values) for name, values in rates.items()}
+    shares = [b / t for b, t in zip(rates["backtest_per_s"], rates["train_per_s"], strict=True)]
+    return {
+        **figures,
+        "backtest_vs_train": statistics.median(shares),
+        "examples": float(sum(len(batch) for batch in batches)),
+        "peak_resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def main() -> None:
+    """Print the figures; ``--json FILE`` also writes them as one flat object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("log", nargs="?", type=Path, help="KuaiRand folder or synthetic log; default: one is made")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--limit", type=int, default=60_000, help="impressions")
+    parser.add_argument("--repeats", type=int, default=5, help="at least 5 for a figure to quote")
+    arguments = parser.parse_args()
+    console.quiet = True
+    with tempfile.TemporaryDirectory() as folder:
+        log, config = arguments.log, Config()
+        if log is None:
+            log = Path(folder) / "world.parquet"
+            synthesize(log, arguments.limit, seed=0)
+        figures = run(config, log, arguments.limit, arguments.repeats)
+    for name, value in figures.items():
+        print(f"{name:24} {value:14,.3f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
