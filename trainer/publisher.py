@@ -67,6 +67,7 @@ class Publisher:
         self._waiting: Cut | None = None
         self._busy = False
         self._closing = False
+        self._give_up_s = 0.0  # of the monotonic clock, once it is closing
         self.published = 0
         self.failures = 0
         self.bytes_last: int | None = None
@@ -82,9 +83,13 @@ class Publisher:
             self._changed.notify_all()
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Publish what waits, then stop; whether everything was published within ``timeout_s``."""
+        """Publish what waits, then stop; whether everything was published within ``timeout_s``.
+
+        A store that is away is asked again until then.
+        """
         with self._changed:
             self._closing = True
+            self._give_up_s = time.monotonic() + timeout_s
             self._changed.notify_all()
         self._thread.join(timeout_s)
         return not self._thread.is_alive() and self._waiting is None
@@ -100,14 +105,19 @@ class Publisher:
                 return
 
     def _put_back(self, cut: Cut) -> bool:
-        """After a failure: wait a moment, then try again with the newest; true if there is no time for that."""
+        """After a failure: wait a moment, then try again with the newest; true if there is no time left for that."""
         with self._changed:
             if self._waiting is None:
                 self._waiting = cut
             else:
                 self._waiting.feedback_arrivals.update(cut.feedback_arrivals)
-            self._changed.wait_for(lambda: self._closing, timeout=_RETRY_S)
-            return self._closing
+            if not self._closing:
+                self._changed.wait_for(lambda: self._closing, timeout=_RETRY_S)
+                return False
+            if time.monotonic() + _RETRY_S >= self._give_up_s:
+                return True
+            self._changed.wait(_RETRY_S)
+            return False
 
     def _publish(self, cut: Cut) -> bool:
         started_s = time.monotonic()

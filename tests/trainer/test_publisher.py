@@ -1,0 +1,197 @@
+"""Publishing to a real Redis that is slow, goes away and comes back.
+
+Guarantee shown: the trainer is never held up, the newest cut is what gets published, the feedback that a superseded or
+failed cut stood for is counted by the one that replaces it, and a clean close leaves nothing behind.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+import torch
+
+from cli.local_servers import ValkeyServer, start_valkey
+from feature_store.connect import connect
+from feature_store.snapshots import SnapshotStore
+from smes.errors import SnapshotNotFound
+from smes.schema import Schema, Task
+from smes.snapshot import decode
+from trainer.publisher import Cut, Publisher, count_arrivals, summarise_arrivals
+
+SCHEMA = Schema("published", tasks=(Task("click"),))
+DEADLINE_S = 60.0
+NOW_MS = 1_700_000_000_000
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with connect(redis_url, 20.0) as client:
+        yield client
+
+
+def until(condition: Callable[[], bool]) -> None:
+    pause, deadline = threading.Event(), time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not come true within {DEADLINE_S:g} s"
+        pause.wait(0.005)
+
+
+def cut(step: int, arrivals: dict[int, int] | None = None) -> Cut:
+    return Cut(
+        tensors={"weights": torch.full((4,), float(step))},
+        step=step,
+        positions={"impressions": {"0": 10 * step}},
+        event_time_ms=NOW_MS + step,
+        metrics={},
+        feedback_arrivals=Counter(arrivals or {}),
+    )
+
+
+def publisher(store: SnapshotStore, lineage: str = "line") -> Publisher:
+    return Publisher(store, SCHEMA, {"ranker": "none"}, lineage, now_ms=lambda: NOW_MS)
+
+
+def test_what_is_offered_is_what_serving_loads(client: redis.Redis, namespace: str) -> None:
+    store = SnapshotStore(client, namespace)
+    publishing = publisher(store)
+    publishing.offer(cut(3, {NOW_MS - 5: 2}))
+    assert publishing.close(DEADLINE_S)
+    manifest = store.current()
+    assert manifest is not None
+    assert (manifest.lineage, manifest.version, manifest.step) == ("line", 3, 3)
+    assert (manifest.schema_hash, manifest.created_ms, manifest.event_time_ms) == (SCHEMA.hash, NOW_MS, NOW_MS + 3)
+    assert manifest.positions == {"impressions": {"0": 30}}
+    assert manifest.feedback_arrivals == ((NOW_MS - 5, 2),)
+    payload = store.load(manifest)
+    assert (publishing.published, publishing.bytes_last) == (1, len(payload))
+    tensors, metadata = decode(payload)
+    assert torch.equal(tensors["weights"], torch.full((4,), 3.0))
+    assert metadata["schema_hash"] == SCHEMA.hash
+
+
+def test_cuts_that_come_while_one_is_uploaded_coalesce_into_the_newest(client: redis.Redis, namespace: str) -> None:
+    store = SnapshotStore(client, namespace)
+    publishing = publisher(store)
+    client.client_pause(10_000)  # ms; the server takes commands and answers none
+    publishing.offer(cut(1, {100: 1}))
+    until(lambda: publishing._waiting is None)  # the thread has the first in hand
+    began_s = time.monotonic()
+    for step in (2, 3, 4):
+        publishing.offer(cut(step, {100: 10, 100 + step: step}))
+    assert time.monotonic() - began_s < 1  # offering waits for nobody
+    client.client_unpause()
+    assert publishing.close(DEADLINE_S)
+    assert [m.version for m in store.list()] == [1, 4]
+    assert publishing.published == 2
+    newest = store.current()
+    assert newest is not None
+    assert newest.feedback_arrivals == ((100, 30), (102, 2), (103, 3), (104, 4))
+
+
+def test_a_redis_that_goes_away_and_comes_back_gets_the_newest(tmp_path: Path, stack: ExitStack) -> None:
+    server = stack.enter_context(start_valkey(tmp_path))
+    client = stack.enter_context(connect(server.url, 2.0))
+    store = SnapshotStore(client)
+    publishing = publisher(store)
+    publishing.offer(cut(1, {1: 1}))
+    until(lambda: publishing.published == 1)
+    kill(server)
+    publishing.offer(cut(2, {2: 2}))
+    until(lambda: publishing.failures > 0)
+    publishing.offer(cut(3, {3: 3}))
+    stack.enter_context(start_valkey(tmp_path, port=server.port))
+    until(lambda: publishing.published == 2)
+    newest = store.current()
+    assert newest is not None
+    assert (newest.version, newest.parent, newest.feedback_arrivals) == (3, 1, ((2, 2), (3, 3)))
+    assert publishing.close(DEADLINE_S)
+    assert publishing.published == 2
+
+
+def test_closing_waits_for_a_redis_that_is_being_restarted(tmp_path: Path, stack: ExitStack) -> None:
+    server = stack.enter_context(start_valkey(tmp_path))
+    client = stack.enter_context(connect(server.url, 2.0))
+    store = SnapshotStore(client)
+    publishing = publisher(store)
+    kill(server)
+    publishing.offer(cut(1))
+    until(lambda: publishing.failures > 0)
+    closed: list[bool] = []
+    closing = threading.Thread(target=lambda: closed.append(publishing.close(DEADLINE_S)))
+    closing.start()
+    failures = publishing.failures
+    until(lambda: publishing.failures > failures)  # it did not give up at the first failure
+    stack.enter_context(start_valkey(tmp_path, port=server.port))
+    closing.join(DEADLINE_S)
+    assert closed == [True]
+    newest = store.current()
+    assert newest is not None
+    assert newest.version == 1
+
+
+def test_closing_without_a_redis_ends_in_bounded_time_and_says_so(tmp_path: Path, stack: ExitStack) -> None:
+    server = stack.enter_context(start_valkey(tmp_path))
+    client = stack.enter_context(connect(server.url, 0.5))
+    publishing = publisher(SnapshotStore(client))
+    kill(server)
+    publishing.offer(cut(1))
+    began_s = time.monotonic()
+    assert not publishing.close(2.0)
+    assert time.monotonic() - began_s < 20
+    until(lambda: not publishing._thread.is_alive())
+
+
+def test_a_version_that_is_served_already_is_no_failure(client: redis.Redis, namespace: str) -> None:
+    store = SnapshotStore(client, namespace)
+    first = publisher(store)
+    first.offer(cut(5))
+    assert first.close(DEADLINE_S)
+    again = publisher(store)  # restarted from a checkpoint of the very step that is served
+    again.offer(cut(5))
+    assert again.close(DEADLINE_S)
+    assert (again.published, again.failures) == (0, 0)
+    assert [m.version for m in store.list()] == [5]
+
+
+def test_nothing_offered_nothing_published(client: redis.Redis, namespace: str) -> None:
+    publishing = publisher(SnapshotStore(client, namespace))
+    assert publishing.close(DEADLINE_S)
+    assert (publishing.published, publishing.bytes_last) == (0, None)
+    with pytest.raises(SnapshotNotFound):
+        SnapshotStore(client, namespace).get("line", 0)
+
+
+def test_many_arrivals_are_summarised_without_losing_count_or_mean() -> None:
+    rng = np.random.default_rng(0)
+    arrivals = NOW_MS + rng.integers(0, 100_000, 40_000)
+    counted = count_arrivals(arrivals)
+    assert counted == Counter(arrivals.tolist())
+    summary = summarise_arrivals(counted)
+    assert len(summary) <= 512
+    times, counts = np.array(summary).T
+    assert counts.sum() == len(arrivals)
+    assert (np.diff(times) > 0).all()
+    assert abs(((times - NOW_MS) * counts).sum() / counts.sum() - (arrivals - NOW_MS).mean()) < 1
+    for q in (0.5, 0.99):
+        assert np.quantile(np.repeat(times, counts), q) == pytest.approx(np.quantile(arrivals, q), abs=300)
+    few = Counter({NOW_MS: 3, NOW_MS - 1: 2})
+    assert summarise_arrivals(few) == ((NOW_MS - 1, 2), (NOW_MS, 3))
+
+
+def kill(server: ValkeyServer) -> None:
+    os.kill(server.pid, signal.SIGKILL)
+    server.process.wait(DEADLINE_S)
