@@ -17,7 +17,7 @@ from stream.log import EventLog, Positions, TopicPartition
 from stream.mini_batch import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 
-_FIRST_READ_RECORDS = 64
+_FIRST_READ_RECORDS = 8  # an Arrow record may hold thousands of events: only reading tells
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class ExampleStream:
         )
         events = len(decoded.impressions) + len(decoded.feedback)
         if fetch.records:
-            self._events_per_record = max(1.0, events / len(fetch.records))
+            # Grows at once and shrinks slowly: a surprise by full records costs memory, the reverse a few small reads.
+            self._events_per_record = max(1.0, events / len(fetch.records), 0.5 * self._events_per_record)
         news = {TopicPartition(r.topic, r.partition) for r in fetch.records}
         behind = set(self.assembler.sources) - fetch.at_end
         self.assembler.push(decoded.impressions, decoded.feedback, self._idle(news | behind))
