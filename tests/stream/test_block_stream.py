@@ -1,0 +1,130 @@
+"""Blocks in memory give the batches that the same events give through an event log, and a restart skips what was read.
+
+Guarantee shown: what a backtest trains on is what the trainer would have trained on.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
+from smes.schema import MISSING, Feature, Schema, Task
+from stream.block_stream import BlockStream
+from stream.codec import encode_feedback, encode_impressions
+from stream.dead_letters import DeadLetterWriter
+from stream.example_stream import ExampleStream, StreamConfig
+from stream.join import JoinConfig
+from stream.memory_log import InMemoryLog
+from stream.mini_batch import MiniBatchConfig
+from stream.topics import FEEDBACK, IMPRESSIONS
+
+SCHEMA = Schema("blocks", tasks=(Task("click", window_s=5), Task("like", window_s=10)), features=(Feature("tab"),))
+JOIN, BATCH = JoinConfig(allowed_lateness_s=1), MiniBatchConfig(size=32)
+START_MS = 1_700_000_000_000
+N = 1000
+
+Pair = tuple[ImpressionBlock, FeedbackBlock]
+
+
+def pairs(per_pair: int = 60) -> list[Pair]:
+    """Merged by event time: impressions 50 ms apart, and feedback on a third of them within 4 s."""
+    rng = np.random.default_rng(0)
+    shown = ImpressionBlock.empty(SCHEMA, N)
+    shown.impression_id[:] = np.arange(N)
+    shown.event_time_ms[:] = START_MS + 50 * np.arange(N)
+    shown.ids[:] = rng.integers(0, 20, (N, 3))
+    rows = np.flatnonzero(rng.random(N) < 0.33)
+    came = FeedbackBlock.empty(len(rows))
+    came.impression_id[:] = rows
+    came.task[:] = rng.integers(0, 2, len(rows))
+    came.value[:] = 1
+    came.event_time_ms[:] = shown.event_time_ms[rows] + rng.integers(1, 4000, len(rows))
+    came = came.take(np.argsort(came.event_time_ms, kind="stable"))
+    cuts_ms = np.r_[shown.event_time_ms[::per_pair], np.iinfo(np.int64).max]
+    return [
+        (
+            shown.take((shown.event_time_ms >= a) & (shown.event_time_ms < b)),
+            came.take((came.event_time_ms >= a) & (came.event_time_ms < b)),
+        )
+        for a, b in pairwise(cuts_ms)
+    ]
+
+
+def stream_of(blocks: Iterator[Pair]) -> BlockStream:
+    return BlockStream(SCHEMA, JOIN, BATCH, blocks)
+
+
+def take_all(stream: BlockStream | ExampleStream) -> list[ExampleBlock]:
+    batches = []
+    while stream.poll(0) or stream.assembler.ready:
+        while stream.assembler.ready:
+            batches.append(stream.assembler.ready.popleft())
+    return batches
+
+
+def same(one: list[ExampleBlock], other: list[ExampleBlock]) -> None:
+    assert [len(b) for b in one] == [len(b) for b in other]
+    for batch, wanted in zip(one, other, strict=True):
+        columns = batch.arrays()
+        for name, array in wanted.arrays().items():
+            if name != "feedback_arrival_ms":  # a block in memory has arrived nowhere
+                np.testing.assert_array_equal(columns[name], array, err_msg=name)
+
+
+def test_batches_are_those_of_an_event_log() -> None:
+    log = InMemoryLog()
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, 1)
+    for shown, came in pairs(per_pair=37):
+        log.append(IMPRESSIONS, encode_impressions(shown, SCHEMA, "json", 1))
+        log.append(FEEDBACK, encode_feedback(came, SCHEMA, "json", 1))
+    config = StreamConfig(join=JOIN, batch=BATCH, events_per_read=100)
+    logged = ExampleStream(SCHEMA, config, log, DeadLetterWriter(log))
+    expected = take_all(logged)
+    logged.assembler.flush()
+    expected += logged.assembler.ready
+
+    blocks = stream_of(iter(pairs()))
+    got = take_all(blocks)
+    same(got, expected)
+    assert sum(map(len, got)) == N
+    ledger = blocks.assembler.ledger()
+    total = sum(len(came) for _, came in pairs())
+    assert (ledger.impressions, ledger.handed_out, ledger.waiting, ledger.late) == (N, N, 0, 0)
+    assert (ledger.feedback, ledger.attached) == (total, total)
+    assert all((batch.feedback_arrival_ms[batch.labels == 0] == MISSING).all() for batch in got)
+
+
+def test_it_ends_once_and_then_has_nothing() -> None:
+    stream = stream_of(iter(pairs()))
+    assert not stream.has_reached(stream.end())
+    take_all(stream)
+    assert stream.ended
+    assert stream.exhausted
+    assert stream.has_reached(stream.end())
+    assert [stream.poll(0), stream.poll(0)] == [0, 0]
+    assert not stream.assembler.ready
+
+
+def test_no_blocks_no_batches() -> None:
+    stream = stream_of(iter(()))
+    assert take_all(stream) == []
+    assert stream.exhausted
+    assert stream.positions_by_topic() == {"blocks": {"0": 0}}
+
+
+@pytest.mark.parametrize("polls", [0, 4, 1000])
+def test_a_restart_skips_what_was_read(polls: int) -> None:
+    whole = take_all(stream_of(iter(pairs())))
+    first = stream_of(iter(pairs()))
+    taken = []
+    for _ in range(polls):
+        first.poll(0)
+        while len(first.assembler.ready) > 1:  # one batch stays in the queue, and must not be lost
+            taken.append(first.assembler.ready.popleft())
+    second = stream_of(iter(pairs()))
+    second.load_state({name: array.copy() for name, array in first.state().items()})
+    same(taken + take_all(second), whole)
+    assert second.positions_by_topic() == {"blocks": {"0": len(pairs())}}
