@@ -27,7 +27,7 @@ stream:
     allowed_lateness_s: 1.0                  # how far out of order events may come; delays every example by as much
     remember_s: 600.0                        # how long ids are remembered after their example was emitted
   batch:
-    size: 512
+    size: 256
     max_age_s: 3600.0                        # event time; live traffic wants seconds, a fast replay hours
   events_per_read: 16384
   idle_after_s: 10.0                         # a partition without news for so long no longer holds the others back

@@ -26,7 +26,7 @@ class MiniBatchConfig:
             or its batches are tiny.
     """
 
-    size: int = 512
+    size: int = 256
     max_age_s: float = 3600.0
 
     def __post_init__(self) -> None:
