@@ -207,9 +207,11 @@ class Trainer:
     def finish(self) -> None:
         """The last cut: published and on disk when this returns."""
         self.cut()
-        self.checkpoint()
-        if self._publisher is not None and not self._publisher.close():
-            _logger.error("the last snapshot, of step %d, was not published", self.learner.step_number)
+        try:
+            self.checkpoint()
+        finally:  # a full disk is no reason for serving to miss what was learned
+            if self._publisher is not None and not self._publisher.close():
+                _logger.error("the last snapshot, of step %d, was not published", self.learner.step_number)
 
     def cut(self) -> None:
         """Offer the weights of this moment to serving, unless they are those of the last cut."""
