@@ -1,0 +1,118 @@
+"""Training on an event log, and the same training without any server to compare it with."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from cli.config import Config
+from cli.wiring import build_evaluation, build_learner
+from feature_store.connect import connect
+from feature_store.snapshots import SnapshotStore
+from simulators.log_reader import open_log
+from simulators.merge import replay_blocks
+from smes.events import FeedbackBlock, ImpressionBlock
+from stream.codec import Codec, encode_feedback, encode_impressions
+from stream.dead_letters import DeadLetterWriter
+from stream.example_stream import ExampleStream
+from stream.log import EventLog
+from stream.memory_log import InMemoryLog
+from stream.open_log import open_event_log
+from stream.topics import FEEDBACK, IMPRESSIONS
+from trainer.report import training_report
+from trainer.schedule import Flags
+from trainer.trainer import Trainer
+
+Pairs = list[tuple[ImpressionBlock, FeedbackBlock]]
+
+
+def read_pairs(config: Config, world: Path, rows_per_block: int = 200) -> Pairs:
+    """Everything that a replay of ``world`` appends, in stretches of event time."""
+    with open_log(world, config.schema_file()) as reader:
+        return list(replay_blocks(reader, seed=4, rows_per_block=rows_per_block))
+
+
+def fill(config: Config, log: EventLog, pairs: Pairs, codec: Codec) -> None:
+    """Append to both topics, which are created if they are not there."""
+    schema, partitions = config.schema_file().schema, config.event_log.partitions
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, partitions)
+    for impressions, feedback in pairs:
+        if len(impressions):
+            log.append(IMPRESSIONS, encode_impressions(impressions, schema, codec, partitions))
+        if len(feedback):
+            log.append(FEEDBACK, encode_feedback(feedback, schema, codec, partitions))
+
+
+def fill_servers(config: Config, pairs: Pairs, codec: Codec) -> None:
+    """:func:`fill` on the event log that the configuration names."""
+    with closing(open_event_log(config.event_log)) as log:
+        fill(config, log, pairs, codec)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """What the configurations of these tests set, taken back: bit for bit needs the same number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def train_in_process(config: Config, pairs: Pairs) -> Trainer:
+    """A trainer that was never stopped, on a log in memory, after everything."""
+    log = InMemoryLog()
+    fill(config, log, pairs, "json")
+    learner = build_learner(config, config.schema_file().schema)
+    stream = ExampleStream(learner.schema, config.stream, log, DeadLetterWriter(log))
+    trainer = Trainer(learner, stream, build_evaluation(config, learner), Flags())
+    trainer.run(lambda: True, drain=True)
+    trainer.settle()
+    return trainer
+
+
+def totals(pairs: Pairs) -> tuple[int, int]:
+    """Impressions and feedback events."""
+    return sum(len(shown) for shown, _ in pairs), sum(len(came) for _, came in pairs)
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint, -1 without one."""
+    return max((int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors")), default=-1)
+
+
+def learner_arrays(folder: Path) -> dict[str, NDArray[Any]]:
+    """The learner's part of the newest checkpoint."""
+    with safe_open(folder / f"step-{newest_step(folder):012d}.safetensors", framework="np") as file:
+        names = [name for name in file.keys() if name.startswith("learner.")]  # noqa: SIM118 - no dict
+        return {name.removeprefix("learner."): file.get_tensor(name) for name in names}
+
+
+def assert_same_weights(checkpoints: Path, trainer: Trainer) -> None:
+    """Weights, optimiser state and id table of a checkpoint are, bit for bit, those of a trainer."""
+    got, expected = learner_arrays(checkpoints), trainer.learner.state()
+    assert got.keys() == expected.keys()
+    assert newest_step(checkpoints) == trainer.learner.step_number
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(got[name], tensor.numpy(), err_msg=name)
+
+
+def assert_same_counts(report: dict[str, Any], trainer: Trainer) -> None:
+    """Ledgers, metrics and experts of a report are those of a trainer."""
+    expected = training_report(trainer, seconds=1, trained=1)
+    for section in ("schema", "version", "events", "feedback", "active_experts", "tasks"):
+        assert report[section] == expected[section], section
+
+
+@contextmanager
+def snapshots_of(config: Config) -> Iterator[SnapshotStore]:
+    """The snapshots where the configuration says."""
+    with connect(config.feature_store.redis_url, 20.0) as client:
+        yield SnapshotStore(client, config.feature_store.namespace)

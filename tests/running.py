@@ -1,0 +1,133 @@
+"""What the tests of the whole share: a small configuration, ``smes`` as a process, and waiting for conditions."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from cli.config import Config, load_config
+from cli.processes import log_tail, spawn
+
+DEADLINE_S = 120.0
+MARKER = "SMES_TEST_MARKER"  # in the environment of every process that a test starts, and so of their children
+
+
+def until(condition: Callable[[], object], what: str = "the condition", within_s: float = DEADLINE_S) -> None:
+    """Wait for a condition, with a deadline.
+
+    Raises:
+        AssertionError: It did not come true in time.
+    """
+    pause, deadline = threading.Event(), time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {within_s:g} s"
+        pause.wait(0.01)
+
+
+def write_config(
+    folder: Path,
+    redis_url: str,
+    namespace: str,
+    *,
+    kafka: str | None = None,
+    schema: str = "synthetic",
+    **sections: Any,
+) -> Path:
+    """A small model on a given Redis and, if one is named, Kafka; ``sections`` go over it, key by key."""
+    data: dict[str, Any] = {
+        "schema": "synthetic",
+        "event_log": {
+            "kind": "kafka" if kafka else "redis",
+            "redis_url": redis_url,
+            "kafka_bootstrap": kafka or "127.0.0.1:9092",
+            "namespace": namespace,
+            "partitions": 2,
+        },
+        "feature_store": {"redis_url": redis_url, "namespace": namespace},
+        # No partition may count as idle because the machine is slow: what comes out must depend on the log alone.
+        "stream": {"batch": {"size": 64}, "events_per_read": 1000, "idle_after_s": 3600.0},
+        "model": {
+            "embedding_dim": 8,
+            "smes": {"num_experts": 4, "num_shared": 1, "num_adaptive": 1, "encoder_dims": [16], "expert_dims": [16]},
+        },
+        "trainer": {
+            "device": "cpu",
+            "threads": 1,
+            "snapshot_interval_s": 0.1,
+            "checkpoint": {"directory": str(folder / "checkpoints"), "interval_s": 0.1},
+            "evaluation": {"window_examples": 256},
+        },
+        "scorer": {"port": 0},
+        "replay": {"seed": 4, "max_slice_events": 700},
+    }
+    _merge(data, sections)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "smes.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def _merge(data: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
+
+
+def read_config(path: Path) -> Config:
+    """The configuration without this process' variables."""
+    return load_config(path, {})
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process' environment without what would reach into a test."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SMES_")}
+    return {**kept, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **extra}
+
+
+def start_smes(log: Path, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """``smes ARGUMENTS`` as a process that dies with this one; its output goes to ``log``."""
+    return spawn([sys.executable, "-m", "cli", *arguments], log=log, env=env or environment(), cwd=log.parent)
+
+
+def until_log_says(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process has written something.
+
+    Raises:
+        AssertionError: It ended, or did not write it in time.
+    """
+
+    def said() -> bool:
+        if text in log_tail(log, 1000):
+            return True
+        assert process.poll() is None, f"ended with status {process.returncode}:\n{log_tail(log, 40)}"
+        return False
+
+    until(said, f"{text!r} in {log.name}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text())
+    assert isinstance(value, dict)
+    return value
+
+
+def marked(value: str) -> list[psutil.Process]:
+    """Processes that run with ``MARKER`` set to ``value``, zombies not counted."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARKER) == value:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone by now, or another user's
+            continue
+    return found
