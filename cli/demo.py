@@ -2,37 +2,33 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import redis
-import yaml
 
 from cli.config import Config
-from cli.console import console, number, progress
+from cli.console import console
+from cli.demo_workers import Workers
 from cli.features import load_features
 from cli.local_servers import start_kafka, start_valkey
-from cli.processes import log_tail, spawn, stop_all
+from cli.processes import log_tail, stop_all
 from cli.requests import RequestLoop
 from cli.wiring import read_report, warm_up
 from feature_store.connect import connect
 from simulators.schema_file import SchemaFile
 from simulators.synthetic import synthesize
-from smes.errors import SmesError
 from stream.open_log import EventLogConfig, open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.report import conservation_errors
 
-_READY_WITHIN_S = 90.0
 _SETTLE_S = 15.0
 
 
@@ -83,17 +79,17 @@ def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], 
         log, schema_file, schema_name = _open_input(config, options, folder)
         config = _with_servers(config, options, folder, stack)
         config = replace(config, schema=schema_name)
-        run = _Run(config, folder, stack)
+        workers = Workers(config, folder, stack)
         _create_topics(config)
         with console.status("compiling (the first time only) and loading features"):
             warm_up(config, schema_file.schema)
             loaded = load_features(config, log)
         console.print(f"features of {loaded['user']:,} users and {loaded['item']:,} items in Redis", highlight=False)
-        trainer = run.start("train", "--drain", "--report", str(folder / "train.json"))
-        scorer = run.start("serve")
-        url = run.scorer_url(scorer)
-        replay = run.start("replay", str(log), "--report", str(folder / "replay.json"), *_replay_arguments(options))
-        run.wait_ready(url, scorer, trainer)
+        trainer = workers.start("train", "--drain", "--report", str(folder / "train.json"))
+        scorer = workers.start("serve")
+        url = workers.scorer_url(scorer)
+        replay = workers.start("replay", str(log), "--report", str(folder / "replay.json"), *_replay_arguments(options))
+        workers.wait_ready(url, scorer, trainer)
         tasks = [task.name for task in schema_file.schema.tasks]
         loop = RequestLoop(
             url,
@@ -104,10 +100,10 @@ def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], 
             items_per_request=options.items_per_request,
         )
         loop.start()
-        run.watch(url, replay, [trainer, scorer], options, should_stop)
+        workers.watch(url, replay, [trainer, scorer], should_stop)
         stop_all([replay], timeout_s=30)
         stop_all([trainer], timeout_s=120)
-        report = read_report(folder / "train.json", log_tail(run.log_of("train")))
+        report = read_report(folder / "train.json", log_tail(workers.log_of("train")))
         _await_version(url, report)
         tally = loop.stop()
         stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
@@ -121,85 +117,7 @@ def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], 
         "p50_ms": tally.quantile_ms(0.5),
         "p99_ms": tally.quantile_ms(0.99),
     }
-    return DemoResult(report, _failures(report, run.replayed, tally.last_error))
-
-
-class _Run:
-    """The worker processes of one demo."""
-
-    def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
-        self._folder, self._stack = folder, stack
-        self._config_file = folder / "smes.yaml"
-        self._config_file.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
-        self.replayed: dict[str, Any] = {}
-
-    def log_of(self, command: str) -> Path:
-        return self._folder / f"{command}.log"
-
-    def start(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """``smes COMMAND`` as a process that dies with this one."""
-        argv = [sys.executable, "-m", "cli", "-c", str(self._config_file), command, *arguments]
-        # The workers are told everything by the file; this process' overrides are in it already.
-        env = {name: value for name, value in os.environ.items() if not name.startswith("SMES_")}
-        process = spawn(argv, log=self.log_of(command), env={**env, "PYTHONUNBUFFERED": "1"})
-        self._stack.callback(stop_all, [process], timeout_s=10)
-        return process
-
-    def scorer_url(self, scorer: subprocess.Popen[bytes]) -> str:
-        """The URL that the scorer, told to take any free port, printed."""
-        deadline = time.monotonic() + _READY_WITHIN_S
-        while True:
-            for line in log_tail(self.log_of("serve"), 50).splitlines():
-                if "listening on http://" in line:
-                    return line.rsplit(" ", 1)[-1]
-            self._check_alive("serve", scorer)
-            if time.monotonic() > deadline:
-                raise SmesError(f"scorer: not listening within {_READY_WITHIN_S:g} s:\n{self._tail('serve')}")
-            time.sleep(0.05)
-
-    def wait_ready(self, url: str, scorer: subprocess.Popen[bytes], trainer: subprocess.Popen[bytes]) -> None:
-        """Until the first snapshot is in service."""
-        deadline = time.monotonic() + _READY_WITHIN_S
-        with console.status("waiting for the first snapshot"):
-            while httpx.get(f"{url}/health/ready", timeout=10).status_code != 200:
-                self._check_alive("serve", scorer)
-                self._check_alive("train", trainer)
-                if time.monotonic() > deadline:
-                    raise SmesError(f"no snapshot within {_READY_WITHIN_S:g} s; the trainer:\n{self._tail('train')}")
-                time.sleep(0.1)
-
-    def watch(
-        self,
-        url: str,
-        replay: subprocess.Popen[bytes],
-        others: list[subprocess.Popen[bytes]],
-        options: DemoOptions,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        """Show what is served until the replay ends."""
-        with progress("replaying and serving", None) as advance:
-            while replay.poll() is None and not should_stop():
-                for command, process in zip(("train", "serve"), others, strict=True):
-                    self._check_alive(command, process)
-                stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
-                fresh = number(stats["freshness_ms"]["p50"], 0)
-                advance(
-                    int(stats["requests"]),
-                    f"requests · serving version {stats['version']}, {stats['swaps']} swaps · freshness p50 {fresh} ms",
-                )
-                time.sleep(0.5)
-        if replay.poll() not in (0, None):
-            raise SmesError(f"replay failed:\n{self._tail('replay')}")
-        if replay.poll() is None:  # told to stop early
-            stop_all([replay], timeout_s=30)
-        self.replayed = read_report(self._folder / "replay.json", self._tail("replay"))
-
-    def _tail(self, command: str) -> str:
-        return log_tail(self.log_of(command))
-
-    def _check_alive(self, command: str, process: subprocess.Popen[bytes]) -> None:
-        if process.poll() is not None:
-            raise SmesError(f"smes {command} ended with status {process.returncode}:\n{self._tail(command)}")
+    return DemoResult(report, _failures(report, workers.replayed, tally.last_error))
 
 
 @contextmanager
@@ -322,12 +240,3 @@ def _failures(report: dict[str, Any], replayed: dict[str, Any], last_error: str)
     if not scorer["requests"]:
         failures.append("scorer: no request was made")
     return failures
-
-
-def _plain(value: Any) -> Any:
-    """YAML without Python's own types."""
-    if isinstance(value, dict):
-        return {key: _plain(below) for key, below in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(below) for below in value]
-    return str(value) if isinstance(value, Path) else value

@@ -6,7 +6,6 @@ batches not yet trained on, all of one moment.
 
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,34 +14,11 @@ from numpy.typing import NDArray
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
 from stream.join import JoinConfig, Joiner, join_sources
+from stream.ledgers import StreamLedger
 from stream.log import TopicPartition
 from stream.mini_batch import MiniBatchConfig, MiniBatcher
 
 _COUNTS = ("dead_impressions", "dead_feedback", "unknown_fields")
-
-
-@dataclass(frozen=True, slots=True)
-class StreamLedger:
-    """Where every event read is now; both equations of the design hold, ``trained`` being the trainer's count.
-
-    impressions read = trained + waiting + late + duplicate + dead-lettered
-    feedback read = attached + waiting + late + orphaned + duplicate + dead-lettered
-    """
-
-    impressions: int
-    handed_out: int
-    waiting: int
-    late: int
-    duplicate: int
-    dead_lettered: int
-    feedback: int
-    attached: int
-    feedback_waiting: int
-    feedback_late: int
-    orphaned: int
-    feedback_duplicate: int
-    feedback_dead_lettered: int
-    unknown_fields: int
 
 
 class Assembler:

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from smes.events import I32, I64, ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.id_map import IdMap
 from smes.schema import MISSING, Schema
+from stream.growing_columns import GrowingColumns
 from stream.join_kernels import (
     ACCEPTED,
     DUPLICATE,
@@ -47,6 +48,7 @@ from stream.join_kernels import (
     settle_due,
     watermarks_before,
 )
+from stream.ledgers import JoinLedger
 from stream.log import TopicPartition
 from stream.topics import FEEDBACK, IMPRESSIONS
 
@@ -75,47 +77,6 @@ class JoinConfig:
             raise ValueError(f"remember_s {self.remember_s}, expected at least 0 seconds")
 
 
-@dataclass(slots=True)
-class JoinLedger:
-    """Where every event that the join was given is now. Counts of events."""
-
-    impressions: int = 0
-    emitted: int = 0
-    impressions_waiting: int = 0
-    impressions_late: int = 0
-    impressions_duplicate: int = 0
-    feedback: int = 0
-    attached: int = 0
-    feedback_waiting: int = 0
-    feedback_late: int = 0
-    orphaned: int = 0
-    feedback_duplicate: int = 0
-
-    def check(self) -> None:
-        """Both equations of the module's docstring hold."""
-        impressions = self.emitted + self.impressions_waiting + self.impressions_late + self.impressions_duplicate
-        feedback = self.attached + self.feedback_waiting + self.feedback_late + self.orphaned + self.feedback_duplicate
-        assert impressions == self.impressions, f"impression ledger: {impressions} accounted of {self.impressions}"
-        assert feedback == self.feedback, f"feedback ledger: {feedback} accounted of {self.feedback}"
-
-
-class _Columns:
-    """Rows of equally long, growing arrays."""
-
-    def __init__(self, empty: dict[str, NDArray[Any]]) -> None:
-        self.arrays = empty
-
-    def reserve(self, rows: int) -> None:
-        capacity = len(next(iter(self.arrays.values())))
-        if rows <= capacity:
-            return
-        capacity = max(rows, 2 * capacity)
-        for name, old in self.arrays.items():
-            new = np.zeros((capacity, *old.shape[1:]), old.dtype)
-            new[: len(old)] = old
-            self.arrays[name] = new
-
-
 class Joiner:
     """The join's state and its two moves, :meth:`push` and :meth:`flush`.
 
@@ -138,7 +99,7 @@ class Joiner:
         self._entries = IdMap()
         self._slots = IdMap()  # of waiting impressions only: DONE entries are remembered without their features
         tasks = (0, schema.num_tasks)
-        self._entry = _Columns(
+        self._entry = GrowingColumns(
             {
                 "impression_id": np.zeros(0, np.int64),
                 "status": np.zeros(0, np.uint8),
@@ -152,7 +113,7 @@ class Joiner:
                 "not_before_ms": np.zeros(tasks, np.int64),
             }
         )
-        self._waiting = _Columns(ImpressionBlock.empty(schema).arrays())
+        self._waiting = GrowingColumns(ImpressionBlock.empty(schema).arrays())
         self._due: list[tuple[int, int, I64, I64]] = []  # heap of (first due time, sequence, due times, entries)
         self._sequence = 0
 
@@ -360,10 +321,10 @@ class Joiner:
         self.watermark_ms = int(state["watermark_ms"][0])
         self.ledger = JoinLedger(*(int(n) for n in state["ledger"]))
         self._entries = IdMap.from_keys(state["entry.impression_id"])
-        self._entry = _Columns({name: state[f"entry.{name}"].copy() for name in self._entry.arrays})
+        self._entry = GrowingColumns({name: state[f"entry.{name}"].copy() for name in self._entry.arrays})
         waiting = np.flatnonzero(self._entry.arrays["status"] == WAITING).astype(np.int64)
         self._slots = IdMap.from_keys(waiting)
-        self._waiting = _Columns({name: state[f"waiting.{name}"].copy() for name in self._waiting.arrays})
+        self._waiting = GrowingColumns({name: state[f"waiting.{name}"].copy() for name in self._waiting.arrays})
         self._due = []
         self._note_due(np.arange(len(state["entry.impression_id"]), dtype=np.int64))
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stream.assembler import StreamLedger
+from stream.ledgers import StreamLedger
 from trainer.trainer import Trainer
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
-from stream.join import JoinConfig, Joiner, JoinLedger, join_sources
+from stream.join import JoinConfig, Joiner, join_sources
+from stream.ledgers import JoinLedger
 from stream.log import TopicPartition
 
 SCHEMA = Schema(
