@@ -16,13 +16,13 @@ from cli.features import load_features
 from cli.starter import STARTER
 from cli.train import run_train
 from cli.wiring import stop_signals, write_report
-from feature_store.connect import connect
+from feature_store.connect import connect, masked
 from feature_store.snapshots import SnapshotStore
 from scorer.service import serve as run_scorer
 from simulators.log_reader import open_log
 from simulators.replay import Replayer, ReplayReport
 from simulators.synthetic import synthesize as write_synthetic
-from smes.errors import SnapshotNotFound
+from smes.errors import SmesError, SnapshotNotFound
 from stream.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 
@@ -80,7 +80,10 @@ def init(
     """Write a commented starter configuration."""
     if path.exists() and not force:
         raise ValueError(f"{path}: is there already, expected a new file (or --force)")
-    path.write_text(STARTER, encoding="utf-8")
+    try:
+        path.write_text(STARTER, encoding="utf-8")
+    except OSError as error:
+        raise SmesError(f"{path}: cannot be written: {error.strerror}") from error
     console.print(f"wrote {path}", highlight=False)
 
 
@@ -164,8 +167,8 @@ def replay(
     """Play a log into the event log, in time order: impressions, and each feedback after its delay."""
     config = _config(context, schema)
     changes: dict[str, Any] = {"speed": _speed(speed), "rate": rate, "seed": seed, "codec": codec}
-    if rate is not None:
-        changes["speed"] = "max"
+    if rate is not None and speed is None:
+        changes["speed"] = "max"  # whatever the configuration says
     replay_config = replace(config.replay, **{name: value for name, value in changes.items() if value is not None})
     schema_file = config.schema_file(log)
     event_log = open_event_log(config.event_log)
@@ -228,11 +231,20 @@ def train(
     drain: Annotated[
         bool, typer.Option("--drain", help="When told to stop, first train on everything that is in the log by then.")
     ] = False,
+    skip_lost: Annotated[
+        bool,
+        typer.Option(
+            "--skip-lost",
+            help="Go on at the oldest record kept where the log no longer holds the checkpoint's position.",
+        ),
+    ] = False,
     report: ReportPath = None,
 ) -> None:
     """Train from the event log until stopped (Ctrl-C, SIGTERM): the last cut is published and on disk then."""
     with stop_signals() as should_stop:
-        result = run_train(_config(context, schema), report=report, drain=drain, should_stop=should_stop)
+        result = run_train(
+            _config(context, schema), report=report, drain=drain, skip_lost=skip_lost, should_stop=should_stop
+        )
     console.print(task_table(result["tasks"]))
     console.print(report_table(result))
 
@@ -267,13 +279,23 @@ def _snapshot_store(config: Config) -> SnapshotStore:
     return SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
 
 
+def _none_published(config: Config) -> SnapshotNotFound:
+    where = config.feature_store
+    return SnapshotNotFound(
+        f"no snapshot was published yet in Redis at {masked(where.redis_url)}, namespace {where.namespace}"
+    )
+
+
 @snapshots_app.command("list")
 def snapshots_list(context: typer.Context) -> None:
     """List the snapshots that can be loaded, newest last."""
     store = _snapshot_store(_config(context))
     current = store.pointer()
     table = Table("lineage", "version", "parent", "bytes", "event time", "cut at", "", box=None)
-    for manifest in store.list():
+    manifests = store.list()
+    if not manifests:
+        raise _none_published(_config(context))
+    for manifest in manifests:
         mark = "current" if current == f"{manifest.lineage}:{manifest.version}" else ""
         cells = [number(manifest.version), number(manifest.parent), number(manifest.total_bytes)]
         table.add_row(manifest.lineage, *cells, str(manifest.event_time_ms), str(manifest.created_ms), mark)
@@ -294,5 +316,5 @@ def snapshots_show(
     elif current is not None:
         shown = current
     else:
-        raise SnapshotNotFound("no snapshot was published yet")
+        raise _none_published(_config(context))
     console.print_json(json.dumps(json.loads(shown.to_json())))

@@ -18,6 +18,7 @@ from scorer.config import ScorerConfig
 from simulators.replay import ReplayConfig
 from simulators.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file
 from simulators.yaml_file import STRICT, read_mapping, validated
+from smes.errors import LogError
 from smes.model import ModelConfig
 from smes.optim import OptimizerConfig
 from stream.example_stream import StreamConfig
@@ -80,8 +81,11 @@ class Config:
 
         Raises:
             ValueError: None is named and none can be told from the log.
+            LogError: None is named, and there is no such log.
         """
         name = self.schema or (_schema_of(log) if log is not None else None)
+        if name is None and log is not None and not log.exists():
+            raise LogError(f"{log}: no such file or folder, expected a log of impressions")
         if name is None:
             what = f"log {log}" if log is not None else "schema"
             raise ValueError(

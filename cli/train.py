@@ -18,7 +18,6 @@ from smes.schema import Schema
 from stream.clock import wall_clock_ms
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
-from stream.log import EventLog
 from stream.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.checkpoint import CheckpointDirectory
@@ -32,8 +31,17 @@ _TABLE_EVERY_S = 1.0
 _LINE_EVERY_S = 5.0
 
 
-def run_train(config: Config, *, report: Path | None, drain: bool, should_stop: Callable[[], bool]) -> dict[str, Any]:
+def run_train(
+    config: Config, *, report: Path | None, drain: bool, skip_lost: bool, should_stop: Callable[[], bool]
+) -> dict[str, Any]:
     """Train until told to stop; the report, also written to ``report``.
+
+    Args:
+        config: What to train, from where, to where.
+        report: Where to write the report, if anywhere.
+        drain: When told to stop, first train on everything that is in the log by then.
+        skip_lost: Go on at the oldest record kept where the log no longer holds the checkpoint's position.
+        should_stop: Asked between two steps.
 
     Raises:
         EventLogUnavailable, FeatureStoreUnavailable: Not reachable within the configured wait.
@@ -49,10 +57,10 @@ def run_train(config: Config, *, report: Path | None, drain: bool, should_stop: 
         stack.callback(redis_client.close)
         store = SnapshotStore(redis_client, config.feature_store.namespace, config.feature_store.snapshots)
         flags = Flags()
-        trainer = _build_trainer(config, schema, log, flags)
-        step = trainer.restore()
-        if step is not None:
-            console.print(f"going on from the checkpoint of step {step} of lineage {trainer.lineage}", highlight=False)
+        stream = ExampleStream(schema, config.stream, log, DeadLetterWriter(log))
+        trainer = _restored_trainer(config, schema, stream, flags)
+        for source, count in (stream.skip_lost() if skip_lost else {}).items():
+            _logger.error("%s partition %d: %d records are lost, skipped", source.topic, source.partition, count)
         warm_up(config, schema)
 
         def publisher(lineage: str) -> Publisher:
@@ -75,14 +83,18 @@ def run_train(config: Config, *, report: Path | None, drain: bool, should_stop: 
     return result
 
 
-def _build_trainer(config: Config, schema: Schema, log: EventLog, flags: Flags) -> Trainer:
+def _restored_trainer(config: Config, schema: Schema, stream: ExampleStream, flags: Flags) -> Trainer:
+    """A trainer that goes on from the newest checkpoint, if there is one."""
     learner = build_learner(config, schema)
-    stream = ExampleStream(schema, config.stream, log, DeadLetterWriter(log))
     directory = config.trainer.checkpoint.directory
     checkpoints = CheckpointDirectory(directory, config.trainer.checkpoint.keep) if directory else None
     if checkpoints is None:
         _logger.warning("trainer.checkpoint.directory is not set: a restart will begin anew")
-    return Trainer(learner, stream, build_evaluation(config, learner), flags, checkpoints=checkpoints)
+    trainer = Trainer(learner, stream, build_evaluation(config, learner), flags, checkpoints=checkpoints)
+    step = trainer.restore()
+    if step is not None:
+        console.print(f"going on from the checkpoint of step {step} of lineage {trainer.lineage}", highlight=False)
+    return trainer
 
 
 @contextmanager

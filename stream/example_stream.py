@@ -118,6 +118,16 @@ class ExampleStream:
         """Whether everything before ``end`` has been read."""
         return all(self.positions[source] >= position for source, position in end.items())
 
+    def skip_lost(self) -> dict[TopicPartition, int]:
+        """Move positions that the log no longer holds to the oldest record kept; how many offsets that skips, where.
+
+        What is skipped is lost to training, so nobody but an operator should ask for it.
+        """
+        begin = {**self._log.begin(IMPRESSIONS), **self._log.begin(FEEDBACK)}
+        lost = {source: begin[source] - p for source, p in self.positions.items() if p < begin[source]}
+        self.positions = {source: max(p, begin[source]) for source, p in self.positions.items()}
+        return lost
+
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition (decimal digits) → next record to read."""
         topics: dict[str, dict[str, int]] = {}

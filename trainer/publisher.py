@@ -65,7 +65,6 @@ class Publisher:
         self._store, self._schema, self._model, self.lineage, self._now_ms = store, schema, model, lineage, now_ms
         self._changed = threading.Condition()
         self._waiting: Cut | None = None
-        self._busy = False
         self._closing = False
         self._give_up_s = 0.0  # of the monotonic clock, once it is closing
         self.published = 0
@@ -75,7 +74,13 @@ class Publisher:
         self._thread.start()
 
     def offer(self, cut: Cut) -> None:
-        """Hand over a cut and return at once."""
+        """Hand over a cut and return at once.
+
+        Raises:
+            SmesError: The publishing thread ended on an error that it did not expect.
+        """
+        if not self._thread.is_alive():
+            raise SmesError("the publishing thread has ended: its error is in the log above")
         with self._changed:
             if self._waiting is not None:
                 cut.feedback_arrivals.update(self._waiting.feedback_arrivals)
