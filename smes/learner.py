@@ -88,6 +88,11 @@ class Learner:
         return len(self._rows)
 
     @property
+    def overlaps_copies(self) -> bool:
+        """Whether ``prepare`` for the next batch costs less while a step is under way: on a GPU."""
+        return self._device.device.type == "cuda"
+
+    @property
     def expert_limits(self) -> ExpertLimits | None:
         """What the ranker's routing allows; None for a ranker without experts."""
         return self._model.ranker.expert_limits

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from smes.batch import RankBatch
 from smes.errors import CheckpointError, SnapshotNotFound
 from smes.events import ExampleBlock
 from smes.learner import Learner, StepResult
@@ -64,6 +65,7 @@ class Trainer:
         flags: Raised by schedules, honoured between two steps.
         checkpoints: Where checkpoints go; None keeps none.
         lineage: Name of a new history of weights.
+        prefetch: Send the next batch to the device while a step runs there; None: where that overlaps (a GPU).
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Trainer:
         *,
         checkpoints: CheckpointDirectory | None = None,
         lineage: str | None = None,
+        prefetch: bool | None = None,
     ) -> None:
         self.learner, self.stream, self.evaluation = learner, stream, evaluation
         self.lineage = lineage or new_lineage()
@@ -85,6 +88,8 @@ class Trainer:
         self._arrivals: Counter[int] = Counter()
         self._event_time_ms: int | None = None
         self._cut_step = -1
+        self._prefetch = learner.overlaps_copies if prefetch is None else prefetch
+        self._prepared: tuple[ExampleBlock, RankBatch] | None = None
         self._unaccounted: tuple[ExampleBlock, StepResult] | None = None
 
     def restore(self) -> int | None:
@@ -181,9 +186,13 @@ class Trainer:
         """Score the first ready batch, then train on it."""
         ready = self.stream.assembler.ready
         examples = ready[0]
-        batch = self.learner.prepare(examples)
+        batch = self._take_prepared(examples)
         self.evaluation.before_step(examples)
         result = self.learner.step(batch)
+        if self._prefetch and len(ready) > 1:
+            # Its new ids get their rows before a cut that it is not part of: rows that nothing has trained yet, which
+            # a restart finds and gives to the same ids.
+            self._prepared = (ready[1], self.learner.prepare(ready[1]))
         # What the step before found out is fetched only now: on a GPU this overlaps with the step just launched.
         self._account()
         self._unaccounted = (examples, result)
@@ -193,6 +202,12 @@ class Trainer:
         arrived = examples.feedback_arrival_ms[examples.feedback_arrival_ms != MISSING]
         if self._publisher is not None:
             self._arrivals.update(count_arrivals(arrived))
+
+    def _take_prepared(self, examples: ExampleBlock) -> RankBatch:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[0] is examples:
+            return prepared[1]
+        return self.learner.prepare(examples)
 
     def honour_flags(self) -> None:
         """Do what the schedules asked for since the last step."""

@@ -66,7 +66,7 @@ def open_log() -> InMemoryLog:
     return log
 
 
-def make_trainer(log: EventLog, checkpoints: Path | None) -> Trainer:
+def make_trainer(log: EventLog, checkpoints: Path | None, *, prefetch: bool | None = None) -> Trainer:
     """A trainer that has trained on nothing yet."""
     learner = Learner(SCHEMA, MODEL, OptimizerConfig(), device=torch.device("cpu"), seed=1)
     config = StreamConfig(join=JoinConfig(allowed_lateness_s=0.5), batch=MiniBatchConfig(size=64), events_per_read=300)
@@ -81,4 +81,5 @@ def make_trainer(log: EventLog, checkpoints: Path | None) -> Trainer:
         ),
         Flags(),
         checkpoints=CheckpointDirectory(checkpoints, keep=2) if checkpoints else None,
+        prefetch=prefetch,
     )

@@ -69,6 +69,22 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, log: InMemoryLog, tmp
     assert_same(trainer, never_killed)
 
 
+def test_batches_sent_ahead_change_nothing(log: InMemoryLog, tmp_path: Path) -> None:
+    """The GPU's way of feeding, on the CPU: same weights, also over a restart at every tenth step."""
+    fill(log, 3000)
+    plain = make_trainer(log, None)
+    train_to_the_end(plain)
+    ahead = make_trainer(log, tmp_path, prefetch=True)
+    while ahead.stream.poll(0) or ahead.stream.assembler.ready:
+        while ahead.stream.assembler.ready:
+            ahead.step()
+            if ahead.learner.step_number % 10 == 0:
+                ahead.checkpoint()
+                ahead = make_trainer(log, tmp_path, prefetch=True)
+                assert ahead.restore()
+    assert_same(ahead, plain)
+
+
 def test_a_clean_stop_loses_nothing(log: InMemoryLog, tmp_path: Path) -> None:
     fill(log, 2500)
     never_stopped = make_trainer(log, None)
