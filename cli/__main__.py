@@ -2,14 +2,11 @@
 
 import sys
 
-import click
-from click.exceptions import Abort
-
 from cli.app import app
 from cli.console import errors
 from smes.errors import SmesError
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 def main() -> None:
@@ -20,19 +17,17 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run ``smes`` with arguments; its exit code (see ``smes --help``)."""
     try:
-        code = app(args=arguments, prog_name="smes", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return EXIT_USAGE
-    except (KeyboardInterrupt, Abort):
-        return EXIT_INTERRUPTED
+        # Typer shows wrong arguments itself (status 2), and makes 130 of an interrupt; always by SystemExit.
+        app(args=arguments, prog_name="smes")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
     except SmesError as error:
         errors.print(f"smes: {error}", highlight=False, markup=False, soft_wrap=True)
         return EXIT_FAILED
     except ValueError as error:
         errors.print(f"smes: {error}", highlight=False, markup=False, soft_wrap=True)
         return EXIT_USAGE
-    return code if isinstance(code, int) else 0
+    return 0
 
 
 if __name__ == "__main__":

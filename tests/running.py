@@ -17,7 +17,7 @@ from cli.config import Config, load_config
 from cli.processes import log_tail, spawn
 
 DEADLINE_S = 120.0
-MARKER = "SMES_TEST_MARKER"  # in the environment of every process that a test starts, and so of their children
+MARKER = "MARKER_OF_A_TEST"  # in the environment of every process that a test starts, and so of their children
 
 
 def until(condition: Callable[[], object], what: str = "the condition", within_s: float = DEADLINE_S) -> None:
@@ -96,7 +96,21 @@ def environment(**extra: str) -> dict[str, str]:
 
 def start_smes(log: Path, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """``smes ARGUMENTS`` as a process that dies with this one; its output goes to ``log``."""
-    return spawn([sys.executable, "-m", "cli", *arguments], log=log, env=env or environment(), cwd=log.parent)
+    process = spawn([sys.executable, "-m", "cli", *arguments], log=log, env=env or environment(), cwd=log.parent)
+    _started.append(process)
+    return process
+
+
+_started: list[subprocess.Popen[bytes]] = []
+
+
+def stop_started() -> None:
+    """Kill what a test that failed has left running."""
+    for process in _started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    _started.clear()
 
 
 def until_log_says(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:

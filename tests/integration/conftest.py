@@ -7,6 +7,7 @@ import pytest
 
 from simulators.synthetic import synthesize
 from tests.integration.training import one_thread
+from tests.running import stop_started
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +19,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread_and_nothing_left_running() -> Iterator[None]:
     with one_thread():
         yield
+    stop_started()

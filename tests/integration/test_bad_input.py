@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cli.train import run_train
 from smes.schema import Schema
 from stream.codec import encode_feedback, encode_impressions, headers
 from stream.log import EventLog, Headers, OutRecord, TopicPartition
@@ -24,6 +23,7 @@ from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 from tests.integration.training import (
     Pairs,
     assert_same_weights,
+    drain,
     fill,
     read_pairs,
     totals,
@@ -124,7 +124,7 @@ def test_every_kind_of_bad_record_is_set_aside_and_the_rest_trains_as_if_it_were
             offsets.append(log.end(each.topic)[at])
             log.append(each.topic, [OutRecord(each.value, each.headers, at.partition)])
         fill(config, log, pairs[3:], "arrow")
-        report = run_train(config, report=None, drain=True, should_stop=lambda: True)
+        report = drain(config)
         letters = {(x["topic"], x["partition"], x["offset"]): x for x in read_topic(log, DEAD_LETTERS)}
 
     assert len(letters) == len(bad)
@@ -159,7 +159,7 @@ def test_nothing_but_bad_records_trains_nothing_and_loses_nothing(
         fill(config, log, [], "json")
         for each in bad:
             log.append(each.topic, [OutRecord(each.value, each.headers, 0)])
-        report = run_train(config, report=None, drain=True, should_stop=lambda: True)
+        report = drain(config)
         assert len(read_topic(log, DEAD_LETTERS)) == len(bad)
     assert conservation_errors(report) == []
     assert report["version"] == 0

@@ -11,7 +11,6 @@ import signal
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ import pytest
 from cli.config import Config
 from cli.local_servers import start_kafka, start_valkey
 from cli.processes import stop
-from cli.train import run_train
 from scorer.loading import load_serving_model
 from smes.errors import CheckpointError, EventLogError, SchemaMismatch
 from smes.events import ImpressionBlock
@@ -29,6 +27,7 @@ from tests.integration.training import (
     Pairs,
     assert_same_counts,
     assert_same_weights,
+    drain,
     fill_servers,
     newest_step,
     read_pairs,
@@ -41,11 +40,6 @@ from trainer.report import conservation_errors
 from trainer.trainer import Trainer
 
 _WAITING = "training: waiting for events"
-
-
-def drain(config: Config) -> dict[str, Any]:
-    """Train in this process on everything in the log, then stop; the report."""
-    return run_train(config, report=None, drain=True, should_stop=lambda: True)
 
 
 def assert_serves_its_weights(config: Config, trainer: Trainer, pairs: Pairs) -> None:
@@ -152,6 +146,7 @@ def test_a_server_killed_and_restarted_under_it_loses_nothing(
         fill_servers(config, pairs[:8], "json")
         log = tmp_path / "train.log"
         process = start_smes(log, "-c", str(path), "train", "--drain", "--report", "report.json")
+        until_log_says(log, _WAITING, process)
         until(lambda: newest_step(tmp_path / "checkpoints") > 0, "a first step")
         os.kill(pid, signal.SIGKILL)
         if kind == "redis":

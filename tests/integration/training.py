@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from cli.config import Config
+from cli.train import run_train
 from cli.wiring import build_evaluation, build_learner
 from feature_store.connect import connect
 from feature_store.snapshots import SnapshotStore
@@ -76,6 +77,11 @@ def train_in_process(config: Config, pairs: Pairs) -> Trainer:
     trainer.run(lambda: True, drain=True)
     trainer.settle()
     return trainer
+
+
+def drain(config: Config) -> dict[str, Any]:
+    """Train in this process, on the configured servers, on everything that is in the log; the report."""
+    return run_train(config, report=None, drain=True, skip_lost=False, should_stop=lambda: True)
 
 
 def totals(pairs: Pairs) -> tuple[int, int]:
