@@ -12,7 +12,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-console = Console(stderr=False)
+_PIPED_WIDTH = 132  # a pipe has no width of its own: rich would cut tables at 80 columns
+console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 errors = Console(stderr=True)
 _PLAIN_EVERY_S = 5.0
 
