@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from smes.features import FeatureInputs, FeatureLayer
+from smes.home_ranker import HoME, HomeConfig, task_groups
 from smes.linear_ranker import LinearRanker
 from smes.losses import TaskHeads, TaskOutputs
+from smes.mmoe_ranker import MMoE, MmoeConfig
+from smes.ple_ranker import PLE, PleConfig
 from smes.ranker import Ranker, RankerOutput
 from smes.schema import Schema
+from smes.shared_bottom_ranker import SharedBottom, SharedBottomConfig
 from smes.smes_ranker import SMES, SmesConfig
 
 
@@ -24,12 +28,14 @@ class ModelConfig:
     """Which model.
 
     Attributes:
-        ranker: Name in :data:`RANKERS`; ``smes``, or ``linear`` for the floor.
+        ranker: Name in :data:`RANKERS`: ``smes``; ``home``, ``mmoe``, ``ple`` or ``shared_bottom``, its dense rivals;
+            ``linear``, the floor.
         embedding_dim: Width of an embedding row, ≥ 1; features may use less of it (:attr:`Feature.dim`).
         wide: Whether a linear part (a weight per id and task) is added to the logits. The linear ranker needs it.
         head_dim: Hidden width of the task heads; 0 for linear heads.
         embedding_scale: First weights of an embedding are uniform in ± this.
         smes: Shape of the ``smes`` ranker.
+        shared_bottom, mmoe, ple, home: Shapes of its rivals.
     """
 
     ranker: str = "smes"
@@ -38,6 +44,10 @@ class ModelConfig:
     head_dim: int = 0
     embedding_scale: float = 0.01
     smes: SmesConfig = field(default_factory=SmesConfig)
+    shared_bottom: SharedBottomConfig = field(default_factory=SharedBottomConfig)
+    mmoe: MmoeConfig = field(default_factory=MmoeConfig)
+    ple: PleConfig = field(default_factory=PleConfig)
+    home: HomeConfig = field(default_factory=HomeConfig)
 
     def __post_init__(self) -> None:
         if self.ranker not in RANKERS:
@@ -66,7 +76,8 @@ class ModelConfig:
         Raises:
             ValueError: An unknown key, or a value out of range.
         """
-        return cls(**{**_known(cls, data), "smes": SmesConfig(**_known(SmesConfig, data.get("smes", {})))})
+        shapes = {name: shape(**_known(shape, data.get(name, {}))) for name, shape in _SHAPES.items()}
+        return cls(**{**_known(cls, data), **shapes})
 
 
 @dataclass(frozen=True)
@@ -74,17 +85,33 @@ class RankerKind:
     """How a ranker is built, by its name in the configuration.
 
     Attributes:
-        build: (input width, number of tasks, configuration) → a module that is a :class:`Ranker`.
+        build: (input width, schema, configuration) → a module that is a :class:`Ranker`.
         reads_embeddings: False spares the embedding table.
     """
 
-    build: Callable[[int, int, ModelConfig], Ranker]
+    build: Callable[[int, Schema, ModelConfig], Ranker]
     reads_embeddings: bool = True
 
 
 RANKERS: dict[str, RankerKind] = {
-    "smes": RankerKind(lambda input_dim, num_tasks, config: SMES(input_dim, num_tasks, config.smes)),
-    "linear": RankerKind(lambda input_dim, num_tasks, config: LinearRanker(), reads_embeddings=False),
+    "smes": RankerKind(lambda input_dim, schema, config: SMES(input_dim, schema.num_tasks, config.smes)),
+    "home": RankerKind(
+        lambda input_dim, schema, config: HoME(input_dim, task_groups(schema, config.home.groups), config.home)
+    ),
+    "mmoe": RankerKind(lambda input_dim, schema, config: MMoE(input_dim, schema.num_tasks, config.mmoe)),
+    "ple": RankerKind(lambda input_dim, schema, config: PLE(input_dim, schema.num_tasks, config.ple)),
+    "shared_bottom": RankerKind(
+        lambda input_dim, schema, config: SharedBottom(input_dim, schema.num_tasks, config.shared_bottom)
+    ),
+    "linear": RankerKind(lambda input_dim, schema, config: LinearRanker(), reads_embeddings=False),
+}
+
+_SHAPES: dict[str, type] = {
+    "smes": SmesConfig,
+    "shared_bottom": SharedBottomConfig,
+    "mmoe": MmoeConfig,
+    "ple": PleConfig,
+    "home": HomeConfig,
 }
 
 
@@ -107,7 +134,7 @@ class RankModel(nn.Module):
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
         super().__init__()
         self.features = FeatureLayer(schema, config.table_dim, wide=config.wide)
-        self.ranker = RANKERS[config.ranker].build(self.features.output_dim, schema.num_tasks, config)
+        self.ranker = RANKERS[config.ranker].build(self.features.output_dim, schema, config)
         width = self.ranker.output_dim
         self.heads = TaskHeads(schema.num_tasks, width, config.head_dim) if width else None
         self.tasks = TaskOutputs(schema)

@@ -6,13 +6,12 @@ width of an expert.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.dispatch import combine, dispatch
+from smes.encoder import Encoder
 from smes.experts import Experts, FullExperts
 from smes.ranker import ExpertLimits, RankerOutput, RoutingStats
 from smes.routing import Router, balance_loss, expert_load, route
@@ -69,22 +68,6 @@ def _full(config: SmesConfig) -> Experts:
 
 EXPERT_FORMS: dict[str, Callable[[SmesConfig], Experts]] = {"full": _full}
 """Forms of an expert by their name in the configuration; each builder returns a module."""
-
-
-class Encoder(nn.Module):
-    """The shared encoder: ``x ← SiLU(LayerNorm(Linear(x)))`` per layer. [B, I] → [B, D]."""
-
-    def __init__(self, input_dim: int, dims: tuple[int, ...]) -> None:
-        super().__init__()
-        widths = [input_dim, *dims]
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(d_in, d_out, bias=False), nn.LayerNorm(d_out)) for d_in, d_out in pairwise(widths)
-        )
-
-    def forward(self, x_BI: Tensor) -> Tensor:
-        for layer in self.layers:
-            x_BI = F.silu(layer(x_BI))
-        return x_BI
 
 
 class SMES(nn.Module):

@@ -1,0 +1,139 @@
+"""Experts that all run on every instance, and the gates that mix them: what the dense rankers are built of.
+
+Letters: B instances, N experts, G gates, D input width, H output width.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DenseExperts(nn.Module):
+    """N MLPs of one shape, ``x ← SiLU(Norm(x W_n))`` per layer: the form of SMES's full experts, none left out.
+
+    Args:
+        num_experts: N.
+        input_dim: D.
+        dims: Width of each layer; the last is H.
+        norm: Name in :data:`NORMS`; of each expert by itself, without gain or bias.
+    """
+
+    def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...], norm: str = "layer") -> None:
+        super().__init__()
+        self.output_dim = dims[-1]
+        widths = [input_dim, *dims]
+        self.weights = nn.ParameterList(
+            nn.Parameter(uniform(num_experts, d_in, d_out, gain=3.0)) for d_in, d_out in pairwise(widths)
+        )
+        self.norms = nn.ModuleList(NORMS[norm](num_experts, d_out) for d_out in dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D], the same for all experts, or [N, B, D], one input each → [N, B, H]."""
+        if x.dim() == 2:
+            x = x.expand(len(self.weights[0]), *x.shape)
+        for weight_N, norm in zip(self.weights, self.norms, strict=True):
+            x = F.silu(norm(torch.bmm(x, weight_N)))
+        return x
+
+
+class LayerNorm(nn.Module):
+    """Every instance by itself, over the layer's width: what is served is what was trained, in batches of any size."""
+
+    def __init__(self, num_experts: int, dim: int) -> None:
+        super().__init__()
+        self._shape = (dim,)
+
+    def forward(self, y_NBH: Tensor) -> Tensor:
+        return F.layer_norm(y_NBH, self._shape)
+
+
+class BatchNorm(nn.Module):
+    """HoME's norm: every column of every expert over the mini-batch when training, by running moments when serving.
+
+    A batch of one instance has no moments, so the running ones stand in.
+    """
+
+    mean_M: Tensor
+    var_M: Tensor
+
+    def __init__(self, num_experts: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean_M", torch.zeros(num_experts * dim))
+        self.register_buffer("var_M", torch.ones(num_experts * dim))
+
+    def forward(self, y_NBH: Tensor) -> Tensor:
+        N, B, H = y_NBH.shape
+        y_BM = y_NBH.transpose(0, 1).reshape(B, N * H)
+        y_BM = F.batch_norm(y_BM, self.mean_M, self.var_M, training=self.training and B > 1, momentum=0.01)
+        return y_BM.view(B, N, H).transpose(0, 1)
+
+
+NORMS: dict[str, type[LayerNorm] | type[BatchNorm]] = {"layer": LayerNorm, "batch": BatchNorm}
+"""Norms of an expert by their name in the configuration."""
+
+
+class Gates(nn.Module):
+    """G bias-free linear gates over N experts: ``softmax`` of each gate over the experts it may use.
+
+    Args:
+        input_dim: D.
+        num_gates: G.
+        num_experts: N.
+        allowed: Per gate, which experts it may use (at least one); None for all.
+    """
+
+    allowed_GN: Tensor | None
+
+    def __init__(
+        self, input_dim: int, num_gates: int, num_experts: int, allowed: list[list[bool]] | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(uniform(num_gates, input_dim, num_experts))
+        self.register_buffer("allowed_GN", None if allowed is None else torch.tensor(allowed), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D], the same for all gates, or [G, B, D], one input each → weights [G, B, N], 0 where not allowed."""
+        if x.dim() == 2:
+            x = x.expand(len(self.weight), *x.shape)
+        z_GBN = torch.bmm(x, self.weight).float()
+        if self.allowed_GN is not None:
+            z_GBN = z_GBN.masked_fill(~self.allowed_GN.unsqueeze(1), float("-inf"))
+        return z_GBN.softmax(dim=-1)
+
+
+def mix(weights_GBN: Tensor, y_NBH: Tensor) -> Tensor:
+    """``Σ_n w_gbn y_nbh`` for every gate. → [B, G, H]."""
+    return torch.bmm(weights_GBN.transpose(0, 1).to(y_NBH.dtype), y_NBH.transpose(0, 1))
+
+
+def uniform(*shape: int, gain: float = 1.0) -> Tensor:
+    """First weights of stacked maps [..., D_in, D_out]: uniform in ± sqrt(gain / D_in)."""
+    bound = math.sqrt(gain / shape[-2])
+    return torch.empty(*shape).uniform_(-bound, bound)
+
+
+def check_dims(ranker: str, config: object, *, optional: tuple[str, ...] = (), needed: tuple[str, ...] = ()) -> None:
+    """Refuse layer widths below 1, and no layer where one is needed.
+
+    Raises:
+        ValueError: With ranker, key, value and what was expected.
+    """
+    for name in (*optional, *needed):
+        dims = getattr(config, name)
+        if any(d < 1 for d in dims) or (name in needed and not dims):
+            many = "one or more" if name in needed else "no or more"
+            raise ValueError(f"{ranker}.{name}: {list(dims)}, expected {many} positive widths")
+
+
+def check_counts(ranker: str, config: object, **least: int) -> None:
+    """Refuse numbers below their least value.
+
+    Raises:
+        ValueError: With ranker, key, value and what was expected.
+    """
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise ValueError(f"{ranker}.{name}: {getattr(config, name)}, expected at least {low}")
