@@ -32,15 +32,7 @@ def until(condition: Callable[[], object], what: str = "the condition", within_s
         pause.wait(0.01)
 
 
-def write_config(
-    folder: Path,
-    redis_url: str,
-    namespace: str,
-    *,
-    kafka: str | None = None,
-    schema: str = "synthetic",
-    **sections: Any,
-) -> Path:
+def write_config(folder: Path, redis_url: str, namespace: str, *, kafka: str | None = None, **sections: Any) -> Path:
     """A small model on a given Redis and, if one is named, Kafka; ``sections`` go over it, key by key."""
     data: dict[str, Any] = {
         "schema": "synthetic",

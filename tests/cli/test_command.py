@@ -194,7 +194,7 @@ def test_a_wrong_pace_is_status_2(
 def test_a_redis_that_is_away_is_named_within_a_bounded_wait(
     capsys: Captured, tmp_path: Path, nobody: str, world: Path, command: list[str]
 ) -> None:
-    short = {
+    short: dict[str, Any] = {
         "event_log": {"connect_timeout_s": 0.5},
         "feature_store": {"timeout_s": 0.5},
         "scorer": {"redis_timeout_s": 0.5},

@@ -95,9 +95,8 @@ def test_a_process_on_servers_is_a_trainer_in_memory(
 def test_killed_again_and_again_it_ends_as_if_never_killed(
     redis_url: str, namespace: str, world: Path, tmp_path: Path
 ) -> None:
-    # Batches of 4: some 500 steps, so that there is time to kill it in the middle of them.
-    batch = {"batch": {"size": 4}}
-    path = write_config(tmp_path, redis_url, namespace, stream=batch, trainer={"checkpoint": {"interval_s": 0.05}})
+    # Small batches make some 250 steps, so that there is time to kill it in the middle of them.
+    path = write_config(tmp_path, redis_url, namespace, stream={"batch": {"size": 8}})
     config, checkpoints = read_config(path), tmp_path / "checkpoints"
     pairs = read_pairs(config, world)
     fill_servers(config, pairs, "arrow")

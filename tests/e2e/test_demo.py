@@ -1,0 +1,161 @@
+"""``smes demo`` as a user runs it: everything as separate processes on real servers.
+
+Guarantees shown: the report has the documented keys, every event is accounted for, no request fails and no answer
+mixes versions, with either event log, either codec and a log of any schema; and however the demo ends, be it by
+Ctrl-C or SIGKILL, nothing that it started is left running.
+"""
+
+import os
+import signal
+import subprocess
+import uuid
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from simulators.log_reader import open_log
+from simulators.merge import replay_blocks
+from simulators.schema_file import load_builtin
+from simulators.synthetic import synthesize
+from tests.e2e.reports import assert_documented
+from tests.e2e.shop import Shop
+from tests.running import MARKER, environment, marked, read_json, start_smes, until, until_log_says
+
+ENDS_WITHIN_S = 300.0
+SYNTHETIC_TASKS = {"click", "long_view", "watch_time", "like", "profile_enter", "comment", "follow", "forward"}
+KUAIRAND_TASKS = {task.name for task in load_builtin("kuairand").tasks}
+pytestmark = pytest.mark.timeout(400)
+
+
+class Demo:
+    """A demo under way, in a folder for temporary files of its own, marked so that its processes can be found."""
+
+    def __init__(self, folder: Path, *arguments: str, **env: str) -> None:
+        self.marker, self.log, self.temporary = uuid.uuid4().hex, folder / "demo.log", folder / "tmp"
+        self._report = folder / "report.json"
+        self.temporary.mkdir()
+        inherited = environment(**env)
+        for given in ("REDIS_URL", "KAFKA_BOOTSTRAP"):  # the demo's own servers are what is tested
+            inherited.pop(given, None)
+        inherited |= {MARKER: self.marker, "TMPDIR": str(self.temporary)}
+        arguments = ("demo", "--report", str(self._report), *arguments)
+        self.process: subprocess.Popen[bytes] = start_smes(self.log, *arguments, env=inherited)
+
+    def ends(self) -> int:
+        """Its exit code; nothing is left running, and no temporary file."""
+        status = self.process.wait(ENDS_WITHIN_S)
+        until(lambda: not marked(self.marker), "the end of all its processes", 30)
+        assert list(self.temporary.iterdir()) == []
+        return status
+
+    def report(self) -> dict[str, Any]:
+        return read_json(self._report)
+
+    def runs(self, *words: str) -> bool:
+        """Whether a process of its runs with each of these words among its arguments."""
+        lines = [" ".join(_command_line(process)) for process in marked(self.marker)]
+        return all(any(word in line for line in lines) for word in words)
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def assert_served(report: dict[str, Any]) -> None:
+    scorer, snapshots, freshness = report["scorer"], report["snapshots"], report["freshness_ms"]
+    assert scorer["requests"] > 0
+    assert (scorer["errors"], scorer["mixed_versions"]) == (0, 0)
+    assert 0 < scorer["p50_ms"] <= scorer["p99_ms"]
+    assert snapshots["published"] >= 1
+    assert snapshots["bytes_last"] > 0
+    assert 1 <= snapshots["served"] <= snapshots["published"]
+    assert 0 < freshness["p50"] <= freshness["p99"]
+
+
+@pytest.mark.parametrize(
+    ("event_log", "codec"),
+    [("redis", "arrow"), pytest.param("kafka", "json", marks=pytest.mark.kafka)],  # Redis and JSON: the shop below
+)
+def test_everything_on_one_machine(event_log: str, codec: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    env = {"KAFKA_HOME": str(request.getfixturevalue("kafka_home"))} if event_log == "kafka" else {}
+    demo = Demo(tmp_path, "--limit", "3000", "--rate", "2000", "--eventlog", event_log, "--codec", codec, **env)
+    assert demo.ends() == 0, demo.log.read_text()
+    text = demo.log.read_text()
+    assert "\x1b" not in text  # plain when piped
+    assert "conservation: every event that was appended is accounted for" in text
+    report = demo.report()
+    assert_documented(report, SYNTHETIC_TASKS)
+    assert_served(report)
+    # The same world, counted without any of the processes.
+    synthesize(tmp_path / "again.parquet", 3000, 0)
+    with open_log(tmp_path / "again.parquet", load_builtin("synthetic")) as reader:
+        feedback = sum(len(came) for _, came in replay_blocks(reader, seed=0))
+    assert (report["events"]["impressions"], report["feedback"]["received"]) == (3000, feedback)
+    assert report["events"]["trained"] > 1000
+    assert report["throughput"]["trained_per_s"] > 0
+
+
+@pytest.mark.kuairand
+def test_a_kuairand_folder(kuairand_dir: Path, tmp_path: Path) -> None:
+    demo = Demo(tmp_path, "--log", str(kuairand_dir), "--limit", "3000", "--rate", "2000")
+    assert demo.ends() == 0, demo.log.read_text()
+    report = demo.report()
+    assert_documented(report, KUAIRAND_TASKS)
+    assert report["events"]["impressions"] == 3000
+    scorer = report["scorer"]
+    assert scorer["requests"] > 0
+    assert (scorer["errors"], scorer["mixed_versions"]) == (0, 0)
+
+
+def test_a_log_of_another_schema_by_its_schema_file_alone(shop: Shop, tmp_path: Path) -> None:
+    arguments = ("--log", str(shop.folder), "--schema", str(shop.schema), "--limit", "5000", "--codec", "json")
+    demo = Demo(tmp_path, *arguments)
+    assert demo.ends() == 0, demo.log.read_text()
+    report = demo.report()
+    assert_documented(report, {"opened", "bought", "rating"})
+    assert report["events"]["impressions"] == shop.visits
+    assert report["feedback"]["received"] == shop.feedback
+    assert (report["scorer"]["errors"], report["scorer"]["mixed_versions"]) == (0, 0)
+
+
+def test_failed_requests_are_status_3(tmp_path: Path) -> None:
+    # The scorer refuses more than 10 items; the demo asks for 50.
+    demo = Demo(tmp_path, "--limit", "300", SMES_SCORER__MAX_ITEMS="10")
+    assert demo.ends() == 3, demo.log.read_text()
+    assert "failed: scorer: " in demo.log.read_text()
+    report = demo.report()
+    assert report["scorer"]["errors"] == report["scorer"]["requests"] > 0
+    assert_documented(
+        {**report, "active_experts": {"mean": 0, "max": 0, "bound": 0, "num_experts": 0}}, SYNTHETIC_TASKS
+    )
+
+
+def long_demo(folder: Path) -> Demo:
+    demo = Demo(folder, "--limit", "100000", "--rate", "300")
+    until_log_says(demo.log, "replaying and serving: ", demo.process)
+    assert demo.runs("cli -c", " train ", " serve", " replay ", "127.0.0.1:")
+    return demo
+
+
+def test_ctrl_c_ends_it_cleanly_with_a_report(tmp_path: Path) -> None:
+    demo = long_demo(tmp_path)
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.ends() == 0, demo.log.read_text()
+    report = demo.report()
+    assert_documented(
+        {**report, "active_experts": {"mean": 0, "max": 0, "bound": 0, "num_experts": 0}}, SYNTHETIC_TASKS
+    )
+    assert 0 < report["events"]["impressions"] < 100_000
+    assert report["scorer"]["errors"] == 0
+
+
+def test_killed_it_takes_everything_with_it(tmp_path: Path) -> None:
+    demo = long_demo(tmp_path)
+    assert len(marked(demo.marker)) >= 5  # the demo, Valkey, trainer, scorer, replay
+    os.kill(demo.process.pid, signal.SIGKILL)
+    until(lambda: not marked(demo.marker), "the end of all its processes", 30)
