@@ -1,6 +1,6 @@
 """Forms of an expert, each executing all experts of a dispatch as grouped GEMMs.
 
-Letters: B instances, E experts, P packed rows, D input width, H output width.
+Letters: B instances, E experts, P packed rows, D input width, H output width, R rank, Q width of the narrow projection.
 """
 
 import math
@@ -52,6 +52,69 @@ class FullExperts(nn.Module):
             y_P = neutralise(grouped_linear(x_P, weight_E, plan.offsets_E), plan)
             x_P = F.silu(F.layer_norm(y_P, y_P.shape[1:]))
         return x_P
+
+
+class LowRankExperts(nn.Module):
+    """Low-rank differences from a shared base: ``f_e(h) = SiLU(LayerNorm(h W0 + h A_e B_e))``.
+
+    ``h W0`` is computed once per instance. ``B_e`` starts at zero, so that every expert starts as the base: in one pass
+    over a stream, an expert that sees a fraction of it inherits what all instances teach (our form, not the paper's).
+
+    Args:
+        num_experts: E.
+        input_dim: D.
+        output_dim: H.
+        rank: R, a multiple of 8.
+    """
+
+    def __init__(self, num_experts: int, input_dim: int, output_dim: int, rank: int) -> None:
+        super().__init__()
+        self.output_dim = output_dim
+        self.base = nn.Parameter(_uniform(input_dim, output_dim))
+        self.down = nn.Parameter(_uniform(num_experts, input_dim, rank))
+        self.up = nn.Parameter(torch.zeros(num_experts, rank, output_dim))
+
+    def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
+        narrow_PR = neutralise(grouped_linear(pack(h_BD, plan), self.down, plan.offsets_E), plan)
+        difference_PH = neutralise(grouped_linear(narrow_PR, self.up, plan.offsets_E), plan)
+        return _added_to_base(h_BD @ self.base, difference_PH, plan)
+
+
+class ResidualExperts(nn.Module):
+    """Differences that read one narrow projection: ``q = h P``, ``f_e(h) = SiLU(LayerNorm(h W0 + q D_e))``.
+
+    As :class:`LowRankExperts`, with one GEMM of width Q per executed pair: only ``q`` is gathered. ``D_e`` starts at
+    zero.
+
+    Args:
+        num_experts: E.
+        input_dim: D.
+        output_dim: H.
+        narrow_dim: Q, a multiple of 8.
+    """
+
+    def __init__(self, num_experts: int, input_dim: int, output_dim: int, narrow_dim: int) -> None:
+        super().__init__()
+        self.output_dim = output_dim
+        self.base = nn.Parameter(_uniform(input_dim, output_dim))
+        self.narrow = nn.Parameter(_uniform(input_dim, narrow_dim))
+        self.differences = nn.Parameter(torch.zeros(num_experts, narrow_dim, output_dim))
+
+    def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
+        q_PQ = pack(h_BD @ self.narrow, plan)
+        difference_PH = neutralise(grouped_linear(q_PQ, self.differences, plan.offsets_E), plan)
+        return _added_to_base(h_BD @ self.base, difference_PH, plan)
+
+
+def _added_to_base(base_BH: Tensor, difference_PH: Tensor, plan: Dispatch) -> Tensor:
+    y_PH = pack(base_BH, plan) + difference_PH
+    return F.silu(F.layer_norm(y_PH, y_PH.shape[1:]))
+
+
+def _uniform(*shape: int) -> Tensor:
+    """Maps [..., D_in, D_out] that keep a unit variance, to be normalised after."""
+    bound = math.sqrt(3 / shape[-2])
+    return torch.empty(*shape).uniform_(-bound, bound)
 
 
 def grouped_linear(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from smes.dispatch import combine, dispatch
 from smes.encoder import Encoder
-from smes.experts import Experts, FullExperts
+from smes.experts import Experts, FullExperts, LowRankExperts, ResidualExperts
 from smes.ranker import ExpertLimits, RankerOutput, RoutingStats
 from smes.routing import Router, balance_loss, expert_load, route
 
@@ -27,7 +27,10 @@ class SmesConfig:
         num_adaptive: K_a, experts that each task adds for itself.
         encoder_dims: Widths of the shared encoder's layers (``SiLU(LayerNorm(Linear))``); multiples of 8.
         expert_dims: Widths of an expert's layers; multiples of 8 (the GPU's grouped GEMM wants 16-byte rows).
-        experts: Form of an expert; ``full`` is the paper's.
+        experts: Form of an expert: ``full`` is the paper's; ``low_rank`` and ``residual`` are differences from a shared
+            base, of one layer.
+        expert_rank: Rank of ``low_rank`` experts; a multiple of 8.
+        expert_narrow_dim: Width of the projection that ``residual`` experts read; a multiple of 8.
         router_rank: Width of a low-rank router; None for a linear one. Worth it above about 64 experts.
         balance: β, the weight of the balance loss.
         stage_one_weights: w_t of stage I per task, in the schema's order; None for 1/T each.
@@ -39,6 +42,8 @@ class SmesConfig:
     encoder_dims: tuple[int, ...] = (128,)
     expert_dims: tuple[int, ...] = (64,)
     experts: str = "full"
+    expert_rank: int = 8
+    expert_narrow_dim: int = 32
     router_rank: int | None = None
     balance: float = 1e-2
     stage_one_weights: tuple[float, ...] | None = None
@@ -56,6 +61,11 @@ class SmesConfig:
                 raise ValueError(f"smes.{name}: {list(dims)}, expected one or more positive multiples of 8")
         if self.experts not in EXPERT_FORMS:
             raise ValueError(f"smes.experts: {self.experts!r}, expected one of {sorted(EXPERT_FORMS)}")
+        if self.experts != "full" and len(self.expert_dims) > 1:
+            raise ValueError(f"smes.expert_dims: {list(self.expert_dims)}, expected one layer for {self.experts}")
+        for name in ("expert_rank", "expert_narrow_dim"):
+            if (width := getattr(self, name)) < 8 or width % 8:
+                raise ValueError(f"smes.{name}: {width}, expected a positive multiple of 8")
         if self.router_rank is not None and self.router_rank < 1:
             raise ValueError(f"smes.router_rank: {self.router_rank}, expected at least 1, or none")
         if self.balance < 0:
@@ -66,7 +76,15 @@ def _full(config: SmesConfig) -> Experts:
     return FullExperts(config.num_experts, config.encoder_dims[-1], config.expert_dims)
 
 
-EXPERT_FORMS: dict[str, Callable[[SmesConfig], Experts]] = {"full": _full}
+def _low_rank(config: SmesConfig) -> Experts:
+    return LowRankExperts(config.num_experts, config.encoder_dims[-1], config.expert_dims[0], config.expert_rank)
+
+
+def _residual(config: SmesConfig) -> Experts:
+    return ResidualExperts(config.num_experts, config.encoder_dims[-1], config.expert_dims[0], config.expert_narrow_dim)
+
+
+EXPERT_FORMS: dict[str, Callable[[SmesConfig], Experts]] = {"full": _full, "low_rank": _low_rank, "residual": _residual}
 """Forms of an expert by their name in the configuration; each builder returns a module."""
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smes.experts import Experts, FullExperts, LowRankExperts, ResidualExperts
 from smes.smes_ranker import SMES
 
 
@@ -18,16 +19,7 @@ def dense_smes(ranker: SMES, x_BI: Tensor, experts_BTK: Tensor) -> tuple[Tensor,
     h_BD = ranker.encoder(x_BI)
     z_BTE = ranker.router(h_BD)
     B, T, E = z_BTE.shape
-    weights = list(ranker.experts.weights)  # type: ignore[attr-defined]  # FullExperts, as the test configures
-    outputs = []
-    for e in range(E):
-        y = h_BD
-        for weight_E in weights:
-            y = y @ weight_E[e]
-            centred = y - y.mean(dim=1, keepdim=True)
-            y = centred / torch.sqrt((centred**2).mean(dim=1, keepdim=True) + 1e-5)
-            y = y * torch.sigmoid(y)
-        outputs.append(y)
+    outputs = [_expert(ranker.experts, e, h_BD) for e in range(E)]
     rows = []
     used = [0.0] * E
     for b in range(B):
@@ -42,3 +34,22 @@ def dense_smes(ranker: SMES, x_BI: Tensor, experts_BTK: Tensor) -> tuple[Tensor,
     per_task = config.num_shared + config.num_adaptive
     balance = (E / per_task) * sum((used[e] * p_E[e] for e in range(E)), start=torch.zeros(()))
     return torch.stack(rows).view(B, T, -1), config.balance * balance
+
+
+def _expert(experts: Experts, e: int, h_BD: Tensor) -> Tensor:
+    """Expert e on every instance, by the equations of its form."""
+    if isinstance(experts, LowRankExperts):
+        return _activated(h_BD @ (experts.base + experts.down[e] @ experts.up[e]))
+    if isinstance(experts, ResidualExperts):
+        return _activated(h_BD @ (experts.base + experts.narrow @ experts.differences[e]))
+    assert isinstance(experts, FullExperts)
+    y = h_BD
+    for weight_E in experts.weights:
+        y = _activated(y @ weight_E[e])
+    return y
+
+
+def _activated(y: Tensor) -> Tensor:
+    centred = y - y.mean(dim=1, keepdim=True)
+    y = centred / torch.sqrt((centred**2).mean(dim=1, keepdim=True) + 1e-5)
+    return y * torch.sigmoid(y)

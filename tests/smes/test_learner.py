@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,7 @@ _MODELS = {
     "smes-low-rank-no-wide": ModelConfig(
         embedding_dim=8, head_dim=8, wide=False, smes=SmesConfig(8, 0, 2, (16, 16), (8, 8), router_rank=4)
     ),
+    "smes-residual": ModelConfig(embedding_dim=8, smes=replace(_SMALL, experts="residual", expert_narrow_dim=8)),
     "linear": ModelConfig(ranker="linear"),
     "shared_bottom": ModelConfig(ranker="shared_bottom", embedding_dim=8),
     "mmoe": ModelConfig(ranker="mmoe", embedding_dim=8, mmoe=MmoeConfig(4, (16,), (16, 8))),

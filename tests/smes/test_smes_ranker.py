@@ -77,8 +77,49 @@ def test_grouped_equals_dense_when_every_router_ties(shared: int, adaptive: int)
     _assert_equal_to_dense(ranker, x_BI)
 
 
-def test_the_layout_for_gpus_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranker = _ranker(4, num_experts=8, num_shared=1, num_adaptive=2)
+def _different(ranker: SMES) -> SMES:
+    """Experts that are zero differences from a base, as they start, would hide mistakes."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in ranker.named_parameters():
+            if name in ("experts.up", "experts.differences"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return ranker
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from(["low_rank", "residual"]),
+    st.tuples(st.integers(1, 7), st.integers(1, 4), st.integers(4, 9), st.integers(0, 2), st.integers(1, 2)),
+    st.integers(0, 2**20),
+)
+def test_differences_from_a_base_equal_dense(form: str, shape: tuple[int, int, int, int, int], seed: int) -> None:
+    B, T, E, shared, adaptive = shape
+    config = {"num_experts": E, "num_shared": shared, "num_adaptive": adaptive, "expert_dims": (16,)}
+    ranker = _different(_ranker(T, seed, experts=form, expert_rank=8, expert_narrow_dim=8, **config))
+    _assert_equal_to_dense(ranker, torch.randn(B, _INPUT, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("form", ["low_rank", "residual"])
+def test_at_first_every_expert_is_the_base(form: str) -> None:
+    ranker = _ranker(3, num_experts=8, num_shared=1, num_adaptive=2, experts=form, expert_dims=(16,))
+    x_BI = torch.randn(5, _INPUT, generator=torch.Generator().manual_seed(3))
+    base_BH = torch.nn.functional.silu(torch.layer_norm(ranker.encoder(x_BI) @ ranker.experts.base, (16,)))  # type: ignore[attr-defined]  # both have one
+    torch.testing.assert_close(ranker(x_BI).tasks_BTH, base_BH.unsqueeze(1).expand(5, 3, 16))
+    ranker(x_BI).tasks_BTH.square().sum().backward()
+    zero = "up" if form == "low_rank" else "differences"
+    for name, parameter in ranker.experts.named_parameters():  # type: ignore[attr-defined]  # every form is a module
+        assert parameter.requires_grad
+        assert bool((parameter == 0).all()) == (name == zero), name
+        if name in ("base", zero):
+            assert parameter.grad is not None
+            assert float(parameter.grad.abs().max()) > 0, f"{name} learns from the first step on"
+
+
+@pytest.mark.parametrize("form", ["full", "low_rank", "residual"])
+def test_the_layout_for_gpus_gives_the_same(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dims = (16, 8) if form == "full" else (16,)
+    ranker = _different(_ranker(4, num_experts=8, num_shared=1, num_adaptive=2, experts=form, expert_dims=dims))
     x_BI = torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(5))
     monkeypatch.setattr(smes.smes_ranker, "dispatch", lambda routing, trim: dispatch(routing, trim=False))
     _assert_equal_to_dense(ranker, x_BI)
@@ -91,8 +132,11 @@ def test_the_layout_for_gpus_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> 
         ({"num_shared": 0, "num_adaptive": 0}, "expected both"),
         ({"expert_dims": (12,)}, "multiples of 8"),
         ({"encoder_dims": ()}, "multiples of 8"),
-        ({"experts": "tiny"}, "expected one of \\['full'\\]"),
+        ({"experts": "tiny"}, "expected one of \\['full', 'low_rank', 'residual'\\]"),
         ({"balance": -1.0}, "balance"),
+        ({"experts": "residual", "expert_dims": (16, 8)}, "expected one layer for residual"),
+        ({"expert_rank": 4}, "expert_rank: 4, expected a positive multiple of 8"),
+        ({"expert_narrow_dim": 0}, "expert_narrow_dim: 0"),
     ],
 )
 def test_a_wrong_shape_is_refused(config: dict[str, Any], message: str) -> None:
