@@ -1,0 +1,301 @@
+"""What surrounds the code says what the code does: README, documentation, compose file, image, lock file."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from jsonschema.validators import validator_for
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.core import TyperCommand, TyperGroup
+
+from cli.__main__ import run
+from cli.app import app
+from cli.config import Config, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+_INTERPOLATION = re.compile(r"\$\{(\w+):-([^}]*)\}")
+
+
+def section(text: str, heading: str) -> str:
+    """The lines under a heading, down to the next one of its rank or above."""
+    rank = len(heading) - len(heading.lstrip("#"))
+    _, found, rest = f"\n{text}".partition(f"\n{heading}\n")
+    assert found, f"no heading {heading!r}"
+    return re.split(rf"^#{{1,{rank}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def fenced(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+# ---- README and documentation
+
+
+def files_in_readme() -> list[str]:
+    """Paths in the README's list: a heading names the folder, each line below it one file."""
+    folder, paths = "", []
+    for line in section((ROOT / "README.md").read_text(), "## Files").splitlines():
+        if heading := re.match(r"### `(.+)/`", line):
+            folder = "" if heading[1] == "." else f"{heading[1]}/"
+        elif entry := re.match(r"- `([^`]+)` – \S", line):
+            paths.append(folder + entry[1])
+    return paths
+
+
+def test_readme_names_every_file_once() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: which files belong to the tree is not known")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    tracked = [name for name in listed.split("\0") if name and (ROOT / name).exists()]
+    named = files_in_readme()
+    assert sorted(set(tracked) - set(named)) == [], "missing in the README's list"
+    assert sorted(name for name in named if not (ROOT / name).exists()) == [], "named in the README, but not there"
+    assert len(named) == len(set(named))
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (path.parent / target.partition("#")[0]).exists(), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_make_targets_in_the_documentation_exist(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {"install", "demo", "test", "check", "bench"} <= targets
+    assert set(re.findall(r"`make ([a-z]+)`", path.read_text())) <= targets
+
+
+def test_changelog_has_the_version_and_the_lock_fits_the_requirements() -> None:
+    project = PYPROJECT["project"]
+    assert re.search(rf"^## \[?{re.escape(project['version'])}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    pins = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines())
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    assert len(pinned) == len(pins)
+    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        needed = Requirement(text)
+        assert needed.specifier.contains(pinned[canonicalize_name(needed.name)]), text
+
+
+# ---- configuration.md
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(value):
+        below = getattr(value, field.name)
+        if dataclasses.is_dataclass(below):
+            yield from leaves(below, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, list(below) if isinstance(below, tuple) else below
+
+
+def test_every_key_is_documented_with_its_default() -> None:
+    rows = re.findall(
+        r"^\| `([a-z_.]+)` \| `([^`]*)` \| \S", (ROOT / "docs/configuration.md").read_text(), re.MULTILINE
+    )
+    documented = {key: yaml.safe_load(default) for key, default in rows}
+    assert len(documented) == len(rows)
+    assert documented == dict(leaves(Config()))
+
+
+# ---- operations.md and every command line shown
+
+
+def commands(group: TyperGroup, path: str) -> Iterator[tuple[str, TyperCommand]]:
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from commands(command, f"{path} {name}")
+        else:
+            assert isinstance(command, TyperCommand)
+            yield f"{path} {name}", command
+
+
+def root_command() -> TyperGroup:
+    command = typer.main.get_command(app)
+    assert isinstance(command, TyperGroup)
+    return command
+
+
+def options(command: TyperGroup | TyperCommand) -> set[str]:
+    return {name for p in command.params if p.param_type_name == "option" for name in p.opts}
+
+
+@pytest.mark.parametrize("path", [path for path, _ in commands(root_command(), "smes")])
+def test_every_command_and_option_is_documented(path: str) -> None:
+    text = section((ROOT / "docs/operations.md").read_text(), f"### `{path}`")
+    command = dict(commands(root_command(), "smes"))[path]
+    assert set(re.findall(r"^\| `(--?[a-z-]+)", text, re.MULTILINE)) == options(command)
+
+
+def test_the_options_of_all_commands_are_documented() -> None:
+    text = section((ROOT / "docs/operations.md").read_text(), "## Commands")
+    intro = text.partition("\n### ")[0]
+    assert options(root_command()) <= set(re.findall(r"`(--?[a-z]+)\b", intro))
+
+
+def parse(arguments: list[str]) -> str:
+    """Parse a command line with the real command, without running it; the command's path.
+
+    Raises:
+        Exception: What the command raises for a wrong command line.
+    """
+    root = root_command()
+    ran: list[str] = []
+    root.callback = None
+
+    def record(path: str) -> Any:
+        return lambda **parameters: ran.append(path)
+
+    for path, command in commands(root, "smes"):
+        command.callback = record(path)
+    root.main(arguments, prog_name="smes", standalone_mode=False)
+    assert len(ran) == 1, f"smes {shlex.join(arguments)}: expected one command, parsed {ran}"
+    return ran[0]
+
+
+def test_a_wrong_command_line_does_not_parse() -> None:
+    assert parse(["-q", "features", "load", "x"]) == "smes features load"
+    for wrong in ("train --speed 1", "snapshots show later", "demo --codec xml", "scale"):
+        with pytest.raises(Exception, match=r"No such|Input should be|is not one of"):
+            parse(wrong.split())
+
+
+def shell_lines(script: str) -> Iterator[list[str]]:
+    """The ``smes`` calls in a shell script, as argument lists."""
+    for line in script.replace("\\\n", " ").splitlines():
+        if found := re.search(r"(?:^|\|\| |exec |\.venv/bin/)smes (.*)", line.strip()):
+            words = shlex.split(found[1], comments=True)
+            yield [w for w in words if w != "&"]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_command_lines_in_the_documentation_parse(path: Path) -> None:
+    for block in fenced(path.read_text(), "sh"):
+        for arguments in shell_lines(block):
+            parse(arguments)
+
+
+def test_bring_your_own_log_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/bring-your-own-log.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    subprocess.run([sys.executable, "-c", fenced(text, "python")[0]], check=True)
+    Path("shop.yaml").write_text(fenced(text, "yaml")[0])
+    assert run(["backtest", "shop.parquet", "--schema", "shop.yaml", "--limit", "2000", "--report", "report.json"]) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["events"]["trained"] == 2000
+    assert list(report["tasks"]) == ["open", "buy", "stars"]
+
+
+# ---- docker-compose.yml and Dockerfile
+
+
+def interpolated(value: Any) -> str:
+    """A value as compose hands it on when none of the caller's variables is set."""
+    return _INTERPOLATION.sub(lambda found: found[2], str(value)).replace("$$", "$")
+
+
+def environment(service: str) -> dict[str, str]:
+    return {name: interpolated(v) for name, v in COMPOSE["services"][service].get("environment", {}).items()}
+
+
+def test_compose_file_fits_the_specification() -> None:
+    found = importlib.util.find_spec("check_jsonschema")
+    assert found is not None
+    assert found.submodule_search_locations
+    [package] = found.submodule_search_locations
+    schema = json.loads((Path(package) / "builtin_schemas/vendor/compose-spec.json").read_text())
+    validator = validator_for(schema)(schema)
+    assert [f"{list(e.path)}: {e.message}" for e in validator.iter_errors(COMPOSE)] == []
+    wrong = {**COMPOSE, "services": {"kafka": {**COMPOSE["services"]["kafka"], "helthcheck": {}}}}
+    assert not validator.is_valid(wrong)
+
+
+def test_compose_services_refer_to_what_is_there() -> None:
+    services = COMPOSE["services"]
+    assert set(services) == {"kafka", "redis", "trainer", "scorer", "simulator"}
+    used = set()
+    for name, service in services.items():
+        for target, how in service.get("depends_on", {}).items():
+            assert target in services, name
+            assert how["condition"] != "service_healthy" or "healthcheck" in services[target], f"{name} on {target}"
+        used |= {interpolated(volume).partition(":")[0] for volume in service.get("volumes", [])}
+    assert used == set(COMPOSE["volumes"])
+
+
+@pytest.mark.parametrize("service", ["trainer", "scorer", "simulator"])
+def test_compose_runs_commands_and_keys_that_exist(
+    service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    variables = environment(service)
+    config = load_config(None, variables)
+    assert config.event_log.kind == "kafka"
+    assert f"INTERNAL://{config.event_log.kafka_bootstrap}" in environment("kafka")["KAFKA_ADVERTISED_LISTENERS"]
+    assert config.feature_store.redis_url == "redis://redis:6379/0"
+    assert config.schema_file().name == "synthetic"
+    command = COMPOSE["services"][service]["command"]
+    if service != "simulator":
+        expected = {"trainer": "smes train", "scorer": "smes serve"}
+        assert parse([interpolated(word) for word in command]) == expected[service]
+        return
+    script = interpolated(command[0])
+    for name in ("LOG", "IMPRESSIONS", "RATE"):
+        script = script.replace(f'"${name}"', variables[name])
+    assert [parse(line) for line in shell_lines(script)] == ["smes synthesize", "smes features load", "smes replay"]
+    subprocess.run(["sh", "-n", "-c", script], check=True)
+
+
+def test_compose_health_checks_look_where_the_processes_are() -> None:
+    config = load_config(None, environment("scorer"))
+    scorer, trainer = COMPOSE["services"]["scorer"], COMPOSE["services"]["trainer"]
+    *_, code = scorer["healthcheck"]["test"]
+    compile(code, "healthcheck", "exec")
+    assert f":{config.scorer.port}/health/ready" in code
+    assert scorer["ports"] == [f"127.0.0.1:{config.scorer.port}:{config.scorer.port}"]
+    assert f"find {config.trainer.checkpoint.directory} " in trainer["healthcheck"]["test"][1]
+    assert any(volume.endswith(":/data") for volume in trainer["volumes"])
+
+
+def test_kafka_takes_the_settings_of_the_compose_file(kafka_home: Path, tmp_path: Path) -> None:
+    """The image makes server.properties of its variables; Kafka's own storage tool reads that file and checks it."""
+
+    def format_storage(settings: dict[str, str], name: str) -> subprocess.CompletedProcess[str]:
+        # The image's rule: without the prefix, in small letters, _ is a dot.
+        names = {n.removeprefix("KAFKA_").lower().replace("_", "."): v for n, v in settings.items() if "KAFKA_" in n}
+        file = tmp_path / f"{name}.properties"
+        file.write_text("".join(f"{n}={v}\n" for n, v in (names | {"log.dirs": str(tmp_path / name)}).items()))
+        java = ["java", "-XX:TieredStopAtLevel=1", "-cp", f"{kafka_home / 'libs'}/*", "kafka.tools.StorageTool"]
+        arguments = ["format", "-t", settings["CLUSTER_ID"], "-c", str(file)]
+        return subprocess.run([*java, *arguments], check=False, capture_output=True, text=True, timeout=60)
+
+    settings = environment("kafka")
+    done = format_storage(settings, "full")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"cluster.id={settings['CLUSTER_ID']}" in (tmp_path / "full" / "meta.properties").read_text()
+    without = {n: v for n, v in settings.items() if n != "KAFKA_CONTROLLER_LISTENER_NAMES"}
+    assert format_storage(without, "partial").returncode != 0
+
+
+def test_the_image_gets_every_package() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
+    packages = set(PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    assert copied == packages | {"pyproject.toml", "requirements.lock", "README.md", "LICENSE"}
+    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert let_through == copied
