@@ -127,12 +127,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def marked(value: str) -> list[psutil.Process]:
-    """Processes that run with ``MARKER`` set to ``value``, zombies not counted."""
+def running(marker: str, folder: Path) -> list[psutil.Process]:
+    """Processes with ``MARKER`` set to ``marker`` or a working folder below ``folder``, zombies not counted.
+
+    The folder is for servers that overwrite their environment with a title, as Valkey does.
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARKER) == value:
+            if process.status() != psutil.STATUS_ZOMBIE and (
+                process.environ().get(MARKER) == marker or process.cwd().startswith(str(folder))
+            ):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone by now, or another user's
             continue
