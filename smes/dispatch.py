@@ -1,7 +1,8 @@
 """Which (instance, expert) pairs are executed, and where each lies in the packed rows.
 
 Letters: B instances, T tasks, E experts, K experts of one task, P packed rows (one per pair executed), U slots of an
-instance (the most experts it can use, ``min(K_s + T·K_a, E)``), D input width, H output width of an expert.
+instance (the most experts it can use: ``min(K_s + T·K_a, E)``, or its budget), D input width, H output width of an
+expert.
 
 Pairs are packed expert by expert, so that an expert's rows are one segment of a grouped GEMM. A pair occurs once,
 however many tasks use it: an expert runs at most once per instance. The packing is a counting sort made of cumulative
@@ -49,7 +50,7 @@ def dispatch(routing: Routing, *, trim: bool) -> Dispatch:
     B, T, K = routing.experts_BTK.shape
     E = routing.probs_BTE.shape[-1]
     device = routing.experts_BTK.device
-    num_slots = min(routing.num_shared + T * (K - routing.num_shared), E)
+    num_slots = routing.bound
     chosen_BE = torch.zeros(B, E, dtype=torch.bool, device=device)
     chosen_BE.scatter_(1, routing.experts_BTK.reshape(B, T * K), True)
     # The n-th chosen expert of an instance gets slot n; the n-th instance of an expert gets its segment's n-th row.

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from smes.balance import BALANCE_LOSSES
 from smes.dispatch import combine, dispatch
 from smes.encoder import Encoder
 from smes.experts import Experts, FullExperts, LowRankExperts, ResidualExperts
 from smes.ranker import ExpertLimits, RankerOutput, RoutingStats
-from smes.routing import Router, balance_loss, expert_load, route
+from smes.routing import Router, Routing, expert_load, route, union_bound
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class SmesConfig:
         expert_rank: Rank of ``low_rank`` experts; a multiple of 8.
         expert_narrow_dim: Width of the projection that ``residual`` experts read; a multiple of 8.
         router_rank: Width of a low-rank router; None for a linear one. Worth it above about 64 experts.
+        router_input: What routers read: ``encoder``, its output (the paper's), or ``raw``, what the encoder reads.
         balance: β, the weight of the balance loss.
+        balance_loss: ``global`` over all tasks (the paper's), ``per_gate``, ``mutual_information`` or ``none``.
+        max_active: Budget of experts executed per instance, whatever the number of tasks; None for none.
         stage_one_weights: w_t of stage I per task, in the schema's order; None for 1/T each.
     """
 
@@ -45,7 +49,10 @@ class SmesConfig:
     expert_rank: int = 8
     expert_narrow_dim: int = 32
     router_rank: int | None = None
+    router_input: str = "encoder"
     balance: float = 1e-2
+    balance_loss: str = "global"
+    max_active: int | None = None
     stage_one_weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -70,6 +77,13 @@ class SmesConfig:
             raise ValueError(f"smes.router_rank: {self.router_rank}, expected at least 1, or none")
         if self.balance < 0:
             raise ValueError(f"smes.balance: {self.balance}, expected at least 0")
+        for name, known in (("router_input", ("encoder", "raw")), ("balance_loss", sorted(BALANCE_LOSSES))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"smes.{name}: {getattr(self, name)!r}, expected one of {list(known)}")
+        if self.max_active is not None and self.max_active < per_task:
+            raise ValueError(
+                f"smes.max_active: {self.max_active}, expected none or at least num_shared + num_adaptive ({per_task})"
+            )
 
 
 def _full(config: SmesConfig) -> Experts:
@@ -106,10 +120,11 @@ class SMES(nn.Module):
         super().__init__()
         self.config = config
         self.output_dim = config.expert_dims[-1]
-        bound = min(config.num_experts, config.num_shared + num_tasks * config.num_adaptive)
+        bound = union_bound(num_tasks, config.num_experts, config.num_shared, config.num_adaptive, config.max_active)
         self.expert_limits: ExpertLimits | None = ExpertLimits(bound, config.num_experts)
         self.encoder = Encoder(input_dim, config.encoder_dims)
-        self.router = Router(config.encoder_dims[-1], num_tasks, config.num_experts, config.router_rank)
+        routed_dim = input_dim if config.router_input == "raw" else config.encoder_dims[-1]
+        self.router = Router(routed_dim, num_tasks, config.num_experts, config.router_rank)
         self.experts = EXPERT_FORMS[config.experts](config)
         weights = torch.tensor(config.stage_one_weights or (1.0,) * num_tasks)
         if len(weights) != num_tasks or bool((weights < 0).any()) or not float(weights.sum()) > 0:
@@ -120,14 +135,25 @@ class SMES(nn.Module):
 
     def forward(self, x_BI: Tensor) -> RankerOutput:
         """Representations per task, the balance loss (times β) and the routing's figures, for B ≥ 1 instances."""
-        config = self.config
         h_BD = self.encoder(x_BI)
-        routing = route(self.router(h_BD), self.stage_one_weights_T, config.num_shared, config.num_adaptive)
+        routing = self.route(x_BI, h_BD)
         plan = dispatch(routing, trim=h_BD.device.type == "cpu")
         tasks_BTH = combine(self.experts(h_BD, plan), routing.weights_BTK, plan)
-        load_TE = expert_load(routing.experts_BTK, config.num_experts)
+        load_TE = expert_load(routing.experts_BTK, self.config.num_experts)
+        balance = BALANCE_LOSSES[self.config.balance_loss]
         return RankerOutput(
             tasks_BTH=tasks_BTH,
-            auxiliary_loss=config.balance * balance_loss(routing, load_TE),
+            auxiliary_loss=None if balance is None else self.config.balance * balance(routing, load_TE),
             stats=RoutingStats(active_B=plan.active_B, load_TE=load_TE),
         )
+
+    def route(self, x_BI: Tensor, h_BD: Tensor) -> Routing:
+        """Which experts each task of each instance uses.
+
+        Args:
+            x_BI: What the encoder read.
+            h_BD: What it made of it.
+        """
+        config = self.config
+        z_BTE = self.router(x_BI if config.router_input == "raw" else h_BD)
+        return route(z_BTE, self.stage_one_weights_T, config.num_shared, config.num_adaptive, config.max_active)

@@ -17,7 +17,7 @@ def dense_smes(ranker: SMES, x_BI: Tensor, experts_BTK: Tensor) -> tuple[Tensor,
     """(tasks_BTH, auxiliary loss) of the ranker for given selected sets, with gradients."""
     config = ranker.config
     h_BD = ranker.encoder(x_BI)
-    z_BTE = ranker.router(h_BD)
+    z_BTE = ranker.router(x_BI if config.router_input == "raw" else h_BD)
     B, T, E = z_BTE.shape
     outputs = [_expert(ranker.experts, e, h_BD) for e in range(E)]
     rows = []

@@ -31,6 +31,10 @@ _MODELS = {
         embedding_dim=8, head_dim=8, wide=False, smes=SmesConfig(8, 0, 2, (16, 16), (8, 8), router_rank=4)
     ),
     "smes-residual": ModelConfig(embedding_dim=8, smes=replace(_SMALL, experts="residual", expert_narrow_dim=8)),
+    "smes-bounded-raw": ModelConfig(
+        embedding_dim=8,
+        smes=replace(_SMALL, router_input="raw", router_rank=4, max_active=3, balance_loss="mutual_information"),
+    ),
     "linear": ModelConfig(ranker="linear"),
     "shared_bottom": ModelConfig(ranker="shared_bottom", embedding_dim=8),
     "mmoe": ModelConfig(ranker="mmoe", embedding_dim=8, mmoe=MmoeConfig(4, (16,), (16, 8))),

@@ -114,3 +114,43 @@ def test_a_low_rank_router_is_the_product_of_its_maps() -> None:
     h_BD = torch.randn(5, 16)
     down, up = (p for p in router.parameters())
     torch.testing.assert_close(router(h_BD), (h_BD @ down.t() @ up.t()).view(5, 3, 8))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), _shapes(), st.sampled_from([1, 2, 5, 10_000]), st.integers(0, 2**31))
+def test_a_budget_bounds_the_union_whatever_the_number_of_tasks(
+    data: st.DataObject, shape: tuple[int, int, int, int, int], levels: int, seed: int
+) -> None:
+    B, T, E, shared, adaptive = shape
+    budget = data.draw(st.integers(shared + adaptive, E + 2))
+    z_BTE = _z(B, T, E, levels, seed)
+    free, routing = route(z_BTE, _mean(T), shared, adaptive), route(z_BTE, _mean(T), shared, adaptive, budget)
+    torch.testing.assert_close(routing.weights_BTK.sum(-1), torch.ones(B, T))
+    assert torch.equal(routing.experts_BTK[..., :shared], free.experts_BTK[..., :shared]), "stage I is as without one"
+    if budget >= shared + T * adaptive:
+        assert torch.equal(routing.experts_BTK, free.experts_BTK), "a budget that cannot bind changes nothing"
+    active_B = dispatch(routing, trim=False).active_B.tolist()
+    assert routing.bound == min(shared + T * adaptive, E, budget)
+    for b in range(B):
+        per_task = [set(routing.experts_BTK[b, t].tolist()) for t in range(T)]
+        assert [len(chosen) for chosen in per_task] == [shared + adaptive] * T, "every task has its K, none twice"
+        union = set.union(*per_task)
+        assert len(union) == active_B[b] <= budget
+        common = set(routing.experts_BTK[b, 0, :shared].tolist())
+        for t, chosen in enumerate(per_task):
+            # Whatever else was executed for other tasks was open to this one too: it took the best of it.
+            _assert_top(z_BTE[b, t], chosen - common, excluded=common | (set(range(E)) - union))
+
+
+def test_the_pool_of_a_budget_has_what_some_task_wants_most() -> None:
+    B, T, E, shared, adaptive, budget = 20, 5, 12, 2, 2, 5
+    z_BTE = torch.randn(B, T, E, generator=torch.Generator().manual_seed(3))  # no ties
+    routing = route(z_BTE, _mean(T), shared, adaptive, budget)
+    p_BTE = z_BTE.exp() / z_BTE.exp().sum(-1, keepdim=True)
+    for b in range(B):
+        common = routing.experts_BTK[b, 0, :shared].tolist()
+        rest = [e for e in range(E) if e not in common]
+        pool = sorted(rest, key=lambda e: -max(float(p_BTE[b, t, e]) for t in range(T)))[: budget - shared]
+        for t in range(T):
+            expected = sorted(pool, key=lambda e: -float(z_BTE[b, t, e]))[:adaptive]
+            assert routing.experts_BTK[b, t, shared:].tolist() == expected

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import smes.smes_ranker
+from smes.balance import BALANCE_LOSSES
 from smes.dispatch import dispatch
-from smes.routing import route
+from smes.routing import expert_load
 from smes.smes_ranker import SMES, SmesConfig
 from tests.smes.dense_reference import dense_smes
 
@@ -30,9 +31,7 @@ def _gradients(ranker: SMES, x_BI: Tensor, loss: Tensor) -> dict[str, Tensor]:
 
 
 def _experts(ranker: SMES, x_BI: Tensor) -> Tensor:
-    config = ranker.config
-    z_BTE = ranker.router(ranker.encoder(x_BI))
-    return route(z_BTE, ranker.stage_one_weights_T, config.num_shared, config.num_adaptive).experts_BTK
+    return ranker.route(x_BI, ranker.encoder(x_BI)).experts_BTK
 
 
 def _assert_equal_to_dense(ranker: SMES, x_BI: Tensor) -> None:
@@ -75,6 +74,39 @@ def test_grouped_equals_dense_when_every_router_ties(shared: int, adaptive: int)
     assert stats is not None
     assert stats.load_TE.sum(dim=1).tolist() == [6 * (shared + adaptive)] * 3
     _assert_equal_to_dense(ranker, x_BI)
+
+
+@pytest.mark.parametrize("router_rank", [None, 4])
+def test_grouped_equals_dense_with_routers_on_the_raw_input(router_rank: int | None) -> None:
+    ranker = _ranker(3, num_experts=8, num_shared=1, num_adaptive=2, router_input="raw", router_rank=router_rank)
+    assert next(ranker.router.parameters()).shape[1] == _INPUT
+    _assert_equal_to_dense(ranker, torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_grouped_equals_dense_within_a_budget(trim: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranker = _ranker(6, num_experts=16, num_shared=1, num_adaptive=2, max_active=5)
+    assert ranker.expert_limits is not None
+    assert ranker.expert_limits.bound == 5
+    monkeypatch.setattr(smes.smes_ranker, "dispatch", lambda routing, **_: dispatch(routing, trim=trim))
+    x_BI = torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(2))
+    stats = ranker(x_BI).stats
+    assert stats is not None
+    assert int(stats.active_B.max()) == 5
+    _assert_equal_to_dense(ranker, x_BI)
+
+
+def test_the_balance_loss_is_chosen_by_its_name() -> None:
+    x_BI = torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(2))
+    losses = {}
+    for name, loss in BALANCE_LOSSES.items():
+        ranker = _ranker(3, num_experts=8, balance=0.5, balance_loss=name)
+        routing = ranker.route(x_BI, ranker.encoder(x_BI))
+        losses[name] = ranker(x_BI).auxiliary_loss
+        if loss is not None:
+            assert losses[name] == 0.5 * loss(routing, expert_load(routing.experts_BTK, 8))
+    assert losses.pop("none") is None
+    assert len({float(value.detach()) for value in losses.values()}) == 3
 
 
 def _different(ranker: SMES) -> SMES:
@@ -134,6 +166,9 @@ def test_the_layout_for_gpus_gives_the_same(form: str, monkeypatch: pytest.Monke
         ({"encoder_dims": ()}, "multiples of 8"),
         ({"experts": "tiny"}, "expected one of \\['full', 'low_rank', 'residual'\\]"),
         ({"balance": -1.0}, "balance"),
+        ({"balance_loss": "local"}, "balance_loss: 'local', expected one of \\['global', 'mutual_information'"),
+        ({"router_input": "both"}, "router_input: 'both', expected one of \\['encoder', 'raw'\\]"),
+        ({"num_shared": 2, "num_adaptive": 2, "max_active": 3}, "max_active: 3, expected none or at least"),
         ({"experts": "residual", "expert_dims": (16, 8)}, "expected one layer for residual"),
         ({"expert_rank": 4}, "expert_rank: 4, expected a positive multiple of 8"),
         ({"expert_narrow_dim": 0}, "expert_narrow_dim: 0"),

@@ -1,0 +1,68 @@
+"""Balance losses against formulas written as loops and scikit-learn. Letters as in smes.balance."""
+
+import pytest
+import torch
+from sklearn.metrics import mutual_info_score
+
+from smes.balance import mutual_information_loss, per_gate_loss
+from smes.routing import Routing, expert_load, route
+
+
+def _routing(B: int = 40, T: int = 3, E: int = 6, scale: float = 2.0) -> Routing:
+    z_BTE = torch.randn(B, T, E, generator=torch.Generator().manual_seed(0))
+    z_BTE = z_BTE + scale * torch.randn(T, E, generator=torch.Generator().manual_seed(1))
+    return route(z_BTE, torch.full((T,), 1 / T), 1, 1)
+
+
+def test_per_gate_is_the_mean_over_the_tasks_of_their_own_loss() -> None:
+    routing = _routing()
+    B, T, K = routing.experts_BTK.shape
+    total = 0.0
+    for t in range(T):
+        for e in range(6):
+            used = sum(e in routing.experts_BTK[b, t].tolist() for b in range(B)) / B
+            total += 6 / K * used * sum(float(routing.probs_BTE[b, t, e]) for b in range(B)) / B / T
+    assert float(per_gate_loss(routing, expert_load(routing.experts_BTK, 6))) == pytest.approx(total, rel=1e-5)
+
+
+def test_tasks_with_experts_of_their_own_are_even_together_but_not_each() -> None:
+    E = 4
+    experts_BTK = torch.arange(E).view(1, E, 1).expand(5, E, 1)  # task t uses expert t, always
+    routing = Routing(experts_BTK, torch.ones(5, E, 1), torch.eye(E).expand(5, E, E), 0)
+    assert float(per_gate_loss(routing, expert_load(experts_BTK, E))) == pytest.approx(E)
+    loss = mutual_information_loss(routing, expert_load(experts_BTK, E))
+    assert float(loss) == pytest.approx(-torch.tensor(4.0).log().item()), "the expert says all about the task"
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_mutual_information_against_scikit_learn(scale: float) -> None:
+    routing = _routing(scale=scale)
+    # scikit-learn counts: the mean probabilities in millionths.
+    counts_TE = (routing.probs_BTE.double().mean(dim=0) * 1e6).round().long().numpy()
+    expected = -mutual_info_score(None, None, contingency=counts_TE)
+    loss = mutual_information_loss(routing, expert_load(routing.experts_BTK, 6))
+    assert float(loss) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_mutual_information_has_a_gradient_where_probabilities_underflow() -> None:
+    z_BTE = torch.zeros(4, 2, 3)
+    z_BTE[..., 0] = 300.0  # the others' probabilities are 0 in float32
+    z_BTE[:, 1, 1] = 299.0
+    z_BTE.requires_grad_()
+    routing = route(z_BTE, torch.full((2,), 0.5), 0, 1)
+    assert float(routing.probs_BTE.detach().min()) == 0
+    mutual_information_loss(routing, expert_load(routing.experts_BTK, 3)).backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+    assert z_BTE.grad is not None
+    assert torch.isfinite(z_BTE.grad).all()
+    assert float(z_BTE.grad.abs().max()) > 0
+
+
+def test_descending_spreads_the_experts_and_parts_the_tasks() -> None:
+    """One step down: the information grows, whatever the start."""
+    z_BTE = torch.randn(30, 3, 6, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    weights_T = torch.full((3,), 1 / 3)
+    routing = route(z_BTE, weights_T, 1, 1)
+    first = mutual_information_loss(routing, expert_load(routing.experts_BTK, 6))
+    (gradient,) = torch.autograd.grad(first, z_BTE)
+    routing = route(z_BTE.detach() - 10 * gradient, weights_T, 1, 1)
+    assert float(mutual_information_loss(routing, expert_load(routing.experts_BTK, 6))) < float(first.detach())
