@@ -3,9 +3,9 @@
 Letters: N examples, G groups. AUC comes from a histogram of logits: 8,192 bins of 0.004 over ±16, so that a tie is the
 only thing a bin can invent, worth at most half of the pairs inside one bin.
 
-Normalised entropy: He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook" (2014) §3. ECE with bins of
-equal mass: Nguyen and O'Connor (2015). GAUC weighted by impressions: HoME (2408.05430) §4. XAUC: Zhan et al.,
-"Deconfounding Duration Bias in Watch-time Prediction" (2022) §5.
+Normalised entropy: He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook" (2014). GAUC weighted by
+impressions: HoME (arXiv 2408.05430). XAUC: Zhan et al., "Deconfounding Duration Bias in Watch-time Prediction for Video
+Recommendation" (2022). ECE over bins of equal mass is our choice: bins of equal width hold all of a sparse task in one.
 """
 
 from dataclasses import dataclass

@@ -19,8 +19,8 @@ source is declared idle). The ledgers balance at every moment:
     impressions read = emitted + waiting + late + duplicate
     feedback read    = attached + waiting + late + orphaned + duplicate
 
-Attribution windows and delayed feedback: Monolith (2209.07663) §2.3; waiting for the window is "wait" in
-``DEFER``'s terms (2011.11826).
+Joining features with feedback that comes later, before an online training step: Monolith (arXiv 2209.07663). Of the
+known answers to delayed feedback this is the first: wait for the window, then emit once.
 """
 
 import heapq
