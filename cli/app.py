@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -235,7 +236,7 @@ def train(
         bool,
         typer.Option(
             "--skip-lost",
-            help="Go on at the oldest record kept where the log no longer holds the checkpoint's position.",
+            help="Go on at the oldest record kept where the log does not hold the checkpoint's position.",
         ),
     ] = False,
     report: ReportPath = None,
@@ -291,15 +292,21 @@ def snapshots_list(context: typer.Context) -> None:
     """List the snapshots that can be loaded, newest last."""
     store = _snapshot_store(_config(context))
     current = store.pointer()
-    table = Table("lineage", "version", "parent", "bytes", "event time", "cut at", "", box=None)
+    table = Table("lineage", "version", "parent", "bytes", "event time (UTC)", "cut at (UTC)", "", box=None)
     manifests = store.list()
     if not manifests:
         raise _none_published(_config(context))
     for manifest in manifests:
         mark = "current" if current == f"{manifest.lineage}:{manifest.version}" else ""
         cells = [number(manifest.version), number(manifest.parent), number(manifest.total_bytes)]
-        table.add_row(manifest.lineage, *cells, str(manifest.event_time_ms), str(manifest.created_ms), mark)
+        table.add_row(manifest.lineage, *cells, _utc(manifest.event_time_ms), _utc(manifest.created_ms), mark)
     console.print(table)
+
+
+def _utc(unix_ms: int | None) -> str:
+    if unix_ms is None:
+        return "–"
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
 
 
 @snapshots_app.command("show")

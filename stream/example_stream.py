@@ -118,15 +118,18 @@ class ExampleStream:
         """Whether everything before ``end`` has been read."""
         return all(self.positions[source] >= position for source, position in end.items())
 
-    def skip_lost(self) -> dict[TopicPartition, int]:
-        """Move positions that the log no longer holds to the oldest record kept; how many offsets that skips, where.
+    def skip_lost(self) -> dict[TopicPartition, tuple[int, int]]:
+        """Move positions that the log does not hold to its oldest record.
 
-        What is skipped is lost to training, so nobody but an operator should ask for it.
+        These are positions of trimmed records, and positions past the end of a log that came back empty. What is skipped is lost to training, so nobody but an operator should ask for it.
+
+        Returns:
+            Source → (position before, position now), of those that moved.
         """
-        begin = {**self._log.begin(IMPRESSIONS), **self._log.begin(FEEDBACK)}
-        lost = {source: begin[source] - p for source, p in self.positions.items() if p < begin[source]}
-        self.positions = {source: max(p, begin[source]) for source, p in self.positions.items()}
-        return lost
+        begin, end = {**self._log.begin(IMPRESSIONS), **self._log.begin(FEEDBACK)}, self.end()
+        moved = {s: (p, begin[s]) for s, p in self.positions.items() if not begin[s] <= p <= end[s]}
+        self.positions.update({source: now for source, (_, now) in moved.items()})
+        return moved
 
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition (decimal digits) → next record to read."""

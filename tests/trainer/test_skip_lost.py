@@ -18,10 +18,27 @@ def test_lost_records_are_refused_then_skipped_on_demand() -> None:
     log.truncate(source, 30)
     with pytest.raises(PositionOutOfRange, match=IMPRESSIONS):
         stream.poll(0)
-    assert stream.skip_lost() == {source: 30}
+    assert stream.skip_lost() == {source: (0, 30)}
     assert stream.skip_lost() == {}
     while stream.poll(0):
         pass
     ends = {**log.end(IMPRESSIONS), **log.end(FEEDBACK)}
     assert stream.has_reached(ends)
     assert stream.assembler.ledger().impressions == 400 - 30
+
+
+def test_a_log_that_came_back_empty_is_read_from_its_beginning() -> None:
+    full = make_trainer(open_log(), None)
+    filled = open_log()
+    fill(filled, 400)
+    before = make_trainer(filled, None).stream
+    while before.poll(0):
+        pass
+    stream = full.stream
+    assert isinstance(stream, ExampleStream)
+    stream.load_state(before.state())
+    with pytest.raises(PositionOutOfRange):
+        stream.poll(0)
+    moved = stream.skip_lost()
+    assert {now for _, now in moved.values()} == {0}
+    assert stream.poll(0) == 0
