@@ -121,7 +121,8 @@ class ExampleStream:
     def skip_lost(self) -> dict[TopicPartition, tuple[int, int]]:
         """Move positions that the log does not hold to its oldest record.
 
-        These are positions of trimmed records, and positions past the end of a log that came back empty. What is skipped is lost to training, so nobody but an operator should ask for it.
+        These are positions of trimmed records, and positions past the end of a log that came back empty. What is
+        skipped is lost to training, so nobody but an operator should ask for it.
 
         Returns:
             Source → (position before, position now), of those that moved.
