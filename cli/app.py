@@ -145,6 +145,8 @@ def backtest(
     write_report(result.report, report)
     console.print(task_table(result.report["tasks"], result.baseline))
     console.print(report_table(result.report))
+    if result.expert_load:
+        console.print(result.expert_load, highlight=False)
     rejected = ", ".join(f"{count:,} rows: {reason}" for reason, count in result.rejected.items()) or "none"
     console.print(f"log: {result.duplicates_dropped:,} exact duplicates dropped; rows rejected: {rejected}")
     memory = ", ".join(f"{mib:,.0f} at {trained:,}" for trained, mib in result.memory_mib)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.config import Config
-from cli.console import progress
+from cli.console import load_line, progress
 from cli.wiring import build_evaluation, build_learner
 from simulators.log_reader import open_log
 from simulators.merge import replay_blocks
@@ -26,15 +26,23 @@ _MEMORY_EVERY = 250_000  # impressions
 
 @dataclass(frozen=True, slots=True)
 class BacktestResult:
-    """Attributes: report, the report of the configured ranker; baseline, the metrics per task of the linear ranker on
-    the same batches, if asked for; memory_mib, (impressions trained on, resident MiB then) along the way;
-    duplicates_dropped and rejected, rows of the log that the reader left out."""
+    """What a backtest found.
+
+    Attributes:
+        report: Of the configured ranker, as documented.
+        baseline: Metrics per task of a second ranker on the same batches, if one was asked for.
+        memory_mib: (impressions trained on, resident MiB then) along the way.
+        duplicates_dropped: Rows of the log that the reader left out as exact duplicates.
+        rejected: Reason → rows that it could not use.
+        expert_load: How the load lies on the experts, for people.
+    """
 
     report: dict[str, Any]
     baseline: dict[str, dict[str, Any]] | None
     memory_mib: list[tuple[int, float]]
     duplicates_dropped: int
     rejected: dict[str, int]
+    expert_load: str
 
 
 class _Baseline:
@@ -106,6 +114,7 @@ def run_backtest(
             memory,
             reader.duplicates,
             reader.rejected,
+            load_line(trainer.experts.load_share, trainer.experts.load_skew),
         )
 
 

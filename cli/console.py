@@ -98,3 +98,11 @@ def report_table(report: dict[str, Any]) -> Table:
         if parts:
             table.add_row(section, " · ".join(parts))
     return table
+
+
+def load_line(load_share: list[float], load_skew: float | None) -> str:
+    """How the load lies on the experts, in one line; empty for a ranker without experts."""
+    if not load_share or load_skew is None:
+        return ""
+    shares = " ".join(f"{share:.1%}" for share in load_share)
+    return f"expert load: {load_skew:.2f} times the mean on the busiest; by expert {shares}"

@@ -51,7 +51,8 @@ class Checkpoint:
         step: Steps taken.
         schema_hash: Schema trained with.
         model: Model configuration, plain data.
-        arrays: State of learner, stream and evaluation, names prefixed ``learner.``, ``stream.``, ``evaluation.``.
+        arrays: State of every part, names prefixed ``learner.``, ``stream.``, ``evaluation.``, ``experts.``,
+            ``trainer.``.
     """
 
     lineage: str

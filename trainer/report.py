@@ -44,7 +44,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> dict[s
         "scorer": {"requests": None, "errors": None, "mixed_versions": None, "p50_ms": None, "p99_ms": None},
         "active_experts": {
             "mean": tally.mean,
-            "max": tally.max if tally.instances else None,
+            "max": tally.max,
             "bound": limits.bound if limits else None,
             "num_experts": limits.num_experts if limits else None,
         },

@@ -8,6 +8,7 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from stream.assembler import Assembler
 from stream.log import Positions
 from trainer.checkpoint import Checkpoint, CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
+from trainer.expert_tally import ExpertTally
 from trainer.publisher import Cut, Publisher, count_arrivals
 from trainer.schedule import Flags
 
@@ -104,7 +106,8 @@ class Trainer:
         checkpoint = self._checkpoints.newest(schema_hash=self.learner.schema.hash, model=model)
         if checkpoint is None:
             return None
-        parts: dict[str, dict[str, NDArray[Any]]] = {"learner": {}, "stream": {}, "evaluation": {}, "trainer": {}}
+        names = ("learner", "stream", "evaluation", "experts", "trainer")
+        parts: dict[str, dict[str, NDArray[Any]]] = {name: {} for name in names}
         for name, array in checkpoint.arrays.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = array
@@ -112,10 +115,10 @@ class Trainer:
             self.learner.load_state({name: torch.from_numpy(array) for name, array in parts["learner"].items()})
             self.stream.load_state(parts["stream"])
             self.evaluation.load_state(parts["evaluation"])
+            self.experts.load_state(parts["experts"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint of step {checkpoint.step}: {error}") from error
         self.trained = int(parts["trainer"]["trained"][0])
-        self.experts = ExpertTally(*(int(n) for n in parts["trainer"]["experts"]))
         self.lineage = checkpoint.lineage
         return checkpoint.step
 
@@ -233,13 +236,17 @@ class Trainer:
         if self._publisher is None or self.learner.step_number == self._cut_step:
             return
         self._cut_step = self.learner.step_number
+        self._account()
         self._publisher.offer(
             Cut(
                 tensors=self.learner.serving_state(),
                 step=self.learner.step_number,
                 positions=self.stream.positions_by_topic(),
                 event_time_ms=self._event_time_ms,
-                metrics={},
+                metrics={
+                    "tasks": {name: asdict(metrics) for name, metrics in self.evaluation.progressive().items()},
+                    "experts": self.experts.summary(),
+                },
                 feedback_arrivals=self._arrivals,
             )
         )
@@ -258,7 +265,7 @@ class Trainer:
         arrays |= {f"stream.{name}": array for name, array in self.stream.state().items()}
         arrays |= {f"evaluation.{name}": array for name, array in self.evaluation.state().items()}
         arrays["trainer.trained"] = np.array([self.trained])
-        arrays["trainer.experts"] = np.array([self.experts.instances, self.experts.total, self.experts.max])
+        arrays |= {f"experts.{name}": array for name, array in self.experts.state().items()}
         schema_hash, model = self.learner.schema.hash, self.learner.config.to_dict()
         self._checkpoints.save(Checkpoint(self.lineage, self.learner.step_number, schema_hash, model, arrays))
 
@@ -278,26 +285,8 @@ class Trainer:
         examples, result = self._unaccounted
         self._unaccounted = None
         self.evaluation.after_step(examples, result.scores.cpu().numpy())
-        if result.active_experts is not None:
-            self.experts.add(result.active_experts.cpu().numpy())
-
-
-class ExpertTally:
-    """Experts executed per instance so far."""
-
-    def __init__(self, instances: int = 0, total: int = 0, largest: int = 0) -> None:
-        self.instances, self.total, self.max = instances, total, largest
-
-    def add(self, active_B: NDArray[Any]) -> None:
-        """Take one batch. int [B]."""
-        self.instances += len(active_B)
-        self.total += int(active_B.sum())
-        self.max = max(self.max, int(active_B.max(initial=0)))
-
-    @property
-    def mean(self) -> float | None:
-        """None before the first instance, and for a ranker without experts."""
-        return self.total / self.instances if self.instances else None
+        if result.active_experts is not None and result.expert_load is not None:
+            self.experts.add(result.active_experts.cpu().numpy(), result.expert_load.cpu().numpy())
 
 
 def new_lineage(parent: str | None = None) -> str:

@@ -24,6 +24,7 @@ from feature_store.snapshots import SnapshotStore
 from smes.errors import SnapshotNotFound
 from smes.schema import Schema, Task
 from smes.snapshot import decode
+from tests.trainer.small_world import fill, make_trainer, open_log
 from trainer.publisher import Cut, Publisher, count_arrivals, summarise_arrivals
 
 SCHEMA = Schema("published", tasks=(Task("click"),))
@@ -195,3 +196,27 @@ def test_many_arrivals_are_summarised_without_losing_count_or_mean() -> None:
 def kill(server: ValkeyServer) -> None:
     os.kill(server.pid, signal.SIGKILL)
     server.process.wait(DEADLINE_S)
+
+
+def test_the_manifest_says_what_the_trainer_measured(client: redis.Redis, namespace: str) -> None:
+    log = open_log()
+    fill(log, 1500)
+    trainer = make_trainer(log, None)
+    store = SnapshotStore(client, namespace)
+    model = trainer.learner.config.to_dict()
+    trainer.publish_to(
+        lambda lineage: Publisher(store, trainer.learner.schema, model, lineage, now_ms=lambda: NOW_MS), store.current
+    )
+    while trainer.stream.poll(0) or trainer.stream.assembler.ready:
+        while trainer.stream.assembler.ready:
+            trainer.step()
+    trainer.finish()
+    manifest = store.current()
+    assert manifest is not None
+    assert manifest.version == trainer.learner.step_number
+    measured = trainer.evaluation.progressive()
+    for name, metrics in manifest.metrics["tasks"].items():
+        assert metrics["examples"] == measured[name].examples > 0
+        assert metrics["auc"] == measured[name].auc
+    assert manifest.metrics["experts"]["active_mean"] == trainer.experts.mean
+    assert sum(manifest.metrics["experts"]["load_share"]) == pytest.approx(1, abs=1e-4)

@@ -39,6 +39,7 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     report, wanted = (training_report(t, seconds=1, trained=1) for t in (one, other))
     assert {**report, "lineage": None} == {**wanted, "lineage": None}
     assert conservation_errors(report) == []
+    assert one.experts.summary() == other.experts.summary()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -111,6 +112,7 @@ def test_learns_and_routes(log: InMemoryLog) -> None:
     assert click.auc > 0.6
     assert trainer.experts.instances == trainer.trained
     bound = MODEL.smes.num_shared + 3 * MODEL.smes.num_adaptive
+    assert trainer.experts.max is not None
     assert MODEL.smes.num_shared + MODEL.smes.num_adaptive <= trainer.experts.max <= bound
 
 

@@ -1,0 +1,66 @@
+"""What routing did so far: experts executed per instance, and how the load lies on the experts.
+
+Letters: B instances of a batch, T tasks, E experts.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ExpertTally:
+    """Running counts; empty for a ranker without experts."""
+
+    def __init__(self) -> None:
+        self._counts = np.zeros(3, np.int64)  # instances, experts executed for them, most for one
+        self._load_TE = np.zeros((0, 0), np.int64)
+
+    def add(self, active_B: NDArray[Any], load_TE: NDArray[Any]) -> None:
+        """Take one batch: experts executed per instance, and instances that each task sent to each expert."""
+        instances, executed, most = self._counts
+        self._counts[:] = instances + len(active_B), executed + active_B.sum(), max(most, active_B.max(initial=0))
+        self._load_TE = load_TE.astype(np.int64) if self._load_TE.size == 0 else self._load_TE + load_TE
+
+    @property
+    def instances(self) -> int:
+        return int(self._counts[0])
+
+    @property
+    def mean(self) -> float | None:
+        """Experts executed per instance; None before the first instance."""
+        return float(self._counts[1] / self._counts[0]) if self.instances else None
+
+    @property
+    def max(self) -> int | None:
+        """Most experts executed for one instance; None before the first instance."""
+        return int(self._counts[2]) if self.instances else None
+
+    @property
+    def load_share(self) -> list[float]:
+        """Share of all (task, instance, expert) uses that each of the E experts carries; empty before the first."""
+        load_E = self._load_TE.sum(axis=0)
+        return [float(share) for share in load_E / load_E.sum()] if load_E.size else []
+
+    @property
+    def load_skew(self) -> float | None:
+        """Largest load over mean load; 1 is even. None before the first instance."""
+        share = self.load_share
+        return max(share) * len(share) if share else None
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON values for a snapshot's manifest."""
+        return {
+            "active_mean": self.mean,
+            "active_max": self.max,
+            "load_skew": self.load_skew,
+            "load_share": [round(share, 5) for share in self.load_share],
+        }
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Arrays from which :meth:`load_state` goes on."""
+        return {"counts": self._counts.copy(), "load": self._load_TE}
+
+    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
+        """The inverse of :meth:`state`."""
+        self._counts, self._load_TE = state["counts"].copy(), state["load"].copy()
