@@ -271,9 +271,16 @@ def serve(
 
 
 @features_app.command("load")
-def features_load(context: typer.Context, log: LogPath, schema: SchemaName = None) -> None:
+def features_load(
+    context: typer.Context,
+    log: LogPath,
+    schema: SchemaName = None,
+    replace_all: Annotated[
+        bool, typer.Option("--replace", help="First remove what is there, features of another schema included.")
+    ] = False,
+) -> None:
     """Load the users' and items' features of a log into Redis."""
-    loaded = load_features(_config(context, schema), log)
+    loaded = load_features(_config(context, schema), log, replace=replace_all)
     console.print(f"{loaded['user']:,} users and {loaded['item']:,} items loaded", highlight=False)
 
 

@@ -15,14 +15,20 @@ from simulators.log_reader import open_log
 _SAMPLE = 2000
 
 
-def load_features(config: Config, log: Path) -> dict[str, Any]:
+def load_features(config: Config, log: Path, *, replace: bool = False) -> dict[str, Any]:
     """Put every user's and item's features into Redis.
+
+    Args:
+        config: Schema and feature store are used.
+        log: Where the features are.
+        replace: First remove what is there, features of another schema included.
 
     Returns:
         ``user`` and ``item``: how many of each were loaded; ``users_sample`` and ``items_sample``: ids of some that the
         log shows.
 
     Raises:
+        SchemaMismatch: Features of another schema are there, and ``replace`` is false.
         LogError: The log cannot be read as its schema file says.
         FeatureStoreUnavailable: Redis is not reachable within the configured wait.
     """
@@ -31,6 +37,8 @@ def load_features(config: Config, log: Path) -> dict[str, Any]:
     loaded = {"user": 0, "item": 0}
     try:
         store = EntityStore(client, schema_file.schema, config.feature_store.namespace)
+        if replace:
+            store.clear()
         with open_log(log, schema_file) as reader, progress("features", None) as advance:
             for entity, ids, columns in entity_features(reader, schema_file):
                 store.put_many(entity, ids, columns)

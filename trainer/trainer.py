@@ -142,6 +142,14 @@ class Trainer:
                 forked,
             )
             self.lineage = forked
+        elif served is not None and served.lineage != self.lineage:
+            _logger.warning(
+                "version %d of lineage %s is served; lineage %s takes its place with its first cut. If another trainer "
+                "publishes that one, stop one of the two: serving follows whichever published last",
+                served.version,
+                served.lineage,
+                self.lineage,
+            )
         self._publisher = open_publisher(self.lineage)
         if self.learner.step_number:
             self.cut()

@@ -26,6 +26,7 @@ from cli.config import Config
 from cli.processes import spawn, stop
 from scorer.loading import load_serving_model
 from simulators.log_reader import open_log
+from simulators.schema_file import builtin_path, load_builtin, load_schema_file
 from simulators.synthetic import synthesize
 from smes.schema import MISSING
 from tests.integration.training import Pairs, drain, fill_servers, one_thread, read_pairs, snapshots_of
@@ -418,3 +419,20 @@ def assert_answers_with_stored_features(
 
 def test_the_command_is_installed() -> None:
     assert shutil.which("smes", path=str(Path(sys.executable).parent))
+
+
+def test_features_of_another_schema_are_refused_then_replaced_on_demand(
+    capsys: Captured, tmp_path: Path, world: Path, redis_url: str, namespace: str
+) -> None:
+    path = write_config(tmp_path, redis_url, namespace)
+    assert run(["-c", str(path), "features", "load", str(world)]) == 0
+    other = tmp_path / "other.yaml"
+    other.write_text(builtin_path("synthetic").read_text().replace("name: synthetic", "name: other", 1))
+    hashes = [load_builtin("synthetic").schema.hash, load_schema_file(other).schema.hash]
+    capsys.readouterr()
+    load = ["-c", str(path), "features", "load", str(world), "--schema", str(other)]
+    assert run(load) == 1
+    message = error_line(capsys)
+    assert all(schema_hash in message for schema_hash in hashes)
+    assert run([*load, "--replace"]) == 0
+    assert run(load) == 0

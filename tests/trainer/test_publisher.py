@@ -220,3 +220,26 @@ def test_the_manifest_says_what_the_trainer_measured(client: redis.Redis, namesp
         assert metrics["auc"] == measured[name].auc
     assert manifest.metrics["experts"]["active_mean"] == trainer.experts.mean
     assert sum(manifest.metrics["experts"]["load_share"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_second_lineage_in_the_same_place_is_warned_of(
+    client: redis.Redis, namespace: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SnapshotStore(client, namespace)
+    log = open_log()
+    fill(log, 1500)
+    for name in ("first", "second"):
+        trainer = make_trainer(log, None)
+        model = trainer.learner.config.to_dict()
+        trainer.publish_to(
+            lambda lineage, trainer=trainer, model=model: Publisher(  # type: ignore[misc] # defaults bind the loop's
+                store, trainer.learner.schema, model, lineage, now_ms=lambda: NOW_MS
+            ),
+            store.current,
+        )
+        warned = f"lineage {trainer.lineage} takes its place" in caplog.text
+        assert warned == (name == "second")
+        while not trainer.stream.assembler.ready:
+            trainer.stream.poll(0)
+        trainer.step()
+        trainer.finish()
