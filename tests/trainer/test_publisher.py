@@ -21,7 +21,7 @@ import torch
 from cli.local_servers import ValkeyServer, start_valkey
 from feature_store.connect import connect
 from feature_store.snapshots import SnapshotStore
-from smes.errors import SnapshotNotFound
+from smes.errors import SmesError, SnapshotNotFound
 from smes.schema import Schema, Task
 from smes.snapshot import decode
 from tests.trainer.small_world import fill, make_trainer, open_log
@@ -243,3 +243,10 @@ def test_a_second_lineage_in_the_same_place_is_warned_of(
             trainer.stream.poll(0)
         trainer.step()
         trainer.finish()
+
+
+def test_a_cut_is_not_offered_to_a_thread_that_has_ended(client: redis.Redis, namespace: str) -> None:
+    publishing = publisher(SnapshotStore(client, namespace))
+    assert publishing.close(DEADLINE_S)
+    with pytest.raises(SmesError, match="publishing thread has ended"):
+        publishing.offer(cut(1))
