@@ -1,6 +1,7 @@
 """The feature layer: embeddings, pooled bags and numerics of an instance, as one vector; and the linear part.
 
-Letters: B instances, W id columns, F numeric features, D embedding width, T tasks, I output width.
+Letters: B instances, W id columns, F numeric features, N columns made of them (with indicators), D embedding width,
+T tasks, I output width.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class FeatureLayer(nn.Module):
 
     A bag is the mean over its ids, in the embeddings and in the linear part alike: a long bag must not weigh more than
     a short one. A numeric feature is squashed as its schema says, standardised by its running mean and deviation,
-    cut at ±8, and accompanied by an indicator of its absence.
+    cut at ±8, and accompanied by an indicator of its absence (unless its schema spares that).
 
     Args:
         schema: The features.
@@ -43,25 +44,29 @@ class FeatureLayer(nn.Module):
     """
 
     log1p_F: Tensor
+    indicated_F: Tensor
 
     def __init__(self, schema: Schema, embedding_dim: int, *, wide: bool) -> None:
         super().__init__()
         self._parts = _parts(schema, embedding_dim)
-        self.output_dim = sum(p.output_dim for p in self._parts) + 2 * schema.num_numerics
+        indicated = [i for i, f in enumerate(schema.numeric_features) if f.indicator]
+        self.register_buffer("indicated_F", torch.tensor(indicated, dtype=torch.int64), persistent=False)
+        num_columns = schema.num_numerics + len(indicated)
+        self.output_dim = sum(p.output_dim for p in self._parts) + num_columns
         self.moments = RunningMoments(schema.num_numerics)
         log1p = [f.transform == "log1p" for f in schema.numeric_features]
         self.register_buffer("log1p_F", torch.tensor(log1p, dtype=torch.bool), persistent=False)
-        self.wide_numerics = nn.Parameter(torch.zeros(2 * schema.num_numerics, schema.num_tasks)) if wide else None
+        self.wide_numerics = nn.Parameter(torch.zeros(num_columns, schema.num_tasks)) if wide else None
 
     def forward(self, inputs: FeatureInputs) -> tuple[Tensor, Tensor | None]:
         """(what the ranker reads, float32 [B, I]; the linear part's logits, float32 [B, T], None without it)."""
-        numerics_B2F = self._numerics(inputs.numerics_BF)
+        numerics_BN = self._numerics(inputs.numerics_BF)
         pieces = [] if inputs.embedding_BWD is None else [p(inputs.embedding_BWD, inputs.pool_BW) for p in self._parts]
-        x_BI = torch.cat([*pieces, numerics_B2F], dim=1)
+        x_BI = torch.cat([*pieces, numerics_BN], dim=1)
         if inputs.wide_BWT is None or self.wide_numerics is None:
             return x_BI, None
         wide_BWT = inputs.wide_BWT if inputs.pool_BW is None else inputs.wide_BWT * inputs.pool_BW.unsqueeze(2)
-        return x_BI, wide_BWT.sum(dim=1) + numerics_B2F @ self.wide_numerics
+        return x_BI, wide_BWT.sum(dim=1) + numerics_BN @ self.wide_numerics
 
     def observe(self, numerics_BF: Tensor) -> None:
         """Let the running moments take in a batch; after it was scored."""
@@ -71,7 +76,9 @@ class FeatureLayer(nn.Module):
     def _numerics(self, numerics_BF: Tensor) -> Tensor:
         missing_BF = numerics_BF.isnan()
         x_BF = self.moments.standardise(self._squash(numerics_BF), clip=8.0)
-        return torch.cat([x_BF.masked_fill(missing_BF, 0.0), missing_BF.float()], dim=1)
+        return torch.cat(
+            [x_BF.masked_fill(missing_BF, 0.0), missing_BF.index_select(1, self.indicated_F).float()], dim=1
+        )
 
     def _squash(self, x_BF: Tensor) -> Tensor:
         x_BF = torch.nan_to_num(x_BF, nan=0.0, posinf=3e38, neginf=-3e38)

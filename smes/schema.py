@@ -32,6 +32,8 @@ class Feature:
         dim: Embedding width (id and bag); at most the model's ``embedding_dim``, which is the default.
         max_length: Most ids kept of a bag; longer bags are cut.
         transform: ``log1p`` squashes a non-negative numeric feature as ``sign(x)·log(1+|x|)``.
+        indicator: Whether an indicator of its absence accompanies a numeric feature; without one, a missing value reads
+            as the mean. Spare it where the value is always there.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Feature:
     dim: int | None = None
     max_length: int = 8
     transform: Literal["none", "log1p"] = "none"
+    indicator: bool = True
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -64,6 +64,21 @@ def test_numerics_are_standardised_by_what_was_seen_before() -> None:
         seen += values[~np.isnan(values)].tolist()
 
 
+def test_a_feature_without_indicator_reads_as_the_mean_where_it_is_missing() -> None:
+    features = (Feature("sure", kind="numeric", indicator=False), Feature("rare", kind="numeric"))
+    layer = FeatureLayer(Schema("n", (Task("t"),), features), 0, wide=True)
+    values = torch.tensor([[1.0, float("nan")], [float("nan"), 3.0]])
+    layer.observe(torch.tensor([[0.0, 0.0], [2.0, 2.0]]))
+    assert layer.wide_numerics is not None
+    with torch.no_grad():
+        layer.wide_numerics.copy_(torch.tensor([[1.0], [10.0], [100.0]]))
+    x_BI, wide_BT = layer(FeatureInputs(None, torch.zeros(2, 2, 1), None, values))
+    np.testing.assert_allclose(x_BI, [[0, 0, 1], [0, 2, 0]], atol=1e-6)
+    assert wide_BT is not None
+    np.testing.assert_allclose(wide_BT.detach(), [[100], [20]], atol=1e-5)
+    assert layer.output_dim == 3
+
+
 def test_moments_equal_numpys_with_weights_and_an_unseen_column() -> None:
     rng = np.random.default_rng(1)
     x, weight = rng.normal(7, 2, size=(300, 2)), rng.random((300, 2)) * (rng.random((300, 2)) < 0.5)
