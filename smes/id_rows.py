@@ -121,13 +121,14 @@ def pool_weights(schema: Schema, ids_BW: I64) -> F32 | None:
     return weight_BW
 
 
-def uniform_rows(keys_N: I64, columns: int, scale: float) -> F32:
-    """First weights of rows, uniform in ±``scale``, from their keys alone. float32 [N, columns].
+def uniform_rows(keys_N: I64, columns: int, scale: float, seed: int = 0) -> F32:
+    """First weights of rows, uniform in ±``scale``, from their keys and a seed ≥ 0 alone. float32 [N, columns].
 
     Counter-based (splitmix64 of key and column), not from a random stream: a row is born the same in whatever order
     the ids of a stream come, before and after a restart.
     """
-    result: F32 = _uniform(np.ascontiguousarray(keys_N), columns, np.float32(scale))
+    salt = _mix(np.array([[seed]], np.int64), np.zeros(1, np.int64))[0]  # 0 for seed 0
+    result: F32 = _uniform(np.ascontiguousarray(keys_N) ^ salt, columns, np.float32(scale))
     return result
 
 

@@ -52,7 +52,7 @@ class Learner:
         model: Which model.
         optimizer: How it learns.
         device: ``cpu`` or ``cuda``.
-        seed: Of the dense first weights. Embedding rows start from their ids alone.
+        seed: Of the first weights, ≥ 0: of the dense ones, and, with their ids, of the embedding rows.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Learner:
         self.schema = schema
         self.config = model
         self.step_number = 0
+        self._seed = seed
         self._device = open_device(device)
         self._model = build_model(schema, model, seed).to(self._device.device)
         wide = {n: p for n, p in self._model.named_parameters() if n == "features.wide_numerics"}
@@ -203,7 +204,7 @@ class Learner:
         keys = self._rows.keys(start)
         for name, table in self._tables.items():
             scale = self.config.embedding_scale if name == "embedding" else 0.0
-            table.append(self._device.host(uniform_rows(keys, table.columns, scale)))
+            table.append(self._device.host(uniform_rows(keys, table.columns, scale, self._seed)))
 
 
 def _inputs(leaves: Mapping[str, Tensor], batch: RankBatch) -> FeatureInputs:

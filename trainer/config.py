@@ -15,7 +15,7 @@ class TrainerConfig:
 
     Attributes:
         device: ``auto`` takes CUDA where it is usable, else the CPU.
-        seed: Of the dense first weights.
+        seed: Of the first weights, dense ones and embedding rows.
         threads: Of torch on the CPU; None leaves torch's choice. Bit-for-bit restarts need the same number.
         snapshot_interval_s: Seconds between cuts for serving, > 0.
         checkpoint: Where and how often to disk.

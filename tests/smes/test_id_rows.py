@@ -87,6 +87,14 @@ def test_a_bag_is_the_mean_over_its_ids() -> None:
     assert pool_weights(Schema("plain", tasks=(Task("click"),)), _ids([1, 2])) is None
 
 
+def test_first_weights_of_two_seeds_have_nothing_in_common() -> None:
+    keys = np.arange(20_000, dtype=np.int64)
+    one, other = uniform_rows(keys, 2, 0.5, seed=1), uniform_rows(keys, 2, 0.5, seed=2)
+    assert np.array_equal(one, uniform_rows(keys, 2, 0.5, seed=1))
+    assert abs(np.corrcoef(one[:, 0], other[:, 0])[0, 1]) < 0.03
+    assert not np.isin(one[:, 0], other[:, 0]).all(), "the same weights in another order"
+
+
 def test_first_weights_depend_on_the_key_alone_and_look_uniform() -> None:
     keys = np.arange(20_000, dtype=np.int64)
     weights = uniform_rows(keys, 4, 0.5)
