@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     own = _own_rates(device)
     print(f"{_name(device)}, torch {torch.__version__}: " + ", ".join(f"{k} {v:,.1f}" for k, v in own.items()))
-    EXPERT_FORMS["dense"] = lambda c: DenseExperts(c.num_experts, c.encoder_dims[-1], c.expert_dims)
+    EXPERT_FORMS["dense"] = lambda shape: DenseExperts(shape.num_experts, shape.input_dim, shape.dims)
     rows = []
     print(f"{'batch':>6} {'experts':>7} {'active':>6} {'grouped/s':>12} {'dense/s':>12} {'ratio':>6} {'TFLOP/s':>8}")
     for batch_size in options.batch_sizes:

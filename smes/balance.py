@@ -1,6 +1,9 @@
 """Losses that spread the routers' traffic over the experts.
 
-Letters: B instances, T tasks, E experts, K experts of one task.
+Letters: T tasks, E experts (fixed ones, which no router chooses, left out). Every loss takes, of a mini-batch:
+
+- ``traffic_TE``: the share of a task's choices that fell on each expert; sums to 1 over E, no gradient;
+- ``probs_TE``: the mean probability before selection; sums to 1 over E.
 """
 
 from collections.abc import Callable
@@ -8,26 +11,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from smes.routing import Routing, balance_loss
+
+def global_loss(traffic_TE: Tensor, probs_TE: Tensor) -> Tensor:
+    """Global multi-gate load balancing (SMES, arXiv 2602.09386): ``L_lb = (E/K) Σ_e f̄_e p̄_e``, a scalar.
+
+    ``f̄_e / K`` is the traffic and ``p̄_e`` the mean probability over every task and instance. An even load gives 1
+    (with own pools of unequally many tasks, somewhat more).
+    """
+    return traffic_TE.shape[1] * torch.dot(traffic_TE.mean(dim=0), probs_TE.mean(dim=0))
 
 
-def per_gate_loss(routing: Routing, load_TE: Tensor) -> Tensor:
+def per_gate_loss(traffic_TE: Tensor, probs_TE: Tensor) -> Tensor:
     """Every task's gate balanced by itself: ``(E/K) · mean_t Σ_e f̄_te p̄_te``; an even load of each gives 1.
 
     What SMES's global loss is set against: it forbids a task to prefer any experts over the stream.
     """
-    B, _, K = routing.experts_BTK.shape
-    E = routing.probs_BTE.shape[-1]
-    used_TE = load_TE.to(torch.float32) / B
-    return (E / K) * (used_TE * routing.probs_BTE.mean(dim=0)).sum(dim=1).mean()
+    return traffic_TE.shape[1] * (traffic_TE * probs_TE).sum(dim=1).mean()
 
 
-def mutual_information_loss(routing: Routing, load_TE: Tensor) -> Tensor:
+def mutual_information_loss(traffic_TE: Tensor, probs_TE: Tensor) -> Tensor:
     """``−I(T; E) = H(E|T) − H(E)`` of the mean probabilities (Mod-Squad, arXiv 2212.08066), in nats; −log T … 0.
 
     All experts are used alike over all tasks together, few of them by each task.
     """
-    probs_TE = routing.probs_BTE.mean(dim=0)
     return _entropy(probs_TE).mean() - _entropy(probs_TE.mean(dim=0))
 
 
@@ -37,10 +43,10 @@ def _entropy(probs: Tensor) -> Tensor:
     return -(probs * probs.log()).sum(dim=-1)
 
 
-BALANCE_LOSSES: dict[str, Callable[[Routing, Tensor], Tensor] | None] = {
-    "global": balance_loss,
+BALANCE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+    "global": global_loss,
     "per_gate": per_gate_loss,
     "mutual_information": mutual_information_loss,
     "none": None,
 }
-"""Balance losses of (routing, its expert load) by their name in the configuration."""
+"""Balance losses of (traffic, mean probabilities) by their name in the configuration."""

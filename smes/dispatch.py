@@ -1,7 +1,7 @@
 """Which (instance, expert) pairs are executed, and where each lies in the packed rows.
 
-Letters: B instances, T tasks, E experts, K experts of one task, P packed rows (one per pair executed), U slots of an
-instance (the most experts it can use: ``min(K_s + T·K_a, E)``, or its budget), D input width, H output width of an
+Letters: B instances, T routers (one per task, or per task group), E experts, K experts of one router, P packed rows
+(one per pair executed), U slots of an instance (the most experts it can use), D input width, H output width of an
 expert.
 
 Pairs are packed expert by expert, so that an expert's rows are one segment of a grouped GEMM. A pair occurs once,
@@ -48,7 +48,7 @@ def dispatch(routing: Routing, *, trim: bool) -> Dispatch:
         trim: Cut unused rows and slots off; reads two numbers back to the host.
     """
     B, T, K = routing.experts_BTK.shape
-    E = routing.probs_BTE.shape[-1]
+    E = routing.num_experts
     device = routing.experts_BTK.device
     num_slots = routing.bound
     chosen_BE = torch.zeros(B, E, dtype=torch.bool, device=device)

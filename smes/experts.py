@@ -4,6 +4,7 @@ Letters: B instances, E experts, P packed rows, D input width, H output width, R
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
@@ -24,21 +25,31 @@ class Experts(Protocol):
         ...
 
 
-class FullExperts(nn.Module):
-    """The paper's form: every expert an MLP of its own, ``x ← SiLU(LayerNorm(x W_e))`` per layer.
+EXPERT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer": lambda y: F.layer_norm(y, y.shape[1:]),
+    "rms": lambda y: F.rms_norm(y, y.shape[1:], eps=1e-5),
+    "none": lambda y: y,
+}
+"""Norms of a packed row by their name in the configuration; without gain or bias."""
 
-    LayerNorm has no gain or bias of its own (our choice: the next layer absorbs them, and a packed row need not look
+
+class FullExperts(nn.Module):
+    """The paper's form: every expert an MLP of its own, ``x ← SiLU(Norm(x W_e))`` per layer.
+
+    The norm has no gain or bias of its own (our choice: the next layer absorbs them, and a packed row need not look
     them up). BatchNorm, as in HoME, would see tiny batches in sparsely fed experts.
 
     Args:
         num_experts: E.
         input_dim: D.
         dims: Width of each layer; the last is H. Multiples of 8, as the GPU's grouped GEMM wants.
+        norm: Name in :data:`EXPERT_NORMS`.
     """
 
-    def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...]) -> None:
+    def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...], norm: str = "layer") -> None:
         super().__init__()
         self.output_dim = dims[-1]
+        self._norm = EXPERT_NORMS[norm]
         widths = [input_dim, *dims]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(num_experts, d_in, d_out).uniform_(-bound, bound))
@@ -50,12 +61,12 @@ class FullExperts(nn.Module):
         x_P = pack(h_BD, plan)
         for weight_E in self.weights:
             y_P = neutralise(grouped_linear(x_P, weight_E, plan.offsets_E), plan)
-            x_P = F.silu(F.layer_norm(y_P, y_P.shape[1:]))
+            x_P = F.silu(self._norm(y_P))
         return x_P
 
 
 class LowRankExperts(nn.Module):
-    """Low-rank differences from a shared base: ``f_e(h) = SiLU(LayerNorm(h W0 + h A_e B_e))``.
+    """Low-rank differences from a shared base: ``f_e(h) = SiLU(Norm(h W0 + h A_e B_e))``.
 
     ``h W0`` is computed once per instance. ``B_e`` starts at zero, so that every expert starts as the base: in one pass
     over a stream, an expert that sees a fraction of it inherits what all instances teach (our form, not the paper's).
@@ -65,10 +76,12 @@ class LowRankExperts(nn.Module):
         input_dim: D.
         output_dim: H.
         rank: R, a multiple of 8.
+        norm: Name in :data:`EXPERT_NORMS`.
     """
 
-    def __init__(self, num_experts: int, input_dim: int, output_dim: int, rank: int) -> None:
+    def __init__(self, num_experts: int, input_dim: int, output_dim: int, rank: int, norm: str = "layer") -> None:
         super().__init__()
+        self._norm = EXPERT_NORMS[norm]
         self.output_dim = output_dim
         self.base = nn.Parameter(_uniform(input_dim, output_dim))
         self.down = nn.Parameter(_uniform(num_experts, input_dim, rank))
@@ -77,11 +90,11 @@ class LowRankExperts(nn.Module):
     def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
         narrow_PR = neutralise(grouped_linear(pack(h_BD, plan), self.down, plan.offsets_E), plan)
         difference_PH = neutralise(grouped_linear(narrow_PR, self.up, plan.offsets_E), plan)
-        return _added_to_base(h_BD @ self.base, difference_PH, plan)
+        return F.silu(self._norm(pack(h_BD @ self.base, plan) + difference_PH))
 
 
 class ResidualExperts(nn.Module):
-    """Differences that read one narrow projection: ``q = h P``, ``f_e(h) = SiLU(LayerNorm(h W0 + q D_e))``.
+    """Differences that read one narrow projection: ``q = h P``, ``f_e(h) = SiLU(Norm(h W0 + q D_e))``.
 
     As :class:`LowRankExperts`, with one GEMM of width Q per executed pair: only ``q`` is gathered. ``D_e`` starts at
     zero.
@@ -91,10 +104,12 @@ class ResidualExperts(nn.Module):
         input_dim: D.
         output_dim: H.
         narrow_dim: Q, a multiple of 8.
+        norm: Name in :data:`EXPERT_NORMS`.
     """
 
-    def __init__(self, num_experts: int, input_dim: int, output_dim: int, narrow_dim: int) -> None:
+    def __init__(self, num_experts: int, input_dim: int, output_dim: int, narrow_dim: int, norm: str = "layer") -> None:
         super().__init__()
+        self._norm = EXPERT_NORMS[norm]
         self.output_dim = output_dim
         self.base = nn.Parameter(_uniform(input_dim, output_dim))
         self.narrow = nn.Parameter(_uniform(input_dim, narrow_dim))
@@ -103,12 +118,7 @@ class ResidualExperts(nn.Module):
     def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
         q_PQ = pack(h_BD @ self.narrow, plan)
         difference_PH = neutralise(grouped_linear(q_PQ, self.differences, plan.offsets_E), plan)
-        return _added_to_base(h_BD @ self.base, difference_PH, plan)
-
-
-def _added_to_base(base_BH: Tensor, difference_PH: Tensor, plan: Dispatch) -> Tensor:
-    y_PH = pack(base_BH, plan) + difference_PH
-    return F.silu(F.layer_norm(y_PH, y_PH.shape[1:]))
+        return F.silu(self._norm(pack(h_BD @ self.base, plan) + difference_PH))
 
 
 def _uniform(*shape: int) -> Tensor:

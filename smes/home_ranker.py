@@ -4,7 +4,7 @@ Letters: B instances, T tasks, G task groups, C groups of experts of a layer, M 
 N = C·M experts of a layer, I input width, D and H input and output width of a layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +14,7 @@ from smes.dense_experts import NORMS, DenseExperts, Gates, check_counts, check_d
 from smes.encoder import Encoder
 from smes.feature_gate import FeatureGates
 from smes.ranker import ExpertLimits, RankerOutput
-from smes.schema import Schema
-
-_WATCH_WORDS = ("view", "watch", "play")
+from smes.task_groups import check_groups
 
 
 @dataclass(frozen=True)
@@ -44,40 +42,11 @@ class HomeConfig:
     expert_dims: tuple[int, ...] = (64,)
 
     def __post_init__(self) -> None:
-        # Lists, as JSON and YAML have them, and tuples are the same configuration.
-        object.__setattr__(self, "groups", {group: tuple(names) for group, names in self.groups.items()})
+        object.__setattr__(self, "groups", check_groups("home", self.groups))
         check_counts("home", self, experts_per_group=1, feature_gates=0)
         check_dims("home", self, optional=("encoder_dims",), needed=("expert_dims",))
         if self.norm not in NORMS:
             raise ValueError(f"home.norm: {self.norm!r}, expected one of {sorted(NORMS)}")
-        named = [name for names in self.groups.values() for name in names]
-        if len(set(named)) < len(named) or not all(self.groups.values()):
-            raise ValueError(f"home.groups: {self.groups}, expected at least one task in each and no task twice")
-
-
-def task_groups(schema: Schema, groups: Mapping[str, Sequence[str]]) -> tuple[int, ...]:
-    """The group of each task, numbered from 0 in the order in which tasks first name them.
-
-    Args:
-        schema: Its tasks.
-        groups: As :attr:`HomeConfig.groups`.
-
-    Raises:
-        ValueError: A group names a task that the schema does not have.
-    """
-    tasks = {task.name for task in schema.tasks}
-    of_task = {name: group for group, names in groups.items() for name in names}
-    if unknown := sorted(of_task.keys() - tasks):
-        raise ValueError(f"home.groups: unknown tasks {unknown}, expected names among {sorted(tasks)}")
-    if not groups:
-        of_task = {
-            task.name: "watch"
-            for task in schema.tasks
-            if task.kind == "regression" or any(word in task.name for word in _WATCH_WORDS)
-        }
-    named = [of_task.get(task.name) for task in schema.tasks]
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(named))}
-    return tuple(numbers[group] for group in named)
 
 
 class HoME(nn.Module):

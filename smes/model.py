@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smes.features import FeatureInputs, FeatureLayer
-from smes.home_ranker import HoME, HomeConfig, task_groups
+from smes.home_ranker import HoME, HomeConfig
 from smes.linear_ranker import LinearRanker
 from smes.losses import TaskHeads, TaskOutputs
 from smes.mmoe_ranker import MMoE, MmoeConfig
@@ -20,7 +20,9 @@ from smes.ple_ranker import PLE, PleConfig
 from smes.ranker import Ranker, RankerOutput
 from smes.schema import Schema
 from smes.shared_bottom_ranker import SharedBottom, SharedBottomConfig
-from smes.smes_ranker import SMES, SmesConfig
+from smes.smes_config import SmesConfig
+from smes.smes_ranker import SMES
+from smes.task_groups import task_groups
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,13 @@ class RankerKind:
 
 
 RANKERS: dict[str, RankerKind] = {
-    "smes": RankerKind(lambda input_dim, schema, config: SMES(input_dim, schema.num_tasks, config.smes)),
+    "smes": RankerKind(
+        lambda input_dim, schema, config: SMES(
+            input_dim, schema.num_tasks, config.smes, task_groups("smes", schema, config.smes.groups)
+        )
+    ),
     "home": RankerKind(
-        lambda input_dim, schema, config: HoME(input_dim, task_groups(schema, config.home.groups), config.home)
+        lambda input_dim, schema, config: HoME(input_dim, task_groups("home", schema, config.home.groups), config.home)
     ),
     "mmoe": RankerKind(lambda input_dim, schema, config: MMoE(input_dim, schema.num_tasks, config.mmoe)),
     "ple": RankerKind(lambda input_dim, schema, config: PLE(input_dim, schema.num_tasks, config.ple)),

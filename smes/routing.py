@@ -1,6 +1,8 @@
-"""Progressive expert routing and its balance loss (SMES, arXiv 2602.09386).
+"""Progressive expert routing (SMES, arXiv 2602.09386), with a stage per task group between the paper's two.
 
-Letters: B instances, T tasks, E experts, K = K_s + K_a experts of one task, D width of the routed representation.
+Letters: B instances, T routers (one per task, or per task group), G groups of them, E experts, L experts that a router
+chooses from (all, or its group's own), C = K_0 + L columns of its logits, P pools (1, or one per group), K experts of
+one router: K_0 fixed, K_s shared, K_g of its group, K_a its own.
 """
 
 from dataclasses import dataclass
@@ -8,121 +10,167 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from smes.stages import Stages
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Which experts each task of each instance uses, and how much of each.
+    """Which experts each router of each instance uses, and how much of each.
 
     Attributes:
-        experts_BTK: int64; the first K_s are the task-shared set S (the same for all tasks), the others A_t.
-        weights_BTK: p̃, renormalised over the task's own K experts; sums to 1.
-        probs_BTE: The full softmax, before selection.
-        num_shared: K_s.
-        max_active: Budget of the union, where there is one.
+        experts_BTK: int64; first the fixed ones, then those of stage I (both the same for all routers), of stage II
+            (the same within a group), of stage III.
+        weights_BTK: p̃, renormalised over the router's own K experts; sums to 1.
+        probs_BTL: The full softmax over what the router chooses from, before selection.
+        num_experts: E.
+        bound: The most experts that an instance can use.
     """
 
     experts_BTK: Tensor
     weights_BTK: Tensor
-    probs_BTE: Tensor
-    num_shared: int
-    max_active: int | None = None
-
-    @property
-    def bound(self) -> int:
-        """The most experts that an instance can use."""
-        _, T, K = self.experts_BTK.shape
-        E = self.probs_BTE.shape[-1]
-        return union_bound(T, E, self.num_shared, K - self.num_shared, self.max_active)
+    probs_BTL: Tensor
+    num_experts: int
+    bound: int
 
 
-class Router(nn.Module):
-    """One bias-free router per task over all E experts.
+class Selection(nn.Module):
+    """Selects experts in up to three stages. TopK gives exactly K experts, on ties as well, and passes no gradient.
+
+    - Stage I, for all: ``s_e = Σ_t w_t p_te``, ``S = TopK(s, K_s)``.
+    - Stage II, for each group (our addition): ``G_g = TopK(mean_{t ∈ g} p_te, e ∉ S; K_g)``.
+    - Stage III, for each router: ``A_t = TopK(z_te, e ∉ S ∪ G_g; K_a)``.
+
+    Then ``p̃_t = softmax(z_t restricted to the router's K experts)``: routers learn through p̃ and the balance loss.
+
+    With a budget that the union could exceed, stages II and III choose only from what is open: as many experts as the
+    budget has left after stage I, picked for all routers together, those with the highest ``max_t p_te``. Then
+    ``|U| ≤ max_active`` however many routers there are (our addition). Own pools share the budget equally, each picking
+    for the routers of its group.
 
     Args:
-        input_dim: D.
-        num_tasks: T.
-        num_experts: E.
-        rank: Width of a low-rank map ``D → rank → T·E`` (our answer to a router that costs more than the experts when
-            T·E is large); None for the plain linear map (bias-free: our choice).
+        stages: How many experts each stage chooses, and from where.
+        weights_T: w_t of stage I, summing to 1.
     """
 
-    def __init__(self, input_dim: int, num_tasks: int, num_experts: int, rank: int | None = None) -> None:
+    weights_T: Tensor
+    group_T: Tensor
+    first_T: Tensor
+    mean_GT: Tensor
+    own_TP: Tensor
+    members_PM: Tensor
+    bounded_P: Tensor
+
+    def __init__(self, stages: Stages, weights_T: Tensor) -> None:
         super().__init__()
-        self.num_tasks = num_tasks
-        self.num_experts = num_experts
-        self.down = nn.Linear(input_dim, rank, bias=False) if rank else nn.Identity()
-        self.up = nn.Linear(rank or input_dim, num_tasks * num_experts, bias=False)
+        self.stages = stages
+        groups = [[t for t, of in enumerate(stages.group_T) if of == g] for g in range(stages.num_groups)]
+        pools = groups if stages.own_pools else [list(range(len(stages.group_T)))]
+        self._bound, self._quota = stages.bound, stages.quota
+        widest, quota = max(map(len, pools)), self._quota
+        pool_T = stages.group_T if stages.own_pools else (0,) * len(stages.group_T)
+        buffers = {
+            "weights_T": weights_T,
+            "group_T": torch.tensor(stages.group_T),
+            "first_T": torch.tensor(pool_T) * stages.pool_size,
+            "mean_GT": torch.tensor([[(t in g) / len(g) for t in range(len(stages.group_T))] for g in groups]),
+            "own_TP": torch.nn.functional.one_hot(torch.tensor(pool_T), stages.num_pools).float(),
+            # Repeating a member changes no maximum.
+            "members_PM": torch.tensor([(pool * widest)[:widest] for pool in pools]),
+            "bounded_P": torch.tensor([quota is not None and n > quota for n in stages.pool_bounds]),
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value, persistent=False)
 
-    def forward(self, h_BD: Tensor) -> Tensor:
-        """float32 logits z_BTE. Never in half precision: near-ties would be decided by rounding."""
-        with torch.autocast(h_BD.device.type, enabled=False):
-            z: Tensor = self.up(self.down(h_BD.float()))
-            return z.view(-1, self.num_tasks, self.num_experts)
+    def forward(self, z_BTC: Tensor) -> Routing:
+        """The routing by float32 logits."""
+        stages, (B, T, _) = self.stages, z_BTC.shape
+        fixed = stages.num_fixed
+        z_BTL = z_BTC[..., fixed:]
+        probs_BTL = z_BTL.softmax(dim=-1)
+        demand_BTL = probs_BTL.detach()
+        shared_BS = self._for_all(demand_BTL)
+        closed_BPL = self._closed(demand_BTL, shared_BS)
+        chosen = shared_BS.unsqueeze(1).expand(B, T, -1)
+        if stages.num_group:
+            group_BGK = self._for_groups(demand_BTL, shared_BS, closed_BPL)
+            chosen = torch.cat([chosen, group_BGK.index_select(1, self.group_T)], dim=-1)
+        if stages.num_adaptive:
+            chosen = torch.cat([chosen, self._for_routers(z_BTL.detach(), chosen, closed_BPL)], dim=-1)
+        columns_BTK = experts_BTK = chosen
+        if fixed or stages.own_pools:
+            fixed_BTK = torch.arange(fixed, device=chosen.device).expand(B, T, fixed)
+            columns_BTK = torch.cat([fixed_BTK, fixed + chosen], dim=-1)
+            experts_BTK = torch.cat([fixed_BTK, fixed + self.first_T.view(1, T, 1) + chosen], dim=-1)
+        weights_BTK = z_BTC.gather(-1, columns_BTK).softmax(dim=-1)
+        return Routing(experts_BTK, weights_BTK, probs_BTL, stages.num_experts, self._bound)
 
+    def mean_probs(self, routing: Routing) -> Tensor:
+        """Mean probability of each expert over the instances, 0 outside the router's pool. [T, E − K_0]."""
+        mean_TL = routing.probs_BTL.mean(dim=0)
+        return (self.own_TP.unsqueeze(2) * mean_TL.unsqueeze(1)).flatten(1)
 
-def union_bound(num_tasks: int, num_experts: int, num_shared: int, num_adaptive: int, max_active: int | None) -> int:
-    """The most experts that an instance can use: ``min(K_s + T·K_a, E)``, or the budget where that is less."""
-    natural = min(num_shared + num_tasks * num_adaptive, num_experts)
-    return natural if max_active is None else min(natural, max_active)
+    def _for_all(self, demand_BTL: Tensor) -> Tensor:
+        if self.stages.num_shared == 0:
+            return demand_BTL.new_empty((len(demand_BTL), 0), dtype=torch.int64)
+        weighted_BL = torch.einsum("btl,t->bl", demand_BTL, self.weights_T)
+        return weighted_BL.topk(self.stages.num_shared, dim=-1).indices
+
+    def _closed(self, demand_BTL: Tensor, shared_BS: Tensor) -> Tensor | None:
+        """Where stages II and III may not choose; [B, P, L], None where there is no binding budget."""
+        if self._quota is None:
+            return None
+        P, M = self.members_PM.shape
+        B, _, L = demand_BTL.shape
+        unmet_BPL = demand_BTL.index_select(1, self.members_PM.view(-1)).view(B, P, M, L).amax(dim=2)
+        unmet_BPL = unmet_BPL.scatter(2, _for_each(shared_BS, P), -1.0)
+        open_BPQ = unmet_BPL.topk(self._quota - self.stages.num_shared, dim=-1).indices
+        closed_BPL = torch.ones_like(unmet_BPL, dtype=torch.bool).scatter_(2, open_BPQ, False)
+        return closed_BPL & self.bounded_P.view(1, P, 1)
+
+    def _for_groups(self, demand_BTL: Tensor, shared_BS: Tensor, closed_BPL: Tensor | None) -> Tensor:
+        # Probabilities are at least 0: with -1 an expert comes after all others.
+        mean_BGL = torch.matmul(self.mean_GT, demand_BTL).scatter(2, _for_each(shared_BS, self.stages.num_groups), -1.0)
+        if closed_BPL is not None:
+            mean_BGL = mean_BGL.masked_fill(closed_BPL, -1.0)
+        return mean_BGL.topk(self.stages.num_group, dim=-1).indices
+
+    def _for_routers(self, z_BTL: Tensor, chosen_BTK: Tensor, closed_BPL: Tensor | None) -> Tensor:
+        rest_BTL = z_BTL.scatter(2, chosen_BTK, float("-inf"))
+        if closed_BPL is not None:
+            closed = closed_BPL.index_select(1, self.group_T) if self.stages.own_pools else closed_BPL
+            rest_BTL = rest_BTL.masked_fill(closed, float("-inf"))
+        return rest_BTL.topk(self.stages.num_adaptive, dim=-1).indices
 
 
 def route(
-    z_BTE: Tensor, task_weights_T: Tensor, num_shared: int, num_adaptive: int, max_active: int | None = None
+    z_BTE: Tensor, weights_T: Tensor, num_shared: int, num_adaptive: int, max_active: int | None = None
 ) -> Routing:
-    """Select experts in SMES's two stages.
-
-    Stage I: ``s_e = Σ_t w_t p_te``, ``S = TopK(s, K_s)``. Stage II: ``A_t = TopK({z_te : e ∉ S}, K_a)``. Then
-    ``p̃_t = softmax(z_t restricted to S ∪ A_t)``. TopK gives exactly K experts, on ties as well, and passes no
-    gradient: routers learn through p̃ and the balance loss.
-
-    With a budget, stage II chooses only from a pool of ``max_active − K_s`` experts, picked for all tasks together:
-    those outside S with the highest ``max_t p_te``. Then ``|U| ≤ max_active`` however many tasks there are (our
-    addition). A budget that the union cannot exceed anyway changes nothing.
+    """The paper's two stages, for all tasks and for each: :class:`Selection` without its second.
 
     Args:
         z_BTE: Router logits.
-        task_weights_T: w_t of stage I, summing to 1.
+        weights_T: w_t of stage I, summing to 1.
         num_shared: K_s ≥ 0.
         num_adaptive: K_a ≥ 0, with 1 ≤ K_s + K_a ≤ E.
         max_active: Budget of an instance's union, ≥ K_s + K_a; None for none.
     """
-    B, T, E = z_BTE.shape
-    probs_BTE = z_BTE.softmax(dim=-1)
-    demand_BE = torch.einsum("bte,t->be", probs_BTE.detach(), task_weights_T)
-    shared_BS = demand_BE.topk(num_shared, dim=-1).indices
-    rest_BTE = z_BTE.detach()
-    if num_shared:
-        taken_BE = torch.zeros_like(demand_BE, dtype=torch.bool).scatter_(1, shared_BS, True)
-        rest_BTE = rest_BTE.masked_fill(taken_BE.unsqueeze(1), float("-inf"))
-    if max_active is not None and max_active < union_bound(T, E, num_shared, num_adaptive, None):
-        unmet_BE = probs_BTE.detach().amax(dim=1).scatter(1, shared_BS, -1.0)
-        pool_BP = unmet_BE.topk(max_active - num_shared, dim=-1).indices
-        closed_BE = torch.ones_like(unmet_BE, dtype=torch.bool).scatter_(1, pool_BP, False)
-        rest_BTE = rest_BTE.masked_fill(closed_BE.unsqueeze(1), float("-inf"))
-    adaptive_BTA = rest_BTE.topk(num_adaptive, dim=-1).indices
-    experts_BTK = torch.cat([shared_BS.unsqueeze(1).expand(B, T, num_shared), adaptive_BTA], dim=-1)
-    weights_BTK = z_BTE.gather(-1, experts_BTK).softmax(dim=-1)
-    return Routing(experts_BTK, weights_BTK, probs_BTE, num_shared, max_active)
+    stages = Stages(
+        num_experts=z_BTE.shape[2],
+        group_T=(0,) * z_BTE.shape[1],
+        num_shared=num_shared,
+        num_adaptive=num_adaptive,
+        max_active=max_active,
+    )
+    routing: Routing = Selection(stages, weights_T).to(z_BTE.device)(z_BTE)
+    return routing
 
 
 def expert_load(experts_BTK: Tensor, num_experts: int) -> Tensor:
-    """How many instances each task sends to each expert. int64 [T, E]."""
+    """How many instances each router sends to each expert. int64 [T, E]."""
     B, T, _ = experts_BTK.shape
     used_BTE = torch.zeros(B, T, num_experts, dtype=torch.bool, device=experts_BTK.device)
     return used_BTE.scatter_(2, experts_BTK, True).sum(dim=0)
 
 
-def balance_loss(routing: Routing, load_TE: Tensor) -> Tensor:
-    """Global multi-gate load balancing: ``L_lb = (E/K) Σ_e f̄_e p̄_e``, a scalar.
-
-    ``f̄_e`` is the share of (task, instance) pairs that use expert e (no gradient), ``p̄_e`` the mean probability before
-    selection, both over every task and instance of the mini-batch. An even load gives 1.
-
-    Args:
-        routing: Of the mini-batch.
-        load_TE: Its :func:`expert_load`.
-    """
-    B, T, K = routing.experts_BTK.shape
-    E = routing.probs_BTE.shape[-1]
-    used_E = load_TE.sum(dim=0).to(torch.float32) / (B * T)
-    return (E / K) * torch.dot(used_E, routing.probs_BTE.mean(dim=(0, 1)))
+def _for_each(shared_BS: Tensor, count: int) -> Tensor:
+    return shared_BS.unsqueeze(1).expand(-1, count, -1)

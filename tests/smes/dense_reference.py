@@ -1,55 +1,75 @@
 """SMES written out slowly: every expert on every instance, masked; loops over instances, tasks and experts.
 
 An independent reference for the grouped execution: it shares no routing, packing or combining code with it, only the
-weights. Selection breaks ties as ``torch.topk`` happens to, so it takes the selected sets from the routing under test
-and checks separately that they are valid top-K sets.
+weights. Selection breaks ties as ``torch.topk`` happens to, so it takes the selected sets from the routing under test;
+that they are the right ones is checked separately.
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from smes.experts import Experts, FullExperts, LowRankExperts, ResidualExperts
+from smes.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.smes_ranker import SMES
+from tests.smes.naive_rankers import encoded
+from tests.smes.naive_routing import router_logits
 
 
-def dense_smes(ranker: SMES, x_BI: Tensor, experts_BTK: Tensor) -> tuple[Tensor, Tensor]:
-    """(tasks_BTH, auxiliary loss) of the ranker for given selected sets, with gradients."""
+def dense_smes(
+    ranker: SMES, x_BI: Tensor, experts_BTK: Tensor, groups: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(tasks_BTH, auxiliary loss) of the ranker for given selected sets, one per task, with gradients."""
     config = ranker.config
-    h_BD = ranker.encoder(x_BI)
-    z_BTE = ranker.router(x_BI if config.router_input == "raw" else h_BD)
-    B, T, E = z_BTE.shape
-    outputs = [_expert(ranker.experts, e, h_BD) for e in range(E)]
+    B, T, K = experts_BTK.shape
+    E, fixed = config.num_experts, config.num_shared if config.shared_experts == "always_on" else 0
+    h_BD = torch.stack([encoded(ranker.encoder, x) for x in x_BI])
+    logits = router_logits(ranker, groups or [0] * T, x_BI, h_BD)
+    outputs = [_expert(ranker.experts, e, h_BD, config.expert_norm) for e in range(E)]
+    trunk_BH = None if ranker.trunk is None else torch.stack([encoded(ranker.trunk, x) for x in x_BI])
     rows = []
-    used = [0.0] * E
+    used, p_E = [0.0] * E, [torch.zeros(()) for _ in range(E)]
     for b in range(B):
         for t in range(T):
+            z = logits[b][t]
             chosen = experts_BTK[b, t].tolist()
-            exp_z = {e: torch.exp(z_BTE[b, t, e] - z_BTE[b, t].max().detach()) for e in chosen}
-            total = torch.stack(list(exp_z.values())).sum()
-            rows.append(torch.stack([exp_z[e] / total * outputs[e][b] for e in chosen]).sum(dim=0))
+            share = _shares({e: z[e] for e in chosen})
+            h_t = torch.stack([share[e] * outputs[e][b] for e in chosen]).sum(dim=0)
+            rows.append(h_t if trunk_BH is None else h_t + trunk_BH[b])
             for e in chosen:
                 used[e] += 1.0 / (B * T)
-    p_E = torch.exp(F.log_softmax(z_BTE, dim=-1)).mean(dim=(0, 1))
-    per_task = config.num_shared + config.num_adaptive
-    balance = (E / per_task) * sum((used[e] * p_E[e] for e in range(E)), start=torch.zeros(()))
+            for e, p in _shares({e: v for e, v in z.items() if e >= fixed}).items():
+                p_E[e] = p_E[e] + p / (B * T)
+    routed = range(fixed, E)
+    balance = len(routed) / (K - fixed) * sum((used[e] * p_E[e] for e in routed), start=torch.zeros(()))
     return torch.stack(rows).view(B, T, -1), config.balance * balance
 
 
-def _expert(experts: Experts, e: int, h_BD: Tensor) -> Tensor:
+def _shares(z: dict[int, Tensor]) -> dict[int, Tensor]:
+    highest = torch.stack(list(z.values())).max().detach()
+    powers = {e: torch.exp(v - highest) for e, v in z.items()}
+    total = torch.stack(list(powers.values())).sum()
+    return {e: power / total for e, power in powers.items()}
+
+
+def _expert(experts: nn.Module, e: int, h_BD: Tensor, norm: str) -> Tensor:
     """Expert e on every instance, by the equations of its form."""
+    if isinstance(experts, FullExperts):
+        y = h_BD
+        for weight_E in experts.weights:
+            y = _activated(y @ weight_E[e][: y.shape[1]], norm)  # rows beyond the input's width only pad
+        return y
     if isinstance(experts, LowRankExperts):
-        return _activated(h_BD @ (experts.base + experts.down[e] @ experts.up[e]))
-    if isinstance(experts, ResidualExperts):
-        return _activated(h_BD @ (experts.base + experts.narrow @ experts.differences[e]))
-    assert isinstance(experts, FullExperts)
-    y = h_BD
-    for weight_E in experts.weights:
-        y = _activated(y @ weight_E[e])
-    return y
+        weight = experts.base + experts.down[e] @ experts.up[e]
+    else:
+        assert isinstance(experts, ResidualExperts)
+        weight = experts.base + experts.narrow @ experts.differences[e]
+    return _activated(h_BD @ weight[: h_BD.shape[1]], norm)
 
 
-def _activated(y: Tensor) -> Tensor:
-    centred = y - y.mean(dim=1, keepdim=True)
-    y = centred / torch.sqrt((centred**2).mean(dim=1, keepdim=True) + 1e-5)
+def _activated(y: Tensor, norm: str) -> Tensor:
+    if norm == "layer":
+        y = y - y.mean(dim=1, keepdim=True)
+    if norm != "none":
+        y = y / torch.sqrt((y**2).mean(dim=1, keepdim=True) + 1e-5)
     return y * torch.sigmoid(y)

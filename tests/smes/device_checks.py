@@ -4,6 +4,7 @@ Imports nothing but the package, what the package imports, and the test stream.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def check_grouped_execution(device: torch.device) -> None:
     routing = route(z_BTE, torch.full((3,), 1 / 3), 1, 2)
     probe_BTH = torch.randn(64, 3, 16)
     expected = _outcome(experts, h_BD, lambda h: (_dense(experts, h, routing) * probe_BTH).sum())
-    moved = Routing(routing.experts_BTK.to(device), routing.weights_BTK.to(device), routing.probs_BTE.to(device), 1)
+    moved = replace(routing, experts_BTK=routing.experts_BTK.to(device), weights_BTK=routing.weights_BTK.to(device))
     plan = dispatch(moved, trim=device.type == "cpu")
     experts.to(device)
     probe = probe_BTH.to(device)
@@ -140,5 +141,5 @@ def _dense(experts: FullExperts, h_BD: Tensor, routing: Routing) -> Tensor:
             y = y @ weight_E[e]
             y = torch.nn.functional.silu(torch.nn.functional.layer_norm(y, y.shape[1:]))
         outputs.append(y)
-    weights_BTE = torch.zeros_like(routing.probs_BTE).scatter(2, routing.experts_BTK, routing.weights_BTK)
+    weights_BTE = torch.zeros_like(routing.probs_BTL).scatter(2, routing.experts_BTK, routing.weights_BTK)
     return torch.einsum("bte,ebh->bth", weights_BTE, torch.stack(outputs))

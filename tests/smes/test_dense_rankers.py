@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from smes.dense_experts import BatchNorm, DenseExperts
 from smes.feature_gate import FeatureGates
-from smes.home_ranker import HoME, HomeConfig, task_groups
+from smes.home_ranker import HoME, HomeConfig
 from smes.mmoe_ranker import MMoE, MmoeConfig
 from smes.model import RANKERS, ModelConfig
 from smes.ple_ranker import PLE, PleConfig
 from smes.schema import Schema, Task
 from smes.shared_bottom_ranker import SharedBottom, SharedBottomConfig
+from smes.task_groups import task_groups
 from tests.smes import naive_rankers
 
 _INPUT = 10
@@ -129,13 +130,13 @@ _SCHEMA = Schema("s", (Task("click"), Task("long_view"), Task("watch_time", kind
     ],
 )
 def test_task_groups(groups: dict[str, tuple[str, ...]], expected: tuple[int, ...]) -> None:
-    assert task_groups(_SCHEMA, groups) == expected
+    assert task_groups("home", _SCHEMA, groups) == expected
 
 
 def test_tasks_all_of_a_kind_are_one_group() -> None:
-    assert task_groups(Schema("s", (Task("click"), Task("like"))), {}) == (0, 0)
+    assert task_groups("home", Schema("s", (Task("click"), Task("like"))), {}) == (0, 0)
     with pytest.raises(ValueError, match=r"unknown tasks \['clack'\], expected names among \['click', 'like'"):
-        task_groups(_SCHEMA, {"a": ("clack",)})
+        task_groups("home", _SCHEMA, {"a": ("clack",)})
 
 
 @pytest.mark.parametrize(

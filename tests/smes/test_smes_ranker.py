@@ -1,5 +1,6 @@
 """The grouped execution equals the dense-masked one, in values and in every gradient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,10 +19,10 @@ from tests.smes.dense_reference import dense_smes
 _INPUT = 12
 
 
-def _ranker(num_tasks: int, seed: int = 0, **config: Any) -> SMES:
+def _ranker(num_tasks: int, seed: int = 0, groups: Sequence[int] | None = None, **config: Any) -> SMES:
     torch.manual_seed(seed)
     shape = {"encoder_dims": (16,), "expert_dims": (16, 8), "balance": 0.1, **config}
-    return SMES(_INPUT, num_tasks, SmesConfig(**shape))
+    return SMES(_INPUT, num_tasks, SmesConfig(**shape), groups)
 
 
 def _gradients(ranker: SMES, x_BI: Tensor, loss: Tensor) -> dict[str, Tensor]:
@@ -31,15 +32,16 @@ def _gradients(ranker: SMES, x_BI: Tensor, loss: Tensor) -> dict[str, Tensor]:
 
 
 def _experts(ranker: SMES, x_BI: Tensor) -> Tensor:
-    return ranker.route(x_BI, ranker.encoder(x_BI)).experts_BTK
+    """Of every task."""
+    return ranker.route(x_BI, ranker.encoder(x_BI)).experts_BTK[:, ranker.router_T]
 
 
-def _assert_equal_to_dense(ranker: SMES, x_BI: Tensor) -> None:
+def _assert_equal_to_dense(ranker: SMES, x_BI: Tensor, groups: Sequence[int] | None = None) -> None:
     x_BI.requires_grad_()
     fast = ranker(x_BI)
     assert fast.auxiliary_loss is not None
     assert fast.tasks_BTH is not None
-    tasks_BTH, balance = dense_smes(ranker, x_BI, _experts(ranker, x_BI))
+    tasks_BTH, balance = dense_smes(ranker, x_BI, _experts(ranker, x_BI), groups)
     torch.testing.assert_close(fast.tasks_BTH, tasks_BTH, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fast.auxiliary_loss, balance, rtol=1e-4, atol=1e-5, check_dtype=False)
     probe = torch.randn(tasks_BTH.shape, generator=torch.Generator().manual_seed(7), dtype=tasks_BTH.dtype)
@@ -103,8 +105,9 @@ def test_the_balance_loss_is_chosen_by_its_name() -> None:
         ranker = _ranker(3, num_experts=8, balance=0.5, balance_loss=name)
         routing = ranker.route(x_BI, ranker.encoder(x_BI))
         losses[name] = ranker(x_BI).auxiliary_loss
+        traffic_TE = expert_load(routing.experts_BTK, 8) / routing.experts_BTK[:, 0].numel()
         if loss is not None:
-            assert losses[name] == 0.5 * loss(routing, expert_load(routing.experts_BTK, 8))
+            assert losses[name] == 0.5 * loss(traffic_TE, routing.probs_BTL.mean(dim=0))
     assert losses.pop("none") is None
     assert len({float(value.detach()) for value in losses.values()}) == 3
 
@@ -127,7 +130,7 @@ def _different(ranker: SMES) -> SMES:
 )
 def test_differences_from_a_base_equal_dense(form: str, shape: tuple[int, int, int, int, int], seed: int) -> None:
     B, T, E, shared, adaptive = shape
-    config = {"num_experts": E, "num_shared": shared, "num_adaptive": adaptive, "expert_dims": (16,)}
+    config: dict[str, Any] = {"num_experts": E, "num_shared": shared, "num_adaptive": adaptive, "expert_dims": (16,)}
     ranker = _different(_ranker(T, seed, experts=form, expert_rank=8, expert_narrow_dim=8, **config))
     _assert_equal_to_dense(ranker, torch.randn(B, _INPUT, generator=torch.Generator().manual_seed(seed)))
 
@@ -136,11 +139,11 @@ def test_differences_from_a_base_equal_dense(form: str, shape: tuple[int, int, i
 def test_at_first_every_expert_is_the_base(form: str) -> None:
     ranker = _ranker(3, num_experts=8, num_shared=1, num_adaptive=2, experts=form, expert_dims=(16,))
     x_BI = torch.randn(5, _INPUT, generator=torch.Generator().manual_seed(3))
-    base_BH = torch.nn.functional.silu(torch.layer_norm(ranker.encoder(x_BI) @ ranker.experts.base, (16,)))  # type: ignore[attr-defined]  # both have one
+    base_BH = torch.nn.functional.silu(torch.layer_norm(ranker.encoder(x_BI) @ ranker.experts.base, (16,)))
     torch.testing.assert_close(ranker(x_BI).tasks_BTH, base_BH.unsqueeze(1).expand(5, 3, 16))
     ranker(x_BI).tasks_BTH.square().sum().backward()
     zero = "up" if form == "low_rank" else "differences"
-    for name, parameter in ranker.experts.named_parameters():  # type: ignore[attr-defined]  # every form is a module
+    for name, parameter in ranker.experts.named_parameters():
         assert parameter.requires_grad
         assert bool((parameter == 0).all()) == (name == zero), name
         if name in ("base", zero):
@@ -160,14 +163,30 @@ def test_the_layout_for_gpus_gives_the_same(form: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_experts": 4, "num_shared": 3, "num_adaptive": 2}, "num_shared 3 \\+ num_adaptive 2"),
-        ({"num_shared": 0, "num_adaptive": 0}, "expected both"),
+        ({"num_experts": 4, "num_shared": 3, "num_adaptive": 2}, "num_shared 3, num_group 0 and num_adaptive 2"),
+        ({"num_shared": 0, "num_adaptive": 0}, "expected all ≥ 0, one to choose at least"),
+        ({"num_shared": -1}, "expected all ≥ 0"),
+        ({"num_shared": 2, "num_adaptive": 0, "shared_experts": "always_on"}, "one to choose at least"),
+        ({"num_shared": 1, "group_pools": "own"}, "num_shared: 1, expected 0 where groups have their own pools"),
+        ({"group_pools": "mine"}, "group_pools: 'mine', expected one of \\['common', 'own'\\]"),
+        ({"routers": "group"}, "num_adaptive: 1, expected 0 with routers per group"),
+        ({"router_maps": "per_task"}, "expected a router_rank with it"),
+        ({"router_norm": "batched"}, "router_norm: 'batched', expected one of"),
+        ({"router_scale": 0.0}, "router_scale: 0.0, expected more than 0"),
+        ({"router_input": "both", "encoder_dims": ()}, "expected encoder_dims with it"),
+        ({"expert_norm": "batch"}, "expert_norm: 'batch', expected one of \\['layer', 'rms', 'none'\\]"),
+        ({"trunk_dims": (32,)}, "trunk_dims: \\[32\\], expected the last to be that of expert_dims \\(64\\)"),
+        ({"groups": {"a": ("x", "y"), "b": ("x",)}}, "smes.groups: .* no task twice"),
+        ({"form": "papers"}, "form: 'papers', expected 'paper' or none"),
+        ({"form": "paper", "experts": "residual"}, "experts: 'residual', expected 'full' in the paper's form"),
+        ({"form": "paper", "encoder_dims": ()}, "expected an encoder in the paper's form"),
         ({"expert_dims": (12,)}, "multiples of 8"),
-        ({"encoder_dims": ()}, "multiples of 8"),
-        ({"experts": "tiny"}, "expected one of \\[.*'full', 'low_rank', 'residual'\\]"),
+        ({"encoder_dims": (4,)}, "no or more positive multiples of 8"),
+        ({"expert_dims": ()}, "one or more positive multiples of 8"),
+        ({"experts": "tiny"}, "expected one of \\['full', 'low_rank', 'residual'"),
         ({"balance": -1.0}, "balance"),
-        ({"balance_loss": "local"}, "balance_loss: 'local', expected one of \\['global', 'mutual_information'"),
-        ({"router_input": "both"}, "router_input: 'both', expected one of \\['encoder', 'raw'\\]"),
+        ({"balance_loss": "local"}, "balance_loss: 'local', expected one of \\['global', 'per_gate'"),
+        ({"router_input": "none"}, "router_input: 'none', expected one of \\['encoder', 'raw', 'both'\\]"),
         ({"num_shared": 2, "num_adaptive": 2, "max_active": 3}, "max_active: 3, expected none or at least"),
         ({"experts": "residual", "expert_dims": (16, 8)}, "expected one layer for residual"),
         ({"expert_rank": 4}, "expert_rank: 4, expected a positive multiple of 8"),
