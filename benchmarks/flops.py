@@ -1,0 +1,124 @@
+"""Executed floating-point operations and parameters of a ranker, per scored instance.
+
+Counted while the serving model scores real instances, so that a sparse ranker is charged for the experts that its
+routing really executes, for its routers, and for combining. A multiply-add is two operations. Counted: every product of
+matrices in feature layer, ranker and heads, and the heads' last layer. Not counted: lookups of embeddings, norms and
+activations, which are alike for all.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from smes.model import ModelConfig, build_model
+from smes.schema import Schema
+from smes.smes_ranker import SMES
+
+_EXPERTS = "ranker.experts."
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Per scored instance.
+
+    Attributes:
+        features: Operations of the feature layer and the linear part.
+        ranker: Operations of the ranker.
+        heads: Operations of the task heads.
+        parameters: Dense weights; rows of the id table are not among them.
+        active_parameters: Of these, without the experts that were not executed for the instance.
+    """
+
+    features: float
+    ranker: float
+    heads: float
+    parameters: int
+    active_parameters: float
+
+    @property
+    def flops(self) -> float:
+        """All operations."""
+        return self.features + self.ranker + self.heads
+
+
+class FlopTally:
+    """Adds up what passes of a :class:`smes.serving.ServingModel` execute.
+
+    Used as a context around each call of its ``score``::
+
+        tally = FlopTally()
+        with tally.counting(len(ids)):
+            model.score(ids, numerics)
+    """
+
+    def __init__(self) -> None:
+        self.instances = 0
+        self.features = self.ranker = self.heads = 0.0
+
+    def counting(self, instances: int) -> "_Pass":
+        """A context for one call on so many instances."""
+        return _Pass(self, instances)
+
+
+class _Pass:
+    def __init__(self, tally: FlopTally, instances: int) -> None:
+        self._tally, self._instances = tally, instances
+        self._mode = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
+
+    def __enter__(self) -> None:
+        self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch ships no type for it
+
+    def __exit__(self, *exception: Any) -> None:
+        self._mode.__exit__(*exception)  # type: ignore[no-untyped-call]  # nor for this
+        counts = {name: sum(by_op.values()) for name, by_op in self._mode.get_flop_counts().items()}
+        tally = self._tally
+        tally.instances += self._instances
+        tally.features += counts.get("RankModel.features", 0)
+        tally.ranker += counts.get("RankModel.ranker", 0)
+        tally.heads += counts.get("RankModel.heads", 0)
+
+
+def cost_of(schema: Schema, config: ModelConfig, tally: FlopTally, mean_active: float | None) -> Cost:
+    """What a ranker costs per instance.
+
+    Args:
+        schema: Features and tasks.
+        config: The model.
+        tally: Of at least one pass.
+        mean_active: Mean experts executed per instance; None for a ranker without experts of that kind.
+    """
+    model = build_model(schema, config, seed=0)
+    weights = dict(model.named_parameters())
+    total = _size(weights.values())
+    active = float(total)
+    if mean_active is not None and isinstance(model.ranker, SMES):
+        num_experts = config.smes.num_experts
+        experts = {n: p for n, p in weights.items() if n.startswith(_EXPERTS) and p.dim() > 1 and len(p) == num_experts}
+        active -= _size(experts.values()) * (1 - mean_active / num_experts)
+    per_instance = 1 / tally.instances
+    return Cost(
+        features=tally.features * per_instance,
+        ranker=tally.ranker * per_instance,
+        heads=tally.heads * per_instance + _last_head_layer(weights),
+        parameters=total,
+        active_parameters=active,
+    )
+
+
+def _last_head_layer(weights: Mapping[str, Tensor]) -> float:
+    # It is written as products and sums, which the counter, made for products of matrices, does not see.
+    return 2.0 * weights["heads.out"].numel() if "heads.out" in weights else 0.0
+
+
+def _size(weights: Iterable[Tensor]) -> int:
+    return sum(math.prod(w.shape) for w in weights)
+
+
+def _grouped_mm_flops(rows_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    # On the CPU no row of a dispatch is unused.
+    return int(2 * rows_shape[0] * weight_shape[-2] * weight_shape[-1])
