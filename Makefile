@@ -23,5 +23,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install
+# What is compared with, without what it asks for itself: torch stays the build that is here.
+.venv/.bench-installed: requirements-bench.lock .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.lock
+	touch $@
+
+bench: .venv/.bench-installed
 	$(BIN)/python -m benchmarks

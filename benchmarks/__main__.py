@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("benchmarks.decode", "benchmarks.pipeline")
+BENCHMARKS = ("benchmarks.decode", "benchmarks.pipeline", "benchmarks.speed")
 
 
 def main() -> int:

@@ -49,7 +49,7 @@ class FullExperts(nn.Module):
     def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...], norm: str = "layer") -> None:
         super().__init__()
         self.output_dim = dims[-1]
-        self._norm = EXPERT_NORMS[norm]
+        self.norm = EXPERT_NORMS[norm]
         widths = [input_dim, *dims]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(num_experts, d_in, d_out).uniform_(-bound, bound))
@@ -61,7 +61,7 @@ class FullExperts(nn.Module):
         x_P = pack(h_BD, plan)
         for weight_E in self.weights:
             y_P = neutralise(grouped_linear(x_P, weight_E, plan.offsets_E), plan)
-            x_P = F.silu(self._norm(y_P))
+            x_P = F.silu(self.norm(y_P))
         return x_P
 
 
@@ -81,7 +81,7 @@ class LowRankExperts(nn.Module):
 
     def __init__(self, num_experts: int, input_dim: int, output_dim: int, rank: int, norm: str = "layer") -> None:
         super().__init__()
-        self._norm = EXPERT_NORMS[norm]
+        self.norm = EXPERT_NORMS[norm]
         self.output_dim = output_dim
         self.base = nn.Parameter(_uniform(input_dim, output_dim))
         self.down = nn.Parameter(_uniform(num_experts, input_dim, rank))
@@ -90,7 +90,7 @@ class LowRankExperts(nn.Module):
     def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
         narrow_PR = neutralise(grouped_linear(pack(h_BD, plan), self.down, plan.offsets_E), plan)
         difference_PH = neutralise(grouped_linear(narrow_PR, self.up, plan.offsets_E), plan)
-        return F.silu(self._norm(pack(h_BD @ self.base, plan) + difference_PH))
+        return F.silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
 
 
 class ResidualExperts(nn.Module):
@@ -109,7 +109,7 @@ class ResidualExperts(nn.Module):
 
     def __init__(self, num_experts: int, input_dim: int, output_dim: int, narrow_dim: int, norm: str = "layer") -> None:
         super().__init__()
-        self._norm = EXPERT_NORMS[norm]
+        self.norm = EXPERT_NORMS[norm]
         self.output_dim = output_dim
         self.base = nn.Parameter(_uniform(input_dim, output_dim))
         self.narrow = nn.Parameter(_uniform(input_dim, narrow_dim))
@@ -118,7 +118,7 @@ class ResidualExperts(nn.Module):
     def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
         q_PQ = pack(h_BD @ self.narrow, plan)
         difference_PH = neutralise(grouped_linear(q_PQ, self.differences, plan.offsets_E), plan)
-        return F.silu(self._norm(pack(h_BD @ self.base, plan) + difference_PH))
+        return F.silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
 
 
 def _uniform(*shape: int) -> Tensor:

@@ -88,7 +88,11 @@ def test_changelog_has_the_version_and_the_lock_fits_the_requirements() -> None:
     pins = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines())
     pinned = {canonicalize_name(name): version for name, version in pins.items()}
     assert len(pinned) == len(pins)
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    bench = dict(line.split("==") for line in (ROOT / "requirements-bench.lock").read_text().splitlines())
+    assert not bench.keys() & pins.keys(), "pinned twice"
+    pinned |= {canonicalize_name(name): version for name, version in bench.items()}
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["dev"], *extras["bench"]]:
         needed = Requirement(text)
         assert needed.specifier.contains(pinned[canonicalize_name(needed.name)]), text
 

@@ -44,7 +44,7 @@ def _copy_gate(mlp: nn.Module, weight_DN: Tensor) -> None:
 
 
 def _library(build: Callable[..., Any], **arguments: Any) -> Any:
-    from torch_rechub.basic.features import DenseFeature  # type: ignore[import-not-found]  # not a dependency
+    from torch_rechub.basic.features import DenseFeature
 
     features = [DenseFeature("x", embed_dim=_INPUT)]
     model = build(

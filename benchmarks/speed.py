@@ -1,0 +1,238 @@
+"""Training and scoring speed of SMES beside other libraries and beside its own dense execution, in one run.
+
+    python -m benchmarks.speed --json speed.json --plot docs/speed.png
+    python -m benchmarks.speed --smes experts=full --smes expert_dims=[128,64]      # the paper's form as the contender
+
+33 id fields × 16, 8 tasks, batches of 1,024, scoring calls of 500 candidates, 2 threads, all embeddings trained. Rounds
+are interleaved: every round times every contender, each round beginning with another one, and a ratio is the median of
+the rounds' own ratios. Figures come as median with the least and greatest round beside it (`_min`, `_max`).
+
+Contenders: `smes16`, `smes64`, `smes256` (the configured SMES at that many experts; `--smes` overrides its other
+settings), `paper64` (the paper's form, two-layer experts as the peers have them), `dense…` (the same SMES, all experts
+executed on every instance), `mmoe…` (our own MMoE, experts as the peers have them), and the peers `rechub_mmoe8`,
+`rechub_mmoe64`, `rechub_ple9`, `deepctr_mmoe8`. What a step and a scoring call include is said in speed_ours.py and
+speed_peers.py; in short, ours include looking ids up and theirs do not.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.speed_ours import DENSE_SMES, our_contender, register_dense_smes
+from benchmarks.speed_peers import deepctr_mmoe, missing_peers, rechub_mmoe, rechub_ple
+from benchmarks.speed_report import draw, table
+from benchmarks.speed_setting import Contender, Data, Setting, make_data
+from benchmarks.step_breakdown import breakdown, count_flop, gemm_flop_per_s
+from smes.mmoe_ranker import MmoeConfig
+from smes.model import ModelConfig
+from smes.smes_ranker import SmesConfig
+
+NUM_EXPERTS = (16, 64, 256)
+PEERS = ("rechub_mmoe8", "rechub_mmoe64", "rechub_ple9", "deepctr_mmoe8")
+GROWING = tuple(f"{kind}{E}" for kind in ("smes", "dense") for E in NUM_EXPERTS)
+OURS = (*GROWING, "paper64", "dense_paper64", "mmoe8", "mmoe64")
+MAX_SECONDS = 5.0  # of one contender's training in one round
+SCORING_CALLS = 20
+
+RATIOS = {
+    # name: (figure, above, below); how many times faster SMES trains, and what it costs beside the other
+    "train_vs_rechub_mmoe8": ("train_per_s", "smes64", "rechub_mmoe8"),
+    "train_vs_rechub_mmoe64": ("train_per_s", "smes64", "rechub_mmoe64"),
+    "train_vs_rechub_ple9": ("train_per_s", "smes64", "rechub_ple9"),
+    "train_vs_deepctr_mmoe8": ("train_per_s", "smes64", "deepctr_mmoe8"),
+    "train_vs_dense": ("train_per_s", "smes64", "dense64"),
+    "paper_train_vs_rechub_mmoe8": ("train_per_s", "paper64", "rechub_mmoe8"),
+    "paper_train_vs_rechub_mmoe64": ("train_per_s", "paper64", "rechub_mmoe64"),
+    "paper_train_vs_dense": ("train_per_s", "paper64", "dense_paper64"),
+    "paper_latency_vs_dense": ("latency_ms", "paper64", "dense_paper64"),
+    "latency_vs_dense": ("latency_ms", "smes64", "dense64"),
+    "latency_vs_mmoe64": ("latency_ms", "smes64", "mmoe64"),
+    "latency_vs_rechub_mmoe64": ("latency_ms", "smes64", "rechub_mmoe64"),
+    "step_e256_vs_e16": ("step_ms", "smes256", "smes16"),
+    "step_e64_vs_e16": ("step_ms", "smes64", "smes16"),
+    "dense_step_e256_vs_e16": ("step_ms", "dense256", "dense16"),
+}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Attributes: repeats, timed rounds, ≥ 5 for a figure to quote; steps, training steps of a contender in each."""
+
+    repeats: int = 7
+    steps: int = 20
+
+
+def build(names: Sequence[str], smes: SmesConfig, setting: Setting, data: Data) -> list[Contender]:
+    """The contenders by these names."""
+    register_dense_smes()
+    base = ModelConfig(embedding_dim=setting.embedding_dim, smes=smes)
+
+    def ours(name: str, what: str, config: ModelConfig) -> Callable[[], Contender]:
+        return lambda: our_contender(name, what, config, setting, data)
+
+    def mmoe(num_experts: int) -> ModelConfig:
+        # Without an encoder, as the peers' experts read the embeddings themselves.
+        return replace(base, ranker="mmoe", mmoe=MmoeConfig(num_experts, (), setting.expert_dims))
+
+    paper = replace(base, smes=SmesConfig(64, 2, 1, form="paper", expert_dims=setting.expert_dims))
+    dense_paper = replace(paper, ranker=DENSE_SMES)
+    builders: dict[str, Callable[[], Contender]] = {
+        "paper64": ours("paper64", "SMES, the paper's form, 64 experts", paper),
+        "dense_paper64": ours("dense_paper64", "the paper's form executed densely, 64 experts", dense_paper),
+        "mmoe8": ours("mmoe8", "our MMoE, 8 experts", mmoe(8)),
+        "mmoe64": ours("mmoe64", "our MMoE, 64 experts", mmoe(64)),
+        "rechub_mmoe8": lambda: rechub_mmoe(8, setting, data),
+        "rechub_mmoe64": lambda: rechub_mmoe(64, setting, data),
+        "rechub_ple9": lambda: rechub_ple(setting, data),
+        "deepctr_mmoe8": lambda: deepctr_mmoe(8, setting, data),
+    }
+    for E in NUM_EXPERTS:
+        config = replace(base, smes=replace(smes, num_experts=E))
+        builders[f"smes{E}"] = ours(f"smes{E}", f"SMES, {E} experts", config)
+        dense = replace(config, ranker=DENSE_SMES)
+        builders[f"dense{E}"] = ours(f"dense{E}", f"SMES executed densely, {E} experts", dense)
+    return [builders[name]() for name in names]
+
+
+def run(contenders: Sequence[Contender], setting: Setting, effort: Effort) -> dict[str, float]:
+    """All figures, flat."""
+    rounds: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        rounds.setdefault(name, []).append(value)
+
+    figures: dict[str, float] = {}
+    for contender in contenders:  # warms up, too
+        figures[f"{contender.name}_step_gflop"] = count_flop(lambda c=contender: c.train(0)) / 1e9  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+        figures[f"{contender.name}_parameters"] = float(contender.parameters)
+        _step_seconds(contender, 3)
+        _score_seconds(contender, 3)
+    for turn in range(effort.repeats):
+        note("gemm_gflop_per_s", gemm_flop_per_s() / 1e9)
+        first = turn * 5 % len(contenders)
+        for contender in [*contenders[first:], *contenders[:first]]:
+            name = contender.name
+            gc.collect()
+            step_s = _step_seconds(contender, effort.steps)
+            note(f"{name}_step_ms", step_s * 1e3)
+            note(f"{name}_train_per_s", setting.batch_size / step_s)
+            note(f"{name}_gflop_per_s", figures[f"{name}_step_gflop"] / step_s)
+            note(f"{name}_latency_ms", _score_seconds(contender, SCORING_CALLS) * 1e3)
+            if name.startswith(("smes", "paper")):
+                for part, seconds in breakdown(contender.train, effort.steps).items():
+                    note(f"{name}_{part}_ms", seconds * 1e3)
+    for name in [c.name for c in contenders]:
+        shares = zip(rounds[f"{name}_gflop_per_s"], rounds["gemm_gflop_per_s"], strict=True)
+        rounds[f"{name}_share_of_gemm"] = [own / machine for own, machine in shares]
+    rounds.update(_ratios(rounds))
+    return figures | _summary(rounds)
+
+
+def _ratios(rounds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Of each round by itself; those whose contenders took part."""
+    ratios = {}
+    for ratio, (figure, above, below) in RATIOS.items():
+        pair = rounds.get(f"{above}_{figure}"), rounds.get(f"{below}_{figure}")
+        if pair[0] and pair[1]:
+            ratios[ratio] = [a / b for a, b in zip(pair[0], pair[1], strict=True)]
+    return ratios
+
+
+def _summary(rounds: dict[str, list[float]]) -> dict[str, float]:
+    summary = {}
+    for name, values in rounds.items():
+        summary[name] = statistics.median(values)
+        summary[f"{name}_min"], summary[f"{name}_max"] = min(values), max(values)
+    return summary
+
+
+def _step_seconds(contender: Contender, steps: int) -> float:
+    """Mean of ``steps`` steps, or of those begun within :data:`MAX_SECONDS`."""
+    start = time.perf_counter()
+    for n in range(steps):
+        contender.train(n)
+        if (seconds := time.perf_counter() - start) > MAX_SECONDS:
+            break
+    return seconds / (n + 1)
+
+
+def _score_seconds(contender: Contender, calls: int) -> float:
+    """Median of single calls."""
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        contender.score()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def smes_config(overrides: Sequence[str]) -> SmesConfig:
+    """The default configuration with ``KEY=VALUE`` overrides, values as in YAML.
+
+    Raises:
+        ValueError: An override without ``=``, an unknown key, or a value that the configuration refuses.
+    """
+    known = {f.name for f in fields(SmesConfig)}
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or key not in known:
+            raise ValueError(f"--smes {override}: expected KEY=VALUE with a key among {sorted(known)}")
+        value = yaml.safe_load(text)
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return SmesConfig(**values)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 where a peer is not installed or an option is wrong."""
+    options = _parser().parse_args(arguments)
+    if (missing := missing_peers()) and set(options.contenders) & set(PEERS):
+        print(f"benchmarks/speed.py: {', '.join(missing)} not installed; `make bench` installs what is compared with,\n"
+              "or: pip install --no-deps -r requirements-bench.lock. "
+              "To measure without: --contenders smes64 dense64 …", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        smes = smes_config(options.smes)
+    except ValueError as error:
+        print(f"benchmarks/speed.py: {error}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(options.threads)
+    setting = Setting(vocabulary=options.vocabulary)
+    contenders = build(options.contenders, smes, setting, make_data(setting))
+    figures = run(contenders, setting, Effort(options.repeats, options.steps))
+    settings = {"threads": options.threads, "repeats": options.repeats, "steps": options.steps}
+    print(f"torch {torch.__version__}, {settings}, {setting}\n{smes}\n")
+    print(table(contenders, figures, list(RATIOS)))
+    if options.json:
+        options.json.write_text(json.dumps({**settings, **figures}, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        draw(contenders, figures, options.plot)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=Effort.repeats, help="timed rounds, at least 5 to quote")
+    parser.add_argument("--steps", type=int, default=Effort.steps, help="training steps of a contender in a round")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=Setting.vocabulary, help="ids per field")
+    parser.add_argument("--smes", action="append", default=[], metavar="KEY=VALUE", help="override of SmesConfig")
+    everyone = [*OURS, *PEERS]
+    parser.add_argument("--contenders", nargs="+", choices=everyone, default=everyone, metavar="NAME")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, one flat object")
+    parser.add_argument("--plot", type=Path, help="draw them into this PNG")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
