@@ -50,8 +50,8 @@ trainer:
     interval_s: 30.0
     keep: 2
   evaluation:
-    window_s: 86400.0                        # longest stretch of event time scored by one frozen copy of the weights
-    window_examples: 16384
+    window_s: null                           # event time scored by one frozen copy of the weights; null: a day, or
+    window_examples: null                    # as long as the schema lets a user's history stand still
 
 scorer:
   host: 127.0.0.1

@@ -79,8 +79,8 @@ class EntityStore:
         Args:
             entity: ``user`` or ``item``.
             ids: int64 [N].
-            columns: Feature name → values: int64 [N] of an id feature, int64 [N, max_length] of a bag (padded with
-                ``MISSING``), float32 [N] of a numeric feature. A feature left out is missing for all.
+            columns: Feature name → values: int64 [N] of an id feature, int64 [N, max_length] of a bag or sequence
+                (padded with ``MISSING``), float32 [N] of a numeric feature. A feature left out is missing for all.
 
         Raises:
             ValueError: An unknown column, or one of the wrong type or shape.
@@ -209,7 +209,7 @@ class _Layout:
 
 
 def _check_column(feature: Feature, n: int, column: NDArray[Any]) -> None:
-    shape = (n, feature.max_length) if feature.kind == "bag" else (n,)
+    shape = (n, feature.max_length) if feature.is_list else (n,)
     type_fits = column.dtype.kind in "fiu" if feature.kind == "numeric" else column.dtype == np.int64
     if column.shape != shape or not type_fits:
         expected = "a number" if feature.kind == "numeric" else "int64"

@@ -13,6 +13,7 @@ from scorer.request import ContextReader, FieldError, ScoreRequest, fill
 from scorer.telemetry import Telemetry
 from smes.errors import SmesError
 from smes.events import F32
+from smes.feature_columns import fill_elapsed
 from smes.schema import Schema
 
 
@@ -62,6 +63,7 @@ class Answerer:
         telemetry: Telemetry,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
+        self._schema = schema
         self._tasks = [t.name for t in schema.tasks]
         self._fusion_weights = fusion_weights
         self._max_items = max_items
@@ -89,6 +91,7 @@ class Answerer:
         if self._swap.served is None:
             raise NotReady(self._swap.problem or "no snapshot was published yet")
         rows = self._features.rows(request.user_id, np.array(request.items, np.int64))
+        fill_elapsed(rows.numerics, self._schema, self._now_ms())
         fill(rows, ids, numerics)
         served = self._swap.served  # read once: everything below is of this version
         scores_NT = served.model.score(rows.ids, rows.numerics)

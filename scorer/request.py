@@ -26,8 +26,8 @@ class ScoreRequest(BaseModel):
     items: list[Id] = Field(min_length=1, description="Integer ids of the candidate items.")
     context: dict[str, Any] = Field(
         default_factory=dict,
-        description="Context feature → value: an integer, a list of integers for a bag, a number for a numeric "
-        "feature, or null. Names that are no context feature of the schema are ignored and counted.",
+        description="Context feature → value: an integer, a list of integers for a bag or a sequence (newest first), a "
+        "number for a numeric feature, or null. Names that are no context feature are ignored and counted.",
     )
 
 
@@ -53,6 +53,7 @@ class ContextReader:
     def __init__(self, schema: Schema) -> None:
         context = [f for f in schema.features if f.source == "context"]
         self._ids = {f.name: (f, schema.id_slices[f.name].start) for f in context if f.kind != "numeric"}
+        self._companions = {name: f for name, f in schema.companions.items() if name in self._ids}
         self._numerics = {f.name: schema.numeric_features.index(f) for f in context if f.kind == "numeric"}
 
     def read(self, context: Mapping[str, Any]) -> tuple[dict[int, int], dict[int, float], int]:
@@ -72,7 +73,18 @@ class ContextReader:
                 numerics[self._numerics[name]] = _number(name, value)
             else:
                 ignored += 1
+        self._check_alignment(context)
         return ids, numerics, ignored
+
+    def _check_alignment(self, context: Mapping[str, Any]) -> None:
+        """A sequence has as many ids as the one it accompanies; values are known to be lists or None."""
+        for name, companions in self._companions.items():
+            expected = len(context.get(name) or ())
+            for companion in companions:
+                came = len(context.get(companion.name) or ())
+                if came != expected:
+                    message = f"expected as many integers as {name!r} has, {expected}, got {came}"
+                    raise FieldError(("body", "context", companion.name), message)
 
 
 def fill(rows: EntityRows, ids: Mapping[int, int], numerics: Mapping[int, float]) -> None:
@@ -84,7 +96,7 @@ def fill(rows: EntityRows, ids: Mapping[int, int], numerics: Mapping[int, float]
 
 
 def _id_values(feature: Feature, value: object) -> list[int]:
-    """The feature's columns: one id, or a bag cut at its length."""
+    """The feature's columns: one id, or a bag or sequence cut at its length."""
     if value is None:
         return []
     if feature.kind == "id":

@@ -45,22 +45,29 @@ class FeedbackTimes:
 
     def feedback(self, block: LogBlock) -> FeedbackBlock:
         """The feedback of a block's impressions, in event-time order."""
-        impression_ids, times, tasks, values = [], [], [], []
+        return self.events(block, self.times(block))
+
+    def times(self, block: LogBlock) -> I64:
+        """When the feedback of each impression to each task comes, ``MISSING`` where none does. int64 [N, T]."""
+        times_NT = np.full(block.outcomes.shape, MISSING, np.int64)
         for index, task in enumerate(self.schema.tasks):
             outcomes = block.outcomes[:, index]
             rows = np.flatnonzero(outcomes > 0 if task.kind == "binary" else ~np.isnan(outcomes))
-            impression_ids.append(block.impressions.impression_id[rows])
-            times.append(self._times(block, index, task, rows))
-            tasks.append(np.full(len(rows), index, np.int32))
-            values.append(outcomes[rows])
-        event_time_ms = np.concatenate(times)
+            times_NT[rows, index] = self._times(block, index, task, rows)
+        return times_NT
+
+    def events(self, block: LogBlock, times_NT: I64) -> FeedbackBlock:
+        """The feedback of a block's impressions at the given :meth:`times`, in event-time order."""
+        tasks, rows = np.nonzero(times_NT.T != MISSING)  # equal times: in the order of the tasks
+        event_time_ms = times_NT[rows, tasks]
         order = np.argsort(event_time_ms, kind="stable")
+        rows, tasks = rows[order], tasks[order]
         zeros = np.zeros(len(order), np.int64)
         return FeedbackBlock(
-            impression_id=np.concatenate(impression_ids)[order],
+            impression_id=block.impressions.impression_id[rows],
             event_time_ms=event_time_ms[order],
-            task=np.concatenate(tasks)[order],
-            value=np.concatenate(values)[order],
+            task=tasks.astype(np.int32),
+            value=block.outcomes[rows, tasks],
             partition=zeros.astype(np.int32),
             offset=zeros,
             arrival_ms=zeros,

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from simulators.log_files import LogFiles, find_files
 from simulators.log_store import LogStore
 from simulators.schema_file import SchemaFile, feature_columns
+from smes.errors import LogError
 from smes.events import F32, I64, ImpressionBlock
+from smes.feature_columns import fill_elapsed, misaligned
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
 
 Entity = Literal["user", "item"]
@@ -29,7 +31,7 @@ class LogBlock:
     """Impressions in event-time order with what came of them.
 
     Attributes:
-        impressions: N rows.
+        impressions: N rows; the features of the schema's history are still empty.
         outcomes: float32 [N, T], the label's value in the task's unit; NaN where the log has none.
         outcome_time_ms: int64 [N, T], when the outcome happened, ``MISSING`` where the log does not say; ``None``
             where it says so for no task.
@@ -50,7 +52,7 @@ class EntityBlock:
     Attributes:
         entity: Whose they are.
         ids: int64 [N], unique over all blocks of the entity.
-        columns: Feature name → int64 [N] (id), int64 [N, max_length] (bag) or float32 [N] (numeric).
+        columns: Feature name → int64 [N] (id), int64 [N, max_length] (bag, sequence) or float32 [N] (numeric).
     """
 
     entity: Entity
@@ -170,10 +172,17 @@ class LogReader:
         impressions.ids[:, slices[USER_ID].start] = _column(table, "user")
         impressions.ids[:, slices[ITEM_ID].start] = _column(table, "item")
         for feature in self.schema.id_features[2:]:
-            columns = slices[feature.name]
-            impressions.ids[:, columns] = feature_array(table, feature).reshape(n, feature.width)
+            if feature.name in self._tables:
+                impressions.ids[:, slices[feature.name]] = feature_array(table, feature).reshape(n, feature.width)
+        bad = misaligned(impressions.ids, self.schema)
+        if bad.any():
+            raise LogError(
+                f"impression {impressions.impression_id[bad][0]}: its sequences are of different lengths, expected as "
+                "many ids in each as in the sequence it accompanies"
+            )
         for column, feature in enumerate(self.schema.numeric_features):
             impressions.numerics[:, column] = feature_array(table, feature)
+        fill_elapsed(impressions.numerics, self.schema, impressions.event_time_ms)
         outcomes = np.empty((n, self.schema.num_tasks), np.float32)
         times = None
         for column, task in enumerate(self.schema.tasks):
@@ -187,7 +196,7 @@ class LogReader:
 def feature_array(table: Any, feature: Feature) -> NDArray[Any]:
     """A feature's column of an Arrow table: int64 [N], int64 [N, max_length] or float32 [N]."""
     values = _column(table, f"feature {feature.name}")
-    return values.reshape(-1, feature.max_length) if feature.kind == "bag" else values
+    return values.reshape(-1, feature.max_length) if feature.is_list else values
 
 
 def _column(table: Any, name: str) -> NDArray[Any]:

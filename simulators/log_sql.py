@@ -65,7 +65,7 @@ def id_sql(expr: str, sql_type: str) -> str:
 
 
 def bag_sql(expr: str, sql_type: str, feature: Feature, separator: str) -> str:
-    """BIGINT[max_length], never null; shorter bags end in ``MISSING``."""
+    """BIGINT[max_length], never null; shorter bags and sequences end in ``MISSING``."""
     if sql_type.endswith("]"):
         element_type = sql_type[: sql_type.rindex("[")]
         items = f"CAST({expr} AS {element_type}[])"
@@ -90,7 +90,7 @@ def feature_sql(feature: Feature, expr: str, sql_type: str, separator: str) -> s
     """The encoding of one feature's values."""
     if feature.kind == "numeric":
         return numeric_sql(expr)
-    if feature.kind == "bag":
+    if feature.is_list:
         return bag_sql(expr, sql_type, feature, separator)
     return id_sql(expr, sql_type)
 
@@ -99,7 +99,7 @@ def absent_sql(feature: Feature) -> str:
     """The encoding of a feature without value, where the side table has no row."""
     if feature.kind == "numeric":
         return NAN_SQL
-    if feature.kind == "bag":
+    if feature.is_list:
         return f"CAST(list_resize([]::BIGINT[], {feature.max_length}, {MISSING_SQL}) AS BIGINT[{feature.max_length}])"
     return MISSING_SQL
 

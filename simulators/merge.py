@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from simulators.feedback_delay import FeedbackTimes
+from simulators.history import HistoryBuilder
 from simulators.log_reader import LogBlock, LogReader
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
@@ -52,11 +53,16 @@ def merge(
     """Pairs of consecutive stretches of event time: impressions, and the feedback that falls into the same stretch.
 
     A stretch ends with its last impression, and feedback of exactly that time belongs to it. Both parts are in
-    event-time order. The last pair has no impressions, only what was still pending.
+    event-time order. The last pair has no impressions, only what was still pending. Where the schema has a history, it
+    is written into the impressions on the way.
     """
     pending = PendingFeedback()
+    history = HistoryBuilder(schema) if schema.history is not None else None
     for block in blocks:
-        pending.add(times.feedback(block))
+        times_NT = times.times(block)
+        if history is not None:
+            history.fill(block.impressions, times_NT)
+        pending.add(times.events(block, times_NT))
         yield block.impressions, pending.due(int(block.impressions.event_time_ms[-1]))
     if len(pending):
         yield ImpressionBlock.empty(schema), pending.due(np.iinfo(np.int64).max)

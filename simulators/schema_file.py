@@ -1,4 +1,4 @@
-"""Schema files: YAML with ``name``, ``features``, ``tasks`` and, for logs in files, ``log``.
+"""Schema files: YAML with ``name``, ``features``, ``tasks``, ``history`` and, for logs in files, ``log``.
 
 Unknown keys are refused at every level, and whatever is wrong is said in one line with file, key, value and what was
 expected.
@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 
 from simulators.log_spec import LogSpec
 from simulators.yaml_file import STRICT, read_mapping, validated
-from smes.schema import ITEM_ID, USER_ID, Feature, Schema, Task
+from smes.schema import ITEM_ID, USER_ID, Feature, History, Schema, Task
 
 BuiltinName = Literal["kuairand", "synthetic"]
 
@@ -25,7 +25,7 @@ class SchemaFile:
     """A schema and, where it describes files, how they are read.
 
     Attributes:
-        name, tasks, features: As in :class:`smes.schema.Schema`.
+        name, tasks, features, history: As in :class:`smes.schema.Schema`.
         log: Files and columns of the log; ``None`` for a schema of live events only.
 
     Raises:
@@ -37,6 +37,7 @@ class SchemaFile:
     name: str
     tasks: tuple[Task, ...]
     features: tuple[Feature, ...] = ()
+    history: History | None = None
     log: LogSpec | None = None
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class SchemaFile:
 
     @cached_property
     def schema(self) -> Schema:
-        return Schema(self.name, self.tasks, self.features)
+        return Schema(self.name, self.tasks, self.features, self.history)
 
 
 def load_schema_file(path: str | Path) -> SchemaFile:
@@ -90,6 +91,10 @@ def _check_log(schema: Schema, log: LogSpec) -> None:
     for name in log.features:
         if name not in features:
             raise ValueError(f"log.features.{name}: expected one of the features {', '.join(features)}")
+        if schema.history is not None and name in (schema.history.items, schema.history.outcomes):
+            raise ValueError(
+                f"log.features.{name}: is the history's, which the replay builds: expected no source for it"
+            )
 
 
 def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
@@ -111,10 +116,11 @@ def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def feature_columns(schema: Schema, log: LogSpec) -> Mapping[str, Literal["log", "user", "item"]]:
-    """Declared feature → the table it is read from, without the user's and item's own ids."""
+    """Declared feature → the table it is read from, without the user's and item's own ids and the history."""
     tables: dict[str, Literal["log", "user", "item"]] = {}
+    built = () if schema.history is None else (schema.history.items, schema.history.outcomes)
     for feature in schema.features:
-        if feature.name in (USER_ID, ITEM_ID):
+        if feature.name in (USER_ID, ITEM_ID, *built):
             continue
         if feature.source == "user" and log.user_features is not None:
             tables[feature.name] = "user"

@@ -1,4 +1,4 @@
-"""From ids to rows of the one growing table behind all id and bag features.
+"""From ids to rows of the one growing table behind all id, bag and sequence features.
 
 Letters: B instances, W id columns (:attr:`Schema.id_width`), U distinct rows of a batch.
 
@@ -96,7 +96,7 @@ class DistinctRows:
 
 def vocabulary_of(feature: Feature) -> str:
     """The vocabulary that a feature's ids belong to."""
-    return feature.vocabulary or feature.name
+    return feature.vocabulary_name
 
 
 def per_column(schema: Schema, values: Iterable[int]) -> list[int]:
@@ -105,19 +105,25 @@ def per_column(schema: Schema, values: Iterable[int]) -> list[int]:
 
 
 def pool_weights(schema: Schema, ids_BW: I64) -> F32 | None:
-    """Weight of every id within its feature: the mean over the ids present in a bag, 1 elsewhere. float32 [B, W].
+    """Weight of every id within its feature: the mean over the ids present in a bag or sequence, 1 elsewhere.
 
-    A bag without any id takes the vocabulary's default row, through its first column. None for a schema without bags.
+    A bag without any id takes the vocabulary's default row, through its first column, and so does a sequence that
+    accompanies another. A queried sequence without ids weighs nothing: its vocabulary's default row is not its own.
+
+    Returns:
+        float32 [B, W]; None for a schema without bags and sequences.
     """
-    if not any(f.kind == "bag" for f in schema.id_features):
+    if not any(f.is_list for f in schema.id_features):
         return None
     weight_BW = np.ones(ids_BW.shape, np.float32)
     for feature in schema.id_features:
-        if feature.kind == "bag":
+        if feature.is_list:
             columns = schema.id_slices[feature.name]
             present = ids_BW[:, columns] != MISSING
-            present[~present.any(axis=1), 0] = True
-            weight_BW[:, columns] = present / present.sum(axis=1, keepdims=True, dtype=np.float32)
+            if feature.query is None:
+                present[~present.any(axis=1), 0] = True
+            count = np.maximum(present.sum(axis=1, keepdims=True, dtype=np.float32), 1)
+            weight_BW[:, columns] = present / count
     return weight_BW
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from smes.sequence_rules import check_history, check_sequences
+
 MISSING: int = int(np.iinfo(np.int64).min)
 """The null of every int64 column (an id feature without value, an impression without request, bag padding)."""
 
@@ -25,38 +27,66 @@ class Feature:
 
     Attributes:
         name: Unique name; the key in an event's ``features``.
-        kind: ``id`` (one int64), ``bag`` (up to ``max_length`` int64, order ignored) or ``numeric`` (one float).
+        kind: ``id`` (one int64), ``bag`` (up to ``max_length`` int64, order ignored), ``sequence`` (up to
+            ``max_length`` int64, newest first) or ``numeric`` (one float).
         source: Whose attribute it is: the scorer reads ``user`` and ``item`` features from the feature store and
             ``context`` features from the request.
         vocabulary: Features with the same vocabulary share embedding rows; default: the feature's own name.
-        dim: Embedding width (id and bag); at most the model's ``embedding_dim``, which is the default.
-        max_length: Most ids kept of a bag; longer bags are cut.
+        dim: Embedding width (all but numeric); at most the model's ``embedding_dim``, which is the default.
+        max_length: Most ids kept of a bag or sequence, from its beginning on.
+        query: Sequences only: the id feature under whose target attention this one is read; it shares that feature's
+            vocabulary and width.
+        accompanies: Sequences only: the queried sequence of which this one says something, place by place: it has the
+            same width, the same ``max_length`` and, in every event, the same number of ids.
         transform: ``log1p`` squashes a non-negative numeric feature as ``sign(x)·log(1+|x|)``.
         indicator: Whether an indicator of its absence accompanies a numeric feature; without one, a missing value reads
             as the mean. Spare it where the value is always there.
+        elapsed: Numeric user and item features only: what is stored of the entity is a time, in seconds since 1970;
+            events carry, and the model reads, the days from then to the impression or request. Such as an item's age.
     """
 
     name: str
-    kind: Literal["id", "bag", "numeric"] = "id"
+    kind: Literal["id", "bag", "sequence", "numeric"] = "id"
     source: Literal["user", "item", "context"] = "context"
     vocabulary: str | None = None
     dim: int | None = None
     max_length: int = 8
     transform: Literal["none", "log1p"] = "none"
     indicator: bool = True
+    query: str | None = None
+    accompanies: str | None = None
+    elapsed: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("feature name: expected a non-empty string")
-        if self.kind == "bag" and not 1 <= self.max_length <= 1024:
+        if self.is_list and not 1 <= self.max_length <= 1024:
             raise ValueError(f"feature {self.name!r}: max_length {self.max_length}, expected 1 … 1024")
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"feature {self.name!r}: dim {self.dim}, expected at least 1")
+        if (self.kind == "sequence") != ((self.query is None) != (self.accompanies is None)):
+            expected = "either query or accompanies for a sequence, neither for another kind"
+            raise ValueError(
+                f"feature {self.name!r}: kind {self.kind}, query {self.query}, accompanies {self.accompanies}, "
+                f"expected {expected}"
+            )
+        if self.elapsed and (self.kind != "numeric" or self.source == "context"):
+            raise ValueError(f"feature {self.name!r}: elapsed, expected only of numeric user and item features")
+
+    @property
+    def is_list(self) -> bool:
+        """Whether a value holds several ids: a bag or a sequence."""
+        return self.kind in ("bag", "sequence")
 
     @property
     def width(self) -> int:
-        """Columns it takes in its matrix: ``max_length`` for a bag, else 1."""
-        return self.max_length if self.kind == "bag" else 1
+        """Columns it takes in its matrix: ``max_length`` for a bag or sequence, else 1."""
+        return self.max_length if self.is_list else 1
+
+    @property
+    def vocabulary_name(self) -> str:
+        """The vocabulary that its ids belong to."""
+        return self.vocabulary or self.name
 
 
 @dataclass(frozen=True)
@@ -96,6 +126,37 @@ class Task:
 
 
 @dataclass(frozen=True)
+class History:
+    """The user's last impressions and what came of them, as two sequences that whoever makes the events fills.
+
+    Strictly from the past: an impression counts if it was shown, and an outcome if its feedback happened, before a
+    *cutoff*. For the impressions of a request that is the request's time. For impressions without request it is the
+    start of the *window* of event time they lie in, so that nothing that a user's own labels can move differs within
+    one (user, window), the group that evaluation ranks within. Windows begin at 1970-01-01 UTC.
+
+    Attributes:
+        items: A sequence of item ids that queries ``item_id``.
+        outcomes: The sequence that accompanies it: for each item the sum of 2^i over the tasks i, counted in the order
+            of ``tasks``, whose positive feedback came before the cutoff; 0 for none.
+        tasks: Binary tasks that the outcomes tell of; default: all of them, in the schema's order.
+        window_s: Length of a window in seconds, > 0.
+    """
+
+    items: str
+    outcomes: str
+    tasks: tuple[str, ...] = ()
+    window_s: float = 57_600.0
+
+    def __post_init__(self) -> None:
+        if not self.window_s >= 1e-3:
+            raise ValueError(f"history: window_s {self.window_s}, expected at least a millisecond")
+
+    @property
+    def window_ms(self) -> int:
+        return round(self.window_s * 1000)
+
+
+@dataclass(frozen=True)
 class Schema:
     """Features and tasks, in their column order.
 
@@ -103,12 +164,14 @@ class Schema:
     declared to set their ``dim`` or ``vocabulary``.
 
     Raises:
-        ValueError: Duplicate names, no task, or a reserved name with the wrong kind.
+        ValueError: Duplicate names, no task, a reserved name with the wrong kind, or sequences that do not fit what
+            they query or accompany.
     """
 
     name: str
     tasks: tuple[Task, ...]
     features: tuple[Feature, ...] = field(default=())
+    history: History | None = None
 
     def __post_init__(self) -> None:
         declared = {f.name: f for f in self.features}
@@ -132,10 +195,13 @@ class Schema:
             if feature.kind != "id" or feature.source != source:
                 raise ValueError(f"feature {feature.name!r}: expected kind id and source {source}")
         object.__setattr__(self, "features", (*head, *declared.values()))
+        check_sequences(self)
+        if self.history is not None:
+            check_history(self, self.history)
 
     @cached_property
     def id_features(self) -> tuple[Feature, ...]:
-        """Id and bag features in the order of their columns in ``ids``; ``user_id`` and ``item_id`` lead."""
+        """All but the numeric features, in the order of their columns in ``ids``; ``user_id`` and ``item_id`` lead."""
         return tuple(f for f in self.features if f.kind != "numeric")
 
     @cached_property
@@ -145,7 +211,7 @@ class Schema:
 
     @cached_property
     def id_slices(self) -> dict[str, slice]:
-        """The columns of each id or bag feature in an ``ids`` matrix."""
+        """The columns of each id, bag or sequence feature in an ``ids`` matrix."""
         slices, start = {}, 0
         for feature in self.id_features:
             slices[feature.name] = slice(start, start + feature.width)
@@ -174,12 +240,30 @@ class Schema:
     def max_window_ms(self) -> int:
         return max(t.window_ms for t in self.tasks)
 
+    @cached_property
+    def companions(self) -> dict[str, tuple[Feature, ...]]:
+        """Each queried sequence with the sequences that accompany it."""
+        return {
+            f.name: tuple(other for other in self.features if other.accompanies == f.name)
+            for f in self.features
+            if f.query is not None
+        }
+
+    @cached_property
+    def history_tasks(self) -> tuple[int, ...]:
+        """Index of each task that the history's outcomes tell of, by bit; empty for a schema without history."""
+        if self.history is None:
+            return ()
+        names = self.history.tasks or tuple(t.name for t in self.tasks if t.kind == "binary")
+        return tuple(self.task_index[name] for name in names)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which :meth:`from_dict` builds an equal schema."""
         return {
             "name": self.name,
             "features": [asdict(f) for f in self.features],
             "tasks": [asdict(t) for t in self.tasks],
+            "history": None if self.history is None else asdict(self.history),
         }
 
     @classmethod
@@ -193,6 +277,7 @@ class Schema:
             name=data["name"],
             features=tuple(Feature(**f) for f in data.get("features", ())),
             tasks=tuple(Task(**t) for t in data["tasks"]),
+            history=_history(data.get("history")),
         )
 
     @cached_property
@@ -200,6 +285,10 @@ class Schema:
         """16 hex digits of the SHA-256 of the canonical JSON of :meth:`to_dict`."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _history(data: dict[str, Any] | None) -> History | None:
+    return None if data is None else History(**{**data, "tasks": tuple(data.get("tasks", ()))})
 
 
 def _repeated(names: list[str]) -> str:

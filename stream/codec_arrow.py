@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from smes.events import Bool, FeedbackBlock, ImpressionBlock
+from smes.feature_columns import misaligned
 from smes.schema import ITEM_ID, USER_ID, Schema
 from stream import arrow_columns
 from stream.arrow_stream import RecordBatch, column_problem, read_batches
@@ -194,6 +195,7 @@ def _fill_impressions(part: _Part, out: ImpressionBlock, bad: Bool, schema: Sche
             bag = arrow_columns.bags(column)
             scatter_bags(out.ids[:, schema.id_slices[feature.name]], bag.values, bag.starts, bag.lengths)
             _mark(bad, bag.bad)
+    _mark(bad, misaligned(out.ids, schema))
     for i, feature in enumerate(schema.numeric_features):
         column = columns.get(FEATURE_PREFIX + feature.name)
         if column is not None:

@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 
 from smes.events import F32, I32, I64, Bool, FeedbackBlock, ImpressionBlock
+from smes.feature_columns import misaligned
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
 from stream.bags import scatter_bags
 from stream.dead_letters import DeadLetter
@@ -45,8 +46,8 @@ from stream.validation import (
 _Id = Annotated[int, msgspec.Meta(ge=MIN_ID, le=MAX_ID)]
 _Int64 = Annotated[int, msgspec.Meta(ge=MISSING, le=MAX_ID)]
 _Number = Annotated[float, msgspec.Meta(ge=-MAX_FLOAT, le=MAX_FLOAT)]
-_TYPES: dict[str, Any] = {"id": _Id, "bag": list[_Id], "numeric": _Number}
-_ABSENT: dict[str, Any] = {"id": MISSING, "bag": None, "numeric": float("nan")}
+_TYPES: dict[str, Any] = {"id": _Id, "bag": list[_Id], "sequence": list[_Id], "numeric": _Number}
+_ABSENT: dict[str, Any] = {"id": MISSING, "bag": None, "sequence": None, "numeric": float("nan")}
 
 # What decoding a record's bytes may raise: msgspec's own, plus strings that are no UTF-8 and nesting without end.
 _REFUSED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -127,7 +128,7 @@ def decode_impressions(
         lambda record, error: _bury(record, schema, max_future_ms, impression_problem, dead, error),
     )
     block = _impression_columns(events, kept, schema, wire)
-    bad = bad_times(block.event_time_ms, block.arrival_ms, max_future_ms)
+    bad = bad_times(block.event_time_ms, block.arrival_ms, max_future_ms) | misaligned(block.ids, schema)
     if bad.any():
         for record in compress(kept, bad):
             _bury(record, schema, max_future_ms, impression_problem, dead)

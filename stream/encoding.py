@@ -16,7 +16,7 @@ from stream.codec_arrow import FEATURE_PREFIX
 def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
     """One JSON event per row; what is missing is left out."""
     singles = [f.name for f in schema.id_features[2:] if f.kind == "id"]
-    bags = [f.name for f in schema.id_features if f.kind == "bag"]
+    bags = [f.name for f in schema.id_features if f.is_list]
     numerics = [f.name for f in schema.numeric_features]
     tasks = [t.name for t in schema.tasks]
     columns = (
@@ -70,7 +70,7 @@ def arrow_impressions(block: ImpressionBlock, schema: Schema) -> bytes:
     }
     for feature in schema.id_features[2:]:
         values = block.ids[:, schema.id_slices[feature.name]]
-        columns[FEATURE_PREFIX + feature.name] = _bags(values) if feature.kind == "bag" else _nullable(values[:, 0])
+        columns[FEATURE_PREFIX + feature.name] = _bags(values) if feature.is_list else _nullable(values[:, 0])
     for i, feature in enumerate(schema.numeric_features):
         columns[FEATURE_PREFIX + feature.name] = _nullable(block.numerics[:, i])
     columns["served_version"] = _nullable(block.served_version)

@@ -27,6 +27,7 @@ Code = Literal[
     "future_time",  # event_time_ms lies too far after the record's arrival
     "bad_number",  # a numeric feature or a score is no finite float32
     "bad_type",  # another value of the wrong type
+    "misaligned",  # a sequence of another length than the one it accompanies
     "unknown_task",  # feedback of a task that the schema does not have
     "label_range",  # a label outside its task's range
 ]
@@ -200,6 +201,18 @@ def _features_problem(features: object, schema: Schema) -> Problem | None:
             problem = _feature_problem(features.get(feature.name), feature)
             if problem:
                 return problem
+    return _alignment_problem(features, schema)
+
+
+def _alignment_problem(features: dict[str, object], schema: Schema) -> Problem | None:
+    """Lengths are compared as kept: what lies beyond ``max_length`` is cut of both."""
+    for name, companions in schema.companions.items():
+        for feature in companions:
+            expected, came = (len(features.get(n) or ()) for n in (name, feature.name))  # type: ignore[arg-type]  # lists, or refused before
+            if min(expected, feature.max_length) != min(came, feature.max_length):
+                where = f"features.{feature.name}"
+                reason = f"{where}: expected as many ids as features.{name} has, {expected}, came {came}"
+                return Problem("misaligned", reason, where)
     return None
 
 

@@ -5,6 +5,11 @@ window is a stretch of the stream scored by one frozen copy of the weights, take
 weights that adapt to that user's own labels bias a pooled GAUC downwards. The group is the request where the log has
 one, else (user, window). The first window, whose weights have seen nothing, does not count. Where an impression carries
 the score that it was served with, that score is the one that counts.
+
+Nothing that a group's own labels can move may differ within it, and that goes for the user's history as for the
+weights. So windows are stretches of event time from fixed moments on, as those of the schema's history are
+(:attr:`smes.schema.History.window_s`), by default the same ones; a length that would let a window reach over the end of
+one of the history's is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +25,8 @@ from smes.metrics import BinaryTally, RegressionTally, group_auc
 from smes.schema import MISSING, Schema
 
 _FIRST_WINDOW_EXAMPLES = 1024
+_DAY_S = 86_400.0
+_PLAIN_WINDOW, _LARGEST_WINDOW = 16_384, 262_144
 
 
 @dataclass(frozen=True)
@@ -27,18 +34,20 @@ class EvaluationConfig:
     """Windows of frozen weights.
 
     Attributes:
-        window_s: Longest stretch of event time scored by one frozen copy, seconds, > 0.
-        window_examples: Most examples in it, ≥ 1; bounds memory. Early windows are shorter: none is longer than all
-            that was trained on before it began.
+        window_s: Stretch of event time scored by one frozen copy, seconds, ≥ 0.001; counted from 1970-01-01 UTC. A
+            whole part of the schema's history window, if there is one. None: that window, or a day.
+        window_examples: Most examples in it, ≥ 1; bounds memory and checkpoints (about 100 bytes an example). Early
+            windows are shorter: none is longer than all that was trained on before it began. None: 16,384, or
+            262,144 where the schema has a history: its windows are the users', whatever the traffic.
     """
 
-    window_s: float = 86_400.0
-    window_examples: int = 16_384
+    window_s: float | None = None
+    window_examples: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.window_s > 0:
-            raise ValueError(f"window_s {self.window_s}, expected more than 0 seconds")
-        if self.window_examples < 1:
+        if self.window_s is not None and not self.window_s >= 1e-3:
+            raise ValueError(f"window_s {self.window_s}, expected at least a millisecond")
+        if self.window_examples is not None and self.window_examples < 1:
             raise ValueError(f"window_examples {self.window_examples}, expected at least 1")
 
 
@@ -92,31 +101,49 @@ class ProgressiveEvaluation:
         freeze: Callable[[], Tensors],
         build: Callable[[Tensors], FrozenModel],
     ) -> None:
-        self._schema, self._config, self._freeze, self._build = schema, config, freeze, build
+        self._schema, self._freeze, self._build = schema, freeze, build
+        history = schema.history
+        self._window_ms = round((config.window_s or (history.window_s if history else _DAY_S)) * 1000)
+        if history and history.window_ms % self._window_ms:
+            raise ValueError(
+                f"evaluation.window_s {config.window_s}: expected a whole part of the schema's history.window_s "
+                f"{history.window_s:g}, so that no group sees a user's history change"
+            )
+        self._window_examples = config.window_examples or (_LARGEST_WINDOW if history else _PLAIN_WINDOW)
         self._tallies: list[BinaryTally | RegressionTally] = [
             BinaryTally() if task.kind == "binary" else RegressionTally() for task in schema.tasks
         ]
         self._frozen_tensors: Tensors = {}
         self._frozen: FrozenModel | None = None
-        self._window_start_ms = 0
+        self._stretch = 0  # number of the stretch of event time that the window is of
         self._before_window = 0  # examples in closed windows
         self._window = _Window(schema.num_tasks)
         self._group_auc = np.zeros((schema.num_tasks, 2), np.float64)  # Σ weight · AUC, Σ weight of closed windows
 
     def before_step(self, examples: ExampleBlock) -> None:
-        """Score a batch with the window's frozen weights, opening a new window first where one is due."""
-        start_ms = int(examples.event_time_ms[0])
-        too_long = start_ms >= self._window_start_ms + round(self._config.window_s * 1000)
-        most = min(self._config.window_examples, max(_FIRST_WINDOW_EXAMPLES, self._before_window))
-        if self._frozen is None or too_long or len(self._window) >= most:
-            self._group_auc += self._counted()
-            self._before_window += len(self._window)
-            self._window = _Window(self._schema.num_tasks)
-            self._window_start_ms = start_ms
-            self._frozen_tensors = dict(self._freeze())
-            self._frozen = self._build(self._frozen_tensors)
-        scores = self._frozen.score(examples.ids, examples.numerics)
-        self._window.add(examples, _as_served(examples, scores))
+        """Score a batch with the window's frozen weights, opening a new window first where one is due.
+
+        Where one window ends within the batch, the rest is scored by a copy of the weights from before the whole batch,
+        which is as of the next window's start or earlier.
+        """
+        stretch_B = examples.event_time_ms // self._window_ms
+        for rows in np.split(np.arange(len(examples)), np.flatnonzero(np.diff(stretch_B)) + 1):
+            part = examples.take(rows) if len(rows) < len(examples) else examples
+            self._open_if_due(int(stretch_B[rows[0]]))
+            assert self._frozen is not None, "a window is open"
+            scores = self._frozen.score(part.ids, part.numerics)
+            self._window.add(part, _as_served(part, scores))
+
+    def _open_if_due(self, stretch: int) -> None:
+        most = min(self._window_examples, max(_FIRST_WINDOW_EXAMPLES, self._before_window))
+        if self._frozen is not None and stretch == self._stretch and len(self._window) < most:
+            return
+        self._group_auc += self._counted()
+        self._before_window += len(self._window)
+        self._window = _Window(self._schema.num_tasks)
+        self._stretch = stretch
+        self._frozen_tensors = dict(self._freeze())
+        self._frozen = self._build(self._frozen_tensors)
 
     def after_step(self, examples: ExampleBlock, scores: F32) -> None:
         """Take the scores [B, T] that the weights gave the batch just before they were trained on it."""
@@ -163,7 +190,7 @@ class ProgressiveEvaluation:
         state |= {f"window.{name}": array for name, array in self._window.arrays().items()}
         state |= {f"frozen.{name}": tensor.numpy() for name, tensor in self._frozen_tensors.items()}
         state["group_auc"] = self._group_auc
-        state["window"] = np.array([self._window_start_ms, self._before_window])
+        state["window"] = np.array([self._stretch, self._before_window])
         return state
 
     def load_state(self, state: dict[str, NDArray[Any]]) -> None:
@@ -176,7 +203,7 @@ class ProgressiveEvaluation:
             tally.load_state(part(f"{t}."))
         self._window = _Window(self._schema.num_tasks, part("window."))
         self._group_auc = state["group_auc"].copy()
-        self._window_start_ms, self._before_window = (int(n) for n in state["window"])
+        self._stretch, self._before_window = (int(n) for n in state["window"])
         self._frozen_tensors = {name: torch.from_numpy(array) for name, array in part("frozen.").items()}
         self._frozen = self._build(self._frozen_tensors) if self._frozen_tensors else None
 
@@ -187,7 +214,7 @@ class _Window:
     def __init__(self, num_tasks: int, arrays: dict[str, NDArray[Any]] | None = None) -> None:
         shape = (0, num_tasks)
         self._empty: dict[str, NDArray[Any]] = {
-            "group": np.zeros((0, 2), np.int64),
+            "group": np.zeros((0, 2), np.int64),  # is it a request; the request or user
             "scores": np.zeros(shape, np.float32),
             "labels": np.zeros(shape, np.float32),
             "mask": np.zeros(shape, np.bool_),

@@ -31,9 +31,12 @@ SCHEMA = Schema(
         Feature("hour", "id"),
         Feature("tags", "bag", max_length=2),
         Feature("battery", "numeric"),
+        Feature("seen", "sequence", max_length=3, vocabulary="item_id", query="item_id"),
+        Feature("outcomes", "sequence", max_length=3, accompanies="seen"),
+        Feature("days_out", "numeric", source="item", elapsed=True),
     ),
 )
-# ids: user_id, item_id, author, hour, tags ×2; numerics: age, battery
+# ids: user_id, item_id, author, hour, tags ×2, seen ×3, outcomes ×3; numerics: age, battery, days_out
 
 
 class TellingModel:

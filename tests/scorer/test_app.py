@@ -1,6 +1,7 @@
 """What the scorer answers, and what it refuses."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
@@ -64,6 +65,23 @@ def test_stored_features_and_context_reach_the_model(
     assert (counted["unknown_users"], counted["unknown_items"]) == (0, 1)
 
 
+def test_a_history_in_the_request_reaches_the_model_newest_first(http: httpx.Client) -> None:
+    context = {"seen": [100, 200, 300, 4000], "outcomes": [1, 2, 3, 50]}
+    answer = http.post("/v1/score", json={"user_id": 1, "items": [10], "context": context})
+    assert answer.json()["items"][0]["scores"]["watch_s"] == 606.0  # the oldest is cut of both
+
+
+def test_a_stored_time_reaches_the_model_as_days(
+    http: httpx.Client, client: redis.Redis, namespace: str, schema: Schema
+) -> None:
+    store = EntityStore(client, schema, namespace)
+    stored_s = np.array([time.time() - 50 * 86_400], np.float32)
+    store.put_many("item", np.array([10]), {"days_out": stored_s})
+    answer = http.post("/v1/score", json={"user_id": 1, "items": [10, 20]}).json()
+    days = [item["scores"]["watch_s"] for item in answer["items"]]
+    assert days == [pytest.approx((time.time() - float(stored_s[0])) / 86_400, abs=0.01), 0.0]
+
+
 def test_unknown_users_and_items_are_scored_and_counted(http: httpx.Client) -> None:
     assert http.post("/v1/score", json={"user_id": -5, "items": [1, 2]}).status_code == 200
     counted = stats(http)
@@ -117,6 +135,8 @@ def test_ties_keep_the_order_asked(http: httpx.Client) -> None:
         ({"user_id": 1, "items": [1], "context": {"battery": 1e300}}, ["body", "context", "battery"]),
         ({"user_id": 1, "items": [1], "context": {"battery": float("nan")}}, ["body", "context", "battery"]),
         ({"user_id": float("nan"), "items": [1]}, ["body", "user_id"]),
+        ({"user_id": 1, "items": [1], "context": {"seen": [1, 2]}}, ["body", "context", "outcomes"]),
+        ({"user_id": 1, "items": [1], "context": {"seen": [1], "outcomes": [0, 1]}}, ["body", "context", "outcomes"]),
     ],
 )
 def test_a_wrong_field_is_named(http: httpx.Client, request_body: dict[str, object], loc: list[object]) -> None:

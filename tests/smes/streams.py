@@ -58,3 +58,32 @@ def _block(
         weight=rng.uniform(0.5, 1.5, size).astype(np.float32),
         event_time_ms=np.arange(size, dtype=np.int64),
     )
+
+
+def history_stream(*, batches: int, size: int, seed: int = 0) -> tuple[Schema, list[ExampleBlock]]:
+    """Items of two kinds; a user clicks what is of the kind that they liked before, and likes one kind only.
+
+    The users are new each time and each kind is as common as the other, so nothing but the history, read in the light
+    of the item, tells.
+    """
+    schema = Schema(
+        "told",
+        tasks=(Task("click"),),
+        features=(
+            Feature("recent", kind="sequence", max_length=4, vocabulary="item_id", query="item_id"),
+            Feature("outcomes", kind="sequence", max_length=4, accompanies="recent"),
+        ),
+    )
+    rng = np.random.default_rng(seed)
+    blocks = []
+    for _ in range(batches):
+        item, recent = rng.integers(0, 20, size), rng.integers(0, 20, (size, 4))
+        likes = rng.integers(0, 2, size)
+        recent[rng.random((size, 4)) < 0.2] = MISSING
+        recent = -np.sort(-recent, axis=1)  # what is missing comes last
+        outcomes = np.where(recent == MISSING, MISSING, recent % 2 == likes[:, None])
+        click = np.where((recent == MISSING).all(axis=1), rng.integers(0, 2, size), item % 2 == likes)
+        ids = np.column_stack([rng.integers(0, 2**40, size), item, recent, outcomes])
+        block = ExampleBlock.empty(schema, size)
+        blocks.append(replace(block, ids=ids, labels=click[:, None].astype(np.float32)))
+    return schema, blocks

@@ -1,0 +1,147 @@
+"""Histories built while a log streams by, against a naive loop over the whole log.
+
+Guarantees shown: a history is what the user was shown, and what was fed back, before the cutoff; it is the same
+whatever the blocks; nothing that happens at the cutoff or later changes it; and it is one for a request, and one for a
+user's window.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simulators import history as history_module
+from simulators.history import HistoryBuilder
+from smes.events import I64, ImpressionBlock
+from smes.schema import MISSING, Feature, History, Schema, Task
+
+LENGTH, WINDOW_MS = 3, 50
+SCHEMA = Schema(
+    "told",
+    tasks=(Task("click"), Task("watch", kind="regression"), Task("like")),
+    features=(
+        Feature("tab"),
+        Feature("seen", kind="sequence", max_length=LENGTH, vocabulary="item_id", query="item_id"),
+        Feature("came_of_it", kind="sequence", max_length=LENGTH, accompanies="seen"),
+    ),
+    history=History("seen", "came_of_it", window_s=WINDOW_MS / 1000),
+)
+BITS = {0: 1, 2: 2}  # task → value: watch is no binary task
+ITEMS, OUTCOMES = SCHEMA.id_slices["seen"], SCHEMA.id_slices["came_of_it"]
+
+
+@st.composite
+def logs(draw: st.DrawFn, *, requests: bool) -> tuple[ImpressionBlock, I64]:
+    """Impressions of few users with many ties in time, and when each got feedback."""
+    n = draw(st.integers(1, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    block = ImpressionBlock.empty(SCHEMA, n)
+    block.impression_id[:] = np.arange(n)
+    block.event_time_ms[:] = np.sort(rng.integers(1000, 1000 + 6 * n, n))
+    block.ids[:, 0] = rng.integers(0, 4, n)
+    block.ids[:, 1] = rng.integers(100, 200, n)
+    if requests:  # rows of one request of one user, which other requests may interleave, need not have one time
+        begun = rng.integers(0, 5, n)
+        block.request_id[:] = (block.event_time_ms // 20 * 5 + begun) * 4 + block.ids[:, 0]
+    times = block.event_time_ms[:, None] + rng.integers(1, 90, (n, 3))
+    times[rng.random((n, 3)) < 0.5] = MISSING
+    return block, times
+
+
+def cutoff_of(block: ImpressionBlock, row: int) -> int:
+    request = int(block.request_id[row])
+    if request == MISSING:
+        return int(block.event_time_ms[row]) // WINDOW_MS * WINDOW_MS
+    return int(block.event_time_ms[block.request_id == request].min())
+
+
+def naive(block: ImpressionBlock, times: I64, row: int) -> tuple[list[int], list[int]]:
+    cutoff = cutoff_of(block, row)
+    items, outcomes = [], []
+    for earlier in range(len(block) - 1, -1, -1):
+        if block.user_id[earlier] == block.user_id[row] and block.event_time_ms[earlier] < cutoff:
+            items.append(int(block.item_id[earlier]))
+            known = (value for task, value in BITS.items() if MISSING < times[earlier, task] < cutoff)
+            outcomes.append(sum(known))
+    padding = [MISSING] * LENGTH
+    return (items + padding)[:LENGTH], (outcomes + padding)[:LENGTH]
+
+
+def built(block: ImpressionBlock, times: I64, rows_per_block: int) -> I64:
+    builder, filled = HistoryBuilder(SCHEMA), replace(block, ids=block.ids.copy())
+    for start in range(0, len(block), rows_per_block):
+        rows = slice(start, start + rows_per_block)
+        builder.fill(filled.take(rows), times[rows])
+    return filled.ids
+
+
+@settings(max_examples=150, deadline=None)
+@given(logs(requests=False), st.sampled_from([1, 3, 7, 1000]))
+def test_the_history_of_a_window_is_the_naive_one(log: tuple[ImpressionBlock, I64], rows_per_block: int) -> None:
+    block, times = log
+    ids = built(block, times, rows_per_block)
+    for row in range(len(block)):
+        assert (ids[row, ITEMS].tolist(), ids[row, OUTCOMES].tolist()) == naive(block, times, row)
+    np.testing.assert_array_equal(ids[:, :3], block.ids[:, :3])
+
+
+@settings(max_examples=150, deadline=None)
+@given(logs(requests=True), st.sampled_from([1, 3, 7, 1000]))
+def test_the_history_of_a_request_is_as_of_its_first_impression(
+    log: tuple[ImpressionBlock, I64], rows_per_block: int
+) -> None:
+    block, times = log
+    ids = built(block, times, rows_per_block)
+    for row in range(len(block)):
+        assert (ids[row, ITEMS].tolist(), ids[row, OUTCOMES].tolist()) == naive(block, times, row)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.booleans())
+def test_nothing_at_the_cutoff_or_after_it_changes_a_history(data: st.DataObject, requests: bool) -> None:
+    block, times = data.draw(logs(requests=requests))
+    row = data.draw(st.integers(0, len(block) - 1))
+    cutoff = cutoff_of(block, row)
+    rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
+    changed = times.copy()
+    future = (times == MISSING) | (times >= cutoff)
+    moved = np.where(rng.random(times.shape) < 0.5, MISSING, cutoff + rng.integers(0, 100, times.shape))
+    changed[future] = np.maximum(moved, np.where(moved == MISSING, MISSING, block.event_time_ms[:, None]))[future]
+    items = block.ids.copy()
+    items[block.event_time_ms >= cutoff, 1] += 1000
+    before, after = built(block, times, 8), built(replace(block, ids=items), changed, 8)
+    np.testing.assert_array_equal(after[row, ITEMS.start :], before[row, ITEMS.start :])
+
+
+def test_within_a_users_window_and_within_a_request_the_history_is_one() -> None:
+    """Also when the candidates' own feedback comes between them, and when requests of a user interleave."""
+    block = ImpressionBlock.empty(SCHEMA, 6)
+    block.event_time_ms[:] = [10, 1001, 1003, 1005, 1007, 1060]
+    block.ids[:, 0], block.ids[:, 1] = 1, np.arange(6)
+    times = np.full((6, 3), MISSING, np.int64)
+    times[:, 0] = block.event_time_ms + 1
+    assert built(block, times, 2)[:, ITEMS].tolist() == [
+        [MISSING] * 3,
+        *[[0, MISSING, MISSING]] * 4,
+        [4, 3, 2],
+    ]
+    block.request_id[1:5] = [70, 71, 70, 71]
+    assert built(block, times, 1)[1:5, ITEMS].tolist() == [
+        *[[0, MISSING, MISSING], [1, 0, MISSING]] * 2,
+    ]
+
+
+def test_memory_does_not_grow_with_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history_module, "REQUESTS_KEPT", 50)
+    builder, rng = HistoryBuilder(SCHEMA), np.random.default_rng(0)
+    for start in range(0, 5000, 100):
+        block = ImpressionBlock.empty(SCHEMA, 100)
+        block.event_time_ms[:] = 1000 + start + np.arange(100)
+        block.request_id[:] = start + np.arange(100) // 2
+        block.ids[:, 0] = rng.integers(0, 9, 50).repeat(2)
+        builder.fill(block, np.full((100, 3), MISSING, np.int64))
+        assert (block.ids[0::2, ITEMS] == block.ids[1::2, ITEMS]).all()
+    assert len(builder._slots) <= 150
+    assert len(builder._kept_items) <= 1024
