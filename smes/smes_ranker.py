@@ -43,6 +43,8 @@ class SMES(nn.Module):
     ) -> None:
         super().__init__()
         group_T = tuple(group_T or (0,) * num_tasks)
+        if len(group_T) != num_tasks:
+            raise ValueError(f"group_T: {len(group_T)} groups, expected one for each of {num_tasks} tasks")
         router_T = group_T if config.routers == "group" else tuple(range(num_tasks))
         stages = config.stages(tuple(dict(zip(router_T, group_T, strict=True))[r] for r in range(max(router_T) + 1)))
         self.config = config
@@ -122,10 +124,10 @@ def _experts(input_dim: int, config: SmesConfig) -> nn.Module:
 
 def _router_weights(config: SmesConfig, router_T: tuple[int, ...]) -> Tensor:
     """w of stage I for each router: what its tasks have together; summing to 1."""
-    weights_T = torch.tensor(config.stage_one_weights or (1.0,) * len(router_T))
-    if len(weights_T) != len(router_T) or bool((weights_T < 0).any()) or not float(weights_T.sum()) > 0:
+    weights = config.stage_one_weights or (1.0,) * len(router_T)
+    if len(weights) != len(router_T) or min(weights) < 0 or not sum(weights) > 0:
         raise ValueError(
-            f"smes.stage_one_weights: {weights_T.tolist()}, expected {len(router_T)} weights ≥ 0, one > 0 at least"
+            f"smes.stage_one_weights: {list(weights)}, expected {len(router_T)} weights ≥ 0, one > 0 at least"
         )
-    weights_T = weights_T / weights_T.sum()
-    return torch.zeros(max(router_T) + 1).index_add(0, torch.tensor(router_T), weights_T)
+    weights_T = torch.tensor(weights)
+    return torch.zeros(max(router_T) + 1).index_add(0, torch.tensor(router_T), weights_T / weights_T.sum())

@@ -26,12 +26,51 @@ MODEL = ModelConfig(
     embedding_dim=8,
     smes=SmesConfig(num_experts=8, num_shared=1, num_adaptive=2, encoder_dims=(32,), expert_dims=(32, 16)),
 )
+RANKERS = {
+    "smes": MODEL,
+    "smes-own-pools": replace(
+        MODEL,
+        smes=SmesConfig(
+            num_experts=9,
+            num_shared=1,
+            num_group=1,
+            num_adaptive=2,
+            shared_experts="always_on",
+            group_pools="own",
+            max_active=7,
+            experts="residual",
+            router_rank=8,
+            router_maps="per_task",
+            router_input="both",
+            router_norm="batch",
+            encoder_dims=(32,),
+            expert_dims=(16,),
+            trunk_dims=(16,),
+        ),
+    ),
+    "smes-group-routers": replace(
+        MODEL,
+        smes=SmesConfig(
+            num_experts=8,
+            num_shared=1,
+            num_group=2,
+            num_adaptive=0,
+            routers="group",
+            encoder_dims=(),
+            experts="low_rank",
+            expert_norm="rms",
+            router_norm="layer",
+            expert_dims=(16,),
+        ),
+    ),
+    "linear": replace(MODEL, ranker="linear"),
+}
+"""What is checked on every device, by name."""
 
 
 def make_learner(device: torch.device, ranker: str = "smes") -> Learner:
     """A learner of the rich schema, the same first weights on every device."""
-    model = ModelConfig(ranker=ranker, embedding_dim=MODEL.embedding_dim, smes=MODEL.smes)
-    return Learner(RICH_SCHEMA, model, OptimizerConfig(), device=device, seed=1)
+    return Learner(RICH_SCHEMA, RANKERS[ranker], OptimizerConfig(), device=device, seed=1)
 
 
 def check_grouped_execution(device: torch.device) -> None:

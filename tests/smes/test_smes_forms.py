@@ -1,21 +1,28 @@
 """Everything of SMES that is chosen by configuration, against the slow references."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
+import smes.experts
 import smes.smes_ranker
 from smes.dispatch import dispatch
-from smes.smes_config import SmesConfig
+from smes.routers import Router
+from smes.smes_config import PAPER_FORM, SmesConfig
 from smes.smes_ranker import SMES
 from tests.smes.dense_reference import dense_smes
 from tests.smes.naive_routing import chosen, router_logits
 
 _INPUT = 13  # no multiple of 8: a raw input may have any width
 _GROUPS = (0, 1, 1, 0, 2)
+_CONFIGURATION = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 
 
 def _ranker(groups: Sequence[int] = _GROUPS, seed: int = 0, **config: Any) -> SMES:
@@ -100,3 +107,101 @@ def test_values_and_gradients_are_those_of_the_loops(name: str, trim: bool, monk
     assert fast.stats.active_B.tolist() == [len({e for task in row for e in task}) for row in expected]
     for t, load_E in enumerate(fast.stats.load_TE.tolist()):
         assert load_E == [sum(e in row[t] for row in expected) for e in range(ranker.config.num_experts)]
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+@pytest.mark.parametrize("name", FORMS)
+def test_no_shape_waits_for_a_value(name: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the meta device have no values: whatever needs one on the host, as on a GPU it would wait, raises."""
+    # Neither autocast nor the grouped GEMM knows that device.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    monkeypatch.setattr(smes.experts, "grouped_linear", lambda x_PD, weight_EDH, _: x_PD @ weight_EDH[0])
+    ranker = _ranker(**{"router_norm": norm, **FORMS[name]}).to("meta")
+    x_BI = torch.empty(9, _INPUT, device="meta", requires_grad=True)
+    output = ranker(x_BI)
+    assert output.tasks_BTH.shape == (9, 5, 8)
+    (output.tasks_BTH.sum() + output.auxiliary_loss).backward()
+    for name, tensor in [*ranker.named_parameters(), ("x", x_BI)]:
+        assert tensor.grad is not None, name
+    with pytest.raises(RuntimeError, match="meta"):
+        float(output.tasks_BTH.sum())
+
+
+def test_the_group_stage_lets_a_group_outvote_its_tasks() -> None:
+    """Experts 0 and 1 are each the favourite of one task of the group, expert 2 the second of both: it has the mean."""
+    ranker = _ranker((0, 0), num_experts=4, num_shared=0, num_group=1, num_adaptive=0)
+    z_BTC = torch.tensor([[[2.0, -9.0, 1.9, -9.0], [-9.0, 2.0, 1.9, -9.0]]])
+    assert ranker.selection(z_BTC).experts_BTK.tolist() == [[[2], [2]]]
+
+
+def test_own_pools_make_routers_narrower() -> None:
+    common = _ranker(num_shared=0)
+    own = _ranker(num_shared=0, group_pools="own")
+    assert common.router.up.weight.numel() == 3 * own.router.up.weight.numel()
+    per_group = _ranker(num_shared=0, num_group=1, num_adaptive=0, group_pools="own", routers="group")
+    assert own.router.up.weight.numel() * 3 == 5 * per_group.router.up.weight.numel()
+
+
+def test_routers_start_by_their_scale() -> None:
+    for config in ({}, {"router_rank": 4}, {"router_rank": 4, "router_maps": "per_task"}):
+        x_BI = _x()
+        plain, scaled = _ranker(**config), _ranker(router_scale=3.0, **config)
+        h_BD = plain.encoder(x_BI)
+        torch.testing.assert_close(scaled.router(h_BD), 3 * plain.router(h_BD))
+
+
+def test_router_input_is_standardised_by_the_stream_before_the_batch() -> None:
+    torch.manual_seed(0)
+    router = Router((3,), 2, 5, norm="batch")
+    weight = router.up.weight.detach().double()
+    generator = torch.Generator().manual_seed(1)
+    seen: list[Tensor] = []
+    for size in (50, 1, 40, 30):
+        x_BI = torch.randn(size, 3, generator=generator) * torch.tensor([0.01, 1.0, 50.0]) + 7
+        expected = x_BI.double()  # nothing seen before: as it is
+        if seen:
+            before = torch.cat(seen).double()
+            expected = (expected - before.mean(0)) / before.var(0, correction=0).sqrt()
+        logits = (expected.clamp(-8, 8) @ weight.t()).view(size, 2, 5).float()
+        router.eval()
+        torch.testing.assert_close(router(x_BI).detach(), logits, rtol=1e-4, atol=1e-4)
+        router.train()
+        torch.testing.assert_close(router(x_BI).detach(), logits, rtol=1e-4, atol=1e-4)
+        seen.append(x_BI)
+
+
+def test_always_on_experts_are_not_balanced() -> None:
+    ranker = _ranker(num_experts=6, num_shared=2, num_adaptive=1, shared_experts="always_on", balance=1.0)
+    with torch.no_grad():
+        for parameter in ranker.router.parameters():
+            parameter.zero_()
+    loss = ranker(_x()).auxiliary_loss
+    torch.testing.assert_close(loss, torch.tensor(1.0))  # uniform over the four that are chosen from
+
+
+def test_one_group_where_none_is_named() -> None:
+    ranker = SMES(_INPUT, 4, SmesConfig(num_shared=0, num_group=2, num_adaptive=0))
+    output = ranker(_x())
+    assert output.stats is not None
+    assert output.stats.active_B.tolist() == [2] * 9
+    with pytest.raises(ValueError, match="group_T: 3 groups, expected one for each of 4 tasks"):
+        SMES(_INPUT, 4, SmesConfig(), (0, 1, 1))
+
+
+def test_the_papers_form_by_its_name() -> None:
+    """Whatever the defaults are: equal to a configuration that says each of the paper's parts."""
+    parts = dict(PAPER_FORM)
+    assert replace(SmesConfig(**parts), form="paper") == SmesConfig(form="paper", num_experts=16)  # type: ignore[arg-type]  # of mixed types
+    config = SmesConfig(form="paper", num_experts=64, balance=0.1, expert_dims=(64, 32))
+    assert {name: getattr(config, name) for name in PAPER_FORM} == parts
+    assert replace(config, num_shared=0, balance=0.0).num_shared == 0, "the paper's own ablations are within its form"
+    with pytest.raises(ValueError, match="num_group: 2, expected 0 in the paper's form"):
+        replace(config, num_group=2)
+    documented = yaml.safe_load(fenced_yaml(_CONFIGURATION.read_text(), "### The paper's form"))["model"]["smes"]
+    assert {name: tuple(v) if isinstance(v, list) else v for name, v in documented.items()} == parts
+
+
+def fenced_yaml(text: str, heading: str) -> str:
+    """The first YAML block under a heading."""
+    return text.partition(f"\n{heading}\n")[2].partition("```yaml\n")[2].partition("```")[0]
