@@ -167,9 +167,11 @@ def route(
 
 def expert_load(experts_BTK: Tensor, num_experts: int) -> Tensor:
     """How many instances each router sends to each expert. int64 [T, E]."""
-    B, T, _ = experts_BTK.shape
-    used_BTE = torch.zeros(B, T, num_experts, dtype=torch.bool, device=experts_BTK.device)
-    return used_BTE.scatter_(2, experts_BTK, True).sum(dim=0)
+    T, device = experts_BTK.shape[1], experts_BTK.device
+    # A router's K experts are distinct, so counting them counts instances; bincount would wait for a GPU.
+    cells = (experts_BTK + num_experts * torch.arange(T, device=device).view(1, T, 1)).view(-1)
+    load = torch.zeros(T * num_experts, dtype=torch.int64, device=device)
+    return load.scatter_add_(0, cells, torch.ones_like(cells)).view(T, num_experts)
 
 
 def _for_each(shared_BS: Tensor, count: int) -> Tensor:
