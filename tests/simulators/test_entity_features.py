@@ -46,7 +46,10 @@ def assert_as_in_impressions(reader: LogReader, found: dict[str, Table], *, late
                         compared += 1
                 for index, feature in enumerate(schema.numeric_features):
                     if feature.source == entity:
-                        np.testing.assert_array_equal(values[feature.name], impressions.numerics[row, [index]])
+                        stored = values[feature.name]
+                        if feature.elapsed:  # impressions carry the days from the stored time to their own
+                            stored = (impressions.event_time_ms[row] / 1000 - stored.astype(np.float64)) / 86_400
+                        np.testing.assert_array_equal(stored.astype(np.float32), impressions.numerics[row, [index]])
                         compared += 1
     return compared
 

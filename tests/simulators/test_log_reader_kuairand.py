@@ -3,6 +3,7 @@
 import csv
 import math
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ pytestmark = pytest.mark.kuairand
 
 ROWS = 12_000  # of the log's first 40,000 lines, so that ties, duplicates and users mix
 HEAD_LINES = 40_000
+BEIJING = timezone(timedelta(hours=8))
+NAN = float("nan")
 Row = dict[str, str]
 
 
@@ -64,6 +67,15 @@ def naive(head_dir: Path) -> tuple[list[Row], int]:
 def block(reader: LogReader) -> LogBlock:
     (block,) = reader.blocks(ROWS)
     return block
+
+
+def row_time_days(row: Row) -> float:
+    return int(row["time_ms"]) / 86_400_000
+
+
+def row_days(day: str) -> float:
+    """Days since 1970 of a day's beginning in Beijing."""
+    return datetime.fromisoformat(day).replace(tzinfo=BEIJING).timestamp() / 86_400
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -143,6 +155,9 @@ def test_bags_numerics_and_expressions(
         tags = [int(t) for t in video.get("tag", "").split(",") if t][:4]
         assert ids[slices["tag"]].tolist() == tags + [MISSING] * (4 - len(tags))
         assert ids[slices["hour"].start] == (int(row["time_ms"]) // 3_600_000 + 8) % 24
+        uploaded = video.get("upload_dt")
+        age = NAN if not uploaded else row_time_days(row) - row_days(uploaded)
+        np.testing.assert_allclose(values[numerics["item_age_d"]], age, atol=0.01)
         assert ids[slices["is_live_streamer"].start] == (1 if user.get("is_live_streamer") == "1" else MISSING)
         assert ids[slices["tab"].start] == int(row["tab"])
         duration = float(video.get("video_duration") or "nan") / 1000
