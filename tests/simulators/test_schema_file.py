@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from simulators.log_spec import LabelSource
-from simulators.schema_file import SchemaFile, load_builtin, load_schema_file
-from smes.schema import Schema
+from simulators.schema_file import SchemaFile, feature_columns, load_builtin, load_schema_file
+from smes.schema import History, Schema
 
 GOOD = """
 name: tiny
@@ -65,6 +65,44 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, old: str, new: str,
     assert old in GOOD
     with pytest.raises(ValueError) as error:
         load(tmp_path, GOOD.replace(old, new))
+    message = str(error.value)
+    assert "\n" not in message
+    for part in [str(tmp_path / "tiny.yaml"), *parts]:
+        assert part in message
+
+
+TOLD = GOOD.replace(
+    "features: [{name: place}]",
+    """features:
+  - {name: place}
+  - {name: seen, kind: sequence, max_length: 3, vocabulary: item_id, query: item_id}
+  - {name: outcomes, kind: sequence, max_length: 3, accompanies: seen}
+history: {items: seen, outcomes: outcomes, tasks: [click], window_s: 60}""",
+)
+
+
+def test_a_history_is_part_of_the_schema_and_read_from_no_column(tmp_path: Path) -> None:
+    loaded = load(tmp_path, TOLD)
+    assert loaded.schema.history == History("seen", "outcomes", ("click",), 60)
+    assert loaded.log is not None
+    assert set(feature_columns(loaded.schema, loaded.log)) == {"place"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("window_s: 60}", "window: 60}", ["history.window", "unknown key", "window_s"]),
+        ("window_s: 60}", "window_s: 0}", ["history", "window_s 0"]),
+        ("tasks: [click],", "tasks: [stars],", ["history.tasks", "'stars'", "binary tasks"]),
+        ("items: seen", "items: saw", ["history.items", "'saw'", "context sequence with query item_id"]),
+        ("{place: {column: p}}", "{place: p, seen: s}", ["log.features.seen", "which the replay builds"]),
+        ("kind: sequence, max_length: 3, acc", "kind: sequence, max_length: 4, acc", ["'outcomes'", "same max_length"]),
+    ],
+)
+def test_a_mistake_in_a_history_is_one_line_that_names_it(tmp_path: Path, old: str, new: str, parts: list[str]) -> None:
+    assert old in TOLD
+    with pytest.raises(ValueError) as error:
+        load(tmp_path, TOLD.replace(old, new))
     message = str(error.value)
     assert "\n" not in message
     for part in [str(tmp_path / "tiny.yaml"), *parts]:
