@@ -6,8 +6,9 @@ drawn user as often as it was drawn, and takes the ratio again: exact, for every
 Letters: N examples, G groups, U users, T tasks, S rankers, R resamples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,9 @@ class GroupedAuc:
     weight_GT: F64
 
     @classmethod
-    def of(cls, group_N: I64, user_N: I64, scores_NT: F32, labels_NT: F32, mask_NT: Bool | None = None) -> "GroupedAuc":
+    def of(
+        cls, group_N: I64, user_N: I64, scores_NT: F32 | F64, labels_NT: F32, mask_NT: Bool | None = None
+    ) -> "GroupedAuc":
         """Of scored examples.
 
         Args:
@@ -50,7 +53,8 @@ class GroupedAuc:
         auc_GT, weight_GT = np.zeros(shape), np.zeros(shape)
         for t in range(shape[1]):
             rows = slice(None) if mask_NT is None else mask_NT[:, t]
-            auc, examples, which = group_auc(group_N[rows], scores_NT[rows, t], labels_NT[rows, t])
+            score_N = cast(F32, scores_NT[rows, t])  # any float type will do; averages must not be rounded into ties
+            auc, examples, which = group_auc(group_N[rows], score_N, labels_NT[rows, t])
             auc_GT[which, t], weight_GT[which, t] = auc, examples
         return cls(user_N[first_G], auc_GT, weight_GT)
 
@@ -132,10 +136,45 @@ def resampled_gauc(rankers: Sequence[UserTotals], resamples: int, seed: int = 0)
     return out_RST
 
 
+@dataclass(frozen=True)
+class PairedGauc:
+    """Rankers side by side, on the same resamples of users.
+
+    Attributes:
+        names: S of them.
+        gauc_ST: Over all users.
+        resampled_RST: Over each resample.
+    """
+
+    names: tuple[str, ...]
+    gauc_ST: F64
+    resampled_RST: F64
+
+    @classmethod
+    def of(cls, rankers: Mapping[str, UserTotals], resamples: int) -> "PairedGauc":
+        totals = list(rankers.values())
+        return cls(tuple(rankers), np.array([one.gauc_T for one in totals]), resampled_gauc(totals, resamples))
+
+    def gauc_T(self, name: str) -> F64:
+        row: F64 = self.gauc_ST[self.names.index(name)]
+        return row
+
+    def mean(self, name: str) -> float:
+        """Over the tasks."""
+        return float(self.gauc_T(name).mean())
+
+    def gain(self, ours: str, theirs: str, task: int | None = None) -> Interval:
+        """By how much the first is better, in % of the second; of the mean over the tasks, or of one task."""
+        tasks = slice(None) if task is None else slice(task, task + 1)
+        a, b = (self.names.index(name) for name in (ours, theirs))
+        over_all, resampled = self.gauc_ST[:, tasks].mean(axis=1), self.resampled_RST[:, :, tasks].mean(axis=2)
+        return relative_gain(over_all[a], over_all[b], resampled[:, a], resampled[:, b])
+
+
 def relative_gain(ours: float, theirs: float, ours_R: F64, theirs_R: F64) -> Interval:
     """``100 · (ours / theirs - 1)`` and the 2.5 % and 97.5 % quantiles of the same over resamples."""
     low, high = np.quantile(100 * (ours_R / theirs_R - 1), [0.025, 0.975])
-    return Interval(100 * (ours / theirs - 1), float(low), float(high))
+    return Interval(float(100 * (ours / theirs - 1)), float(low), float(high))
 
 
 def _ratio(weighted: F64, weight: F64) -> F64:

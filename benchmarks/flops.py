@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smes.model import ModelConfig, build_model
 from smes.schema import Schema
-from smes.smes_ranker import SMES
 
 _EXPERTS = "ranker.experts."
 
@@ -90,14 +89,14 @@ def cost_of(schema: Schema, config: ModelConfig, tally: FlopTally, mean_active: 
         schema: Features and tasks.
         config: The model.
         tally: Of at least one pass.
-        mean_active: Mean experts executed per instance; None for a ranker without experts of that kind.
+        mean_active: Mean experts executed per instance; None for a ranker that executes all it has.
     """
     model = build_model(schema, config, seed=0)
     weights = dict(model.named_parameters())
     total = _size(weights.values())
     active = float(total)
-    if mean_active is not None and isinstance(model.ranker, SMES):
-        num_experts = config.smes.num_experts
+    if mean_active is not None and model.ranker.expert_limits is not None:
+        num_experts = model.ranker.expert_limits.num_experts
         experts = {n: p for n, p in weights.items() if n.startswith(_EXPERTS) and p.dim() > 1 and len(p) == num_experts}
         active -= _size(experts.values()) * (1 - mean_active / num_experts)
     per_instance = 1 / tally.instances

@@ -2,20 +2,23 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from benchmarks.kuairand_quality import LogFigures
 from benchmarks.quality_config import Comparison
 from benchmarks.world_quality import WorldFigures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DPI = 130
 
 
 def plot_worlds(comparison: Comparison, worlds: Sequence[WorldFigures], path: Path) -> None:
     """Learning curves: GAUC by request, mean over the tasks, against impressions seen; a panel a world."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * len(worlds), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(6 * len(worlds), 4.5)
     panels = figure.subplots(1, len(worlds), squeeze=False)[0]
     for panel, one in zip(panels, worlds, strict=True):
         points = len(one.oracle_curve_PT)
@@ -27,4 +30,34 @@ def plot_worlds(comparison: Comparison, worlds: Sequence[WorldFigures], path: Pa
         panel.set(title=one.stream.world, xlabel="impressions seen", ylabel="GAUC by request, mean of the tasks")
         panel.grid(alpha=0.3)
     panels[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=_DPI)
+
+
+def plot_log(comparison: Comparison, figures: LogFigures, path: Path) -> None:
+    """Mean windowed GAUC of every ranker as its difference to the best dense one, with its interval; and its cost."""
+    names = list(figures.rankers)
+    best = figures.best_dense(comparison) or names[0]
+    gains = [figures.gauc.gain(name, best) for name in names]
+    value = np.array([gain.value for gain in gains])
+    around = np.abs(np.array([[gain.low, gain.high] for gain in gains]).T - value)
+    rows = np.arange(len(names))[::-1]
+    figure = _figure(10, 1.5 + 0.35 * len(names))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
+    left.errorbar(value, rows, xerr=around, fmt="o", markersize=4, capsize=3)
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set(xlabel=f"mean windowed GAUC against {best}, %, with its 95 % interval", yticks=rows, yticklabels=names)
+    right.barh(rows, [figures.rankers[name].flops / 1e3 for name in names], height=0.6)
+    right.set(xlabel="executed kFLOP an instance")
+    for panel in (left, right):
+        panel.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=_DPI)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    # Drawn without pyplot: nothing global, no display needed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

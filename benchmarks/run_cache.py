@@ -45,7 +45,7 @@ class Run(Protocol):
     def key(self) -> str: ...
 
     def execute(self, cache: "RunCache") -> RunResult:
-        """Do it; columns too large for memory may go to :meth:`RunCache.column`."""
+        """Do it; what is too large for memory may go to files of its own in the cache's folder."""
 
 
 class RunCache:
@@ -74,10 +74,6 @@ class RunCache:
         unfinished = path.with_suffix(".unfinished.npz")
         np.savez(unfinished, allow_pickle=False, facts=np.array(json.dumps(result.facts)), **result.arrays)
         unfinished.replace(path)
-
-    def column(self, run: Run, name: str) -> Path:
-        """Where a run keeps a column on disk; valid once the run is saved."""
-        return self.folder / f"{run.key}.{name}.npy"
 
     def _path(self, run: Run) -> Path:
         return self.folder / f"{run.key}.npz"

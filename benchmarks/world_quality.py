@@ -6,7 +6,7 @@ says what one seed reaches on average. Share of the way: 0 is the linear floor, 
 probabilities. SMES is compared with the *best dense ranker at no less executed operations*, chosen anew at each
 stretch; ``any`` is the best dense ranker whatever it executes.
 
-Letters: N instances, T tasks, P points of a learning curve, R resamples, S rankers.
+Letters: N instances, T tasks, P points of a learning curve.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.bootstrap import F64, GroupedAuc, Interval, UserTotals, relative_gain, resampled_gauc
+from benchmarks.bootstrap import F64, GroupedAuc, PairedGauc, UserTotals
 from benchmarks.quality_config import Comparison, Settings, settings_of
 from benchmarks.run_cache import RunCache, RunResult
 from benchmarks.world_runs import STRETCHES, Stream, TruthRun, WorldRun
+from smes.events import F32
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class RankerFigures:
     """One ranker in one world.
 
     Attributes:
-        gauc: Stretch → GAUC by task, of seed-averaged scores.
-        single: Stretch → mean GAUC over the tasks, of every seed by itself.
+        seeds: Mean GAUC over the tasks at the end, of every seed by itself.
         calibration_error: Mean |p - truth| by task over the last quarter, mean over seeds.
         calibration_ratio: Sum of p over sum of truth by task, likewise.
         curve_PT: GAUC by point of the curve and task, mean over seeds.
@@ -34,8 +34,7 @@ class RankerFigures:
         impressions_per_s: Of training, one thread, beside whatever else ran.
     """
 
-    gauc: Mapping[str, F64]
-    single: Mapping[str, list[float]]
+    seeds: list[float]
     calibration_error: F64
     calibration_ratio: F64
     curve_PT: F64
@@ -56,41 +55,26 @@ class WorldFigures:
         rankers: By name.
         oracle: Stretch → GAUC of the true probabilities by task.
         oracle_curve_PT: The same along the way.
-        resampled: Stretch → mean GAUC over the tasks, [R, S], rankers in the order of ``rankers``.
-        resampled_single: The same of the mean AUC of single seeds.
+        gauc: Stretch → GAUC of all rankers, of seed-averaged scores.
+        single: The same of the mean over seeds of what each reaches by itself.
     """
 
     stream: Stream
     rankers: Mapping[str, RankerFigures]
     oracle: Mapping[str, F64]
     oracle_curve_PT: F64
-    resampled: Mapping[str, F64]
-    resampled_single: Mapping[str, F64]
-
-    def mean(self, ranker: str, stretch: str = "end") -> float:
-        """GAUC of seed-averaged scores, mean over the tasks."""
-        return float(self.rankers[ranker].gauc[stretch].mean())
-
-    def gain(self, ours: str, theirs: str, stretch: str = "end") -> Interval:
-        """By how much GAUC is better, in %, with its interval over users."""
-        a, b = (self.resampled[stretch][:, list(self.rankers).index(name)] for name in (ours, theirs))
-        return relative_gain(self.mean(ours, stretch), self.mean(theirs, stretch), a, b)
-
-    def single_gain(self, ours: str, theirs: str, stretch: str = "end") -> Interval:
-        """The same for the mean over seeds of what each reaches by itself."""
-        a, b = (self.resampled_single[stretch][:, list(self.rankers).index(name)] for name in (ours, theirs))
-        one, other = (float(np.mean(self.rankers[name].single[stretch])) for name in (ours, theirs))
-        return relative_gain(one, other, a, b)
+    gauc: Mapping[str, PairedGauc]
+    single: Mapping[str, PairedGauc]
 
     def best_dense(self, comparison: Comparison, stretch: str = "end", *, at_least: float = 0.0) -> str | None:
         """The dense ranker of the highest mean GAUC among those that execute no less; None where there is none."""
         names = [n for n in comparison.dense if n in self.rankers and self.rankers[n].flops >= at_least]
-        return max(names, key=lambda name: self.mean(name, stretch), default=None)
+        return max(names, key=self.gauc[stretch].mean, default=None)
 
     def oracle_share(self, ranker: str, linear: str) -> float:
         """How far the ranker is on the way from the floor to the oracle; 1 is there."""
-        floor, top = self.mean(linear), float(self.oracle["end"].mean())
-        return (self.mean(ranker) - floor) / (top - floor)
+        gauc, top = self.gauc["end"], float(self.oracle["end"].mean())
+        return (gauc.mean(ranker) - gauc.mean(linear)) / (top - gauc.mean(linear))
 
 
 def runs_of(
@@ -109,44 +93,41 @@ def world_figures(runs: Sequence[WorldRun], cache: RunCache, resamples: int) -> 
     by_ranker: dict[str, list[WorldRun]] = {}
     for run in runs:
         by_ranker.setdefault(run.ranker, []).append(run)
-    figures, averaged, single = {}, _per_stretch(), _per_stretch()
+    figures: dict[str, RankerFigures] = {}
+    averaged: dict[str, dict[str, UserTotals]] = {stretch: {} for stretch in STRETCHES}
+    single: dict[str, dict[str, UserTotals]] = {stretch: {} for stretch in STRETCHES}
     for name, of_seeds in by_ranker.items():
-        figures[name] = _ranker_figures([cache.load(run) for run in of_seeds], truth, stream, averaged, single)
+        results = [cache.load(run) for run in of_seeds]
+        for stretch in STRETCHES:
+            scores = [result.arrays[f"scores_{stretch}"] for result in results]
+            mean_NT: F64 = np.stack(scores).mean(axis=0, dtype=np.float64)
+            averaged[stretch][name] = _grouped(truth, mean_NT, stretch).by_user()
+            each = [_grouped(truth, one, stretch) for one in scores]
+            single[stretch][name] = GroupedAuc.mean(each).by_user()
+        seeds = [float(one.by_user().gauc_T.mean()) for one in each]  # of the last stretch, the end
+        figures[name] = _ranker_figures(results, seeds, truth, stream)
     oracle = {s: _grouped(truth, truth.arrays[f"truth_{s}"], s).by_user().gauc_T for s in STRETCHES}
     return WorldFigures(
         stream,
         figures,
         oracle,
         _curve(truth),
-        {s: resampled_gauc(averaged[s], resamples).mean(axis=2) for s in STRETCHES},
-        {s: resampled_gauc(single[s], resamples).mean(axis=2) for s in STRETCHES},
+        {s: PairedGauc.of(averaged[s], resamples) for s in STRETCHES},
+        {s: PairedGauc.of(single[s], resamples) for s in STRETCHES},
     )
 
 
 def _ranker_figures(
-    results: Sequence[RunResult],
-    truth: RunResult,
-    stream: Stream,
-    averaged: Mapping[str, list[UserTotals]],
-    single: Mapping[str, list[UserTotals]],
+    results: Sequence[RunResult], seeds: list[float], truth: RunResult, stream: Stream
 ) -> RankerFigures:
-    """Figures of one ranker from its seeds; what the bootstrap needs is appended to ``averaged`` and ``single``."""
-    gauc, alone = {}, {}
-    for stretch in STRETCHES:
-        scores = [result.arrays[f"scores_{stretch}"] for result in results]
-        averaged[stretch].append(_grouped(truth, np.mean(scores, axis=0), stretch).by_user())
-        each = [_grouped(truth, one, stretch) for one in scores]
-        single[stretch].append(GroupedAuc.mean(each).by_user())
-        gauc[stretch] = averaged[stretch][-1].gauc_T
-        alone[stretch] = [float(one.by_user().gauc_T.mean()) for one in each]
+    """What does not need the other rankers."""
     true_NT = truth.arrays["truth_end"].astype(np.float64)
     ends = [result.arrays["scores_end"] for result in results]
     facts = results[0].facts
     mean = {key: float(np.mean([r.facts[key] for r in results])) for key in ("flops", "ranker", "active_parameters")}
     actives = [r.facts["active_experts"] for r in results if r.facts["active_experts"] is not None]
     return RankerFigures(
-        gauc,
-        alone,
+        seeds,
         np.mean([np.abs(p - true_NT).mean(axis=0) for p in ends], axis=0),
         np.mean([p.sum(axis=0, dtype=np.float64) / true_NT.sum(axis=0) for p in ends], axis=0),
         np.mean([_curve(result) for result in results], axis=0),
@@ -159,17 +140,13 @@ def _ranker_figures(
     )
 
 
-def _grouped(truth: RunResult, scores_NT: F64, stretch: str) -> GroupedAuc:
+def _grouped(truth: RunResult, scores_NT: F32 | F64, stretch: str) -> GroupedAuc:
     columns = (truth.arrays[f"{name}_{stretch}"] for name in ("request", "user", "labels"))
     request_N, user_N, labels_NT = columns
-    return GroupedAuc.of(request_N, user_N, scores_NT.astype(np.float32), labels_NT.astype(np.float32))
+    return GroupedAuc.of(request_N, user_N, scores_NT, labels_NT.astype(np.float32))
 
 
 def _curve(result: RunResult) -> F64:
     curve_P2T = result.arrays["curve_P2T"]
     curve_PT: F64 = curve_P2T[:, 0] / curve_P2T[:, 1]
     return curve_PT
-
-
-def _per_stretch() -> dict[str, list[UserTotals]]:
-    return {stretch: [] for stretch in STRETCHES}

@@ -51,11 +51,11 @@ def flat_figures(comparison: Comparison, worlds: Sequence[WorldFigures], seeds: 
 
 def _headline(comparison: Comparison, one: WorldFigures) -> Flat:
     """SMES against the others; without the keys of rankers that were not run."""
-    smes, flat = comparison.smes, Flat()
+    smes, gauc, flat = comparison.smes, one.gauc["end"], Flat()
     for (few, small), (many, large) in _neighbours(comparison.experts):
         if small in one.rankers and large in one.rankers:
-            flat |= _interval(f"e{many}_over_e{few}", one.gain(large, small))
-    flat |= {f"e{count}_gauc": one.mean(name) for count, name in comparison.experts.items() if name in one.rankers}
+            flat |= _interval(f"e{many}_over_e{few}", gauc.gain(large, small))
+    flat |= {f"e{count}_gauc": gauc.mean(name) for count, name in comparison.experts.items() if name in one.rankers}
     if smes not in one.rankers:
         return flat
     flat["smes_flops"] = one.rankers[smes].flops
@@ -63,29 +63,29 @@ def _headline(comparison: Comparison, one: WorldFigures) -> Flat:
     if comparison.linear in one.rankers:
         flat["oracle_share"] = one.oracle_share(smes, comparison.linear)
     if comparison.paper in one.rankers:
-        flat |= _interval("over_paper", one.gain(smes, comparison.paper))
+        flat |= _interval("over_paper", gauc.gain(smes, comparison.paper))
     return flat | _against_dense(comparison, one)
 
 
 def _against_dense(comparison: Comparison, one: WorldFigures) -> Flat:
-    smes, flat = comparison.smes, Flat()
+    smes, gauc, flat = comparison.smes, one.gauc["end"], Flat()
     any_dense = one.best_dense(comparison)
     if any_dense is not None:
         flat |= {"best_any_dense": any_dense, "best_any_dense_flops": one.rankers[any_dense].flops}
-        flat |= _interval("gain_any", one.gain(smes, any_dense))
+        flat |= _interval("gain_any", gauc.gain(smes, any_dense))
     flops = one.rankers[smes].flops
     best = one.best_dense(comparison, at_least=flops)
     if best is None:
         return flat
     flat |= {"best_dense": best, "best_dense_flops": one.rankers[best].flops}
-    flat |= _interval("gain", one.gain(smes, best)) | _interval("gain_single", one.single_gain(smes, best))
-    behind = one.rankers[smes].gauc["end"] < one.rankers[best].gauc["end"]
+    flat |= _interval("gain", gauc.gain(smes, best)) | _interval("gain_single", one.single["end"].gain(smes, best))
+    behind = gauc.gauc_T(smes) < gauc.gauc_T(best)
     flat["tasks_behind"] = int(behind.sum())
     early = {}
     for stretch in _EARLY:
         rival = one.best_dense(comparison, stretch, at_least=flops)
         assert rival is not None, "operations do not depend on the stretch"
-        early[stretch] = one.gain(smes, rival, stretch)
+        early[stretch] = one.gauc[stretch].gain(smes, rival)
         flat |= _interval(f"gain_{stretch}", early[stretch])
     worst = min(early.values(), key=lambda interval: interval.value)
     return flat | {"gain_early_pct": worst.value, "gain_early_ci_low_pct": min(i.low for i in early.values())}
@@ -94,9 +94,9 @@ def _against_dense(comparison: Comparison, one: WorldFigures) -> Flat:
 def _of_ranker(comparison: Comparison, one: WorldFigures, name: str) -> Flat:
     figures = one.rankers[name]
     flat: Flat = {
-        "gauc": one.mean(name),
-        "gauc_single": float(np.mean(figures.single["end"])),
-        "gauc_single_sd": _deviation(figures.single["end"]),
+        "gauc": one.gauc["end"].mean(name),
+        "gauc_single": float(np.mean(figures.seeds)),
+        "gauc_single_sd": _deviation(figures.seeds),
         "flops": figures.flops,
         "ranker_flops": figures.ranker_flops,
         "params": figures.parameters,
@@ -106,8 +106,8 @@ def _of_ranker(comparison: Comparison, one: WorldFigures, name: str) -> Flat:
         "calibration_ratio": float(figures.calibration_ratio.mean()),
         "impressions_per_s": figures.impressions_per_s,
     }
-    flat |= {f"gauc_{stretch}": one.mean(name, stretch) for stretch in _EARLY}
-    flat |= {f"gauc_task{t}": float(value) for t, value in enumerate(figures.gauc["end"])}
+    flat |= {f"gauc_{stretch}": one.gauc[stretch].mean(name) for stretch in _EARLY}
+    flat |= {f"gauc_task{t}": float(value) for t, value in enumerate(one.gauc["end"].gauc_T(name))}
     if comparison.linear in one.rankers:
         flat["oracle_share"] = one.oracle_share(name, comparison.linear)
     return flat
@@ -120,7 +120,7 @@ def markdown(comparison: Comparison, one: WorldFigures) -> str:
         f"### World `{stream.world}`",
         "",
         f"{stream.impressions:,} impressions, world seed {stream.world_seed}, "
-        f"{len(next(iter(one.rankers.values())).single['end'])} model seeds.",
+        f"{len(next(iter(one.rankers.values())).seeds)} model seeds.",
         "",
         "| ranker | GAUC | one seed | at 1/10 | at 1/3 | of the way | "
         f"`{smes}` is better by, % | kFLOP | parameters | experts run | error of p |",
@@ -128,7 +128,7 @@ def markdown(comparison: Comparison, one: WorldFigures) -> str:
     ]
     for name, figures in one.rankers.items():
         flat = _of_ranker(comparison, one, name)
-        gain = "–" if name == smes or smes not in one.rankers else _shown(one.gain(smes, name))
+        gain = "–" if name == smes or smes not in one.rankers else _shown(one.gauc["end"].gain(smes, name))
         share = f"{flat['oracle_share']:.2f}" if "oracle_share" in flat else "–"
         active = "–" if figures.active_experts is None else f"{figures.active_experts:.1f}"
         lines.append(
@@ -148,7 +148,7 @@ def _by_task(comparison: Comparison, one: WorldFigures) -> list[str]:
     best = one.best_dense(comparison, at_least=one.rankers[comparison.smes].flops)
     if best is None:
         return [f"No dense ranker executes as much as `{comparison.smes}`."]
-    ours, theirs = (one.rankers[name].gauc["end"] for name in (comparison.smes, best))
+    ours, theirs = (one.gauc["end"].gauc_T(name) for name in (comparison.smes, best))
     pairs = " · ".join(f"{a:.4f} / {b:.4f}" for a, b in zip(ours, theirs, strict=True))
     return [f"Best dense ranker at no less FLOPs: `{best}`. By task, `{comparison.smes}` / `{best}`: {pairs}."]
 

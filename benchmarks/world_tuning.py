@@ -34,7 +34,9 @@ def tune_worlds(
         gauc = []
         for trial in comparison.rankers[name].trials:
             settings = {**settings_of(comparison, name, {}), **trial}
-            ends = [world_figures([WorldRun(name, settings, on, 0)], cache, 1).mean(name) for on in tuned_on]
+            ends = [
+                world_figures([WorldRun(name, settings, on, 0)], cache, 1).gauc["end"].mean(name) for on in tuned_on
+            ]
             gauc.append(float(np.mean(ends)))
             print(f"{name} {trial}: GAUC {gauc[-1]:.4f} ({' '.join(f'{end:.4f}' for end in ends)})")
         best[name] = comparison.rankers[name].trials[int(np.argmax(gauc))]

@@ -70,6 +70,7 @@ def run_backtest(
     seed: int,
     baseline: str | None,
     should_stop: Callable[[], bool],
+    evaluate: Callable[[Config, Learner], ProgressiveEvaluation] = build_evaluation,
 ) -> BacktestResult:
     """Replay a log through join, evaluation and training.
 
@@ -80,6 +81,7 @@ def run_backtest(
         seed: Of the feedback delays.
         baseline: Name of a second ranker that trains on the same batches, for comparison.
         should_stop: Asked between two steps; a stopped backtest reports what it has done.
+        evaluate: Builds the evaluation of the configured ranker; a benchmark gives one that keeps what it scored.
 
     Raises:
         LogError: The log cannot be read as its schema file says.
@@ -91,7 +93,7 @@ def run_backtest(
     with ExitStack() as stack:
         reader = stack.enter_context(open_log(log, schema_file, limit=limit))
         stream = BlockStream(schema, config.stream.join, config.stream.batch, replay_blocks(reader, seed))
-        trainer = Trainer(learner, stream, build_evaluation(config, learner), Flags())
+        trainer = Trainer(learner, stream, evaluate(config, learner), Flags())
         other = _Baseline(config, schema, baseline) if baseline else None
         advance = stack.enter_context(progress("backtest", reader.total))
         memory: list[tuple[int, float]] = []

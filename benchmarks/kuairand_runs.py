@@ -1,0 +1,290 @@
+"""One ranker with one seed through ``smes backtest`` on a KuaiRand folder, every frozen score kept on disk.
+
+Kept are the scores that windowed GAUC is made of: those of the frozen copy of the weights, see
+:mod:`trainer.evaluation`. What they are scores of (user, group, window, labels) is the same for all rankers that read
+the stream in the same batches, and is kept once. Memory does not grow with the log.
+
+Letters: B instances, T tasks.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.flops import FlopTally, cost_of
+from benchmarks.quality_config import Settings, build_config, key_of
+from benchmarks.run_cache import RunCache, RunResult
+from cli.backtest import run_backtest
+from cli.config import Config
+from cli.console import console
+from simulators.log_reader import open_log
+from smes.events import F32, I64, ExampleBlock
+from smes.learner import Learner
+from smes.schema import MISSING, Schema
+from smes.serving import ServingModel
+from trainer.evaluation import FrozenModel, ProgressiveEvaluation, Tensors
+
+TASKS = ("click", "long_view", "like", "profile_enter")
+"""The tasks of the headline; the others have too few positives to decide anything."""
+
+_COUNTED_EVERY = 32  # calls of a frozen copy
+_NO_LABEL = 2
+_DTYPES: dict[str, Any] = {
+    "user": np.int64,
+    "group": np.int64,
+    "window": np.int32,
+    "labels": np.uint8,
+    "scores": np.float32,
+}
+_OF_STREAM = ("user", "group", "window", "labels")
+
+
+@dataclass(frozen=True)
+class LogRun:
+    """One ranker with one seed.
+
+    Attributes:
+        ranker: Its name in the comparison.
+        settings: Its settings, dotted.
+        log: The folder.
+        limit: Only the first so many impressions; None for all.
+        seed: Of its first weights, dense ones and embeddings.
+    """
+
+    ranker: str
+    settings: Settings
+    log: Path
+    limit: int | None
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.ranker}, seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.ranker}-log-{self.seed}-{key_of(self.config, **self._log(), seed=self.seed)}"
+
+    @property
+    def stream_key(self) -> str:
+        """The same for all runs that see the same batches in the same windows."""
+        config = self.config
+        alike = replace(
+            Config(), stream=config.stream, trainer=replace(Config().trainer, evaluation=config.trainer.evaluation)
+        )
+        return f"stream-{key_of(alike, **self._log())}"
+
+    @property
+    def config(self) -> Config:
+        config = build_config(self.settings, self.ranker)
+        return replace(config, trainer=replace(config.trainer, seed=self.seed))
+
+    def _log(self) -> dict[str, Any]:
+        files = sorted((path.name, path.stat().st_size) for path in self.log.rglob("*.csv"))
+        schema = self.config.schema_file(self.log).schema.hash
+        return {"files": files, "limit": self.limit, "schema": schema}
+
+    def execute(self, cache: RunCache) -> RunResult:
+        config, built = self.config, []
+        with ExitStack() as stack:
+            columns = stack.enter_context(_Columns(cache.folder, self.key, self.stream_key))
+
+            def evaluate(config: Config, learner: Learner) -> ProgressiveEvaluation:
+                built.append((learner, RecordingEvaluation(config, learner, columns)))
+                return built[-1][1]
+
+            stack.enter_context(_quiet())
+            started_s = time.monotonic()
+            result = run_backtest(
+                config, self.log, limit=self.limit, seed=0, baseline=None, should_stop=lambda: False, evaluate=evaluate
+            )
+            seconds = time.monotonic() - started_s
+        ((learner, evaluation),) = built
+        cost = cost_of(learner.schema, config.model, evaluation.tally, result.report["active_experts"]["mean"])
+        facts = {
+            **asdict(cost),
+            "flops": cost.flops,
+            "active_experts": result.report["active_experts"]["mean"],
+            "tasks": result.report["tasks"],
+            "trained": result.report["events"]["trained"],
+            "seconds": seconds,
+            "memory_mib": max(mib for _, mib in result.memory_mib),
+        }
+        return RunResult({}, facts)
+
+    def columns(self, cache: RunCache) -> "LogColumns":
+        """What the run kept, read from disk as it is asked for."""
+        stream = {name: _read(_file(cache.folder, self.stream_key, name), name) for name in _OF_STREAM}
+        columns = LogColumns(**stream, scores=_read(_file(cache.folder, self.key, "scores"), "scores"))
+        if len({len(column) for column in (*stream.values(), columns.scores)}) > 1:
+            raise ValueError(f"cache {cache.folder}: scores of {self.title} of another stream, expected another folder")
+        return columns
+
+
+@dataclass(frozen=True)
+class LogColumns:
+    """Scored examples in the order of the stream, all on disk.
+
+    Attributes:
+        user: int64.
+        group: int64, the request, or the user; within a window.
+        window: int32, ascending; window 0, of weights that have seen nothing, is left out.
+        labels: uint8, by task of :data:`TASKS`: 0, 1, or 2 for none.
+        scores: float32, likewise.
+    """
+
+    user: NDArray[Any]
+    group: NDArray[Any]
+    window: NDArray[Any]
+    labels: NDArray[Any]
+    scores: NDArray[Any]
+
+    def windows(self) -> Iterator[slice]:
+        """The rows of each window."""
+        first = 0
+        while first < len(self.window):
+            last = int(np.searchsorted(self.window, self.window[first], side="right"))
+            yield slice(first, last)
+            first = last
+
+
+class RecordingEvaluation(ProgressiveEvaluation):
+    """Progressive evaluation that keeps what its frozen copies score, and counts what that executes.
+
+    Args:
+        config: Window bounds and device.
+        learner: The weights.
+        columns: Where the scores go.
+    """
+
+    def __init__(self, config: Config, learner: Learner, columns: "_Columns") -> None:
+        device = config.trainer.open_device()
+        self.tally = FlopTally()
+        self._columns = columns
+        self._tasks = _task_columns(learner.schema)
+        self._window_number = -1
+        self._calls = 0
+        self._scored: list[tuple[int, F32]] = []
+
+        def build(tensors: Tensors) -> FrozenModel:
+            self._window_number += 1
+            return _Recorded(self, ServingModel(learner.schema, learner.config, tensors, device=device))
+
+        super().__init__(learner.schema, config.trainer.evaluation, freeze=learner.serving_state, build=build)
+
+    def before_step(self, examples: ExampleBlock) -> None:
+        self._scored = []
+        super().before_step(examples)
+        assert np.isnan(examples.served_scores).all(), "a log carries no served scores"
+        scores_BT = np.concatenate([scores for _, scores in self._scored])
+        window_B = np.concatenate([np.full(len(scores), window, np.int32) for window, scores in self._scored])
+        labels_BT = np.where(examples.label_mask, examples.labels > 0.5, _NO_LABEL).astype(np.uint8)
+        # The sign bit keeps users' groups apart from requests.
+        group_B = np.where(examples.request_id != MISSING, examples.request_id, examples.user_id | MISSING)
+        rows = window_B > 0
+        self._columns.add(
+            user=examples.user_id[rows],
+            group=group_B[rows],
+            window=window_B[rows],
+            labels=labels_BT[rows][:, self._tasks],
+            scores=scores_BT[rows][:, self._tasks],
+        )
+
+    def keep(self, model: ServingModel, ids: I64, numerics: F32) -> F32:
+        """Score with a frozen copy, and note the scores."""
+        self._calls += 1
+        if self._calls % _COUNTED_EVERY:
+            scores = model.score(ids, numerics)
+        else:
+            with self.tally.counting(len(ids)):
+                scores = model.score(ids, numerics)
+        self._scored.append((self._window_number, scores))
+        return scores
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A frozen copy whose scores are noted."""
+
+    evaluation: RecordingEvaluation
+    model: ServingModel
+
+    def score(self, ids: I64, numerics: F32) -> F32:
+        return self.evaluation.keep(self.model, ids, numerics)
+
+
+class _Columns:
+    """Columns that grow on disk; under their names only when all is written."""
+
+    def __init__(self, folder: Path, run_key: str, stream_key: str) -> None:
+        self._paths = {name: _file(folder, run_key if name == "scores" else stream_key, name) for name in _DTYPES}
+        # Runs side by side each write the stream's columns, and the last one's stay: they are the same.
+        self._unfinished = {name: path.with_name(f"{run_key}.{name}.unfinished") for name, path in self._paths.items()}
+        self._files: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> "_Columns":
+        self._files = {name: path.open("wb") for name, path in self._unfinished.items()}
+        return self
+
+    def add(self, **columns: NDArray[Any]) -> None:
+        for name, values in columns.items():
+            self._files[name].write(np.ascontiguousarray(values, _DTYPES[name]).data)
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        for file in self._files.values():
+            file.close()
+        for name, path in self._unfinished.items():
+            if kind is None:
+                path.replace(self._paths[name])
+            else:
+                path.unlink()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The backtest's own progress says nothing: many runs are under way."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+def impressions_before(config: Config, log: Path, days: float) -> int:
+    """How many impressions the first so many days of a log have, counted from the first one."""
+    count, end_ms = 0, None
+    with open_log(log, config.schema_file(log)) as reader:
+        for block in reader.blocks():
+            time_ms = block.impressions.event_time_ms
+            end_ms = int(time_ms[0]) + round(days * 86_400_000) if end_ms is None else end_ms
+            count += int((time_ms < end_ms).sum())
+            if time_ms[-1] >= end_ms:
+                break
+    return count
+
+
+def _task_columns(schema: Schema) -> list[int]:
+    names = [task.name for task in schema.tasks]
+    if missing := sorted(set(TASKS) - set(names)):
+        raise ValueError(f"schema {schema.name!r}: no tasks {missing}, expected those of KuaiRand")
+    return [names.index(task) for task in TASKS]
+
+
+def _file(folder: Path, key: str, name: str) -> Path:
+    return folder / f"{key}.{name}"
+
+
+def _read(path: Path, name: str) -> NDArray[Any]:
+    width = len(TASKS) if name in ("labels", "scores") else 1
+    dtype = np.dtype(_DTYPES[name])
+    rows = path.stat().st_size // (dtype.itemsize * width)
+    if rows == 0:
+        raise ValueError(f"{path.name}: no scored example, expected a log longer than its first window")
+    shape = (rows, width) if width > 1 else (rows,)
+    return np.memmap(path, dtype, mode="r", shape=shape)

@@ -1,0 +1,166 @@
+"""A small comparison on a KuaiRand folder, cut from the real one, from end to end."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from benchmarks import quality
+from benchmarks.kuairand_quality import LogFigures, log_figures
+from benchmarks.kuairand_runs import TASKS, LogRun, impressions_before
+from benchmarks.quality_config import load_quality, settings_of
+from benchmarks.run_cache import RunCache, run_missing
+from cli.config import Config
+
+DAY_MS = 86_400_000
+COMPARED: dict[str, Any] = {
+    "smes": "smes",
+    "paper": "smes",
+    "linear": "linear",
+    "dense": ["shared_bottom"],
+    "rankers": {
+        "linear": {"settings": {"model.ranker": "linear"}},
+        "shared_bottom": {"settings": {"model.ranker": "shared_bottom", "model.shared_bottom.dims": [16]}},
+        "smes": {
+            "settings": {"model.smes.encoder_dims": [16], "model.smes.expert_dims": [8]},
+            "trials": [{"optimizer.learning_rate": 0.00001}, {"optimizer.learning_rate": 0.002}],
+        },
+    },
+}
+
+pytestmark = pytest.mark.kuairand
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, kuairand_dir: Path) -> Path:
+    """Two users in a hundred over all days, and the feature files as they are."""
+    folder = tmp_path_factory.mktemp("log-quality")
+    (folder / "log").mkdir()
+    for path in kuairand_dir.glob("*_features_*.csv"):
+        shutil.copy(path, folder / "log")
+    (log,) = kuairand_dir.glob("log_standard_*.csv")
+    with log.open() as lines, (folder / "log" / log.name).open("w") as out:
+        out.write(next(lines))
+        out.writelines(line for line in lines if int(line.split(",", 1)[0]) % 50 < 2)
+    (folder / "quality.yaml").write_text(yaml.safe_dump({"worlds": COMPARED, "kuairand": COMPARED}))
+    return folder
+
+
+def run(folder: Path, *more: str) -> dict[str, Any]:
+    report = folder / "figures.json"
+    where = {"--config": "quality.yaml", "--chosen": "chosen.yaml", "--cache": "cache", "--log": "log"}
+    places = [word for option, name in where.items() for word in (option, str(folder / name))]
+    assert quality.main([*places, "--seeds", "2", "--resamples", "50", "--json", str(report), *more]) == 0
+    figures: dict[str, Any] = json.loads(report.read_text())
+    return figures
+
+
+@pytest.fixture(scope="module")
+def figures(folder: Path) -> dict[str, Any]:
+    return run(folder)
+
+
+def runs(folder: Path, name: str) -> list[LogRun]:
+    config = load_quality(folder / "quality.yaml").kuairand
+    return [LogRun(name, settings_of(config, name, {}), folder / "log", None, seed) for seed in (0, 1)]
+
+
+def test_every_figure_that_is_promised(figures: dict[str, Any]) -> None:
+    promised = "gain_vs_best_dense_pct gain_vs_best_dense_ci_low_pct smes_flops best_dense_flops gain_vs_linear_pct"
+    for key in (*promised.split(), "auc_like_gain_vs_linear", "auc_click_gain_vs_best_dense"):
+        assert np.isfinite(figures[key]), key
+    assert figures["seeds"] == 2
+    assert figures["best_dense"] == "shared_bottom"
+    for name in COMPARED["rankers"]:
+        for key in ("gauc", "gauc_single", "flops", "params", *(f"auc_{task}" for task in TASKS)):
+            assert np.isfinite(figures[f"{name}_{key}"]), key
+    expected = 100 * (figures["smes_gauc"] / figures["shared_bottom_gauc"] - 1)
+    assert figures["gain_vs_best_dense_pct"] == pytest.approx(expected)
+    assert figures["gain_vs_best_dense_ci_low_pct"] < expected < figures["gain_vs_best_dense_ci_high_pct"]
+
+
+def test_a_seed_by_itself_has_the_gauc_that_smes_backtest_reports(figures: dict[str, Any], folder: Path) -> None:
+    cache = RunCache(folder / "cache")
+    own: LogFigures = log_figures(runs(folder, "smes"), cache, 10)
+    for seed, one in enumerate(runs(folder, "smes")):
+        reported = cache.load(one).facts["tasks"]
+        expected = [reported[task]["gauc_windowed"] for task in TASKS]
+        np.testing.assert_allclose(own.rankers["smes"].seeds_ST[seed], expected, rtol=1e-12)
+    assert figures["smes_gauc_single"] == pytest.approx(own.rankers["smes"].seeds_ST.mean())
+    assert not np.array_equal(*own.rankers["smes"].seeds_ST), "two seeds, one model"
+
+
+def test_the_averaged_figure_is_of_averaged_scores(figures: dict[str, Any], folder: Path) -> None:
+    """One task by a loop over groups, from the columns on disk."""
+    cache = RunCache(folder / "cache")
+    one, other = (each.columns(cache) for each in runs(folder, "smes"))
+    scores = (one.scores[:, 0].astype(np.float64) + other.scores[:, 0]) / 2
+    weighted = weight = 0.0
+    for group in np.unique(np.stack([one.window, one.group]), axis=1).T:
+        rows = (one.window == group[0]) & (one.group == group[1]) & (one.labels[:, 0] < 2)
+        positive = one.labels[rows, 0] == 1
+        if positive.any() and not positive.all():
+            pairs = scores[rows][positive][:, None] - scores[rows][~positive]
+            weighted += rows.sum() * float(((pairs > 0) + 0.5 * (pairs == 0)).mean())
+            weight += rows.sum()
+    assert figures["smes_gauc_click"] == pytest.approx(weighted / weight, rel=1e-12)
+
+
+def test_an_interrupted_comparison_goes_on(figures: dict[str, Any], folder: Path) -> None:
+    (lost,) = (folder / "cache").glob("smes-log-1-*.npz")
+    kept = {path.name: path.stat().st_mtime_ns for path in (folder / "cache").glob("*.npz") if path != lost}
+    lost.unlink()
+    again = run(folder)
+    assert {key: again[key] for key in again if "per_s" not in key} == {
+        key: figures[key] for key in figures if "per_s" not in key
+    }
+    assert kept == {p.name: p.stat().st_mtime_ns for p in (folder / "cache").glob("*.npz") if p != lost}
+
+
+def test_the_comparison_is_plotted(figures: dict[str, Any], folder: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plots need the bench extra")
+    run(folder, "--plot", str(folder / "figures.png"))
+    assert (folder / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tuning_sees_the_first_seven_days_only(folder: Path) -> None:
+    """No run trains on more, and so none scores more, than the impressions of these days."""
+    limit = impressions_before(Config(), folder / "log", 7)
+    (log,) = (folder / "log").glob("log_standard_*.csv")
+    header, *rows = [line.split(",") for line in log.read_text().splitlines()]
+    time_column = header.index("time_ms")
+    times = np.array(sorted(int(row[time_column]) for row in {tuple(row) for row in rows}))
+    assert limit == int((times < times[0] + 7 * DAY_MS).sum())
+    assert 0 < limit < len(times)
+    few = ["--rankers", "smes", "--tune", "--seeds", "1"]
+    where = ["--config", str(folder / "quality.yaml"), "--log", str(folder / "log")]
+    assert quality.main([*few, *where, "--cache", str(folder / "tune"), "--chosen", str(folder / "tuned.yaml")]) == 0
+    cache = RunCache(folder / "tune")
+    trained = [json.loads(str(np.load(path)["facts"]))["trained"] for path in cache.folder.glob("*.npz")]
+    assert trained == [limit, limit]
+    chosen = yaml.safe_load((folder / "tuned.yaml").read_text())
+    assert chosen["kuairand"]["smes"] in COMPARED["rankers"]["smes"]["trials"]
+
+
+def test_a_broken_run_leaves_nothing_that_looks_whole(folder: Path, tmp_path: Path) -> None:
+    config = load_quality(folder / "quality.yaml").kuairand
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log_standard_1_pure.csv").write_text("user_id,video_id\n")
+    broken = LogRun("smes", settings_of(config, "smes", {}), tmp_path / "log", None, 0)
+    cache = RunCache(tmp_path / "cache")
+    with pytest.raises(Exception, match="log_standard_1_pure"):
+        run_missing([broken], cache, 1)
+    assert not cache.has(broken)
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_without_a_log_it_says_what_it_wants(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("KUAIRAND_HOME", raising=False)
+    assert quality.main(["--cache", str(folder / "cache")]) == 2
+    assert "expected a KuaiRand folder, named here or by KUAIRAND_HOME" in capsys.readouterr().err
