@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from smes.logit_gradient import mean_and_chosen
 from smes.stages import Stages
 
 
@@ -21,7 +22,8 @@ class Routing:
         experts_BTK: int64; first the fixed ones, then those of stage I (both the same for all routers), of stage II
             (the same within a group), of stage III.
         weights_BTK: p̃, renormalised over the router's own K experts; sums to 1.
-        probs_BTL: The full softmax over what the router chooses from, before selection.
+        probs_BTL: The full softmax over what the router chooses from, before selection; no gradient.
+        mean_TL: Its mean over the instances, from which the balance loss learns.
         num_experts: E.
         bound: The most experts that an instance can use.
     """
@@ -29,6 +31,7 @@ class Routing:
     experts_BTK: Tensor
     weights_BTK: Tensor
     probs_BTL: Tensor
+    mean_TL: Tensor
     num_experts: int
     bound: int
 
@@ -86,13 +89,12 @@ class Selection(nn.Module):
         stages, (B, T, _) = self.stages, z_BTC.shape
         fixed = stages.num_fixed
         z_BTL = z_BTC[..., fixed:]
-        probs_BTL = z_BTL.softmax(dim=-1)
-        demand_BTL = probs_BTL.detach()
-        shared_BS = self._for_all(demand_BTL)
-        closed_BPL = self._closed(demand_BTL, shared_BS)
+        probs_BTL = z_BTL.detach().softmax(dim=-1)
+        shared_BS = self._for_all(probs_BTL)
+        closed_BPL = self._closed(probs_BTL, shared_BS)
         chosen = shared_BS.unsqueeze(1).expand(B, T, -1)
         if stages.num_group:
-            group_BGK = self._for_groups(demand_BTL, shared_BS, closed_BPL)
+            group_BGK = self._for_groups(probs_BTL, shared_BS, closed_BPL)
             chosen = torch.cat([chosen, group_BGK.index_select(1, self.group_T)], dim=-1)
         if stages.num_adaptive:
             chosen = torch.cat([chosen, self._for_routers(z_BTL.detach(), chosen, closed_BPL)], dim=-1)
@@ -101,13 +103,12 @@ class Selection(nn.Module):
             fixed_BTK = torch.arange(fixed, device=chosen.device).expand(B, T, fixed)
             columns_BTK = torch.cat([fixed_BTK, fixed + chosen], dim=-1)
             experts_BTK = torch.cat([fixed_BTK, fixed + self.first_T.view(1, T, 1) + chosen], dim=-1)
-        weights_BTK = z_BTC.gather(-1, columns_BTK).softmax(dim=-1)
-        return Routing(experts_BTK, weights_BTK, probs_BTL, stages.num_experts, self._bound)
+        mean_TL, chosen_BTK = mean_and_chosen(z_BTC, probs_BTL, columns_BTK)
+        return Routing(experts_BTK, chosen_BTK.softmax(dim=-1), probs_BTL, mean_TL, stages.num_experts, self._bound)
 
     def mean_probs(self, routing: Routing) -> Tensor:
         """Mean probability of each expert over the instances, 0 outside the router's pool. [T, E − K_0]."""
-        mean_TL = routing.probs_BTL.mean(dim=0)
-        return (self.own_TP.unsqueeze(2) * mean_TL.unsqueeze(1)).flatten(1)
+        return (self.own_TP.unsqueeze(2) * routing.mean_TL.unsqueeze(1)).flatten(1)
 
     def _for_all(self, demand_BTL: Tensor) -> Tensor:
         if self.stages.num_shared == 0:
