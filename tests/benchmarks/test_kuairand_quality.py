@@ -32,12 +32,13 @@ COMPARED: dict[str, Any] = {
     },
 }
 
-pytestmark = pytest.mark.kuairand
+# A comparison is many runs: a minute on a busy machine, all of it in the first test's fixture.
+pytestmark = [pytest.mark.kuairand, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, kuairand_dir: Path) -> Path:
-    """Two users in a hundred over all days, and the feature files as they are."""
+    """Three users in a hundred over all days, and the feature files as they are."""
     folder = tmp_path_factory.mktemp("log-quality")
     (folder / "log").mkdir()
     for path in kuairand_dir.glob("*_features_*.csv"):
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, kuairand_dir: Path) -> Path
     (log,) = kuairand_dir.glob("log_standard_*.csv")
     with log.open() as lines, (folder / "log" / log.name).open("w") as out:
         out.write(next(lines))
-        out.writelines(line for line in lines if int(line.split(",", 1)[0]) % 50 < 2)
+        out.writelines(line for line in lines if int(line.split(",", 1)[0]) % 100 < 3)
     (folder / "quality.yaml").write_text(yaml.safe_dump({"worlds": COMPARED, "kuairand": COMPARED}))
     return folder
 

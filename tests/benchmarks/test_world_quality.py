@@ -36,6 +36,10 @@ COMPARED: dict[str, Any] = {
 }
 
 
+# A comparison is many runs: half a minute on a busy machine, all of it in the first test's fixture.
+pytestmark = pytest.mark.timeout(400)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quality")
