@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cli.backtest import run_backtest
 from cli.config import DEFAULT_FILE, Config, load_config
-from cli.console import console, errors, number, progress, report_table, set_up_logging, task_table
+from cli.console import console, errors, number, progress, report_table, routing_line, set_up_logging, task_table
 from cli.demo import DemoOptions, run_demo
 from cli.features import load_features
 from cli.starter import STARTER
@@ -135,6 +135,9 @@ def backtest(
     baseline: Annotated[
         str | None, typer.Option(help="A second ranker on the same batches, for comparison: linear.")
     ] = None,
+    routing: Annotated[
+        Path | None, typer.Option(help="Write the routing over time here, as JSON; benchmarks.routing plots it.")
+    ] = None,
     report: ReportPath = None,
 ) -> None:
     """Join, evaluate and train on a log in one process at full speed, without broker or Redis."""
@@ -143,10 +146,12 @@ def backtest(
             _config(context, schema), log, limit=limit, seed=seed, baseline=baseline, should_stop=should_stop
         )
     write_report(result.report, report)
+    write_report(result.routing, routing, indent=None)
     console.print(task_table(result.report["tasks"], result.baseline))
     console.print(report_table(result.report))
     if result.expert_load:
         console.print(result.expert_load, highlight=False)
+        console.print(routing_line(result.report["routing"]), highlight=False)
     rejected = ", ".join(f"{count:,} rows: {reason}" for reason, count in result.rejected.items()) or "none"
     console.print(f"log: {result.duplicates_dropped:,} exact duplicates dropped; rows rejected: {rejected}")
     memory = ", ".join(f"{mib:,.0f} at {trained:,}" for trained, mib in result.memory_mib)

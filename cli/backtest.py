@@ -18,6 +18,7 @@ from smes.schema import Schema
 from stream.block_stream import BlockStream
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.report import training_report
+from trainer.routing_lens import routing_report
 from trainer.schedule import Flags
 from trainer.trainer import Trainer
 
@@ -35,6 +36,7 @@ class BacktestResult:
         duplicates_dropped: Rows of the log that the reader left out as exact duplicates.
         rejected: Reason → rows that it could not use.
         expert_load: How the load lies on the experts, for people.
+        routing: The routing over time; see :func:`trainer.routing_lens.routing_report`.
     """
 
     report: dict[str, Any]
@@ -43,6 +45,7 @@ class BacktestResult:
     duplicates_dropped: int
     rejected: dict[str, int]
     expert_load: str
+    routing: dict[str, Any]
 
 
 class _Baseline:
@@ -110,6 +113,7 @@ def run_backtest(
         trainer.settle()
         seconds = time.monotonic() - started_s
         memory.append((trainer.trained, resident_mib()))
+        tasks = [task.name for task in schema.tasks]
         return BacktestResult(
             training_report(trainer, seconds=seconds, trained=trainer.trained),
             other.tasks() if other is not None else None,
@@ -117,6 +121,7 @@ def run_backtest(
             reader.duplicates,
             reader.rejected,
             load_line(trainer.experts.load_share, trainer.experts.load_skew),
+            routing_report(trainer.experts.history, learner.expert_limits, tasks),
         )
 
 

@@ -106,3 +106,13 @@ def load_line(load_share: list[float], load_skew: float | None) -> str:
         return ""
     shares = " ".join(f"{share:.1%}" for share in load_share)
     return f"expert load: {load_skew:.2f} times the mean on the busiest; by expert {shares}"
+
+
+def routing_line(summary: dict[str, Any]) -> str:
+    """How the routing is in its newest stretch, in one line; see :func:`trainer.routing_lens.routing_summary`."""
+    parts = [f"{number(summary['dead'])} dead experts", f"load skew {number(summary['load_skew'], 2)}"]
+    if summary["overlap"] is not None:
+        parts.append(f"overlap of two tasks {number(summary['overlap'], 2)}")
+    if summary["drift"] is not None:
+        parts.append(f"drift {number(summary['drift'], 2)} since the stretch before")
+    return f"routing in the last {number(summary['stretch_steps'])} steps: {', '.join(parts)}"

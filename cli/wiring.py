@@ -71,7 +71,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal(number, handler)
 
 
-def write_report(report: dict[str, Any], path: Path | None) -> None:
+def write_report(report: dict[str, Any], path: Path | None, *, indent: int | None = 2) -> None:
     """Write a report as JSON, if a path is given.
 
     Raises:
@@ -80,7 +80,7 @@ def write_report(report: dict[str, Any], path: Path | None) -> None:
     if path is None:
         return
     try:
-        path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(report, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise SmesError(f"report {path}: cannot be written: {error.strerror}") from error
 

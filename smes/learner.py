@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from smes.batch import RankBatch
 from smes.devices import open_device
 from smes.embedding import RowTable
-from smes.events import ExampleBlock
+from smes.events import F32, I64, ExampleBlock
 from smes.features import FeatureInputs
 from smes.id_rows import DistinctRows, IdRows, pool_weights, uniform_rows
 from smes.model import ModelConfig, build_model
@@ -153,6 +154,28 @@ class Learner:
             active_experts=stats.active_B if stats else None,
             expert_load=stats.load_TE if stats else None,
         )
+
+    def choices(self, ids: I64, numerics: F32) -> Tensor | None:
+        """The experts that each task would choose for N ≥ 1 instances with the weights as they are; changes nothing.
+
+        Args:
+            ids: int64 [N, W]; an id never trained on reads its vocabulary's default row.
+            numerics: float32 [N, F].
+
+        Returns:
+            int64 [N, T, K] on the training device, experts that run for every instance left out; None for a ranker
+            without routing.
+        """
+        device, table, pool_NW = self._device.device, self._tables.get("embedding"), pool_weights(self.schema, ids)
+        with torch.no_grad():
+            rows_NW = torch.from_numpy(self._rows.find(ids)).to(device)
+            inputs = FeatureInputs(
+                embedding_BWD=None if table is None else F.embedding(rows_NW, table.weights),
+                wide_BWT=None,
+                pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(device),
+                numerics_BF=torch.tensor(numerics, dtype=torch.float32, device=device),
+            )
+            return self._model.choices(inputs, self._device.autocast())
 
     def serving_state(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of all that :class:`smes.serving.ServingModel` needs.

@@ -17,7 +17,7 @@ from smes.linear_ranker import LinearRanker
 from smes.losses import TaskHeads, TaskOutputs
 from smes.mmoe_ranker import MMoE, MmoeConfig
 from smes.ple_ranker import PLE, PleConfig
-from smes.ranker import Ranker, RankerOutput
+from smes.ranker import Ranker, RankerOutput, RoutedRanker
 from smes.schema import Schema
 from smes.shared_bottom_ranker import SharedBottom, SharedBottomConfig
 from smes.smes_config import SmesConfig
@@ -153,6 +153,18 @@ class RankModel(nn.Module):
             heads_BT = self.heads(output.tasks_BTH) if self.heads is not None else None
         logits = [part.float() for part in (wide_BT, heads_BT) if part is not None]
         return ModelOutput(sum(logits, start=self.tasks.base_logits()), output)
+
+    def choices(self, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None) -> Tensor | None:
+        """The experts that each task chooses for B ≥ 1 instances, int64 [B, T, K]; None for a ranker without."""
+        if not isinstance(self.ranker, RoutedRanker):
+            return None
+        training = self.training
+        self.eval()  # nothing observes: a look must not change what it looks at
+        x_BI, _ = self.features(inputs)
+        with autocast or nullcontext():
+            choices_BTK = self.ranker.choices(x_BI)
+        self.train(training)
+        return choices_BTK
 
 
 def build_model(schema: Schema, config: ModelConfig, seed: int) -> RankModel:

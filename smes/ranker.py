@@ -4,7 +4,7 @@ Letters: B instances, T tasks, E experts, I input width, H width of a task's rep
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -28,11 +28,15 @@ class ExpertLimits:
 
     Attributes:
         bound: Most experts that one instance may execute.
-        num_experts: Size of the pool.
+        num_experts: E.
+        num_fixed: K_0 of them, the first, run for every instance whatever the routing.
+        num_pools: The others are this many equal pools, one after the other, each for its own tasks; 1: for all.
     """
 
     bound: int
     num_experts: int
+    num_fixed: int = 0
+    num_pools: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +67,12 @@ class Ranker(Protocol):
     expert_limits: ExpertLimits | None
 
     def __call__(self, x_BI: Tensor) -> RankerOutput: ...
+
+
+@runtime_checkable
+class RoutedRanker(Protocol):
+    """What a ranker that chooses experts can be asked besides."""
+
+    def choices(self, x_BI: Tensor) -> Tensor:
+        """The experts that each task chooses for each instance, those that run anyway left out; int64 [B, T, K]."""
+        ...

@@ -49,7 +49,9 @@ class SMES(nn.Module):
         stages = config.stages(tuple(dict(zip(router_T, group_T, strict=True))[r] for r in range(max(router_T) + 1)))
         self.config = config
         self.output_dim = config.expert_dims[-1]
-        self.expert_limits: ExpertLimits | None = ExpertLimits(stages.bound, config.num_experts)
+        self.expert_limits: ExpertLimits | None = ExpertLimits(
+            stages.bound, config.num_experts, stages.num_fixed, stages.num_pools
+        )
         self.encoder = Encoder(input_dim, config.encoder_dims)
         width = self.encoder.output_dim
         self.router = Router(
@@ -93,6 +95,11 @@ class SMES(nn.Module):
         parts = {"encoder": (h_BD,), "raw": (x_BI,), "both": (x_BI, h_BD)}[self.config.router_input]
         routing: Routing = self.selection(self.router(*parts))
         return routing
+
+    def choices(self, x_BI: Tensor) -> Tensor:
+        """The experts that each task chooses for each instance, the fixed ones left out. int64 [B, T, K]."""
+        routing = self.route(x_BI, self.encoder(x_BI))
+        return self._for_tasks(routing.experts_BTK[..., self.selection.stages.num_fixed :], dim=1)
 
     def _balance(self, routing: Routing, load_RE: Tensor) -> Tensor | None:
         loss = BALANCE_LOSSES[self.config.balance_loss]

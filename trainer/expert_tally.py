@@ -8,16 +8,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smes.events import ExampleBlock
+from smes.ranker import ExpertLimits
+from trainer.routing_history import RoutingHistory
+from trainer.routing_lens import routing_summary, skew
+
 
 class ExpertTally:
-    """Running counts; empty for a ranker without experts."""
+    """Running counts; empty for a ranker without experts.
 
-    def __init__(self) -> None:
+    Args:
+        limits: Which experts can be chosen from where; None for a ranker without experts.
+    """
+
+    def __init__(self, limits: ExpertLimits | None) -> None:
+        self.history = RoutingHistory()
+        self._limits = limits
         self._counts = np.zeros(3, np.int64)  # instances, experts executed for them, most for one
         self._load_TE = np.zeros((0, 0), np.int64)
 
-    def add(self, active_B: NDArray[Any], load_TE: NDArray[Any]) -> None:
+    def add(self, examples: ExampleBlock, active_B: NDArray[Any], load_TE: NDArray[Any]) -> None:
         """Take one batch: experts executed per instance, and instances that each task sent to each expert."""
+        self.history.add(examples, load_TE)
         instances, executed, most = self._counts
         self._counts[:] = instances + len(active_B), executed + active_B.sum(), max(most, active_B.max(initial=0))
         self._load_TE = load_TE.astype(np.int64) if self._load_TE.size == 0 else self._load_TE + load_TE
@@ -44,9 +56,9 @@ class ExpertTally:
 
     @property
     def load_skew(self) -> float | None:
-        """Largest load over mean load; 1 is even. None before the first instance."""
-        share = self.load_share
-        return max(share) * len(share) if share else None
+        """Largest load over mean load of the experts that can be chosen; 1 is even. None before the first instance."""
+        load_E = self._load_TE.sum(axis=0)
+        return skew(load_E[self._limits.num_fixed :]) if self._limits else None
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON values for a snapshot's manifest."""
@@ -55,12 +67,17 @@ class ExpertTally:
             "active_max": self.max,
             "load_skew": self.load_skew,
             "load_share": [round(share, 5) for share in self.load_share],
+            "routing": routing_summary(self.history, self._limits),
         }
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays from which :meth:`load_state` goes on."""
-        return {"counts": self._counts.copy(), "load": self._load_TE}
+        history = {f"history.{name}": array for name, array in self.history.state().items()}
+        return {"counts": self._counts.copy(), "load": self._load_TE, **history}
 
     def load_state(self, state: dict[str, NDArray[Any]]) -> None:
         """The inverse of :meth:`state`."""
         self._counts, self._load_TE = state["counts"].copy(), state["load"].copy()
+        self.history = RoutingHistory.of_state(
+            {name.removeprefix("history."): array for name, array in state.items() if name.startswith("history.")}
+        )

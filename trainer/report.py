@@ -3,6 +3,7 @@
 from typing import Any
 
 from stream.ledgers import StreamLedger
+from trainer.routing_lens import routing_summary
 from trainer.trainer import Trainer
 
 
@@ -48,6 +49,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> dict[s
             "bound": limits.bound if limits else None,
             "num_experts": limits.num_experts if limits else None,
         },
+        "routing": routing_summary(tally.history, limits),
         "tasks": {
             name: {
                 "positives": metrics.positives,

@@ -84,7 +84,7 @@ class Trainer:
         self.learner, self.stream, self.evaluation = learner, stream, evaluation
         self.lineage = lineage or new_lineage()
         self.trained = 0
-        self.experts = ExpertTally()
+        self.experts = ExpertTally(learner.expert_limits)
         self._flags, self._checkpoints = flags, checkpoints
         self._publisher: Publisher | None = None
         self._arrivals: Counter[int] = Counter()
@@ -195,6 +195,7 @@ class Trainer:
 
     def step(self) -> None:
         """Score the first ready batch, then train on it."""
+        self._look_at_routing()
         ready = self.stream.assembler.ready
         examples = ready[0]
         batch = self._take_prepared(examples)
@@ -286,6 +287,17 @@ class Trainer:
     def settle(self) -> None:
         """Account for the last step, so that metrics cover every trained example."""
         self._account()
+        self._look_at_routing()
+
+    def _look_at_routing(self) -> None:
+        """Where a stretch of the routing's history ends: what the weights of this moment choose for its probe."""
+        history = self.experts.history
+        if not history.ends_with(pending=self._unaccounted is not None):
+            return
+        self._account()
+        choices = self.learner.choices(*history.probe)
+        assert choices is not None, "only a ranker that routes has a history of it"
+        history.close(choices.cpu().numpy())
 
     def _account(self) -> None:
         if self._unaccounted is None:
@@ -294,7 +306,7 @@ class Trainer:
         self._unaccounted = None
         self.evaluation.after_step(examples, result.scores.cpu().numpy())
         if result.active_experts is not None and result.expert_load is not None:
-            self.experts.add(result.active_experts.cpu().numpy(), result.expert_load.cpu().numpy())
+            self.experts.add(examples, result.active_experts.cpu().numpy(), result.expert_load.cpu().numpy())
 
 
 def new_lineage(parent: str | None = None) -> str:

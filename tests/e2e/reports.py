@@ -13,6 +13,7 @@ SECTIONS = {
     "snapshots": {"published", "bytes_last", "served"},
     "scorer": {"requests", "errors", "mixed_versions", "p50_ms", "p99_ms"},
     "active_experts": {"mean", "max", "bound", "num_experts"},
+    "routing": {"stretch_steps", "dead", "load_skew", "drift", "overlap"},
     "tasks": None,
 }
 OF_A_TASK = {"positives", "auc", "gauc_windowed", "ne", "ece"}

@@ -61,6 +61,30 @@ def test_the_same_seed_gives_the_same_report(world: Path) -> None:
     assert one["lineage"] != two["lineage"]
 
 
+def test_the_routing_over_time_is_written_and_holds_every_impression(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.routing_history.FIRST_STEPS", 4)
+    routing, report = tmp_path / "routing.json", tmp_path / "report.json"
+    assert run(["backtest", str(world), "--routing", str(routing), "--report", str(report)]) == 0
+    assert "routing in the last 4 steps: " in capsys.readouterr().out
+    told = read_json(routing)
+    smes = Config().model.smes
+    assert (set(told["tasks"]), told["num_experts"]) == (SYNTHETIC_TASKS, smes.num_experts)
+    stretches = told["stretches"]
+    assert sum(stretch["instances"] for stretch in stretches) == 4000
+    for stretch in stretches:
+        uses = {sum(of_task) for of_task in stretch["load"]}
+        assert uses == {stretch["instances"] * smes.stages((0,)).per_task}
+    assert len(stretches) > 2
+    newest = [stretch for stretch in stretches if stretch["overlap"]][-1]
+    drift = sum(newest["drift"]) / len(newest["drift"])
+    summary = read_json(report)["routing"]
+    assert (summary["dead"], summary["load_skew"]) == (len(newest["dead"]), newest["load_skew"])
+    assert summary["drift"] == pytest.approx(drift, abs=1e-4)
+    assert 0 < drift < 1
+
+
 def test_a_stopped_backtest_reports_what_it_has_done(world: Path) -> None:
     asked = iter(range(6))
     report = backtest(world, should_stop=lambda: next(asked, None) is None).report

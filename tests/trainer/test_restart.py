@@ -12,12 +12,20 @@ from stream.memory_log import InMemoryLog
 from tests.trainer.small_world import MODEL, fill, make_trainer, open_log
 from trainer.checkpoint import CheckpointDirectory
 from trainer.report import conservation_errors, training_report
+from trainer.routing_lens import routing_report
 from trainer.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the routing's history has ends of stretches anywhere, and joins some."""
+    monkeypatch.setattr("trainer.routing_history.FIRST_STEPS", 3)
+    monkeypatch.setattr("trainer.routing_history.MOST_STRETCHES", 6)
 
 
 @pytest.fixture
@@ -40,6 +48,12 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     assert {**report, "lineage": None} == {**wanted, "lineage": None}
     assert conservation_errors(report) == []
     assert one.experts.summary() == other.experts.summary()
+    routing, wanted_routing = (
+        routing_report(t.experts.history, t.learner.expert_limits, ["click", "like", "watch"]) for t in (one, other)
+    )
+    assert routing == wanted_routing
+    assert len(routing["stretches"]) > 3
+    assert routing["stretches"][1]["drift"] is not None
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,0 +1,110 @@
+"""Heat maps of the routing, as PNG. Needs matplotlib (the ``bench`` extra).
+
+Letters: T tasks, E experts, S stretches of the stream.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+F64 = NDArray[np.float64]
+_DPI = 130
+_COLOURS = "viridis"
+
+
+def load_shares(report: dict[str, Any]) -> F64:
+    """Share of a task's uses in a stretch that went to each expert, times E: 1 is even. [S, T, E]."""
+    load_STE = np.array([stretch["load"] for stretch in report["stretches"]], np.float64)
+    shares: F64 = load_STE / load_STE.sum(axis=2, keepdims=True) * load_STE.shape[2]
+    return shares
+
+
+def plot_routing(report: dict[str, Any], path: Path) -> None:
+    """Tasks × experts at the end and over time; overlap of tasks; skew, dead experts and drift."""
+    # Drawn without pyplot: nothing global, no display needed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tall = 0.25 * len(report["tasks"])
+    figure = Figure(figsize=(13, 6 + 3 * tall), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: dict[str, Axes] = figure.subplot_mosaic(
+        [["experts", "overlap"], ["time", "skew"], ["time", "drift"]],
+        width_ratios=[2.5, 1],
+        height_ratios=[2 + tall, 2 + tall, 2 + tall],
+    )
+    shares_STE, stretches = load_shares(report), report["stretches"]
+    ended = [s for s, stretch in enumerate(stretches) if stretch["overlap"] is not None]
+    last = ended[-1] if ended else len(stretches) - 1
+    _experts(panels["experts"], shares_STE[last], float(shares_STE.max()), report)
+    _overlap(panels["overlap"], stretches[last]["overlap"], report["tasks"])
+    _over_time(panels["time"], shares_STE, report)
+    _skew(panels["skew"], stretches[: last + 1])
+    _drift(panels["drift"], stretches[: last + 1], report["tasks"])
+    figure.savefig(path, dpi=_DPI)
+
+
+def _experts(panel: "Axes", shares_TE: F64, most: float, report: dict[str, Any]) -> None:
+    T, E = shares_TE.shape
+    image = panel.imshow(shares_TE, aspect="auto", cmap=_COLOURS, vmin=0, vmax=most, interpolation="nearest")
+    panel.set(title="Load of each expert in the newest whole stretch; 1 is even", xlabel="expert")
+    panel.set_yticks(range(T), report["tasks"])
+    always_on, pools = report["always_on"], report["pools"]
+    for first in range(always_on, E, (E - always_on) // pools):
+        if first:
+            panel.axvline(first - 0.5, color="white", linewidth=1.0)
+    panel.figure.colorbar(image, ax=panel)
+
+
+def _overlap(panel: "Axes", overlap: list[list[float]] | None, tasks: list[str]) -> None:
+    if overlap is None:
+        panel.set_axis_off()
+        return
+    image = panel.imshow(np.array(overlap), aspect="auto", cmap=_COLOURS, vmin=0, vmax=1)
+    panel.set(title="Overlap of two tasks (Jaccard)")
+    panel.set_xticks(range(len(tasks)), tasks, rotation=90)
+    panel.set_yticks([])
+    panel.figure.colorbar(image, ax=panel)
+
+
+def _over_time(panel: "Axes", shares_STE: F64, report: dict[str, Any]) -> None:
+    S, T, E = shares_STE.shape
+    edges = np.concatenate([[0], _until(report["stretches"])])
+    image = panel.pcolormesh(edges, np.arange(T * E + 1), shares_STE.reshape(S, T * E).T, cmap=_COLOURS, vmin=0)
+    for t in range(1, T):
+        panel.axhline(t * E, color="white", linewidth=1.0)
+    panel.set_yticks((np.arange(T) + 0.5) * E, report["tasks"])
+    panel.invert_yaxis()
+    panel.set(title=f"The same over time: {E} rows a task, one an expert", xlabel="impressions seen")
+    panel.figure.colorbar(image, ax=panel)
+
+
+def _skew(panel: "Axes", stretches: list[dict[str, Any]]) -> None:
+    until_S = _until(stretches)
+    panel.plot(until_S, [stretch["load_skew"] for stretch in stretches], "k-", label="load skew (max / mean)")
+    panel.plot(until_S, [len(stretch["dead"]) for stretch in stretches], "r--", label="dead experts")
+    panel.set(xlabel="impressions seen")
+    panel.set_ylim(bottom=0)
+    panel.legend(fontsize="small")
+    panel.grid(alpha=0.3)
+
+
+def _drift(panel: "Axes", stretches: list[dict[str, Any]], tasks: list[str]) -> None:
+    until_S = _until(stretches)
+    known = [s for s, stretch in enumerate(stretches) if stretch["drift"] is not None]
+    for t, name in enumerate(tasks):
+        panel.plot(until_S[known], [stretches[s]["drift"][t] for s in known], linewidth=1.0, label=name)
+    panel.set(ylabel="drift between stretches", xlabel="impressions seen")
+    panel.set_ylim(bottom=0)
+    panel.legend(fontsize="x-small", ncols=2)
+    panel.grid(alpha=0.3)
+
+
+def _until(stretches: list[dict[str, Any]]) -> NDArray[np.int64]:
+    """Impressions seen by the end of each stretch. int64 [S]."""
+    return np.cumsum([stretch["instances"] for stretch in stretches], dtype=np.int64)
