@@ -91,6 +91,7 @@ def _skew(panel: "Axes", stretches: list[dict[str, Any]]) -> None:
     panel.set(xlabel="impressions seen")
     panel.set_ylim(bottom=0)
     panel.legend(fontsize="small")
+    panel.locator_params(axis="x", nbins=4)
     panel.grid(alpha=0.3)
 
 
@@ -102,6 +103,7 @@ def _drift(panel: "Axes", stretches: list[dict[str, Any]], tasks: list[str]) -> 
     panel.set(ylabel="drift between stretches", xlabel="impressions seen")
     panel.set_ylim(bottom=0)
     panel.legend(fontsize="x-small", ncols=2)
+    panel.locator_params(axis="x", nbins=4)
     panel.grid(alpha=0.3)
 
 

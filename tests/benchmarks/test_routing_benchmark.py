@@ -1,4 +1,4 @@
-"""The routing's table and heat maps, from what ``smes backtest --routing`` writes."""
+"""The routing's table and heat maps, from what ``smes backtest --routing`` writes and of a ranker in a world."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from benchmarks.routing import main, mean_overlap
 from benchmarks.routing_plots import load_shares
+from benchmarks.world_runs import BATCH
+from smes.smes_config import SmesConfig
 
 TASKS = ["click", "like", "share"]
 
@@ -62,3 +65,36 @@ def test_a_load_of_one_is_an_even_one(tmp_path: Path) -> None:
 def test_a_ranker_without_experts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(write(tmp_path / "routing.json", []))]) == 2
     assert "expected the routing of a ranker with experts" in capsys.readouterr().err
+
+
+def test_a_ranker_in_a_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = {"model.smes.num_experts": 8, "model.smes.encoder_dims": [8], "model.smes.expert_dims": [8]}
+    rankers = {"smes": {"settings": tiny}, "linear": {"settings": {"model.ranker": "linear"}}}
+    compared = {
+        "smes": "smes",
+        "paper": "smes",
+        "linear": "linear",
+        "dense": ["linear"],
+        "experts": {},
+        "rankers": rankers,
+    }
+    config, routing = tmp_path / "quality.yaml", tmp_path / "routing.json"
+    config.write_text(yaml.safe_dump({"worlds": compared, "kuairand": compared}))
+    where = ["--world", "segments", "--impressions", str(64 * BATCH), "--config", str(config)]
+    where += ["--chosen", str(tmp_path / "none.yaml")]
+    assert main([*where, "--ranker", "smes", "--json", str(routing)]) == 0
+    report = json.loads(routing.read_text())
+    assert [stretch["instances"] for stretch in report["stretches"]] == [32 * BATCH] * 2
+    assert report["probe_instances"] == 512
+    K = SmesConfig(num_experts=8).stages((0,)).per_task
+    for stretch in report["stretches"]:
+        assert {sum(of_task) for of_task in stretch["load"]} == {32 * BATCH * K}
+    first, last = (stretch["drift"] for stretch in report["stretches"])
+    assert first is None
+    assert all(0 < value < 1 for value in last)
+    capsys.readouterr()
+    assert main([*where, "--ranker", "linear"]) == 2
+    assert main([*where, "--ranker", "other"]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert "linear: no stretches, expected the routing of a ranker with experts" in told[0]
+    assert "--ranker 'other': expected one of linear, smes" in told[1]

@@ -49,6 +49,11 @@ def test_prefetch(cuda: torch.device) -> None:
     device_checks.check_prefetch(cuda)
 
 
+@pytest.mark.parametrize("ranker", device_checks.RANKERS)
+def test_choices(cuda: torch.device, ranker: str) -> None:
+    device_checks.check_choices(cuda, ranker)
+
+
 @pytest.mark.usefixtures("sync_is_an_error")
 @pytest.mark.parametrize("ranker", device_checks.RANKERS)
 def test_a_step_never_waits_for_the_gpu(cuda: torch.device, ranker: str) -> None:

@@ -165,6 +165,28 @@ def check_prefetch(device: torch.device) -> None:
         torch.testing.assert_close(result.scores, scores, rtol=0.05, atol=0.02)
 
 
+def check_choices(device: torch.device, ranker: str) -> None:
+    """What the learner says it would choose is what its next step chooses; near-ties may fall otherwise on a GPU."""
+    blocks = stream(RICH_SCHEMA, batches=6, size=128)
+    learner = make_learner(device, ranker)
+    for block in blocks[:5]:
+        learner.step(learner.prepare(block))
+    batch = learner.prepare(blocks[5])
+    choices, limits = learner.choices(blocks[5].ids, blocks[5].numerics), learner.expert_limits
+    load = learner.step(batch).expert_load
+    if limits is None:
+        assert choices is None
+        return
+    assert choices is not None
+    assert load is not None
+    assert choices.device.type == device.type
+    cells = choices.cpu() + limits.num_experts * torch.arange(RICH_SCHEMA.num_tasks).view(1, -1, 1)
+    counted = torch.bincount(cells.flatten(), minlength=load.numel()).view(load.shape)
+    counted[:, : limits.num_fixed] += len(blocks[5])
+    moved = (counted - load.cpu()).abs().sum() / load.sum().cpu()
+    assert float(moved) <= (0.0 if device.type == "cpu" else 0.01)
+
+
 def _outcome(experts: FullExperts, h_BD: Tensor, loss_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     h_BD = h_BD.detach().requires_grad_()
     loss = loss_of(h_BD)

@@ -28,6 +28,11 @@ def test_prefetch() -> None:
     device_checks.check_prefetch(device_checks.CPU)
 
 
+@pytest.mark.parametrize("ranker", device_checks.RANKERS)
+def test_choices(ranker: str) -> None:
+    device_checks.check_choices(device_checks.CPU, ranker)
+
+
 def test_unusable_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="expected cpu or cuda"):
         open_device(torch.device("meta"))
