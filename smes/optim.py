@@ -18,7 +18,8 @@ class OptimizerConfig:
         weight_decay: Of the dense weights, decoupled, ≥ 0.
         betas: AdamW's decay rates.
         embedding_learning_rate: Of embedding rows (row-wise Adagrad), > 0.
-        wide_learning_rate: Of the linear part (ids: Adagrad, numerics: AdamW), > 0.
+        wide_learning_rate: Of the linear part's ids (Adagrad), > 0. Its numerics are dense weights as others: at an
+            Adagrad rate they drown what the ranker learns (docs/quality.md).
         initial_accumulator: Start of Adagrad's accumulators; see :class:`smes.embedding.AdagradConfig`.
     """
 
@@ -50,11 +51,15 @@ class OptimizerConfig:
         return AdagradConfig(self.wide_learning_rate, False, self.initial_accumulator)
 
     def dense(self, wide: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-        """The optimiser of the dense weights; those of the linear part have that part's learning rate."""
+        """The optimiser of the dense weights; those of the linear part do not decay."""
         groups = [
-            {"params": list(others), "lr": self.learning_rate},
-            {"params": list(wide), "lr": self.wide_learning_rate, "weight_decay": 0.0},
+            {"params": list(others)},
+            {"params": list(wide), "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=self.betas, weight_decay=self.weight_decay, fused=True
+            [g for g in groups if g["params"]],
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=True,
         )
