@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class OptimizerConfig:
 
     def dense(self, wide: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> torch.optim.AdamW:
         """The optimiser of the dense weights; those of the linear part do not decay."""
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": list(others)},
             {"params": list(wide), "weight_decay": 0.0},
         ]
