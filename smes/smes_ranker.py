@@ -98,7 +98,8 @@ class SMES(nn.Module):
 
     def choices(self, x_BI: Tensor) -> Tensor:
         """The experts that each task chooses for each instance, the fixed ones left out. int64 [B, T, K]."""
-        routing = self.route(x_BI, self.encoder(x_BI))
+        reads_encoder = self.config.router_input != "raw"
+        routing = self.route(x_BI, self.encoder(x_BI) if reads_encoder else x_BI)
         return self._for_tasks(routing.experts_BTK[..., self.selection.stages.num_fixed :], dim=1)
 
     def _balance(self, routing: Routing, load_RE: Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from smes.events import ExampleBlock
 from smes.ranker import ExpertLimits
-from trainer.routing_history import RoutingHistory
+from trainer.routing_history import RoutingHistory, Stretch
 from trainer.routing_lens import routing_summary, skew
 
 
@@ -24,6 +24,7 @@ class ExpertTally:
     def __init__(self, limits: ExpertLimits | None) -> None:
         self.history = RoutingHistory()
         self._limits = limits
+        self._summarised: tuple[Stretch | None, dict[str, Any]] = (None, {})
         self._counts = np.zeros(3, np.int64)  # instances, experts executed for them, most for one
         self._load_TE = np.zeros((0, 0), np.int64)
 
@@ -67,8 +68,15 @@ class ExpertTally:
             "active_max": self.max,
             "load_skew": self.load_skew,
             "load_share": [round(share, 5) for share in self.load_share],
-            "routing": routing_summary(self.history, self._limits),
+            "routing": self.routing(),
         }
+
+    def routing(self) -> dict[str, Any]:
+        """:func:`trainer.routing_lens.routing_summary`; worked out once a stretch, for every cut asks for it."""
+        newest = self.history.closed[-1] if self.history.closed else None
+        if newest is None or newest is not self._summarised[0]:
+            self._summarised = newest, routing_summary(self.history, self._limits)
+        return dict(self._summarised[1])
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays from which :meth:`load_state` goes on."""

@@ -3,7 +3,6 @@
 from typing import Any
 
 from stream.ledgers import StreamLedger
-from trainer.routing_lens import routing_summary
 from trainer.trainer import Trainer
 
 
@@ -49,7 +48,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> dict[s
             "bound": limits.bound if limits else None,
             "num_experts": limits.num_experts if limits else None,
         },
-        "routing": routing_summary(tally.history, limits),
+        "routing": tally.routing(),
         "tasks": {
             name: {
                 "positives": metrics.positives,

@@ -113,7 +113,7 @@ def assert_same_weights(checkpoints: Path, trainer: Trainer) -> None:
 def assert_same_counts(report: dict[str, Any], trainer: Trainer) -> None:
     """Ledgers, metrics and experts of a report are those of a trainer."""
     expected = training_report(trainer, seconds=1, trained=1)
-    for section in ("schema", "version", "events", "feedback", "active_experts", "tasks"):
+    for section in ("schema", "version", "events", "feedback", "active_experts", "routing", "tasks"):
         assert report[section] == expected[section], section
 
 

@@ -12,7 +12,7 @@ from stream.memory_log import InMemoryLog
 from tests.trainer.small_world import MODEL, fill, make_trainer, open_log
 from trainer.checkpoint import CheckpointDirectory
 from trainer.report import conservation_errors, training_report
-from trainer.routing_lens import routing_report
+from trainer.routing_lens import routing_report, routing_summary
 from trainer.trainer import Trainer
 
 
@@ -54,6 +54,7 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     assert routing == wanted_routing
     assert len(routing["stretches"]) > 3
     assert routing["stretches"][1]["drift"] is not None
+    assert one.experts.routing() == routing_summary(one.experts.history, one.learner.expert_limits)
 
 
 @pytest.mark.parametrize("seed", range(4))
