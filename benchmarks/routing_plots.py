@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm
 
 F64 = NDArray[np.float64]
 _DPI = 130
@@ -18,9 +19,11 @@ _COLOURS = "viridis"
 
 
 def load_shares(report: dict[str, Any]) -> F64:
-    """Share of a task's uses in a stretch that went to each expert, times E: 1 is even. [S, T, E]."""
+    """A task's load on each expert over its mean load on those that it can choose: 1 is even. [S, T, E]."""
     load_STE = np.array([stretch["load"] for stretch in report["stretches"]], np.float64)
-    shares: F64 = load_STE / load_STE.sum(axis=2, keepdims=True) * load_STE.shape[2]
+    always_on = report["always_on"]
+    choosable = (load_STE.shape[2] - always_on) / report["pools"]
+    shares: F64 = load_STE / load_STE[..., always_on:].sum(axis=2, keepdims=True) * choosable
     return shares
 
 
@@ -51,7 +54,7 @@ def plot_routing(report: dict[str, Any], path: Path) -> None:
 
 def _experts(panel: "Axes", shares_TE: F64, most: float, report: dict[str, Any]) -> None:
     T, E = shares_TE.shape
-    image = panel.imshow(shares_TE, aspect="auto", cmap=_COLOURS, vmin=0, vmax=most, interpolation="nearest")
+    image = panel.imshow(shares_TE, aspect="auto", cmap=_COLOURS, norm=_norm(most), interpolation="nearest")
     panel.set(title="Load of each expert in the newest whole stretch; 1 is even", xlabel="expert")
     panel.set_yticks(range(T), report["tasks"])
     always_on, pools = report["always_on"], report["pools"]
@@ -75,7 +78,9 @@ def _overlap(panel: "Axes", overlap: list[list[float]] | None, tasks: list[str])
 def _over_time(panel: "Axes", shares_STE: F64, report: dict[str, Any]) -> None:
     S, T, E = shares_STE.shape
     edges = np.concatenate([[0], _until(report["stretches"])])
-    image = panel.pcolormesh(edges, np.arange(T * E + 1), shares_STE.reshape(S, T * E).T, cmap=_COLOURS, vmin=0)
+    image = panel.pcolormesh(
+        edges, np.arange(T * E + 1), shares_STE.reshape(S, T * E).T, cmap=_COLOURS, norm=_norm(float(shares_STE.max()))
+    )
     for t in range(1, T):
         panel.axhline(t * E, color="white", linewidth=1.0)
     panel.set_yticks((np.arange(T) + 0.5) * E, report["tasks"])
@@ -105,6 +110,13 @@ def _drift(panel: "Axes", stretches: list[dict[str, Any]], tasks: list[str]) -> 
     panel.legend(fontsize="x-small", ncols=2)
     panel.locator_params(axis="x", nbins=4)
     panel.grid(alpha=0.3)
+
+
+def _norm(most: float) -> "PowerNorm":
+    """Colours by the square root: one captured expert must not turn all others black."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, vmin=0, vmax=most)
 
 
 def _until(stretches: list[dict[str, Any]]) -> NDArray[np.int64]:

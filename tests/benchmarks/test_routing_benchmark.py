@@ -32,15 +32,15 @@ def stretch(instances: int, *, ended: bool, drift: list[float] | None = None) ->
     }
 
 
-def write(path: Path, stretches: list[dict[str, Any]], *, always_on: int = 0) -> Path:
-    report = {"tasks": TASKS, "num_experts": 4, "always_on": always_on, "pools": 1, "probe_instances": 8}
+def write(path: Path, stretches: list[dict[str, Any]], *, pools: int = 1) -> Path:
+    report = {"tasks": TASKS, "num_experts": 4, "always_on": 0, "pools": pools, "probe_instances": 8}
     path.write_text(json.dumps(report | {"stretches": stretches}))
     return path
 
 
 def test_a_line_a_stretch_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stretches = [stretch(400, ended=True), stretch(400, ended=True, drift=[0.1, 0.2, 0.6]), stretch(100, ended=False)]
-    path, plot = write(tmp_path / "routing.json", stretches, always_on=1), tmp_path / "routing.png"
+    path, plot = write(tmp_path / "routing.json", stretches, pools=2), tmp_path / "routing.png"
     assert main([str(path)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows == [
@@ -60,6 +60,10 @@ def test_a_load_of_one_is_an_even_one(tmp_path: Path) -> None:
     expected = [[4, 0, 0, 0], [0, 2, 2, 0], [0, 1, 3, 0]]
     assert np.allclose(load_shares(report), [expected])
     assert mean_overlap(report["stretches"][0]) == pytest.approx(0.2)
+    # The first always runs; each task has two of its own to choose from. Evenly: half of its choices each.
+    load = [[400, 100, 300, 0, 0], [400, 0, 0, 200, 200]]
+    own_pools = {"always_on": 1, "pools": 2, "stretches": [{"load": load}]}
+    assert np.allclose(load_shares(own_pools), [[[2, 0.5, 1.5, 0, 0], [2, 0, 0, 1, 1]]])
 
 
 def test_a_ranker_without_experts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
