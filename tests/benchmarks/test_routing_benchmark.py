@@ -63,7 +63,7 @@ def test_a_load_of_one_is_an_even_one(tmp_path: Path) -> None:
     # The first always runs; each task has two of its own to choose from. Evenly: half of its choices each.
     load = [[400, 100, 300, 0, 0], [400, 0, 0, 200, 200]]
     own_pools = {"always_on": 1, "pools": 2, "stretches": [{"load": load}]}
-    assert np.allclose(load_shares(own_pools), [[[2, 0.5, 1.5, 0, 0], [2, 0, 0, 1, 1]]])
+    assert np.allclose(load_shares(own_pools), np.array([[[2.0, 0.5, 1.5, 0.0, 0.0], [2.0, 0.0, 0.0, 1.0, 1.0]]]))
 
 
 def test_a_ranker_without_experts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +72,7 @@ def test_a_ranker_without_experts_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_ranker_in_a_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = {"model.smes.num_experts": 8, "model.smes.encoder_dims": [8], "model.smes.expert_dims": [8]}
+    tiny = {"model.smes.num_experts": 16, "model.smes.encoder_dims": [8], "model.smes.expert_dims": [8]}
     rankers = {"smes": {"settings": tiny}, "linear": {"settings": {"model.ranker": "linear"}}}
     compared = {
         "smes": "smes",
@@ -90,7 +90,7 @@ def test_a_ranker_in_a_world(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     report = json.loads(routing.read_text())
     assert [stretch["instances"] for stretch in report["stretches"]] == [32 * BATCH] * 2
     assert report["probe_instances"] == 512
-    K = SmesConfig(num_experts=8).stages((0,)).per_task
+    K = SmesConfig(num_experts=16).stages((0,)).per_task
     for stretch in report["stretches"]:
         assert {sum(of_task) for of_task in stretch["load"]} == {32 * BATCH * K}
     first, last = (stretch["drift"] for stretch in report["stretches"])
