@@ -1,7 +1,8 @@
 """Shape of the SMES ranker: every part of it that can be chosen, and what fits together."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import Any
 
 from smes.balance import BALANCE_LOSSES
 from smes.expert_forms import EXPERT_FORMS
@@ -26,31 +27,61 @@ PAPER_FORM: Mapping[str, object] = {
 }
 """What ``form: paper`` stands for: the parts that the paper describes. It publishes no figures."""
 
+_BY_FORM: Any = object()  # a key's default where the form decides it; Any, as it stands in for values of every type
+
+_OWN_DEFAULTS: Mapping[str, object] = {
+    "num_experts": 256,
+    "num_shared": 0,
+    "num_group": 4,
+    "num_adaptive": 0,
+    "expert_dims": (32,),
+    "group_pools": "own",
+    "routers": "group",
+    "router_maps": "per_task",
+    "router_rank": 32,
+    "router_input": "raw",
+    "router_norm": "batch",
+}
+_PAPER_DEFAULTS: Mapping[str, object] = {
+    **PAPER_FORM,
+    "num_experts": 16,
+    "num_shared": 2,
+    "num_adaptive": 1,
+    "expert_dims": (64,),
+    "router_rank": None,
+}
+
 
 @dataclass(frozen=True)
 class SmesConfig:
     """Shape of the SMES ranker. The paper publishes none of the figures: all defaults are ours.
 
+    The default is not the paper's form: a router per task group, on the standardised raw input, chooses 4 of the
+    group's own 128 experts (for two groups), which its tasks share. With ``form: paper`` the keys that are not given
+    have other defaults, as said below; a key that is given is never changed.
+
     Attributes:
-        num_experts: E, the common pool of all tasks.
-        num_shared: K_s, experts for all tasks together.
-        num_adaptive: K_a, experts that each task adds for itself.
+        num_experts: E, all experts, those of all groups and tasks together. 16 in the paper's form. A multiple of the
+            number of task groups where they have their own pools.
+        num_shared: K_s, experts for all tasks together. 2 in the paper's form.
+        num_adaptive: K_a, experts that each task adds for itself. 1 in the paper's form.
         encoder_dims: Widths of the shared encoder's layers (``SiLU(LayerNorm(Linear))``), multiples of 8; none: experts
             and routers read the raw input.
-        expert_dims: Widths of an expert's layers; multiples of 8 (the GPU's grouped GEMM wants 16-byte rows).
+        expert_dims: Widths of an expert's layers; multiples of 8 (the GPU's grouped GEMM wants 16-byte rows). (64,) in
+            the paper's form.
         experts: Form of an expert: ``full`` is the paper's; ``low_rank`` and ``residual`` are differences from a shared
             base, of one layer.
         expert_rank: Rank of ``low_rank`` experts; a multiple of 8.
         expert_narrow_dim: Width of the projection that ``residual`` experts read; a multiple of 8.
-        router_rank: Width of a low-rank router; None for a linear one. Worth it above about 64 experts.
+        router_rank: Width of a low-rank router; None for a linear one, as in the paper's form.
         router_input: What routers read: ``encoder``, its output (the paper's), ``raw``, what the encoder reads, or
             ``both``.
         balance: β, the weight of the balance loss.
         balance_loss: ``global`` over all tasks (the paper's), ``per_gate``, ``mutual_information`` or ``none``.
         max_active: Budget of experts executed per instance, whatever the number of tasks; None for none.
         stage_one_weights: w_t of stage I per task, in the schema's order; None for 1/T each.
-        form: ``paper`` for the parts as the paper has them (:data:`PAPER_FORM`): of those, keys at their defaults are
-            set to the paper's, others refused. None: what the keys say.
+        form: ``paper`` for the parts as the paper has them (:data:`PAPER_FORM`): they are these keys' defaults then,
+            and other values are refused. None: what the keys say.
         groups: Task groups: the names of the tasks of each, as in :attr:`smes.home_ranker.HomeConfig.groups`.
         num_group: K_g, experts for each task group, chosen between those for all tasks and those for one.
         group_pools: Where groups and their tasks choose: ``common``, in one pool; ``own``, each group in its own equal
@@ -67,27 +98,27 @@ class SmesConfig:
         expert_norm: ``layer``, ``rms`` or ``none``, in all forms of experts.
     """
 
-    num_experts: int = 16
-    num_shared: int = 2
-    num_adaptive: int = 1
+    num_experts: int = _BY_FORM
+    num_shared: int = _BY_FORM
+    num_adaptive: int = _BY_FORM
     encoder_dims: tuple[int, ...] = (128,)
-    expert_dims: tuple[int, ...] = (64,)
+    expert_dims: tuple[int, ...] = _BY_FORM
     experts: str = "full"
     expert_rank: int = 8
     expert_narrow_dim: int = 32
-    router_rank: int | None = None
-    router_input: str = "encoder"
+    router_rank: int | None = _BY_FORM
+    router_input: str = _BY_FORM
     balance: float = 1e-2
     balance_loss: str = "global"
     max_active: int | None = None
     stage_one_weights: tuple[float, ...] | None = None
     form: str | None = None
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    num_group: int = 0
-    group_pools: str = "common"
-    routers: str = "task"
-    router_maps: str = "shared"
-    router_norm: str = "none"
+    num_group: int = _BY_FORM
+    group_pools: str = _BY_FORM
+    routers: str = _BY_FORM
+    router_maps: str = _BY_FORM
+    router_norm: str = _BY_FORM
     router_scale: float = 1.0
     shared_experts: str = "routed"
     trunk_dims: tuple[int, ...] = ()
@@ -124,18 +155,18 @@ class SmesConfig:
 
 
 def _take_form(config: SmesConfig) -> None:
+    if config.form not in (None, "paper"):
+        raise ValueError(f"smes.form: {config.form!r}, expected 'paper' or none")
+    for name, default in (_PAPER_DEFAULTS if config.form else _OWN_DEFAULTS).items():
+        if getattr(config, name) is _BY_FORM:
+            object.__setattr__(config, name, default)
     if config.form is None:
         return
-    if config.form != "paper":
-        raise ValueError(f"smes.form: {config.form!r}, expected 'paper' or none")
     if not config.encoder_dims:
         raise ValueError("smes.encoder_dims: [], expected an encoder in the paper's form")
-    defaults = {f.name: f.default for f in fields(config)}
     for name, paper in PAPER_FORM.items():
-        value = getattr(config, name)
-        if value not in (paper, defaults[name]):
+        if (value := getattr(config, name)) != paper:
             raise ValueError(f"smes.{name}: {value!r}, expected {paper!r} in the paper's form")
-        object.__setattr__(config, name, paper)
 
 
 def _check_choices(config: SmesConfig) -> None:

@@ -57,9 +57,11 @@ class Stages:
                 f"smes.num_shared: {self.num_shared}, expected 0 where groups have their own pools (or always_on)"
             )
         if routed % self.num_groups or self.pool_size < self.num_chosen:
+            each = max(round(routed / self.num_groups), self.num_chosen)
             raise ValueError(
                 f"smes.num_experts: {routed} to choose from, expected a multiple of the number of task groups "
-                f"({self.num_groups}), at least {self.num_chosen} for each, for own pools"
+                f"({self.num_groups}), at least {self.num_chosen} for each, for own pools: set num_experts to "
+                f"{self.num_fixed + each * self.num_groups}, say, or group_pools to common"
             )
 
     @property

@@ -48,7 +48,7 @@ def write_config(folder: Path, redis_url: str, namespace: str, *, kafka: str | N
         "stream": {"batch": {"size": 64}, "events_per_read": 1000, "idle_after_s": 3600.0},
         "model": {
             "embedding_dim": 8,
-            "smes": {"num_experts": 4, "num_shared": 1, "num_adaptive": 1, "encoder_dims": [16], "expert_dims": [16]},
+            "smes": {"num_experts": 8, "num_group": 2, "router_rank": 8, "encoder_dims": [16], "expert_dims": [16]},
         },
         "trainer": {
             "device": "cpu",

@@ -15,7 +15,7 @@ from smes.optim import OptimizerConfig
 from smes.ple_ranker import PleConfig
 from smes.serving import ServingModel
 from smes.shared_bottom_ranker import SharedBottomConfig
-from smes.smes_ranker import SmesConfig
+from tests.smes.plain_smes import plain
 
 T, N = 8, 112 + 0  # tasks, numeric columns of the world "segments"
 I = N + 2  # noqa: E741  # the project's letter for the input width; two ids of one column each
@@ -83,7 +83,7 @@ def test_home() -> None:
     assert cost.ranker == 2 * (I * 48 + meta + task)
 
 
-_SMES = SmesConfig(num_experts=16, num_shared=1, num_adaptive=1, encoder_dims=(48,), expert_dims=(24,), router_rank=8)
+_SMES = plain(num_experts=16, num_shared=1, num_adaptive=1, encoder_dims=(48,), expert_dims=(24,), router_rank=8)
 
 
 @pytest.mark.parametrize("form", ["full", "residual", "low_rank"])

@@ -7,6 +7,7 @@ import pytest
 
 from cli.config import Config, load_config
 from cli.starter import STARTER
+from smes.smes_config import SmesConfig
 
 
 def write(folder: Path, text: str) -> Path:
@@ -49,6 +50,15 @@ def test_variables_override_the_file(tmp_path: Path) -> None:
     assert config.scorer.fusion_weights == {"click": 2}
 
 
+def test_the_papers_form_alone_is_enough(tmp_path: Path) -> None:
+    smes = load_config(write(tmp_path, "model: {smes: {form: paper}}"), {}).model.smes
+    assert smes == SmesConfig(form="paper")
+    assert (smes.num_experts, smes.num_shared, smes.num_group, smes.num_adaptive) == (16, 2, 0, 1)
+    assert (smes.expert_dims, smes.router_rank, smes.router_input, smes.router_norm) == ((64,), None, "encoder", "none")
+    given = load_config(write(tmp_path, "model: {smes: {form: paper, num_experts: 256, expert_dims: [32]}}"), {})
+    assert given.model.smes == SmesConfig(form="paper", num_experts=256, expert_dims=(32,))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -56,7 +66,14 @@ def test_variables_override_the_file(tmp_path: Path) -> None:
         ("event_log: {kind: pulsar}", r"event_log\.kind: 'pulsar', expected otherwise: input should be 'redis' or"),
         ("trainer: {checkpoint: {keep: 0}}", r"trainer\.checkpoint: keep 0, expected at least 1"),
         ("trainer: {seed: soon}", r"trainer\.seed: 'soon', expected otherwise: input should be a valid integer"),
-        ("model: {smes: {num_experts: 1}}", r"model\.smes: .*num_shared 2 \+ num_adaptive"),
+        (
+            "model: {smes: {num_experts: 1}}",
+            r"model\.smes: .*num_shared 0, num_group 4 and .*at most num_experts \(1\)",
+        ),
+        (
+            "model: {smes: {form: paper, num_group: 4}}",
+            r"model\.smes: smes\.num_group: 4, expected 0 in the paper's form",
+        ),
         ("model: {ranker: magic}", r"ranker: 'magic', expected one of"),
         ("- 1", r"expected a mapping of keys to values, got list"),
         ("a: [", r"expected YAML"),

@@ -1,6 +1,6 @@
 """What must hold on any device; run on the CPU by ``tests/smes`` and on a GPU by ``tests/gpu``.
 
-Imports nothing but the package, what the package imports, and the test stream.
+Imports nothing but the package, what the package imports, the test stream and the plain configuration.
 """
 
 from collections.abc import Callable
@@ -18,19 +18,20 @@ from smes.model import ModelConfig
 from smes.optim import OptimizerConfig
 from smes.routing import Routing, route
 from smes.serving import ServingModel
-from smes.smes_ranker import SmesConfig
+from smes.smes_config import SmesConfig
+from tests.smes.plain_smes import plain
 from tests.smes.streams import RICH_SCHEMA, stream
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
     embedding_dim=8,
-    smes=SmesConfig(num_experts=8, num_shared=1, num_adaptive=2, encoder_dims=(32,), expert_dims=(32, 16)),
+    smes=plain(num_experts=8, num_shared=1, num_adaptive=2, encoder_dims=(32,), expert_dims=(32, 16)),
 )
 RANKERS = {
     "smes": MODEL,
     "smes-own-pools": replace(
         MODEL,
-        smes=SmesConfig(
+        smes=plain(
             num_experts=9,
             num_shared=1,
             num_group=1,
@@ -50,7 +51,7 @@ RANKERS = {
     ),
     "smes-group-routers": replace(
         MODEL,
-        smes=SmesConfig(
+        smes=plain(
             num_experts=8,
             num_shared=1,
             num_group=2,
@@ -63,6 +64,7 @@ RANKERS = {
             expert_dims=(16,),
         ),
     ),
+    "smes-default": replace(MODEL, smes=SmesConfig()),
     "linear": replace(MODEL, ranker="linear"),
 }
 """What is checked on every device, by name."""

@@ -102,7 +102,10 @@ def bound(config: SmesConfig, groups: Sequence[int]) -> int:
 
 
 def router_logits(ranker: SMES, groups: Sequence[int], x_BI: Tensor, h_BD: Tensor) -> list[list[dict[int, Tensor]]]:
-    """Logits by instance, task and expert, from the weights alone, with gradients. Not for ``router_norm: batch``."""
+    """Logits by instance, task and expert, from the weights alone, with gradients.
+
+    With ``router_norm: batch``, of a ranker that does not train: its moments are taken as they stand.
+    """
     config = ranker.config
     fixed = config.num_shared if config.shared_experts == "always_on" else 0
     of_task = list(groups) if config.routers == "group" else list(range(len(groups)))
@@ -113,6 +116,9 @@ def router_logits(ranker: SMES, groups: Sequence[int], x_BI: Tensor, h_BD: Tenso
         if config.router_norm == "layer":
             parts = [(v - v.mean()) / torch.sqrt(((v - v.mean()) ** 2).mean() + 1e-5) for v in parts]
         v = torch.cat(parts)
+        if config.router_norm == "batch":
+            seen = dict(ranker.router.named_buffers())
+            v = ((v - seen["moments.mean_C"]) / seen["moments.variance_C"].sqrt()).clamp(-8, 8).float()
         row = []
         for t, r in enumerate(of_task):
             vectors = _vectors(ranker, r, len(columns[t]))

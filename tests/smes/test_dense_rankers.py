@@ -15,6 +15,7 @@ from smes.model import RANKERS, ModelConfig
 from smes.ple_ranker import PLE, PleConfig
 from smes.schema import Schema, Task
 from smes.shared_bottom_ranker import SharedBottom, SharedBottomConfig
+from smes.smes_config import SmesConfig
 from smes.task_groups import task_groups
 from tests.smes import naive_rankers
 
@@ -159,9 +160,11 @@ def test_a_wrong_shape_is_refused(config: type, fields: dict[str, Any], message:
 
 
 def test_the_defaults_are_of_one_size() -> None:
-    """Weights at 300 inputs and 8 tasks, all within a factor of two of SMES's."""
-    schema = Schema("s", tuple(Task(f"t{i}") for i in range(8)))
-    rankers = {n: kind.build(300, schema, ModelConfig(ranker=n)) for n, kind in RANKERS.items() if n != "linear"}
+    """Weights at 300 inputs and 8 tasks, all within a factor of two of the paper's SMES."""
+    schema, paper = Schema("s", tuple(Task(f"t{i}") for i in range(8))), SmesConfig(form="paper")
+    rankers = {
+        n: kind.build(300, schema, ModelConfig(ranker=n, smes=paper)) for n, kind in RANKERS.items() if n != "linear"
+    }
     sizes = {n: sum(p.numel() for p in r.parameters()) for n, r in rankers.items() if isinstance(r, nn.Module)}
     assert set(sizes) == {"smes", "home", "mmoe", "ple", "shared_bottom"}
     assert all(sizes["smes"] / 2 < size < 2 * sizes["smes"] for size in sizes.values()), sizes

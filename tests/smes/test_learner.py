@@ -21,15 +21,17 @@ from smes.ple_ranker import PleConfig
 from smes.schema import MISSING, Schema
 from smes.serving import ServingModel
 from smes.smes_ranker import SmesConfig
+from smes.snapshot import decode, encode
+from tests.smes.plain_smes import plain
 from tests.smes.streams import RICH_SCHEMA, stream
 
 _CPU = torch.device("cpu")
-_SMALL = SmesConfig(num_experts=8, num_shared=1, num_adaptive=1, encoder_dims=(16,), expert_dims=(8,))
+_SMALL = plain(num_experts=8, num_shared=1, num_adaptive=1, encoder_dims=(16,), expert_dims=(8,))
+_DEEP = replace(_SMALL, num_shared=0, num_adaptive=2, encoder_dims=(16, 16), expert_dims=(8, 8), router_rank=4)
 _MODELS = {
+    "smes-default": ModelConfig(embedding_dim=8, smes=SmesConfig(groups={"rare": ("like", "watch")})),
     "smes": ModelConfig(embedding_dim=8, head_dim=0, smes=_SMALL),
-    "smes-low-rank-no-wide": ModelConfig(
-        embedding_dim=8, head_dim=8, wide=False, smes=SmesConfig(8, 0, 2, (16, 16), (8, 8), router_rank=4)
-    ),
+    "smes-low-rank-no-wide": ModelConfig(embedding_dim=8, head_dim=8, wide=False, smes=_DEEP),
     "smes-residual": ModelConfig(embedding_dim=8, smes=replace(_SMALL, experts="residual", expert_narrow_dim=8)),
     "smes-bounded-raw": ModelConfig(
         embedding_dim=8,
@@ -121,6 +123,22 @@ def test_the_serving_model_scores_as_the_next_step_does(name: str) -> None:
     np.testing.assert_allclose(serving.score(known.ids, known.numerics), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_what_routers_know_of_the_stream_is_in_the_snapshot() -> None:
+    blocks = stream(RICH_SCHEMA, batches=6, size=64, items=50)
+    learner = _learner(_MODELS["smes-default"])
+    for block in blocks[:5]:
+        learner.step(learner.prepare(block))
+    payload = encode(learner.serving_state(), {})
+    tensors, _ = decode(payload)
+    assert int(tensors["dense.ranker.router.moments.count_C"].min()) == 5 * 64
+    served = ServingModel(RICH_SCHEMA, _MODELS["smes-default"], tensors).score(blocks[4].ids, blocks[4].numerics)
+    expected = learner.step(learner.prepare(blocks[4])).scores.numpy()
+    np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-6)
+    tensors["dense.ranker.router.moments.mean_C"] += 1
+    other = ServingModel(RICH_SCHEMA, _MODELS["smes-default"], tensors).score(blocks[4].ids, blocks[4].numerics)
+    assert not np.allclose(other, served, rtol=1e-5, atol=1e-6), "they decide what is chosen"
+
+
 def test_a_step_changes_the_learner_but_no_copy_taken_before() -> None:
     blocks = stream(RICH_SCHEMA, batches=3, size=64)
     learner = _learner(_MODELS["smes"])
@@ -142,7 +160,7 @@ def test_scores_come_from_before_the_step_and_the_loss_falls() -> None:
     learner = _learner(_MODELS["smes"])
     first = learner.step(learner.prepare(block))
     assert first.scores[:, 0].tolist() == pytest.approx([0.5] * 256, abs=0.2)
-    for _ in range(30):
+    for _ in range(40):
         last = learner.step(learner.prepare(block))
     assert float(last.loss) < 0.8 * float(first.loss)
     assert float(last.task_losses[0]) < 0.8 * float(first.task_losses[0])
@@ -150,7 +168,7 @@ def test_scores_come_from_before_the_step_and_the_loss_falls() -> None:
 
 @cache
 def _late_click_auc(ranker: str) -> float:
-    shape = SmesConfig(num_experts=8, num_shared=1, num_adaptive=1, encoder_dims=(32,), expert_dims=(16,))
+    shape = plain(num_experts=8, num_shared=1, num_adaptive=1, encoder_dims=(32,), expert_dims=(16,))
     model = ModelConfig(ranker=ranker, embedding_dim=8, embedding_scale=0.5, head_dim=0, smes=shape)
     learner = _learner(model, learning_rate=1e-2, embedding_learning_rate=0.2)
     blocks = stream(RICH_SCHEMA, batches=100, size=128)
@@ -170,7 +188,7 @@ def test_it_learns_tastes_that_a_linear_model_cannot(ranker: str) -> None:
 
 def test_masked_rows_train_nothing() -> None:
     block = stream(RICH_SCHEMA, batches=1, size=64)[0]
-    learner = _learner(ModelConfig(embedding_dim=8, smes=SmesConfig(8, 1, 1, (16,), (8,), balance=0.0)))
+    learner = _learner(ModelConfig(embedding_dim=8, smes=replace(_SMALL, balance=0.0)))
     learner.prepare(block)
     before = learner.serving_state()
     block.label_mask[:] = False

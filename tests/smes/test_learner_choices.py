@@ -9,10 +9,10 @@ import torch
 from smes.learner import Learner
 from smes.model import ModelConfig
 from smes.optim import OptimizerConfig
-from smes.smes_config import SmesConfig
+from tests.smes.plain_smes import plain
 from tests.smes.streams import RICH_SCHEMA, stream
 
-_SMALL = SmesConfig(num_experts=9, num_shared=1, num_adaptive=2, encoder_dims=(16,), expert_dims=(8,))
+_SMALL = plain(num_experts=9, num_shared=1, num_adaptive=2, encoder_dims=(16,), expert_dims=(8,))
 _GROUPS: dict[str, tuple[str, ...]] = {"rare": ("like", "watch")}
 _FORMS = {
     "two-stages": _SMALL,

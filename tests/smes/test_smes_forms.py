@@ -1,5 +1,6 @@
 """Everything of SMES that is chosen by configuration, against the slow references."""
 
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,11 +15,13 @@ from torch import Tensor
 import smes.experts
 import smes.smes_ranker
 from smes.dispatch import dispatch
+from smes.model import ModelConfig
 from smes.routers import Router
 from smes.smes_config import PAPER_FORM, SmesConfig
 from smes.smes_ranker import SMES
 from tests.smes.dense_reference import dense_smes
 from tests.smes.naive_routing import chosen, router_logits
+from tests.smes.plain_smes import plain
 
 _INPUT = 13  # no multiple of 8: a raw input may have any width
 _GROUPS = (0, 1, 1, 0, 2)
@@ -28,7 +31,7 @@ _CONFIGURATION = Path(__file__).resolve().parents[2] / "docs/configuration.md"
 def _ranker(groups: Sequence[int] = _GROUPS, seed: int = 0, **config: Any) -> SMES:
     shape = {"num_experts": 12, "encoder_dims": (16,), "expert_dims": (8,), "balance": 0.1, **config}
     torch.manual_seed(seed)
-    ranker = SMES(_INPUT, len(groups), SmesConfig(**shape), groups)
+    ranker = SMES(_INPUT, len(groups), plain(**shape), groups)
     with torch.no_grad():  # zero differences from a base, as they start, would hide mistakes
         for name, parameter in ranker.named_parameters():
             if name in ("experts.up", "experts.differences"):
@@ -181,7 +184,7 @@ def test_always_on_experts_are_not_balanced() -> None:
 
 
 def test_one_group_where_none_is_named() -> None:
-    ranker = SMES(_INPUT, 4, SmesConfig(num_shared=0, num_group=2, num_adaptive=0))
+    ranker = SMES(_INPUT, 4, plain(num_shared=0, num_group=2, num_adaptive=0))
     output = ranker(_x())
     assert output.stats is not None
     assert output.stats.active_B.tolist() == [2] * 9
@@ -190,16 +193,62 @@ def test_one_group_where_none_is_named() -> None:
 
 
 def test_the_papers_form_by_its_name() -> None:
-    """Whatever the defaults are: equal to a configuration that says each of the paper's parts."""
+    """Whatever the defaults are: equal to a configuration that says each of the paper's parts and our counts for it."""
     parts = dict(PAPER_FORM)
-    assert replace(SmesConfig(**parts), form="paper") == SmesConfig(form="paper", num_experts=16)  # type: ignore[arg-type]  # of mixed types
+    said: dict[str, Any] = {"num_experts": 16, "num_shared": 2, "num_adaptive": 1, "expert_dims": (64,), **parts}
+    assert replace(SmesConfig(**said, router_rank=None), form="paper") == SmesConfig(form="paper")
     config = SmesConfig(form="paper", num_experts=64, balance=0.1, expert_dims=(64, 32))
     assert {name: getattr(config, name) for name in PAPER_FORM} == parts
     assert replace(config, num_shared=0, balance=0.0).num_shared == 0, "the paper's own ablations are within its form"
-    with pytest.raises(ValueError, match="num_group: 2, expected 0 in the paper's form"):
-        replace(config, num_group=2)
+    for key, value in {"num_group": 2, "routers": "group", "router_norm": "batch", "balance_loss": "none"}.items():
+        with pytest.raises(ValueError, match=f"{key}: {value!r}, expected {parts[key]!r} in the paper's form"):
+            SmesConfig(**{"form": "paper", key: value})  # type: ignore[arg-type]  # of mixed types
     documented = yaml.safe_load(fenced_yaml(_CONFIGURATION.read_text(), "### The paper's form"))["model"]["smes"]
     assert {name: tuple(v) if isinstance(v, list) else v for name, v in documented.items()} == parts
+
+
+def test_a_key_that_is_given_stays_as_it_is_given() -> None:
+    """Also where the value is the default of the other form: it is kept, or refused, never replaced."""
+    own, paper = SmesConfig(), SmesConfig(form="paper")
+    free = ("num_experts", "num_shared", "num_adaptive", "expert_dims", "router_rank")
+    for key in free:
+        value = getattr(own, key)
+        assert value != getattr(paper, key), "a key of two defaults"
+        keys: dict[str, Any] = {"form": "paper", key: value} | ({"num_adaptive": 2} if key == "num_shared" else {})
+        assert getattr(SmesConfig(**keys), key) == value
+    for key, value in PAPER_FORM.items():
+        if getattr(own, key) != value:
+            with pytest.raises(ValueError, match=f"smes.{key}: .*in the paper's form"):
+                SmesConfig(**{"form": "paper", key: getattr(own, key)})
+    with pytest.raises(ValueError, match="num_group: 4, expected 0 in the paper's form"):
+        replace(own, form="paper")  # all its keys are given
+    for config in (own, paper, SmesConfig(form="paper", num_experts=256)):
+        model = ModelConfig(smes=config)
+        assert ModelConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+
+
+def test_the_default_shares_experts_within_a_task_group() -> None:
+    """The whole of it, at the size that it has, against the loops."""
+    torch.manual_seed(0)
+    groups = (0, 1, 1, 0)
+    ranker = SMES(_INPUT, 4, SmesConfig(), groups)
+    ranker(_x(64, seed=5))  # moments of a step before
+    ranker.eval()
+    x_BI = _x()
+    expected = [chosen(ranker.config, groups, z) for z in _logits(ranker, x_BI, groups)]
+    experts_BTK = ranker.choices(x_BI)
+    assert experts_BTK.tolist() == expected
+    assert experts_BTK.shape == (9, 4, 4)
+    assert bool((experts_BTK[:, 0] < 128).all())
+    assert bool((experts_BTK[:, 1] >= 128).all())
+    assert torch.equal(experts_BTK[:, [0, 1]], experts_BTK[:, [3, 2]])
+    output = ranker(x_BI)
+    tasks_BTH, balance = dense_smes(ranker, x_BI, experts_BTK, groups)
+    torch.testing.assert_close(output.tasks_BTH, tasks_BTH, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.auxiliary_loss, balance, rtol=1e-4, atol=1e-6)
+    assert ranker.expert_limits is not None
+    assert ranker.expert_limits.bound == 8
+    assert output.stats.active_B.tolist() == [8] * 9
 
 
 def fenced_yaml(text: str, heading: str) -> str:

@@ -13,8 +13,9 @@ import smes.smes_ranker
 from smes.balance import BALANCE_LOSSES
 from smes.dispatch import dispatch
 from smes.routing import expert_load
-from smes.smes_ranker import SMES, SmesConfig
+from smes.smes_ranker import SMES
 from tests.smes.dense_reference import dense_smes
+from tests.smes.plain_smes import plain
 
 _INPUT = 12
 
@@ -22,7 +23,7 @@ _INPUT = 12
 def _ranker(num_tasks: int, seed: int = 0, groups: Sequence[int] | None = None, **config: Any) -> SMES:
     torch.manual_seed(seed)
     shape = {"encoder_dims": (16,), "expert_dims": (16, 8), "balance": 0.1, **config}
-    return SMES(_INPUT, num_tasks, SmesConfig(**shape), groups)
+    return SMES(_INPUT, num_tasks, plain(**shape), groups)
 
 
 def _gradients(ranker: SMES, x_BI: Tensor, loss: Tensor) -> dict[str, Tensor]:
@@ -195,9 +196,9 @@ def test_the_layout_for_gpus_gives_the_same(form: str, monkeypatch: pytest.Monke
 )
 def test_a_wrong_shape_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SmesConfig(**config)
+        plain(**config)
 
 
 def test_stage_one_weights_of_the_wrong_length_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 3 weights"):
-        SMES(8, 3, SmesConfig(stage_one_weights=(0.5, 0.5)))
+        SMES(8, 3, plain(stage_one_weights=(0.5, 0.5)))

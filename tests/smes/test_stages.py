@@ -13,6 +13,7 @@ from smes.dispatch import dispatch
 from smes.routing import Routing, Selection
 from smes.smes_config import SmesConfig
 from tests.smes.naive_routing import bound, chosen, pool_of
+from tests.smes.plain_smes import plain
 
 
 @st.composite
@@ -32,7 +33,7 @@ def _shapes(draw: st.DrawFn) -> tuple[SmesConfig, tuple[int, ...]]:
     fixed = shared if always_on else 0
     least = fixed + pools * needed
     budget = draw(st.none() | st.integers(least, least + 12))
-    config = SmesConfig(
+    config = plain(
         num_experts=fixed + pools * size,
         num_shared=shared,
         num_group=group,
@@ -142,7 +143,7 @@ def test_without_a_group_stage_it_is_the_two_stages_bit_for_bit(
     if shared + adaptive == 0:
         adaptive = 1
     groups = [sorted(set(named)).index(g) for g in named]
-    config = SmesConfig(num_experts=12, num_shared=shared, num_adaptive=adaptive, max_active=budget)
+    config = plain(num_experts=12, num_shared=shared, num_adaptive=adaptive, max_active=budget)
     z_BTE = _logits(config, groups, 7, levels, seed)
     weights_T = torch.full((len(groups),), 1 / len(groups))
     routing = _select(config, groups, z_BTE)
@@ -155,11 +156,11 @@ def test_a_budget_leaves_groups_alone_that_cannot_exceed_their_share() -> None:
     """Two tasks want at most 3 of their group's 5, their share of 6; four tasks of the other group could want all 5."""
     groups = (0, 0, 1, 1, 1, 1)
     shape = {"num_experts": 10, "num_shared": 0, "num_group": 1, "num_adaptive": 1, "group_pools": "own"}
-    config = SmesConfig(**shape, max_active=6)  # type: ignore[arg-type]  # of mixed types
+    config = plain(**shape, max_active=6)
     # The group's choice is expert 4 of its part, with the best mean; by their highest share, three others come first.
     first, second = [0.40, 0.33, 0.01, 0.02, 0.24], [0.01, 0.02, 0.40, 0.33, 0.24]
     z_BTC = torch.tensor([[first, second, *([0.1, 0.2, 0.3, 0.35, 0.05],) * 4]]).log()
-    free = _select(SmesConfig(**shape), groups, z_BTC)  # type: ignore[arg-type]  # of mixed types
+    free = _select(plain(**shape), groups, z_BTC)
     assert free.experts_BTK[0, :2].tolist() == [[4, 0], [4, 2]]
     assert torch.equal(_select(config, groups, z_BTC).experts_BTK[:, :2], free.experts_BTK[:, :2])
 
@@ -186,7 +187,7 @@ def test_a_budget_leaves_groups_alone_that_cannot_exceed_their_share() -> None:
     ],
 )
 def test_the_bound(config: dict[str, Any], groups: tuple[int, ...], expected: int) -> None:
-    assert SmesConfig(**config).stages(groups).bound == expected
+    assert plain(**config).stages(groups).bound == expected
 
 
 @pytest.mark.parametrize(
@@ -194,9 +195,12 @@ def test_the_bound(config: dict[str, Any], groups: tuple[int, ...], expected: in
     [
         (
             {"num_experts": 16, "num_shared": 0},
-            "num_experts: 16 to choose from, expected a multiple of .*groups \\(3\\)",
+            "num_experts: 16 to choose from, expected a multiple of .*groups \\(3\\).* set num_experts to 15, say",
         ),
-        ({"num_experts": 6, "num_shared": 0, "num_group": 2}, "at least 3 for each, for own pools"),
+        (
+            {"num_experts": 6, "num_shared": 0, "num_group": 2},
+            "at least 3 for each, for own pools: set num_experts to 9",
+        ),
         (
             {"num_experts": 17, "num_shared": 2, "shared_experts": "always_on", "num_group": 1, "max_active": 7},
             "max_active: 7, expected none or at least num_group \\+ num_adaptive for each of 3 own pools.*\\(8\\)",
@@ -205,4 +209,4 @@ def test_the_bound(config: dict[str, Any], groups: tuple[int, ...], expected: in
 )
 def test_what_does_not_fit_the_groups_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SmesConfig(group_pools="own", **config).stages((0, 1, 2))
+        plain(group_pools="own", **config).stages((0, 1, 2))

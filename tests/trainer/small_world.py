@@ -11,7 +11,6 @@ from smes.model import ModelConfig
 from smes.optim import OptimizerConfig
 from smes.schema import Feature, Schema, Task
 from smes.serving import ServingModel
-from smes.smes_ranker import SmesConfig
 from stream.codec import encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream, StreamConfig
@@ -20,6 +19,7 @@ from stream.log import EventLog
 from stream.memory_log import InMemoryLog
 from stream.mini_batch import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
+from tests.smes.plain_smes import plain
 from trainer.checkpoint import CheckpointDirectory
 from trainer.evaluation import EvaluationConfig, ProgressiveEvaluation
 from trainer.schedule import Flags
@@ -30,7 +30,7 @@ SCHEMA = Schema(
     features=(Feature("tab"), Feature("tags", kind="bag", max_length=3), Feature("price", kind="numeric")),
     tasks=(Task("click", window_s=5), Task("like", window_s=10), Task("watch", kind="regression", window_s=8)),
 )
-MODEL = ModelConfig(embedding_dim=8, smes=SmesConfig(num_experts=4, num_shared=1, num_adaptive=1, encoder_dims=(16,)))
+MODEL = ModelConfig(embedding_dim=8, smes=plain(num_experts=4, num_shared=1, num_adaptive=1, encoder_dims=(16,)))
 START_MS = 1_700_000_000_000
 
 

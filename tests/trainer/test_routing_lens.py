@@ -13,7 +13,7 @@ from smes.model import ModelConfig
 from smes.optim import OptimizerConfig
 from smes.ranker import ExpertLimits
 from smes.schema import Feature, Schema, Task
-from smes.smes_config import SmesConfig
+from tests.smes.plain_smes import plain
 from trainer.routing_history import RoutingHistory
 from trainer.routing_lens import drift, overlap, routing_report, routing_summary
 
@@ -76,7 +76,7 @@ def trained(
     optimizer: OptimizerConfig, *, biased: int | None = None, bias: float = 0.0, steps: int = 13
 ) -> tuple[Learner, RoutingHistory]:
     """A learner on ids at random, its routing's history kept as the trainer does, one expert's logits biased."""
-    smes = SmesConfig(E, num_shared=0, num_adaptive=1, encoder_dims=(8,), expert_dims=(8,), router_input="raw")
+    smes = plain(num_experts=E, num_shared=0, num_adaptive=1, encoder_dims=(8,), expert_dims=(8,), router_input="raw")
     model = ModelConfig(embedding_dim=8, embedding_scale=1.0, smes=smes)
     learner = Learner(SCHEMA, model, optimizer, device=torch.device("cpu"))
     if biased is not None:
