@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(device: torch.device, blocks: list[ExampleBlock], num_experts: int, steps: int) -> Row:
-    config = SmesConfig(num_experts=num_experts, router_rank=None if num_experts <= 64 else 32)
+    config = SmesConfig(num_experts=num_experts)
     grouped_per_s, active = _training_rate(device, blocks, config, steps)
     dense_per_s, _ = _training_rate(device, blocks, replace(config, experts="dense"), steps)
     widths = [config.encoder_dims[-1], *config.expert_dims]

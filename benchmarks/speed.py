@@ -1,13 +1,13 @@
 """Training and scoring speed of SMES beside other libraries and beside its own dense execution, in one run.
 
     python -m benchmarks.speed --json speed.json --plot docs/speed.png
-    python -m benchmarks.speed --smes experts=full --smes expert_dims=[128,64]      # the paper's form as the contender
+    python -m benchmarks.speed --smes form=paper --smes expert_dims=[128,64]      # the paper's form as the contender
 
 33 id fields × 16, 8 tasks, batches of 1,024, scoring calls of 500 candidates, 2 threads, all embeddings trained. Rounds
 are interleaved: every round times every contender, each round beginning with another one, and a ratio is the median of
 the rounds' own ratios. Figures come as median with the least and greatest round beside it (`_min`, `_max`).
 
-Contenders: `smes16`, `smes64`, `smes256` (the configured SMES at that many experts; `--smes` overrides its other
+Contenders: `smes16`, `smes64`, `smes256` (SMES by its defaults at that many experts; `--smes` overrides its other
 settings), `paper64` (the paper's form, two-layer experts as the peers have them), `dense…` (the same SMES, all experts
 executed on every instance), `mmoe…` (our own MMoE, experts as the peers have them), and the peers `rechub_mmoe8`,
 `rechub_mmoe64`, `rechub_ple9`, `deepctr_mmoe8`. What a step and a scoring call include is said in speed_ours.py and
@@ -84,7 +84,7 @@ def build(names: Sequence[str], smes: SmesConfig, setting: Setting, data: Data) 
         # Without an encoder, as the peers' experts read the embeddings themselves.
         return replace(base, ranker="mmoe", mmoe=MmoeConfig(num_experts, (), setting.expert_dims))
 
-    paper = replace(base, smes=SmesConfig(64, 2, 1, form="paper", expert_dims=setting.expert_dims))
+    paper = replace(base, smes=SmesConfig(form="paper", num_experts=64, expert_dims=setting.expert_dims))
     dense_paper = replace(paper, ranker=DENSE_SMES)
     builders: dict[str, Callable[[], Contender]] = {
         "paper64": ours("paper64", "SMES, the paper's form, 64 experts", paper),

@@ -38,8 +38,8 @@ class Setting:
 
     @property
     def schema(self) -> Schema:
-        """User, item and as many further fields as are missing."""
-        tasks = tuple(Task(f"task{i}") for i in range(self.num_tasks))
+        """User, item and as many further fields as are missing; every other task of the group ``watch``."""
+        tasks = tuple(Task(f"{'like' if i % 2 else 'view'}{i}") for i in range(self.num_tasks))
         return Schema("speed", tasks=tasks, features=tuple(Feature(f"field{i}") for i in range(2, self.num_fields)))
 
 

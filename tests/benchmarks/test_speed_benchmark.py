@@ -24,7 +24,7 @@ from smes.smes_ranker import SmesConfig
 SMALL = Setting(
     num_fields=4, embedding_dim=4, num_tasks=3, expert_dims=(8, 8), batch_size=16, candidates=5, vocabulary=20
 )
-SMES_SMALL = SmesConfig(num_experts=8, num_shared=1, num_adaptive=1, encoder_dims=(8,), expert_dims=(8,))
+SMES_SMALL = SmesConfig(num_experts=16, num_group=2, router_rank=8, encoder_dims=(8,), expert_dims=(8,))
 
 
 @pytest.fixture(scope="module")
