@@ -8,10 +8,10 @@ are interleaved: every round times every contender, each round beginning with an
 the rounds' own ratios. Figures come as median with the least and greatest round beside it (`_min`, `_max`).
 
 Contenders: `smes16`, `smes64`, `smes256` (SMES by its defaults at that many experts; `--smes` overrides its other
-settings), `paper64` (the paper's form, two-layer experts as the peers have them), `dense…` (the same SMES, all experts
-executed on every instance), `mmoe…` (our own MMoE, experts as the peers have them), and the peers `rechub_mmoe8`,
-`rechub_mmoe64`, `rechub_ple9`, `deepctr_mmoe8`. What a step and a scoring call include is said in speed_ours.py and
-speed_peers.py; in short, ours include looking ids up and theirs do not.
+settings), `wide64` (the same with experts of two layers, as the peers have them), `paper64` (the paper's form,
+likewise), `dense…` (the same SMES, all experts executed on every instance), `mmoe…` (our own MMoE, experts as the peers
+have them), and the peers `rechub_mmoe8`, `rechub_mmoe64`, `rechub_ple9`, `deepctr_mmoe8`. What a step and a scoring
+call include is said in speed_ours.py and speed_peers.py; in short, ours include looking ids up and theirs do not.
 """
 
 import argparse
@@ -40,24 +40,27 @@ from smes.smes_ranker import SmesConfig
 NUM_EXPERTS = (16, 64, 256)
 PEERS = ("rechub_mmoe8", "rechub_mmoe64", "rechub_ple9", "deepctr_mmoe8")
 GROWING = tuple(f"{kind}{E}" for kind in ("smes", "dense") for E in NUM_EXPERTS)
-OURS = (*GROWING, "paper64", "dense_paper64", "mmoe8", "mmoe64")
+OURS = (*GROWING, "wide64", "dense_wide64", "paper64", "dense_paper64", "mmoe8", "mmoe64")
 MAX_SECONDS = 5.0  # of one contender's training in one round
 SCORING_CALLS = 20
 
 RATIOS = {
     # name: (figure, above, below); how many times faster SMES trains, and what it costs beside the other
-    "train_vs_rechub_mmoe8": ("train_per_s", "smes64", "rechub_mmoe8"),
-    "train_vs_rechub_mmoe64": ("train_per_s", "smes64", "rechub_mmoe64"),
-    "train_vs_rechub_ple9": ("train_per_s", "smes64", "rechub_ple9"),
-    "train_vs_deepctr_mmoe8": ("train_per_s", "smes64", "deepctr_mmoe8"),
-    "train_vs_dense": ("train_per_s", "smes64", "dense64"),
+    "train_vs_rechub_mmoe8": ("train_per_s", "wide64", "rechub_mmoe8"),
+    "train_vs_rechub_mmoe64": ("train_per_s", "wide64", "rechub_mmoe64"),
+    "train_vs_rechub_ple9": ("train_per_s", "wide64", "rechub_ple9"),
+    "train_vs_deepctr_mmoe8": ("train_per_s", "wide64", "deepctr_mmoe8"),
+    "train_vs_dense": ("train_per_s", "wide64", "dense_wide64"),
+    "latency_vs_dense": ("latency_ms", "wide64", "dense_wide64"),
+    "latency_vs_mmoe64": ("latency_ms", "wide64", "mmoe64"),
+    "latency_vs_rechub_mmoe64": ("latency_ms", "wide64", "rechub_mmoe64"),
     "paper_train_vs_rechub_mmoe8": ("train_per_s", "paper64", "rechub_mmoe8"),
     "paper_train_vs_rechub_mmoe64": ("train_per_s", "paper64", "rechub_mmoe64"),
     "paper_train_vs_dense": ("train_per_s", "paper64", "dense_paper64"),
     "paper_latency_vs_dense": ("latency_ms", "paper64", "dense_paper64"),
-    "latency_vs_dense": ("latency_ms", "smes64", "dense64"),
-    "latency_vs_mmoe64": ("latency_ms", "smes64", "mmoe64"),
-    "latency_vs_rechub_mmoe64": ("latency_ms", "smes64", "rechub_mmoe64"),
+    "default_train_vs_rechub_mmoe8": ("train_per_s", "smes256", "rechub_mmoe8"),
+    "default_train_vs_dense": ("train_per_s", "smes256", "dense256"),
+    "default_latency_vs_dense": ("latency_ms", "smes256", "dense256"),
     "step_e256_vs_e16": ("step_ms", "smes256", "smes16"),
     "step_e64_vs_e16": ("step_ms", "smes64", "smes16"),
     "dense_step_e256_vs_e16": ("step_ms", "dense256", "dense16"),
@@ -85,8 +88,11 @@ def build(names: Sequence[str], smes: SmesConfig, setting: Setting, data: Data) 
         return replace(base, ranker="mmoe", mmoe=MmoeConfig(num_experts, (), setting.expert_dims))
 
     paper = replace(base, smes=SmesConfig(form="paper", num_experts=64, expert_dims=setting.expert_dims))
-    dense_paper = replace(paper, ranker=DENSE_SMES)
+    wide = replace(base, smes=replace(smes, num_experts=64, expert_dims=setting.expert_dims, experts="full"))
+    dense_wide, dense_paper = (replace(config, ranker=DENSE_SMES) for config in (wide, paper))
     builders: dict[str, Callable[[], Contender]] = {
+        "wide64": ours("wide64", "SMES, 64 experts as the peers'", wide),
+        "dense_wide64": ours("dense_wide64", "SMES executed densely, 64 experts as the peers'", dense_wide),
         "paper64": ours("paper64", "SMES, the paper's form, 64 experts", paper),
         "dense_paper64": ours("dense_paper64", "the paper's form executed densely, 64 experts", dense_paper),
         "mmoe8": ours("mmoe8", "our MMoE, 8 experts", mmoe(8)),
@@ -128,7 +134,7 @@ def run(contenders: Sequence[Contender], setting: Setting, effort: Effort) -> di
             note(f"{name}_train_per_s", setting.batch_size / step_s)
             note(f"{name}_gflop_per_s", figures[f"{name}_step_gflop"] / step_s)
             note(f"{name}_latency_ms", _score_seconds(contender, SCORING_CALLS) * 1e3)
-            if name.startswith(("smes", "paper")):
+            if name.startswith(("smes", "wide", "paper")):
                 for part, seconds in breakdown(contender.train, effort.steps).items():
                     note(f"{name}_{part}_ms", seconds * 1e3)
     for name in [c.name for c in contenders]:

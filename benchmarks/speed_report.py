@@ -59,7 +59,7 @@ def draw(contenders: Sequence[Contender], figures: Mapping[str, float], path: Pa
         values = [figures[f"{n}_{suffix}"] for n in names]
         low = [v - figures[f"{n}_{suffix}_min"] for n, v in zip(names, values, strict=True)]
         high = [figures[f"{n}_{suffix}_max"] - v for n, v in zip(names, values, strict=True)]
-        colours = ["tab:orange" if n.startswith(("smes", "paper")) else "tab:gray" for n in names]
+        colours = ["tab:orange" if n.startswith(("smes", "wide", "paper")) else "tab:gray" for n in names]
         ax.barh(names, values, xerr=[low, high], color=colours, ecolor="black", capsize=2)
         ax.invert_yaxis()
         ax.set_title(title)

@@ -102,7 +102,9 @@ def test_every_part_of_a_step_is_found(data: Data) -> None:
 
 
 def test_a_run_gives_flat_figures_table_and_plot(data: Data, tmp_path: Path) -> None:
-    contenders = speed.build(["smes16", "smes64", "smes256", "dense64", "mmoe8"], SMES_SMALL, SMALL, data)
+    contenders = speed.build(
+        ["smes16", "smes64", "smes256", "dense64", "wide64", "dense_wide64", "mmoe8"], SMES_SMALL, SMALL, data
+    )
     figures = speed.run(contenders, SMALL, speed.Effort(repeats=3, steps=2))
     assert json.loads(json.dumps(figures)) == figures
     assert {"latency_vs_dense", "step_e256_vs_e16", "smes64_train_per_s", "smes64_gemm_ms"} <= set(figures)
