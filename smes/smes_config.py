@@ -30,7 +30,7 @@ PAPER_FORM: Mapping[str, object] = {
 _BY_FORM: Any = object()  # a key's default where the form decides it; Any, as it stands in for values of every type
 
 _OWN_DEFAULTS: Mapping[str, object] = {
-    "num_experts": 256,
+    "num_experts": 64,
     "num_shared": 0,
     "num_group": 4,
     "num_adaptive": 0,
@@ -38,7 +38,8 @@ _OWN_DEFAULTS: Mapping[str, object] = {
     "group_pools": "own",
     "routers": "group",
     "router_maps": "per_task",
-    "router_rank": 32,
+    "router_rank": 16,
+    "encoder_dims": (64,),
     "router_input": "raw",
     "router_norm": "batch",
 }
@@ -49,6 +50,7 @@ _PAPER_DEFAULTS: Mapping[str, object] = {
     "num_adaptive": 1,
     "expert_dims": (64,),
     "router_rank": None,
+    "encoder_dims": (128,),
 }
 
 
@@ -57,7 +59,7 @@ class SmesConfig:
     """Shape of the SMES ranker. The paper publishes none of the figures: all defaults are ours.
 
     The default is not the paper's form: a router per task group, on the standardised raw input, chooses 4 of the
-    group's own 128 experts (for two groups), which its tasks share. With ``form: paper`` the keys that are not given
+    group's own 32 experts (for two groups), which its tasks share. With ``form: paper`` the keys that are not given
     have other defaults, as said below; a key that is given is never changed.
 
     Attributes:
@@ -66,7 +68,7 @@ class SmesConfig:
         num_shared: K_s, experts for all tasks together. 2 in the paper's form.
         num_adaptive: K_a, experts that each task adds for itself. 1 in the paper's form.
         encoder_dims: Widths of the shared encoder's layers (``SiLU(LayerNorm(Linear))``), multiples of 8; none: experts
-            and routers read the raw input.
+            and routers read the raw input. (128,) in the paper's form.
         expert_dims: Widths of an expert's layers; multiples of 8 (the GPU's grouped GEMM wants 16-byte rows). (64,) in
             the paper's form.
         experts: Form of an expert: ``full`` is the paper's; ``low_rank`` and ``residual`` are differences from a shared
@@ -101,7 +103,7 @@ class SmesConfig:
     num_experts: int = _BY_FORM
     num_shared: int = _BY_FORM
     num_adaptive: int = _BY_FORM
-    encoder_dims: tuple[int, ...] = (128,)
+    encoder_dims: tuple[int, ...] = _BY_FORM
     expert_dims: tuple[int, ...] = _BY_FORM
     experts: str = "full"
     expert_rank: int = 8

@@ -9,6 +9,7 @@ PLAIN: dict[str, Any] = {
     "num_shared": 2,
     "num_group": 0,
     "num_adaptive": 1,
+    "encoder_dims": (128,),
     "expert_dims": (64,),
     "group_pools": "common",
     "routers": "task",

@@ -196,7 +196,8 @@ def test_the_papers_form_by_its_name() -> None:
     """Whatever the defaults are: equal to a configuration that says each of the paper's parts and our counts for it."""
     parts = dict(PAPER_FORM)
     said: dict[str, Any] = {"num_experts": 16, "num_shared": 2, "num_adaptive": 1, "expert_dims": (64,), **parts}
-    assert replace(SmesConfig(**said, router_rank=None), form="paper") == SmesConfig(form="paper")
+    said |= {"router_rank": None, "encoder_dims": (128,)}
+    assert replace(SmesConfig(**said), form="paper") == SmesConfig(form="paper")
     config = SmesConfig(form="paper", num_experts=64, balance=0.1, expert_dims=(64, 32))
     assert {name: getattr(config, name) for name in PAPER_FORM} == parts
     assert replace(config, num_shared=0, balance=0.0).num_shared == 0, "the paper's own ablations are within its form"
@@ -210,7 +211,7 @@ def test_the_papers_form_by_its_name() -> None:
 def test_a_key_that_is_given_stays_as_it_is_given() -> None:
     """Also where the value is the default of the other form: it is kept, or refused, never replaced."""
     own, paper = SmesConfig(), SmesConfig(form="paper")
-    free = ("num_experts", "num_shared", "num_adaptive", "expert_dims", "router_rank")
+    free = ("num_experts", "num_shared", "num_adaptive", "expert_dims", "router_rank", "encoder_dims")
     for key in free:
         value = getattr(own, key)
         assert value != getattr(paper, key), "a key of two defaults"
@@ -239,8 +240,8 @@ def test_the_default_shares_experts_within_a_task_group() -> None:
     experts_BTK = ranker.choices(x_BI)
     assert experts_BTK.tolist() == expected
     assert experts_BTK.shape == (9, 4, 4)
-    assert bool((experts_BTK[:, 0] < 128).all())
-    assert bool((experts_BTK[:, 1] >= 128).all())
+    assert bool((experts_BTK[:, 0] < ranker.config.num_experts // 2).all())
+    assert bool((experts_BTK[:, 1] >= ranker.config.num_experts // 2).all())
     assert torch.equal(experts_BTK[:, [0, 1]], experts_BTK[:, [3, 2]])
     output = ranker(x_BI)
     tasks_BTH, balance = dense_smes(ranker, x_BI, experts_BTK, groups)
