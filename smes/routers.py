@@ -74,9 +74,9 @@ class Router(nn.Module):
         x_BI = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if self.moments is None:
             return x_BI
-        standardised_BI = self.moments.standardise(x_BI, _CLIP)
+        standardised_BI = self.moments.standardise(x_BI, _CLIP, torch.float32)
         if self.training:  # only now: a step's scores do not depend on its own batch
-            self.moments.observe(x_BI.detach(), torch.ones_like(x_BI))
+            self.moments.observe(x_BI.detach())
         return standardised_BI
 
 

@@ -38,6 +38,7 @@ _OWN_DEFAULTS: Mapping[str, object] = {
     "group_pools": "own",
     "routers": "group",
     "router_maps": "per_task",
+    "experts": "residual",
     "router_rank": 16,
     "encoder_dims": (64,),
     "router_input": "raw",
@@ -105,7 +106,7 @@ class SmesConfig:
     num_adaptive: int = _BY_FORM
     encoder_dims: tuple[int, ...] = _BY_FORM
     expert_dims: tuple[int, ...] = _BY_FORM
-    experts: str = "full"
+    experts: str = _BY_FORM
     expert_rank: int = 8
     expert_narrow_dim: int = 32
     router_rank: int | None = _BY_FORM

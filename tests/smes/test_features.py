@@ -91,6 +91,14 @@ def test_moments_equal_numpys_with_weights_and_an_unseen_column() -> None:
     assert moments.mean_C[0].item() == pytest.approx(mean)
     assert moments.variance_C[0].item() == pytest.approx(np.average((x[:, 0] - mean) ** 2, weights=weight[:, 0]))
     assert [moments.count_C[1].item(), moments.mean_C[1].item(), moments.variance_C[1].item()] == [0, 0, 1]
+    plain = RunningMoments(2)
+    for start in range(0, 300, 70):
+        plain.observe(torch.from_numpy(x[start : start + 70].astype(np.float32)))
+    np.testing.assert_allclose(plain.mean_C, x.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(plain.variance_C, x.var(axis=0), rtol=1e-4)
+    expected = (x - x.mean(axis=0)) / x.std(axis=0)
+    single = plain.standardise(torch.from_numpy(x.astype(np.float32)), 8.0, torch.float32)
+    np.testing.assert_allclose(single, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_old_values_fade_beyond_the_horizon() -> None:
