@@ -11,6 +11,7 @@ PLAIN: dict[str, Any] = {
     "num_adaptive": 1,
     "encoder_dims": (128,),
     "expert_dims": (64,),
+    "experts": "full",
     "group_pools": "common",
     "routers": "task",
     "router_maps": "shared",
