@@ -40,7 +40,6 @@ _OWN_DEFAULTS: Mapping[str, object] = {
     "router_maps": "per_task",
     "experts": "residual",
     "router_rank": 16,
-    "encoder_dims": (64,),
     "router_input": "raw",
     "router_norm": "batch",
 }
@@ -51,7 +50,6 @@ _PAPER_DEFAULTS: Mapping[str, object] = {
     "num_adaptive": 1,
     "expert_dims": (64,),
     "router_rank": None,
-    "encoder_dims": (128,),
 }
 
 
@@ -69,7 +67,7 @@ class SmesConfig:
         num_shared: K_s, experts for all tasks together. 2 in the paper's form.
         num_adaptive: K_a, experts that each task adds for itself. 1 in the paper's form.
         encoder_dims: Widths of the shared encoder's layers (``SiLU(LayerNorm(Linear))``), multiples of 8; none: experts
-            and routers read the raw input. (128,) in the paper's form.
+            and routers read the raw input.
         expert_dims: Widths of an expert's layers; multiples of 8 (the GPU's grouped GEMM wants 16-byte rows). (64,) in
             the paper's form.
         experts: Form of an expert: ``full`` is the paper's; ``low_rank`` and ``residual`` are differences from a shared
@@ -104,7 +102,7 @@ class SmesConfig:
     num_experts: int = _BY_FORM
     num_shared: int = _BY_FORM
     num_adaptive: int = _BY_FORM
-    encoder_dims: tuple[int, ...] = _BY_FORM
+    encoder_dims: tuple[int, ...] = (128,)
     expert_dims: tuple[int, ...] = _BY_FORM
     experts: str = _BY_FORM
     expert_rank: int = 8

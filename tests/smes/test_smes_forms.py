@@ -196,7 +196,7 @@ def test_the_papers_form_by_its_name() -> None:
     """Whatever the defaults are: equal to a configuration that says each of the paper's parts and our counts for it."""
     parts = dict(PAPER_FORM)
     said: dict[str, Any] = {"num_experts": 16, "num_shared": 2, "num_adaptive": 1, "expert_dims": (64,), **parts}
-    said |= {"router_rank": None, "encoder_dims": (128,)}
+    said |= {"router_rank": None}
     assert replace(SmesConfig(**said), form="paper") == SmesConfig(form="paper")
     config = SmesConfig(form="paper", num_experts=64, balance=0.1, expert_dims=(64, 32))
     assert {name: getattr(config, name) for name in PAPER_FORM} == parts
@@ -211,7 +211,7 @@ def test_the_papers_form_by_its_name() -> None:
 def test_a_key_that_is_given_stays_as_it_is_given() -> None:
     """Also where the value is the default of the other form: it is kept, or refused, never replaced."""
     own, paper = SmesConfig(), SmesConfig(form="paper")
-    free = ("num_experts", "num_shared", "num_adaptive", "expert_dims", "router_rank", "encoder_dims")
+    free = ("num_experts", "num_shared", "num_adaptive", "expert_dims", "router_rank")
     for key in free:
         value = getattr(own, key)
         assert value != getattr(paper, key), "a key of two defaults"
