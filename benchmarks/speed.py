@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.speed_ours import DENSE_SMES, our_contender, register_dense_smes
+from benchmarks.speed_ours import DENSE_SMES, dense_smes, our_contender
 from benchmarks.speed_peers import deepctr_mmoe, missing_peers, rechub_mmoe, rechub_ple
 from benchmarks.speed_report import draw, table
 from benchmarks.speed_setting import Contender, Data, Setting, make_data
@@ -75,9 +75,9 @@ class Effort:
     steps: int = 20
 
 
+@dense_smes()
 def build(names: Sequence[str], smes: SmesConfig, setting: Setting, data: Data) -> list[Contender]:
     """The contenders by these names."""
-    register_dense_smes()
     base = ModelConfig(embedding_dim=setting.embedding_dim, smes=smes)
 
     def ours(name: str, what: str, config: ModelConfig) -> Callable[[], Contender]:

@@ -3,6 +3,8 @@
 Letters: B instances, E experts, P packed rows, D encoder width, Q width of the narrow projection, H output width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -67,8 +69,9 @@ def _activated(experts: FullExperts | LowRankExperts | ResidualExperts, y_EBH: T
     return F.silu(experts.norm(y_EBH.flatten(0, 1))).view(y_EBH.shape)
 
 
-def register_dense_smes() -> None:
-    """Let a model configuration name the dense execution of SMES."""
+@contextmanager
+def dense_smes() -> Iterator[None]:
+    """Within it, a model configuration can name the dense execution of SMES."""
 
     def build(input_dim: int, schema: Schema, config: ModelConfig) -> Ranker:
         ranker = RANKERS["smes"].build(input_dim, schema, config)
@@ -77,6 +80,10 @@ def register_dense_smes() -> None:
         return ranker
 
     RANKERS[DENSE_SMES] = RankerKind(build)
+    try:
+        yield
+    finally:
+        del RANKERS[DENSE_SMES]
 
 
 def blocks(setting: Setting, data: Data) -> list[ExampleBlock]:

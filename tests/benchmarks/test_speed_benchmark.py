@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import speed, speed_peers
-from benchmarks.speed_ours import DENSE_SMES, DenseExecution, blocks, our_contender, register_dense_smes
+from benchmarks.speed_ours import DENSE_SMES, DenseExecution, blocks, dense_smes, our_contender
 from benchmarks.speed_report import draw, table
 from benchmarks.speed_setting import Contender, Data, Setting, make_data
 from benchmarks.step_breakdown import PARTS, Stopwatch, breakdown, count_flop
@@ -60,8 +60,8 @@ def test_the_dense_execution_gives_the_same_outputs_and_gradients(
         torch.testing.assert_close(grouped, dense, rtol=1e-4, atol=1e-4)
 
 
+@dense_smes()
 def test_the_dense_smes_learns_as_smes_does(data: Data) -> None:
-    register_dense_smes()
     scores = []
     for ranker in ("smes", DENSE_SMES):
         config = ModelConfig(ranker=ranker, embedding_dim=4, smes=SMES_SMALL)
