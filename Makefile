@@ -14,8 +14,10 @@ install: .venv/.installed
 demo: install
 	$(BIN)/smes demo
 
+# Two processes, each with servers of its own; tests that share a costly fixture stay in one of them. One torch thread
+# in each process, theirs and those they start: more than there are cores would spin against each other.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: install
 	$(BIN)/ruff check .
