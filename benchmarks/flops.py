@@ -67,7 +67,7 @@ class FlopTally:
 class _Pass:
     def __init__(self, tally: FlopTally, instances: int) -> None:
         self._tally, self._instances = tally, instances
-        self._mode = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flops})
+        self._mode = FlopCounterMode(display=False, custom_mapping=_COUNTED_HERE)
 
     def __enter__(self) -> None:
         self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch ships no type for it
@@ -121,3 +121,14 @@ def _size(weights: Iterable[Tensor]) -> int:
 def _grouped_mm_flops(rows_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     # On the CPU no row of a dispatch is unused.
     return int(2 * rows_shape[0] * weight_shape[-2] * weight_shape[-1])
+
+
+def _weighted_sum_flops(rows_shape: Any, picked_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(2 * math.prod(picked_shape) * rows_shape[-1])
+
+
+_COUNTED_HERE: dict[Any, Any] = {
+    torch.ops.aten._grouped_mm: _grouped_mm_flops,
+    torch.ops.aten._embedding_bag_forward_only: _weighted_sum_flops,  # the only ones are those that combine experts
+    torch.ops.aten._embedding_bag: _weighted_sum_flops,
+}

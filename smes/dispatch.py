@@ -5,10 +5,13 @@ Letters: B instances, T routers (one per task, or per task group), E experts, K 
 expert.
 
 Pairs are packed expert by expert, so that an expert's rows are one segment of a grouped GEMM. A pair occurs once,
-however many tasks use it: an expert runs at most once per instance. The packing is a counting sort made of cumulative
-sums, in shapes that do not depend on the routing, so that nothing on a GPU waits for the host: there, P is the upper
-bound B·U and rows from ``offsets_E[-1]`` on are unused. Where reading a number back is free (the CPU) the unused rows
-and slots are cut off.
+however many tasks use it: an expert runs at most once per instance.
+
+Where routers may choose the same expert, the packing is a counting sort made of cumulative sums, in shapes that do not
+depend on the routing, so that nothing on a GPU waits for the host: there, P is the upper bound B·U and rows from
+``offsets_E[-1]`` on are unused. Where reading a number back is free (the CPU) the unused rows and slots are cut off.
+Where they cannot (one router, or each with a pool of its own), a sort does it, no row or slot is unused, and
+:mod:`smes.packing` moves the rows.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from smes.packing import combine_rows, pack_rows
 from smes.routing import Routing
 
 
@@ -28,7 +32,9 @@ class Dispatch:
         offsets_E: int32, the end of each expert's segment.
         used_P: bool, false for unused rows; None when there are none.
         row_BU: int64, the packed row of each slot; unused slots point to row 0.
-        slot_BTK: int64, the slot of each of a task's experts.
+        slot_BTK: int64, the slot of each of a router's experts.
+        slot_P: int64, the place of each packed row in ``row_BU`` seen as [P], where no expert is chosen twice; then
+            ``row_BU`` is a permutation. None where experts may be.
         active_B: int64, |U|: how many experts run for the instance.
     """
 
@@ -37,6 +43,7 @@ class Dispatch:
     used_P: Tensor | None
     row_BU: Tensor
     slot_BTK: Tensor
+    slot_P: Tensor | None
     active_B: Tensor
 
 
@@ -45,8 +52,10 @@ def dispatch(routing: Routing, *, trim: bool) -> Dispatch:
 
     Args:
         routing: Of B ≥ 1 instances.
-        trim: Cut unused rows and slots off; reads two numbers back to the host.
+        trim: Cut unused rows and slots off, where there may be any; reads two numbers back to the host.
     """
+    if routing.disjoint:
+        return _dispatch_disjoint(routing)
     B, T, K = routing.experts_BTK.shape
     E = routing.num_experts
     device = routing.experts_BTK.device
@@ -76,7 +85,26 @@ def dispatch(routing: Routing, *, trim: bool) -> Dispatch:
         used_P=None if trim else torch.arange(num_rows, device=device) < offsets_E[-1],
         row_BU=row_BU[:, :num_slots],
         slot_BTK=slot_BTK,
+        slot_P=None,
         active_B=active_B,
+    )
+
+
+def _dispatch_disjoint(routing: Routing) -> Dispatch:
+    B, T, K = routing.experts_BTK.shape
+    device = routing.experts_BTK.device
+    num_slots = T * K
+    sorted_P, slot_P = routing.experts_BTK.reshape(-1).sort(stable=True)
+    every_P = torch.arange(B * num_slots, device=device)
+    experts_E = torch.arange(routing.num_experts, device=device)
+    return Dispatch(
+        instance_P=slot_P // num_slots,
+        offsets_E=torch.searchsorted(sorted_P, experts_E, right=True, out_int32=True),
+        used_P=None,
+        row_BU=torch.empty_like(slot_P).scatter_(0, slot_P, every_P).view(B, num_slots),
+        slot_BTK=torch.arange(num_slots, device=device).view(1, T, K).expand(B, T, K),
+        slot_P=slot_P,
+        active_B=torch.full((B,), num_slots, device=device),
     )
 
 
@@ -93,11 +121,15 @@ def neutralise(x_PD: Tensor, plan: Dispatch) -> Tensor:
 
 def pack(x_BD: Tensor, plan: Dispatch) -> Tensor:
     """The input of every packed row. [B, D] → [P, D]."""
+    if plan.slot_P is not None:
+        return pack_rows(x_BD, plan.instance_P, plan.row_BU)
     return neutralise(x_BD.index_select(0, plan.instance_P), plan)
 
 
 def combine(y_PH: Tensor, weights_BTK: Tensor, plan: Dispatch) -> Tensor:
     """``h_t = Σ_{e ∈ K_t} p̃_te f_e`` for every task, from outputs computed once. [P, H] → [B, T, H]."""
+    if plan.slot_P is not None:
+        return combine_rows(y_PH, weights_BTK, plan.row_BU, plan.slot_P)
     B, T, _ = weights_BTK.shape
     num_slots = plan.row_BU.shape[1]
     # Unused slots read row 0, which is always in use and so finite, with weight 0.

@@ -46,8 +46,8 @@ class RankerOutput:
     Attributes:
         tasks_BTH: A representation per task, from which the task heads predict; None for a ranker that leaves
             everything to the linear part.
-        auxiliary_loss: Scalar to add to the task losses; None for none.
-        stats: None for a ranker without experts.
+        auxiliary_loss: Scalar to add to the task losses; None for none, and outside of training.
+        stats: None for a ranker without experts, and outside of training.
     """
 
     tasks_BTH: Tensor | None

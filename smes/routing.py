@@ -26,6 +26,7 @@ class Routing:
         mean_TL: Its mean over the instances, from which the balance loss learns.
         num_experts: E.
         bound: The most experts that an instance can use.
+        disjoint: Whether no two routers can choose the same expert.
     """
 
     experts_BTK: Tensor
@@ -34,6 +35,7 @@ class Routing:
     mean_TL: Tensor
     num_experts: int
     bound: int
+    disjoint: bool = False
 
 
 class Selection(nn.Module):
@@ -69,6 +71,7 @@ class Selection(nn.Module):
         groups = [[t for t, of in enumerate(stages.group_T) if of == g] for g in range(stages.num_groups)]
         pools = groups if stages.own_pools else [list(range(len(stages.group_T)))]
         self._bound, self._quota = stages.bound, stages.quota
+        self._router_is_group = stages.group_T == tuple(range(stages.num_groups))
         widest, quota = max(map(len, pools)), self._quota
         pool_T = stages.group_T if stages.own_pools else (0,) * len(stages.group_T)
         buffers = {
@@ -95,7 +98,8 @@ class Selection(nn.Module):
         chosen = shared_BS.unsqueeze(1).expand(B, T, -1)
         if stages.num_group:
             group_BGK = self._for_groups(probs_BTL, shared_BS, closed_BPL)
-            chosen = torch.cat([chosen, group_BGK.index_select(1, self.group_T)], dim=-1)
+            of_group = group_BGK if self._router_is_group else group_BGK.index_select(1, self.group_T)
+            chosen = torch.cat([chosen, of_group], dim=-1)
         if stages.num_adaptive:
             chosen = torch.cat([chosen, self._for_routers(z_BTL.detach(), chosen, closed_BPL)], dim=-1)
         columns_BTK = experts_BTK = chosen
@@ -104,7 +108,15 @@ class Selection(nn.Module):
             columns_BTK = torch.cat([fixed_BTK, fixed + chosen], dim=-1)
             experts_BTK = torch.cat([fixed_BTK, fixed + self.first_T.view(1, T, 1) + chosen], dim=-1)
         mean_TL, chosen_BTK = mean_and_chosen(z_BTC, probs_BTL, columns_BTK)
-        return Routing(experts_BTK, chosen_BTK.softmax(dim=-1), probs_BTL, mean_TL, stages.num_experts, self._bound)
+        return Routing(
+            experts_BTK=experts_BTK,
+            weights_BTK=chosen_BTK.softmax(dim=-1),
+            probs_BTL=probs_BTL,
+            mean_TL=mean_TL,
+            num_experts=stages.num_experts,
+            bound=self._bound,
+            disjoint=stages.disjoint,
+        )
 
     def mean_probs(self, routing: Routing) -> Tensor:
         """Mean probability of each expert over the instances, 0 outside the router's pool. [T, E − K_0]."""
@@ -129,8 +141,9 @@ class Selection(nn.Module):
         return closed_BPL & self.bounded_P.view(1, P, 1)
 
     def _for_groups(self, demand_BTL: Tensor, shared_BS: Tensor, closed_BPL: Tensor | None) -> Tensor:
-        # Probabilities are at least 0: with -1 an expert comes after all others.
-        mean_BGL = torch.matmul(self.mean_GT, demand_BTL).scatter(2, _for_each(shared_BS, self.stages.num_groups), -1.0)
+        mean_BGL = demand_BTL if self._router_is_group else torch.matmul(self.mean_GT, demand_BTL)
+        if self.stages.num_shared:  # probabilities are at least 0: with -1 an expert comes after all others
+            mean_BGL = mean_BGL.scatter(2, _for_each(shared_BS, self.stages.num_groups), -1.0)
         if closed_BPL is not None:
             mean_BGL = mean_BGL.masked_fill(closed_BPL, -1.0)
         return mean_BGL.topk(self.stages.num_group, dim=-1).indices

@@ -70,7 +70,9 @@ class SMES(nn.Module):
         self.selection = Selection(stages, _router_weights(config, router_T))
 
     def forward(self, x_BI: Tensor) -> RankerOutput:
-        """Representations per task, the balance loss (times β) and the routing's figures, for B ≥ 1 instances."""
+        """Representations per task, for B ≥ 1 instances; in training also the balance loss (times β) and the routing's
+        figures.
+        """
         h_BD = self.encoder(x_BI)
         routing = self.route(x_BI, h_BD)
         plan = dispatch(routing, trim=h_BD.device.type == "cpu")
@@ -78,6 +80,8 @@ class SMES(nn.Module):
         tasks_BTH = self._for_tasks(combine(y_PH, routing.weights_BTK, plan), dim=1)
         if self.trunk is not None:
             tasks_BTH = tasks_BTH + self.trunk(x_BI).unsqueeze(1)
+        if not self.training:
+            return RankerOutput(tasks_BTH)
         load_RE = expert_load(routing.experts_BTK, self.config.num_experts)
         return RankerOutput(
             tasks_BTH=tasks_BTH,

@@ -85,6 +85,11 @@ class Stages:
         return self.num_groups if self.own_pools else 1
 
     @property
+    def disjoint(self) -> bool:
+        """Whether no two routers can choose the same expert: one router, or each with a pool of its own."""
+        return len(self.group_T) == 1 or (self.num_fixed == 0 and len(self.group_T) == self.num_pools)
+
+    @property
     def pool_size(self) -> int:
         """L, experts that a router chooses from."""
         return (self.num_experts - self.num_fixed) // self.num_pools

@@ -1,5 +1,6 @@
 """The plan of the grouped execution, against sets and loops. Letters as in smes.dispatch."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -7,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smes.dispatch import combine, dispatch, neutralise, pack
-from smes.routing import route
+from smes.routing import Selection, route
+from smes.stages import Stages
 
 _SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 20), st.integers(0, 3), st.integers(0, 3))
 
@@ -56,6 +58,36 @@ def test_rubbish_in_unused_rows_reaches_neither_values_nor_gradients() -> None:
         out_BTH.square().sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
         results.append((out_BTH.detach(), x_BD.grad))
     torch.testing.assert_close(results[1], results[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6)),
+    st.sampled_from([2, 1000]),
+    st.integers(0, 2**31),
+)
+def test_where_no_expert_is_chosen_twice_values_and_gradients_are_the_same(
+    shape: tuple[int, int, int, int], levels: int, seed: int
+) -> None:
+    B, T, K, more = shape
+    generator = torch.Generator().manual_seed(seed)
+    stages = Stages(num_experts=T * (K + more), group_T=tuple(range(T)), num_group=K, own_pools=True)
+    z_BTL = torch.randint(0, levels, (B, T, K + more), generator=generator).float()
+    routing = Selection(stages, torch.full((T,), 1 / T))(z_BTL)
+    assert routing.disjoint
+    x_BD, scale_E = torch.randn(B, 3, generator=generator), torch.randn(stages.num_experts, generator=generator)
+    goal_BTH = torch.randn(B, T, 3, generator=generator)
+    results = []
+    for disjoint in (True, False):
+        plan = dispatch(replace(routing, disjoint=disjoint), trim=True)
+        leaves = x_BD.clone().requires_grad_(), routing.weights_BTK.clone().requires_grad_()
+        expert_P = torch.searchsorted(plan.offsets_E, torch.arange(len(plan.instance_P)), right=True)
+        y_PH = (pack(leaves[0], plan) * scale_E[expert_P].unsqueeze(1)).tanh()
+        out_BTH = combine(y_PH, leaves[1], plan)
+        (out_BTH * goal_BTH).sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+        results.append((plan.instance_P, plan.offsets_E, plan.active_B, out_BTH.detach(), *(x.grad for x in leaves)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 class _Rubbish(torch.autograd.Function):

@@ -246,6 +246,8 @@ def test_the_default_shares_experts_within_a_task_group() -> None:
     output = ranker(x_BI)
     tasks_BTH, balance = dense_smes(ranker, x_BI, experts_BTK, groups)
     torch.testing.assert_close(output.tasks_BTH, tasks_BTH, rtol=1e-4, atol=1e-5)
+    assert (output.auxiliary_loss, output.stats) == (None, None), "they are for training"
+    output = ranker.train()(x_BI)
     torch.testing.assert_close(output.auxiliary_loss, balance, rtol=1e-4, atol=1e-6)
     assert ranker.expert_limits is not None
     assert ranker.expert_limits.bound == 8
