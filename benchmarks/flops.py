@@ -7,8 +7,9 @@ activations, which are alike for all.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -43,6 +44,46 @@ class Cost:
     def flops(self) -> float:
         """All operations."""
         return self.features + self.ranker + self.heads
+
+
+@dataclass(frozen=True, slots=True)
+class MeanCost:
+    """Of a ranker over its runs, per scored instance.
+
+    Attributes:
+        flops: All operations.
+        ranker_flops: Those of the ranker.
+        parameters, active_parameters: As in :class:`Cost`.
+        active_experts: Experts executed per instance; None for a ranker that executes all it has.
+    """
+
+    flops: float
+    ranker_flops: float
+    parameters: int
+    active_parameters: float
+    active_experts: float | None
+
+    @classmethod
+    def of(cls, facts: Sequence[Mapping[str, Any]]) -> "MeanCost":
+        """From what runs have written down: the fields of a :class:`Cost`, ``flops`` and ``active_experts``."""
+        actives = [one["active_experts"] for one in facts if one["active_experts"] is not None]
+        return cls(
+            flops=fmean(one["flops"] for one in facts),
+            ranker_flops=fmean(one["ranker"] for one in facts),
+            parameters=facts[0]["parameters"],
+            active_parameters=fmean(one["active_parameters"] for one in facts),
+            active_experts=fmean(actives) if actives else None,
+        )
+
+    def flat(self) -> dict[str, float | int | None]:
+        """By the names that the benchmarks' JSON has."""
+        return {
+            "flops": self.flops,
+            "ranker_flops": self.ranker_flops,
+            "params": self.parameters,
+            "active_params": self.active_parameters,
+            "active_experts": self.active_experts,
+        }
 
 
 class FlopTally:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.bootstrap import F64, GroupedAuc, PairedGauc, UserTotals
+from benchmarks.flops import MeanCost
 from benchmarks.kuairand_runs import TASKS, LogColumns, LogRun
 from benchmarks.quality_config import Comparison
 from benchmarks.run_cache import RunCache
@@ -29,18 +30,14 @@ class LogRanker:
         seeds_ST: GAUC by seed and task, of every seed by itself.
         auc_ST: AUC by seed and task.
         positives_T: How many there are to be told from the rest.
-        flops, ranker_flops, parameters, active_parameters, active_experts: See :class:`benchmarks.flops.Cost`.
+        cost: What an instance costs.
         impressions_per_s: Of the whole backtest, one thread, beside whatever else ran.
     """
 
     seeds_ST: F64
     auc_ST: F64
     positives_T: list[int]
-    flops: float
-    ranker_flops: float
-    parameters: int
-    active_parameters: float
-    active_experts: float | None
+    cost: MeanCost
     impressions_per_s: float
 
 
@@ -114,18 +111,12 @@ def _grouped(columns: LogColumns, rows: slice, scores_NT: F32 | F64) -> GroupedA
 
 def _ranker(runs: Sequence[LogRun], cache: RunCache, seeds_ST: F64) -> LogRanker:
     facts = [cache.load(run).facts for run in runs]
-    mean = {key: float(np.mean([one[key] for one in facts])) for key in ("flops", "ranker", "active_parameters")}
-    actives = [one["active_experts"] for one in facts if one["active_experts"] is not None]
     # A task with one class only has no AUC: a log of a few thousand impressions.
     auc_ST = np.array([[one["tasks"][task]["auc"] for task in TASKS] for one in facts], np.float64)
     return LogRanker(
         seeds_ST,
         auc_ST,
         [facts[0]["tasks"][task]["positives"] for task in TASKS],
-        mean["flops"],
-        mean["ranker"],
-        facts[0]["parameters"],
-        mean["active_parameters"],
-        float(np.mean(actives)) if actives else None,
+        MeanCost.of(facts),
         sum(one["trained"] for one in facts) / sum(one["seconds"] for one in facts),
     )

@@ -15,10 +15,10 @@ def flat_figures(comparison: Comparison, figures: LogFigures) -> Flat:
     smes, best, linear = comparison.smes, figures.best_dense(comparison), comparison.linear
     flat: Flat = {"impressions": figures.impressions}
     if smes in figures.rankers:
-        flat |= {"seeds": len(figures.rankers[smes].seeds_ST), "smes_flops": figures.rankers[smes].flops}
+        flat |= {"seeds": len(figures.rankers[smes].seeds_ST), "smes_flops": figures.rankers[smes].cost.flops}
         flat |= _against(figures, smes, best, "best_dense") if best else {}
         if best:
-            flat |= {"best_dense": best, "best_dense_flops": figures.rankers[best].flops}
+            flat |= {"best_dense": best, "best_dense_flops": figures.rankers[best].cost.flops}
         if linear in figures.rankers:
             flat |= _against(figures, smes, linear, "linear")
         if comparison.paper in figures.rankers:
@@ -46,11 +46,11 @@ def markdown(comparison: Comparison, figures: LogFigures) -> str:
     for name, one in figures.rankers.items():
         flat = _of_ranker(figures, name)
         gain = "–" if best is None or name == best else _shown(figures.gauc.gain(name, best))
-        active = "–" if one.active_experts is None else f"{one.active_experts:.1f}"
+        active = "–" if one.cost.active_experts is None else f"{one.cost.active_experts:.1f}"
         auc = " | ".join(f"{flat[f'auc_{task}']:.4f}" for task in TASKS)
         lines.append(
             f"| `{name}` | {flat['gauc']:.4f} | {flat['gauc_single']:.4f} ± {flat['gauc_single_sd']:.4f} | {gain} "
-            f"| {one.flops / 1e3:,.0f} | {one.parameters:,} | {active} | {auc} |"
+            f"| {one.cost.flops / 1e3:,.0f} | {one.cost.parameters:,} | {active} | {auc} |"
         )
     return "\n".join([*lines, "", *_by_task(figures, best), ""])
 
@@ -86,11 +86,7 @@ def _of_ranker(figures: LogFigures, name: str) -> Flat:
         "gauc": figures.gauc.mean(name),
         "gauc_single": float(each.mean()),
         "gauc_single_sd": float(np.std(each, ddof=1)) if len(each) > 1 else 0.0,
-        "flops": one.flops,
-        "ranker_flops": one.ranker_flops,
-        "params": one.parameters,
-        "active_params": one.active_parameters,
-        "active_experts": one.active_experts,
+        **one.cost.flat(),
         "impressions_per_s": one.impressions_per_s,
     }
     flat |= {f"gauc_{task}": float(value) for task, value in zip(TASKS, figures.gauc.gauc_T(name), strict=True)}

@@ -46,7 +46,7 @@ def plot_log(comparison: Comparison, figures: LogFigures, path: Path) -> None:
     left.errorbar(value, rows, xerr=around, fmt="o", markersize=4, capsize=3)
     left.axvline(0, color="black", linewidth=0.8)
     left.set(xlabel=f"mean windowed GAUC against {best}, %, with its 95 % interval", yticks=rows, yticklabels=names)
-    right.barh(rows, [figures.rankers[name].flops / 1e3 for name in names], height=0.6)
+    right.barh(rows, [figures.rankers[name].cost.flops / 1e3 for name in names], height=0.6)
     right.set(xlabel="executed kFLOP an instance")
     for panel in (left, right):
         panel.grid(alpha=0.3, axis="x")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.bootstrap import F64, GroupedAuc, PairedGauc, UserTotals
+from benchmarks.flops import MeanCost
 from benchmarks.quality_config import Comparison, Settings, settings_of
 from benchmarks.run_cache import RunCache, RunResult
 from benchmarks.world_runs import STRETCHES, Stream, TruthRun, WorldRun
@@ -30,7 +31,7 @@ class RankerFigures:
         calibration_error: Mean |p - truth| by task over the last quarter, mean over seeds.
         calibration_ratio: Sum of p over sum of truth by task, likewise.
         curve_PT: GAUC by point of the curve and task, mean over seeds.
-        flops, ranker_flops, parameters, active_parameters, active_experts: See :class:`benchmarks.flops.Cost`.
+        cost: What an instance costs.
         impressions_per_s: Of training, one thread, beside whatever else ran.
     """
 
@@ -38,11 +39,7 @@ class RankerFigures:
     calibration_error: F64
     calibration_ratio: F64
     curve_PT: F64
-    flops: float
-    ranker_flops: float
-    parameters: int
-    active_parameters: float
-    active_experts: float | None
+    cost: MeanCost
     impressions_per_s: float
 
 
@@ -68,7 +65,7 @@ class WorldFigures:
 
     def best_dense(self, comparison: Comparison, stretch: str = "end", *, at_least: float = 0.0) -> str | None:
         """The dense ranker of the highest mean GAUC among those that execute no less; None where there is none."""
-        names = [n for n in comparison.dense if n in self.rankers and self.rankers[n].flops >= at_least]
+        names = [n for n in comparison.dense if n in self.rankers and self.rankers[n].cost.flops >= at_least]
         return max(names, key=self.gauc[stretch].mean, default=None)
 
     def oracle_share(self, ranker: str, linear: str) -> float:
@@ -123,19 +120,12 @@ def _ranker_figures(
     """What does not need the other rankers."""
     true_NT = truth.arrays["truth_end"].astype(np.float64)
     ends = [result.arrays["scores_end"] for result in results]
-    facts = results[0].facts
-    mean = {key: float(np.mean([r.facts[key] for r in results])) for key in ("flops", "ranker", "active_parameters")}
-    actives = [r.facts["active_experts"] for r in results if r.facts["active_experts"] is not None]
     return RankerFigures(
         seeds,
         np.mean([np.abs(p - true_NT).mean(axis=0) for p in ends], axis=0),
         np.mean([p.sum(axis=0, dtype=np.float64) / true_NT.sum(axis=0) for p in ends], axis=0),
         np.mean([_curve(result) for result in results], axis=0),
-        mean["flops"],
-        mean["ranker"],
-        facts["parameters"],
-        mean["active_parameters"],
-        float(np.mean(actives)) if actives else None,
+        MeanCost.of([result.facts for result in results]),
         stream.impressions * len(results) / sum(r.facts["seconds"] for r in results),
     )
 

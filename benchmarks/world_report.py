@@ -58,7 +58,7 @@ def _headline(comparison: Comparison, one: WorldFigures) -> Flat:
     flat |= {f"e{count}_gauc": gauc.mean(name) for count, name in comparison.experts.items() if name in one.rankers}
     if smes not in one.rankers:
         return flat
-    flat["smes_flops"] = one.rankers[smes].flops
+    flat["smes_flops"] = one.rankers[smes].cost.flops
     flat["calibration_error"] = float(one.rankers[smes].calibration_error.mean())
     if comparison.linear in one.rankers:
         flat["oracle_share"] = one.oracle_share(smes, comparison.linear)
@@ -71,13 +71,13 @@ def _against_dense(comparison: Comparison, one: WorldFigures) -> Flat:
     smes, gauc, flat = comparison.smes, one.gauc["end"], Flat()
     any_dense = one.best_dense(comparison)
     if any_dense is not None:
-        flat |= {"best_any_dense": any_dense, "best_any_dense_flops": one.rankers[any_dense].flops}
+        flat |= {"best_any_dense": any_dense, "best_any_dense_flops": one.rankers[any_dense].cost.flops}
         flat |= _interval("gain_any", gauc.gain(smes, any_dense))
-    flops = one.rankers[smes].flops
+    flops = one.rankers[smes].cost.flops
     best = one.best_dense(comparison, at_least=flops)
     if best is None:
         return flat
-    flat |= {"best_dense": best, "best_dense_flops": one.rankers[best].flops}
+    flat |= {"best_dense": best, "best_dense_flops": one.rankers[best].cost.flops}
     flat |= _interval("gain", gauc.gain(smes, best)) | _interval("gain_single", one.single["end"].gain(smes, best))
     behind = gauc.gauc_T(smes) < gauc.gauc_T(best)
     flat["tasks_behind"] = int(behind.sum())
@@ -97,11 +97,7 @@ def _of_ranker(comparison: Comparison, one: WorldFigures, name: str) -> Flat:
         "gauc": one.gauc["end"].mean(name),
         "gauc_single": float(np.mean(figures.seeds)),
         "gauc_single_sd": _deviation(figures.seeds),
-        "flops": figures.flops,
-        "ranker_flops": figures.ranker_flops,
-        "params": figures.parameters,
-        "active_params": figures.active_parameters,
-        "active_experts": figures.active_experts,
+        **figures.cost.flat(),
         "calibration_error": float(figures.calibration_error.mean()),
         "calibration_ratio": float(figures.calibration_ratio.mean()),
         "impressions_per_s": figures.impressions_per_s,
@@ -130,11 +126,12 @@ def markdown(comparison: Comparison, one: WorldFigures) -> str:
         flat = _of_ranker(comparison, one, name)
         gain = "–" if name == smes or smes not in one.rankers else _shown(one.gauc["end"].gain(smes, name))
         share = f"{flat['oracle_share']:.2f}" if "oracle_share" in flat else "–"
-        active = "–" if figures.active_experts is None else f"{figures.active_experts:.1f}"
+        cost = figures.cost
+        active = "–" if cost.active_experts is None else f"{cost.active_experts:.1f}"
         lines.append(
             f"| `{name}` | {flat['gauc']:.4f} | {flat['gauc_single']:.4f} ± {flat['gauc_single_sd']:.4f} "
-            f"| {flat['gauc_tenth']:.4f} | {flat['gauc_third']:.4f} | {share} | {gain} | {figures.flops / 1e3:,.0f} "
-            f"| {figures.parameters:,} | {active} | {flat['calibration_error']:.4f} |"
+            f"| {flat['gauc_tenth']:.4f} | {flat['gauc_third']:.4f} | {share} | {gain} | {cost.flops / 1e3:,.0f} "
+            f"| {cost.parameters:,} | {active} | {flat['calibration_error']:.4f} |"
         )
     oracle = {stretch: f"{values.mean():.4f}" for stretch, values in one.oracle.items()}
     lines.append(f"| oracle | {oracle['end']} | | {oracle['tenth']} | {oracle['third']} | 1 | | | | | 0 |")
@@ -145,7 +142,7 @@ def _by_task(comparison: Comparison, one: WorldFigures) -> list[str]:
     """A sentence on the tasks, where there is a rival."""
     if comparison.smes not in one.rankers:
         return []
-    best = one.best_dense(comparison, at_least=one.rankers[comparison.smes].flops)
+    best = one.best_dense(comparison, at_least=one.rankers[comparison.smes].cost.flops)
     if best is None:
         return [f"No dense ranker executes as much as `{comparison.smes}`."]
     ours, theirs = (one.gauc["end"].gauc_T(name) for name in (comparison.smes, best))

@@ -130,7 +130,7 @@ def test_the_reference_is_chosen_by_quality_among_those_that_cost_as_much(folder
     one: WorldFigures = world_figures(runs, cache, 20)
     best = max(("mmoe", "small"), key=one.gauc["end"].mean)
     assert one.best_dense(config) == best
-    assert one.best_dense(config, at_least=one.rankers["smes_e16"].flops) == "mmoe"
+    assert one.best_dense(config, at_least=one.rankers["smes_e16"].cost.flops) == "mmoe"
     assert one.best_dense(config, at_least=1e12) is None
 
 
