@@ -16,10 +16,11 @@ from smes.devices import open_device
 from smes.embedding import RowTable
 from smes.events import F32, I64, ExampleBlock
 from smes.features import FeatureInputs
+from smes.found_groups import GroupFinder
 from smes.id_rows import DistinctRows, IdRows, pool_weights, uniform_rows
-from smes.model import ModelConfig, build_model
+from smes.model import ModelConfig, ModelOutput, build_model
 from smes.optim import OptimizerConfig
-from smes.ranker import ExpertLimits
+from smes.ranker import ExpertLimits, GroupingRanker
 from smes.schema import Schema
 
 
@@ -77,6 +78,7 @@ class Learner:
         self._dense = optimizer.dense(wide.values(), others.values())
         self._rows = IdRows(schema)
         self._distinct = DistinctRows()
+        self._finder = self._new_finder()
         self._tables: dict[str, RowTable] = {}
         if model.table_dim:
             self._tables["embedding"] = RowTable(model.table_dim, optimizer.embedding, self._device.device)
@@ -145,6 +147,8 @@ class Learner:
             table.update(batch.rows_U, leaves[name], total_weight)
         model.tasks.observe(batch.labels_BT, batch.mask_BT, batch.weight_B)
         model.features.observe(batch.numerics_BF)
+        if self._finder is not None:
+            self._find_groups(self._finder, output, batch)
         self.step_number += 1
         stats = output.ranker.stats
         return StepResult(
@@ -196,6 +200,8 @@ class Learner:
         for index, moments in self._dense.state_dict()["state"].items():
             for key, value in moments.items():
                 tensors[f"adam.{self._dense_names[index]}.{key}"] = value.cpu().clone()
+        if self._finder is not None:
+            tensors.update({f"groups.{name}": tensor for name, tensor in self._finder.state().items()})
         tensors["step_number"] = torch.tensor(self.step_number)
         return tensors
 
@@ -211,6 +217,9 @@ class Learner:
                 table.load_state({"weights": state[f"table.{name}"], "accumulators": state[f"accumulators.{name}"]})
             self._model.load_state_dict(_under("dense.", state))
             self._load_adam(state)
+            self._finder = self._new_finder() if "groups.seen" in state else None
+            if self._finder is not None:
+                self._finder.load_state(_under("groups.", state))
             self.step_number = int(state["step_number"])
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"learner state: of another schema or model configuration: {error}") from error
@@ -222,6 +231,22 @@ class Learner:
             if f"adam.{name}.step" in state
         }
         self._dense.load_state_dict({"state": adam, "param_groups": self._dense.state_dict()["param_groups"]})
+
+    def _new_finder(self) -> GroupFinder | None:
+        ranker = self._model.ranker
+        finder = ranker.group_finder() if isinstance(ranker, GroupingRanker) else None
+        return None if finder is None else finder.to(self._device.device)
+
+    def _find_groups(self, finder: GroupFinder, output: ModelOutput, batch: RankBatch) -> None:
+        ranker = self._model.ranker
+        assert isinstance(ranker, GroupingRanker), "a ranker that has a finder"
+        logits_BT = output.logits_BT.detach()
+        residual_BT = self._model.tasks.residuals(logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B)
+        groups = finder.observe(output.x_BI.detach(), residual_BT)
+        if groups is not None:
+            ranker.regroup(groups)
+        if finder.done:
+            self._finder = None  # its sums are of no more use
 
     def _append_rows(self, start: int) -> None:
         keys = self._rows.keys(start)

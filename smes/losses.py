@@ -69,6 +69,12 @@ class TaskOutputs(nn.Module):
         total = torch.dot(sum_T, self.loss_weight_T) / weight_B.sum().clamp(min=1e-12)
         return total, sum_T.detach() / weight_BT.sum(dim=0).clamp(min=1e-12)
 
+    def residuals(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
+        """Weighted label minus prediction, for a regression both as ``log1p``; 0 where there is no label. [B, T]."""
+        target_BT = self._targets(labels_BT, mask_BT)
+        predicted_BT = torch.where(self.is_binary_T, logits_BT.sigmoid(), logits_BT)
+        return (target_BT - predicted_BT) * (mask_BT * weight_B.unsqueeze(1))
+
     def observe(self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> None:
         """Let the base rates take in a batch; after it was scored."""
         self.labels.observe(self._targets(labels_BT, mask_BT), mask_BT * weight_B.unsqueeze(1))

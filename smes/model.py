@@ -123,10 +123,11 @@ _SHAPES: dict[str, type] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
-    """Attributes: logits_BT, float32, base rates included; ranker, the ranker's own output."""
+    """Attributes: logits_BT, float32, base rates included; ranker, the ranker's own output; x_BI, what it read."""
 
     logits_BT: Tensor
     ranker: RankerOutput
+    x_BI: Tensor
 
 
 class RankModel(nn.Module):
@@ -152,7 +153,7 @@ class RankModel(nn.Module):
             output = self.ranker(x_BI)
             heads_BT = self.heads(output.tasks_BTH) if self.heads is not None else None
         logits = [part.float() for part in (wide_BT, heads_BT) if part is not None]
-        return ModelOutput(sum(logits, start=self.tasks.base_logits()), output)
+        return ModelOutput(sum(logits, start=self.tasks.base_logits()), output, x_BI)
 
     def choices(self, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None) -> Tensor | None:
         """The experts that each task chooses for B ≥ 1 instances, int64 [B, T, K]; None for a ranker without."""

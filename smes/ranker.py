@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from smes.found_groups import Clusters, GroupFinder
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingStats:
@@ -67,6 +69,19 @@ class Ranker(Protocol):
     expert_limits: ExpertLimits | None
 
     def __call__(self, x_BI: Tensor) -> RankerOutput: ...
+
+
+@runtime_checkable
+class GroupingRanker(Protocol):
+    """What a ranker that routes by task groups, and may have to find them, can be asked besides."""
+
+    def group_finder(self) -> GroupFinder | None:
+        """What finds the groups; None where they are declared."""
+        ...
+
+    def regroup(self, groups: Clusters) -> None:
+        """Route the tasks by groups that its finder found."""
+        ...
 
 
 @runtime_checkable

@@ -84,6 +84,10 @@ class SmesConfig:
         form: ``paper`` for the parts as the paper has them (:data:`PAPER_FORM`): they are these keys' defaults then,
             and other values are refused. None: what the keys say.
         groups: Task groups: the names of the tasks of each, as in :attr:`smes.home_ranker.HomeConfig.groups`.
+        found_groups: G, task groups found from the stream in place of declared ones; 0 for those that ``groups`` says.
+            Until they are found, every task reads the mean of what the groups' pools give
+            (:mod:`smes.found_groups`).
+        found_until: Groups are looked for, and again, over so many instances.
         num_group: K_g, experts for each task group, chosen between those for all tasks and those for one.
         group_pools: Where groups and their tasks choose: ``common``, in one pool; ``own``, each group in its own equal
             part of the experts. Then there are no shared ones, or fixed ones beside the parts.
@@ -115,6 +119,8 @@ class SmesConfig:
     stage_one_weights: tuple[float, ...] | None = None
     form: str | None = None
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    found_groups: int = 0
+    found_until: int = 131_072
     num_group: int = _BY_FORM
     group_pools: str = _BY_FORM
     routers: str = _BY_FORM
@@ -131,7 +137,8 @@ class SmesConfig:
         _check_choices(self)
         _check_widths(self)
         _check_routers(self)
-        self.stages((0,))
+        _check_found_groups(self)
+        self.stages(tuple(range(self.found_groups)) or (0,))
 
     def stages(self, group_T: tuple[int, ...]) -> Stages:
         """The stages of the routing.
@@ -222,3 +229,16 @@ def _check_routers(config: SmesConfig) -> None:
         raise ValueError(
             f"smes.num_adaptive: {config.num_adaptive}, expected 0 with routers per group: their tasks share experts"
         )
+
+
+def _check_found_groups(config: SmesConfig) -> None:
+    if config.found_until < 1:
+        raise ValueError(f"smes.found_until: {config.found_until}, expected at least 1")
+    if not config.found_groups:
+        return
+    if config.found_groups < 2:
+        raise ValueError(f"smes.found_groups: {config.found_groups}, expected 0, or 2 at least")
+    needed: dict[str, object] = {"groups": {}, "routers": "group", "group_pools": "own", "stage_one_weights": None}
+    for name, value in needed.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"smes.{name}: {getattr(config, name)!r}, expected {value!r} where groups are found")

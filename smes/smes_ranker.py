@@ -14,6 +14,7 @@ from smes.balance import BALANCE_LOSSES
 from smes.dispatch import combine, dispatch
 from smes.encoder import Encoder
 from smes.expert_forms import EXPERT_FORMS, ExpertShape
+from smes.found_groups import Clusters, GroupFinder, TaskReads
 from smes.ranker import ExpertLimits, RankerOutput, RoutingStats
 from smes.routers import Router
 from smes.routing import Routing, Selection, expert_load
@@ -29,11 +30,12 @@ class SMES(nn.Module):
         input_dim: I.
         num_tasks: T.
         config: Its shape.
-        group_T: The group of each task, numbered from 0 without gaps; None puts all into one.
+        group_T: The group of each task, numbered from 0 without gaps; None puts all into one. Where groups are found it
+            says nothing.
 
     Raises:
         ValueError: ``stage_one_weights`` has another length than T, or no positive sum; or numbers of experts that do
-            not fit the number of groups.
+            not fit the number of groups; or more groups to find than tasks.
     """
 
     router_T: Tensor
@@ -45,10 +47,13 @@ class SMES(nn.Module):
         group_T = tuple(group_T or (0,) * num_tasks)
         if len(group_T) != num_tasks:
             raise ValueError(f"group_T: {len(group_T)} groups, expected one for each of {num_tasks} tasks")
+        self.reads = TaskReads(num_tasks, config.found_groups) if config.found_groups else None
+        if self.reads is not None:
+            group_T = tuple(range(config.found_groups))  # of the routers: which tasks read them is found
         router_T = group_T if config.routers == "group" else tuple(range(num_tasks))
         stages = config.stages(tuple(dict(zip(router_T, group_T, strict=True))[r] for r in range(max(router_T) + 1)))
         self.config = config
-        self.output_dim = config.expert_dims[-1]
+        self.input_dim, self.output_dim = input_dim, config.expert_dims[-1]
         self.expert_limits: ExpertLimits | None = ExpertLimits(
             stages.bound, config.num_experts, stages.num_fixed, stages.num_pools
         )
@@ -77,7 +82,8 @@ class SMES(nn.Module):
         routing = self.route(x_BI, h_BD)
         plan = dispatch(routing, trim=h_BD.device.type == "cpu")
         y_PH = self.experts(F.pad(h_BD, (0, self._padding)) if self._padding else h_BD, plan)
-        tasks_BTH = self._for_tasks(combine(y_PH, routing.weights_BTK, plan), dim=1)
+        routers_BRH = combine(y_PH, routing.weights_BTK, plan)
+        tasks_BTH = self._for_tasks(routers_BRH, dim=1) if self.reads is None else self.reads.outputs(routers_BRH)
         if self.trunk is not None:
             tasks_BTH = tasks_BTH + self.trunk(x_BI).unsqueeze(1)
         if not self.training:
@@ -86,8 +92,23 @@ class SMES(nn.Module):
         return RankerOutput(
             tasks_BTH=tasks_BTH,
             auxiliary_loss=self._balance(routing, load_RE),
-            stats=RoutingStats(active_B=plan.active_B, load_TE=self._for_tasks(load_RE, dim=0)),
+            stats=RoutingStats(
+                active_B=plan.active_B,
+                load_TE=self._for_tasks(load_RE, dim=0) if self.reads is None else self.reads.load(load_RE),
+            ),
         )
+
+    def group_finder(self) -> GroupFinder | None:
+        """What finds the task groups; None where they are declared."""
+        if self.reads is None:
+            return None
+        config, num_tasks = self.config, len(self.reads.share_TG)
+        return GroupFinder(num_tasks, self.input_dim, config.found_groups, config.found_until)
+
+    def regroup(self, groups: Clusters) -> None:
+        """Route the tasks by groups that were found."""
+        assert self.reads is not None, "whoever was given a finder finds groups"
+        self.reads.regroup(groups)
 
     def route(self, x_BI: Tensor, h_BD: Tensor) -> Routing:
         """Which experts each router of each instance uses.
@@ -101,10 +122,14 @@ class SMES(nn.Module):
         return routing
 
     def choices(self, x_BI: Tensor) -> Tensor:
-        """The experts that each task chooses for each instance, the fixed ones left out. int64 [B, T, K]."""
+        """The experts that each task chooses for each instance, the fixed ones left out. int64 [B, T, K].
+
+        While groups are still to be found, those that one pool gives to all.
+        """
         reads_encoder = self.config.router_input != "raw"
         routing = self.route(x_BI, self.encoder(x_BI) if reads_encoder else x_BI)
-        return self._for_tasks(routing.experts_BTK[..., self.selection.stages.num_fixed :], dim=1)
+        chosen_BRK = routing.experts_BTK[..., self.selection.stages.num_fixed :]
+        return self._for_tasks(chosen_BRK, dim=1) if self.reads is None else chosen_BRK[:, self.reads.main()]
 
     def _balance(self, routing: Routing, load_RE: Tensor) -> Tensor | None:
         loss = BALANCE_LOSSES[self.config.balance_loss]
@@ -114,6 +139,8 @@ class SMES(nn.Module):
         chosen_RE = load_RE[:, stages.num_fixed :].float()
         traffic_RE = chosen_RE / (len(routing.experts_BTK) * stages.num_chosen)
         probs_RE = self.selection.mean_probs(routing)
+        if self.reads is not None:  # a group's load counts the same however many tasks read it
+            return self.config.balance * loss(traffic_RE, probs_RE)
         return self.config.balance * loss(self._for_tasks(traffic_RE, dim=0), self._for_tasks(probs_RE, dim=0))
 
     def _for_tasks(self, of_routers: Tensor, dim: int) -> Tensor:

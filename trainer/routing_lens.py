@@ -99,8 +99,9 @@ def routing_report(history: RoutingHistory, limits: ExpertLimits | None, tasks: 
 def _of_stretch(stretch: Stretch, limits: ExpertLimits) -> dict[str, Any]:
     chosen_TE = stretch.load_TE[:, limits.num_fixed :]
     chosen_PL = chosen_TE.sum(axis=0).reshape(limits.num_pools, -1)
-    # A task uses one pool only: its mean is over that pool's experts.
-    of_tasks = [skew(load_E) for load_E in chosen_TE]
+    # A task's mean is over the experts of the pools that it uses: one, or, while groups are to be found, all.
+    of_tasks = chosen_TE.reshape(len(chosen_TE), limits.num_pools, -1)
+    pools_of_tasks = [np.flatnonzero(load_PL.sum(axis=1)) for load_PL in of_tasks]
     return {
         "steps": stretch.steps,
         "instances": stretch.instances,
@@ -108,7 +109,8 @@ def _of_stretch(stretch: Stretch, limits: ExpertLimits) -> dict[str, Any]:
         "dead": dead_experts(stretch.load_TE),
         "load_skew": skew(chosen_PL),
         "load_skew_of_pools": [skew(load_L) for load_L in chosen_PL],
-        "load_skew_of_tasks": [value and value / limits.num_pools for value in of_tasks],
+        "load_skew_of_tasks": [skew(load_PL[pools]) for load_PL, pools in zip(of_tasks, pools_of_tasks, strict=True)],
+        "pools_of_tasks": [pools.tolist() for pools in pools_of_tasks],
         "overlap": None if stretch.choices_PTK is None else overlap(stretch.choices_PTK).round(5).tolist(),
         "drift": None,
     }

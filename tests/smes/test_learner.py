@@ -31,6 +31,7 @@ _DEEP = replace(_SMALL, num_shared=0, num_adaptive=2, encoder_dims=(16, 16), exp
 _MODELS = {
     "smes-default": ModelConfig(embedding_dim=8, smes=SmesConfig(groups={"rare": ("like", "watch")})),
     "smes": ModelConfig(embedding_dim=8, head_dim=0, smes=_SMALL),
+    "smes-found-groups": ModelConfig(embedding_dim=8, smes=SmesConfig(found_groups=2, found_until=8 * 64)),
     "smes-low-rank-no-wide": ModelConfig(embedding_dim=8, head_dim=8, wide=False, smes=_DEEP),
     "smes-residual": ModelConfig(embedding_dim=8, smes=replace(_SMALL, experts="residual", expert_narrow_dim=8)),
     "smes-bounded-raw": ModelConfig(

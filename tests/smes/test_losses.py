@@ -34,6 +34,16 @@ def test_losses_equal_the_formulas() -> None:
     np.testing.assert_allclose(per_task_T, sums / (m * w[:, None]).sum(0), rtol=1e-5)
 
 
+def test_residuals_equal_the_formulas() -> None:
+    logits_BT, labels_BT, mask_BT, weight_B = _batch()
+    spoiled_BT = torch.where(mask_BT, labels_BT, float("nan"))
+    z, y, m, w = (a.double().numpy() for a in (logits_BT, labels_BT, mask_BT, weight_B))
+    expected = y - 1 / (1 + np.exp(-z))
+    expected[:, 1] = np.log1p(y[:, 1]) - z[:, 1]
+    got = TaskOutputs(_SCHEMA).residuals(logits_BT, spoiled_BT, mask_BT, weight_B)
+    np.testing.assert_allclose(got.numpy(), expected * m * w[:, None], rtol=1e-5, atol=1e-6)
+
+
 def test_masked_cells_and_weightless_rows_add_nothing_whatever_they_hold() -> None:
     logits_BT, labels_BT, mask_BT, weight_B = _batch()
     mask_BT[:, 2] = False

@@ -55,13 +55,17 @@ def test_overlap_and_drift_are_those_of_sets(K: int) -> None:
     assert not drift(after, shuffled).any(), "sets have no order"
 
 
+def history_of(load: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> RoutingHistory:
+    history = RoutingHistory()
+    history.add(ExampleBlock.empty(SCHEMA, 9), load)
+    return history
+
+
 def test_the_report_is_what_loops_count() -> None:
     """Two own pools of three beside two experts that always run; the first pool is click's alone."""
     limits = ExpertLimits(bound=8, num_experts=E, num_fixed=2, num_pools=2)
     load = np.array([[9, 9, 5, 4, 0, 0, 0, 0], [9, 9, 0, 0, 0, 9, 0, 0], [9, 9, 0, 0, 0, 3, 6, 0]])
-    history = RoutingHistory()
-    history.add(ExampleBlock.empty(SCHEMA, 9), load)
-    report = routing_report(history, limits, TASKS)
+    report = routing_report(history_of(load), limits, TASKS)
     assert (report["num_experts"], report["always_on"], report["pools"], report["tasks"]) == (8, 2, 2, TASKS)
     (stretch,) = report["stretches"]
     assert (stretch["steps"], stretch["instances"], stretch["load"]) == (1, 9, load.tolist())
@@ -69,7 +73,12 @@ def test_the_report_is_what_loops_count() -> None:
     assert stretch["load_skew"] == pytest.approx(12 / (27 / 6))
     assert stretch["load_skew_of_pools"] == pytest.approx([5 / 3, 12 / 6])
     assert stretch["load_skew_of_tasks"] == pytest.approx([5 / 3, 9 / 3, 6 / 3])
+    assert stretch["pools_of_tasks"] == [[0], [1], [1]]
     assert (stretch["overlap"], stretch["drift"]) == (None, None), "it has not ended"
+    load[2, 3] = 7
+    (stretch,) = routing_report(history_of(load), limits, TASKS)["stretches"]
+    assert stretch["pools_of_tasks"] == [[0], [1], [0, 1]]
+    assert stretch["load_skew_of_tasks"] == pytest.approx([5 / 3, 9 / 3, 7 / (16 / 6)]), "of all experts that it reads"
 
 
 def trained(
