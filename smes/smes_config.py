@@ -89,6 +89,9 @@ class SmesConfig:
             (:mod:`smes.found_groups`).
         found_until: Groups are looked for, and again, over so many instances.
         num_group: K_g, experts for each task group, chosen between those for all tasks and those for one.
+        early_group: K_g while the stream is young, above ``num_group``; 0 for the same throughout
+            (:mod:`smes.early_choice`).
+        early_until: It is so up to so many instances, half of it up to twice as many, and so on down to ``num_group``.
         group_pools: Where groups and their tasks choose: ``common``, in one pool; ``own``, each group in its own equal
             part of the experts. Then there are no shared ones, or fixed ones beside the parts.
         routers: One per ``task`` (the paper's), or one per ``group``, whose tasks then share experts and weights.
@@ -122,6 +125,8 @@ class SmesConfig:
     found_groups: int = 0
     found_until: int = 131_072
     num_group: int = _BY_FORM
+    early_group: int = 0
+    early_until: int = 16_384
     group_pools: str = _BY_FORM
     routers: str = _BY_FORM
     router_maps: str = _BY_FORM
@@ -138,13 +143,15 @@ class SmesConfig:
         _check_widths(self)
         _check_routers(self)
         _check_found_groups(self)
+        _check_early_group(self)
         self.stages(tuple(range(self.found_groups)) or (0,))
 
-    def stages(self, group_T: tuple[int, ...]) -> Stages:
+    def stages(self, group_T: tuple[int, ...], num_group: int | None = None) -> Stages:
         """The stages of the routing.
 
         Args:
             group_T: The group of each router, numbered from 0 without gaps.
+            num_group: K_g, where it is another one than the configured.
 
         Raises:
             ValueError: Numbers of experts that do not fit together, or not with so many groups.
@@ -154,7 +161,7 @@ class SmesConfig:
             num_experts=self.num_experts,
             group_T=group_T,
             num_shared=self.num_shared - fixed,
-            num_group=self.num_group,
+            num_group=self.num_group if num_group is None else num_group,
             num_adaptive=self.num_adaptive,
             num_fixed=fixed,
             own_pools=self.group_pools == "own",
@@ -242,3 +249,13 @@ def _check_found_groups(config: SmesConfig) -> None:
     for name, value in needed.items():
         if getattr(config, name) != value:
             raise ValueError(f"smes.{name}: {getattr(config, name)!r}, expected {value!r} where groups are found")
+
+
+def _check_early_group(config: SmesConfig) -> None:
+    if config.early_group and not 1 <= config.num_group < config.early_group:
+        raise ValueError(
+            f"smes.early_group: {config.early_group}, expected 0, or more than num_group ({config.num_group}), which "
+            "must be 1 at least"
+        )
+    if config.early_until < 1:
+        raise ValueError(f"smes.early_until: {config.early_until}, expected at least 1")

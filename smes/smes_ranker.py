@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from smes.balance import BALANCE_LOSSES
 from smes.dispatch import combine, dispatch
+from smes.early_choice import EarlyChoice, halved
 from smes.encoder import Encoder
 from smes.expert_forms import EXPERT_FORMS, ExpertShape
 from smes.found_groups import Clusters, GroupFinder, TaskReads
 from smes.ranker import ExpertLimits, RankerOutput, RoutingStats
 from smes.routers import Router
-from smes.routing import Routing, Selection, expert_load
+from smes.routing import Routing, expert_load
 from smes.smes_config import SmesConfig
 
 __all__ = ["EXPERT_FORMS", "SMES", "SmesConfig"]
@@ -35,7 +36,8 @@ class SMES(nn.Module):
 
     Raises:
         ValueError: ``stage_one_weights`` has another length than T, or no positive sum; or numbers of experts that do
-            not fit the number of groups; or more groups to find than tasks.
+            not fit the number of groups; or more groups to find than tasks; or ``early_group`` above what a group
+            chooses from.
     """
 
     router_T: Tensor
@@ -51,7 +53,13 @@ class SMES(nn.Module):
         if self.reads is not None:
             group_T = tuple(range(config.found_groups))  # of the routers: which tasks read them is found
         router_T = group_T if config.routers == "group" else tuple(range(num_tasks))
-        stages = config.stages(tuple(dict(zip(router_T, group_T, strict=True))[r] for r in range(max(router_T) + 1)))
+        groups_R = tuple(dict(zip(router_T, group_T, strict=True))[r] for r in range(max(router_T) + 1))
+        if config.early_group > (pool := config.stages(groups_R).pool_size):
+            what = "the experts that a group chooses from"
+            raise ValueError(f"smes.early_group: {config.early_group}, expected at most {what} ({pool})")
+        counts, until = halved(config.early_group, config.num_group, config.early_until)
+        selections = [config.stages(groups_R, count) for count in counts]
+        stages = selections[0]  # those of the most experts
         self.config = config
         self.input_dim, self.output_dim = input_dim, config.expert_dims[-1]
         self.expert_limits: ExpertLimits | None = ExpertLimits(
@@ -72,7 +80,7 @@ class SMES(nn.Module):
         self.experts = _experts(width + self._padding, config)
         self.trunk = Encoder(input_dim, config.trunk_dims) if config.trunk_dims else None
         self.register_buffer("router_T", torch.tensor(router_T), persistent=False)
-        self.selection = Selection(stages, _router_weights(config, router_T))
+        self.selection = EarlyChoice(selections, until, _router_weights(config, router_T))
 
     def forward(self, x_BI: Tensor) -> RankerOutput:
         """Representations per task, for B ≥ 1 instances; in training also the balance loss (times β) and the routing's
@@ -89,9 +97,11 @@ class SMES(nn.Module):
         if not self.training:
             return RankerOutput(tasks_BTH)
         load_RE = expert_load(routing.experts_BTK, self.config.num_experts)
+        balance_loss = self._balance(routing, load_RE)
+        self.selection.observe(len(x_BI))
         return RankerOutput(
             tasks_BTH=tasks_BTH,
-            auxiliary_loss=self._balance(routing, load_RE),
+            auxiliary_loss=balance_loss,
             stats=RoutingStats(
                 active_B=plan.active_B,
                 load_TE=self._for_tasks(load_RE, dim=0) if self.reads is None else self.reads.load(load_RE),
@@ -117,28 +127,33 @@ class SMES(nn.Module):
             x_BI: What the encoder read.
             h_BD: What it made of it.
         """
-        parts = {"encoder": (h_BD,), "raw": (x_BI,), "both": (x_BI, h_BD)}[self.config.router_input]
-        routing: Routing = self.selection(self.router(*parts))
+        routing: Routing = self.selection(self._logits(x_BI, h_BD))
         return routing
 
     def choices(self, x_BI: Tensor) -> Tensor:
         """The experts that each task chooses for each instance, the fixed ones left out. int64 [B, T, K].
 
-        While groups are still to be found, those that one pool gives to all.
+        While groups are still to be found, those that one pool gives to all; while more are chosen, the first of them.
         """
         reads_encoder = self.config.router_input != "raw"
-        routing = self.route(x_BI, self.encoder(x_BI) if reads_encoder else x_BI)
-        chosen_BRK = routing.experts_BTK[..., self.selection.stages.num_fixed :]
+        last = self.selection.at_last
+        routing: Routing = last(self._logits(x_BI, self.encoder(x_BI) if reads_encoder else x_BI))
+        chosen_BRK = routing.experts_BTK[..., last.stages.num_fixed :]
         return self._for_tasks(chosen_BRK, dim=1) if self.reads is None else chosen_BRK[:, self.reads.main()]
+
+    def _logits(self, x_BI: Tensor, h_BD: Tensor) -> Tensor:
+        parts = {"encoder": (h_BD,), "raw": (x_BI,), "both": (x_BI, h_BD)}[self.config.router_input]
+        logits_BRC: Tensor = self.router(*parts)
+        return logits_BRC
 
     def _balance(self, routing: Routing, load_RE: Tensor) -> Tensor | None:
         loss = BALANCE_LOSSES[self.config.balance_loss]
         if loss is None:
             return None
-        stages = self.selection.stages
+        stages = self.selection.now.stages
         chosen_RE = load_RE[:, stages.num_fixed :].float()
         traffic_RE = chosen_RE / (len(routing.experts_BTK) * stages.num_chosen)
-        probs_RE = self.selection.mean_probs(routing)
+        probs_RE = self.selection.now.mean_probs(routing)
         if self.reads is not None:  # a group's load counts the same however many tasks read it
             return self.config.balance * loss(traffic_RE, probs_RE)
         return self.config.balance * loss(self._for_tasks(traffic_RE, dim=0), self._for_tasks(probs_RE, dim=0))
