@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# pip resolves torch to the CPU or CUDA build that its index offers; the lock file pins every version.
+# pip resolves torch to the CPU or CUDA build that its index offers; the lock file pins every version. Python compiles
+# what it imports: compiling all of torch beforehand takes half of the install.
 .venv/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -32,7 +32,7 @@ def test_grouped_execution(cuda: torch.device) -> None:
     device_checks.check_grouped_execution(cuda)
 
 
-@pytest.mark.parametrize("ranker", device_checks.RANKERS)
+@pytest.mark.parametrize("ranker", device_checks.STEPPED)
 def test_steps_follow_the_cpu(cuda: torch.device, ranker: str) -> None:
     device_checks.check_steps_follow_the_cpu(cuda, ranker)
 
@@ -55,7 +55,7 @@ def test_choices(cuda: torch.device, ranker: str) -> None:
 
 
 @pytest.mark.usefixtures("sync_is_an_error")
-@pytest.mark.parametrize("ranker", device_checks.RANKERS)
+@pytest.mark.parametrize("ranker", device_checks.STEPPED)
 def test_a_step_never_waits_for_the_gpu(cuda: torch.device, ranker: str) -> None:
     learner = device_checks.make_learner(cuda, ranker)
     blocks = stream(RICH_SCHEMA, batches=4, size=128)

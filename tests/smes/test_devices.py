@@ -11,7 +11,7 @@ def test_grouped_execution() -> None:
     device_checks.check_grouped_execution(device_checks.CPU)
 
 
-@pytest.mark.parametrize("ranker", device_checks.RANKERS)
+@pytest.mark.parametrize("ranker", device_checks.STEPPED)
 def test_steps(ranker: str) -> None:
     device_checks.check_steps_follow_the_cpu(device_checks.CPU, ranker)
 
