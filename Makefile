@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 # pip resolves torch to the CPU or CUDA build that its index offers; the lock file pins every version. Python compiles
-# what it imports: compiling all of torch beforehand takes half of the install.
+# what it imports, once: compiling all of torch beforehand takes half of the install. Where the environment forbids
+# keeping what was compiled, every process would compile torch again.
+unexport PYTHONDONTWRITEBYTECODE
 .venv/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
