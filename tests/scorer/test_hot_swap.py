@@ -171,6 +171,7 @@ def test_a_snapshot_of_another_schema_is_refused_with_both_hashes(
         (encode({"version": torch.tensor(2)}, {"lineage": "a", "version": "7"}), "its payload says a:7"),
         (encode({}, {"lineage": "a", "version": "2"}), "KeyError"),
     ],
+    ids=["no safetensors", "another version", "no weights"],
 )
 def test_a_bad_payload_leaves_the_old_version_serving(
     store: SnapshotStore, publish: Publish, make_swap: Callable[..., HotSwap], payload: bytes, message: str
