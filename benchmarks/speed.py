@@ -33,6 +33,7 @@ from benchmarks.speed_peers import deepctr_mmoe, missing_peers, rechub_mmoe, rec
 from benchmarks.speed_report import draw, table
 from benchmarks.speed_setting import Contender, Data, Setting, make_data
 from benchmarks.step_breakdown import breakdown, count_flop, gemm_flop_per_s
+from smes.memory import keep_freed_memory
 from smes.mmoe_ranker import MmoeConfig
 from smes.model import ModelConfig
 from smes.smes_ranker import SmesConfig
@@ -213,6 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks/speed.py: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as our processes do: it serves all contenders
     setting = Setting(vocabulary=options.vocabulary)
     contenders = build(options.contenders, smes, setting, make_data(setting))
     figures = run(contenders, setting, Effort(options.repeats, options.steps))

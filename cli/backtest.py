@@ -14,6 +14,7 @@ from cli.wiring import build_evaluation, build_learner
 from simulators.log_reader import open_log
 from simulators.merge import replay_blocks
 from smes.learner import Learner
+from smes.memory import keep_freed_memory
 from smes.schema import Schema
 from stream.block_stream import BlockStream
 from trainer.evaluation import ProgressiveEvaluation
@@ -90,6 +91,7 @@ def run_backtest(
         LogError: The log cannot be read as its schema file says.
         ValueError: No schema is named, or the configuration does not fit the machine.
     """
+    keep_freed_memory()
     schema_file = config.schema_file(log)
     schema = schema_file.schema
     learner = build_learner(config, schema)

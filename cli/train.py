@@ -14,6 +14,7 @@ from cli.console import console, number, task_table
 from cli.wiring import build_evaluation, build_learner, warm_up, write_report
 from feature_store.connect import connect
 from feature_store.snapshots import SnapshotStore
+from smes.memory import keep_freed_memory
 from smes.schema import Schema
 from stream.clock import wall_clock_ms
 from stream.dead_letters import DeadLetterWriter
@@ -47,6 +48,7 @@ def run_train(
         EventLogUnavailable, FeatureStoreUnavailable: Not reachable within the configured wait.
         SmesError, ValueError: As the components raise them.
     """
+    keep_freed_memory()
     schema = config.schema_file().schema
     with ExitStack() as stack:
         log = open_event_log(config.event_log)

@@ -14,6 +14,7 @@ from scorer.config import ScorerConfig
 from scorer.loading import load_serving_model
 from scorer.served import Load
 from smes.errors import SmesError
+from smes.memory import keep_freed_memory
 from smes.schema import Schema
 
 
@@ -40,6 +41,7 @@ def serve(
         SmesError: The address cannot be listened on, or the server failed to start.
     """
     torch.set_num_threads(config.torch_threads)
+    keep_freed_memory()
     app = create_app(config, schema, redis_url=redis_url, namespace=namespace, load=load)
     connect(redis_url, config.redis_timeout_s).close()
     with closing(_listen(config.host, config.port)) as listening:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from smes.embedding import Readers
 from smes.events import I64
 
 
@@ -17,6 +18,7 @@ class RankBatch:
     Attributes:
         rows_U: int64, the distinct table rows of the batch.
         cells_BW: int64, which of them each id column reads.
+        readers: The same the other way round; None on a GPU.
         pool_BW: float32, weight of each id within its bag; None for a schema without bags.
         numerics_BF: float32, NaN where missing.
         labels_BT: float32.
@@ -29,6 +31,7 @@ class RankBatch:
 
     rows_U: Tensor
     cells_BW: Tensor
+    readers: Readers | None
     pool_BW: Tensor | None
     numerics_BF: Tensor
     labels_BT: Tensor

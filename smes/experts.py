@@ -61,7 +61,7 @@ class FullExperts(nn.Module):
         x_P = pack(h_BD, plan)
         for weight_E in self.weights:
             y_P = neutralise(grouped_linear(x_P, weight_E, plan.offsets_E), plan)
-            x_P = F.silu(self.norm(y_P))
+            x_P = _silu(self.norm(y_P))
         return x_P
 
 
@@ -90,7 +90,7 @@ class LowRankExperts(nn.Module):
     def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
         narrow_PR = neutralise(grouped_linear(pack(h_BD, plan), self.down, plan.offsets_E), plan)
         difference_PH = neutralise(grouped_linear(narrow_PR, self.up, plan.offsets_E), plan)
-        return F.silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
+        return _silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
 
 
 class ResidualExperts(nn.Module):
@@ -118,7 +118,12 @@ class ResidualExperts(nn.Module):
     def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
         q_PQ = pack(h_BD @ self.narrow, plan)
         difference_PH = neutralise(grouped_linear(q_PQ, self.differences, plan.offsets_E), plan)
-        return F.silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
+        return _silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
+
+
+def _silu(x_PH: Tensor) -> Tensor:
+    """In place where no gradient needs what it was: of packed rows there are many."""
+    return F.silu(x_PH, inplace=not torch.is_grad_enabled())
 
 
 def _uniform(*shape: int) -> Tensor:

@@ -94,6 +94,21 @@ class DistinctRows:
         return distinct_U, cells.reshape(rows_BW.shape)
 
 
+def readers(cells_BW: I64, num_rows: int) -> tuple[I64, I64]:
+    """Which cells read each row, by counting.
+
+    Args:
+        cells_BW: The row that each cell reads, from 0 to below ``num_rows``; every row has a reader.
+        num_rows: U.
+
+    Returns:
+        (cells of row 0, then those of row 1, and so on, each row's in order: int64 [B·W]; where each row's begin:
+        int64 [U]).
+    """
+    order, start_U = _readers(cells_BW.ravel(), num_rows)
+    return order, start_U
+
+
 def vocabulary_of(feature: Feature) -> str:
     """The vocabulary that a feature's ids belong to."""
     return feature.vocabulary_name
@@ -184,3 +199,21 @@ def _distinct(rows: I64, stamp: I64, position: I64, batch: int) -> tuple[I64, I6
             count += 1
         cells[i] = position[row]
     return distinct[:count].copy(), cells
+
+
+@njit(cache=True, nogil=True)
+def _readers(cells: I64, num_rows: int) -> tuple[I64, I64]:  # pragma: no cover - compiled
+    end = np.zeros(num_rows, np.int64)
+    for cell in cells:
+        end[cell] += 1
+    start = np.empty(num_rows, np.int64)
+    total = 0
+    for row in range(num_rows):
+        start[row] = total
+        total += end[row]
+        end[row] = start[row]
+    order = np.empty(len(cells), np.int64)
+    for i in range(len(cells)):
+        order[end[cells[i]]] = i
+        end[cells[i]] += 1
+    return order, start

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from smes.batch import RankBatch
 from smes.devices import open_device
-from smes.embedding import RowTable
+from smes.embedding import Readers, RowTable, read_cells
 from smes.events import F32, I64, ExampleBlock
 from smes.features import FeatureInputs
 from smes.found_groups import GroupFinder
-from smes.id_rows import DistinctRows, IdRows, pool_weights, uniform_rows
+from smes.id_rows import DistinctRows, IdRows, pool_weights, readers, uniform_rows
 from smes.model import ModelConfig, ModelOutput, build_model
 from smes.optim import OptimizerConfig
 from smes.ranker import ExpertLimits, GroupingRanker
@@ -119,6 +119,7 @@ class Learner:
         batch = RankBatch(
             rows_U=send(rows_U),
             cells_BW=send(cells_BW),
+            readers=self._readers(cells_BW, len(rows_U)),
             pool_BW=None if pool_BW is None else send(pool_BW),
             numerics_BF=send(examples.numerics),
             labels_BT=send(examples.labels),
@@ -248,6 +249,12 @@ class Learner:
         if finder.done:
             self._finder = None  # its sums are of no more use
 
+    def _readers(self, cells_BW: I64, num_rows: int) -> Readers | None:
+        if self._device.device.type != "cpu":
+            return None
+        order, start_U = readers(cells_BW, num_rows)
+        return Readers(self._device.send(order), self._device.send(start_U))
+
     def _append_rows(self, start: int) -> None:
         keys = self._rows.keys(start)
         for name, table in self._tables.items():
@@ -260,7 +267,7 @@ def _inputs(leaves: Mapping[str, Tensor], batch: RankBatch) -> FeatureInputs:
         leaf_UC = leaves.get(name)
         if leaf_UC is None:
             return None
-        return leaf_UC.index_select(0, batch.cells_BW.view(-1)).view(*batch.cells_BW.shape, leaf_UC.shape[1])
+        return read_cells(leaf_UC, batch.cells_BW, batch.readers)
 
     return FeatureInputs(cells("embedding"), cells("wide"), batch.pool_BW, batch.numerics_BF)
 

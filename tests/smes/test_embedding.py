@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from smes.embedding import AdagradConfig, RowTable
+from smes.embedding import AdagradConfig, Readers, RowTable, read_cells
+from smes.id_rows import readers
 
 _CPU = torch.device("cpu")
 
@@ -64,3 +65,20 @@ def test_wrong_settings_are_refused() -> None:
         AdagradConfig(0, True)
     with pytest.raises(ValueError, match="initial_accumulator -1"):
         AdagradConfig(0.1, True, -1)
+
+
+def test_what_is_gathered_by_readers_is_what_is_scattered_without() -> None:
+    rng = np.random.default_rng(3)
+    cells = rng.integers(0, 40, (200, 5))
+    cells[:, 1] = 7  # one row that every instance reads
+    distinct, places = np.unique(cells, return_inverse=True)
+    cells_BW = torch.from_numpy(places.reshape(cells.shape))
+    order, start_U = (torch.from_numpy(array) for array in readers(cells_BW.numpy(), len(distinct)))
+    first = torch.from_numpy(rng.normal(size=(len(distinct), 3)).astype(np.float32))
+    by_cell = torch.from_numpy(rng.normal(size=(200, 5, 3)).astype(np.float32))
+    leaves = [first.clone().requires_grad_() for _ in range(2)]
+    for leaf, way in zip(leaves, (None, Readers(order, start_U)), strict=True):
+        read = read_cells(leaf, cells_BW, way)
+        assert torch.equal(read, first[cells_BW])
+        (read * by_cell).sum().backward()  # type: ignore[no-untyped-call]  # torch has no type
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)

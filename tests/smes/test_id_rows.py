@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smes.id_rows import DistinctRows, IdRows, pool_weights, uniform_rows
+from smes.id_rows import DistinctRows, IdRows, pool_weights, readers, uniform_rows
 from smes.schema import MISSING, Feature, Schema, Task
 
 _SCHEMA = Schema(
@@ -71,6 +71,10 @@ def test_distinct_rows_rebuild_the_batch(batch: list[list[int]], repeats: int) -
         assert len(set(rows_U.tolist())) == len(rows_U)
         assert np.array_equal(rows_U[cells_BW], rows_BW)
         assert set(rows_U.tolist()) == set(rows_BW.ravel().tolist())
+        order, start_U = readers(cells_BW, len(rows_U))
+        cells_by_row = np.split(order, start_U[1:])
+        for row, cells in enumerate(cells_by_row):
+            assert cells.tolist() == np.flatnonzero(cells_BW.ravel() == row).tolist()
 
 
 def test_a_bag_is_the_mean_over_its_ids() -> None:
