@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from smes.model import ModelConfig, build_model
+from smes.model import build_model
+from smes.model_config import ModelConfig
 from smes.schema import Schema
 
 _EXPERTS = "ranker.experts."

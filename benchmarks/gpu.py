@@ -24,12 +24,13 @@ from torch import Tensor
 
 from smes.dispatch import Dispatch
 from smes.events import ExampleBlock
+from smes.expert_forms import EXPERT_FORMS
 from smes.experts import FullExperts
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.schema import Feature, Schema, Task
-from smes.smes_ranker import EXPERT_FORMS, SmesConfig
+from smes.smes_config import SmesConfig
 
 _SCHEMA = Schema(
     "gpu-benchmark",

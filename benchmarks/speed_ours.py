@@ -16,8 +16,8 @@ from smes.dispatch import Dispatch
 from smes.events import ExampleBlock
 from smes.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.learner import Learner
-from smes.model import RANKERS, ModelConfig, RankerKind
-from smes.optim import OptimizerConfig
+from smes.model_config import RANKERS, ModelConfig, RankerKind
+from smes.optimizer_config import OptimizerConfig
 from smes.ranker import Ranker
 from smes.schema import Schema
 from smes.serving import ServingModel

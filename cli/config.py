@@ -19,8 +19,8 @@ from simulators.replay import ReplayConfig
 from simulators.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file
 from simulators.yaml_file import STRICT, read_mapping, validated
 from smes.errors import LogError
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from stream.example_stream import StreamConfig
 from stream.open_log import EventLogConfig
 from trainer.config import TrainerConfig

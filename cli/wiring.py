@@ -13,7 +13,7 @@ from cli.config import Config
 from smes.errors import SmesError
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.learner import Learner
-from smes.model import ModelConfig
+from smes.model_config import ModelConfig
 from smes.schema import Schema
 from smes.serving import ServingModel
 from stream.assembler import Assembler

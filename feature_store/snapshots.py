@@ -16,7 +16,7 @@ import redis
 from feature_store.connect import address, translated
 from feature_store.publication import Publication, SnapshotKeys, member, split_member, stale
 from smes.errors import SnapshotError, SnapshotNotFound
-from smes.snapshot import Chunk, Manifest
+from smes.manifest import Chunk, Manifest
 
 _MIB = 1024 * 1024
 _LINEAGE = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -86,7 +86,7 @@ class SnapshotStore:
         Args:
             payload: Bytes of :func:`smes.snapshot.encode`.
             lineage, version, schema_hash, step, created_ms, event_time_ms, positions, metrics, feedback_arrivals:
-                As in :class:`smes.snapshot.Manifest`, whose ``parent`` becomes the lineage's current version.
+                As in :class:`smes.manifest.Manifest`, whose ``parent`` becomes the lineage's current version.
 
         Raises:
             ValueError: Empty payload, or a lineage or version of the wrong form.

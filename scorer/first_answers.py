@@ -15,7 +15,7 @@ import numpy as np
 
 from scorer.served import ServedModel
 from smes.events import I64
-from smes.snapshot import Manifest
+from smes.manifest import Manifest
 
 _MOST_WAITING = 1_000_000
 

@@ -14,8 +14,9 @@ from scorer.first_answers import Arrivals, FirstAnswers
 from scorer.served import Load, Scorable, ServedModel
 from scorer.telemetry import Telemetry
 from smes.errors import FeatureStoreError, SchemaMismatch, SmesError, SnapshotError, SnapshotNotFound
+from smes.manifest import Manifest
 from smes.schema import Schema
-from smes.snapshot import Manifest, decode_metadata
+from smes.snapshot import decode_metadata
 
 _WARM_UP_ITEMS = (1, 100)
 _RETRY_BAD_S = 5.0

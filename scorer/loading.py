@@ -3,7 +3,7 @@
 import json
 
 from smes.errors import SchemaMismatch, SnapshotError
-from smes.model import ModelConfig
+from smes.model_config import ModelConfig
 from smes.schema import Schema
 from smes.serving import ServingModel
 from smes.snapshot import decode

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from smes.events import F32, I64
+from smes.manifest import Manifest
 from smes.schema import Schema
-from smes.snapshot import Manifest
 
 
 class Scorable(Protocol):

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from smes.learner import Learner, StepResult
-    from smes.model import ModelConfig
-    from smes.optim import OptimizerConfig
+    from smes.model_config import ModelConfig
+    from smes.optimizer_config import OptimizerConfig
     from smes.schema import Feature, Schema, Task
     from smes.serving import ServingModel
-    from smes.smes_ranker import SMES, SmesConfig
+    from smes.smes_config import SmesConfig
+    from smes.smes_ranker import SMES
 
 __all__ = [
     "SMES",
@@ -47,11 +48,11 @@ _HOME = {
     "SMES": "smes.smes_ranker",
     "Feature": "smes.schema",
     "Learner": "smes.learner",
-    "ModelConfig": "smes.model",
-    "OptimizerConfig": "smes.optim",
+    "ModelConfig": "smes.model_config",
+    "OptimizerConfig": "smes.optimizer_config",
     "Schema": "smes.schema",
     "ServingModel": "smes.serving",
-    "SmesConfig": "smes.smes_ranker",
+    "SmesConfig": "smes.smes_config",
     "StepResult": "smes.learner",
     "Task": "smes.schema",
 }

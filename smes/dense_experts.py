@@ -113,27 +113,3 @@ def uniform(*shape: int, gain: float = 1.0) -> Tensor:
     """First weights of stacked maps [..., D_in, D_out]: uniform in ± sqrt(gain / D_in)."""
     bound = math.sqrt(gain / shape[-2])
     return torch.empty(*shape).uniform_(-bound, bound)
-
-
-def check_dims(ranker: str, config: object, *, optional: tuple[str, ...] = (), needed: tuple[str, ...] = ()) -> None:
-    """Refuse layer widths below 1, and no layer where one is needed.
-
-    Raises:
-        ValueError: With ranker, key, value and what was expected.
-    """
-    for name in (*optional, *needed):
-        dims = getattr(config, name)
-        if any(d < 1 for d in dims) or (name in needed and not dims):
-            many = "one or more" if name in needed else "no or more"
-            raise ValueError(f"{ranker}.{name}: {list(dims)}, expected {many} positive widths")
-
-
-def check_counts(ranker: str, config: object, **least: int) -> None:
-    """Refuse numbers below their least value.
-
-    Raises:
-        ValueError: With ranker, key, value and what was expected.
-    """
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise ValueError(f"{ranker}.{name}: {getattr(config, name)}, expected at least {low}")

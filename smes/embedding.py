@@ -14,28 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class AdagradConfig:
-    """Adagrad on touched rows (Duchi et al., 2011).
-
-    Attributes:
-        learning_rate: > 0.
-        row_wise: One accumulator a row (the mean of the squared gradient over its columns, as in FBGEMM's
-            ``EXACT_ROWWISE_ADAGRAD``) instead of one per weight.
-        initial_accumulator: Start of the accumulators, ≥ 0. It is added to squared gradients of the *summed* loss, so
-            that its meaning does not depend on the batch size.
-    """
-
-    learning_rate: float
-    row_wise: bool
-    initial_accumulator: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate {self.learning_rate}, expected more than 0")
-        if self.initial_accumulator < 0:
-            raise ValueError(f"initial_accumulator {self.initial_accumulator}, expected at least 0")
+from smes.optimizer_config import AdagradConfig
 
 
 class RowTable:

@@ -1,9 +1,14 @@
-"""The forms of an expert, by their name in the configuration."""
+"""The forms of an expert, by their name in the configuration.
+
+Importing this does not import torch, as :mod:`smes.model_config` does not: the forms are imported when they are built.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from smes.experts import Experts, FullExperts, LowRankExperts, ResidualExperts
+if TYPE_CHECKING:
+    from smes.experts import Experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +32,27 @@ class ExpertShape:
     norm: str
 
 
-EXPERT_FORMS: dict[str, Callable[[ExpertShape], Experts]] = {
-    "full": lambda s: FullExperts(s.num_experts, s.input_dim, s.dims, s.norm),
-    "low_rank": lambda s: LowRankExperts(s.num_experts, s.input_dim, s.dims[0], s.rank, s.norm),
-    "residual": lambda s: ResidualExperts(s.num_experts, s.input_dim, s.dims[0], s.narrow_dim, s.norm),
+def _full(shape: ExpertShape) -> "Experts":
+    from smes.experts import FullExperts
+
+    return FullExperts(shape.num_experts, shape.input_dim, shape.dims, shape.norm)
+
+
+def _low_rank(shape: ExpertShape) -> "Experts":
+    from smes.experts import LowRankExperts
+
+    return LowRankExperts(shape.num_experts, shape.input_dim, shape.dims[0], shape.rank, shape.norm)
+
+
+def _residual(shape: ExpertShape) -> "Experts":
+    from smes.experts import ResidualExperts
+
+    return ResidualExperts(shape.num_experts, shape.input_dim, shape.dims[0], shape.narrow_dim, shape.norm)
+
+
+EXPERT_FORMS: dict[str, Callable[[ExpertShape], "Experts"]] = {
+    "full": _full,
+    "low_rank": _low_rank,
+    "residual": _residual,
 }
 """Each builder returns a module."""

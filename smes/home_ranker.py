@@ -5,48 +5,15 @@ N = C·M experts of a layer, I input width, D and H input and output width of a 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from smes.dense_experts import NORMS, DenseExperts, Gates, check_counts, check_dims, mix
+from smes.dense_config import HomeConfig
+from smes.dense_experts import DenseExperts, Gates, mix
 from smes.encoder import Encoder
 from smes.feature_gate import FeatureGates
 from smes.ranker import ExpertLimits, RankerOutput
-from smes.task_groups import check_groups
-
-
-@dataclass(frozen=True)
-class HomeConfig:
-    """Shape of the HoME ranker.
-
-    Attributes:
-        groups: Task groups: the names of the tasks of each. A task named in none forms, with the others left over, a
-            group of its own. Empty: the paper's two, ``watch`` (regression tasks, and those with ``view``, ``watch``
-            or ``play`` in their name) and ``interaction`` (the rest).
-        experts_per_group: M, experts in each group of experts, in both layers.
-        feature_gates: L, low-rank maps of a feature gate (2 was the paper's best); 0 for no feature gates.
-        self_gates: Whether each group's own experts are added to its mixture, as a residual.
-        norm: Of each expert: ``batch`` is the paper's; ``layer`` scores an instance the same whatever batch it is in.
-        encoder_dims: Widths of an encoder before the meta layer; none in the paper.
-        expert_dims: Widths of an expert's layers, in both layers.
-    """
-
-    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    experts_per_group: int = 1
-    feature_gates: int = 2
-    self_gates: bool = True
-    norm: str = "layer"
-    encoder_dims: tuple[int, ...] = (128,)
-    expert_dims: tuple[int, ...] = (64,)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", check_groups("home", self.groups))
-        check_counts("home", self, experts_per_group=1, feature_gates=0)
-        check_dims("home", self, optional=("encoder_dims",), needed=("expert_dims",))
-        if self.norm not in NORMS:
-            raise ValueError(f"home.norm: {self.norm!r}, expected one of {sorted(NORMS)}")
 
 
 class HoME(nn.Module):

@@ -18,8 +18,10 @@ from smes.events import F32, I64, ExampleBlock
 from smes.features import FeatureInputs
 from smes.found_groups import GroupFinder
 from smes.id_rows import DistinctRows, IdRows, pool_weights, readers, uniform_rows
-from smes.model import ModelConfig, ModelOutput, build_model
-from smes.optim import OptimizerConfig
+from smes.model import ModelOutput, build_model
+from smes.model_config import ModelConfig
+from smes.optim import dense_optimizer
+from smes.optimizer_config import OptimizerConfig
 from smes.ranker import ExpertLimits, GroupingRanker
 from smes.schema import Schema
 
@@ -75,7 +77,7 @@ class Learner:
         wide = {n: p for n, p in self._model.named_parameters() if n == "features.wide_numerics"}
         others = {n: p for n, p in self._model.named_parameters() if n not in wide}
         self._dense_names = [*others, *wide]  # in the order in which the optimiser numbers them
-        self._dense = optimizer.dense(wide.values(), others.values())
+        self._dense = dense_optimizer(optimizer, wide.values(), others.values())
         self._rows = IdRows(schema)
         self._distinct = DistinctRows()
         self._finder = self._new_finder()

@@ -1,31 +1,11 @@
 """MMoE: multi-gate mixture of experts (Ma et al., KDD 2018). Letters: B instances, T tasks, I input width."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from smes.dense_experts import DenseExperts, Gates, check_counts, check_dims, mix
+from smes.dense_config import MmoeConfig
+from smes.dense_experts import DenseExperts, Gates, mix
 from smes.encoder import Encoder
 from smes.ranker import ExpertLimits, RankerOutput
-
-
-@dataclass(frozen=True)
-class MmoeConfig:
-    """Shape of the MMoE ranker. By default the encoder and the experts of SMES's default, all of them executed.
-
-    Attributes:
-        num_experts: Experts, all shared by all tasks.
-        encoder_dims: Widths of an encoder before experts and gates; none in the paper.
-        expert_dims: Widths of an expert's layers.
-    """
-
-    num_experts: int = 16
-    encoder_dims: tuple[int, ...] = (128,)
-    expert_dims: tuple[int, ...] = (64,)
-
-    def __post_init__(self) -> None:
-        check_counts("mmoe", self, num_experts=1)
-        check_dims("mmoe", self, optional=("encoder_dims",), needed=("expert_dims",))
 
 
 class MMoE(nn.Module):

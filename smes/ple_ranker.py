@@ -4,37 +4,13 @@ Letters: B instances, T tasks, N experts of a level, G = T + 1 streams (one per 
 width, D and H input and output width of a level.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from smes.dense_experts import DenseExperts, Gates, check_counts, check_dims, mix
+from smes.dense_config import PleConfig
+from smes.dense_experts import DenseExperts, Gates, mix
 from smes.encoder import Encoder
 from smes.ranker import ExpertLimits, RankerOutput
-
-
-@dataclass(frozen=True)
-class PleConfig:
-    """Shape of the PLE ranker. By default, with eight tasks, about the weights of SMES's default.
-
-    Attributes:
-        num_levels: Extraction levels; 1 is the paper's CGC.
-        num_shared: Experts of a level that all tasks use.
-        num_specific: Experts of a level that each task has for itself.
-        encoder_dims: Widths of an encoder before the first level; none in the paper.
-        expert_dims: Widths of an expert's layers.
-    """
-
-    num_levels: int = 2
-    num_shared: int = 4
-    num_specific: int = 1
-    encoder_dims: tuple[int, ...] = (128,)
-    expert_dims: tuple[int, ...] = (64,)
-
-    def __post_init__(self) -> None:
-        check_counts("ple", self, num_levels=1, num_shared=1, num_specific=1)
-        check_dims("ple", self, optional=("encoder_dims",), needed=("expert_dims",))
 
 
 class PLE(nn.Module):

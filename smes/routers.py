@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from smes.running_moments import RunningMoments
 
-ROUTER_NORMS = ("none", "layer", "batch")
-"""How what routers read is normalised, by its name in the configuration."""
-
 _HORIZON = 1e5  # what routers read drifts as the encoder learns: the moments look back over about this many instances
 _CLIP = 8.0  # as the feature layer cuts its numerics
 

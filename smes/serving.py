@@ -13,7 +13,8 @@ from torch import Tensor
 from smes.events import F32, I64
 from smes.features import FeatureInputs
 from smes.id_rows import IdRows, pool_weights
-from smes.model import ModelConfig, RankModel
+from smes.model import RankModel
+from smes.model_config import ModelConfig
 from smes.schema import Schema
 
 _CPU = torch.device("cpu")

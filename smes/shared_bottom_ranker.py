@@ -1,26 +1,10 @@
 """Shared bottom: one network for all tasks (Caruana, 1997). Letters: B instances, T tasks, I input width, H width."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
-from smes.dense_experts import check_dims
+from smes.dense_config import SharedBottomConfig
 from smes.encoder import Encoder
 from smes.ranker import ExpertLimits, RankerOutput
-
-
-@dataclass(frozen=True)
-class SharedBottomConfig:
-    """Shape of the shared-bottom ranker.
-
-    Attributes:
-        dims: Widths of the layers; the last is H. The default has about the weights of SMES's default.
-    """
-
-    dims: tuple[int, ...] = (256, 64)
-
-    def __post_init__(self) -> None:
-        check_dims("shared_bottom", self, needed=("dims",))
 
 
 class SharedBottom(nn.Module):

@@ -4,10 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from smes.balance import BALANCE_LOSSES
 from smes.expert_forms import EXPERT_FORMS
-from smes.experts import EXPERT_NORMS
-from smes.routers import ROUTER_NORMS
 from smes.stages import Stages
 from smes.task_groups import check_groups
 
@@ -83,7 +80,7 @@ class SmesConfig:
         stage_one_weights: w_t of stage I per task, in the schema's order; None for 1/T each.
         form: ``paper`` for the parts as the paper has them (:data:`PAPER_FORM`): they are these keys' defaults then,
             and other values are refused. None: what the keys say.
-        groups: Task groups: the names of the tasks of each, as in :attr:`smes.home_ranker.HomeConfig.groups`.
+        groups: Task groups: the names of the tasks of each, as in :attr:`smes.dense_config.HomeConfig.groups`.
         found_groups: G, task groups found from the stream in place of declared ones; 0 for those that ``groups`` says.
             Until they are found, every task reads the mean of what the groups' pools give
             (:mod:`smes.found_groups`).
@@ -187,14 +184,14 @@ def _take_form(config: SmesConfig) -> None:
 def _check_choices(config: SmesConfig) -> None:
     known: dict[str, Iterable[str]] = {
         "experts": EXPERT_FORMS,
-        "expert_norm": EXPERT_NORMS,
+        "expert_norm": ("layer", "rms", "none"),
         "group_pools": ("common", "own"),
         "routers": ("task", "group"),
         "router_input": ("encoder", "raw", "both"),
         "router_maps": ("shared", "per_task"),
-        "router_norm": ROUTER_NORMS,
+        "router_norm": ("none", "layer", "batch"),
         "shared_experts": ("routed", "always_on"),
-        "balance_loss": BALANCE_LOSSES,
+        "balance_loss": ("global", "per_gate", "mutual_information", "none"),
     }
     for name, choices in known.items():
         if getattr(config, name) not in choices:

@@ -21,8 +21,6 @@ from smes.routers import Router
 from smes.routing import Routing, expert_load
 from smes.smes_config import SmesConfig
 
-__all__ = ["EXPERT_FORMS", "SMES", "SmesConfig"]
-
 
 class SMES(nn.Module):
     """The ranker: encoder → routing in stages → experts, each once per instance → one h_t per task.

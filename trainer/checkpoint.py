@@ -21,27 +21,6 @@ _logger = logging.getLogger(__name__)
 _FORMAT = "smes-checkpoint-1"
 
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Where and how often.
-
-    Attributes:
-        directory: Folder of the checkpoints; made when missing. None: the trainer keeps none and starts anew.
-        interval_s: Seconds between checkpoints, > 0; one is always taken at a clean stop.
-        keep: How many of the newest are kept, ≥ 1.
-    """
-
-    directory: Path | None = None
-    interval_s: float = 30.0
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        if not self.interval_s > 0:
-            raise ValueError(f"interval_s {self.interval_s}, expected more than 0 seconds")
-        if self.keep < 1:
-            raise ValueError(f"keep {self.keep}, expected at least 1")
-
-
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """All of one moment, between two steps.

@@ -23,32 +23,11 @@ from numpy.typing import NDArray
 from smes.events import F32, I64, Bool, ExampleBlock
 from smes.metrics import BinaryTally, RegressionTally, group_auc
 from smes.schema import MISSING, Schema
+from trainer.config import EvaluationConfig
 
 _FIRST_WINDOW_EXAMPLES = 1024
 _DAY_S = 86_400.0
 _PLAIN_WINDOW, _LARGEST_WINDOW = 16_384, 262_144
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Windows of frozen weights.
-
-    Attributes:
-        window_s: Stretch of event time scored by one frozen copy, seconds, ≥ 0.001; counted from 1970-01-01 UTC. A
-            whole part of the schema's history window, if there is one. None: that window, or a day.
-        window_examples: Most examples in it, ≥ 1; bounds memory and checkpoints (about 100 bytes an example). Early
-            windows are shorter: none is longer than all that was trained on before it began. None: 16,384, or
-            262,144 where the schema has a history: its windows are the users', whatever the traffic.
-    """
-
-    window_s: float | None = None
-    window_examples: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.window_s is not None and not self.window_s >= 1e-3:
-            raise ValueError(f"window_s {self.window_s}, expected at least a millisecond")
-        if self.window_examples is not None and self.window_examples < 1:
-            raise ValueError(f"window_examples {self.window_examples}, expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)

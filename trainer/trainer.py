@@ -19,8 +19,8 @@ from smes.batch import RankBatch
 from smes.errors import CheckpointError, SnapshotNotFound
 from smes.events import ExampleBlock
 from smes.learner import Learner, StepResult
+from smes.manifest import Manifest
 from smes.schema import MISSING
-from smes.snapshot import Manifest
 from stream.assembler import Assembler
 from stream.log import Positions
 from trainer.checkpoint import Checkpoint, CheckpointDirectory

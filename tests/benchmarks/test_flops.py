@@ -7,14 +7,11 @@ import torch
 
 from benchmarks.flops import Cost, FlopTally, cost_of
 from benchmarks.worlds import WORLDS, World
-from smes.home_ranker import HomeConfig
+from smes.dense_config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
 from smes.learner import Learner
-from smes.mmoe_ranker import MmoeConfig
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
-from smes.ple_ranker import PleConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.serving import ServingModel
-from smes.shared_bottom_ranker import SharedBottomConfig
 from tests.smes.plain_smes import plain
 
 T, N = 8, 112 + 0  # tasks, numeric columns of the world "segments"

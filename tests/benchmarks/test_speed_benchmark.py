@@ -16,10 +16,10 @@ from benchmarks.step_breakdown import PARTS, Stopwatch, breakdown, count_flop
 from smes.dispatch import dispatch
 from smes.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.routing import route
-from smes.smes_ranker import SmesConfig
+from smes.smes_config import SmesConfig
 
 SMALL = Setting(
     num_fields=4, embedding_dim=4, num_tasks=3, expert_dims=(8, 8), batch_size=16, candidates=5, vocabulary=20

@@ -20,7 +20,7 @@ from smes.errors import (
     SnapshotNotFound,
     SnapshotStale,
 )
-from smes.snapshot import Manifest
+from smes.manifest import Manifest
 
 SCHEMA_HASH = "0123456789abcdef"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.schema import Schema
 from tests.smes.streams import history_stream
 

@@ -19,8 +19,9 @@ from scorer.app import create_app
 from scorer.config import ScorerConfig
 from scorer.served import Load
 from smes.events import F32, I64
+from smes.manifest import Manifest
 from smes.schema import Feature, Schema, Task
-from smes.snapshot import Manifest, decode, encode
+from smes.snapshot import decode, encode
 
 SCHEMA = Schema(
     name="scorer-test",

@@ -7,7 +7,7 @@ import numpy as np
 from scorer.first_answers import Arrivals, FirstAnswer, FirstAnswers
 from scorer.served import ServedModel
 from smes.events import F32, I64
-from smes.snapshot import Chunk, Manifest
+from smes.manifest import Chunk, Manifest
 
 MANIFEST = Manifest(
     lineage="a",

@@ -26,8 +26,9 @@ from scorer.served import Load
 from scorer.telemetry import Telemetry
 from smes.errors import SnapshotNotFound
 from smes.events import F32, I64
+from smes.manifest import Manifest
 from smes.schema import Schema
-from smes.snapshot import Manifest, encode
+from smes.snapshot import encode
 
 Starting = Callable[..., AbstractContextManager[httpx.Client]]
 Until = Callable[[Callable[[], object]], None]

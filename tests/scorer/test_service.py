@@ -26,11 +26,11 @@ from scorer.service import serve
 from smes.errors import FeatureStoreUnavailable, SchemaMismatch, SmesError, SnapshotError
 from smes.events import ExampleBlock
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.schema import MISSING, Feature, Schema, Task
 from smes.serving import ServingModel
-from smes.smes_ranker import SmesConfig
+from smes.smes_config import SmesConfig
 from smes.snapshot import encode
 
 Until = Callable[[Callable[[], object]], None]

@@ -14,8 +14,8 @@ from smes.devices import open_device
 from smes.dispatch import combine, dispatch
 from smes.experts import FullExperts
 from smes.learner import Learner, StepResult
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.routing import Routing, route
 from smes.serving import ServingModel
 from smes.smes_config import SmesConfig

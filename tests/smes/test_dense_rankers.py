@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from smes.dense_config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
 from smes.dense_experts import BatchNorm, DenseExperts
 from smes.feature_gate import FeatureGates
-from smes.home_ranker import HoME, HomeConfig
-from smes.mmoe_ranker import MMoE, MmoeConfig
-from smes.model import RANKERS, ModelConfig
-from smes.ple_ranker import PLE, PleConfig
+from smes.home_ranker import HoME
+from smes.mmoe_ranker import MMoE
+from smes.model_config import RANKERS, ModelConfig
+from smes.ple_ranker import PLE
 from smes.schema import Schema, Task
-from smes.shared_bottom_ranker import SharedBottom, SharedBottomConfig
+from smes.shared_bottom_ranker import SharedBottom
 from smes.smes_config import SmesConfig
 from smes.task_groups import task_groups
 from tests.smes import naive_rankers

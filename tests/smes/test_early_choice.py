@@ -9,8 +9,8 @@ import torch
 
 import smes.early_choice
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.serving import ServingModel
 from smes.smes_config import SmesConfig
 from tests.smes.streams import RICH_SCHEMA, stream

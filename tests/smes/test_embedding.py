@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from smes.embedding import AdagradConfig, Readers, RowTable, read_cells
+from smes.embedding import Readers, RowTable, read_cells
 from smes.id_rows import readers
+from smes.optimizer_config import AdagradConfig
 
 _CPU = torch.device("cpu")
 

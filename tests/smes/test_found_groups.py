@@ -10,8 +10,8 @@ from torch import Tensor
 from smes.events import ExampleBlock
 from smes.found_groups import GroupFinder, TaskReads, clusters, likeness
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.schema import Feature, Schema, Task
 from smes.serving import ServingModel
 from smes.smes_config import SmesConfig

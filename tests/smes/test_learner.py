@@ -11,16 +11,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from smes.dense_config import HomeConfig, MmoeConfig, PleConfig
 from smes.events import ExampleBlock
-from smes.home_ranker import HomeConfig
 from smes.learner import Learner
-from smes.mmoe_ranker import MmoeConfig
-from smes.model import RANKERS, ModelConfig
-from smes.optim import OptimizerConfig
-from smes.ple_ranker import PleConfig
+from smes.model_config import RANKERS, ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.schema import MISSING, Schema
 from smes.serving import ServingModel
-from smes.smes_ranker import SmesConfig
+from smes.smes_config import SmesConfig
 from smes.snapshot import decode, encode
 from tests.smes.plain_smes import plain
 from tests.smes.streams import RICH_SCHEMA, stream

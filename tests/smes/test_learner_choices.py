@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from tests.smes.plain_smes import plain
 from tests.smes.streams import RICH_SCHEMA, stream
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import smes.experts
 import smes.smes_ranker
 from smes.dispatch import dispatch
-from smes.model import ModelConfig
+from smes.model_config import ModelConfig
 from smes.routers import Router
 from smes.smes_config import PAPER_FORM, SmesConfig
 from smes.smes_ranker import SMES

@@ -1,6 +1,7 @@
 """The grouped execution equals the dense-masked one, in values and in every gradient."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +12,12 @@ from torch import Tensor
 
 import smes.smes_ranker
 from smes.balance import BALANCE_LOSSES
+from smes.dense_config import HomeConfig
+from smes.dense_experts import NORMS
 from smes.dispatch import dispatch
+from smes.experts import EXPERT_NORMS
 from smes.routing import expert_load
+from smes.smes_config import SmesConfig
 from smes.smes_ranker import SMES
 from tests.smes.dense_reference import dense_smes
 from tests.smes.plain_smes import plain
@@ -202,3 +207,19 @@ def test_a_wrong_shape_is_refused(config: dict[str, Any], message: str) -> None:
 def test_stage_one_weights_of_the_wrong_length_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 3 weights"):
         SMES(8, 3, plain(stage_one_weights=(0.5, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "implemented"),
+    [
+        (SmesConfig, "balance_loss", list(BALANCE_LOSSES)),
+        (SmesConfig, "expert_norm", list(EXPERT_NORMS)),
+        (HomeConfig, "norm", sorted(NORMS)),
+    ],
+)
+def test_the_configuration_names_what_is_implemented(
+    config: Callable[..., object], key: str, implemented: list[str]
+) -> None:
+    """It cannot look it up: the implementations are in modules that import torch."""
+    with pytest.raises(ValueError, match=re.escape(f"expected one of {implemented}")):
+        config(**{key: "unheard of"})

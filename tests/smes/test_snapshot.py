@@ -11,7 +11,8 @@ import safetensors.numpy
 import torch
 
 from smes.errors import SnapshotError
-from smes.snapshot import Chunk, Manifest, decode, decode_metadata, encode
+from smes.manifest import Chunk, Manifest
+from smes.snapshot import decode, decode_metadata, encode
 
 MANIFEST = Manifest(
     lineage="a-1",

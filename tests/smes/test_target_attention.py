@@ -8,8 +8,8 @@ from smes.features import FeatureInputs, FeatureLayer
 from smes.history import TargetAttention
 from smes.id_rows import pool_weights
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.schema import MISSING, Feature, Schema, Task
 from smes.serving import ServingModel
 from tests.smes.streams import history_stream

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smes.mmoe_ranker import MMoE, MmoeConfig
-from smes.ple_ranker import PLE, PleConfig
+from smes.dense_config import MmoeConfig, PleConfig
+from smes.mmoe_ranker import MMoE
+from smes.ple_ranker import PLE
 
 multi_task = pytest.importorskip("torch_rechub.models.multi_task", reason="torch-rechub is not installed")
 

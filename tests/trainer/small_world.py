@@ -7,8 +7,8 @@ import torch
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.schema import Feature, Schema, Task
 from smes.serving import ServingModel
 from stream.codec import encode_feedback, encode_impressions
@@ -21,7 +21,8 @@ from stream.mini_batch import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 from tests.smes.plain_smes import plain
 from trainer.checkpoint import CheckpointDirectory
-from trainer.evaluation import EvaluationConfig, ProgressiveEvaluation
+from trainer.config import EvaluationConfig
+from trainer.evaluation import ProgressiveEvaluation
 from trainer.schedule import Flags
 from trainer.trainer import Trainer
 

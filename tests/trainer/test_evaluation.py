@@ -17,7 +17,8 @@ from sklearn.metrics import roc_auc_score
 
 from smes.events import F32, I64, ExampleBlock
 from smes.schema import MISSING, Feature, History, Schema, Task
-from trainer.evaluation import EvaluationConfig, FrozenModel, ProgressiveEvaluation
+from trainer.config import EvaluationConfig
+from trainer.evaluation import FrozenModel, ProgressiveEvaluation
 
 SCHEMA = Schema("evaluated", tasks=(Task("click"), Task("like"), Task("watch", kind="regression")))
 START_MS = 1_700_000_000_000

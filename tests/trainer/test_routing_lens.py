@@ -9,8 +9,8 @@ import torch
 
 from smes.events import ExampleBlock
 from smes.learner import Learner
-from smes.model import ModelConfig
-from smes.optim import OptimizerConfig
+from smes.model_config import ModelConfig
+from smes.optimizer_config import OptimizerConfig
 from smes.ranker import ExpertLimits
 from smes.schema import Feature, Schema, Task
 from tests.smes.plain_smes import plain
