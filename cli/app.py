@@ -4,28 +4,23 @@ import json
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from cli.backtest import run_backtest
-from cli.config import DEFAULT_FILE, Config, load_config
 from cli.console import console, errors, number, progress, report_table, routing_line, set_up_logging, task_table
-from cli.demo import DemoOptions, run_demo
-from cli.features import load_features
-from cli.starter import STARTER
-from cli.train import run_train
-from cli.wiring import stop_signals, write_report
-from feature_store.connect import connect, masked
-from feature_store.snapshots import SnapshotStore
-from scorer.service import serve as run_scorer
-from simulators.log_reader import open_log
-from simulators.replay import Replayer, ReplayReport
-from simulators.synthetic import synthesize as write_synthetic
+from cli.report_file import write_report
+from cli.starter import DEFAULT_FILE, STARTER
+from cli.stop_signals import stop_signals
 from smes.errors import SmesError, SnapshotNotFound
-from stream.open_log import open_event_log
-from stream.topics import FEEDBACK, IMPRESSIONS
+
+# What a command runs is imported in its function: `smes --help` need not wait for all of it, nor any command for torch
+# that touches no weights.
+if TYPE_CHECKING:
+    from cli.config import Config
+    from feature_store.snapshots import SnapshotStore
+    from simulators.replay import ReplayReport
 
 EXIT_CHECK_FAILED = 3
 
@@ -68,7 +63,9 @@ def common(
     context.obj = config
 
 
-def _config(context: typer.Context, schema: str | None = None) -> Config:
+def _config(context: typer.Context, schema: str | None = None) -> "Config":
+    from cli.config import load_config
+
     config = load_config(context.obj)
     return config if schema is None else replace(config, schema=schema)
 
@@ -103,6 +100,8 @@ def demo(
     report: ReportPath = None,
 ) -> None:
     """Run everything on this machine: servers, replay, trainer, scorer, and requests against it; then the report."""
+    from cli.demo import DemoOptions, run_demo
+
     options = DemoOptions(
         log=log,
         limit=limit,
@@ -141,6 +140,8 @@ def backtest(
     report: ReportPath = None,
 ) -> None:
     """Join, evaluate and train on a log in one process at full speed, without broker or Redis."""
+    from cli.backtest import run_backtest
+
     with stop_signals() as should_stop:
         result = run_backtest(
             _config(context, schema), log, limit=limit, seed=seed, baseline=baseline, should_stop=should_stop
@@ -173,6 +174,11 @@ def replay(
     report: ReportPath = None,
 ) -> None:
     """Play a log into the event log, in time order: impressions, and each feedback after its delay."""
+    from simulators.log_reader import open_log
+    from simulators.replay import Replayer
+    from stream.open_log import open_event_log
+    from stream.topics import FEEDBACK, IMPRESSIONS
+
     config = _config(context, schema)
     changes: dict[str, Any] = {"speed": _speed(speed), "rate": rate, "seed": seed, "codec": codec}
     if rate is not None and speed is None:
@@ -189,7 +195,7 @@ def replay(
             progress("replay", reader.total) as advance,
         ):
 
-            def show(so_far: ReplayReport) -> None:
+            def show(so_far: "ReplayReport") -> None:
                 sent = so_far.impressions + so_far.feedback
                 advance(so_far.impressions, f"{sent / max(so_far.elapsed_s, 1e-9):,.0f} events/s")
 
@@ -222,6 +228,8 @@ def synthesize(
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
     """Write a synthetic log, and its true probabilities in a file beside it."""
+    from simulators.synthetic import synthesize as write_synthetic
+
     with progress("synthesize", impressions) as advance:
         summary = write_synthetic(out, impressions, seed, on_progress=lambda written: advance(written))
     rates = ", ".join(f"{task} {count / summary.impressions:.2%}" for task, count in summary.positives.items())
@@ -249,6 +257,8 @@ def train(
     report: ReportPath = None,
 ) -> None:
     """Train from the event log until stopped (Ctrl-C, SIGTERM): the last cut is published and on disk then."""
+    from cli.train import run_train
+
     with stop_signals() as should_stop:
         result = run_train(
             _config(context, schema), report=report, drain=drain, skip_lost=skip_lost, should_stop=should_stop
@@ -264,6 +274,8 @@ def serve(
     port: Annotated[int | None, typer.Option(help="TCP port; 0 for any free one.", min=0, max=65535)] = None,
 ) -> None:
     """Score over HTTP with the newest snapshot, swapped in while serving, until stopped."""
+    from scorer.service import serve as run_scorer
+
     config = _config(context, schema)
     scorer = config.scorer if port is None else replace(config.scorer, port=port)
     run_scorer(
@@ -285,16 +297,23 @@ def features_load(
     ] = False,
 ) -> None:
     """Load the users' and items' features of a log into Redis."""
+    from cli.features import load_features
+
     loaded = load_features(_config(context, schema), log, replace=replace_all)
     console.print(f"{loaded['user']:,} users and {loaded['item']:,} items loaded", highlight=False)
 
 
-def _snapshot_store(config: Config) -> SnapshotStore:
+def _snapshot_store(config: "Config") -> "SnapshotStore":
+    from feature_store.connect import connect
+    from feature_store.snapshots import SnapshotStore
+
     client = connect(config.feature_store.redis_url, config.feature_store.timeout_s)
     return SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
 
 
-def _none_published(config: Config) -> SnapshotNotFound:
+def _none_published(config: "Config") -> SnapshotNotFound:
+    from feature_store.connect import masked
+
     where = config.feature_store
     return SnapshotNotFound(
         f"no snapshot was published yet in Redis at {masked(where.redis_url)}, namespace {where.namespace}"

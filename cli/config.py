@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ConfigDict
 
+from cli.starter import DEFAULT_FILE
 from feature_store.snapshots import SnapshotStoreConfig
 from scorer.config import ScorerConfig
 from simulators.replay import ReplayConfig
@@ -26,7 +27,6 @@ from stream.open_log import EventLogConfig
 from trainer.config import TrainerConfig
 
 PREFIX = "SMES_"
-DEFAULT_FILE = Path("smes.yaml")
 _BUILTIN: dict[str, BuiltinName] = {"kuairand": "kuairand", "synthetic": "synthetic"}
 
 

@@ -14,14 +14,15 @@ import httpx
 import numpy as np
 import redis
 
+from cli.compile_loops import compile_loops
 from cli.config import Config
 from cli.console import console
 from cli.demo_workers import Workers
 from cli.features import load_features
 from cli.local_servers import start_kafka, start_valkey
 from cli.processes import log_tail, stop_all
+from cli.report_file import read_report
 from cli.requests import RequestLoop
-from cli.wiring import read_report, warm_up
 from feature_store.connect import connect
 from simulators.schema_file import SchemaFile
 from simulators.synthetic import synthesize
@@ -82,7 +83,7 @@ def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], 
         workers = Workers(config, folder, stack)
         _create_topics(config)
         with console.status("compiling (the first time only) and loading features"):
-            warm_up(config, schema_file.schema)
+            compile_loops(config, schema_file.schema)  # here, once: not in trainer and scorer at the same time
             loaded = load_features(config, log)
         console.print(f"features of {loaded['user']:,} users and {loaded['item']:,} items in Redis", highlight=False)
         trainer = workers.start("train", "--drain", "--report", str(folder / "train.json"))

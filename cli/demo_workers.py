@@ -16,7 +16,7 @@ import yaml
 from cli.config import Config
 from cli.console import console, number, progress
 from cli.processes import log_tail, spawn, stop_all
-from cli.wiring import read_report
+from cli.report_file import read_report
 from smes.errors import SmesError
 
 _READY_WITHIN_S = 90.0

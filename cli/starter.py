@@ -1,5 +1,10 @@
 """The commented starter configuration that ``smes init`` writes. A test holds it against the real defaults."""
 
+from pathlib import Path
+
+DEFAULT_FILE = Path("smes.yaml")
+"""Where ``smes init`` writes it and the other commands look for it."""
+
 STARTER = """\
 # SMES Online: one file for every process. Every key is optional; what stands here is the default.
 # An environment variable overrides a key: SMES_EVENT_LOG__KIND=kafka, SMES_SCORER__PORT=9000.

@@ -11,7 +11,8 @@ from rich.live import Live
 
 from cli.config import Config
 from cli.console import console, number, task_table
-from cli.wiring import build_evaluation, build_learner, warm_up, write_report
+from cli.report_file import write_report
+from cli.wiring import build_evaluation, build_learner, warm_up
 from feature_store.connect import connect
 from feature_store.snapshots import SnapshotStore
 from smes.memory import keep_freed_memory

@@ -1,12 +1,14 @@
 """The report: one shape for the demo and the backtest; what does not apply is None."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stream.ledgers import StreamLedger
-from trainer.trainer import Trainer
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
 
 
-def training_report(trainer: Trainer, *, seconds: float, trained: int) -> dict[str, Any]:
+def training_report(trainer: "Trainer", *, seconds: float, trained: int) -> dict[str, Any]:
     """Everything that the trainer knows; the scorer's parts are None.
 
     Args:
