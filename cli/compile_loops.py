@@ -2,7 +2,7 @@
 
 from cli.config import Config
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
-from smes.id_rows import DistinctRows, IdRows, uniform_rows
+from smes.id_rows import DistinctRows, IdRows, readers, uniform_rows
 from smes.schema import Schema
 from stream.assembler import Assembler
 
@@ -21,6 +21,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     table = IdRows(schema)
     rows_BW = table.insert(examples.ids)
     table.find(examples.ids)
-    DistinctRows()(rows_BW, len(table))
+    distinct_U, cells_BW = DistinctRows()(rows_BW, len(table))
+    readers(cells_BW, len(distinct_U))
     uniform_rows(table.keys(), 1, config.model.embedding_scale, config.trainer.seed)
     return examples
