@@ -140,12 +140,11 @@ def backtest(
     report: ReportPath = None,
 ) -> None:
     """Join, evaluate and train on a log in one process at full speed, without broker or Redis."""
+    config = _config(context, schema)  # what is wrong in it is said before torch is imported
     from cli.backtest import run_backtest
 
     with stop_signals() as should_stop:
-        result = run_backtest(
-            _config(context, schema), log, limit=limit, seed=seed, baseline=baseline, should_stop=should_stop
-        )
+        result = run_backtest(config, log, limit=limit, seed=seed, baseline=baseline, should_stop=should_stop)
     write_report(result.report, report)
     write_report(result.routing, routing, indent=None)
     console.print(task_table(result.report["tasks"], result.baseline))
@@ -257,12 +256,11 @@ def train(
     report: ReportPath = None,
 ) -> None:
     """Train from the event log until stopped (Ctrl-C, SIGTERM): the last cut is published and on disk then."""
+    config = _config(context, schema)
     from cli.train import run_train
 
     with stop_signals() as should_stop:
-        result = run_train(
-            _config(context, schema), report=report, drain=drain, skip_lost=skip_lost, should_stop=should_stop
-        )
+        result = run_train(config, report=report, drain=drain, skip_lost=skip_lost, should_stop=should_stop)
     console.print(task_table(result["tasks"]))
     console.print(report_table(result))
 
@@ -274,9 +272,9 @@ def serve(
     port: Annotated[int | None, typer.Option(help="TCP port; 0 for any free one.", min=0, max=65535)] = None,
 ) -> None:
     """Score over HTTP with the newest snapshot, swapped in while serving, until stopped."""
+    config = _config(context, schema)
     from scorer.service import serve as run_scorer
 
-    config = _config(context, schema)
     scorer = config.scorer if port is None else replace(config.scorer, port=port)
     run_scorer(
         scorer,

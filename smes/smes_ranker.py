@@ -56,7 +56,10 @@ class SMES(nn.Module):
             what = "the experts that a group chooses from"
             raise ValueError(f"smes.early_group: {config.early_group}, expected at most {what} ({pool})")
         counts, until = halved(config.early_group, config.num_group, config.early_until)
-        selections = [config.stages(groups_R, count) for count in counts]
+        try:
+            selections = [config.stages(groups_R, count) for count in counts]
+        except ValueError as error:  # those of num_group, above, do fit
+            raise ValueError(f"smes.early_group: {config.early_group}, which does not fit: {error}") from error
         stages = selections[0]  # those of the most experts
         self.config = config
         self.input_dim, self.output_dim = input_dim, config.expert_dims[-1]

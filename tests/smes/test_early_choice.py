@@ -88,6 +88,7 @@ def test_what_is_asked_about_choices_is_about_those_at_last() -> None:
     ("keys", "message"),
     [
         ({"early_group": 2}, r"early_group: 2, expected 0, or more than num_group \(2\)"),
+        ({"max_active": 8}, r"early_group: 8, which does not fit: smes.max_active: 8, expected .* \(16\)"),
         ({"early_group": 17}, r"early_group: 17, expected at most the experts that a group chooses from \(16\)"),
         ({"early_until": 0}, "early_until: 0, expected at least 1"),
         ({"num_group": 0, "num_adaptive": 2, "routers": "task"}, r"more than num_group \(0\)"),
