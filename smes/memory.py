@@ -1,7 +1,7 @@
 """Memory that is freed stays with the process, for the next step or request.
 
 glibc hands large blocks back to the system as soon as they are freed, and the system clears every page anew when it is
-asked again. A training step frees and asks for some hundred MB: a sixth of its time, and a fifth of a scoring call's,
+asked again. A training step frees and asks for some hundred MB: a seventh of its time, and a fifth of a scoring call's,
 went into that (docs/performance.md).
 """
 
