@@ -34,9 +34,10 @@ COPY smes smes
 COPY stream stream
 COPY feature_store feature_store
 COPY trainer trainer
-COPY scorer scorer
+COPY smes_io smes_io
+COPY smes_scorer smes_scorer
 COPY simulators simulators
-COPY cli cli
+COPY smes_cli smes_cli
 RUN pip install --no-deps .
 
 USER smes

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.events import F32, I64, Bool
+from smes.arrays import F32, I64, Bool
 from smes.metrics import group_auc
 
 F64 = NDArray[np.float64]

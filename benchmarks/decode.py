@@ -20,11 +20,10 @@ import pyarrow as pa
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Feature, Schema, Task
-from stream.assembler import Assembler
-from stream.codec import Codec, decode, encode_feedback, encode_impressions
-from stream.join import JoinConfig
-from stream.log import OutRecord, Record
-from stream.mini_batch import MiniBatchConfig
+from stream.codec.codec import Codec, decode, encode_feedback, encode_impressions
+from stream.join.joiner import JoinConfig
+from stream.log.event_log import OutRecord, Record
+from stream.mini_batches import Assembler, MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 START_MS = 1_650_844_800_000

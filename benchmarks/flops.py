@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from smes.model import build_model
-from smes.model_config import ModelConfig
+from smes.model.config import ModelConfig
+from smes.model.rank_model import build_model
 from smes.schema import Schema
 
 _EXPERTS = "ranker.experts."
@@ -88,7 +88,7 @@ class MeanCost:
 
 
 class FlopTally:
-    """Adds up what passes of a :class:`smes.serving.ServingModel` execute.
+    """Adds up what passes of a :class:`smes.model.serving.ServingModel` execute.
 
     Used as a context around each call of its ``score``::
 

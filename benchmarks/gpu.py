@@ -22,15 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smes.dispatch import Dispatch
 from smes.events import ExampleBlock
-from smes.expert_forms import EXPERT_FORMS
-from smes.experts import FullExperts
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.dispatch import Dispatch
+from smes.rankers.sparse.experts import EXPERT_FORMS, FullExperts
 from smes.schema import Feature, Schema, Task
-from smes.smes_config import SmesConfig
 
 _SCHEMA = Schema(
     "gpu-benchmark",

@@ -17,7 +17,7 @@ from benchmarks.flops import MeanCost
 from benchmarks.kuairand_runs import TASKS, LogColumns, LogRun
 from benchmarks.quality_config import Comparison
 from benchmarks.run_cache import RunCache
-from smes.events import F32
+from smes.arrays import F32
 
 _NO_LABEL = 2
 

@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from benchmarks.flops import FlopTally, cost_of
 from benchmarks.quality_config import Settings, build_config, key_of
 from benchmarks.run_cache import RunCache, RunResult
-from cli.backtest import run_backtest
-from cli.config import Config
-from cli.console import console
-from simulators.log_reader import open_log
-from smes.events import F32, I64, ExampleBlock
-from smes.learner import Learner
+from simulators.logs.reader import open_log
+from smes.arrays import F32, I64
+from smes.events import ExampleBlock
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
 from smes.schema import MISSING, Schema
-from smes.serving import ServingModel
+from smes_cli.backtest import run_backtest
+from smes_cli.config import Config
+from smes_cli.console import console
 from trainer.evaluation import FrozenModel, ProgressiveEvaluation, Tensors
 
 TASKS = ("click", "long_view", "like", "profile_enter")

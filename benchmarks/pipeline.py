@@ -18,15 +18,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cli.backtest import run_backtest
-from cli.config import Config
-from cli.console import console
-from cli.wiring import build_evaluation, build_learner, warm_up
-from simulators.log_reader import open_log
+from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from simulators.synthetic import synthesize
 from smes.events import ExampleBlock
 from smes.schema import Schema
+from smes_cli.backtest import run_backtest
+from smes_cli.building import build_evaluation, build_learner, warm_up
+from smes_cli.config import Config
+from smes_cli.console import console
 from stream.block_stream import BlockStream
 
 

@@ -1,6 +1,6 @@
 """What is compared: ``quality.yaml``, and the settings that tuning chose.
 
-Settings are dotted keys of :class:`cli.config.Config`. A ranker's are, one over the other: those common to its
+Settings are dotted keys of :class:`smes_cli.config.Config`. A ranker's are, one over the other: those common to its
 comparison, those of the ranker that it is ``like`` (with that one's chosen trial), its own, and its own chosen trial.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ConfigDict
 
-from cli.config import Config
-from simulators.yaml_file import STRICT, read_mapping, validated
+from smes_cli.config import Config
+from smes_io.yaml_file import STRICT, read_mapping, validated
 
 DEFAULT_FILE = Path(__file__).with_name("quality.yaml")
 CHOSEN_FILE = Path(__file__).with_name("quality_chosen.yaml")

@@ -28,9 +28,9 @@ from benchmarks.quality_config import (
 from benchmarks.routing_plots import plot_routing
 from benchmarks.world_runs import BATCH, Stream
 from benchmarks.worlds import WORLDS, World
-from smes.learner import Learner
+from smes.model.learner import Learner
+from trainer.routing_figures import routing_report
 from trainer.routing_history import RoutingHistory
-from trainer.routing_lens import routing_report
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -33,10 +33,10 @@ from benchmarks.speed_peers import deepctr_mmoe, missing_peers, rechub_mmoe, rec
 from benchmarks.speed_report import draw, table
 from benchmarks.speed_setting import Contender, Data, Setting, make_data
 from benchmarks.step_breakdown import breakdown, count_flop, gemm_flop_per_s
-from smes.dense_config import MmoeConfig
-from smes.memory import keep_freed_memory
-from smes.model_config import ModelConfig
-from smes.smes_config import SmesConfig
+from smes.model.config import ModelConfig
+from smes.model.devices import keep_freed_memory
+from smes.rankers.config import MmoeConfig
+from smes.rankers.sparse.config import SmesConfig
 
 NUM_EXPERTS = (16, 64, 256)
 PEERS = ("rechub_mmoe8", "rechub_mmoe64", "rechub_ple9", "deepctr_mmoe8")

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.speed_setting import Contender, Data, Setting
-from smes.dispatch import Dispatch
 from smes.events import ExampleBlock
-from smes.experts import FullExperts, LowRankExperts, ResidualExperts
-from smes.learner import Learner
-from smes.model_config import RANKERS, ModelConfig, RankerKind
-from smes.optimizer_config import OptimizerConfig
-from smes.ranker import Ranker
+from smes.model.build import RANKERS
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
+from smes.rankers.ranker import Ranker
+from smes.rankers.sparse.dispatch import Dispatch
+from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
+from smes.rankers.sparse.ranker import SMES
 from smes.schema import Schema
-from smes.serving import ServingModel
-from smes.smes_ranker import SMES
 
 DENSE_SMES = "smes_dense"
 
@@ -74,12 +74,12 @@ def dense_smes() -> Iterator[None]:
     """Within it, a model configuration can name the dense execution of SMES."""
 
     def build(input_dim: int, schema: Schema, config: ModelConfig) -> Ranker:
-        ranker = RANKERS["smes"].build(input_dim, schema, config)
+        ranker = RANKERS["smes"](input_dim, schema, config)
         assert isinstance(ranker, SMES)
         ranker.experts = DenseExecution(ranker.experts)
         return ranker
 
-    RANKERS[DENSE_SMES] = RankerKind(build)
+    RANKERS[DENSE_SMES] = build
     try:
         yield
     finally:

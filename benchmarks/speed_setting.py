@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smes.events import F32, I64
+from smes.arrays import F32, I64
 from smes.schema import Feature, Schema, Task
 
 

@@ -15,15 +15,15 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import smes.dispatch
-import smes.experts
-import smes.learner
-import smes.routing
-from smes.embedding import RowTable
-from smes.encoder import Encoder
-from smes.features import FeatureLayer
-from smes.losses import TaskHeads, TaskOutputs
-from smes.smes_ranker import SMES
+import smes.model.learner
+import smes.rankers.sparse.dispatch
+import smes.rankers.sparse.experts
+import smes.rankers.sparse.routing
+from smes.model.features import FeatureLayer
+from smes.model.heads import TaskHeads, TaskOutputs
+from smes.model.table import RowTable
+from smes.rankers.ranker import Encoder
+from smes.rankers.sparse.ranker import SMES
 
 PARTS = (
     "prepare",  # ids to rows, distinct rows
@@ -41,23 +41,26 @@ PARTS = (
 )
 
 _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("features", smes.learner, "_inputs"),
-    ("route", smes.routing, "expert_load"),
-    ("pack", smes.dispatch, "dispatch"),
-    ("pack", smes.dispatch, "pack"),
-    ("gemm", smes.experts, "grouped_linear"),
-    ("combine", smes.dispatch, "combine"),
+    ("features", smes.model.learner, "_inputs"),
+    ("route", smes.rankers.sparse.routing, "expert_load"),
+    ("pack", smes.rankers.sparse.dispatch, "dispatch"),
+    ("pack", smes.rankers.sparse.dispatch, "pack"),
+    ("gemm", smes.rankers.sparse.experts, "grouped_linear"),
+    ("combine", smes.rankers.sparse.dispatch, "combine"),
 )
 _METHODS: tuple[tuple[str, Any, str], ...] = (
-    ("prepare", smes.learner.Learner, "prepare"),
+    ("prepare", smes.model.learner.Learner, "prepare"),
     ("features", RowTable, "gather"),
     ("features", FeatureLayer, "forward"),
     ("features", FeatureLayer, "observe"),
     ("encoder", Encoder, "forward"),
     ("route", SMES, "route"),
     ("route", SMES, "_balance"),
-    *(("experts", form, "forward") for form in (smes.experts.FullExperts, smes.experts.LowRankExperts)),
-    ("experts", smes.experts.ResidualExperts, "forward"),
+    *(
+        ("experts", form, "forward")
+        for form in (smes.rankers.sparse.experts.FullExperts, smes.rankers.sparse.experts.LowRankExperts)
+    ),
+    ("experts", smes.rankers.sparse.experts.ResidualExperts, "forward"),
     ("heads", TaskHeads, "forward"),
     ("heads", TaskOutputs, "scores"),
     ("heads", TaskOutputs, "losses"),

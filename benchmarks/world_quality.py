@@ -19,7 +19,7 @@ from benchmarks.flops import MeanCost
 from benchmarks.quality_config import Comparison, Settings, settings_of
 from benchmarks.run_cache import RunCache, RunResult
 from benchmarks.world_runs import STRETCHES, Stream, TruthRun, WorldRun
-from smes.events import F32
+from smes.arrays import F32
 
 
 @dataclass(frozen=True)

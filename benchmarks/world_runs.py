@@ -16,9 +16,10 @@ from benchmarks.flops import FlopTally, cost_of
 from benchmarks.quality_config import Settings, build_config, key_of
 from benchmarks.run_cache import RunCache, RunResult
 from benchmarks.worlds import CANDIDATES, NUM_TASKS, WORLDS, World
-from smes.events import F32, I64, ExampleBlock
-from smes.learner import Learner
-from smes.serving import ServingModel
+from smes.arrays import F32, I64
+from smes.events import ExampleBlock
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
 
 BATCH = 1024
 MOST_POINTS = 64

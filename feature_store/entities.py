@@ -22,10 +22,10 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from feature_store.connect import address, translated
+from smes.arrays import F32, I64, Bool
 from smes.errors import FeatureStoreError, SchemaMismatch
-from smes.events import F32, I64, Bool
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
+from smes_io.redis_client import address, translated
 
 Entity = Literal["user", "item"]
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import redis
 
+from feature_store.manifest import Manifest
 from smes.errors import SnapshotError, SnapshotStale
-from smes.manifest import Manifest
 
 # One atomic step: refuse to go backwards, make the chunks permanent, write the manifest, move the pointer, announce.
 # A client that lost the answer asks again: what is committed already is answered ok.

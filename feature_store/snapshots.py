@@ -13,10 +13,10 @@ from typing import Any
 
 import redis
 
-from feature_store.connect import address, translated
+from feature_store.manifest import Chunk, Manifest
 from feature_store.publication import Publication, SnapshotKeys, member, split_member, stale
 from smes.errors import SnapshotError, SnapshotNotFound
-from smes.manifest import Chunk, Manifest
+from smes_io.redis_client import address, translated
 
 _MIB = 1024 * 1024
 _LINEAGE = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -56,7 +56,7 @@ class SnapshotStore:
     """Publishes snapshots and reads them back. One publisher per lineage, any number of readers.
 
     Args:
-        client: A client that returns bytes (see :func:`feature_store.connect.connect`).
+        client: A client that returns bytes (see :func:`smes_io.redis_client.connect`).
         namespace: Prefix of every key.
         config: Sizes and retention.
     """
@@ -84,9 +84,9 @@ class SnapshotStore:
         """Store a payload and make it the current snapshot; readers see all of it or nothing.
 
         Args:
-            payload: Bytes of :func:`smes.snapshot.encode`.
+            payload: Bytes of :func:`feature_store.payload.encode`.
             lineage, version, schema_hash, step, created_ms, event_time_ms, positions, metrics, feedback_arrivals:
-                As in :class:`smes.manifest.Manifest`, whose ``parent`` becomes the lineage's current version.
+                As in :class:`feature_store.manifest.Manifest`, whose ``parent`` becomes the lineage's current version.
 
         Raises:
             ValueError: Empty payload, or a lineage or version of the wrong form.

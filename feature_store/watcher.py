@@ -6,8 +6,8 @@ import time
 import redis
 from redis.client import PubSub
 
-from feature_store.connect import address
 from feature_store.publication import SnapshotKeys
+from smes_io.redis_client import address
 
 
 class SnapshotWatcher:

@@ -14,10 +14,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from smes.events import I32, I64, ImpressionBlock
+from smes.arrays import I32, I64
+from smes.events import ImpressionBlock
+from smes.hashing import splitmix64
 from smes.id_map import IdMap
 from smes.schema import MISSING, Schema
-from stream.partitioner import splitmix64
 
 REQUESTS_KEPT = 65_536
 """A request's rows share one history if no more than this many other requests begin between them."""

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from simulators.feedback_delay import FeedbackTimes
+from simulators.delays import FeedbackTimes
 from simulators.history import HistoryBuilder
-from simulators.log_reader import LogBlock, LogReader
+from simulators.logs.reader import LogBlock, LogReader
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
 

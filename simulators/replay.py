@@ -7,11 +7,12 @@ from typing import Literal
 
 import numpy as np
 
-from simulators.log_reader import LogReader
+from simulators.logs.reader import LogReader
 from simulators.merge import replay_blocks
-from smes.events import I64, FeedbackBlock, ImpressionBlock
-from stream.codec import encode_feedback, encode_impressions
-from stream.log import EventLog, OutRecord
+from smes.arrays import I64
+from smes.events import FeedbackBlock, ImpressionBlock
+from stream.codec.codec import encode_feedback, encode_impressions
+from stream.log.event_log import EventLog, OutRecord
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 MAX_WAIT_S = 0.2  # between two looks at `stop`, so that Ctrl-C is answered promptly

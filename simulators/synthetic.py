@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from simulators.synthetic_world import COUNTRIES, OUTCOME_TASKS, TASK_NAMES, World, WorldConfig
+from simulators.world import COUNTRIES, OUTCOME_TASKS, TASK_NAMES, World, WorldConfig
 from smes.errors import LogError
 
 F64 = NDArray[np.float64]

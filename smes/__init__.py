@@ -23,13 +23,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from smes.learner import Learner, StepResult
-    from smes.model_config import ModelConfig
-    from smes.optimizer_config import OptimizerConfig
+    from smes.model.config import ModelConfig, OptimizerConfig
+    from smes.model.learner import Learner, StepResult
+    from smes.model.serving import ServingModel
+    from smes.rankers.sparse.config import SmesConfig
+    from smes.rankers.sparse.ranker import SMES
     from smes.schema import Feature, Schema, Task
-    from smes.serving import ServingModel
-    from smes.smes_config import SmesConfig
-    from smes.smes_ranker import SMES
 
 __all__ = [
     "SMES",
@@ -45,15 +44,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "SMES": "smes.smes_ranker",
+    "SMES": "smes.rankers.sparse.ranker",
     "Feature": "smes.schema",
-    "Learner": "smes.learner",
-    "ModelConfig": "smes.model_config",
-    "OptimizerConfig": "smes.optimizer_config",
+    "Learner": "smes.model.learner",
+    "ModelConfig": "smes.model.config",
+    "OptimizerConfig": "smes.model.config",
     "Schema": "smes.schema",
-    "ServingModel": "smes.serving",
-    "SmesConfig": "smes.smes_config",
-    "StepResult": "smes.learner",
+    "ServingModel": "smes.model.serving",
+    "SmesConfig": "smes.rankers.sparse.config",
+    "StepResult": "smes.model.learner",
     "Task": "smes.schema",
 }
 

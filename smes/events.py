@@ -10,12 +10,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from smes.arrays import F32, I32, I64, Bool
 from smes.schema import MISSING, Schema
 
-I64 = NDArray[np.int64]
-I32 = NDArray[np.int32]
-F32 = NDArray[np.float32]
-Bool = NDArray[np.bool_]
 Index = I64 | Bool | slice
 
 
@@ -179,3 +176,51 @@ class ExampleBlock(_Rows):
             weight=np.ones(n, np.float32),
             feedback_arrival_ms=np.full(shape, MISSING, np.int64),
         )
+
+
+# TODO(merge) was smes.feature_columns: What the columns of features must satisfy, and what is compu
+
+DAY_S = 86_400.0
+
+
+def misaligned(ids_NW: I64, schema: Schema) -> Bool:
+    """Rows with a sequence of another length than the one it accompanies. int64 [N, W] → bool [N]."""
+    bad: Bool = np.zeros(len(ids_NW), np.bool_)
+    for name, companions in schema.companions.items():
+        present_NL = ids_NW[:, schema.id_slices[name]] != MISSING
+        for companion in companions:
+            bad |= ((ids_NW[:, schema.id_slices[companion.name]] != MISSING) != present_NL).any(axis=1)
+    return bad
+
+
+def fill_elapsed(numerics_NF: F32, schema: Schema, now_ms: I64 | int) -> None:
+    """Turn stored times into the days from then to now, in place, where the schema says ``elapsed``.
+
+    Args:
+        numerics_NF: float32 [N, F].
+        schema: Which columns.
+        now_ms: Unix milliseconds, one or int64 [N].
+    """
+    for column, feature in enumerate(schema.numeric_features):
+        if feature.elapsed:
+            stored_s = numerics_NF[:, column].astype(np.float64)
+            numerics_NF[:, column] = (np.asarray(now_ms) / 1000 - stored_s) / DAY_S
+
+
+# TODO(merge) was stream.bags: Ragged bags into the fixed columns of an ``ids`` matrix. Let
+
+
+def scatter_bags(out_NL: I64, values: I64, starts: I64, lengths: I64) -> None:
+    """Write each row's bag from the left; longer bags are cut to L, the columns after a shorter one stay as they are.
+
+    Args:
+        out_NL: int64 [N, L], a view of the bag's columns, filled with ``MISSING``.
+        values: int64, the elements of all bags.
+        starts: int64 [N], where each row's elements begin in ``values``.
+        lengths: int64 [N], how many elements each row has.
+    """
+    kept = np.minimum(lengths, out_NL.shape[1])
+    rows = np.repeat(np.arange(len(kept)), kept)
+    ends = np.cumsum(kept)
+    columns = np.arange(len(rows)) - np.repeat(ends - kept, kept)
+    out_NL[rows, columns] = values[np.repeat(starts, kept) + columns]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.events import F32, I64, Bool
+from smes.arrays import F32, I64, Bool
 
 F64 = NDArray[np.float64]
 

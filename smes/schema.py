@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from smes.sequence_rules import check_history, check_sequences
-
 MISSING: int = int(np.iinfo(np.int64).min)
 """The null of every int64 column (an id feature without value, an impression without request, bag padding)."""
 
@@ -295,10 +293,53 @@ def _repeated(names: list[str]) -> str:
     return next(name for name in names if names.count(name) > 1)
 
 
-def stable_id(text: str) -> int:
-    """A non-negative int63 for a categorical value that is no integer, the same on every machine and day.
+def check_sequences(schema: "Schema") -> None:
+    """Refuse sequences that do not fit what they query or accompany.
 
-    BLAKE2b of the UTF-8 text: 10 million distinct values collide with probability below 1e-5.
+    Raises:
+        ValueError: Feature, key and value are named.
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    features = {f.name: f for f in schema.features}
+    for feature in features.values():
+        if feature.query is not None:
+            partner, what = features.get(feature.query), "query"
+            fits = partner is not None and partner.kind == "id" and _shared(partner, feature)
+            expected = "an id feature of the same vocabulary and dim"
+        elif feature.accompanies is not None:
+            partner, what = features.get(feature.accompanies), "accompanies"
+            fits = partner is not None and partner.query is not None and _alike(partner, feature)
+            expected = "a sequence with a query and the same max_length, dim and source"
+        else:
+            continue
+        if not fits:
+            named = feature.query or feature.accompanies
+            raise ValueError(f"feature {feature.name!r}: {what} {named!r}, expected {expected}")
+
+
+def _shared(query: "Feature", sequence: "Feature") -> bool:
+    return query.vocabulary_name == sequence.vocabulary_name and query.dim == sequence.dim
+
+
+def _alike(sequence: "Feature", companion: "Feature") -> bool:
+    told = (companion.max_length, companion.dim, companion.source)
+    return (sequence.max_length, sequence.dim, sequence.source) == told
+
+
+def check_history(schema: "Schema", history: "History") -> None:
+    """Refuse a history that does not fit the schema's sequences and tasks.
+
+    Raises:
+        ValueError: Key and value are named.
+    """
+    features = {f.name: f for f in schema.features}
+    items, outcomes = features.get(history.items), features.get(history.outcomes)
+    if items is None or items.query != "item_id" or items.source != "context":
+        raise ValueError(f"history.items: {history.items!r}, expected a context sequence with query item_id")
+    if outcomes is None or outcomes.accompanies != items.name:
+        raise ValueError(f"history.outcomes: {history.outcomes!r}, expected a sequence that accompanies {items.name}")
+    binary = {t.name for t in schema.tasks if t.kind == "binary"}
+    for name in history.tasks:
+        if name not in binary:
+            raise ValueError(f"history.tasks: {name!r}, expected binary tasks, of {', '.join(sorted(binary))}")
+        if history.tasks.count(name) > 1:
+            raise ValueError(f"history.tasks: duplicate task {name!r}")

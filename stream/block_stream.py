@@ -8,10 +8,9 @@ from numpy.typing import NDArray
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
-from stream.assembler import Assembler
-from stream.join import JoinConfig
-from stream.log import Positions
-from stream.mini_batch import MiniBatchConfig
+from stream.join.joiner import JoinConfig
+from stream.log.event_log import Positions
+from stream.mini_batches import Assembler, MiniBatchConfig
 
 
 class BlockStream:

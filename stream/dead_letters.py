@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from stream.log import EventLog, OutRecord, Record
+from stream.codec.validation import Code, Problem
+from stream.log.event_log import EventLog, OutRecord, Record
 from stream.topics import DEAD_LETTERS
-from stream.validation import Code, Problem
 
 MAX_PAYLOAD_BYTES = 65_536
 """Most payload bytes that a letter in the log carries; longer payloads are cut and flagged ``payload_truncated``."""

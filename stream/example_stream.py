@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smes.schema import Schema
-from stream.assembler import Assembler
-from stream.codec import decode
+from stream.codec.codec import decode
 from stream.dead_letters import DeadLetterWriter
-from stream.join import JoinConfig
-from stream.log import EventLog, Positions, TopicPartition
-from stream.mini_batch import MiniBatchConfig
+from stream.join.joiner import JoinConfig
+from stream.log.event_log import EventLog, Positions, TopicPartition
+from stream.mini_batches import Assembler, MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 _FIRST_READ_RECORDS = 8  # an Arrow record may hold thousands of events: only reading tells

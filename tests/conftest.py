@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.local_servers import start_kafka, start_valkey
+from smes_cli.demo.local_servers import start_kafka, start_valkey
 
 _ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import yaml
 
-from cli.config import Config, load_config
-from cli.processes import log_tail, spawn
+from smes_cli.config import Config, load_config
+from smes_cli.demo.processes import log_tail, spawn
 
 DEADLINE_S = 120.0
 MARKER = "MARKER_OF_A_TEST"  # in the environment of every process that a test starts, and so of their children
@@ -88,7 +88,9 @@ def environment(**extra: str) -> dict[str, str]:
 
 def start_smes(log: Path, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """``smes ARGUMENTS`` as a process that dies with this one; its output goes to ``log``."""
-    process = spawn([sys.executable, "-m", "cli", *arguments], log=log, env=env or environment(), cwd=log.parent)
+    process = spawn(
+        [sys.executable, "-P", "-m", "smes_cli", *arguments], log=log, env=env or environment(), cwd=log.parent
+    )
     _started.append(process)
     return process
 

@@ -20,9 +20,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.core import TyperCommand, TyperGroup
 
-from cli.__main__ import run
-from cli.app import app
-from cli.config import Config, load_config
+from smes_cli.__main__ import run
+from smes_cli.app import app
+from smes_cli.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

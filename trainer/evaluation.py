@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smes.events import F32, I64, Bool, ExampleBlock
+from smes.arrays import F32, I64, Bool
+from smes.events import ExampleBlock
 from smes.metrics import BinaryTally, RegressionTally, group_auc
 from smes.schema import MISSING, Schema
 from trainer.config import EvaluationConfig

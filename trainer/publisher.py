@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from feature_store.payload import encode
 from feature_store.snapshots import SnapshotStore
+from smes.arrays import I64
 from smes.errors import SmesError, SnapshotStale
-from smes.events import I64
 from smes.schema import Schema
-from smes.snapshot import encode
 
 _logger = logging.getLogger(__name__)
 _MAX_ARRIVALS = 512
@@ -32,7 +32,7 @@ class Cut:
     """The weights of one moment and what the manifest says of it.
 
     Attributes:
-        tensors: Copies that nobody else writes to (:meth:`smes.learner.Learner.serving_state`).
+        tensors: Copies that nobody else writes to (:meth:`smes.model.learner.Learner.serving_state`).
         step: Steps taken; the version.
         positions: Topic → partition → next record to read.
         event_time_ms: Event time reached, None before the first example.

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from stream.ledgers import StreamLedger
+from stream.join.ledgers import StreamLedger
 
 if TYPE_CHECKING:
-    from trainer.trainer import Trainer
+    from trainer.loop import Trainer
 
 
 def training_report(trainer: "Trainer", *, seconds: float, trained: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.events import F32, I64, ExampleBlock
+from smes.arrays import F32, I64
+from smes.events import ExampleBlock
 
 FIRST_STEPS = 32
 """Steps of a stretch at first."""

@@ -7,11 +7,10 @@ import torch
 
 from benchmarks.flops import Cost, FlopTally, cost_of
 from benchmarks.worlds import WORLDS, World
-from smes.dense_config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
-from smes.serving import ServingModel
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
+from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
 from tests.smes.plain_smes import plain
 
 T, N = 8, 112 + 0  # tasks, numeric columns of the world "segments"

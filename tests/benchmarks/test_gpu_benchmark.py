@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from smes.dispatch import dispatch
-from smes.experts import FullExperts
-from smes.routing import route
+from smes.rankers.sparse.dispatch import dispatch
+from smes.rankers.sparse.experts import FullExperts
+from smes.rankers.sparse.routing import route
 
 
 def test_it_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

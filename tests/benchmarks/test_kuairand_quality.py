@@ -14,7 +14,7 @@ from benchmarks.kuairand_quality import LogFigures, log_figures
 from benchmarks.kuairand_runs import TASKS, LogRun, impressions_before
 from benchmarks.quality_config import load_quality, settings_of
 from benchmarks.run_cache import RunCache, run_missing
-from cli.config import Config
+from smes_cli.config import Config
 
 DAY_MS = 86_400_000
 COMPARED: dict[str, Any] = {

@@ -11,7 +11,7 @@ import yaml
 from benchmarks.routing import main, mean_overlap
 from benchmarks.routing_plots import load_shares
 from benchmarks.world_runs import BATCH
-from smes.smes_config import SmesConfig
+from smes.rankers.sparse.config import SmesConfig
 
 TASKS = ["click", "like", "share"]
 

@@ -13,13 +13,12 @@ from benchmarks.speed_ours import DENSE_SMES, DenseExecution, blocks, dense_smes
 from benchmarks.speed_report import draw, table
 from benchmarks.speed_setting import Contender, Data, Setting, make_data
 from benchmarks.step_breakdown import PARTS, Stopwatch, breakdown, count_flop
-from smes.dispatch import dispatch
-from smes.experts import FullExperts, LowRankExperts, ResidualExperts
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
-from smes.routing import route
-from smes.smes_config import SmesConfig
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.dispatch import dispatch
+from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
+from smes.rankers.sparse.routing import route
 
 SMALL = Setting(
     num_fields=4, embedding_dim=4, num_tasks=3, expert_dims=(8, 8), batch_size=16, candidates=5, vocabulary=20

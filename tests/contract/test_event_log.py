@@ -11,11 +11,11 @@ from kafka import KafkaAdminClient
 from kafka import TopicPartition as KafkaPartition
 
 from smes.errors import EventLogError, PositionOutOfRange
-from stream.kafka_log import KafkaLog
-from stream.log import EventLog, OutRecord, Positions, Record, TopicPartition
-from stream.memory_log import InMemoryLog
-from stream.redis_connection import connect
-from stream.redis_log import RedisStreamsLog
+from smes_io.redis_client import connect_log
+from stream.log.event_log import EventLog, OutRecord, Positions, Record, TopicPartition
+from stream.log.kafka_log import KafkaLog
+from stream.log.memory_log import InMemoryLog
+from stream.log.redis_log import RedisStreamsLog
 
 TOPIC = "impressions"
 NOW_MS = 1_700_000_000_123
@@ -46,7 +46,7 @@ def under_test(request: pytest.FixtureRequest, namespace: str) -> Iterator[LogUn
         url: str = request.getfixturevalue("redis_url")
 
         def open_redis() -> EventLog:
-            return keep(RedisStreamsLog(connect(url, timeout_s=5), namespace, now_ms=lambda: NOW_MS))
+            return keep(RedisStreamsLog(connect_log(url, timeout_s=5), namespace, now_ms=lambda: NOW_MS))
 
         def trim_redis(at: TopicPartition, offset: int) -> None:
             with redis.Redis.from_url(url) as client:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cli.console import console
+from smes_cli.console import console
 from tests.e2e.shop import Shop, write_shop
 from tests.integration.training import one_thread
 from tests.running import stop_started

@@ -9,11 +9,11 @@ from typing import Any
 import duckdb
 import pytest
 
-from cli.__main__ import run
-from cli.backtest import BacktestResult, run_backtest
-from cli.config import Config
-from feature_store.connect import connect
 from simulators.synthetic import synthesize
+from smes_cli.__main__ import run
+from smes_cli.backtest import BacktestResult, run_backtest
+from smes_cli.config import Config
+from smes_io.redis_client import connect
 from tests.e2e.reports import assert_documented
 from tests.e2e.shop import Shop
 from tests.integration.training import drain

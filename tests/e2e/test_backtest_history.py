@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cli.backtest import run_backtest
-from cli.config import Config, load_config
+from smes_cli.backtest import run_backtest
+from smes_cli.config import Config, load_config
 
 USERS, ROUNDS, SHOWN = 1000, 8, 4
 ROUND_S = 1000

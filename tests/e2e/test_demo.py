@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from simulators.log_reader import open_log
+from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
-from simulators.schema_file import load_builtin
 from simulators.synthetic import synthesize
+from smes_io.schema_file import load_builtin
 from tests.e2e.reports import assert_documented
 from tests.e2e.shop import Shop
 from tests.running import MARKER, environment, read_json, running, start_smes, until, until_log_says

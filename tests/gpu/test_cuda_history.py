@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
 from smes.schema import Schema
 from tests.smes.streams import history_stream
 

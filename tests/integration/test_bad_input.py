@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from smes.schema import Schema
-from stream.codec import encode_feedback, encode_impressions, headers
-from stream.log import EventLog, Headers, OutRecord, TopicPartition
-from stream.open_log import open_event_log
+from stream.codec.codec import encode_feedback, encode_impressions, headers
+from stream.log.event_log import EventLog, Headers, OutRecord, TopicPartition
+from stream.log.open_log import open_event_log
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 from tests.integration.training import (
     Pairs,

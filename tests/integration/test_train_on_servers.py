@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli.config import Config
-from cli.local_servers import start_kafka, start_valkey
-from cli.processes import stop
-from scorer.loading import load_serving_model
 from smes.errors import CheckpointError, EventLogError, SchemaMismatch
 from smes.events import ImpressionBlock
-from smes.serving import ServingModel
-from stream.codec import Codec
+from smes.model.serving import ServingModel
+from smes_cli.config import Config
+from smes_cli.demo.local_servers import start_kafka, start_valkey
+from smes_cli.demo.processes import stop
+from smes_scorer.served import load_serving_model
+from stream.codec.codec import Codec
 from tests.integration.training import (
     Pairs,
     assert_same_counts,
@@ -36,8 +36,8 @@ from tests.integration.training import (
     train_in_process,
 )
 from tests.running import DEADLINE_S, read_config, read_json, start_smes, until, until_log_says, write_config
+from trainer.loop import Trainer
 from trainer.report import conservation_errors
-from trainer.trainer import Trainer
 
 _WAITING = "training: waiting for events"
 

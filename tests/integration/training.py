@@ -10,24 +10,24 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from cli.config import Config
-from cli.train import run_train
-from cli.wiring import build_evaluation, build_learner
-from feature_store.connect import connect
 from feature_store.snapshots import SnapshotStore
-from simulators.log_reader import open_log
+from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from smes.events import FeedbackBlock, ImpressionBlock
-from stream.codec import Codec, encode_feedback, encode_impressions
+from smes_cli.building import build_evaluation, build_learner
+from smes_cli.config import Config
+from smes_cli.train import run_train
+from smes_io.redis_client import connect
+from stream.codec.codec import Codec, encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
-from stream.log import EventLog
-from stream.memory_log import InMemoryLog
-from stream.open_log import open_event_log
+from stream.log.event_log import EventLog
+from stream.log.memory_log import InMemoryLog
+from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
+from trainer.loop import Trainer
 from trainer.report import training_report
 from trainer.schedule import Flags
-from trainer.trainer import Trainer
 
 Pairs = list[tuple[ImpressionBlock, FeedbackBlock]]
 

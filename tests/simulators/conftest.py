@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from simulators.schema_file import SchemaFile, load_schema_file
+from smes_io.schema_file import SchemaFile, load_schema_file
 
 SHOP_SCHEMA = """
 name: shop

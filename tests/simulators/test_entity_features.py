@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from simulators.entity_features import ENTITIES, entity_features
-from simulators.log_reader import LogReader, open_log
-from simulators.schema_file import SchemaFile, load_builtin, load_schema_file
+from simulators.logs.reader import ENTITIES, LogReader, entity_features, open_log
 from simulators.synthetic import synthesize
-from smes.schema import MISSING, stable_id
+from smes.hashing import stable_id
+from smes.schema import MISSING
+from smes_io.schema_file import SchemaFile, load_builtin, load_schema_file
 
 Table = dict[int, dict[str, NDArray[Any]]]
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from simulators.feedback_delay import FeedbackTimes, counter_uniform
-from simulators.log_reader import LogBlock
-from simulators.log_spec import Delay, LabelSource, LogSpec
+from simulators.delays import FeedbackTimes, counter_uniform
+from simulators.logs.reader import LogBlock
 from smes.events import ImpressionBlock
 from smes.schema import MISSING, Schema, Task
+from smes_io.log_spec import Delay, LabelSource, LogSpec
 
 SCHEMA = Schema("s", (Task("click", window_s=60), Task("watch", "regression", window_s=30), Task("like", window_s=100)))
 SPEC = LogSpec(

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from simulators import history as history_module
 from simulators.history import HistoryBuilder
-from smes.events import I64, ImpressionBlock
+from smes.arrays import I64
+from smes.events import ImpressionBlock
 from smes.schema import MISSING, Feature, History, Schema, Task
 
 LENGTH, WINDOW_MS = 3, 50

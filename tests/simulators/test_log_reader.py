@@ -6,10 +6,11 @@ import duckdb
 import numpy as np
 import pytest
 
-from simulators.log_reader import LogBlock, LogReader, open_log
-from simulators.schema_file import SchemaFile, load_schema_file
+from simulators.logs.reader import LogBlock, LogReader, open_log
 from smes.errors import LogError
-from smes.schema import MISSING, stable_id
+from smes.hashing import stable_id
+from smes.schema import MISSING
+from smes_io.schema_file import SchemaFile, load_schema_file
 
 M = MISSING
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulators.log_reader import LogBlock, LogReader, open_log
-from simulators.schema_file import SchemaFile, load_builtin
-from smes.schema import MISSING, stable_id
+from simulators.logs.reader import LogBlock, LogReader, open_log
+from smes.hashing import stable_id
+from smes.schema import MISSING
+from smes_io.schema_file import SchemaFile, load_builtin
 
 pytestmark = pytest.mark.kuairand
 

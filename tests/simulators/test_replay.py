@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulators.log_reader import LogReader, open_log
+from simulators.logs.reader import LogReader, open_log
 from simulators.merge import PendingFeedback, replay_blocks
 from simulators.replay import MAX_WAIT_S, ReplayConfig, Replayer, ReplayReport
-from simulators.schema_file import SchemaFile, load_builtin
 from simulators.synthetic import synthesize
 from smes.events import FeedbackBlock, ImpressionBlock
-from stream.codec import Decoded, decode
-from stream.log import OutRecord
-from stream.memory_log import InMemoryLog
+from smes_io.schema_file import SchemaFile, load_builtin
+from stream.codec.codec import Decoded, decode
+from stream.log.event_log import OutRecord
+from stream.log.memory_log import InMemoryLog
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 N = 5_000

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from simulators.log_spec import LabelSource
-from simulators.schema_file import SchemaFile, feature_columns, load_builtin, load_schema_file
 from smes.schema import History, Schema
+from smes_io.log_spec import LabelSource
+from smes_io.schema_file import SchemaFile, feature_columns, load_builtin, load_schema_file
 
 GOOD = """
 name: tiny

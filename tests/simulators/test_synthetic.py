@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from simulators.log_reader import open_log
-from simulators.schema_file import load_builtin
+from simulators.logs.reader import open_log
 from simulators.synthetic import SyntheticSummary, synthesize
-from simulators.synthetic_world import OUTCOME_TASKS, TASK_NAMES
+from simulators.world import OUTCOME_TASKS, TASK_NAMES
 from smes.errors import LogError
+from smes_io.schema_file import load_builtin
 
 N = 200_003  # no multiple of the request size, nor of a chunk
 

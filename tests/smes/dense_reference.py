@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from smes.experts import FullExperts, LowRankExperts, ResidualExperts
-from smes.smes_ranker import SMES
+from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
+from smes.rankers.sparse.ranker import SMES
 from tests.smes.naive_rankers import encoded
 from tests.smes.naive_routing import router_logits
 

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smes.devices import open_device
-from smes.dispatch import combine, dispatch
-from smes.experts import FullExperts
-from smes.learner import Learner, StepResult
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
-from smes.routing import Routing, route
-from smes.serving import ServingModel
-from smes.smes_config import SmesConfig
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.devices import open_device
+from smes.model.learner import Learner, StepResult
+from smes.model.serving import ServingModel
+from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.dispatch import combine, dispatch
+from smes.rankers.sparse.experts import FullExperts
+from smes.rankers.sparse.routing import Routing, route
 from tests.smes.plain_smes import plain
 from tests.smes.streams import RICH_SCHEMA, stream
 

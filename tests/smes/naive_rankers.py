@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from smes.dense_experts import DenseExperts
-from smes.encoder import Encoder
-from smes.feature_gate import FeatureGates
-from smes.home_ranker import HoME, HomeLayer
-from smes.mmoe_ranker import MMoE
-from smes.ple_ranker import PLE
+from smes.rankers.dense_experts import DenseExperts
+from smes.rankers.home import FeatureGates, HoME, HomeLayer
+from smes.rankers.mmoe import MMoE
+from smes.rankers.ple import PLE
+from smes.rankers.ranker import Encoder
 
 
 def silu(v: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from smes.smes_config import SmesConfig
-from smes.smes_ranker import SMES
+from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.ranker import SMES
 
 
 def pool_of(config: SmesConfig, groups: Sequence[int], group: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from smes.smes_config import SmesConfig
+from smes.rankers.sparse.config import SmesConfig
 
 PLAIN: dict[str, Any] = {
     "num_experts": 16,

@@ -5,8 +5,8 @@ import torch
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
-from smes.balance import global_loss, mutual_information_loss, per_gate_loss
-from smes.routing import Routing, expert_load, route
+from smes.rankers.sparse.balance import global_loss, mutual_information_loss, per_gate_loss
+from smes.rankers.sparse.routing import Routing, expert_load, route
 
 
 def _routing(B: int = 40, T: int = 3, E: int = 6, scale: float = 2.0) -> Routing:

@@ -7,17 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smes.dense_config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
-from smes.dense_experts import BatchNorm, DenseExperts
-from smes.feature_gate import FeatureGates
-from smes.home_ranker import HoME
-from smes.mmoe_ranker import MMoE
-from smes.model_config import RANKERS, ModelConfig
-from smes.ple_ranker import PLE
+from smes.model.build import RANKERS
+from smes.model.config import ModelConfig
+from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig, task_groups
+from smes.rankers.dense_experts import BatchNorm, DenseExperts
+from smes.rankers.home import FeatureGates, HoME
+from smes.rankers.mmoe import MMoE
+from smes.rankers.ple import PLE
+from smes.rankers.shared_bottom import SharedBottom
+from smes.rankers.sparse.config import SmesConfig
 from smes.schema import Schema, Task
-from smes.shared_bottom_ranker import SharedBottom
-from smes.smes_config import SmesConfig
-from smes.task_groups import task_groups
 from tests.smes import naive_rankers
 
 _INPUT = 10
@@ -164,7 +163,7 @@ def test_the_defaults_are_of_one_size() -> None:
     """Weights at 300 inputs and 8 tasks, all within a factor of two of the paper's SMES."""
     schema, paper = Schema("s", tuple(Task(f"t{i}") for i in range(8))), SmesConfig(form="paper")
     rankers = {
-        n: kind.build(300, schema, ModelConfig(ranker=n, smes=paper)) for n, kind in RANKERS.items() if n != "linear"
+        n: build(300, schema, ModelConfig(ranker=n, smes=paper)) for n, build in RANKERS.items() if n != "linear"
     }
     sizes = {n: sum(p.numel() for p in r.parameters()) for n, r in rankers.items() if isinstance(r, nn.Module)}
     assert set(sizes) == {"smes", "home", "mmoe", "ple", "shared_bottom"}

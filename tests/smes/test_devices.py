@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smes.devices import open_device
+from smes.model.devices import open_device
 from tests.smes import device_checks
 
 

@@ -1,4 +1,4 @@
-"""The plan of the grouped execution, against sets and loops. Letters as in smes.dispatch."""
+"""The plan of the grouped execution, against sets and loops. Letters as in smes.rankers.sparse.dispatch."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smes.dispatch import combine, dispatch, neutralise, pack
-from smes.routing import Selection, route
-from smes.stages import Stages
+from smes.rankers.sparse.dispatch import combine, dispatch, neutralise, pack
+from smes.rankers.sparse.routing import Selection, route
+from smes.rankers.sparse.stages import Stages
 
 _SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 20), st.integers(0, 3), st.integers(0, 3))
 

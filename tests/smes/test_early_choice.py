@@ -1,4 +1,4 @@
-"""More experts at first: when, for whom, and through a restart and a snapshot. Letters as in smes.early_choice."""
+"""More experts at first: when, for whom, and through a restart and a snapshot. Letters as in smes.rankers.sparse.routing."""
 
 import doctest
 from dataclasses import replace
@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import smes.early_choice
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
-from smes.serving import ServingModel
-from smes.smes_config import SmesConfig
+import smes.rankers.sparse.routing
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
+from smes.rankers.sparse.config import SmesConfig
 from tests.smes.streams import RICH_SCHEMA, stream
 
 _GROUPS: dict[str, tuple[str, ...]] = {"rare": ("like", "watch")}
@@ -46,7 +45,7 @@ def test_half_as_many_each_time_the_stream_has_doubled() -> None:
     limits = learner().expert_limits
     assert limits is not None
     assert limits.bound == 16
-    assert doctest.testmod(smes.early_choice).failed == 0
+    assert doctest.testmod(smes.rankers.sparse.routing).failed == 0
 
 
 def test_a_restart_and_a_server_go_on_where_the_stream_is() -> None:

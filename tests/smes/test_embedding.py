@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from smes.embedding import Readers, RowTable, read_cells
-from smes.id_rows import readers
-from smes.optimizer_config import AdagradConfig
+from smes.model.config import AdagradConfig
+from smes.model.ids import readers
+from smes.model.table import Readers, RowTable, read_cells
 
 _CPU = torch.device("cpu")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from smes.features import FeatureInputs, FeatureLayer
-from smes.running_moments import RunningMoments
+from smes.model.features import FeatureInputs, FeatureLayer
+from smes.rankers.moments import RunningMoments
 from smes.schema import Feature, Schema, Task
 
 _SCHEMA = Schema(

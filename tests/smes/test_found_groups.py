@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from smes.events import ExampleBlock
-from smes.found_groups import GroupFinder, TaskReads, clusters, likeness
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
+from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.groups import GroupFinder, TaskReads, clusters, likeness
+from smes.rankers.sparse.ranker import SMES
 from smes.schema import Feature, Schema, Task
-from smes.serving import ServingModel
-from smes.smes_config import SmesConfig
-from smes.smes_ranker import SMES
 from tests.smes.dense_reference import dense_smes
 
 _INPUT, T = 12, 4

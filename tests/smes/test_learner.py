@@ -11,15 +11,15 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from smes.dense_config import HomeConfig, MmoeConfig, PleConfig
+from feature_store.payload import decode, encode
 from smes.events import ExampleBlock
-from smes.learner import Learner
-from smes.model_config import RANKERS, ModelConfig
-from smes.optimizer_config import OptimizerConfig
+from smes.model.build import RANKERS
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
+from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig
+from smes.rankers.sparse.config import SmesConfig
 from smes.schema import MISSING, Schema
-from smes.serving import ServingModel
-from smes.smes_config import SmesConfig
-from smes.snapshot import decode, encode
 from tests.smes.plain_smes import plain
 from tests.smes.streams import RICH_SCHEMA, stream
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
 from tests.smes.plain_smes import plain
 from tests.smes.streams import RICH_SCHEMA, stream
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smes.logit_gradient import mean_and_chosen
+from smes.rankers.sparse.routing import mean_and_chosen
 
 
 def _drawn(fixed: int) -> tuple[Tensor, Tensor]:

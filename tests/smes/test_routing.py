@@ -1,13 +1,13 @@
-"""Routing against what the paper's text demands of it. Letters as in smes.routing."""
+"""Routing against what the paper's text demands of it. Letters as in smes.rankers.sparse.routing."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smes.dispatch import dispatch
-from smes.routers import Router
-from smes.routing import expert_load, route
+from smes.rankers.sparse.dispatch import dispatch
+from smes.rankers.sparse.router import Router
+from smes.rankers.sparse.routing import expert_load, route
 
 
 @st.composite

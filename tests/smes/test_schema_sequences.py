@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smes.feature_columns import fill_elapsed, misaligned
+from smes.events import fill_elapsed, misaligned
 from smes.schema import MISSING, Feature, History, Schema, Task
 
 ITEMS = Feature("seen", kind="sequence", max_length=3, vocabulary="item_id", query="item_id")

@@ -12,13 +12,13 @@ import torch
 import yaml
 from torch import Tensor
 
-import smes.experts
-import smes.smes_ranker
-from smes.dispatch import dispatch
-from smes.model_config import ModelConfig
-from smes.routers import Router
-from smes.smes_config import PAPER_FORM, SmesConfig
-from smes.smes_ranker import SMES
+import smes.rankers.sparse.experts
+import smes.rankers.sparse.ranker
+from smes.model.config import ModelConfig
+from smes.rankers.sparse.config import PAPER_FORM, SmesConfig
+from smes.rankers.sparse.dispatch import dispatch
+from smes.rankers.sparse.ranker import SMES
+from smes.rankers.sparse.router import Router
 from tests.smes.dense_reference import dense_smes
 from tests.smes.naive_routing import chosen, router_logits
 from tests.smes.plain_smes import plain
@@ -91,7 +91,7 @@ def _logits(ranker: SMES, x_BI: Tensor, groups: Sequence[int]) -> list[list[dict
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("name", FORMS)
 def test_values_and_gradients_are_those_of_the_loops(name: str, trim: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smes.smes_ranker, "dispatch", lambda routing, **_: dispatch(routing, trim=trim))
+    monkeypatch.setattr(smes.rankers.sparse.ranker, "dispatch", lambda routing, **_: dispatch(routing, trim=trim))
     ranker = _ranker(**FORMS[name])
     x_BI = _x().requires_grad_()
     experts_BTK = ranker.route(x_BI, ranker.encoder(x_BI)).experts_BTK[:, ranker.router_T]
@@ -119,7 +119,7 @@ def test_no_shape_waits_for_a_value(name: str, norm: str, monkeypatch: pytest.Mo
     # Neither autocast nor the grouped GEMM knows that device.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
-    monkeypatch.setattr(smes.experts, "grouped_linear", lambda x_PD, weight_EDH, _: x_PD @ weight_EDH[0])
+    monkeypatch.setattr(smes.rankers.sparse.experts, "grouped_linear", lambda x_PD, weight_EDH, _: x_PD @ weight_EDH[0])
     ranker = _ranker(**{"router_norm": norm, **FORMS[name]}).to("meta")
     x_BI = torch.empty(9, _INPUT, device="meta", requires_grad=True)
     output = ranker(x_BI)

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import smes.smes_ranker
-from smes.balance import BALANCE_LOSSES
-from smes.dense_config import HomeConfig
-from smes.dense_experts import NORMS
-from smes.dispatch import dispatch
-from smes.experts import EXPERT_NORMS
-from smes.routing import expert_load
-from smes.smes_config import SmesConfig
-from smes.smes_ranker import SMES
+import smes.rankers.sparse.ranker
+from smes.rankers.config import HomeConfig
+from smes.rankers.dense_experts import NORMS
+from smes.rankers.sparse.balance import BALANCE_LOSSES
+from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.dispatch import dispatch
+from smes.rankers.sparse.experts import EXPERT_NORMS
+from smes.rankers.sparse.ranker import SMES
+from smes.rankers.sparse.routing import expert_load
 from tests.smes.dense_reference import dense_smes
 from tests.smes.plain_smes import plain
 
@@ -96,7 +96,7 @@ def test_grouped_equals_dense_within_a_budget(trim: bool, monkeypatch: pytest.Mo
     ranker = _ranker(6, num_experts=16, num_shared=1, num_adaptive=2, max_active=5)
     assert ranker.expert_limits is not None
     assert ranker.expert_limits.bound == 5
-    monkeypatch.setattr(smes.smes_ranker, "dispatch", lambda routing, **_: dispatch(routing, trim=trim))
+    monkeypatch.setattr(smes.rankers.sparse.ranker, "dispatch", lambda routing, **_: dispatch(routing, trim=trim))
     x_BI = torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(2))
     stats = ranker(x_BI).stats
     assert stats is not None
@@ -162,7 +162,7 @@ def test_the_layout_for_gpus_gives_the_same(form: str, monkeypatch: pytest.Monke
     dims = (16, 8) if form == "full" else (16,)
     ranker = _different(_ranker(4, num_experts=8, num_shared=1, num_adaptive=2, experts=form, expert_dims=dims))
     x_BI = torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr(smes.smes_ranker, "dispatch", lambda routing, trim: dispatch(routing, trim=False))
+    monkeypatch.setattr(smes.rankers.sparse.ranker, "dispatch", lambda routing, trim: dispatch(routing, trim=False))
     _assert_equal_to_dense(ranker, x_BI)
 
 

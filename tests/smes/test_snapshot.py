@@ -10,9 +10,9 @@ import pytest
 import safetensors.numpy
 import torch
 
+from feature_store.manifest import Chunk, Manifest
+from feature_store.payload import decode, decode_metadata, encode
 from smes.errors import SnapshotError
-from smes.manifest import Chunk, Manifest
-from smes.snapshot import decode, decode_metadata, encode
 
 MANIFEST = Manifest(
     lineage="a-1",

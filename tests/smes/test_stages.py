@@ -1,4 +1,4 @@
-"""The three stages: what must hold for every instance; the paper's two stages bit for bit. Letters: smes.routing."""
+"""The three stages: what must hold for every instance; the paper's two stages bit for bit. Letters: smes.rankers.sparse.routing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smes.dispatch import dispatch
-from smes.routing import Routing, Selection
-from smes.smes_config import SmesConfig
+from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.dispatch import dispatch
+from smes.rankers.sparse.routing import Routing, Selection
 from tests.smes.naive_routing import bound, chosen, pool_of
 from tests.smes.plain_smes import plain
 

@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from smes.features import FeatureInputs, FeatureLayer
-from smes.history import TargetAttention
-from smes.id_rows import pool_weights
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.features import FeatureInputs, FeatureLayer, TargetAttention
+from smes.model.ids import pool_weights
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
 from smes.schema import MISSING, Feature, Schema, Task
-from smes.serving import ServingModel
 from tests.smes.streams import history_stream
 
 SCHEMA = Schema(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smes.dense_config import MmoeConfig, PleConfig
-from smes.mmoe_ranker import MMoE
-from smes.ple_ranker import PLE
+from smes.rankers.config import MmoeConfig, PleConfig
+from smes.rankers.mmoe import MMoE
+from smes.rankers.ple import PLE
 
 multi_task = pytest.importorskip("torch_rechub.models.multi_task", reason="torch-rechub is not installed")
 

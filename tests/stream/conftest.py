@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from smes.schema import Feature, Schema, Task
-from stream.log import Headers, Record
+from stream.log.event_log import Headers, Record
 
 ARRIVAL_MS = 1_700_000_000_000
 

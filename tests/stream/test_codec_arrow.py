@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
-from stream.codec import decode, encode_feedback, encode_impressions
-from stream.log import Headers, Record
-from stream.partitioner import partition_of
+from stream.codec.codec import decode, encode_feedback, encode_impressions
+from stream.log.event_log import Headers, Record
+from stream.topics import partition_of
 
 ARRIVAL_MS = 1_700_000_000_000
 MakeRecord = Callable[..., Record]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Schema
-from stream.codec import Decoded, decode, encode_feedback, encode_impressions
-from stream.log import Headers, Record
+from stream.codec.codec import Decoded, decode, encode_feedback, encode_impressions
+from stream.log.event_log import Headers, Record
 
 ARRIVAL_MS = 1_700_000_000_000
 MakeRecord = Callable[..., Record]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from smes.schema import MISSING, Schema
-from stream.codec import decode, encode_feedback, encode_impressions
-from stream.log import Record
+from stream.codec.codec import decode, encode_feedback, encode_impressions
+from stream.log.event_log import Record
 
 ARRIVAL_MS = 1_700_000_000_000
 MakeRecord = Callable[..., Record]

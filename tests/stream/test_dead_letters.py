@@ -7,12 +7,12 @@ import pytest
 
 from smes.errors import EventLogError
 from smes.schema import Schema
-from stream.codec import decode
+from stream.codec.codec import decode
+from stream.codec.validation import Problem
 from stream.dead_letters import MAX_PAYLOAD_BYTES, DeadLetter, DeadLetterWriter
-from stream.log import OutRecord, Record, TopicPartition
-from stream.memory_log import InMemoryLog
+from stream.log.event_log import OutRecord, Record, TopicPartition
+from stream.log.memory_log import InMemoryLog
 from stream.topics import DEAD_LETTERS, IMPRESSIONS
-from stream.validation import Problem
 
 
 def _letter(payload: bytes = b"x", *, code: str = "bad_id", partition: int = 0, events: int = 1) -> DeadLetter:

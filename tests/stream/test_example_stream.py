@@ -14,13 +14,13 @@ import pytest
 from smes.errors import EventLogUnavailable
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import Feature, Schema, Task
-from stream.codec import encode_feedback, encode_impressions
+from stream.codec.codec import encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream, StreamConfig
-from stream.join import JoinConfig
-from stream.log import EventLog, OutRecord, TopicPartition
-from stream.memory_log import InMemoryLog
-from stream.mini_batch import MiniBatchConfig
+from stream.join.joiner import JoinConfig
+from stream.log.event_log import EventLog, OutRecord, TopicPartition
+from stream.log.memory_log import InMemoryLog
+from stream.mini_batches import MiniBatchConfig
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 
 SCHEMA = Schema("example", tasks=(Task("click", window_s=5), Task("like", window_s=10)), features=(Feature("tab"),))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
-from stream.join import JoinConfig, Joiner, join_sources
-from stream.ledgers import JoinLedger
-from stream.log import TopicPartition
+from stream.join.joiner import JoinConfig, Joiner, join_sources
+from stream.join.ledgers import JoinLedger
+from stream.log.event_log import TopicPartition
 
 SCHEMA = Schema(
     name="test",

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from kafka import KafkaProducer
 
-from cli.local_servers import start_kafka
 from smes.errors import EventLogError, EventLogUnavailable
-from stream.kafka_connection import KafkaLogConfig
-from stream.kafka_log import KafkaLog
-from stream.log import OutRecord, Positions, TopicPartition
+from smes_cli.demo.local_servers import start_kafka
+from stream.log.event_log import OutRecord, Positions, TopicPartition
+from stream.log.kafka_connection import KafkaLogConfig
+from stream.log.kafka_log import KafkaLog
 
 AT = TopicPartition("t", 0)
 DEADLINE_S = 60.0

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from stream.log import OutRecord, TopicPartition
-from stream.memory_log import InMemoryLog
+from stream.log.event_log import OutRecord, TopicPartition
+from stream.log.memory_log import InMemoryLog
 
 AT = TopicPartition("t", 0)
 

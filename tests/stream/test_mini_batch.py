@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from smes.events import ExampleBlock
 from smes.schema import Schema, Task
-from stream.mini_batch import MiniBatchConfig, MiniBatcher
+from stream.mini_batches import MiniBatchConfig, MiniBatcher
 
 SCHEMA = Schema(name="test", tasks=(Task("click", window_s=5),))
 

@@ -1,11 +1,11 @@
 import pytest
 
 from smes.errors import EventLogUnavailable
-from stream.kafka_connection import KafkaLogConfig
-from stream.kafka_log import KafkaLog
-from stream.log import OutRecord, TopicPartition
-from stream.open_log import EventLogConfig, open_event_log
-from stream.redis_log import RedisLogConfig, RedisStreamsLog
+from stream.log.event_log import OutRecord, TopicPartition
+from stream.log.kafka_connection import KafkaLogConfig
+from stream.log.kafka_log import KafkaLog
+from stream.log.open_log import EventLogConfig, open_event_log
+from stream.log.redis_log import RedisLogConfig, RedisStreamsLog
 
 
 def test_opens_redis(redis_url: str, namespace: str) -> None:

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from stream.partitioner import partition_of, splitmix64
+from smes.hashing import splitmix64
+from stream.topics import partition_of
 
 MASK = (1 << 64) - 1
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.headers import pack_headers, unpack_headers
+from stream.log.redis_log import pack_headers, unpack_headers
 
 NAMES = st.text(max_size=60)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from cli.local_servers import ValkeyServer, start_valkey
 from smes.errors import EventLogError, EventLogUnavailable, PositionOutOfRange
-from stream.log import OutRecord, Positions, TopicPartition
-from stream.redis_connection import connect
-from stream.redis_log import RedisLogConfig, RedisStreamsLog
+from smes_cli.demo.local_servers import ValkeyServer, start_valkey
+from smes_io.redis_client import connect_log
+from stream.log.event_log import OutRecord, Positions, TopicPartition
+from stream.log.redis_log import RedisLogConfig, RedisStreamsLog
 
 AT = TopicPartition("t", 0)
 DEADLINE_S = 30.0
@@ -37,7 +37,7 @@ def closing() -> Iterator[ExitStack]:
 def open_log(
     closing: ExitStack, url: str, namespace: str = "ns", config: RedisLogConfig | None = None
 ) -> RedisStreamsLog:
-    log = RedisStreamsLog(connect(url, timeout_s=5), namespace, config)
+    log = RedisStreamsLog(connect_log(url, timeout_s=5), namespace, config)
     closing.callback(log.close)
     return log
 
@@ -102,7 +102,7 @@ def test_an_entry_that_is_no_record_is_named(redis_url: str, namespace: str, clo
 def test_an_absent_server_is_an_error_in_bounded_time_without_the_password() -> None:
     started = time.monotonic()
     with pytest.raises(EventLogUnavailable, match=r"127\.0\.0\.1:1 .*within 0\.5 s") as caught:
-        connect("redis://someone:hunter2@127.0.0.1:1/3", timeout_s=0.5)
+        connect_log("redis://someone:hunter2@127.0.0.1:1/3", timeout_s=0.5)
     assert 0.4 < time.monotonic() - started < 5
     assert "hunter2" not in str(caught.value)
 
@@ -112,7 +112,7 @@ def test_a_wrong_password_is_an_error_at_once(server: ValkeyServer) -> None:
         client.config_set("requirepass", "right")
         started = time.monotonic()
         with pytest.raises(EventLogError, match="connect") as caught:
-            connect(server.url.replace("redis://", "redis://:wrong-one@"), timeout_s=20)
+            connect_log(server.url.replace("redis://", "redis://:wrong-one@"), timeout_s=20)
         assert not isinstance(caught.value, EventLogUnavailable)
         assert "wrong-one" not in str(caught.value)
         assert time.monotonic() - started < 10

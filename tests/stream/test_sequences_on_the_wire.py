@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from smes.events import ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
-from stream.codec import decode, encode_impressions, headers
-from stream.log import Record
+from stream.codec.codec import decode, encode_impressions, headers
+from stream.log.event_log import Record
 
 MakeRecord = Callable[..., Record]
 NOW_MS = 1_700_000_000_000

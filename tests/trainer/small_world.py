@@ -6,25 +6,24 @@ import numpy as np
 import torch
 
 from smes.events import FeedbackBlock, ImpressionBlock
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
 from smes.schema import Feature, Schema, Task
-from smes.serving import ServingModel
-from stream.codec import encode_feedback, encode_impressions
+from stream.codec.codec import encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream, StreamConfig
-from stream.join import JoinConfig
-from stream.log import EventLog
-from stream.memory_log import InMemoryLog
-from stream.mini_batch import MiniBatchConfig
+from stream.join.joiner import JoinConfig
+from stream.log.event_log import EventLog
+from stream.log.memory_log import InMemoryLog
+from stream.mini_batches import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 from tests.smes.plain_smes import plain
-from trainer.checkpoint import CheckpointDirectory
+from trainer.checkpoints import CheckpointDirectory
 from trainer.config import EvaluationConfig
 from trainer.evaluation import ProgressiveEvaluation
+from trainer.loop import Trainer
 from trainer.schedule import Flags
-from trainer.trainer import Trainer
 
 SCHEMA = Schema(
     name="small",

@@ -15,7 +15,8 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from smes.events import F32, I64, ExampleBlock
+from smes.arrays import F32, I64
+from smes.events import ExampleBlock
 from smes.schema import MISSING, Feature, History, Schema, Task
 from trainer.config import EvaluationConfig
 from trainer.evaluation import FrozenModel, ProgressiveEvaluation

@@ -18,12 +18,12 @@ import pytest
 import redis
 import torch
 
-from cli.local_servers import ValkeyServer, start_valkey
-from feature_store.connect import connect
+from feature_store.payload import decode
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError, SnapshotNotFound
 from smes.schema import Schema, Task
-from smes.snapshot import decode
+from smes_cli.demo.local_servers import ValkeyServer, start_valkey
+from smes_io.redis_client import connect
 from tests.trainer.small_world import fill, make_trainer, open_log
 from trainer.publisher import Cut, Publisher, count_arrivals, summarise_arrivals
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from smes.errors import CheckpointError, SchemaMismatch
-from stream.memory_log import InMemoryLog
+from stream.log.memory_log import InMemoryLog
 from tests.trainer.small_world import MODEL, fill, make_trainer, open_log
-from trainer.checkpoint import CheckpointDirectory
+from trainer.checkpoints import CheckpointDirectory
+from trainer.loop import Trainer
 from trainer.report import conservation_errors, training_report
-from trainer.routing_lens import routing_report, routing_summary
-from trainer.trainer import Trainer
+from trainer.routing_figures import routing_report, routing_summary
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +178,7 @@ def test_metrics_are_those_of_scores_before_each_step(log: InMemoryLog) -> None:
     """AUC of what the weights said before training, recomputed outside, by scikit-learn."""
     from sklearn.metrics import roc_auc_score
 
-    from smes.serving import ServingModel
+    from smes.model.serving import ServingModel
 
     fill(log, 2500)
     trainer = make_trainer(log, None)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from smes.events import I64, ExampleBlock
+from smes.arrays import I64
+from smes.events import ExampleBlock
 from tests.trainer.small_world import SCHEMA
 from trainer.routing_history import RoutingHistory
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from smes.events import ExampleBlock
-from smes.learner import Learner
-from smes.model_config import ModelConfig
-from smes.optimizer_config import OptimizerConfig
-from smes.ranker import ExpertLimits
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.rankers.ranker import ExpertLimits
 from smes.schema import Feature, Schema, Task
 from tests.smes.plain_smes import plain
+from trainer.routing_figures import drift, overlap, routing_report, routing_summary
 from trainer.routing_history import RoutingHistory
-from trainer.routing_lens import drift, overlap, routing_report, routing_summary
 
 SCHEMA = Schema(
     "ids",

@@ -4,7 +4,7 @@ import pytest
 
 from smes.errors import PositionOutOfRange
 from stream.example_stream import ExampleStream
-from stream.log import TopicPartition
+from stream.log.event_log import TopicPartition
 from stream.topics import FEEDBACK, IMPRESSIONS
 from tests.trainer.small_world import fill, make_trainer, open_log
 

@@ -1,0 +1,1 @@
+"""Reading logged impressions: schema file, SQL, blocks."""

@@ -1,0 +1,62 @@
+"""Which files a log consists of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from smes.errors import LogError
+from smes_io.log_spec import LogSpec, SideTable
+
+EXTENSIONS = (".csv", ".parquet")
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class LogFiles:
+    """Absolute paths; each list in the order in which it is read, all of one extension."""
+
+    log: list[str]
+    user: list[str]
+    item: list[str]
+
+
+def find_files(path: Path, spec: LogSpec) -> LogFiles:
+    """The files of the log in a folder, or of the log that one file is.
+
+    Raises:
+        LogError: There is no such file or folder, a pattern matches nothing, or a file is neither CSV nor Parquet.
+    """
+    if not path.exists():
+        raise LogError(f"{path}: no such file or folder, expected a log of impressions")
+    if path.is_dir():
+        folder, log = path, _match(path, spec.files, "log.files")
+    else:
+        folder, log = path.parent, [path]
+    return LogFiles(
+        log=_checked(log),
+        user=_checked(_side_files(folder, spec.user_features, "log.user_features.files")),
+        item=_checked(_side_files(folder, spec.item_features, "log.item_features.files")),
+    )
+
+
+def _side_files(folder: Path, table: SideTable | None, key: str) -> list[Path]:
+    return [] if table is None else _match(folder, table.files, key)
+
+
+def _match(folder: Path, patterns: tuple[str, ...], key: str) -> list[Path]:
+    found = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    if not found:
+        there = sorted(file.name for file in folder.iterdir())
+        listed = ", ".join(there[:_SHOWN]) + (", …" if len(there) > _SHOWN else "")
+        raise LogError(f"{folder}: expected a file named {' or '.join(patterns)} ({key}), found {listed or 'nothing'}")
+    return found
+
+
+def _checked(files: list[Path]) -> list[str]:
+    extensions = {file.suffix.lower() for file in files}
+    for file in files:
+        if file.suffix.lower() not in EXTENSIONS:
+            raise LogError(f"{file}: expected a file that ends in .csv or .parquet")
+    if len(extensions) > 1:
+        names = ", ".join(file.name for file in files)
+        raise LogError(f"{files[0].parent}: expected CSV files or Parquet files only, got both: {names}")
+    return [str(file.resolve()) for file in files]

@@ -1,0 +1,242 @@
+"""Reads a log of impressions in event-time order, out of core, as blocks of event columns.
+
+Logs as published are ordered by user and may be larger than memory. DuckDB sorts them, removes exact duplicates and
+joins the feature tables within a memory limit, spilling to a temporary folder; blocks are then streamed from there.
+Nothing is dropped silently: ``rows_read = duplicates + rejected + rows within the limit + rows beyond it``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulators.logs.files import LogFiles, find_files
+from simulators.logs.store import LogStore
+from smes.arrays import F32, I64
+from smes.errors import LogError
+from smes.events import ImpressionBlock, fill_elapsed, misaligned
+from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
+from smes_io.schema_file import SchemaFile, feature_columns
+
+Entity = Literal["user", "item"]
+CHUNK_ROWS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class LogBlock:
+    """Impressions in event-time order with what came of them.
+
+    Attributes:
+        impressions: N rows; the features of the schema's history are still empty.
+        outcomes: float32 [N, T], the label's value in the task's unit; NaN where the log has none.
+        outcome_time_ms: int64 [N, T], when the outcome happened, ``MISSING`` where the log does not say; ``None``
+            where it says so for no task.
+    """
+
+    impressions: ImpressionBlock
+    outcomes: F32
+    outcome_time_ms: I64 | None
+
+    def __len__(self) -> int:
+        return len(self.impressions)
+
+
+@dataclass(frozen=True, slots=True)
+class EntityBlock:
+    """Feature values of users or items, encoded as impressions carry them.
+
+    Attributes:
+        entity: Whose they are.
+        ids: int64 [N], unique over all blocks of the entity.
+        columns: Feature name → int64 [N] (id), int64 [N, max_length] (bag, sequence) or float32 [N] (numeric).
+    """
+
+    entity: Entity
+    ids: I64
+    columns: dict[str, NDArray[Any]]
+
+
+def open_log(
+    path: str | Path,
+    schema_file: SchemaFile,
+    *,
+    limit: int | None = None,
+    memory_limit: str = "1GB",
+    temp_dir: str | Path | None = None,
+    threads: int | None = None,
+) -> "LogReader":
+    """Open a folder (file names by the schema file's patterns) or a single CSV or Parquet file.
+
+    Columns and types are checked here; sorting happens when the first block or count is asked for.
+
+    Args:
+        path: The folder, or the log file itself; feature tables lie relative to the folder.
+        schema_file: With a ``log`` section.
+        limit: Only the first so many impressions in time order.
+        memory_limit: DuckDB's, such as ``1GB``.
+        temp_dir: Where a folder for the sorted log is made (and removed on close); default: the system's.
+        threads: DuckDB's; default: all cores.
+
+    Raises:
+        LogError: A file or column is missing, or a column has an unusable type; what was expected is named.
+        ValueError: The schema file has no ``log`` section, or ``limit`` is negative.
+    """
+    if schema_file.log is None:
+        raise ValueError(f"schema {schema_file.name!r}: expected a log section that describes the files")
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit {limit}, expected at least 0")
+    files = find_files(Path(path), schema_file.log)
+    return LogReader(files, schema_file, limit, LogStore(memory_limit, temp_dir, threads))
+
+
+class LogReader:
+    """An opened log; also a context manager. Built by :func:`open_log`."""
+
+    def __init__(self, files: LogFiles, schema_file: SchemaFile, limit: int | None, store: LogStore) -> None:
+        assert schema_file.log is not None
+        self.schema: Schema = schema_file.schema
+        self.spec = schema_file.log
+        self._tables = feature_columns(self.schema, self.spec)
+        self._store = store
+        try:
+            store.describe(self.schema, self.spec, files, self._tables, limit)
+        except BaseException:
+            store.close()
+            raise
+
+    @property
+    def total(self) -> int:
+        """Impressions that :meth:`blocks` yields."""
+        return self._store.prepared().total
+
+    @property
+    def rows_read(self) -> int:
+        """Rows in the log's files, those that could not be parsed included."""
+        return self._store.prepared().rows_read
+
+    @property
+    def duplicates(self) -> int:
+        """Exact duplicates of other rows, dropped; counted over the whole log."""
+        return self._store.prepared().duplicates
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Reason → rows of the whole log that cannot be used; they are in no block."""
+        return dict(self._store.prepared().rejected)
+
+    def blocks(self, rows_per_block: int = 8192) -> Iterator[LogBlock]:
+        """All impressions in event-time order; rows of the same time keep their order in the files.
+
+        Raises:
+            ValueError: ``rows_per_block`` is below 1.
+        """
+        if rows_per_block < 1:
+            raise ValueError(f"rows_per_block {rows_per_block}, expected at least 1")
+        chunk_rows = max(CHUNK_ROWS // rows_per_block, 1) * rows_per_block
+        for start in range(0, self.total, chunk_rows):
+            chunk = self._block(self._store.impressions(start, start + chunk_rows))
+            for row in range(0, len(chunk), rows_per_block):
+                yield _rows(chunk, slice(row, row + rows_per_block))
+
+    def entity_blocks(self, entity: Entity) -> Iterator[EntityBlock]:
+        """Feature values of every user or item: of the feature table, or else the latest that the log has."""
+        features = [f for f in self.schema.features if f.source == entity and f.name not in (USER_ID, ITEM_ID)]
+        if not features:
+            return
+        for table in self._store.entities(entity, features):
+            yield EntityBlock(entity, _column(table, "key"), {f.name: feature_array(table, f) for f in features})
+
+    def close(self) -> None:
+        """Remove the temporary files; idempotent."""
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _block(self, table: Any) -> LogBlock:
+        n = table.num_rows
+        impressions = ImpressionBlock.empty(self.schema, n)
+        impressions.impression_id[:] = _column(table, "impression_id")
+        impressions.request_id[:] = _column(table, "request_id")
+        impressions.event_time_ms[:] = _column(table, "event_time_ms")
+        slices = self.schema.id_slices
+        impressions.ids[:, slices[USER_ID].start] = _column(table, "user")
+        impressions.ids[:, slices[ITEM_ID].start] = _column(table, "item")
+        for feature in self.schema.id_features[2:]:
+            if feature.name in self._tables:
+                impressions.ids[:, slices[feature.name]] = feature_array(table, feature).reshape(n, feature.width)
+        bad = misaligned(impressions.ids, self.schema)
+        if bad.any():
+            raise LogError(
+                f"impression {impressions.impression_id[bad][0]}: its sequences are of different lengths, expected as "
+                "many ids in each as in the sequence it accompanies"
+            )
+        for column, feature in enumerate(self.schema.numeric_features):
+            impressions.numerics[:, column] = feature_array(table, feature)
+        fill_elapsed(impressions.numerics, self.schema, impressions.event_time_ms)
+        outcomes = np.empty((n, self.schema.num_tasks), np.float32)
+        times = None
+        for column, task in enumerate(self.schema.tasks):
+            outcomes[:, column] = _column(table, f"label {task.name}")
+            if self.spec.labels[task.name].time_column is not None:
+                times = np.full(outcomes.shape, MISSING, np.int64) if times is None else times
+                times[:, column] = _column(table, f"time {task.name}")
+        return LogBlock(impressions, outcomes, times)
+
+
+def feature_array(table: Any, feature: Feature) -> NDArray[Any]:
+    """A feature's column of an Arrow table: int64 [N], int64 [N, max_length] or float32 [N]."""
+    values = _column(table, f"feature {feature.name}")
+    return values.reshape(-1, feature.max_length) if feature.is_list else values
+
+
+def _column(table: Any, name: str) -> NDArray[Any]:
+    chunked = table.column(name).combine_chunks()
+    if hasattr(chunked, "flatten") and str(chunked.type).startswith("fixed_size_list"):
+        chunked = chunked.flatten()
+    values: NDArray[Any] = chunked.to_numpy(zero_copy_only=False)
+    return values
+
+
+def _rows(block: LogBlock, rows: slice) -> LogBlock:
+    times = None if block.outcome_time_ms is None else block.outcome_time_ms[rows]
+    return LogBlock(block.impressions.take(rows), block.outcomes[rows], times)
+
+
+# TODO(merge) was simulators.entity_features: Features of users and items for the online store, in exactly
+
+ENTITIES: tuple[Entity, ...] = ("user", "item")
+
+
+def entity_features(
+    log: LogReader | str | Path, schema_file: SchemaFile
+) -> Iterator[tuple[Entity, I64, dict[str, NDArray[Any]]]]:
+    """Every user's and item's features: of the log's feature tables, or else the latest values in the log itself.
+
+    Args:
+        log: An opened log, or where it lies.
+        schema_file: Which features there are and where they are found.
+
+    Yields:
+        Entity, ids int64 [N] (each id once over all blocks of an entity), and feature name → int64 [N] (id),
+        int64 [N, max_length] (bag, padded with ``MISSING``) or float32 [N] (numeric, NaN where absent).
+
+    Raises:
+        LogError: A file or column is missing or unusable.
+    """
+    if not isinstance(log, LogReader):
+        with open_log(log, schema_file) as reader:
+            yield from entity_features(reader, schema_file)
+        return
+    for entity in ENTITIES:
+        for block in log.entity_blocks(entity):
+            yield block.entity, block.ids, block.columns

@@ -1,0 +1,96 @@
+"""The serving model: immutable weights of one version, and scoring with them.
+
+Letters: N instances, W id columns, F numeric features, T tasks.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smes.arrays import F32, I64
+from smes.model.config import ModelConfig
+from smes.model.features import FeatureInputs
+from smes.model.ids import IdRows, pool_weights
+from smes.model.rank_model import RankModel
+from smes.schema import Schema
+
+_CPU = torch.device("cpu")
+
+
+class ServingModel:
+    """Scores instances; the weights never change, so any number of threads may.
+
+    Args:
+        schema: The schema the weights were trained with.
+        model: The configuration they were trained with.
+        tensors: A learner's ``serving_state()``, from whatever device; kept by reference where it is on ``device``.
+        device: Where to score.
+
+    Raises:
+        ValueError: A tensor is missing, unknown or of another shape.
+    """
+
+    def __init__(
+        self, schema: Schema, model: ModelConfig, tensors: Mapping[str, Tensor], *, device: torch.device = _CPU
+    ) -> None:
+        self.schema = schema
+        self._device = device
+        try:
+            self._rows = IdRows(schema, tensors["table.keys"].cpu().numpy())
+            self._embedding = self._table(tensors["table.embedding"], model.embedding_dim) if model.table_dim else None
+            self._wide = self._table(tensors["table.wide"], schema.num_tasks) if model.wide else None
+            self._model = RankModel(schema, model)
+            dense = {k.removeprefix("dense."): v for k, v in tensors.items() if k.startswith("dense.")}
+            self._model.load_state_dict(dense)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
+        self._model.to(device).eval().requires_grad_(False)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the id table."""
+        return len(self._rows)
+
+    def score(self, ids: I64, numerics: F32) -> F32:
+        """Scores of N instances: probabilities for binary tasks, values in the label's unit for regression.
+
+        Args:
+            ids: int64 [N, W], ``MISSING`` where absent; an id never trained on reads its vocabulary's default row.
+            numerics: float32 [N, F], NaN where absent.
+
+        Returns:
+            float32 [N, T].
+
+        Raises:
+            ValueError: The matrices do not have the schema's columns.
+        """
+        self._check(ids, numerics)
+        if len(ids) == 0:
+            return np.zeros((0, self.schema.num_tasks), np.float32)
+        rows_NW = torch.from_numpy(self._rows.find(ids)).to(self._device)
+        pool_NW = pool_weights(self.schema, ids)
+        with torch.inference_mode():
+            inputs = FeatureInputs(
+                embedding_BWD=None if self._embedding is None else F.embedding(rows_NW, self._embedding),
+                wide_BWT=None if self._wide is None else F.embedding(rows_NW, self._wide),
+                pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(self._device),
+                numerics_BF=torch.tensor(numerics, dtype=torch.float32, device=self._device),
+            )
+            scores: F32 = self._model.tasks.scores(self._model(inputs).logits_BT).cpu().numpy()
+        return scores
+
+    def _check(self, ids: I64, numerics: F32) -> None:
+        for name, matrix, width in (
+            ("ids", ids, self.schema.id_width),
+            ("numerics", numerics, self.schema.num_numerics),
+        ):
+            if matrix.shape != (len(ids), width):
+                raise ValueError(f"{name}: shape {list(matrix.shape)}, expected [{len(ids)}, {width}]")
+
+    def _table(self, weights: Tensor, columns: int) -> Tensor:
+        if weights.shape != (len(self._rows), columns):
+            raise ValueError(f"table of shape {list(weights.shape)}, expected [{len(self._rows)}, {columns}]")
+        return weights.to(self._device)

@@ -1,0 +1,146 @@
+"""A growing table of weights with row-wise sparse updates.
+
+Letters: R rows in use, U distinct rows of a batch, C columns, B instances, W id columns.
+
+Only the rows that a batch touches are read, given a gradient and written: the cost of a step does not depend on the
+size of the table.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smes.model.config import AdagradConfig
+
+
+class RowTable:
+    """Weights [R, C] that grow by doubling, with their Adagrad accumulators.
+
+    Args:
+        columns: C.
+        config: The update rule.
+        device: Where the weights live.
+    """
+
+    def __init__(self, columns: int, config: AdagradConfig, device: torch.device) -> None:
+        self.columns = columns
+        self._config = config
+        self._rows = 0
+        self._weights = torch.zeros(0, columns, device=device)
+        self._accumulators = torch.zeros(0, 1 if config.row_wise else columns, device=device)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def weights(self) -> Tensor:
+        """The rows in use. float32 [R, C], not a copy."""
+        return self._weights[: self._rows]
+
+    def append(self, weights_NC: Tensor) -> None:
+        """Add rows with the given first weights, which may live on another device."""
+        start, self._rows = self._rows, self._rows + len(weights_NC)
+        if self._rows > len(self._weights):
+            capacity = max(self._rows, 2 * len(self._weights), 1024)
+            self._weights = _grown(self._weights[:start], capacity, 0.0)
+            self._accumulators = _grown(self._accumulators[:start], capacity, self._config.initial_accumulator)
+        self._weights[start : self._rows].copy_(weights_NC, non_blocking=True)
+
+    def gather(self, rows_U: Tensor) -> Tensor:
+        """A copy of some rows that collects a gradient. int64 [U] → float32 [U, C], a leaf."""
+        return self._weights.index_select(0, rows_U).requires_grad_()
+
+    @torch.no_grad()
+    def update(self, rows_U: Tensor, leaf_UC: Tensor, gradient_scale: Tensor) -> None:
+        """One Adagrad step on gathered rows.
+
+        Args:
+            rows_U: Distinct rows, int64 [U].
+            leaf_UC: What :meth:`gather` gave for them, after ``backward``.
+            gradient_scale: Scalar that turns the gradient of the mean loss into that of the summed loss.
+        """
+        if leaf_UC.grad is None:
+            return
+        gradient_UC = leaf_UC.grad * gradient_scale
+        square = gradient_UC.square()
+        if self._config.row_wise:
+            square = square.mean(dim=1, keepdim=True)
+        accumulator = self._accumulators.index_select(0, rows_U).add_(square)
+        step_UC = gradient_UC.div_(accumulator.sqrt().add_(1e-10)).mul_(self._config.learning_rate)
+        self._weights.index_copy_(0, rows_U, leaf_UC.detach() - step_UC)
+        self._accumulators.index_copy_(0, rows_U, accumulator)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of weights and accumulators on the CPU."""
+        return {
+            "weights": self.weights.cpu().clone(),
+            "accumulators": self._accumulators[: self._rows].cpu().clone(),
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replace all rows.
+
+        Raises:
+            ValueError: The columns differ.
+        """
+        weights, accumulators = state["weights"], state["accumulators"]
+        if weights.shape[1:] != self._weights.shape[1:] or accumulators.shape[1:] != self._accumulators.shape[1:]:
+            raise ValueError(f"table state of {weights.shape[1]} columns, expected {self.columns}")
+        self._rows = len(weights)
+        self._weights = weights.to(self._weights.device, copy=True)
+        self._accumulators = accumulators.to(self._accumulators.device, copy=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """Which cells of a batch read each of its distinct rows (:func:`smes.model.ids.readers`).
+
+    Attributes:
+        order: int64 [B·W], the cells of row 0, then those of row 1, and so on.
+        start_U: int64, where each row's begin.
+    """
+
+    order: Tensor
+    start_U: Tensor
+
+
+def read_cells(leaf_UC: Tensor, cells_BW: Tensor, readers: Readers | None) -> Tensor:
+    """What each cell reads. [U, C] → [B, W, C].
+
+    With the readers of each row, its gradient is the sum of theirs, gathered: on the CPU a seventh of the time of
+    scattering it (``index_add_``), which is what happens without. A GPU scatters well, and would sum the thousands of
+    readers of a default row one after the other.
+
+    Args:
+        leaf_UC: From :meth:`RowTable.gather`.
+        cells_BW: int64, which row a cell reads.
+        readers: The same the other way round; None to scatter.
+    """
+    if readers is None:
+        rows_NC = leaf_UC.index_select(0, cells_BW.view(-1))
+    else:
+        rows_NC = _ReadCells.apply(leaf_UC, cells_BW.view(-1), readers.order, readers.start_U)  # type: ignore[no-untyped-call]  # torch has no type
+    return rows_NC.view(*cells_BW.shape, leaf_UC.shape[1])
+
+
+class _ReadCells(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf_UC: Tensor, cells: Tensor, order: Tensor, start_U: Tensor) -> Tensor:
+        ctx.save_for_backward(order, start_U)
+        return leaf_UC.index_select(0, cells)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (of_cells_NC,) = gradients
+        order, start_U = ctx.saved_tensors
+        return F.embedding_bag(order, of_cells_NC.contiguous(), start_U, mode="sum"), None, None, None
+
+
+def _grown(old: Tensor, capacity: int, fill: float) -> Tensor:
+    new = old.new_full((capacity, old.shape[1]), fill)
+    new[: len(old)] = old
+    return new

@@ -1,0 +1,18 @@
+"""The linear ranker: the floor that the others must beat.
+
+Its scores come from the linear part of the feature layer alone. Letters: B instances, I input width.
+"""
+
+from torch import Tensor, nn
+
+from smes.rankers.ranker import ExpertLimits, RankerOutput
+
+
+class LinearRanker(nn.Module):
+    """Adds nothing to the linear part."""
+
+    output_dim = 0
+    expert_limits: ExpertLimits | None = None
+
+    def forward(self, x_BI: Tensor) -> RankerOutput:
+        return RankerOutput(tasks_BTH=None)

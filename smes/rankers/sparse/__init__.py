@@ -1,0 +1,1 @@
+"""SMES, the sparse mixture of experts with progressive routing (arXiv 2602.09386), and its forms."""

@@ -1,0 +1,34 @@
+"""Entry point: runs the command and turns errors into one line and an exit code."""
+
+import sys
+
+from smes.errors import SmesError
+from smes_cli.app import app
+from smes_cli.console import errors
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def main() -> None:
+    """Run ``smes`` and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run ``smes`` with arguments; its exit code (see ``smes --help``)."""
+    try:
+        # Typer shows wrong arguments itself (status 2), and makes 130 of an interrupt; always by SystemExit.
+        app(args=arguments, prog_name="smes")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except SmesError as error:
+        errors.print(f"smes: {error}", highlight=False, markup=False, soft_wrap=True)
+        return EXIT_FAILED
+    except ValueError as error:
+        errors.print(f"smes: {error}", highlight=False, markup=False, soft_wrap=True)
+        return EXIT_USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    main()

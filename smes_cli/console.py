@@ -1,0 +1,158 @@
+"""What people see: tables and progress on a terminal, plain lines when piped."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from smes.errors import SmesError
+
+_PIPED_WIDTH = 132  # a pipe has no width of its own: rich would cut tables at 80 columns
+console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
+errors = Console(stderr=True)
+_PLAIN_EVERY_S = 5.0
+
+
+def set_up_logging(verbosity: int) -> None:
+    """-1 only errors, 0 warnings and what the commands say, 1 and more everything."""
+    console.quiet = verbosity < 0
+    level = logging.ERROR if verbosity < 0 else logging.WARNING if verbosity == 0 else logging.DEBUG
+    handler: logging.Handler
+    if errors.is_terminal:
+        handler = RichHandler(console=errors, show_path=False)
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("smes").setLevel(level)
+    for noisy in ("kafka", "numba", "asyncio", "httpx", "httpcore", "apscheduler"):
+        logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+
+
+class Advance(Protocol):
+    """Reports progress."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """``done`` in all so far; ``note`` stands beside the bar."""
+
+
+@contextmanager
+def progress(what: str, total: int | None) -> Iterator[Advance]:
+    """A progress bar on a terminal, a line every few seconds otherwise."""
+    if console.is_terminal and not console.quiet:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
+            task = bar.add_task(what, total=total, note="")
+            yield lambda done, note="": bar.update(task, completed=done, note=note)
+        return
+    last_s = time.monotonic()
+
+    def line(done: int, note: str = "") -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= _PLAIN_EVERY_S:
+            last_s = time.monotonic()
+            of = f" of {total:,}" if total is not None else ""
+            console.print(f"{what}: {done:,}{of} {note}".rstrip(), highlight=False, soft_wrap=True)
+
+    yield line
+
+
+def number(value: float | int | None, digits: int = 4) -> str:
+    """For a table cell; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def task_table(tasks: dict[str, dict[str, Any]], baseline: dict[str, dict[str, Any]] | None = None) -> Table:
+    """Metrics per task; beside them those of a baseline trained on the same batches."""
+    table = Table(title="Progressive evaluation: every example scored before it is trained on", title_justify="left")
+    table.add_column("task")
+    for name in ("positives", "AUC", "GAUC (windowed)", "NE", "ECE"):
+        table.add_column(name, justify="right")
+    if baseline is not None:
+        table.add_column("linear AUC", justify="right")
+        table.add_column("linear GAUC", justify="right")
+    for name, m in tasks.items():
+        cells = [number(m[key]) for key in ("positives", "auc", "gauc_windowed", "ne", "ece")]
+        if baseline is not None:
+            cells += [number(baseline[name][key]) for key in ("auc", "gauc_windowed")]
+        table.add_row(name, *cells)
+    return table
+
+
+def report_table(report: dict[str, Any]) -> Table:
+    """The report's other sections, a row each."""
+    table = Table(show_header=False, title=f"lineage {report['lineage']}, version {report['version']}")
+    table.title_justify = "left"
+    table.add_column(style="bold")
+    table.add_column()
+    for section in ("events", "feedback", "throughput", "freshness_ms", "snapshots", "scorer", "active_experts"):
+        parts = [f"{key} {number(value, 1)}" for key, value in report[section].items() if value is not None]
+        if parts:
+            table.add_row(section, " · ".join(parts))
+    return table
+
+
+def load_line(load_share: list[float], load_skew: float | None) -> str:
+    """How the load lies on the experts, in one line; empty for a ranker without experts."""
+    if not load_share or load_skew is None:
+        return ""
+    shares = " ".join(f"{share:.1%}" for share in load_share)
+    return f"expert load: {load_skew:.2f} times the mean on the busiest; by expert {shares}"
+
+
+def routing_line(summary: dict[str, Any]) -> str:
+    """How the routing is in its newest stretch, in one line; see :func:`trainer.routing_figures.routing_summary`."""
+    parts = [f"{number(summary['dead'])} dead experts", f"load skew {number(summary['load_skew'], 2)}"]
+    if summary["overlap"] is not None:
+        parts.append(f"overlap of two tasks {number(summary['overlap'], 2)}")
+    if summary["drift"] is not None:
+        parts.append(f"drift {number(summary['drift'], 2)} since the stretch before")
+    return f"routing in the last {number(summary['stretch_steps'])} steps: {', '.join(parts)}"
+
+
+# TODO(merge) was cli.report_file: Reports as files: one process writes, another reads.
+
+
+def write_report(report: dict[str, Any], path: Path | None, *, indent: int | None = 2) -> None:
+    """Write a report as JSON, if a path is given.
+
+    Raises:
+        SmesError: The file cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(report, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SmesError(f"report {path}: cannot be written: {error.strerror}") from error
+
+
+def read_report(path: Path, otherwise: str) -> dict[str, Any]:
+    """A report that another process wrote.
+
+    Args:
+        path: Where.
+        otherwise: What that process last said, for the error.
+
+    Raises:
+        SmesError: It wrote none.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SmesError(
+            f"report {path.name}: expected one, but its process left none ({error}):\n{otherwise}"
+        ) from error
+    return report

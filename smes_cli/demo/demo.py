@@ -1,0 +1,242 @@
+"""``smes demo``: every process of the system on this machine, requests against the scorer, and a report."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import redis
+
+from simulators.synthetic import synthesize
+from smes_cli.building import compile_loops
+from smes_cli.config import Config
+from smes_cli.console import console, read_report
+from smes_cli.demo.local_servers import start_kafka, start_valkey
+from smes_cli.demo.processes import log_tail, stop_all
+from smes_cli.demo.requests import RequestLoop
+from smes_cli.demo.workers import Workers
+from smes_cli.features import load_features
+from smes_io.redis_client import connect
+from smes_io.schema_file import SchemaFile
+from stream.log.open_log import EventLogConfig, open_event_log
+from stream.topics import FEEDBACK, IMPRESSIONS
+from trainer.report import conservation_errors
+
+_SETTLE_S = 15.0
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo can be told.
+
+    Attributes:
+        log: Log to replay; None: a synthetic one is made.
+        limit: Impressions to replay.
+        rate: Events per second of the replay.
+        event_log: ``redis`` or ``kafka``.
+        codec: Wire form of the events.
+        seed: Of the synthetic log and the feedback delays.
+        requests_per_s: Scoring requests per second.
+        items_per_request: Candidates of each.
+        keep: Folder for configuration, logs and data of the run; None: a temporary one, removed at the end.
+    """
+
+    log: Path | None = None
+    limit: int = 50_000
+    rate: float = 2000.0
+    event_log: str = "redis"
+    codec: str = "arrow"
+    seed: int = 0
+    requests_per_s: float = 20.0
+    items_per_request: int = 50
+    keep: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Attributes: report, as documented; failures, what the demo found wrong, in words (empty when all is well)."""
+
+    report: dict[str, Any]
+    failures: list[str]
+
+
+def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], bool]) -> DemoResult:
+    """Start everything, replay, score all the while, stop everything, and check that nothing was lost.
+
+    Raises:
+        SmesError: A process did not start, or ended before its time; the message ends with its own output.
+        ValueError: The log has no schema, or an option is wrong.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(_run_folder(options.keep))
+        log, schema_file, schema_name = _open_input(config, options, folder)
+        config = _with_servers(config, options, folder, stack)
+        config = replace(config, schema=schema_name)
+        workers = Workers(config, folder, stack)
+        _create_topics(config)
+        with console.status("compiling (the first time only) and loading features"):
+            compile_loops(config, schema_file.schema)  # here, once: not in trainer and scorer at the same time
+            loaded = load_features(config, log)
+        console.print(f"features of {loaded['user']:,} users and {loaded['item']:,} items in Redis", highlight=False)
+        trainer = workers.start("train", "--drain", "--report", str(folder / "train.json"))
+        scorer = workers.start("serve")
+        url = workers.scorer_url(scorer)
+        replay = workers.start("replay", str(log), "--report", str(folder / "replay.json"), *_replay_arguments(options))
+        workers.wait_ready(url, scorer, trainer)
+        tasks = [task.name for task in schema_file.schema.tasks]
+        loop = RequestLoop(
+            url,
+            np.array(sorted(loaded["users_sample"])),
+            np.array(sorted(loaded["items_sample"])),
+            tasks,
+            per_s=options.requests_per_s,
+            items_per_request=options.items_per_request,
+        )
+        loop.start()
+        workers.watch(url, replay, [trainer, scorer], should_stop)
+        stop_all([replay], timeout_s=30)
+        stop_all([trainer], timeout_s=120)
+        report = read_report(folder / "train.json", log_tail(workers.log_of("train")))
+        _await_version(url, report)
+        tally = loop.stop()
+        stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
+        stop_all([scorer], timeout_s=20)
+    report["freshness_ms"] = {key: stats["freshness_ms"][key] for key in ("p50", "p99")}
+    report["snapshots"]["served"] = stats["versions_answered"]
+    report["scorer"] = {
+        "requests": tally.requests,
+        "errors": tally.errors,
+        "mixed_versions": tally.mixed_versions,
+        "p50_ms": tally.quantile_ms(0.5),
+        "p99_ms": tally.quantile_ms(0.99),
+    }
+    return DemoResult(report, _failures(report, workers.replayed, tally.last_error))
+
+
+@contextmanager
+def _run_folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.resolve()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="smes-demo-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_input(config: Config, options: DemoOptions, folder: Path) -> tuple[Path, SchemaFile, str]:
+    """The log, its schema file, and the name by which the workers find that file."""
+    if options.log is None:
+        log = folder / "world.parquet"
+        with console.status(f"making a synthetic log of {options.limit:,} impressions"):
+            synthesize(log, options.limit, options.seed)
+        config = replace(config, schema="synthetic")
+    else:
+        log = options.log.resolve()
+    name = config.schema_name(log)
+    # The workers run in another folder.
+    return log, config.schema_file(log), str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _with_servers(config: Config, options: DemoOptions, folder: Path, stack: ExitStack) -> Config:
+    """The configuration with the servers of this run in it, which are started where they are not given."""
+    namespace = f"demo-{os.getpid()}-{int(time.time())}"
+    given = os.environ.get("REDIS_URL")
+    if given:
+        redis_url = given
+        stack.callback(_remove_keys, redis_url, namespace)
+    else:
+        redis_url = stack.enter_context(start_valkey(folder / "valkey")).url
+    event_log = replace(config.event_log, redis_url=redis_url, namespace=namespace, kind="redis")
+    if options.event_log == "kafka":
+        event_log = replace(event_log, kind="kafka", kafka_bootstrap=_kafka(folder, stack))
+    trainer = config.trainer
+    return replace(
+        config,
+        event_log=event_log,
+        feature_store=replace(config.feature_store, redis_url=redis_url, namespace=namespace),
+        # One core each for training and for everything beside it; a port that is free; no haste with features.
+        trainer=replace(
+            trainer,
+            threads=trainer.threads or 1,
+            checkpoint=replace(trainer.checkpoint, directory=folder / "checkpoints"),
+        ),
+        scorer=replace(config.scorer, port=0, entity_timeout_ms=1000),
+    )
+
+
+def _kafka(folder: Path, stack: ExitStack) -> str:
+    if bootstrap := os.environ.get("KAFKA_BOOTSTRAP"):
+        return bootstrap
+    home = os.environ.get("KAFKA_HOME")
+    if home is None:
+        raise ValueError(
+            "--eventlog kafka: expected KAFKA_BOOTSTRAP (brokers that run) or KAFKA_HOME (a Kafka distribution)"
+        )
+    with console.status("starting Apache Kafka"):
+        return stack.enter_context(start_kafka(Path(home), folder / "kafka")).bootstrap
+
+
+def _create_topics(config: Config) -> None:
+    """Both topics, so that no process has to wait for another to create them."""
+    event_log: EventLogConfig = config.event_log
+    log = open_event_log(event_log)
+    try:
+        for topic in (IMPRESSIONS, FEEDBACK):
+            log.ensure_topic(topic, event_log.partitions)
+    finally:
+        log.close()
+
+
+def _remove_keys(redis_url: str, namespace: str) -> None:
+    """What the run left in a Redis that is not its own."""
+    client = connect(redis_url, 10.0)
+    try:
+        for key in client.scan_iter(match=f"{namespace}:*", count=1000):
+            client.unlink(key)
+    except redis.RedisError as error:
+        console.print(f"keys under {namespace}: could not be removed: {error}")
+    finally:
+        client.close()
+
+
+def _replay_arguments(options: DemoOptions) -> list[str]:
+    arguments = ["--limit", str(options.limit), "--seed", str(options.seed), "--codec", options.codec]
+    return [*arguments, "--rate", str(options.rate)]
+
+
+def _await_version(url: str, report: dict[str, Any]) -> None:
+    """Until the last version answers, so that the last feedback's freshness counts too."""
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline:
+        stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
+        if (stats["lineage"], stats["version"]) == (report["lineage"], report["version"]):
+            time.sleep(0.3)  # a few answers by it
+            return
+        time.sleep(0.1)
+
+
+def _failures(report: dict[str, Any], replayed: dict[str, Any], last_error: str) -> list[str]:
+    failures = conservation_errors(report)
+    for ledger, total, sent in (("events", "impressions", "impressions"), ("feedback", "received", "feedback")):
+        if report[ledger][total] < replayed[sent]:
+            failures.append(f"{sent}: {replayed[sent]} were appended to the log, {report[ledger][total]} were read")
+    scorer = report["scorer"]
+    if scorer["errors"]:
+        failures.append(
+            f"scorer: {scorer['errors']} of {scorer['requests']} requests failed, the last with {last_error}"
+        )
+    if scorer["mixed_versions"]:
+        failures.append(f"scorer: {scorer['mixed_versions']} answers mixed versions")
+    if not scorer["requests"]:
+        failures.append("scorer: no request was made")
+    return failures

@@ -1,0 +1,138 @@
+"""Scoring requests in a loop against a running scorer, every answer checked."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+
+from smes.arrays import I64
+
+_TOLERANCE = 1e-4  # the same item at two places of a batch may differ in the last bits of float32
+_PROBE_EVERY = 5
+
+
+@dataclass(slots=True)
+class RequestTally:
+    """What the requests saw.
+
+    Attributes:
+        requests: Answered or failed, once the scorer was ready.
+        errors: Failed, or answered with anything but all items and tasks.
+        mixed_versions: Answers that cannot all come from the one version they name.
+        versions: Versions seen in answers.
+        latency_ms: Of every answer, as the caller saw it.
+        last_error: The last failure, for people.
+    """
+
+    requests: int = 0
+    errors: int = 0
+    mixed_versions: int = 0
+    versions: set[tuple[str, int]] = field(default_factory=set)
+    latency_ms: list[float] = field(default_factory=list)
+    last_error: str = ""
+
+    def quantile_ms(self, q: float) -> float | None:
+        """Latency quantile; None before the first answer."""
+        return float(np.quantile(self.latency_ms, q)) if self.latency_ms else None
+
+
+class RequestLoop:
+    """A thread that asks for rankings until it is stopped.
+
+    Two checks find an answer that mixes versions: one item stands in every request twice and must get the same scores
+    in both places; and a fixed probe request must get the same scores whenever the same version answers it.
+
+    Args:
+        url: Base URL of the scorer.
+        users: int64 [U], users to ask for.
+        items: int64 [I], items to rank.
+        tasks: Task names that every answer must have.
+        per_s: Requests a second.
+        items_per_request: Candidates a request.
+        seed: Of the draws.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        users: I64,
+        items: I64,
+        tasks: Sequence[str],
+        *,
+        per_s: float,
+        items_per_request: int,
+        seed: int = 0,
+    ) -> None:
+        self._url, self._users, self._items, self._tasks = url, users, items, set(tasks)
+        self._period_s, self._per_request = 1 / per_s, items_per_request
+        self._rng = np.random.default_rng(seed)
+        self._probe = self._draw()
+        self._probe_scores: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.float64]]] = {}
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
+        self.tally = RequestTally()
+
+    def start(self) -> None:
+        """Begin; the scorer must be ready."""
+        self._thread.start()
+
+    def stop(self) -> RequestTally:
+        """Finish the request under way and give the tally."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        return self.tally
+
+    def _run(self) -> None:
+        next_s = time.monotonic()
+        with httpx.Client(base_url=self._url, timeout=10.0) as client:
+            while not self._stopped.is_set():
+                probe = self.tally.requests % _PROBE_EVERY == 0
+                self._ask(client, self._probe if probe else self._draw(), probe=probe)
+                next_s = max(next_s + self._period_s, time.monotonic() - 1)
+                self._stopped.wait(max(0.0, next_s - time.monotonic()))
+
+    def _draw(self) -> dict[str, Any]:
+        items = self._rng.choice(self._items, min(self._per_request, len(self._items)), replace=False).tolist()
+        return {"user_id": int(self._rng.choice(self._users)), "context": {}, "items": [*items, items[0]]}
+
+    def _ask(self, client: httpx.Client, request: dict[str, Any], *, probe: bool) -> None:
+        started_s = time.perf_counter()
+        try:
+            response = client.post("/v1/score", json=request)
+            self.tally.latency_ms.append(1000 * (time.perf_counter() - started_s))
+            response.raise_for_status()
+            answer = response.json()
+            scores = self._scores(request, answer)
+        except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
+            self.tally.errors += 1
+            self.tally.last_error = f"{type(error).__name__}: {error}"
+        else:
+            self._check_one_version((answer["lineage"], answer["version"]), scores, probe=probe)
+        self.tally.requests += 1
+
+    def _scores(self, request: dict[str, Any], answer: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """float64 [items, tasks] of a complete answer."""
+        if [item["item_id"] for item in answer["items"]] != request["items"]:
+            raise ValueError(f"answer for {len(answer['items'])} items, expected the {len(request['items'])} asked for")
+        for item in answer["items"]:
+            if item["scores"].keys() != self._tasks:
+                raise ValueError(f"answer with tasks {sorted(item['scores'])}, expected {sorted(self._tasks)}")
+        if sorted(answer["ranking"]) != sorted(request["items"]):
+            raise ValueError("answer whose ranking is no permutation of the items")
+        names = sorted(self._tasks)
+        return np.array([[item["scores"][name] for name in names] for item in answer["items"]])
+
+    def _check_one_version(
+        self, version: tuple[str, int], scores: np.ndarray[Any, np.dtype[np.float64]], *, probe: bool
+    ) -> None:
+        self.tally.versions.add(version)
+        mixed = not np.allclose(scores[0], scores[-1], rtol=_TOLERANCE, atol=_TOLERANCE)
+        if probe:
+            known = self._probe_scores.setdefault(version, scores)
+            mixed |= not np.allclose(known, scores, rtol=_TOLERANCE, atol=_TOLERANCE)
+        self.tally.mixed_versions += mixed

@@ -1,0 +1,113 @@
+"""The worker processes of a demo: started from one configuration file, watched, and asked for their reports."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from smes.errors import SmesError
+from smes_cli.config import Config
+from smes_cli.console import console, number, progress, read_report
+from smes_cli.demo.processes import log_tail, spawn, stop_all
+
+_READY_WITHIN_S = 90.0
+
+
+class Workers:
+    """``smes train``, ``serve`` and ``replay`` as processes that die with this one.
+
+    Args:
+        config: Everything that they are told; written to a file in the folder.
+        folder: Holds that file, their output and their reports.
+        stack: Closes over their stopping.
+    """
+
+    def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        self._config_file = folder / "smes.yaml"
+        self._config_file.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+        self.replayed: dict[str, Any] = {}
+
+    def log_of(self, command: str) -> Path:
+        return self._folder / f"{command}.log"
+
+    def start(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
+        """``smes COMMAND`` as a process that dies with this one."""
+        argv = [sys.executable, "-P", "-m", "smes_cli", "-c", str(self._config_file), command, *arguments]
+        # The workers are told everything by the file; this process' overrides are in it already.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("SMES_")}
+        process = spawn(argv, log=self.log_of(command), env={**env, "PYTHONUNBUFFERED": "1"})
+        self._stack.callback(stop_all, [process], timeout_s=10)
+        return process
+
+    def scorer_url(self, scorer: subprocess.Popen[bytes]) -> str:
+        """The URL that the scorer, told to take any free port, printed."""
+        deadline = time.monotonic() + _READY_WITHIN_S
+        while True:
+            for line in log_tail(self.log_of("serve"), 50).splitlines():
+                if "listening on http://" in line:
+                    return line.rsplit(" ", 1)[-1]
+            self._check_alive("serve", scorer)
+            if time.monotonic() > deadline:
+                raise SmesError(f"scorer: not listening within {_READY_WITHIN_S:g} s:\n{self._tail('serve')}")
+            time.sleep(0.05)
+
+    def wait_ready(self, url: str, scorer: subprocess.Popen[bytes], trainer: subprocess.Popen[bytes]) -> None:
+        """Until the first snapshot is in service."""
+        deadline = time.monotonic() + _READY_WITHIN_S
+        with console.status("waiting for the first snapshot"):
+            while httpx.get(f"{url}/health/ready", timeout=10).status_code != 200:
+                self._check_alive("serve", scorer)
+                self._check_alive("train", trainer)
+                if time.monotonic() > deadline:
+                    raise SmesError(f"no snapshot within {_READY_WITHIN_S:g} s; the trainer:\n{self._tail('train')}")
+                time.sleep(0.1)
+
+    def watch(
+        self,
+        url: str,
+        replay: subprocess.Popen[bytes],
+        others: list[subprocess.Popen[bytes]],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """Show what is served until the replay ends."""
+        with progress("replaying and serving", None) as advance:
+            while replay.poll() is None and not should_stop():
+                for command, process in zip(("train", "serve"), others, strict=True):
+                    self._check_alive(command, process)
+                stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
+                fresh = number(stats["freshness_ms"]["p50"], 0)
+                advance(
+                    int(stats["requests"]),
+                    f"requests · serving version {stats['version']}, {stats['swaps']} swaps · freshness p50 {fresh} ms",
+                )
+                time.sleep(0.5)
+        if replay.poll() not in (0, None):
+            raise SmesError(f"replay failed:\n{self._tail('replay')}")
+        if replay.poll() is None:  # told to stop early
+            stop_all([replay], timeout_s=30)
+        self.replayed = read_report(self._folder / "replay.json", self._tail("replay"))
+
+    def _tail(self, command: str) -> str:
+        return log_tail(self.log_of(command))
+
+    def _check_alive(self, command: str, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is not None:
+            raise SmesError(f"smes {command} ended with status {process.returncode}:\n{self._tail(command)}")
+
+
+def _plain(value: Any) -> Any:
+    """YAML without Python's own types."""
+    if isinstance(value, dict):
+        return {key: _plain(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(below) for below in value]
+    return str(value) if isinstance(value, Path) else value

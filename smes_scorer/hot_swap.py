@@ -1,0 +1,160 @@
+"""Hot swap: a thread that loads each new snapshot aside and puts it into service by one assignment."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from feature_store.entities import blank_rows
+from feature_store.manifest import Manifest
+from feature_store.payload import decode_metadata
+from feature_store.snapshots import SnapshotStore
+from feature_store.watcher import SnapshotWatcher
+from smes.errors import FeatureStoreError, SchemaMismatch, SmesError, SnapshotError, SnapshotNotFound
+from smes.schema import Schema
+from smes_scorer.first_answers import Arrivals, FirstAnswers
+from smes_scorer.served import Load, Scorable, ServedModel
+from smes_scorer.telemetry import Telemetry
+
+_WARM_UP_ITEMS = (1, 100)
+_RETRY_BAD_S = 5.0
+_logger = logging.getLogger(__name__)
+
+
+class HotSwap:
+    """Follows the ``current`` snapshot.
+
+    Whatever happens (Redis away, a damaged snapshot, another schema), what is served stays, and :attr:`problem`
+    says what happened until it is over. Serving never waits for loading.
+
+    Args:
+        store: Where snapshots come from; used by the loader thread alone.
+        watcher: Tells when to look; used by the loader thread alone.
+        schema: The configured schema; snapshots of another one are refused.
+        load: Builds a model from a payload.
+        first_answers: Told of every version before it serves.
+        telemetry: Counts swaps and failures.
+        poll_s: Longest time between two looks.
+        monotonic_s: Clock of the retries.
+    """
+
+    def __init__(
+        self,
+        store: SnapshotStore,
+        watcher: SnapshotWatcher,
+        schema: Schema,
+        load: Load,
+        first_answers: FirstAnswers,
+        telemetry: Telemetry,
+        *,
+        poll_s: float,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._store = store
+        self._watcher = watcher
+        self._schema = schema
+        self._load = load
+        self._first_answers = first_answers
+        self._telemetry = telemetry
+        self._poll_s = poll_s
+        self._monotonic_s = monotonic_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="snapshot-loader", daemon=True)
+        self._refused: tuple[tuple[str, int], float] | None = None
+        self.served: ServedModel | None = None
+        """What answers now. A request reads it once."""
+        self.problem: str | None = None
+        """Why the newest snapshot is not served, None when it is (or when nothing was published yet)."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loader thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Start following; once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop following and wait for the loader to end."""
+        self._stopping.set()
+        self._watcher.close()
+        self._thread.join()
+
+    def refresh(self) -> None:
+        """Look once, and load what is new. Never raises."""
+        key: tuple[str, int] | None = None
+        try:
+            manifest = self._store.current()
+            if manifest is None:
+                self.problem = None
+                return
+            key = (manifest.lineage, manifest.version)
+            if self.served is not None and self.served.key == key:
+                self.problem = None
+                return
+            if self.served is not None and self.served.key[0] == key[0] and self.served.key[1] > key[1]:
+                # Redis was restored from an older state; the trainer's next publication mends it.
+                self.problem = f"version {key[1]} is published, older than version {self.served.key[1]} in service"
+                return
+            if self._refused is not None and self._refused[0] == key and self._monotonic_s() < self._refused[1]:
+                return
+            self._swap(manifest)
+        except (FeatureStoreError, SnapshotNotFound) as error:
+            # Redis is away or was restarted, or the snapshot was trimmed while it was read: look again next time.
+            if self.problem is None:
+                _logger.warning("no newer snapshot can be loaded: %s", error)
+            self.problem = str(error)
+        except Exception as error:  # whatever a bad snapshot raises, the old one goes on serving
+            self._telemetry.load_failures.inc()
+            self.problem = str(error) if isinstance(error, SmesError) else repr(error)
+            _logger.warning("a snapshot was refused: %s", self.problem, exc_info=not isinstance(error, SmesError))
+            if key is not None:
+                self._refused = (key, self._monotonic_s() + _RETRY_BAD_S)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self.refresh()
+            self._watcher.wait(self._poll_s)
+
+    def _swap(self, manifest: Manifest) -> None:
+        name = f"snapshot {manifest.lineage}:{manifest.version}"
+        if manifest.schema_hash != self._schema.hash:
+            raise SchemaMismatch(name, expected=self._schema.hash, got=manifest.schema_hash)
+        arrivals, gaps = self._brought(manifest)
+        payload = self._store.load(manifest)
+        metadata = decode_metadata(payload)
+        if (metadata.get("lineage"), metadata.get("version")) != (manifest.lineage, str(manifest.version)):
+            raise SnapshotError(f"{name}: its payload says {metadata.get('lineage')}:{metadata.get('version')}")
+        model = self._load(payload, self._schema)
+        self._warm_up(name, model)
+        served = ServedModel(model, manifest)
+        gaps += self._first_answers.loaded(served.key, arrivals)
+        self._telemetry.freshness_uncounted.inc(gaps)
+        self.served = served
+        self.problem = None
+        self._refused = None
+        self._telemetry.swaps.inc()
+        self._telemetry.served_version.set(manifest.version)
+        self._telemetry.served_step.set(manifest.step)
+        _logger.debug("%s is in service", name)
+
+    def _brought(self, manifest: Manifest) -> tuple[Arrivals, int]:
+        """The feedback that this version knows and the one served before it does not; versions it is unknown of."""
+        before = self.served
+        if before is None or before.manifest.lineage != manifest.lineage:
+            return Arrivals.of(()), 0
+        manifests = self._store.manifests_between(manifest.lineage, before.manifest.version, manifest.version)
+        parents = [before.manifest.version, *(m.version for m in manifests)]
+        gaps = sum(m.parent != parent for m, parent in zip(manifests, parents, strict=False))
+        return Arrivals.of(manifests), gaps
+
+    def _warm_up(self, name: str, model: Scorable) -> None:
+        """Score as requests will: what is compiled or allocated on first use is, and a broken model shows."""
+        for n in _WARM_UP_ITEMS:
+            rows = blank_rows(self._schema, 0, np.arange(n))
+            scores = model.score(rows.ids, rows.numerics)
+            if scores.shape != (n, self._schema.num_tasks) or not np.isfinite(scores).all():
+                raise SnapshotError(f"{name}: warm-up gave scores of shape {list(scores.shape)} or not all finite")

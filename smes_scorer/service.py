@@ -1,0 +1,77 @@
+"""Runs the scorer until it is told to stop."""
+
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+
+import torch
+import uvicorn
+
+from smes.errors import SmesError
+from smes.model.devices import keep_freed_memory
+from smes.schema import Schema
+from smes_io.redis_client import connect
+from smes_scorer.app import create_app
+from smes_scorer.config import ScorerConfig
+from smes_scorer.served import Load, load_serving_model
+
+
+def serve(
+    config: ScorerConfig,
+    schema: Schema,
+    *,
+    redis_url: str,
+    namespace: str = "smes",
+    load: Load = load_serving_model,
+    on_listening: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then finish the requests in flight and return.
+
+    Call it in the main thread of a process.
+
+    Args:
+        config, schema, redis_url, namespace, load: As of :func:`smes_scorer.app.create_app`.
+        on_listening: Called with the base URL once connections are accepted.
+
+    Raises:
+        ValueError: A wrong configuration.
+        FeatureStoreUnavailable: Redis gave no answer within ``redis_timeout_s``.
+        SmesError: The address cannot be listened on, or the server failed to start.
+    """
+    torch.set_num_threads(config.torch_threads)
+    keep_freed_memory()
+    app = create_app(config, schema, redis_url=redis_url, namespace=namespace, load=load)
+    connect(redis_url, config.redis_timeout_s).close()
+    with closing(_listen(config.host, config.port)) as listening:
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        on_listening(f"http://{host}:{listening.getsockname()[1]}")
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=config.shutdown_s
+            )
+        )
+        with _signals_handled():
+            server.run(sockets=[listening])
+    if not server.started:
+        raise SmesError("scorer: the server failed to start")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise SmesError(f"scorer: cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _signals_handled() -> Iterator[None]:
+    """uvicorn raises the signal that stopped it once more at the end; being told to stop is no failure here."""
+    stopping = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: None) for number in stopping]
+    try:
+        yield
+    finally:
+        for number, handler in zip(stopping, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,202 @@
+"""What the service counts: Prometheus series, and the summary of ``/v1/stats``."""
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from smes.arrays import I64
+from smes_scorer.first_answers import FirstAnswer
+
+# TODO(merge) was scorer.quantiles: Quantiles of a stream of positive numbers, in bounded memory
+
+F64 = NDArray[np.float64]
+
+
+class QuantileSketch:
+    """Weighted counts in buckets whose bounds grow by 1 %: every quantile is exact to half a percent.
+
+    Safe to share between threads.
+
+    Args:
+        smallest: Values below count as this, > 0.
+        largest: Values above count as this.
+    """
+
+    _GROWTH = math.log(1.01)
+
+    def __init__(self, smallest: float, largest: float) -> None:
+        if not 0 < smallest < largest:
+            raise ValueError(f"bounds {smallest} … {largest}, expected 0 < smallest < largest")
+        self._smallest = smallest
+        self._largest = largest
+        self._counts = np.zeros(self._bucket(np.array([largest]))[0] + 1, np.int64)
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        """Total weight added."""
+        return int(self._counts.sum())
+
+    def add(self, values: F64, weights: I64 | None = None) -> None:
+        """Count values, each ``weights`` times (default once)."""
+        buckets = self._bucket(values)
+        with self._lock:
+            np.add.at(self._counts, buckets, 1 if weights is None else weights)
+
+    def quantile(self, q: float) -> float | None:
+        """The smallest value with at least a share ``q`` of the weight at or below it; None when empty."""
+        cumulative = self._counts.cumsum()
+        if cumulative[-1] == 0:
+            return None
+        bucket = int(np.searchsorted(cumulative, max(1, math.ceil(q * cumulative[-1]))))
+        return self._smallest * math.exp((bucket + 0.5) * self._GROWTH)
+
+    def _bucket(self, values: F64) -> I64:
+        clipped = np.clip(values, self._smallest, self._largest)
+        return np.floor(np.log(clipped / self._smallest) / self._GROWTH).astype(np.int64)
+
+
+_LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_FRESHNESS_BUCKETS_MS = (100, 250, 500, 1000, 1500, 2000, 3000, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
+_DAY_MS = 86_400_000.0
+
+OUTCOMES = ("ok", "rejected", "not_ready", "error")
+"""2xx; 4xx, the caller's fault; 503, before the first snapshot; any other 5xx."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Median and 99th percentile in ms (None while there is nothing), and of how many values."""
+
+    p50: float | None
+    p99: float | None
+    count: int
+
+    @classmethod
+    def of(cls, sketch: QuantileSketch) -> "Quantiles":
+        return cls(sketch.quantile(0.5), sketch.quantile(0.99), sketch.count)
+
+
+class Telemetry:
+    """The service's own registry and everything in it. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, what: str) -> Counter:
+            return Counter(f"smes_scorer_{name}", what, registry=self.registry)
+
+        self._requests = Counter(
+            "smes_scorer_requests", "Answers to POST /v1/score by outcome", ["outcome"], registry=self.registry
+        )
+        for outcome in OUTCOMES:
+            self._requests.labels(outcome)
+        self._latency = Histogram(
+            "smes_scorer_latency_seconds",
+            "From a scoring request's arrival to its answer",
+            buckets=_LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._latency_ms = QuantileSketch(0.01, 1e6)
+        self._freshness = _FreshnessHistogram()
+        self.registry.register(self._freshness)
+        self.served_version = Gauge("smes_scorer_served_version", "Version being served", registry=self.registry)
+        self.served_step = Gauge(
+            "smes_scorer_served_step", "Optimiser steps behind the served version", registry=self.registry
+        )
+        self.snapshot_age_s = Gauge(
+            "smes_scorer_snapshot_age_seconds", "Since the served snapshot was cut", registry=self.registry
+        )
+        self.swaps = counter("swaps", "Snapshots that were put into service")
+        self.load_failures = counter("load_failures", "Attempts to load a snapshot that failed")
+        self.versions_answered = counter("versions_answered", "Versions that have answered at least once")
+        self.freshness_uncounted = counter(
+            "freshness_uncounted", "Skipped versions, or arrival times, that freshness had to leave out"
+        )
+        self.unknown_users = counter("unknown_users", "Requests whose user has no stored features")
+        self.unknown_items = counter("unknown_items", "Requested items without stored features")
+        self.ignored_context = counter("ignored_context", "Context values that the schema has no context feature for")
+        self.feature_store_failures = counter("feature_store_failures", "Feature look-ups that failed")
+        self.scored_without_features = counter("scored_without_features", "Requests scored without stored features")
+
+    def request(self, status: int, latency_s: float) -> None:
+        """One answered scoring request."""
+        self._requests.labels(_outcome(status)).inc()
+        self._latency.observe(latency_s)
+        self._latency_ms.add(np.array([latency_s * 1000]))
+
+    def first_answer(self, answer: FirstAnswer) -> None:
+        """A version answered for the first time."""
+        self.versions_answered.inc()
+        self._freshness.add(answer.freshness_ms, answer.count)
+
+    def requests(self) -> dict[str, int]:
+        """Outcome → how many."""
+        return {outcome: self.value("requests_total", {"outcome": outcome}) for outcome in OUTCOMES}
+
+    def value(self, name: str, labels: dict[str, str] | None = None) -> int:
+        """The present value of a counter, by its name without the prefix."""
+        return int(self.registry.get_sample_value(f"smes_scorer_{name}", labels) or 0)
+
+    def summary(self) -> dict[str, object]:
+        """Plain data for people and reports; times in ms."""
+        by_outcome = self.requests()
+        counters = (
+            "swaps",
+            "load_failures",
+            "versions_answered",
+            "freshness_uncounted",
+            "unknown_users",
+            "unknown_items",
+            "ignored_context",
+            "feature_store_failures",
+            "scored_without_features",
+        )
+        return {
+            "requests": sum(by_outcome.values()),
+            "errors": by_outcome["error"],
+            "outcomes": by_outcome,
+            "latency_ms": asdict(Quantiles.of(self._latency_ms)),
+            "freshness_ms": asdict(Quantiles.of(self._freshness.sketch)),
+            **{name: self.value(f"{name}_total") for name in counters},
+        }
+
+
+class _FreshnessHistogram(Collector):
+    """A Prometheus histogram that takes weighted values; the client library's takes one at a time."""
+
+    def __init__(self) -> None:
+        self.sketch = QuantileSketch(1.0, 30 * _DAY_MS)
+        self._counts = np.zeros(len(_FRESHNESS_BUCKETS_MS) + 1, np.int64)
+        self._sum_ms = 0
+        self._lock = threading.Lock()
+
+    def add(self, values_ms: I64, weights: I64) -> None:
+        self.sketch.add(values_ms.astype(np.float64), weights)
+        with self._lock:
+            np.add.at(self._counts, np.searchsorted(_FRESHNESS_BUCKETS_MS, values_ms), weights)
+            self._sum_ms += int((values_ms * weights).sum())
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        bounds = [*(str(float(bound)) for bound in _FRESHNESS_BUCKETS_MS), "+Inf"]
+        yield HistogramMetricFamily(
+            "smes_scorer_freshness_milliseconds",
+            "From a feedback's arrival in the event log to the first answer by a version trained on it",
+            buckets=list(zip(bounds, self._counts.cumsum().tolist(), strict=True)),
+            sum_value=self._sum_ms,
+        )
+
+
+def _outcome(status: int) -> str:
+    if status < 400:
+        return "ok"
+    if status < 500:
+        return "rejected"
+    return "not_ready" if status == 503 else "error"

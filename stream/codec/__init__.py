@@ -1,0 +1,1 @@
+"""Wire forms of the events, and what a good event is."""

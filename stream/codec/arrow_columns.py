@@ -1,0 +1,227 @@
+"""Arrow columns to NumPy ones, with a mask of the rows whose value is not what the column must hold.
+
+Every function takes any column type: what cannot be read as asked is bad where it is not null. Letters: N rows.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from smes.arrays import I32, I64, Bool
+from smes.schema import MISSING
+from stream.codec.validation import MAX_FLOAT, MAX_ID, Problem
+
+Array = Any  # a pyarrow.Array; pyarrow ships no types
+
+
+def ids(column: Array) -> tuple[I64, Bool | None]:
+    """Int64 values with ``MISSING`` at nulls [N], and the rows [N] that hold no id (None: no such row).
+
+    An integer column of any width is read; the value ``MISSING`` itself is no id. Zero-copy for int64 without nulls.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_null(column.type):
+        return np.full(len(column), MISSING, np.int64), None
+    if not pa.types.is_integer(column.type):
+        return np.full(len(column), MISSING, np.int64), _valid(column)
+    if pa.types.is_uint64(column.type):
+        unsigned = column.fill_null(0).to_numpy()
+        values = np.where(_valid(column), unsigned.astype(np.int64), MISSING)
+        return values, unsigned > MAX_ID
+    if not pa.types.is_int64(column.type):
+        column = column.cast(pa.int64())
+    values, nulls = _int64_buffer(column)
+    # Counting is one cheap pass; a mask of the sentinels is made only when there are more of them than nulls.
+    if np.count_nonzero(values == MISSING) == column.null_count:
+        return values, None
+    sentinel: Bool = values == MISSING
+    return values, sentinel if nulls is None else sentinel & ~nulls
+
+
+def _int64_buffer(column: Array) -> tuple[I64, Bool | None]:
+    """An int64 column with ``MISSING`` at nulls, and where they are; by its buffers, since pyarrow's own
+    ``fill_null`` takes several times as long."""
+    end = column.offset + len(column)
+    validity, data = column.buffers()
+    values = np.frombuffer(data, np.int64, end)[column.offset :] if end else np.zeros(0, np.int64)
+    if not column.null_count:
+        return values, None
+    nulls: Bool = np.unpackbits(np.frombuffer(validity, np.uint8), count=end, bitorder="little")[column.offset :] == 0
+    return np.where(nulls, MISSING, values), nulls
+
+
+def floats(column: Array) -> tuple[NDArray[np.float32] | NDArray[np.float64], Bool | None]:
+    """Values with NaN at nulls [N], and the rows that hold no finite float32 (NaN counts as null)."""
+    if pa.types.is_null(column.type):
+        return np.full(len(column), np.nan, np.float32), None
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        return np.full(len(column), np.nan, np.float32), _valid(column)
+    values = column.to_numpy(zero_copy_only=False)
+    if values.dtype != np.float32:
+        values = values.astype(np.float64)
+    bad: Bool = np.abs(values) > MAX_FLOAT
+    if not bad.any():
+        return values, None
+    return np.where(bad, np.nan, values).astype(values.dtype), bad
+
+
+@dataclass(frozen=True, slots=True)
+class Bags:
+    """Ragged ids: row i holds ``values[starts[i] : starts[i] + lengths[i]]``; a null bag has length 0.
+
+    Attributes:
+        values: int64, elements of all bags.
+        starts, lengths: int64 [N].
+        bad: bool [N], rows that hold no bag of ids; None: no such row.
+    """
+
+    values: I64
+    starts: I64
+    lengths: I64
+    bad: Bool | None
+
+
+def bags(column: Array) -> Bags:
+    """A list column of integers; a null element is not an id."""
+    n = len(column)
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        bad = None if pa.types.is_null(column.type) else _valid(column)
+        return Bags(np.zeros(0, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), bad)
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    lengths = np.where(_valid(column), np.diff(offsets), 0) if column.null_count else np.diff(offsets)
+    values, bad_elements = ids(column.values)
+    null_elements = values == MISSING
+    bad_elements = null_elements if bad_elements is None else bad_elements | null_elements
+    if not bad_elements.any():
+        return Bags(values, offsets[:-1], lengths, None)
+    # The last row that begins at or before an element owns it: empty rows before it begin there too.
+    owners = np.searchsorted(offsets, np.flatnonzero(bad_elements), side="right") - 1
+    owners = owners[(owners >= 0) & (owners < n)]
+    bad_rows = np.zeros(n, np.bool_)
+    bad_rows[owners] = True
+    bad_rows &= lengths > 0  # a null bag may still own elements
+    return Bags(values, offsets[:-1], lengths, bad_rows if bad_rows.any() else None)
+
+
+def scores(column: Array, num_tasks: int) -> tuple[NDArray[np.float32], Bool | None]:
+    """Float32 [N, T] from a list column with T numbers a row, NaN at nulls; and the rows that hold no such list."""
+    n = len(column)
+    out = np.full((n, num_tasks), np.nan, np.float32)
+    if pa.types.is_null(column.type):
+        return out, None
+    valid = _valid(column)
+    if pa.types.is_fixed_size_list(column.type) and column.type.list_size == num_tasks:
+        values, bad = floats(column.values[column.offset * num_tasks : (column.offset + n) * num_tasks])
+        out[valid] = values.reshape(n, num_tasks)[valid]
+        return out, None if bad is None else bad.reshape(n, num_tasks).any(axis=1) & valid
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        return out, valid
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+    right = valid & (lengths == num_tasks)
+    values, bad = floats(column.filter(pa.array(right)).flatten())
+    out[right] = values.reshape(-1, num_tasks)
+    wrong = valid & ~right
+    if bad is not None:
+        wrong[right] = bad.reshape(-1, num_tasks).any(axis=1)
+    return out, wrong
+
+
+def task_indices(column: Array, index: dict[str, int]) -> I32:
+    """Int32 [N]: the task of each row by name, -1 where the name is null or no task's.
+
+    The names travel with the rows, as a dictionary or as plain strings, so no numbering has to agree.
+    """
+    if not pa.types.is_dictionary(column.type):
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return np.full(len(column), -1, np.int32)
+        column = column.dictionary_encode()
+    names = column.dictionary.to_pylist()
+    task_of = np.array([*(index.get(name, -1) if isinstance(name, str) else -1 for name in names), -1], np.int32)
+    return task_of[column.indices.fill_null(len(names)).to_numpy()] if len(column) else np.zeros(0, np.int32)
+
+
+def _valid(column: Array) -> Bool:
+    valid: Bool = column.is_valid().to_numpy(zero_copy_only=False)
+    return valid
+
+
+# TODO(merge) was stream.arrow_stream: An Arrow IPC stream from the event log, read without trustin
+
+RecordBatch = Any  # a pyarrow.RecordBatch; pyarrow ships no types
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+# What pyarrow raises for bytes that are no valid stream: its exceptions derive from many built-in ones.
+_DAMAGED = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, struct.error)
+
+# Slots of the flatbuffer tables in Arrow's Message.fbs.
+_MESSAGE_HEADER_TYPE, _MESSAGE_HEADER = 1, 2
+_RECORD_BATCH_COMPRESSION = 3
+_DICTIONARY_BATCH_DATA = 1
+_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
+
+
+def read_batches(value: bytes) -> list[RecordBatch] | Problem:
+    """The record batches of a stream, zero-copy over ``value``.
+
+    A stream without its end marker is refused, since rows may be missing, and so is a compressed one: a small record
+    could claim any amount of memory (let the broker compress). Columns that are read must still pass
+    :func:`column_problem`.
+    """
+    if not value.endswith(_END_OF_STREAM):
+        return Problem("unparsable", "expected an Arrow IPC stream that ends with its end-of-stream marker")
+    try:
+        for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(value)):
+            if _is_compressed(message.metadata.to_pybytes()):
+                return Problem("unparsable", "expected an uncompressed Arrow IPC stream, came a compressed one")
+        with pa.ipc.open_stream(pa.py_buffer(value)) as reader:
+            batches = list(reader)
+            assert all(isinstance(name, str) for name in reader.schema.names)  # names that are no UTF-8 raise here
+        for batch in batches:
+            batch.validate()
+    except _DAMAGED as error:
+        return Problem("unparsable", f"expected an Arrow IPC stream: {str(error)[:200]}")
+    return batches
+
+
+def column_problem(column: Any, name: str) -> Problem | None:
+    """Whether reading the column's values would leave its buffers (offsets, dictionary indices, UTF-8)."""
+    try:
+        column.validate(full=True)
+    except _DAMAGED as error:
+        return Problem("unparsable", f"{name}: expected a valid Arrow column: {str(error)[:200]}", name)
+    return None
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    message = struct.unpack_from("<I", metadata)[0]
+    kind_at = _slot(metadata, message, _MESSAGE_HEADER_TYPE)
+    kind = metadata[kind_at] if kind_at else 0
+    if kind not in (_RECORD_BATCH, _DICTIONARY_BATCH):
+        return False
+    batch = _table(metadata, message, _MESSAGE_HEADER)
+    if kind == _DICTIONARY_BATCH:
+        batch = _table(metadata, batch, _DICTIONARY_BATCH_DATA)
+    return _slot(metadata, batch, _RECORD_BATCH_COMPRESSION) != 0
+
+
+def _slot(data: bytes, table: int, slot: int) -> int:
+    """Position of a field of a flatbuffer table; 0 where it is absent."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    entry = 4 + 2 * slot
+    if entry >= struct.unpack_from("<H", data, vtable)[0]:
+        return 0
+    offset = struct.unpack_from("<H", data, vtable + entry)[0]
+    return table + int(offset) if offset else 0
+
+
+def _table(data: bytes, table: int, slot: int) -> int:
+    at = _slot(data, table, slot)
+    return at + int(struct.unpack_from("<I", data, at)[0])

@@ -1,0 +1,177 @@
+"""The codec seam: event blocks to wire records and back, whichever of the two wire forms a record has.
+
+A record's headers say how to read it:
+
+======== ==============================================================================================
+codec    ``json`` (one event; also when the header is absent) or ``arrow`` (an IPC stream of many events)
+schema   ``Schema.hash`` of the producer; must match when present, and must be present for Arrow
+======== ==============================================================================================
+
+The topic says which kind of event it holds. The wire forms are described in :mod:`stream.codec.json_form` and
+:mod:`stream.codec.arrow_form`, what a good event is in :mod:`stream.codec.validation`. Impressions and feedback are both keyed
+by impression id, so that a join sees both sides of a key in partitions of the same number.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from smes.arrays import I64
+from smes.events import FeedbackBlock, ImpressionBlock
+from smes.schema import Schema
+from stream.codec import arrow_form, encoding, json_form
+from stream.codec.validation import Problem, shown
+from stream.dead_letters import DeadLetter
+from stream.log.event_log import Headers, OutRecord, Record
+from stream.topics import FEEDBACK, IMPRESSIONS, partition_of
+
+Codec = Literal["json", "arrow"]
+
+_CODECS: dict[bytes, Codec] = {b"json": "json", b"arrow": "arrow"}
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a stretch of records held.
+
+    Attributes:
+        impressions: The good impressions, in record order.
+        feedback: The good feedback, in record order.
+        dead: A letter for everything else.
+        unknown_fields: Fields of the good events that the schema does not know; they were kept out.
+        dead_impressions: Impressions that ``dead`` stands for (an Arrow record whose rows cannot be counted is one).
+        dead_feedback: Likewise for feedback.
+    """
+
+    impressions: ImpressionBlock
+    feedback: FeedbackBlock
+    dead: list[DeadLetter]
+    unknown_fields: int
+    dead_impressions: int
+    dead_feedback: int
+
+
+def decode(records: Sequence[Record], schema: Schema, *, max_future_ms: int = 300_000) -> Decoded:
+    """Decode records of the topics ``impressions`` and ``feedback``. Bad input never raises: it becomes a letter.
+
+    Args:
+        records: As read from the log, the topics in any mixture.
+        schema: What the events must fit.
+        max_future_ms: How far an event's time may lie after its record's arrival.
+
+    Raises:
+        ValueError: A record is from another topic.
+    """
+    dead: list[DeadLetter] = []
+    runs = _runs(records, schema, dead)
+    impressions, feedback = [ImpressionBlock.empty(schema)], [FeedbackBlock.empty()]
+    unknown_fields = 0
+    for codec, run in runs[IMPRESSIONS]:
+        decode_impressions = json_form.decode_impressions if codec == "json" else arrow_form.decode_impressions
+        impression_block, unknown = decode_impressions(run, schema, max_future_ms, dead)
+        impressions.append(impression_block)
+        unknown_fields += unknown
+    for codec, run in runs[FEEDBACK]:
+        decode_feedback = json_form.decode_feedback if codec == "json" else arrow_form.decode_feedback
+        feedback_block, unknown = decode_feedback(run, schema, max_future_ms, dead)
+        feedback.append(feedback_block)
+        unknown_fields += unknown
+    return Decoded(
+        impressions=ImpressionBlock.concat(impressions[1:] or impressions),
+        feedback=FeedbackBlock.concat(feedback[1:] or feedback),
+        dead=dead,
+        unknown_fields=unknown_fields,
+        dead_impressions=sum(letter.events for letter in dead if letter.topic == IMPRESSIONS),
+        dead_feedback=sum(letter.events for letter in dead if letter.topic == FEEDBACK),
+    )
+
+
+def encode_impressions(block: ImpressionBlock, schema: Schema, codec: Codec, partitions: int) -> list[OutRecord]:
+    """Records that :func:`decode` turns back into ``block``, each row in the partition of its impression id.
+
+    Rows keep their order within a partition. Arrow makes one record per partition that has rows, so the caller's
+    block size is the record size; JSON one record per row. ``partition``, ``offset`` and ``arrival_ms`` are not sent.
+
+    Raises:
+        ValueError: A numeric feature or a score is infinite.
+    """
+    encoding.require_finite("numerics", block.numerics)
+    encoding.require_finite("served_scores", block.served_scores)
+    if codec == "json":
+        return _json_records(block.impression_id, encoding.json_impressions(block, schema), schema, partitions)
+    return _arrow_records(
+        block.impression_id, lambda rows: encoding.arrow_impressions(block.take(rows), schema), schema, partitions
+    )
+
+
+def encode_feedback(block: FeedbackBlock, schema: Schema, codec: Codec, partitions: int) -> list[OutRecord]:
+    """Like :func:`encode_impressions`, for feedback.
+
+    Raises:
+        ValueError: A value is infinite.
+    """
+    encoding.require_finite("value", block.value)
+    if codec == "json":
+        return _json_records(block.impression_id, encoding.json_feedback(block, schema), schema, partitions)
+    return _arrow_records(
+        block.impression_id, lambda rows: encoding.arrow_feedback(block.take(rows), schema), schema, partitions
+    )
+
+
+def headers(codec: Codec, schema: Schema) -> Headers:
+    """The headers of a record in this codec and schema."""
+    return (("codec", codec.encode()), ("schema", schema.hash.encode()))
+
+
+def _json_records(keys: I64, values: Iterable[bytes], schema: Schema, partitions: int) -> list[OutRecord]:
+    head = headers("json", schema)
+    routed = zip(values, partition_of(keys, partitions).tolist(), strict=True)
+    return [OutRecord(value, head, partition) for value, partition in routed]
+
+
+def _arrow_records(keys: I64, encode_rows: Callable[[I64], bytes], schema: Schema, partitions: int) -> list[OutRecord]:
+    head = headers("arrow", schema)
+    routed = partition_of(keys, partitions)
+    return [
+        OutRecord(encode_rows(np.flatnonzero(routed == partition)), head, partition)
+        for partition in np.unique(routed).tolist()
+    ]
+
+
+def _runs(
+    records: Sequence[Record], schema: Schema, dead: list[DeadLetter]
+) -> dict[str, list[tuple[Codec, list[Record]]]]:
+    """Per topic, stretches of records of one codec; records whose headers are refused go to ``dead``."""
+    runs: dict[str, list[tuple[Codec, list[Record]]]] = {IMPRESSIONS: [], FEEDBACK: []}
+    verdicts: dict[Headers, Codec | Problem] = {}  # few distinct headers, many records
+    for record in records:
+        verdict = verdicts.get(record.headers)
+        if verdict is None:
+            verdict = verdicts[record.headers] = _codec_of(record.headers, schema)
+        if record.topic not in runs:
+            raise ValueError(f"topic {record.topic!r}: expected {IMPRESSIONS!r} or {FEEDBACK!r}")
+        if isinstance(verdict, Problem):
+            dead.append(DeadLetter.of_record(record, verdict))
+            continue
+        topic_runs = runs[record.topic]
+        if not topic_runs or topic_runs[-1][0] != verdict:
+            topic_runs.append((verdict, []))
+        topic_runs[-1][1].append(record)
+    return runs
+
+
+def _codec_of(record_headers: Headers, schema: Schema) -> Codec | Problem:
+    by_name = dict(record_headers)
+    name = by_name.get("codec", b"json")
+    codec = _CODECS.get(name)
+    if codec is None:
+        return Problem("unknown_codec", f"header codec: expected 'json' or 'arrow', came {shown(name)}", "codec")
+    expected, got = schema.hash, by_name.get("schema")
+    if got is None and codec == "arrow":
+        return Problem("schema_mismatch", f"header schema: expected {expected}, came none with codec 'arrow'", "schema")
+    if got is not None and got != expected.encode():
+        came = got[:64].decode("ascii", "backslashreplace")
+        return Problem("schema_mismatch", f"header schema: expected {expected}, came {came}", "schema")
+    return codec

@@ -1,0 +1,134 @@
+"""Event blocks to wire records: JSON, one event a record, or Arrow, one IPC stream a partition."""
+
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from smes.arrays import F32, I64
+from smes.events import FeedbackBlock, ImpressionBlock
+from smes.schema import ITEM_ID, MISSING, USER_ID, Schema
+from stream.codec.arrow_form import FEATURE_PREFIX
+
+
+def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
+    """One JSON event per row; what is missing is left out."""
+    singles = [f.name for f in schema.id_features[2:] if f.kind == "id"]
+    bags = [f.name for f in schema.id_features if f.is_list]
+    numerics = [f.name for f in schema.numeric_features]
+    tasks = [t.name for t in schema.tasks]
+    columns = (
+        zip(block.impression_id.tolist(), block.event_time_ms.tolist(), strict=True),
+        block.request_id.tolist(),
+        block.ids[:, :2].tolist(),
+        block.ids[:, [schema.id_slices[name].start for name in singles]].tolist(),
+        zip(*(block.ids[:, schema.id_slices[name]].tolist() for name in bags), strict=True) if bags else repeat(()),
+        block.numerics.tolist(),
+        block.served_version.tolist(),
+        block.served_scores.tolist(),
+    )
+    encode = msgspec.json.Encoder().encode
+    for (impression_id, time_ms), request_id, entities, ids, id_bags, numbers, version, scores in zip(*columns):  # noqa: B905  # without bags one of the columns has no end
+        event: dict[str, Any] = {"impression_id": impression_id, **_ids((USER_ID, ITEM_ID), entities)}
+        event["event_time_ms"] = time_ms
+        event |= _ids(("request_id",), (request_id,))
+        features: dict[str, Any] = _ids(singles, ids)
+        for name, bag in zip(bags, id_bags, strict=True):
+            present = [value for value in bag if value != MISSING]
+            if present:
+                features[name] = present
+        event["features"] = features | _numbers(numerics, numbers)
+        served: dict[str, Any] = _ids(("version",), (version,))
+        present_scores = _numbers(tasks, scores)
+        if present_scores:
+            served["scores"] = present_scores
+        if served:
+            event["served"] = served
+        yield encode(event)
+
+
+def json_feedback(block: FeedbackBlock, schema: Schema) -> Iterator[bytes]:
+    """One JSON event per row."""
+    names = [t.name for t in schema.tasks]
+    encode = msgspec.json.Encoder().encode
+    columns = (block.impression_id, block.event_time_ms, block.task, block.value)
+    for impression_id, event_time_ms, task, value in zip(*(c.tolist() for c in columns), strict=True):
+        event = {"impression_id": impression_id, "event_time_ms": event_time_ms, "task": names[task], "value": value}
+        yield encode(event)
+
+
+def arrow_impressions(block: ImpressionBlock, schema: Schema) -> bytes:
+    """All rows as one IPC stream."""
+    columns: dict[str, Any] = {
+        "impression_id": pa.array(block.impression_id),
+        USER_ID: _nullable(block.user_id),
+        ITEM_ID: _nullable(block.item_id),
+        "event_time_ms": pa.array(block.event_time_ms),
+        "request_id": _nullable(block.request_id),
+    }
+    for feature in schema.id_features[2:]:
+        values = block.ids[:, schema.id_slices[feature.name]]
+        columns[FEATURE_PREFIX + feature.name] = _bags(values) if feature.is_list else _nullable(values[:, 0])
+    for i, feature in enumerate(schema.numeric_features):
+        columns[FEATURE_PREFIX + feature.name] = _nullable(block.numerics[:, i])
+    columns["served_version"] = _nullable(block.served_version)
+    unscored = np.isnan(block.served_scores).all(axis=1)
+    flat_scores = _nullable(block.served_scores.reshape(-1))
+    columns["served_scores"] = pa.FixedSizeListArray.from_arrays(flat_scores, schema.num_tasks, mask=pa.array(unscored))
+    return _stream(columns)
+
+
+def arrow_feedback(block: FeedbackBlock, schema: Schema) -> bytes:
+    """All rows as one IPC stream."""
+    names = pa.array([t.name for t in schema.tasks], pa.string())
+    return _stream(
+        {
+            "impression_id": pa.array(block.impression_id),
+            "event_time_ms": pa.array(block.event_time_ms),
+            "task": pa.DictionaryArray.from_arrays(pa.array(block.task), names),
+            "value": pa.array(block.value),
+        }
+    )
+
+
+def require_finite(name: str, values: F32) -> None:
+    """Refuse infinities before they reach a wire form that cannot carry them; NaN stands for absent.
+
+    Raises:
+        ValueError: There is one; its row is named.
+    """
+    infinite = np.argwhere(np.isinf(values))
+    if len(infinite):
+        row = infinite[0, 0]
+        raise ValueError(f"{name}: expected finite numbers (NaN where absent), came an infinity in row {row}")
+
+
+def _ids(names: Sequence[str], values: Sequence[int]) -> dict[str, int]:
+    return {name: value for name, value in zip(names, values, strict=True) if value != MISSING}
+
+
+def _numbers(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    return {name: value for name, value in zip(names, values, strict=True) if value == value}
+
+
+def _nullable(values: I64 | F32) -> Any:
+    absent = np.isnan(values) if values.dtype.kind == "f" else values == MISSING
+    return pa.array(np.ascontiguousarray(values), mask=absent if absent.any() else None)
+
+
+def _bags(values_NL: I64) -> Any:
+    present = values_NL != MISSING
+    offsets = np.concatenate([[0], np.cumsum(present.sum(axis=1))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_NL[present]))
+
+
+def _stream(columns: dict[str, Any]) -> bytes:
+    batch = pa.RecordBatch.from_pydict(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    encoded: bytes = sink.getvalue().to_pybytes()
+    return encoded

@@ -1,0 +1,1 @@
+"""The join of impressions with the feedback that comes later."""

@@ -1,0 +1,1 @@
+"""The event log: its seam and the adapters."""

@@ -1,0 +1,169 @@
+"""An event log in memory: for tests, and for a run in one process. It can end, abort and pause on command."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from smes.errors import EventLogError, PositionOutOfRange
+from smes_io.clock import wall_clock_ms
+from stream.log.event_log import Fetch, OutRecord, Positions, Record, TopicPartition
+
+
+@dataclass(slots=True)
+class _Partition:
+    """Records ``first … first + len(records) - 1``, and what a test ordered for this partition."""
+
+    first: int = 0
+    records: list[Record] = field(default_factory=list)
+    end_at: int | None = None
+    aborts: dict[int, BaseException] = field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """Position after the newest record; ``set_end`` does not move it, only what readers see."""
+        return self.first + len(self.records)
+
+    @property
+    def visible_end(self) -> int:
+        return self.end if self.end_at is None else min(self.end, max(self.end_at, self.first))
+
+
+class InMemoryLog:
+    """A thread-safe :class:`stream.log.event_log.EventLog` that keeps everything in memory.
+
+    Args:
+        now_ms: The producer's clock, Unix milliseconds; it stamps ``arrival_ms``.
+    """
+
+    def __init__(self, now_ms: Callable[[], int] = wall_clock_ms) -> None:
+        self._now_ms = now_ms
+        self._topics: dict[str, list[_Partition]] = {}
+        self._changed = threading.Condition()
+        self._paused = False
+
+    def ensure_topic(self, topic: str, partitions: int) -> None:
+        """See :meth:`stream.log.event_log.EventLog.ensure_topic`."""
+        if partitions < 1:
+            raise ValueError(f"topic {topic!r}: partitions {partitions}, expected at least 1")
+        with self._changed:
+            there = len(self._topics.setdefault(topic, [_Partition() for _ in range(partitions)]))
+        if there != partitions:
+            raise EventLogError(f"topic {topic!r} has {there} partitions, expected {partitions}")
+
+    def partitions(self, topic: str) -> int:
+        """See :meth:`stream.log.event_log.EventLog.partitions`."""
+        with self._changed:
+            return len(self._parts(topic))
+
+    def append(self, topic: str, records: Sequence[OutRecord]) -> None:
+        """See :meth:`stream.log.event_log.EventLog.append`; all records or, on an error, none."""
+        with self._changed:
+            parts = self._parts(topic)
+            for record in records:
+                if not 0 <= record.partition < len(parts):
+                    raise ValueError(f"topic {topic!r}: partition {record.partition}, expected 0 … {len(parts) - 1}")
+            arrival_ms = self._now_ms()
+            for record in records:
+                part = parts[record.partition]
+                part.records.append(Record(topic, record.partition, part.end, record.value, record.headers, arrival_ms))
+            self._changed.notify_all()
+
+    def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
+        """See :meth:`stream.log.event_log.EventLog.read`."""
+        if max_records < 1:
+            raise ValueError(f"max_records {max_records}, expected at least 1")
+        if not positions:
+            raise ValueError("positions: expected at least one partition")
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            for at, position in positions.items():
+                self._check(at, position)
+            while True:
+                fetch = self._take(positions, max_records)
+                remaining = deadline - time.monotonic()
+                if fetch.records or remaining <= 0:
+                    return fetch
+                self._changed.wait(remaining)
+
+    def begin(self, topic: str) -> Positions:
+        """See :meth:`stream.log.event_log.EventLog.begin`."""
+        with self._changed:
+            return {TopicPartition(topic, i): part.first for i, part in enumerate(self._parts(topic))}
+
+    def end(self, topic: str) -> Positions:
+        """See :meth:`stream.log.event_log.EventLog.end`; a partition that ``set_end`` cut ends there."""
+        with self._changed:
+            return {TopicPartition(topic, i): part.visible_end for i, part in enumerate(self._parts(topic))}
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def pause(self) -> None:
+        """From now on reads return nothing and end no partition, until :meth:`resume`."""
+        with self._changed:
+            self._paused = True
+
+    def resume(self) -> None:
+        """Undo :meth:`pause`; a waiting read wakes up."""
+        with self._changed:
+            self._paused = False
+            self._changed.notify_all()
+
+    def set_end(self, at: TopicPartition, offset: int | None) -> None:
+        """Hide the records from ``offset`` on, as if they had not been appended yet; ``None`` shows them again."""
+        with self._changed:
+            self._part(at).end_at = offset
+            self._changed.notify_all()
+
+    def abort_at(self, at: TopicPartition, offset: int, error: BaseException) -> None:
+        """Raise ``error`` once, from the first read that would return ``offset`` as its first record there.
+
+        A read that starts before ``offset`` returns the records up to it, exclusive.
+        """
+        with self._changed:
+            self._part(at).aborts[offset] = error
+            self._changed.notify_all()
+
+    def truncate(self, at: TopicPartition, offset: int) -> None:
+        """Drop the records before ``offset``, as retention would."""
+        with self._changed:
+            part = self._part(at)
+            if not part.first <= offset <= part.end:
+                raise ValueError(f"{at}: offset {offset}, expected {part.first} … {part.end}")
+            del part.records[: offset - part.first]
+            part.first = offset
+
+    def _parts(self, topic: str) -> list[_Partition]:
+        try:
+            return self._topics[topic]
+        except KeyError:
+            raise EventLogError(f"topic {topic!r} does not exist; topics: {sorted(self._topics)}") from None
+
+    def _part(self, at: TopicPartition) -> _Partition:
+        parts = self._parts(at.topic)
+        if not 0 <= at.partition < len(parts):
+            raise ValueError(f"topic {at.topic!r}: partition {at.partition}, expected 0 … {len(parts) - 1}")
+        return parts[at.partition]
+
+    def _check(self, at: TopicPartition, position: int) -> None:
+        part = self._part(at)
+        if not part.first <= position <= part.end:
+            raise PositionOutOfRange(
+                f"{at.topic}/{at.partition}: position {position}, the log holds {part.first} … {part.end}"
+            )
+
+    def _take(self, positions: Mapping[TopicPartition, int], max_records: int) -> Fetch:
+        records: list[Record] = []
+        after = dict(positions)
+        if self._paused:
+            return Fetch(records, after, frozenset())
+        for at, start in positions.items():
+            part = self._part(at)
+            if start in part.aborts:
+                raise part.aborts.pop(start)
+            stop = min(part.visible_end, start + max_records - len(records), *(o for o in part.aborts if o > start))
+            after[at] = max(stop, start)
+            records += part.records[start - part.first : after[at] - part.first]
+        at_end = frozenset(at for at, position in after.items() if position >= self._part(at).visible_end)
+        return Fetch(records, after, at_end)

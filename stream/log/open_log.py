@@ -1,0 +1,65 @@
+"""Which event log a deployment uses, and how to open it."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from smes_io.redis_client import connect_log
+from stream.log.event_log import EventLog
+from stream.log.kafka_connection import KafkaLogConfig
+from stream.log.kafka_log import KafkaLog
+from stream.log.redis_log import RedisLogConfig, RedisStreamsLog
+
+_NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True)
+class EventLogConfig:
+    """The event log of a deployment.
+
+    Attributes:
+        kind: ``redis`` (Redis Streams) or ``kafka``.
+        redis_url: The Redis server, ``redis://[user:password@]host:port/database``.
+        kafka_bootstrap: The Kafka brokers, ``host:port[,host:port…]``.
+        namespace: Deployments with different namespaces share a server without meeting.
+        partitions: Partitions of each topic that is created.
+        connect_timeout_s: Longest wait for the server's first answer.
+        redis: Limits on Redis.
+        kafka: Limits on Kafka.
+    """
+
+    kind: Literal["redis", "kafka"] = "redis"
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    kafka_bootstrap: str = "127.0.0.1:9092"
+    namespace: str = "smes"
+    partitions: int = 2
+    connect_timeout_s: float = 10.0
+    redis: RedisLogConfig = field(default_factory=RedisLogConfig)
+    kafka: KafkaLogConfig = field(default_factory=KafkaLogConfig)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("redis", "kafka"):
+            raise ValueError(f"event log: kind {self.kind!r}, expected 'redis' or 'kafka'")
+        if not _NAMESPACE.fullmatch(self.namespace):
+            raise ValueError(
+                f"event log: namespace {self.namespace!r}, expected 1 … 64 of letters, digits, '.', '_' and '-'"
+            )
+        if self.partitions < 1:
+            raise ValueError(f"event log: partitions {self.partitions}, expected at least 1")
+        if not self.connect_timeout_s > 0:
+            raise ValueError(f"event log: connect_timeout_s {self.connect_timeout_s}, expected more than 0 seconds")
+
+
+def open_event_log(config: EventLogConfig) -> EventLog:
+    """Connect to the event log that ``config`` names; the caller closes it.
+
+    Raises:
+        ValueError: A malformed URL.
+        EventLogUnavailable: No answer within ``connect_timeout_s``; the message names the server.
+    """
+    if config.kind == "kafka":
+        return KafkaLog(
+            config.kafka_bootstrap, config.namespace, config.kafka, connect_timeout_s=config.connect_timeout_s
+        )
+    client = connect_log(config.redis_url, timeout_s=config.connect_timeout_s)
+    return RedisStreamsLog(client, config.namespace, config.redis)

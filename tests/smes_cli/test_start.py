@@ -1,0 +1,81 @@
+"""How the command starts: without torch where no weights are touched, and with every loop compiled that it will need.
+
+Guarantee shown: the import of torch, which takes longer than such a command runs, is left to those that train or score.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from simulators.synthetic import synthesize
+from tests.running import environment, write_config
+
+_WITHOUT_TORCH = """
+import json, sys
+from smes_cli.__main__ import run
+config, commands = sys.argv[1], json.loads(sys.argv[2])
+for expected, *arguments in commands:
+    assert run(["-c", config, *arguments]) == expected, arguments
+    assert "torch" not in sys.modules, arguments
+
+# The demo's own process: what it imports, and what it does before its workers start.
+import smes_cli.demo.demo
+from smes_cli.building import compile_loops
+from smes_cli.config import Config
+from smes_io.schema_file import load_builtin
+compile_loops(Config(), load_builtin("synthetic").schema)
+assert "torch" not in sys.modules, "demo"
+"""
+
+_COMPILED = """
+import sys
+from pathlib import Path
+from numba.core.dispatcher import Dispatcher
+from smes_cli.backtest import run_backtest
+from smes_cli.building import compile_loops
+from smes_cli.config import Config
+from smes_io.schema_file import load_builtin
+
+def compiled():
+    modules = [m for name, m in sys.modules.items() if name.partition(".")[0] in ("smes", "stream")]
+    loops = {f for module in modules for f in vars(module).values() if isinstance(f, Dispatcher)}
+    return {f"{f.py_func.__module__}.{f.py_func.__name__}": f.signatures for f in loops}
+
+config = Config(schema="synthetic")
+compile_loops(config, load_builtin("synthetic").schema)
+before = compiled()
+assert sum(map(len, before.values())) > 8, before
+log = Path(sys.argv[1])
+result = run_backtest(config, log, limit=None, seed=0, baseline=None, should_stop=lambda: False)
+assert result.report["events"]["trained"] == 600
+assert compiled() == before
+"""
+
+
+def _python(script: str, *arguments: str, folder: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_what_touches_no_weights_does_without_torch(redis_url: str, namespace: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, redis_url, namespace)
+    log = str(tmp_path / "world.parquet")
+    commands = [
+        (0, "--help"),
+        (0, "train", "--help"),
+        (0, "init", str(tmp_path / "new.yaml")),
+        (0, "synthesize", log, "--impressions", "300"),
+        (0, "features", "load", log),
+        (0, "replay", log),
+        (1, "snapshots", "list"),  # none was published
+    ]
+    _python(_WITHOUT_TORCH, str(config), json.dumps(commands), folder=tmp_path)
+
+
+def test_what_is_compiled_at_the_start_is_all_that_training_runs(tmp_path: Path) -> None:
+    log = tmp_path / "world.parquet"
+    synthesize(log, 600, seed=2)
+    _python(_COMPILED, str(log), folder=tmp_path)

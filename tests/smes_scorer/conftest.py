@@ -1,0 +1,177 @@
+"""Models whose scores say which version they are, published to a real Redis and served by a real application."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import httpx
+import numpy as np
+import pytest
+import redis
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from feature_store.manifest import Manifest
+from feature_store.payload import decode, encode
+from feature_store.snapshots import SnapshotStore
+from smes.arrays import F32, I64
+from smes.schema import Feature, Schema, Task
+from smes_io.redis_client import connect
+from smes_scorer.app import create_app
+from smes_scorer.config import ScorerConfig
+from smes_scorer.served import Load
+
+SCHEMA = Schema(
+    name="scorer-test",
+    tasks=(Task("click"), Task("like"), Task("watch_s", kind="regression")),
+    features=(
+        Feature("age", "numeric", source="user"),
+        Feature("author", "id", source="item"),
+        Feature("hour", "id"),
+        Feature("tags", "bag", max_length=2),
+        Feature("battery", "numeric"),
+        Feature("seen", "sequence", max_length=3, vocabulary="item_id", query="item_id"),
+        Feature("outcomes", "sequence", max_length=3, accompanies="seen"),
+        Feature("days_out", "numeric", source="item", elapsed=True),
+    ),
+)
+# ids: user_id, item_id, author, hour, tags ×2, seen ×3, outcomes ×3; numerics: age, battery, days_out
+
+
+class TellingModel:
+    """Scores: version + (item id mod 10) / 16, version / 2, sum of the features that are present."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+
+    def score(self, ids: I64, numerics: F32) -> F32:
+        present = np.where(ids[:, 2:] < 0, 0, ids[:, 2:]).sum(axis=1) + np.nansum(numerics, axis=1)
+        item = (ids[:, 1] % 10) / 16
+        return np.stack([self._version + item, np.full(len(ids), self._version / 2), present], axis=1).astype("f4")
+
+
+def _load(payload: bytes, schema: Schema) -> TellingModel:
+    tensors, _ = decode(payload)
+    return TellingModel(int(tensors["version"]))
+
+
+@pytest.fixture
+def schema() -> Schema:
+    return SCHEMA
+
+
+@pytest.fixture
+def load() -> Load:
+    return _load
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    client = connect(redis_url, 5.0)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def publish() -> Callable[..., Manifest]:
+    """Publishes a telling model of a version into a store."""
+
+    def publish(
+        store: SnapshotStore,
+        version: int,
+        *,
+        lineage: str = "a",
+        schema_hash: str = SCHEMA.hash,
+        payload: bytes | None = None,
+        arrivals: tuple[tuple[int, int], ...] = (),
+    ) -> Manifest:
+        metadata = {"lineage": lineage, "version": str(version), "schema_hash": schema_hash}
+        return store.publish(
+            encode({"version": torch.tensor(version)}, metadata) if payload is None else payload,
+            lineage=lineage,
+            version=version,
+            schema_hash=schema_hash,
+            step=version * 10,
+            created_ms=1_700_000_000_000,
+            feedback_arrivals=arrivals,
+        )
+
+    return publish
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], object]], None]:
+    """Waits until a condition holds, at most 60 s."""
+
+    def until(condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 60
+        pause = threading.Event()
+        while not condition():
+            assert time.monotonic() < deadline, "the condition did not come true within 60 s"
+            pause.wait(0.005)
+
+    return until
+
+
+@pytest.fixture
+def make_app(redis_url: str, namespace: str) -> Callable[..., FastAPI]:
+    """An application over the telling models; keywords go to its configuration."""
+
+    def make_app(url: str = redis_url, load: Load = _load, **config: object) -> FastAPI:
+        fast: dict[str, object] = {"poll_s": 0.05, **config}
+        return create_app(ScorerConfig(**fast), SCHEMA, redis_url=url, namespace=namespace, load=load)  # type: ignore[arg-type]  # tests name the fields
+
+    return make_app
+
+
+@pytest.fixture
+def listening() -> Callable[[FastAPI], AbstractContextManager[str]]:
+    """Serves an application over TCP and gives its URL."""
+
+    @contextmanager
+    def listening(app: FastAPI) -> Iterator[str]:
+        server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert time.monotonic() < deadline, "uvicorn did not start within 20 s"
+            threading.Event().wait(0.005)
+        try:
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+    return listening
+
+
+@pytest.fixture
+def starting(
+    make_app: Callable[..., FastAPI], listening: Callable[[FastAPI], AbstractContextManager[str]]
+) -> Callable[..., AbstractContextManager[httpx.Client]]:
+    """A client of a served application, ready or not."""
+
+    @contextmanager
+    def starting(**config: object) -> Iterator[httpx.Client]:
+        with listening(make_app(**config)) as url, httpx.Client(base_url=url, timeout=20) as http:
+            yield http
+
+    return starting
+
+
+@pytest.fixture
+def ready(
+    starting: Callable[..., AbstractContextManager[httpx.Client]], until: Callable[..., None]
+) -> Callable[..., AbstractContextManager[httpx.Client]]:
+    """A client of a served application that has loaded its first snapshot."""
+
+    @contextmanager
+    def ready(**config: object) -> Iterator[httpx.Client]:
+        with starting(**config) as http:
+            until(lambda: http.get("/health/ready").status_code == 200)
+            yield http
+
+    return ready

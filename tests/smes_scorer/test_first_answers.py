@@ -1,0 +1,95 @@
+"""Freshness: each feedback counts once, when the first version that knows it answers."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from feature_store.manifest import Chunk, Manifest
+from smes.arrays import F32, I64
+from smes_scorer.first_answers import Arrivals, FirstAnswer, FirstAnswers
+from smes_scorer.served import ServedModel
+
+MANIFEST = Manifest(
+    lineage="a",
+    version=1,
+    parent=None,
+    schema_hash="h",
+    step=1,
+    created_ms=1,
+    total_bytes=1,
+    chunks=(Chunk(1, "0" * 64),),
+    upload="u",
+)
+
+
+class NoModel:
+    def score(self, ids: I64, numerics: F32) -> F32:
+        raise AssertionError("freshness needs no scores")
+
+
+def served(version: int, lineage: str = "a") -> ServedModel:
+    return ServedModel(NoModel(), replace(MANIFEST, version=version, lineage=lineage))
+
+
+def arrivals(*pairs: tuple[int, int]) -> Arrivals:
+    return Arrivals.of([replace(MANIFEST, feedback_arrivals=pairs)])
+
+
+def as_pairs(answer: FirstAnswer | None) -> list[tuple[int, int]] | None:
+    return None if answer is None else list(zip(answer.freshness_ms.tolist(), answer.count.tolist(), strict=True))
+
+
+def test_arrivals_of_several_manifests() -> None:
+    both = Arrivals.of(
+        [
+            replace(MANIFEST, feedback_arrivals=((5, 1), (6, 2))),
+            MANIFEST,
+            replace(MANIFEST, feedback_arrivals=((9, 3),)),
+        ]
+    )
+    assert both.arrival_ms.tolist() == [5, 6, 9]
+    assert both.count.tolist() == [1, 2, 3]
+    assert Arrivals.of(()).count.tolist() == []
+
+
+def test_the_first_answer_of_each_version_counts_what_it_brought() -> None:
+    first = FirstAnswers()
+    first.loaded(("a", 1), arrivals())
+    assert as_pairs(first.answered(served(1), 1000)) == []
+    assert first.answered(served(1), 1001) is None
+    first.loaded(("a", 2), arrivals((900, 2), (1050, 1)))
+    assert as_pairs(first.answered(served(2), 1100)) == [(200, 2), (50, 1)]
+    assert first.answered(served(2), 1200) is None
+
+
+def test_versions_that_never_answered_are_counted_with_the_next() -> None:
+    first = FirstAnswers()
+    for version, arrival in ((1, ()), (2, ((100, 1),)), (3, ((200, 2),)), (4, ((300, 3),))):
+        first.loaded(("a", version), arrivals(*arrival))
+    assert as_pairs(first.answered(served(3), 500)) == [(400, 1), (300, 2)]
+    assert first.answered(served(2), 600) is None  # a request that began before the swap
+    assert first.answered(served(3), 600) is None
+    assert as_pairs(first.answered(served(4), 700)) == [(400, 3)]
+
+
+def test_an_arrival_stamped_later_than_now_is_zero_not_negative() -> None:
+    first = FirstAnswers()
+    first.loaded(("a", 1), arrivals((2000, 1)))
+    assert as_pairs(first.answered(served(1), 1000)) == [(0, 1)]
+
+
+def test_another_lineage_knows_nothing_of_what_waits() -> None:
+    first = FirstAnswers()
+    first.loaded(("a", 1), arrivals((1, 1)))
+    first.loaded(("b", 1), arrivals((10, 1)))
+    assert as_pairs(first.answered(served(1, "b"), 20)) == [(10, 1)]
+
+
+def test_what_waits_is_bounded_and_what_is_given_up_is_told() -> None:
+    first = FirstAnswers()
+    many = Arrivals(np.zeros(400_000, np.int64), np.ones(400_000, np.int64))
+    given_up = [first.loaded(("a", version), many) for version in range(5)]
+    assert given_up == [0, 0, 400_000, 400_000, 400_000]
+    answer = first.answered(served(4), 1)
+    assert answer is not None
+    assert len(answer.count) == 800_000

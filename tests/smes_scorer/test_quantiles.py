@@ -1,0 +1,38 @@
+"""The sketch against exact quantiles."""
+
+import numpy as np
+import pytest
+
+from smes_scorer.telemetry import QuantileSketch
+
+
+@pytest.mark.parametrize("q", [0.0, 0.01, 0.5, 0.9, 0.99, 1.0])
+def test_quantiles_are_within_half_a_percent(q: float) -> None:
+    rng = np.random.default_rng(5)
+    values = rng.lognormal(3.0, 2.0, 20_000)
+    sketch = QuantileSketch(1e-3, 1e7)
+    for part in np.split(values, 10):
+        sketch.add(part)
+    exact = float(np.quantile(values, q, method="inverted_cdf"))
+    assert sketch.count == 20_000
+    assert sketch.quantile(q) == pytest.approx(exact, rel=0.0051)
+
+
+def test_weights_count_as_repetitions() -> None:
+    values, weights = np.array([1.0, 10.0, 100.0]), np.array([97, 2, 1])
+    weighted, repeated = QuantileSketch(0.1, 1e3), QuantileSketch(0.1, 1e3)
+    weighted.add(values, weights)
+    repeated.add(np.repeat(values, weights))
+    for q in (0.5, 0.97, 0.98, 0.99, 1.0):
+        assert weighted.quantile(q) == repeated.quantile(q)
+    assert weighted.quantile(0.975) == pytest.approx(10.0, rel=0.0051)
+
+
+def test_empty_and_out_of_bounds() -> None:
+    sketch = QuantileSketch(1.0, 100.0)
+    assert sketch.quantile(0.5) is None
+    sketch.add(np.array([0.0, 1e9]))
+    assert sketch.quantile(0.5) == pytest.approx(1.0, rel=0.0051)
+    assert sketch.quantile(1.0) == pytest.approx(100.0, rel=0.0101)
+    with pytest.raises(ValueError, match="bounds"):
+        QuantileSketch(0.0, 1.0)
