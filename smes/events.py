@@ -133,7 +133,7 @@ class ExampleBlock(_Rows):
     """Instances: impressions with the labels that the join attached.
 
     Attributes:
-        impression_id, request_id, event_time_ms, ids, numerics, served_version, served_scores: as in
+        impression_id, request_id, event_time_ms, ids, numerics, served_version, served_scores, partition: as in
             :class:`ImpressionBlock`.
         labels: float32 [N, T]; 0 where ``label_mask`` is false.
         label_mask: bool [N, T]; false where the task has no label for the row (it adds no loss and no metric).
@@ -148,6 +148,7 @@ class ExampleBlock(_Rows):
     numerics: F32
     served_version: I64
     served_scores: F32
+    partition: I32
     labels: F32
     label_mask: Bool
     weight: F32
@@ -171,6 +172,7 @@ class ExampleBlock(_Rows):
             numerics=impressions.numerics,
             served_version=impressions.served_version,
             served_scores=impressions.served_scores,
+            partition=impressions.partition,
             labels=np.zeros(shape, np.float32),
             label_mask=np.ones(shape, np.bool_),
             weight=np.ones(n, np.float32),

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.events import FeedbackBlock, ImpressionBlock
+from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
 from stream.join.joiner import JoinConfig
+from stream.join.ledgers import StreamLedger
 from stream.log.event_log import Positions
 from stream.mini_batches import Assembler, MiniBatchConfig
 
@@ -46,6 +47,18 @@ class BlockStream:
         self.assembler.push(*pair)
         self._read += 1
         return len(pair[0]) + len(pair[1])
+
+    def next_batch(self) -> ExampleBlock | None:
+        """Take the next complete mini-batch out of the queue; None when none is ready."""
+        return self.assembler.next_batch()
+
+    def upcoming(self) -> ExampleBlock | None:
+        """Look at the next complete mini-batch without taking it: the object that :meth:`next_batch` will return."""
+        return self.assembler.upcoming()
+
+    def ledger(self) -> StreamLedger:
+        """Where every event read so far is now."""
+        return self.assembler.ledger()
 
     def end(self) -> Positions:
         """Nowhere: blocks are read until there are no more."""

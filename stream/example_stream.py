@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from smes.events import ExampleBlock
 from smes.schema import Schema
 from stream.codec.codec import decode
 from stream.dead_letters import DeadLetterWriter
 from stream.join.joiner import JoinConfig
+from stream.join.ledgers import StreamLedger
 from stream.log.event_log import EventLog, Positions, TopicPartition
 from stream.mini_batches import Assembler, MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
@@ -108,6 +110,18 @@ class ExampleStream:
         now_s = self._monotonic()
         self._last_news_s.update(dict.fromkeys(news, now_s))
         return [s for s, last_s in self._last_news_s.items() if now_s - last_s > self._config.idle_after_s]
+
+    def next_batch(self) -> ExampleBlock | None:
+        """Take the next complete mini-batch out of the queue; None when none is ready."""
+        return self.assembler.next_batch()
+
+    def upcoming(self) -> ExampleBlock | None:
+        """Look at the next complete mini-batch without taking it: the object that :meth:`next_batch` will return."""
+        return self.assembler.upcoming()
+
+    def ledger(self) -> StreamLedger:
+        """Where every event read so far is now."""
+        return self.assembler.ledger()
 
     def end(self) -> Positions:
         """Where both topics end now."""

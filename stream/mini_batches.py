@@ -124,7 +124,7 @@ class Assembler:
         self._batcher = MiniBatcher(schema, batch)
         self._refused: Counter[str] = Counter()
         self.ready: deque[ExampleBlock] = deque()
-        """Batches in order; the trainer removes the first once it has trained on it."""
+        """Complete batches in order."""
 
     @property
     def sources(self) -> tuple[TopicPartition, ...]:
@@ -150,6 +150,14 @@ class Assembler:
         examples = self._join.flush()
         self.ready.extend(self._batcher.push(examples, self._join.watermark_ms))
         self.ready.extend(self._batcher.flush())
+
+    def next_batch(self) -> ExampleBlock | None:
+        """Take the next complete batch out of the queue; None when none is ready."""
+        return self.ready.popleft() if self.ready else None
+
+    def upcoming(self) -> ExampleBlock | None:
+        """Look at the next complete batch without taking it."""
+        return self.ready[0] if self.ready else None
 
     def ledger(self) -> StreamLedger:
         """Where every event read so far is now."""
