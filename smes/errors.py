@@ -1,19 +1,19 @@
-"""The exception tree.
+"""The exceptions that SMES Online raises.
 
     SmesError                     what goes wrong in operation
     ├── SchemaMismatch            two parts were built from different schemas
     ├── SnapshotError             a snapshot is incomplete, damaged or unreadable
-    │   ├── SnapshotNotFound      nothing was published yet, or it was trimmed
+    │   ├── SnapshotNotFound      nothing was published yet, or retention removed it
     │   └── SnapshotStale         its lineage has already published this version or a later one
     ├── CheckpointError           a checkpoint on disk cannot be restored
     ├── EventLogError             the event log refused or lost something
     │   ├── EventLogUnavailable   no answer within the bounded wait
     │   └── PositionOutOfRange    the records at a position were trimmed away
-    ├── FeatureStoreError         Redis refused or returned something it should not (memory full, wrong layout)
-    │   └── FeatureStoreUnavailable  Redis gave no answer within the bounded wait
+    ├── FeatureStoreError         Redis refused a command (memory full) or holds data of another schema
+    │   └── FeatureStoreUnavailable   no answer within the bounded wait
     └── LogError                  a logged-impressions file cannot be read as described
 
-A caller's bad argument is a ``ValueError``; what cannot be is an ``assert``.
+A wrong argument raises ``ValueError``. An ``assert`` states what can only be false if our own code is wrong.
 """
 
 
@@ -22,7 +22,7 @@ class SmesError(Exception):
 
 
 class SchemaMismatch(SmesError):
-    """Two parts were built from different schemas; the message names both hashes."""
+    """Two parts were built from different schemas. The message names both hashes."""
 
     def __init__(self, where: str, *, expected: str, got: str) -> None:
         super().__init__(f"{where}: schema hash {got} differs from the configured schema's {expected}")
@@ -39,7 +39,7 @@ class SnapshotNotFound(SnapshotError):
 
 
 class SnapshotStale(SnapshotError):
-    """The lineage's current snapshot is this version already, or a later one: serving never goes backwards."""
+    """The lineage's current snapshot has this version or a later one. Serving never goes back to an older version."""
 
 
 class CheckpointError(SmesError):
@@ -59,7 +59,7 @@ class PositionOutOfRange(EventLogError):
 
 
 class FeatureStoreError(SmesError):
-    """Redis refused a command or holds something other than what this schema writes."""
+    """Redis refused a command, or holds data that this schema does not write."""
 
 
 class FeatureStoreUnavailable(FeatureStoreError):

@@ -1,6 +1,8 @@
-"""Events in columns: what the wire codecs decode to, what the join keeps, and what it hands on.
+"""Events as columns: impressions and feedback as the wire codecs decode them, and the examples that the join makes.
 
-Letters: N rows, W id columns (:attr:`Schema.id_width`), F numeric columns, T tasks.
+Also here: how the columns of features are filled and checked.
+
+Letters: N rows, W id columns (:attr:`Schema.id_width`), F numeric columns, T tasks, L columns of a bag.
 """
 
 from collections.abc import Sequence
@@ -14,26 +16,27 @@ from smes.arrays import F32, I32, I64, Bool
 from smes.schema import MISSING, Schema
 
 Index = I64 | Bool | slice
+DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Equally long columns, addressed by row."""
+    """Columns of equal length."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
     def take(self, rows: Index) -> Self:
-        """The chosen rows, in the order given."""
+        """Choose rows, in the given order."""
         return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Column name → array; ``type(self)(**arrays)`` builds an equal block."""
+        """Column name → array. ``type(block)(**block.arrays())`` builds an equal block."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @classmethod
     def concat(cls, blocks: Sequence[Self]) -> Self:
-        """The rows of all blocks, one after the other; at least one block."""
+        """Join the rows of one or more blocks, in the given order."""
         if len(blocks) == 1:
             return blocks[0]
         return cls(**{f.name: np.concatenate([getattr(b, f.name) for b in blocks]) for f in fields(cls)})
@@ -41,18 +44,18 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class ImpressionBlock(_Rows):
-    """Impressions: one row each, an item shown to a user.
+    """Impressions, one per row. An impression is an item that was shown to a user.
 
     Attributes:
-        impression_id: int64 [N], unique per impression.
+        impression_id: int64 [N], unique.
         request_id: int64 [N], ``MISSING`` where the log has none.
         event_time_ms: int64 [N], Unix milliseconds.
-        ids: int64 [N, W]; column 0 is the user id, column 1 the item id; ``MISSING`` where a value is absent.
-        numerics: float32 [N, F]; NaN where a value is absent.
-        served_version: int64 [N], the version that scored it, ``MISSING`` where it was not served.
-        served_scores: float32 [N, T], the scores it was served with, NaN where absent.
+        ids: int64 [N, W], ``MISSING`` where a value is missing. Column 0 is the user id, column 1 the item id.
+        numerics: float32 [N, F], NaN where a value is missing.
+        served_version: int64 [N], the version that scored the impression, ``MISSING`` if it was not served.
+        served_scores: float32 [N, T], the scores that it was served with, NaN where missing.
         partition: int32 [N], the event-log partition that the row was read from.
-        offset: int64 [N], the offset of the record there (an Arrow record holds many rows).
+        offset: int64 [N], the record's offset in that partition. Rows of one Arrow record have the same offset.
         arrival_ms: int64 [N], when the record reached the event log, Unix milliseconds.
     """
 
@@ -69,17 +72,19 @@ class ImpressionBlock(_Rows):
 
     @property
     def user_id(self) -> I64:
+        """int64 [N], a view of ``ids``."""
         column: I64 = self.ids[:, 0]
         return column
 
     @property
     def item_id(self) -> I64:
+        """int64 [N], a view of ``ids``."""
         column: I64 = self.ids[:, 1]
         return column
 
     @classmethod
     def empty(cls, schema: Schema, n: int = 0) -> "ImpressionBlock":
-        """``n`` rows with every optional value missing and every required one 0."""
+        """Make ``n`` rows: optional values are missing, required ones 0."""
         return cls(
             impression_id=np.zeros(n, np.int64),
             request_id=np.full(n, MISSING, np.int64),
@@ -96,14 +101,14 @@ class ImpressionBlock(_Rows):
 
 @dataclass(frozen=True, slots=True)
 class FeedbackBlock(_Rows):
-    """Feedback: one row each, one outcome of one impression.
+    """Feedback, one event per row. A feedback event is one outcome of one impression.
 
     Attributes:
         impression_id: int64 [N].
         event_time_ms: int64 [N], Unix milliseconds.
         task: int32 [N], index into :attr:`Schema.tasks`.
         value: float32 [N], 0 or 1 for a binary task, 0 … ``max_value`` for a regression task.
-        partition, offset, arrival_ms: as in :class:`ImpressionBlock`.
+        partition, offset, arrival_ms: As in :class:`ImpressionBlock`.
     """
 
     impression_id: I64
@@ -116,7 +121,7 @@ class FeedbackBlock(_Rows):
 
     @classmethod
     def empty(cls, n: int = 0) -> "FeedbackBlock":
-        """``n`` rows of zeros."""
+        """Make ``n`` rows of zeros."""
         return cls(
             impression_id=np.zeros(n, np.int64),
             event_time_ms=np.zeros(n, np.int64),
@@ -130,15 +135,17 @@ class FeedbackBlock(_Rows):
 
 @dataclass(frozen=True, slots=True)
 class ExampleBlock(_Rows):
-    """Instances: impressions with the labels that the join attached.
+    """Examples, one per row. An example is an impression with the labels that the join attached.
 
     Attributes:
-        impression_id, request_id, event_time_ms, ids, numerics, served_version, served_scores, partition: as in
+        impression_id, request_id, event_time_ms, ids, numerics, served_version, served_scores, partition: As in
             :class:`ImpressionBlock`.
-        labels: float32 [N, T]; 0 where ``label_mask`` is false.
-        label_mask: bool [N, T]; false where the task has no label for the row (it adds no loss and no metric).
+        labels: float32 [N, T], 0 where ``label_mask`` is false.
+        label_mask: bool [N, T], false where the row has no label of the task. Such a cell adds nothing to any loss or
+            metric.
         weight: float32 [N], sample weight.
-        feedback_arrival_ms: int64 [N, T], when each attached feedback reached the log, ``MISSING`` where none.
+        feedback_arrival_ms: int64 [N, T], when the attached feedback reached the event log, ``MISSING`` where there is
+            none.
     """
 
     impression_id: I64
@@ -156,12 +163,13 @@ class ExampleBlock(_Rows):
 
     @property
     def user_id(self) -> I64:
+        """int64 [N], a view of ``ids``."""
         column: I64 = self.ids[:, 0]
         return column
 
     @classmethod
     def empty(cls, schema: Schema, n: int = 0) -> "ExampleBlock":
-        """``n`` rows: features missing, labels 0 and unmasked, weight 1."""
+        """Make ``n`` rows: features are missing, every label is 0 and counts, every weight is 1."""
         impressions = ImpressionBlock.empty(schema, n)
         shape = (n, schema.num_tasks)
         return cls(
@@ -180,13 +188,8 @@ class ExampleBlock(_Rows):
         )
 
 
-# TODO(merge) was smes.feature_columns: What the columns of features must satisfy, and what is compu
-
-DAY_S = 86_400.0
-
-
 def misaligned(ids_NW: I64, schema: Schema) -> Bool:
-    """Rows with a sequence of another length than the one it accompanies. int64 [N, W] → bool [N]."""
+    """Find rows in which a sequence and the one that it accompanies differ in length. int64 [N, W] → bool [N]."""
     bad: Bool = np.zeros(len(ids_NW), np.bool_)
     for name, companions in schema.companions.items():
         present_NL = ids_NW[:, schema.id_slices[name]] != MISSING
@@ -196,12 +199,12 @@ def misaligned(ids_NW: I64, schema: Schema) -> Bool:
 
 
 def fill_elapsed(numerics_NF: F32, schema: Schema, now_ms: I64 | int) -> None:
-    """Turn stored times into the days from then to now, in place, where the schema says ``elapsed``.
+    """Replace stored times with the days from then to now, in place, in the columns of ``elapsed`` features.
 
     Args:
-        numerics_NF: float32 [N, F].
-        schema: Which columns.
-        now_ms: Unix milliseconds, one or int64 [N].
+        numerics_NF: float32 [N, F]; the stored times are seconds since 1970.
+        schema: The features.
+        now_ms: Unix milliseconds, one number or int64 [N].
     """
     for column, feature in enumerate(schema.numeric_features):
         if feature.elapsed:
@@ -209,16 +212,15 @@ def fill_elapsed(numerics_NF: F32, schema: Schema, now_ms: I64 | int) -> None:
             numerics_NF[:, column] = (np.asarray(now_ms) / 1000 - stored_s) / DAY_S
 
 
-# TODO(merge) was stream.bags: Ragged bags into the fixed columns of an ``ids`` matrix. Let
-
-
 def scatter_bags(out_NL: I64, values: I64, starts: I64, lengths: I64) -> None:
-    """Write each row's bag from the left; longer bags are cut to L, the columns after a shorter one stay as they are.
+    """Write ragged bags into the fixed columns of an ``ids`` matrix.
+
+    A bag fills its row from the left. Elements beyond L are dropped. The columns after a short bag are not written.
 
     Args:
         out_NL: int64 [N, L], a view of the bag's columns, filled with ``MISSING``.
         values: int64, the elements of all bags.
-        starts: int64 [N], where each row's elements begin in ``values``.
+        starts: int64 [N], where the elements of each row begin in ``values``.
         lengths: int64 [N], how many elements each row has.
     """
     kept = np.minimum(lengths, out_NL.shape[1])

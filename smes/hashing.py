@@ -1,4 +1,4 @@
-"""Hashes that are the same on every machine and day: SplitMix64 of integers, BLAKE2b of texts.
+"""Hashes that never change: SplitMix64 for integers, BLAKE2b for text.
 
 Source of SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; constants as in
 Vigna's ``splitmix64.c``. Letters: N keys.
@@ -18,7 +18,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 @njit(cache=True, inline="always")
 def scatter(x: np.uint64) -> np.uint64:  # pragma: no cover - compiled
-    """SplitMix64's finaliser: a bijection of 64-bit integers that scatters neighbours. For compiled code."""
+    """SplitMix64's finaliser: a bijection of the 64-bit integers that moves neighbours far apart. For compiled code."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -31,9 +31,9 @@ def splitmix64(keys: I64) -> NDArray[np.uint64]:
 
 
 def stable_id(text: str) -> int:
-    """A non-negative int63 for a categorical value that is no integer, the same on every machine and day.
+    """The id of a categorical value that is not an integer, from 0 to 2⁶³ - 1: BLAKE2b of the UTF-8 text.
 
-    BLAKE2b of the UTF-8 text: 10 million distinct values collide with probability below 1e-5.
+    Any two of 10 million distinct values have the same id with probability below 1e-5.
     """
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

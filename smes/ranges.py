@@ -31,20 +31,24 @@ NonNegativeFloat = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 
 
-def check_ranges(config: object) -> None:
+def check_ranges(config: object, where: str | None = None) -> None:
     """Check every field of a dataclass instance against its annotation: ranges, lengths and literals.
 
     Call it in ``__post_init__``. Nested dataclasses check themselves.
 
+    Args:
+        config: The instance.
+        where: What the message calls the instance. The default is the name of its class.
+
     Raises:
-        ValueError: ``Class.field: value, expected …``.
+        ValueError: ``where.field: value, expected …``.
     """
     for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]  # a class is hashable
         value = getattr(config, name)
         wanted = expected(hint)
         if wanted and not _fits(value, hint):
             shown = list(value) if isinstance(value, tuple) else value
-            raise ValueError(f"{type(config).__name__}.{name}: {shown!r}, expected {wanted}")
+            raise ValueError(f"{where or type(config).__name__}.{name}: {shown!r}, expected {wanted}")
 
 
 def expected(hint: Any) -> str:
@@ -54,7 +58,7 @@ def expected(hint: Any) -> str:
         inner = expected(arguments[0])
         return ", ".join(part for part in (inner, *_words(arguments[1:])) if part)
     if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if origin in (Union, UnionType):
         parts = [expected(part) for part in arguments if part is not NoneType]
         words = " or ".join(part for part in parts if part)
@@ -93,6 +97,8 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[Any]:
 
 
 def _within(value: Any, bound: Any) -> bool:
+    if isinstance(value, str) and isinstance(bound, Ge | Gt | Le | Lt | MultipleOf):
+        return False  # such as a word where a union also allows a number
     match bound:
         case Ge(least):
             return bool(value >= least)

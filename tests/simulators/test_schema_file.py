@@ -92,7 +92,7 @@ def test_a_history_is_part_of_the_schema_and_read_from_no_column(tmp_path: Path)
     ("old", "new", "parts"),
     [
         ("window_s: 60}", "window: 60}", ["history.window", "unknown key", "window_s"]),
-        ("window_s: 60}", "window_s: 0}", ["history", "window_s 0"]),
+        ("window_s: 60}", "window_s: 0}", ["history.window_s: 0", "at least 0.001"]),
         ("tasks: [click],", "tasks: [stars],", ["history.tasks", "'stars'", "binary tasks"]),
         ("items: seen", "items: saw", ["history.items", "'saw'", "context sequence with query item_id"]),
         ("{place: {column: p}}", "{place: p, seen: s}", ["log.features.seen", "which the replay builds"]),
