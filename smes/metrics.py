@@ -1,11 +1,14 @@
 """Streaming metrics in bounded memory, and AUC within groups.
 
-Letters: N examples, G groups. AUC comes from a histogram of logits: 8,192 bins of 0.004 over ±16, so that a tie is the
-only thing a bin can invent, worth at most half of the pairs inside one bin.
+Letters: N examples, G groups.
 
-Normalised entropy: He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook" (2014). GAUC weighted by
-impressions: HoME (arXiv 2408.05430). XAUC: Zhan et al., "Deconfounding Duration Bias in Watch-time Prediction for Video
-Recommendation" (2022). ECE over bins of equal mass is our choice: bins of equal width hold all of a sparse task in one.
+AUC comes from a histogram of logits with 8,192 bins of width 0.004 from -16 to 16. Scores in one bin count as ties, so
+AUC is wrong by at most half of the pairs that lie within one bin.
+
+Sources. Normalised entropy: He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook" (2014). GAUC
+weighted by impressions: HoME (arXiv 2408.05430). XAUC: Zhan et al., "Deconfounding Duration Bias in Watch-time
+Prediction for Video Recommendation" (2022). Our ECE uses bins of equal mass, because bins of equal width would put
+nearly all examples of a sparse task into one bin.
 """
 
 from dataclasses import dataclass
@@ -14,9 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.arrays import F32, I64, Bool
-
-F64 = NDArray[np.float64]
+from smes.arrays import F32, F64, I64, Bool
 
 _BINS = 8192
 _MAX_LOGIT = 16.0
@@ -26,15 +27,16 @@ _ECE_BINS = 20
 
 @dataclass(frozen=True, slots=True)
 class BinaryReport:
-    """Metrics of one binary task; NaN where they are undefined (a class is missing, or nothing was seen).
+    """Metrics of one binary task. NaN where a metric is undefined: a class is missing, or there are no examples.
 
     Attributes:
-        examples: Labelled examples.
-        positives: Of these, with label 1.
+        examples: Number of labelled examples.
+        positives: Number of examples with label 1.
         auc: Area under the ROC curve, 0 … 1.
-        ne: Log loss over the entropy of the base rate: below 1 is better than the base rate.
+        ne: Normalised entropy: log loss divided by the entropy of the base rate. A value below 1 is better than
+            always predicting the base rate.
         ece: Expected calibration error over 20 bins of equal mass, 0 … 1.
-        calibration: Mean prediction over mean label; 1 is calibrated.
+        calibration: Mean prediction divided by mean label; 1 is calibrated.
     """
 
     examples: int
@@ -46,7 +48,7 @@ class BinaryReport:
 
 
 class BinaryTally:
-    """Running AUC, NE and calibration of one binary task."""
+    """Running AUC, normalised entropy and calibration of one binary task, in constant memory."""
 
     def __init__(self) -> None:
         self._counts = np.zeros((2, _BINS), np.int64)  # negatives, positives by logit bin
@@ -54,7 +56,7 @@ class BinaryTally:
         self._log_loss = 0.0
 
     def add(self, probability: F32, label: F32) -> None:
-        """Take scored examples. float [N] in 0 … 1, float [N] of 0 or 1."""
+        """Add scored examples. float [N] in 0 … 1, float [N] of 0 or 1."""
         if len(label) == 0:
             return
         p = np.clip(probability.astype(np.float64), _EPSILON, 1 - _EPSILON)
@@ -67,7 +69,7 @@ class BinaryTally:
         self._log_loss -= float(np.where(positive, np.log(p), np.log1p(-p)).sum())
 
     def report(self) -> BinaryReport:
-        """Metrics of everything taken so far."""
+        """Compute the metrics of all examples added so far."""
         negatives, positives = (int(n) for n in self._counts.sum(axis=1))
         examples = negatives + positives
         nan = float("nan")
@@ -100,27 +102,29 @@ class BinaryTally:
         return float(np.abs(predicted - positives).sum() / in_bin.sum())
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`load_state` goes on."""
-        return {"counts": self._counts, "predicted": self._predicted, "log_loss": np.array([self._log_loss])}
+        """Copies of the arrays from which :meth:`load_state` continues."""
+        log_loss = np.array([self._log_loss])
+        return {"counts": self._counts.copy(), "predicted": self._predicted.copy(), "log_loss": log_loss}
 
     def load_state(self, state: dict[str, NDArray[Any]]) -> None:
-        """The inverse of :meth:`state`."""
+        """Replace everything added so far with a :meth:`state`."""
         self._counts, self._predicted = state["counts"].copy(), state["predicted"].copy()
         self._log_loss = float(state["log_loss"][0])
 
 
 class RegressionTally:
-    """Running XAUC and mean absolute error of one regression task.
+    """Running XAUC, mean absolute error and mean bias of one regression task, in constant memory.
 
-    XAUC, the share of pairs ordered as their labels are, is estimated from pairs inside each batch given (every example
-    with the next one and with the one half a batch away).
+    XAUC is the share of pairs of examples whose predictions are ordered as their labels are. It is estimated from pairs
+    within each batch that is added: every example with the next one and with the one half a batch away.
     """
 
     def __init__(self) -> None:
-        self._sums = np.zeros(5, np.float64)  # examples, with a label above 0, absolute error, concordant, pairs
+        # Examples, examples with a label above 0, sum of absolute errors, concordant pairs, pairs, sum of errors.
+        self._sums = np.zeros(6, np.float64)
 
     def add(self, value: F32, label: F32) -> None:
-        """Take scored examples. float [N], float [N], both in the label's unit."""
+        """Add scored examples. float [N], float [N], both in the label's unit."""
         n = len(label)
         if n == 0:
             return
@@ -132,15 +136,17 @@ class RegressionTally:
             pairs += float(comparable.sum())
             concordant += float((label_order == value_order)[comparable].sum())
             concordant += float((value_order == 0)[comparable].sum()) / 2
-        self._sums += (n, (label > 0).sum(), np.abs(value - label).sum(), concordant, pairs)
+        error = (value.astype(np.float64) - label).sum()
+        self._sums += (n, (label > 0).sum(), np.abs(value - label).sum(), concordant, pairs, error)
 
     @property
     def examples(self) -> int:
+        """Number of labelled examples."""
         return int(self._sums[0])
 
     @property
     def positives(self) -> int:
-        """Labels above 0."""
+        """Number of examples with a label above 0."""
         return int(self._sums[1])
 
     @property
@@ -149,29 +155,34 @@ class RegressionTally:
         return float(self._sums[2] / self._sums[0]) if self._sums[0] else float("nan")
 
     @property
+    def mean_bias(self) -> float:
+        """Mean prediction minus mean label, in the label's unit; NaN before the first example."""
+        return float(self._sums[5] / self._sums[0]) if self._sums[0] else float("nan")
+
+    @property
     def xauc(self) -> float:
         """0 … 1; NaN before the first comparable pair."""
         return float(self._sums[3] / self._sums[4]) if self._sums[4] else float("nan")
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`load_state` goes on."""
-        return {"sums": self._sums}
+        """Copies of the arrays from which :meth:`load_state` continues."""
+        return {"sums": self._sums.copy()}
 
     def load_state(self, state: dict[str, NDArray[Any]]) -> None:
-        """The inverse of :meth:`state`."""
+        """Replace everything added so far with a :meth:`state`."""
         self._sums = state["sums"].copy()
 
 
 def group_auc(group: I64, score: F32, label: F32) -> tuple[F64, I64, I64]:
-    """AUC within each group that has both classes; ties count half.
+    """Compute AUC within each group. Ties count half. Groups without both classes are left out.
 
     Args:
-        group: int64 [N], any ids.
+        group: int64 [N], the id of each example's group.
         score: float [N].
         label: float [N] of 0 or 1.
 
     Returns:
-        (AUC [G], examples [G], group id [G]) of the groups with both classes, by group id.
+        (AUC [G], number of examples [G], group id [G]), ordered by group id.
     """
     order = np.lexsort((score, group))
     group, score, positive = group[order], score[order], label[order] > 0.5

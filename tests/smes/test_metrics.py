@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import log_loss, mean_absolute_error, roc_auc_score
 
 from smes.metrics import BinaryTally, RegressionTally, group_auc
 
@@ -14,6 +14,13 @@ def draw(n: int, rate: float, seed: int = 0) -> tuple[NDArray[np.float32], NDArr
     probability = 1 / (1 + np.exp(-logit))
     label = rng.random(n) < probability
     return probability.astype(np.float32), label.astype(np.float32)
+
+
+def draw_durations(n: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(predictions, labels), the predictions too large on average."""
+    rng = np.random.default_rng(2)
+    label = rng.exponential(10, n).astype(np.float32)
+    return (label + rng.normal(3, 8, n)).astype(np.float32), label
 
 
 @pytest.mark.parametrize("rate", [0.4, 0.01])
@@ -46,27 +53,60 @@ def test_ece_equals_sorted_equal_mass_bins() -> None:
     assert tally.report().ece > 0.03
 
 
-def test_undefined_metrics_are_nan_not_errors() -> None:
+def test_metrics_of_no_examples_are_nan() -> None:
+    binary, regression = BinaryTally().report(), RegressionTally()
+
+    undefined = (binary.auc, binary.ne, binary.ece, binary.calibration)
+    assert np.isnan([*undefined, regression.xauc, regression.mean_absolute_error, regression.mean_bias]).all()
+
+
+def test_metrics_that_need_both_classes_are_nan_where_one_is_missing() -> None:
     tally = BinaryTally()
-    assert np.isnan(tally.report().auc)
+
     tally.add(np.array([0.2, 1.0, 0.0], np.float32), np.zeros(3, np.float32))
+
     report = tally.report()
     assert (report.examples, report.positives) == (3, 0)
-    assert np.isnan(report.auc)
-    assert np.isnan(report.ne)
+    assert np.isnan([report.auc, report.ne]).all()
     assert report.ece == pytest.approx(0.4, abs=1e-3)
-    assert np.isnan(RegressionTally().xauc)
 
 
-def test_tallies_go_on_from_their_state() -> None:
+def test_a_binary_tally_continues_from_its_state() -> None:
     probability, label = draw(2000, 0.3)
     whole, first, second = BinaryTally(), BinaryTally(), BinaryTally()
     whole.add(probability, label)
     first.add(probability[:700], label[:700])
+
     second.load_state(first.state())
     second.add(probability[700:], label[700:])
+
     assert second.report().auc == whole.report().auc
     assert second.report().ne == pytest.approx(whole.report().ne)
+
+
+def test_a_regression_tally_continues_from_its_state() -> None:
+    value, label = draw_durations(2000)
+    whole, first, second = RegressionTally(), RegressionTally(), RegressionTally()
+    whole.add(value[:700], label[:700])
+    whole.add(value[700:], label[700:])
+    first.add(value[:700], label[:700])
+
+    second.load_state(first.state())
+    second.add(value[700:], label[700:])
+
+    for name in ("examples", "positives", "xauc", "mean_absolute_error", "mean_bias"):
+        assert getattr(second, name) == getattr(whole, name), name
+
+
+def test_a_state_is_a_copy() -> None:
+    value, label = draw_durations(10)
+    tally = RegressionTally()
+    tally.add(value, label)
+    state = tally.state()
+
+    tally.add(value, label)
+
+    assert state["sums"][0] == 10
 
 
 def test_group_auc_equals_scikit_learn_per_group() -> None:
@@ -87,15 +127,26 @@ def test_group_auc_equals_scikit_learn_per_group() -> None:
 
 
 def test_xauc_estimates_the_share_of_concordant_pairs() -> None:
-    rng = np.random.default_rng(2)
-    label = rng.exponential(10, 4000).astype(np.float32)
-    value = (label + rng.normal(0, 8, 4000)).astype(np.float32)
-    i, j = rng.integers(0, 4000, (2, 400_000))
+    value, label = draw_durations(4000)
+    i, j = np.random.default_rng(3).integers(0, 4000, (2, 400_000))
     i, j = i[i != j], j[i != j]
     expected = ((label[i] < label[j]) == (value[i] < value[j])).mean()
     tally = RegressionTally()
+
     for part in np.array_split(np.arange(4000), 8):
         tally.add(value[part], label[part])
+
     assert tally.xauc == pytest.approx(expected, abs=0.02)
-    assert tally.mean_absolute_error == pytest.approx(np.abs(value - label).mean(), rel=1e-5)
+
+
+def test_errors_of_a_regression_equal_scikit_learn() -> None:
+    value, label = draw_durations(4000)
+    tally = RegressionTally()
+
+    for part in np.array_split(np.arange(4000), 8):
+        tally.add(value[part], label[part])
+
+    assert tally.mean_absolute_error == pytest.approx(mean_absolute_error(label, value), rel=1e-5)
+    assert tally.mean_bias == pytest.approx(value.astype(float).mean() - label.astype(float).mean(), rel=1e-5)
+    assert tally.mean_bias > 2
     assert (tally.examples, tally.positives) == (4000, 4000)
