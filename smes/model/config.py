@@ -1,38 +1,43 @@
-"""Which model: the ranker by its name, and its shape.
+"""Configuration of the model and of its optimiser.
 
-Importing this does not import torch, which takes longer than most commands that read a configuration run: a ranker's
-module is imported when the ranker is built.
+Importing this does not import torch, which takes longer than most commands that only read a configuration.
 """
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+from annotated_types import Ge, Lt
+
+from smes.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
-from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.config import SmesConfig, smes_default, smes_large, smes_paper
 
-RANKER_NAMES = ("home", "linear", "mmoe", "ple", "shared_bottom", "smes")
-"""The rankers that :mod:`smes.model.build` can build."""
+RankerName = Literal["smes", "home", "mmoe", "ple", "shared_bottom", "linear"]
+RANKER_NAMES: tuple[RankerName, ...] = get_args(RankerName)
+"""The rankers; their builders are in :data:`smes.model.build.RANKERS`."""
+
+Preset = Literal["default", "paper", "large"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model.
+    """The model: which ranker, its shape, and the layers around it.
 
     Attributes:
-        ranker: One of :data:`RANKER_NAMES`: ``smes``; ``home``, ``mmoe``, ``ple`` or ``shared_bottom``, its dense rivals;
-            ``linear``, the floor.
-        embedding_dim: Width of an embedding row, ≥ 1; features may use less of it (:attr:`Feature.dim`).
+        ranker: ``smes``; its dense rivals ``home``, ``mmoe``, ``ple`` and ``shared_bottom``; or ``linear``, the floor.
+        embedding_dim: Width of an embedding row; features may use less of it (:attr:`smes.schema.Feature.dim`).
         wide: Whether a linear part (a weight per id and task) is added to the logits. The linear ranker needs it.
         head_dim: Hidden width of the task heads; 0 for linear heads.
-        embedding_scale: First weights of an embedding are uniform in ± this.
+        embedding_scale: The first weights of an embedding are uniform in ± this.
         smes: Shape of the ``smes`` ranker.
         shared_bottom, mmoe, ple, home: Shapes of its rivals.
     """
 
-    ranker: str = "smes"
-    embedding_dim: int = 16
+    ranker: RankerName = "smes"
+    embedding_dim: PositiveInt = 16
     wide: bool = True
-    head_dim: int = 0
+    head_dim: NonNegativeInt = 0
     embedding_scale: float = 0.01
     smes: SmesConfig = field(default_factory=SmesConfig)
     shared_bottom: SharedBottomConfig = field(default_factory=SharedBottomConfig)
@@ -41,14 +46,10 @@ class ModelConfig:
     home: HomeConfig = field(default_factory=HomeConfig)
 
     def __post_init__(self) -> None:
-        if self.ranker not in RANKER_NAMES:
-            raise ValueError(f"model.ranker: {self.ranker!r}, expected one of {list(RANKER_NAMES)}")
-        if self.embedding_dim < 1:
-            raise ValueError(f"model.embedding_dim: {self.embedding_dim}, expected at least 1")
-        if self.head_dim < 0:
-            raise ValueError(f"model.head_dim: {self.head_dim}, expected at least 0")
+        check_ranges(self)
         if not self.reads_embeddings and not self.wide:
-            raise ValueError(f"model.wide: false, expected true for the {self.ranker} ranker, which has nothing else")
+            wanted = f"expected true for the {self.ranker} ranker, which has no other part"
+            raise ValueError(f"ModelConfig.wide: false, {wanted}")
 
     @property
     def reads_embeddings(self) -> bool:
@@ -62,44 +63,65 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (JSON) from which :meth:`from_dict` builds an equal configuration."""
-        data = asdict(self)
-        return {k: _plain(v) for k, v in data.items()}
+        return {key: _plain(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "ModelConfig":
-        """The inverse of :meth:`to_dict`.
+        """The inverse of :meth:`to_dict`; keys that are left out have their defaults.
 
         Raises:
-            ValueError: An unknown key, or a value out of range.
+            ValueError: An unknown key, named by its dotted path, or a value out of range.
         """
-        shapes = {name: shape(**_known(shape, data.get(name, {}))) for name, shape in _SHAPES.items()}
-        return cls(**{**_known(cls, data), **shapes})
+        config: ModelConfig = _structured(cls, data, cls.__name__)
+        return config
 
 
-_SHAPES: dict[str, type] = {
-    "smes": SmesConfig,
-    "shared_bottom": SharedBottomConfig,
-    "mmoe": MmoeConfig,
-    "ple": PleConfig,
-    "home": HomeConfig,
+def model_preset(name: Preset) -> ModelConfig:
+    """A complete model configuration by its name.
+
+    Args:
+        name: ``default``; ``paper``, SMES as the paper describes it; ``large``, SMES with 256 experts for long streams.
+
+    Raises:
+        ValueError: There is no such preset.
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"model.preset: {name!r}, expected one of {', '.join(_PRESETS)}")
+    return ModelConfig(smes=_PRESETS[name]())
+
+
+_PRESETS: dict[Preset, Callable[[], SmesConfig]] = {
+    "default": smes_default,
+    "paper": smes_paper,
+    "large": smes_large,
 }
 
 
-def _known(cls: type, data: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(cls)}
+def _structured(hint: Any, data: Any, where: str) -> Any:
+    """An instance of the dataclass ``hint`` from plain data; other values with tuples for lists."""
+    if not is_dataclass(hint):
+        return _with_tuples(data)
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: {data!r}, expected a mapping of keys to values")
+    hints = get_type_hints(hint)
+    names = [f.name for f in fields(hint)]
     for key in data:
         if key not in names:
-            raise ValueError(f"{cls.__name__}: unknown key {key!r}, expected one of {sorted(names)}")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            raise ValueError(f"{where}.{key}: unknown key, expected one of {', '.join(names)}")
+    build: Any = hint
+    return build(**{key: _structured(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(element) for key, element in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-# TODO(merge) was smes.optimizer_config: How the weights learn. Importing this does not import torch.
+        return {key: _plain(element) for key, element in value.items()}
+    return [_plain(element) for element in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -107,22 +129,22 @@ class AdagradConfig:
     """Adagrad on touched rows (Duchi et al., 2011).
 
     Attributes:
-        learning_rate: > 0.
-        row_wise: One accumulator a row (the mean of the squared gradient over its columns, as in FBGEMM's
+        learning_rate: Step size.
+        row_wise: One accumulator per row (the mean of the squared gradient over its columns, as in FBGEMM's
             ``EXACT_ROWWISE_ADAGRAD``) instead of one per weight.
-        initial_accumulator: Start of the accumulators, ≥ 0. It is added to squared gradients of the *summed* loss, so
-            that its meaning does not depend on the batch size.
+        initial_accumulator: Start of the accumulators. They sum squared gradients of the *summed* loss, so that their
+            meaning does not depend on the batch size.
     """
 
-    learning_rate: float
+    learning_rate: PositiveFloat
     row_wise: bool
-    initial_accumulator: float = 0.1
+    initial_accumulator: NonNegativeFloat = 0.1
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate {self.learning_rate}, expected more than 0")
-        if self.initial_accumulator < 0:
-            raise ValueError(f"initial_accumulator {self.initial_accumulator}, expected at least 0")
+        check_ranges(self)
+
+
+_Decay = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass(frozen=True)
@@ -130,31 +152,24 @@ class OptimizerConfig:
     """How the weights learn.
 
     Attributes:
-        learning_rate: Of the dense weights (AdamW, fused), > 0.
-        weight_decay: Of the dense weights, decoupled, ≥ 0.
+        learning_rate: Of the dense weights (AdamW, fused).
+        weight_decay: Of the dense weights, decoupled.
         betas: AdamW's decay rates.
-        embedding_learning_rate: Of embedding rows (row-wise Adagrad), > 0.
-        wide_learning_rate: Of the linear part's ids (Adagrad), > 0. Its numerics are dense weights as others: at an
-            Adagrad rate they drown what the ranker learns (docs/quality.md).
+        embedding_learning_rate: Of the embedding rows (row-wise Adagrad).
+        wide_learning_rate: Of the linear part's ids (Adagrad). The linear part's weights of numeric features are dense
+            weights like others: at an Adagrad rate they drown what the ranker learns (docs/quality.md).
         initial_accumulator: Start of Adagrad's accumulators; see :class:`AdagradConfig`.
     """
 
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    embedding_learning_rate: float = 0.005
-    wide_learning_rate: float = 0.05
-    initial_accumulator: float = 0.1
+    learning_rate: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    betas: tuple[_Decay, _Decay] = (0.9, 0.999)
+    embedding_learning_rate: PositiveFloat = 0.005
+    wide_learning_rate: PositiveFloat = 0.05
+    initial_accumulator: NonNegativeFloat = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "embedding_learning_rate", "wide_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"optimizer.{name}: {getattr(self, name)}, expected more than 0")
-        for name in ("weight_decay", "initial_accumulator"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name}: {getattr(self, name)}, expected at least 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas: {list(self.betas)}, expected two numbers from 0 to below 1")
+        check_ranges(self)
 
     @property
     def embedding(self) -> AdagradConfig:
