@@ -1,1 +1,1 @@
-"""Event sources: log replay, log readers, a synthetic world with known truth."""
+"""Event sources: logged impressions, their replay with delayed feedback, and a synthetic world with known truth."""

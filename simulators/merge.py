@@ -13,10 +13,10 @@ from smes.schema import Schema
 
 
 class PendingFeedback:
-    """Feedback whose time has not come: a heap of runs, each in event-time order.
+    """Feedback that is later than the impressions so far: a heap of runs, each in event-time order.
 
-    It holds what the impressions of the last attribution window brought, so its size is bounded by the window (or by
-    what the log's own feedback times say), not by the log.
+    It holds the feedback on the impressions of the last attribution window. Its size is therefore bounded by the
+    window, or by the longest delay in the log's own feedback times, and not by the length of the log.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class PendingFeedback:
         return self._size
 
     def add(self, run: FeedbackBlock) -> None:
-        """Add events in event-time order."""
+        """Add events that are in event-time order."""
         if len(run):
             heapq.heappush(self._runs, (int(run.event_time_ms[0]), self._pushed, run))
             self._pushed += 1
@@ -50,11 +50,16 @@ class PendingFeedback:
 def merge(
     blocks: Iterable[LogBlock], times: FeedbackTimes, schema: Schema
 ) -> Iterator[tuple[ImpressionBlock, FeedbackBlock]]:
-    """Pairs of consecutive stretches of event time: impressions, and the feedback that falls into the same stretch.
+    """Merge blocks of impressions with their feedback.
 
-    A stretch ends with its last impression, and feedback of exactly that time belongs to it. Both parts are in
-    event-time order. The last pair has no impressions, only what was still pending. Where the schema has a history, it
-    is written into the impressions on the way.
+    Each pair covers one segment of event time. The segment ends with its last impression, and feedback of exactly that
+    time belongs to it. Both parts are in event-time order. The last pair has no impressions, only the feedback that
+    was still pending. If the schema has a history, it is written into the impressions.
+
+    Args:
+        blocks: Impressions with their outcomes, in event-time order.
+        times: Draws or reads the time of each feedback.
+        schema: Of the events.
     """
     pending = PendingFeedback()
     history = HistoryBuilder(schema) if schema.history is not None else None
@@ -71,13 +76,13 @@ def merge(
 def replay_blocks(
     reader: LogReader, seed: int = 0, *, rows_per_block: int = 8192, late_share: float = 0.0
 ) -> Iterator[tuple[ImpressionBlock, FeedbackBlock]]:
-    """A log as the stream would bring it, in one process and at full speed; see :func:`merge`.
+    """The events of a log in the order in which the stream delivers them; see :func:`merge`.
 
     Args:
         reader: The log.
-        seed: Of the feedback delays; the same seed gives the same delays as :class:`simulators.replay.Replayer`.
-        rows_per_block: Impressions a pair.
-        late_share: Share of the feedback that misses its window on purpose.
+        seed: Seed of the feedback delays. The same seed gives the same delays in :class:`simulators.replay.Replayer`.
+        rows_per_block: Impressions of each pair.
+        late_share: Share of the feedback that misses its attribution window on purpose.
     """
     times = FeedbackTimes(reader.schema, reader.spec, seed, late_share)
     return merge(reader.blocks(rows_per_block), times, reader.schema)

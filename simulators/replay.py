@@ -1,22 +1,24 @@
-"""Replays a log into the event log: impressions and delayed feedback, in event-time order, at a chosen pace."""
+"""Replay a log into the event log: impressions and delayed feedback, in event-time order, at a chosen pace."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import Gt, Le
 
 from simulators.logs.reader import LogReader
 from simulators.merge import replay_blocks
 from smes.arrays import I64
 from smes.events import FeedbackBlock, ImpressionBlock
+from smes.ranges import PositiveFloat, PositiveInt, Share, check_ranges
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.log.event_log import EventLog, OutRecord
 from stream.topics import FEEDBACK, IMPRESSIONS
 
-MAX_WAIT_S = 0.2  # between two looks at `stop`, so that Ctrl-C is answered promptly
-_CLOCK_STEP_S = 1e-6  # what is due within this is due: a shorter wait may not move a clock of large numbers at all
+MAX_WAIT_S = 0.2  # between two calls of `stop`, so that Ctrl-C is answered promptly
+_CLOCK_STEP_S = 1e-6  # events due within this are due now: a shorter wait may not change a clock with a large value
 
 
 @dataclass(frozen=True)
@@ -24,49 +26,43 @@ class ReplayConfig:
     """How a log is replayed.
 
     Attributes:
-        speed: Event time per wall time: 1 is real time, 60 an hour a minute; ``max`` is flat out.
-        rate: Instead of ``speed``, events (impressions and feedback) per second of wall time, evenly.
-        seed: Of the feedback delays.
-        late_share: Share of the feedback, 0 … 1, that misses its window on purpose.
+        speed: Event time per wall time. 1 is real time, 60 replays an hour in a minute, and ``max`` is as fast as
+            possible.
+        rate: Events (impressions and feedback) per second of wall time, evenly spaced. Replaces ``speed``.
+        seed: Seed of the feedback delays.
+        late_share: Share of the feedback that misses its attribution window on purpose.
         codec: Wire form of the events.
-        slice_s: Wall time that one append covers when paced: arrivals are smooth down to this.
-        max_slice_events: Most events of one append, whatever the pace.
+        slice_s: Wall time that one append covers, in seconds, unless the speed is ``max``.
+        max_slice_events: Most events of one append.
     """
 
-    speed: float | Literal["max"] = "max"
-    rate: float | None = None
+    speed: PositiveFloat | Literal["max"] = "max"
+    rate: PositiveFloat | None = None
     seed: int = 0
-    late_share: float = 0.0
+    late_share: Share = 0.0
     codec: Literal["json", "arrow"] = "arrow"
-    slice_s: float = 0.05
-    max_slice_events: int = 8192
+    slice_s: Annotated[float, Gt(0), Le(1)] = 0.05
+    max_slice_events: PositiveInt = 8192
 
     def __post_init__(self) -> None:
-        if self.speed != "max" and not self.speed > 0:
-            raise ValueError(f"replay speed {self.speed}, expected more than 0, or max")
-        if self.rate is not None and not self.rate > 0:
-            raise ValueError(f"replay rate {self.rate}, expected more than 0 events per second")
+        check_ranges(self)
         if self.rate is not None and self.speed != "max":
-            raise ValueError(f"replay rate {self.rate} and speed {self.speed}: expected one of them")
-        if not 0 < self.slice_s <= 1:
-            raise ValueError(f"replay slice_s {self.slice_s}, expected more than 0 and at most 1 second")
-        if self.max_slice_events < 1:
-            raise ValueError(f"replay max_slice_events {self.max_slice_events}, expected at least 1")
+            raise ValueError(f"ReplayConfig.rate: {self.rate} beside speed {self.speed}, expected one of them")
 
 
 @dataclass(frozen=True)
 class ReplayReport:
-    """What a replay has done so far.
+    """Progress or result of a replay.
 
     Attributes:
         impressions, feedback: Events appended.
-        total_impressions: Impressions that the log has within its limit.
-        duplicates: Rows of the log dropped as exact duplicates.
-        rejected: Rows of the log that could not be used; the reader names the reasons.
+        total_impressions: Impressions of the log, within its limit.
+        duplicates: Rows of the log that were dropped as exact duplicates.
+        rejected: Rows of the log that could not be used. The reader has the reasons.
         bytes: Payload appended.
-        event_time_ms: Time reached in the log, ``None`` before the first event.
-        elapsed_s: Wall time.
-        finished: Everything was appended, nothing stopped it.
+        event_time_ms: Event time reached in the log; None before the first event.
+        elapsed_s: Wall time in seconds.
+        finished: Whether the whole log was appended.
     """
 
     impressions: int
@@ -81,17 +77,17 @@ class ReplayReport:
 
 
 class Replayer:
-    """Appends a log to the topics ``impressions`` and ``feedback``, which must exist.
+    """Append a log to the topics ``impressions`` and ``feedback``, which must exist.
 
-    Each append covers a short stretch of event time in both topics and all partitions, so that no partition's event
-    time runs ahead of another's by more than that, and a joined watermark advances evenly.
+    Each append covers a short slice of event time in both topics and all partitions. No partition's event time runs
+    ahead of another's by more than that, so the watermark of the join advances evenly.
 
     Args:
-        reader: The log; its schema is the events' schema.
-        log: Where to.
-        config: Pace, seed, codec.
-        monotonic_s: A clock in seconds.
-        sleep: Waits for so many seconds.
+        reader: The log. Its schema is the events' schema.
+        log: The event log to append to.
+        config: Pace, seed and codec.
+        monotonic_s: A monotonic clock in seconds.
+        sleep: Waits for the given number of seconds.
     """
 
     def __init__(
@@ -118,15 +114,15 @@ class Replayer:
         on_progress: Callable[[ReplayReport], None] = lambda report: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> ReplayReport:
-        """Replay until the end, or until ``stop()`` is true; what was appended by then stays appended.
+        """Replay until the end, or until ``stop()`` is true. Events appended before the stop stay appended.
 
         Args:
             on_progress: Called after every append.
-            stop: Asked before every append and at least every ``MAX_WAIT_S`` seconds while waiting.
+            stop: Called before every append, and at least every ``MAX_WAIT_S`` seconds while waiting.
 
         Raises:
             LogError: The log cannot be read.
-            EventLogError, EventLogUnavailable: An append failed; what it held may or may not have been appended.
+            EventLogError, EventLogUnavailable: An append failed. Its events may or may not have been appended.
         """
         partitions = {topic: self._log.partitions(topic) for topic in (IMPRESSIONS, FEEDBACK)}
         pairs = replay_blocks(self._reader, self._config.seed, late_share=self._config.late_share)
@@ -143,12 +139,16 @@ class Replayer:
         return self._report(finished=True)
 
     def _pace(self, first: "_Merged") -> "_Pace":
-        # The clock starts with the first event at hand: sorting the log before it is no part of the pace.
+        # The clock starts when the first block is ready: the time to sort the log does not count.
         self._start_s = self._now_s()
         return _Pace(self._config, self._start_s, int(first.times[0]))
 
     def _wait(self, pace: "_Pace", merged: "_Merged", stop: Callable[[], bool]) -> int | None:
-        """Wait until the next append is due; its number of events, or ``None`` when told to stop."""
+        """Wait until the next append is due.
+
+        Returns:
+            Its number of events; None if ``stop()`` is true.
+        """
         while not stop():
             count, wait_s = pace.due(merged.remaining_times, self._impressions + self._feedback, self._now_s())
             if count:
@@ -186,7 +186,7 @@ class Replayer:
 
 
 class _Merged:
-    """A pair of impressions and feedback as one sequence in event-time order, taken off from the front."""
+    """A pair of impressions and feedback as one queue in event-time order."""
 
     def __init__(self, impressions: ImpressionBlock, feedback: FeedbackBlock) -> None:
         times = np.concatenate([impressions.event_time_ms, feedback.event_time_ms])
@@ -206,7 +206,7 @@ class _Merged:
         return self.times[self._taken :]
 
     def next(self, count: int) -> tuple[ImpressionBlock, FeedbackBlock]:
-        """The next ``count`` events."""
+        """Take the next ``count`` events: their impressions and their feedback."""
         start, stop = self._taken, self._taken + count
         self._taken = stop
         first, last = int(self._before[start]), int(self._before[stop])
@@ -214,7 +214,7 @@ class _Merged:
 
 
 class _Pace:
-    """How many events are due at a moment of wall time."""
+    """Computes how many events are due at a given wall time."""
 
     def __init__(self, config: ReplayConfig, start_s: float, first_event_ms: int) -> None:
         self._config = config
@@ -223,10 +223,18 @@ class _Pace:
         self._not_before_s = start_s
 
     def due(self, times: I64, sent: int, now_s: float) -> tuple[int, float]:
-        """Events due of those with ``times`` (in order, at least one), and how long to wait if there are none.
+        """Count the events that are due.
 
-        An append comes ``slice_s`` after the one before it, or later where the log has a gap; one that is late
-        brings everything that has become due.
+        An append follows ``slice_s`` after the previous one, or later if the log has a gap. A late append takes
+        everything that has become due.
+
+        Args:
+            times: int64 [N ≥ 1], event times of the waiting events, ascending.
+            sent: Events appended so far.
+            now_s: Wall time now.
+
+        Returns:
+            The number of events due, and the seconds to wait if it is 0.
         """
         config, elapsed_s = self._config, now_s - self._start_s
         most = min(len(times), config.max_slice_events)
@@ -245,6 +253,6 @@ class _Pace:
             return 0, wait_s
         reached_ms = self._first_event_ms + elapsed_s * 1000 * config.speed
         count = max(int(np.searchsorted(times[:most], reached_ms, side="right")), 1)
-        if count < config.max_slice_events:  # else there is a backlog: go on at once
+        if count < config.max_slice_events:  # otherwise there is a backlog: append again at once
             self._not_before_s = now_s + config.slice_s
         return count, 0.0

@@ -1,20 +1,16 @@
-"""The ``smes`` command: every subcommand reads the configuration, calls one function, and shows what came of it."""
+"""The ``smes`` command: every subcommand reads the configuration, calls one function and shows its result."""
 
-import json
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
-from smes.errors import SmesError, SnapshotNotFound
-from smes_cli.config import DEFAULT_FILE, STARTER
+from smes.errors import SmesError
+from smes_cli.command_line import Limit, LogPath, ReportPath, SchemaName, Seed, config_of, stop_signals
 from smes_cli.console import (
     console,
     errors,
-    number,
     progress,
     report_table,
     routing_line,
@@ -22,14 +18,13 @@ from smes_cli.console import (
     task_table,
     write_report,
 )
-from smes_cli.stop_signals import stop_signals
+from smes_cli.features import features_app
+from smes_cli.snapshots import snapshots_app
 
-# What a command runs is imported in its function: `smes --help` need not wait for all of it, nor any command for torch
-# that touches no weights.
+# Each command imports what it runs inside its function: `smes --help` should not wait for all of it, and commands that
+# touch no weights should not wait for torch.
 if TYPE_CHECKING:
-    from feature_store.snapshots import SnapshotStore
     from simulators.replay import ReplayReport
-    from smes_cli.config import Config
 
 EXIT_CHECK_FAILED = 3
 
@@ -44,49 +39,34 @@ app = typer.Typer(
     "configuration · 3 the run ended but a check of it failed (something was lost, or a request failed) · "
     "130 interrupted.",
 )
-features_app = typer.Typer(no_args_is_help=True, help="User and item features in the online store.")
-snapshots_app = typer.Typer(no_args_is_help=True, help="Model snapshots in Redis.")
 app.add_typer(features_app, name="features")
 app.add_typer(snapshots_app, name="snapshots")
-
-LogPath = Annotated[Path, typer.Argument(help="A KuaiRand folder, or a folder or file that the schema file describes.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first so many impressions in time order.", min=0)]
-Seed = Annotated[int, typer.Option(help="Seed of the feedback delays.")]
-ReportPath = Annotated[Path | None, typer.Option("--report", help="Write the report here, as JSON.")]
-SchemaName = Annotated[
-    str | None, typer.Option("--schema", help="Schema file, or kuairand or synthetic; default: told from the log.")
-]
 
 
 @app.callback()
 def common(
     context: typer.Context,
     config: Annotated[
-        Path | None, typer.Option("-c", "--config", help=f"Configuration file; default: {DEFAULT_FILE} if it is there.")
+        Path | None, typer.Option("-c", "--config", help="Configuration file; default: smes.yaml if it is there.")
     ] = None,
-    verbose: Annotated[int, typer.Option("-v", count=True, help="Say more.")] = 0,
-    quiet: Annotated[bool, typer.Option("-q", help="Say nothing but errors.")] = False,
+    verbose: Annotated[int, typer.Option("-v", count=True, help="Print more.")] = 0,
+    quiet: Annotated[bool, typer.Option("-q", help="Print errors only.")] = False,
 ) -> None:
-    """What every subcommand takes."""
+    """Options that every subcommand takes."""
     set_up_logging(-1 if quiet else verbose)
     context.obj = config
 
 
-def _config(context: typer.Context, schema: str | None = None) -> "Config":
-    from smes_cli.config import load_config
-
-    config = load_config(context.obj)
-    return config if schema is None else replace(config, schema=schema)
-
-
 @app.command()
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = DEFAULT_FILE,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("smes.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Write a commented starter configuration."""
+    from smes_cli.starter import STARTER
+
     if path.exists() and not force:
-        raise ValueError(f"{path}: is there already, expected a new file (or --force)")
+        raise ValueError(f"{path}: exists already, expected a new file (or --force)")
     try:
         path.write_text(STARTER, encoding="utf-8")
     except OSError as error:
@@ -97,7 +77,7 @@ def init(
 @app.command()
 def demo(
     context: typer.Context,
-    log: Annotated[Path | None, typer.Option(help="Log to replay; default: a synthetic one is made.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Log to replay; default: a new synthetic one.")] = None,
     schema: SchemaName = None,
     limit: Annotated[int, typer.Option(help="Impressions to replay.", min=1)] = 50_000,
     rate: Annotated[float, typer.Option(help="Events per second of the replay.", min=1)] = 2000.0,
@@ -122,7 +102,7 @@ def demo(
         keep=keep,
     )
     with stop_signals() as should_stop:
-        result = run_demo(_config(context, schema), options, should_stop=should_stop)
+        result = run_demo(config_of(context, schema), options, should_stop=should_stop)
     write_report(result.report, report)
     console.print(task_table(result.report["tasks"]))
     console.print(report_table(result.report))
@@ -149,18 +129,19 @@ def backtest(
     report: ReportPath = None,
 ) -> None:
     """Join, evaluate and train on a log in one process at full speed, without broker or Redis."""
-    config = _config(context, schema)  # what is wrong in it is said before torch is imported
+    config = config_of(context, schema)  # a mistake in it is reported before torch is imported
     from smes_cli.backtest import run_backtest
 
     with stop_signals() as should_stop:
         result = run_backtest(config, log, limit=limit, seed=seed, baseline=baseline, should_stop=should_stop)
-    write_report(result.report, report)
+    figures = result.report.to_dict()
+    write_report(figures, report)
     write_report(result.routing, routing, indent=None)
-    console.print(task_table(result.report["tasks"], result.baseline))
-    console.print(report_table(result.report))
+    console.print(task_table(figures["tasks"], result.baseline))
+    console.print(report_table(figures))
     if result.expert_load:
         console.print(result.expert_load, highlight=False)
-        console.print(routing_line(result.report["routing"]), highlight=False)
+        console.print(routing_line(figures["routing"]), highlight=False)
     rejected = ", ".join(f"{count:,} rows: {reason}" for reason, count in result.rejected.items()) or "none"
     console.print(f"log: {result.duplicates_dropped:,} exact duplicates dropped; rows rejected: {rejected}")
     memory = ", ".join(f"{mib:,.0f} at {trained:,}" for trained, mib in result.memory_mib)
@@ -173,21 +154,21 @@ def replay(
     log: LogPath,
     schema: SchemaName = None,
     speed: Annotated[
-        str | None, typer.Option(help="Event time per wall time: 1 is real time; max is flat out.")
+        str | None, typer.Option(help="Event time per wall time: 1 is real time, max is as fast as possible.")
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Instead: events per second.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Events per second, instead of --speed.")] = None,
     limit: Limit = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the feedback delays.")] = None,
     codec: Annotated[Literal["json", "arrow"] | None, typer.Option(help="Wire form of the events.")] = None,
     report: ReportPath = None,
 ) -> None:
-    """Play a log into the event log, in time order: impressions, and each feedback after its delay."""
+    """Replay a log into the event log in time order: impressions, and each feedback after its delay."""
     from simulators.logs.reader import open_log
     from simulators.replay import Replayer
     from stream.log.open_log import open_event_log
     from stream.topics import FEEDBACK, IMPRESSIONS
 
-    config = _config(context, schema)
+    config = config_of(context, schema)
     changes: dict[str, Any] = {"speed": _speed(speed), "rate": rate, "seed": seed, "codec": codec}
     if rate is not None and speed is None:
         changes["speed"] = "max"  # whatever the configuration says
@@ -231,11 +212,11 @@ def _speed(text: str | None) -> float | Literal["max"] | None:
 
 @app.command()
 def synthesize(
-    out: Annotated[Path, typer.Argument(help="Parquet file to write; the truth goes beside it.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to write; the truth is written beside it.")],
     impressions: Annotated[int, typer.Option(help="How many impressions.", min=1)] = 1_000_000,
     seed: Annotated[int, typer.Option(help="Seed of the world.")] = 0,
 ) -> None:
-    """Write a synthetic log, and its true probabilities in a file beside it."""
+    """Write a synthetic log, and the true probabilities in a file beside it."""
     from simulators.synthetic import synthesize as write_synthetic
 
     with progress("synthesize", impressions) as advance:
@@ -253,25 +234,26 @@ def train(
     context: typer.Context,
     schema: SchemaName = None,
     drain: Annotated[
-        bool, typer.Option("--drain", help="When told to stop, first train on everything that is in the log by then.")
+        bool, typer.Option("--drain", help="After a stop signal, first train on everything that is in the log by then.")
     ] = False,
     skip_lost: Annotated[
         bool,
         typer.Option(
             "--skip-lost",
-            help="Go on at the oldest record kept where the log does not hold the checkpoint's position.",
+            help="Continue at the oldest record of a partition that no longer holds the checkpoint's position.",
         ),
     ] = False,
     report: ReportPath = None,
 ) -> None:
-    """Train from the event log until stopped (Ctrl-C, SIGTERM): the last cut is published and on disk then."""
-    config = _config(context, schema)
+    """Train from the event log until stopped (Ctrl-C, SIGTERM); the last cut is then published and on disk."""
+    config = config_of(context, schema)
     from smes_cli.train import run_train
 
     with stop_signals() as should_stop:
         result = run_train(config, report=report, drain=drain, skip_lost=skip_lost, should_stop=should_stop)
-    console.print(task_table(result["tasks"]))
-    console.print(report_table(result))
+    figures = result.to_dict()
+    console.print(task_table(figures["tasks"]))
+    console.print(report_table(figures))
 
 
 @app.command()
@@ -280,8 +262,8 @@ def serve(
     schema: SchemaName = None,
     port: Annotated[int | None, typer.Option(help="TCP port; 0 for any free one.", min=0, max=65535)] = None,
 ) -> None:
-    """Score over HTTP with the newest snapshot, swapped in while serving, until stopped."""
-    config = _config(context, schema)
+    """Score over HTTP until stopped, always with the newest snapshot."""
+    config = config_of(context, schema)
     from smes_scorer.service import serve as run_scorer
 
     scorer = config.scorer if port is None else replace(config.scorer, port=port)
@@ -292,76 +274,3 @@ def serve(
         namespace=config.feature_store.namespace,
         on_listening=lambda url: console.print(f"scorer: listening on {url}", highlight=False),
     )
-
-
-@features_app.command("load")
-def features_load(
-    context: typer.Context,
-    log: LogPath,
-    schema: SchemaName = None,
-    replace_all: Annotated[
-        bool, typer.Option("--replace", help="First remove what is there, features of another schema included.")
-    ] = False,
-) -> None:
-    """Load the users' and items' features of a log into Redis."""
-    from smes_cli.features import load_features
-
-    loaded = load_features(_config(context, schema), log, replace=replace_all)
-    console.print(f"{loaded['user']:,} users and {loaded['item']:,} items loaded", highlight=False)
-
-
-def _snapshot_store(config: "Config") -> "SnapshotStore":
-    from feature_store.snapshots import SnapshotStore
-    from smes_io.redis_client import connect
-
-    client = connect(config.feature_store.redis_url, config.feature_store.timeout_s)
-    return SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
-
-
-def _none_published(config: "Config") -> SnapshotNotFound:
-    from smes_io.redis_client import masked
-
-    where = config.feature_store
-    return SnapshotNotFound(
-        f"no snapshot was published yet in Redis at {masked(where.redis_url)}, namespace {where.namespace}"
-    )
-
-
-@snapshots_app.command("list")
-def snapshots_list(context: typer.Context) -> None:
-    """List the snapshots that can be loaded, newest last."""
-    store = _snapshot_store(_config(context))
-    current = store.pointer()
-    table = Table("lineage", "version", "parent", "bytes", "event time (UTC)", "cut at (UTC)", "", box=None)
-    manifests = store.list()
-    if not manifests:
-        raise _none_published(_config(context))
-    for manifest in manifests:
-        mark = "current" if current == f"{manifest.lineage}:{manifest.version}" else ""
-        cells = [number(manifest.version), number(manifest.parent), number(manifest.total_bytes)]
-        table.add_row(manifest.lineage, *cells, _utc(manifest.event_time_ms), _utc(manifest.created_ms), mark)
-    console.print(table)
-
-
-def _utc(unix_ms: int | None) -> str:
-    if unix_ms is None:
-        return "–"
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
-
-
-@snapshots_app.command("show")
-def snapshots_show(
-    context: typer.Context,
-    version: Annotated[int | None, typer.Argument(help="Version; default: the current one.")] = None,
-    lineage: Annotated[str | None, typer.Option(help="Lineage; default: the current one's.")] = None,
-) -> None:
-    """Show a snapshot's manifest as JSON."""
-    store = _snapshot_store(_config(context))
-    current = store.current()
-    if version is not None and (lineage or current):
-        shown = store.get(lineage or (current.lineage if current else ""), version)
-    elif current is not None:
-        shown = current
-    else:
-        raise _none_published(_config(context))
-    console.print_json(json.dumps(json.loads(shown.to_json())))

@@ -1,22 +1,26 @@
-"""The one configuration file of a deployment, and environment variables over it.
+"""The one configuration file of a deployment, and the environment variables that override it.
 
-Every component's part is a frozen dataclass beside the component. A variable overrides a key: ``SMES_`` and the key's
-path in capitals, levels joined by two underscores, its value in YAML: ``SMES_EVENT_LOG__KIND=kafka``.
+Each part is a frozen dataclass that lies beside the component it configures. A variable overrides a key. Its name is
+``SMES_`` and the key's path in capitals, with two underscores between levels. Its value is YAML:
+``SMES_EVENT_LOG__KIND=kafka``.
+
+``model.preset`` is not a field of :class:`smes.model.config.ModelConfig`: it names the values that the other keys of
+``model`` then change one by one.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import yaml
 from pydantic import ConfigDict
 
-from feature_store.snapshots import SnapshotStoreConfig
+from feature_store.config import FeatureStoreConfig
 from simulators.replay import ReplayConfig
 from smes.errors import LogError
-from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig, Preset, model_preset
 from smes_io.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file
 from smes_io.yaml_file import STRICT, read_mapping, validated
 from smes_scorer.config import ScorerConfig
@@ -24,39 +28,23 @@ from stream.example_stream import StreamConfig
 from stream.log.open_log import EventLogConfig
 from trainer.config import TrainerConfig
 
+DEFAULT_FILE = Path("smes.yaml")
+"""Where ``smes init`` writes the configuration and the other commands look for it."""
+
 PREFIX = "SMES_"
 _BUILTIN: dict[str, BuiltinName] = {"kuairand": "kuairand", "synthetic": "synthetic"}
 
 
 @dataclass(frozen=True)
-class FeatureStoreConfig:
-    """Where snapshots and entity features live.
-
-    Attributes:
-        redis_url: The Redis server, ``redis://[user:password@]host:port/database``.
-        namespace: Deployments with different namespaces share a server without meeting.
-        timeout_s: Longest wait for the server, at the start and for each answer, > 0.
-        snapshots: Sizes and retention.
-    """
-
-    redis_url: str = "redis://127.0.0.1:6379/0"
-    namespace: str = "smes"
-    timeout_s: float = 10.0
-    snapshots: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
-
-    def __post_init__(self) -> None:
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s {self.timeout_s}, expected more than 0 seconds")
-
-
-@dataclass(frozen=True)
 class Config:
-    """Everything that a deployment can be told.
+    """The configuration of a deployment.
 
     Attributes:
-        schema: A schema file, or the name of a built-in one (``kuairand``, ``synthetic``); None: found from the log
-            where a command is given one.
-        event_log, stream, model, optimizer, trainer, feature_store, scorer, replay: The components' parts.
+        schema: A schema file, or the name of a built-in one: ``kuairand`` or ``synthetic``. Null: a command that is
+            given a log recognizes the built-in schemas by the log's files. A folder with ``log_standard_*.csv`` is
+            KuaiRand, and a Parquet file with a ``.truth.parquet`` beside it is synthetic. ``train`` and ``serve`` are
+            given no log and therefore need this key.
+        event_log, stream, model, optimizer, trainer, feature_store, scorer, replay: The parts of the components.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -72,16 +60,16 @@ class Config:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
     def schema_name(self, log: Path | None = None) -> str:
-        """The schema in force: the name of a built-in one, or the path of a schema file.
+        """The schema to use: the name of a built-in one, or the path of a schema file.
 
         Args:
-            log: The log that the command is given; decides where the configuration names no schema.
+            log: The log that the command is given. It decides if the configuration names no schema.
 
         Raises:
-            ValueError: None is named and none can be told from the log.
-            LogError: None is named, and there is no such log.
+            ValueError: No schema is named, and the log is not of a built-in one.
+            LogError: No schema is named, and there is no such log.
         """
-        name = self.schema or (_schema_of(log) if log is not None else None)
+        name = self.schema or (_builtin_schema_of(log) if log is not None else None)
         if name is None and log is not None and not log.exists():
             raise LogError(f"{log}: no such file or folder, expected a log of impressions")
         if name is None:
@@ -107,7 +95,7 @@ def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) 
     """Read the configuration.
 
     Args:
-        path: The file; None: ``smes.yaml`` in the working folder where there is one, else the defaults.
+        path: The file. None: ``smes.yaml`` in the working folder if it is there, else the defaults.
         environment: Variables that override keys.
 
     Raises:
@@ -116,15 +104,15 @@ def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) 
     if path is None and DEFAULT_FILE.exists():
         path = DEFAULT_FILE
     data = read_mapping(path) if path is not None else {}
-    overridden = _override(data, environment)
+    variables = _override(data, environment)
     where = str(path) if path is not None else "configuration"
-    if overridden:
-        where += f" with {', '.join(overridden)}"
-    return validated(Config, data, where)
+    if variables:
+        where += f" with {', '.join(variables)}"
+    return validated(Config, _with_preset(data, where), where)
 
 
 def _override(data: dict[str, Any], environment: Mapping[str, str]) -> list[str]:
-    """Put the variables' values into ``data``; the names used."""
+    """Write the variables' values into ``data``, and return the names of the variables."""
     names = sorted(name for name in environment if name.startswith(PREFIX))
     for name in names:
         *parents, key = name.removeprefix(PREFIX).lower().split("__")
@@ -141,82 +129,32 @@ def _override(data: dict[str, Any], environment: Mapping[str, str]) -> list[str]
     return names
 
 
-def _schema_of(log: Path) -> str | None:
-    """The built-in schema that a log is of, told by the names of its files."""
+def _with_preset(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Replace ``model.preset`` by the values that it names; the other keys of ``model`` override them."""
+    model = data.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return data
+    given = {key: value for key, value in model.items() if key != "preset"}
+    try:
+        preset = model_preset(cast(Preset, str(model["preset"])))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return {**data, "model": _overridden(preset, given)}
+
+
+def _overridden(base: Any, given: Any) -> Any:
+    """A dataclass as plain data, with the given keys in place of its own."""
+    if not is_dataclass(base) or not isinstance(given, dict):
+        return given
+    own = {f.name: getattr(base, f.name) for f in fields(base)}
+    parts = {name: _overridden(value, given.get(name, {})) for name, value in own.items() if is_dataclass(value)}
+    return {**own, **given, **parts}
+
+
+def _builtin_schema_of(log: Path) -> str | None:
+    """The built-in schema of a log, recognized by the names of its files."""
     if log.is_dir() and any(log.glob("log_standard_*.csv")):
         return "kuairand"
     if log.suffix == ".parquet" and log.with_suffix(".truth.parquet").exists():
         return "synthetic"
     return None
-
-
-# TODO(merge) was cli.starter: The commented starter configuration that ``smes init`` write
-
-DEFAULT_FILE = Path("smes.yaml")
-"""Where ``smes init`` writes it and the other commands look for it."""
-
-STARTER = """\
-# SMES Online: one file for every process. Every key is optional; what stands here is the default.
-# An environment variable overrides a key: SMES_EVENT_LOG__KIND=kafka, SMES_SCORER__PORT=9000.
-
-# The features and tasks: a schema file of yours, or a built-in one (kuairand, synthetic).
-# `smes backtest` and `smes replay` can tell the built-in ones from the log.
-schema: synthetic
-
-event_log:
-  kind: redis                                # redis (Redis Streams) or kafka
-  redis_url: redis://127.0.0.1:6379/0
-  kafka_bootstrap: 127.0.0.1:9092
-  namespace: smes                            # deployments with different namespaces share a server
-  partitions: 2                              # of each topic, when it is created
-
-feature_store:                               # snapshots and entity features
-  redis_url: redis://127.0.0.1:6379/0
-  namespace: smes
-  snapshots:
-    retain_bytes: 536870912                  # the oldest snapshots go first
-    min_retained: 2
-
-stream:
-  join:
-    allowed_lateness_s: 1.0                  # how far out of order events may come; delays every example by as much
-    remember_s: 600.0                        # how long ids are remembered after their example was emitted
-  batch:
-    size: 256
-    max_age_s: 3600.0                        # event time; live traffic wants seconds, a fast replay hours
-  events_per_read: 16384
-  idle_after_s: 10.0                         # a partition without news for so long no longer holds the others back
-  max_future_s: 300.0                        # an event later than its arrival by more than this is refused
-
-model:
-  ranker: smes                               # smes, or linear (the floor)
-  embedding_dim: 16
-  wide: true                                 # a linear part beside the ranker
-
-optimizer:
-  learning_rate: 0.001
-
-trainer:
-  device: auto                               # auto, cpu or cuda
-  seed: 0
-  snapshot_interval_s: 1.0
-  checkpoint:
-    directory: checkpoints                   # leave out to keep none: a restart then begins anew
-    interval_s: 30.0
-    keep: 2
-  evaluation:
-    window_s: null                           # event time scored by one frozen copy of the weights; null: a day, or
-    window_examples: null                    # as long as the schema lets a user's history stand still
-
-scorer:
-  host: 127.0.0.1
-  port: 8000
-  fusion_weights: {}                         # task: weight; a task left out weighs 1 if binary, 0 if regression
-  max_items: 1000
-  max_body_bytes: 1048576
-
-replay:
-  speed: max                                 # event time per wall time; 1 is real time
-  seed: 0
-  codec: arrow                               # arrow or json
-"""

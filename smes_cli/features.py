@@ -1,36 +1,59 @@
-"""``smes features load``: entity features of a log into the online store."""
+"""``smes features``: user and item features of a log in the online store."""
 
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
+import typer
 
-from feature_store.entities import EntityStore
-from simulators.logs.reader import entity_features, open_log
-from smes_cli.config import Config
-from smes_cli.console import progress
-from smes_io.redis_client import connect
+from smes_cli.command_line import LogPath, SchemaName, config_of
+from smes_cli.console import console, progress
+
+if TYPE_CHECKING:
+    from smes_cli.config import Config
+
+features_app = typer.Typer(no_args_is_help=True, help="User and item features in the online store.")
 
 _SAMPLE = 2000
 
 
-def load_features(config: Config, log: Path, *, replace: bool = False) -> dict[str, Any]:
+@features_app.command("load")
+def features_load(
+    context: typer.Context,
+    log: LogPath,
+    schema: SchemaName = None,
+    replace_all: Annotated[
+        bool, typer.Option("--replace", help="First remove the stored features, also those of another schema.")
+    ] = False,
+) -> None:
+    """Load the users' and items' features of a log into Redis."""
+    loaded = load_features(config_of(context, schema), log, replace=replace_all)
+    console.print(f"{loaded['user']:,} users and {loaded['item']:,} items loaded", highlight=False)
+
+
+def load_features(config: "Config", log: Path, *, replace: bool = False) -> dict[str, Any]:
     """Put every user's and item's features into Redis.
 
     Args:
-        config: Schema and feature store are used.
-        log: Where the features are.
-        replace: First remove what is there, features of another schema included.
+        config: Its schema and feature store are used.
+        log: The log that holds the features.
+        replace: First remove the stored features, also those of another schema.
 
     Returns:
-        ``user`` and ``item``: how many of each were loaded; ``users_sample`` and ``items_sample``: ids of some that the
-        log shows.
+        ``user`` and ``item``: how many of each were loaded. ``users_sample`` and ``items_sample``: sorted ids of the
+        log's first impressions.
 
     Raises:
-        SchemaMismatch: Features of another schema are there, and ``replace`` is false.
+        SchemaMismatch: The store holds features of another schema, and ``replace`` is false.
         LogError: The log cannot be read as its schema file says.
-        FeatureStoreUnavailable: Redis is not reachable within the configured wait.
+        FeatureStoreUnavailable: Redis did not answer within the configured wait.
     """
+    import numpy as np
+
+    from feature_store.entities import EntityStore
+    from simulators.logs.reader import ENTITIES, open_log
+    from smes_io.redis_client import connect
+
     schema_file = config.schema_file(log)
     client = connect(config.feature_store.redis_url, config.feature_store.timeout_s)
     loaded = {"user": 0, "item": 0}
@@ -39,16 +62,15 @@ def load_features(config: Config, log: Path, *, replace: bool = False) -> dict[s
         if replace:
             store.clear()
         with open_log(log, schema_file) as reader, progress("features", None) as advance:
-            for entity, ids, columns in entity_features(reader, schema_file):
-                store.put_many(entity, ids, columns)
-                loaded[entity] += len(ids)
+            for block in chain.from_iterable(map(reader.entity_blocks, ENTITIES)):
+                store.put_many(block.entity, block.ids, block.columns)
+                loaded[block.entity] += len(block.ids)
                 advance(sum(loaded.values()), f"{loaded['user']:,} users, {loaded['item']:,} items")
-            shown = next(reader.blocks(_SAMPLE), None)
+            first = next(reader.blocks(_SAMPLE), None)
     finally:
         client.close()
-    empty = np.zeros(0, np.int64)
     return {
         **loaded,
-        "users_sample": np.unique(shown.impressions.user_id).tolist() if shown is not None else empty.tolist(),
-        "items_sample": np.unique(shown.impressions.item_id).tolist() if shown is not None else empty.tolist(),
+        "users_sample": [] if first is None else np.unique(first.impressions.user_id).tolist(),
+        "items_sample": [] if first is None else np.unique(first.impressions.item_id).tolist(),
     }

@@ -1,7 +1,6 @@
 """Schema files: YAML with ``name``, ``features``, ``tasks``, ``history`` and, for logs in files, ``log``.
 
-Unknown keys are refused at every level, and whatever is wrong is said in one line with file, key, value and what was
-expected.
+Unknown keys are refused at every level. Every error is one line with file, key, value and what was expected.
 """
 
 from collections.abc import Mapping
@@ -22,14 +21,14 @@ BuiltinName = Literal["kuairand", "synthetic"]
 
 @dataclass(frozen=True)
 class SchemaFile:
-    """A schema and, where it describes files, how they are read.
+    """A schema and, if it describes a log in files, how that log is read.
 
     Attributes:
         name, tasks, features, history: As in :class:`smes.schema.Schema`.
-        log: Files and columns of the log; ``None`` for a schema of live events only.
+        log: Files and columns of the log. None for a schema of live events only.
 
     Raises:
-        ValueError: The log section names a task or feature that the schema lacks, or lacks a task's label.
+        ValueError: The log section names a task or feature that is not in the schema, or has no label for a task.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -54,13 +53,13 @@ def load_schema_file(path: str | Path) -> SchemaFile:
     """Read and check a schema file.
 
     Raises:
-        ValueError: It cannot be read, is no YAML mapping, or an entry is missing, unknown or out of range.
+        ValueError: It cannot be read, is not a YAML mapping, or an entry is missing, unknown or out of range.
     """
     return validated(SchemaFile, _expand_shorthands(read_mapping(Path(path))), path)
 
 
 def load_builtin(name: BuiltinName) -> SchemaFile:
-    """One of the schema files that come with the package."""
+    """Read one of the schema files that come with the package."""
     with as_file(builtin_path(name)) as path:
         return load_schema_file(path)
 
@@ -77,7 +76,7 @@ def _check_log(schema: Schema, log: LogSpec) -> None:
     names = ", ".join(tasks)
     for name in log.labels:
         if name not in tasks:
-            raise ValueError(f"log.labels.{name}: expected one of the tasks {names}")
+            raise ValueError(f"log.labels.{name}: unknown task, expected one of {names}")
     for name, task in tasks.items():
         if name not in log.labels:
             raise ValueError(f"log.labels: task {name!r} has no label, expected one for each of {names}")
@@ -90,15 +89,15 @@ def _check_log(schema: Schema, log: LogSpec) -> None:
     features = [f.name for f in schema.features if f.name not in (USER_ID, ITEM_ID)]
     for name in log.features:
         if name not in features:
-            raise ValueError(f"log.features.{name}: expected one of the features {', '.join(features)}")
+            raise ValueError(f"log.features.{name}: unknown feature, expected one of {', '.join(features)}")
         if schema.history is not None and name in (schema.history.items, schema.history.outcomes):
             raise ValueError(
-                f"log.features.{name}: is the history's, which the replay builds: expected no source for it"
+                f"log.features.{name}: part of the history, which the replay builds, expected no source for it"
             )
 
 
 def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
-    """``x: column`` for ``x: {column: column}`` in features and labels; one string for a list of one file pattern."""
+    """Write out the short forms: ``x: name`` for ``x: {column: name}``, and one pattern for a list of patterns."""
     log = data.get("log")
     if not isinstance(log, dict):
         return data
@@ -116,7 +115,10 @@ def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def feature_columns(schema: Schema, log: LogSpec) -> Mapping[str, Literal["log", "user", "item"]]:
-    """Declared feature → the table it is read from, without the user's and item's own ids and the history."""
+    """Map each declared feature to the table that it is read from.
+
+    The user's and the item's own id and the features of the history are left out.
+    """
     tables: dict[str, Literal["log", "user", "item"]] = {}
     built = () if schema.history is None else (schema.history.items, schema.history.outcomes)
     for feature in schema.features:

@@ -1,26 +1,54 @@
-"""YAML files into plain frozen dataclasses: unknown keys refused at every level, and every error one line.
+"""Read YAML files into plain frozen dataclasses.
 
-The line names the file, the key, the value and what was expected.
+Unknown keys are refused at every level. Every error is one line that names the file, the key, the value and what was
+expected, in the words of :mod:`smes.ranges`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from smes.ranges import expected
+
 _T = TypeVar("_T")
 STRICT = ConfigDict(extra="forbid")
-"""``__pydantic_config__`` of a file's outermost dataclass; pydantic hands it down to those below."""
+"""``__pydantic_config__`` of a file's outermost dataclass. Pydantic applies it to the nested ones too."""
+
+_UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
+_MISSING_KEY = ("missing", "missing_argument")
+_OUT_OF_RANGE = (
+    "greater_than_equal",
+    "greater_than",
+    "less_than_equal",
+    "less_than",
+    "multiple_of",
+    "too_short",
+    "too_long",
+    "literal_error",
+)
+_TYPE_NAMES: Mapping[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Path: "a path",
+    tuple: "a list",
+    list: "a list",
+    dict: "a mapping",
+}
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty file is an empty mapping.
+    """Read the mapping in a YAML file. An empty file is an empty mapping.
 
     Raises:
-        ValueError: It cannot be read, or is no YAML mapping.
+        ValueError: The file cannot be read, or is not a YAML mapping.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -36,10 +64,15 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def validated(cls: type[_T], data: Mapping[str, Any], where: str | Path) -> _T:
-    """An instance of a frozen dataclass whose ``__pydantic_config__`` is :data:`STRICT`.
+    """Build a frozen dataclass whose ``__pydantic_config__`` is :data:`STRICT` from plain data.
+
+    Args:
+        cls: The dataclass.
+        data: As read from the file.
+        where: Start of the error message, such as the file's path.
 
     Raises:
-        ValueError: An entry is missing, unknown, of a wrong type or out of range; ``where`` leads the message.
+        ValueError: An entry is missing, unknown, of a wrong type or out of range.
     """
     try:
         return TypeAdapter(cls).validate_python(data)
@@ -48,34 +81,89 @@ def validated(cls: type[_T], data: Mapping[str, Any], where: str | Path) -> _T:
 
 
 def _one_line(cls: type, error: ValidationError) -> str:
-    details = error.errors(include_url=False)
-    first = details[0]
-    key = ".".join(str(part) for part in first["loc"]) or "file"
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        expected = ", ".join(_keys_at(cls, first["loc"][:-1]))
-        return f"{key}: {first['input']!r} is an unknown key, expected one of {expected}{more}"
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{key}: is missing, expected a value{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return f"{key}: {message}{more}"
-    expected = message[:1].lower() + message[1:]
-    return f"{key}: {first['input']!r}, expected otherwise: {expected}{more}"
+    """Describe the first mistake, and say how many more there are."""
+    mistakes = error.errors(include_url=False)
+    others = len({_place(cls, mistake["loc"])[1] for mistake in mistakes}) - 1  # a union reports each of its branches
+    return _describe(cls, mistakes[0]) + (f" (and {others} more)" if others else "")
 
 
-def _keys_at(cls: Any, loc: tuple[int | str, ...]) -> list[str]:
-    """The keys accepted at a place in the file."""
-    for part in loc:
-        if is_dataclass(cls):
-            cls = get_type_hints(cls).get(str(part), cls)
-        cls = _element(cls)
-    return [f.name for f in fields(cls)] if is_dataclass(cls) else []
+def _describe(cls: type, mistake: Any) -> str:
+    kind, value = mistake["type"], mistake["input"]
+    if kind in _UNKNOWN_KEY:
+        allowed = ", ".join(_keys(_place(cls, mistake["loc"][:-1])[0]))
+        return f"{_dotted(mistake['loc'])}: {value!r} is an unknown key, expected one of {allowed}"
+    if kind in _MISSING_KEY:
+        return f"{_dotted(mistake['loc'])}: missing, expected a value"
+    hint, place = _place(cls, mistake["loc"])
+    key = _dotted(place)
+    if kind == "value_error":
+        return _under(key, hint, str(mistake["ctx"]["error"]))
+    if kind in _OUT_OF_RANGE and expected(hint):
+        return f"{key}: {value!r}, expected {expected(hint)}"
+    return f"{key}: {value!r}, expected {_type_words(hint)}"
 
 
-def _element(hint: Any) -> Any:
-    """The dataclass within ``X | None``, ``tuple[X, ...]`` or ``dict[str, X]``."""
+def _under(key: str, cls: Any, message: str) -> str:
+    """A dataclass's own message under its key in the file: ``ClassName.field: …`` becomes ``key.field: …``."""
+    own = re.match(rf"{getattr(cls, '__name__', '')}\.(?=\w+(\.\w+)*: )", message)
+    if not key:
+        return message[own.end() :] if own else message
+    return f"{key}.{message[own.end() :]}" if own else f"{key}: {message}"
+
+
+def _place(cls: Any, loc: tuple[int | str, ...]) -> tuple[Any, tuple[int | str, ...]]:
+    """Follow a mistake's location as far as it names keys; pydantic appends the branch of a union to it.
+
+    Returns:
+        The annotation found there, and the part of the location that names keys.
+    """
+    hint = cls
+    for depth, part in enumerate(loc):
+        below = _below(hint, part)
+        if below is None:
+            return hint, loc[:depth]
+        hint = below
+    return hint, loc
+
+
+def _below(hint: Any, part: int | str) -> Any:
+    """The annotation of one key or element, or None if there is no such key."""
+    origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
-        return hint
-    inner = [_element(arg) for arg in get_args(hint)]
-    return next((arg for arg in inner if is_dataclass(arg)), hint)
+        return get_type_hints(hint, include_extras=True).get(str(part))
+    if origin is Annotated:
+        return _below(arguments[0], part)
+    if origin in (Union, UnionType):
+        return next((found for branch in arguments if (found := _below(branch, part)) is not None), None)
+    if origin is dict:
+        return arguments[1]
+    if origin in (tuple, list) and isinstance(part, int):
+        return arguments[part] if len(arguments) > part and Ellipsis not in arguments else arguments[0]
+    return None
+
+
+def _keys(hint: Any) -> list[str]:
+    """The keys of a dataclass, also of the one in ``X | None``."""
+    if is_dataclass(hint):
+        return [f.name for f in fields(hint)]
+    return next((keys for branch in get_args(hint) if (keys := _keys(branch))), [])
+
+
+def _type_words(hint: Any) -> str:
+    """An annotation in words: its type, then its range."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return ", ".join(part for part in (_type_words(arguments[0]), expected(hint)) if part)
+    if origin is Literal:
+        return expected(hint)
+    if origin in (Union, UnionType):
+        words = " or ".join(_type_words(branch) for branch in arguments if branch is not NoneType)
+        return f"{words}, or null" if NoneType in arguments else words
+    if is_dataclass(hint):
+        return f"a mapping with the keys {', '.join(_keys(hint))}"
+    words = _TYPE_NAMES.get(origin or hint, "a value of another type")
+    return f"{words}, {expected(hint)}" if expected(hint) else words
+
+
+def _dotted(place: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, place))

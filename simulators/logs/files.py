@@ -1,4 +1,4 @@
-"""Which files a log consists of."""
+"""Find the files of a log."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +7,12 @@ from smes.errors import LogError
 from smes_io.log_spec import LogSpec, SideTable
 
 EXTENSIONS = (".csv", ".parquet")
-_SHOWN = 12
+_MOST_LISTED = 12
 
 
 @dataclass(frozen=True)
 class LogFiles:
-    """Absolute paths; each list in the order in which it is read, all of one extension."""
+    """Absolute paths. Each list is in reading order, and all its files have one extension."""
 
     log: list[str]
     user: list[str]
@@ -20,7 +20,11 @@ class LogFiles:
 
 
 def find_files(path: Path, spec: LogSpec) -> LogFiles:
-    """The files of the log in a folder, or of the log that one file is.
+    """Find the log's files and its feature tables.
+
+    Args:
+        path: The log's folder, or a log that is a single file.
+        spec: Patterns of the files.
 
     Raises:
         LogError: There is no such file or folder, a pattern matches nothing, or a file is neither CSV nor Parquet.
@@ -46,7 +50,7 @@ def _match(folder: Path, patterns: tuple[str, ...], key: str) -> list[Path]:
     found = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
     if not found:
         there = sorted(file.name for file in folder.iterdir())
-        listed = ", ".join(there[:_SHOWN]) + (", …" if len(there) > _SHOWN else "")
+        listed = ", ".join(there[:_MOST_LISTED]) + (", …" if len(there) > _MOST_LISTED else "")
         raise LogError(f"{folder}: expected a file named {' or '.join(patterns)} ({key}), found {listed or 'nothing'}")
     return found
 

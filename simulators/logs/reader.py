@@ -1,8 +1,8 @@
-"""Reads a log of impressions in event-time order, out of core, as blocks of event columns.
+"""Read a log of impressions in event-time order, out of core, as blocks of event columns.
 
-Logs as published are ordered by user and may be larger than memory. DuckDB sorts them, removes exact duplicates and
-joins the feature tables within a memory limit, spilling to a temporary folder; blocks are then streamed from there.
-Nothing is dropped silently: ``rows_read = duplicates + rejected + rows within the limit + rows beyond it``.
+Published logs are often ordered by user, and may be larger than memory. DuckDB sorts the log, removes exact duplicates
+and joins the feature tables within a memory limit, with spill files in a temporary folder. Blocks are then streamed
+from that folder. Every row is counted: ``rows_read = duplicates + rejected + rows within the limit + rows beyond it``.
 """
 
 from collections.abc import Iterator
@@ -23,18 +23,19 @@ from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
 from smes_io.schema_file import SchemaFile, feature_columns
 
 Entity = Literal["user", "item"]
-CHUNK_ROWS = 65_536
+ENTITIES: tuple[Entity, ...] = ("user", "item")
+_CHUNK_ROWS = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class LogBlock:
-    """Impressions in event-time order with what came of them.
+    """Impressions in event-time order, with their outcomes. N is rows, T is tasks.
 
     Attributes:
-        impressions: N rows; the features of the schema's history are still empty.
-        outcomes: float32 [N, T], the label's value in the task's unit; NaN where the log has none.
-        outcome_time_ms: int64 [N, T], when the outcome happened, ``MISSING`` where the log does not say; ``None``
-            where it says so for no task.
+        impressions: N rows. The features of the schema's history are still empty.
+        outcomes: float32 [N, T], the label in the task's unit; NaN where the log has none.
+        outcome_time_ms: int64 [N, T], the time of the outcome; ``MISSING`` where the log has none. None if the log has
+            no time column for any task.
     """
 
     impressions: ImpressionBlock
@@ -50,7 +51,7 @@ class EntityBlock:
     """Feature values of users or items, encoded as impressions carry them.
 
     Attributes:
-        entity: Whose they are.
+        entity: ``user`` or ``item``.
         ids: int64 [N], unique over all blocks of the entity.
         columns: Feature name → int64 [N] (id), int64 [N, max_length] (bag, sequence) or float32 [N] (numeric).
     """
@@ -69,32 +70,32 @@ def open_log(
     temp_dir: str | Path | None = None,
     threads: int | None = None,
 ) -> "LogReader":
-    """Open a folder (file names by the schema file's patterns) or a single CSV or Parquet file.
+    """Open a log: a folder with the files that the schema file describes, or a single CSV or Parquet file.
 
-    Columns and types are checked here; sorting happens when the first block or count is asked for.
+    Columns and types are checked here. The log is sorted at the first request for a block or a count.
 
     Args:
-        path: The folder, or the log file itself; feature tables lie relative to the folder.
-        schema_file: With a ``log`` section.
-        limit: Only the first so many impressions in time order.
-        memory_limit: DuckDB's, such as ``1GB``.
-        temp_dir: Where a folder for the sorted log is made (and removed on close); default: the system's.
-        threads: DuckDB's; default: all cores.
+        path: The folder, or the log file itself. Feature tables are looked for relative to the folder.
+        schema_file: A schema file with a ``log`` section.
+        limit: Read only the first so many impressions in time order.
+        memory_limit: Memory limit of DuckDB, such as ``1GB``.
+        temp_dir: Where a folder for the sorted log is made, and removed on close. Default: the system's.
+        threads: Threads of DuckDB. Default: all cores.
 
     Raises:
-        LogError: A file or column is missing, or a column has an unusable type; what was expected is named.
+        LogError: A file or column is missing, or a column has an unusable type. The message says what was expected.
         ValueError: The schema file has no ``log`` section, or ``limit`` is negative.
     """
     if schema_file.log is None:
         raise ValueError(f"schema {schema_file.name!r}: expected a log section that describes the files")
     if limit is not None and limit < 0:
-        raise ValueError(f"limit {limit}, expected at least 0")
+        raise ValueError(f"limit: {limit}, expected at least 0")
     files = find_files(Path(path), schema_file.log)
     return LogReader(files, schema_file, limit, LogStore(memory_limit, temp_dir, threads))
 
 
 class LogReader:
-    """An opened log; also a context manager. Built by :func:`open_log`."""
+    """An opened log, to be used as a context manager. Made by :func:`open_log`."""
 
     def __init__(self, files: LogFiles, schema_file: SchemaFile, limit: int | None, store: LogStore) -> None:
         assert schema_file.log is not None
@@ -110,40 +111,46 @@ class LogReader:
 
     @property
     def total(self) -> int:
-        """Impressions that :meth:`blocks` yields."""
+        """Number of impressions that :meth:`blocks` yields."""
         return self._store.prepared().total
 
     @property
     def rows_read(self) -> int:
-        """Rows in the log's files, those that could not be parsed included."""
+        """Rows in the log's files, including those that could not be parsed."""
         return self._store.prepared().rows_read
 
     @property
     def duplicates(self) -> int:
-        """Exact duplicates of other rows, dropped; counted over the whole log."""
+        """Dropped exact duplicates of other rows, counted over the whole log."""
         return self._store.prepared().duplicates
 
     @property
     def rejected(self) -> dict[str, int]:
-        """Reason → rows of the whole log that cannot be used; they are in no block."""
+        """Reason → number of unusable rows in the whole log. They are in no block."""
         return dict(self._store.prepared().rejected)
 
     def blocks(self, rows_per_block: int = 8192) -> Iterator[LogBlock]:
-        """All impressions in event-time order; rows of the same time keep their order in the files.
+        """Yield all impressions in event-time order. Rows of the same time keep their order in the files.
 
         Raises:
             ValueError: ``rows_per_block`` is below 1.
         """
         if rows_per_block < 1:
-            raise ValueError(f"rows_per_block {rows_per_block}, expected at least 1")
-        chunk_rows = max(CHUNK_ROWS // rows_per_block, 1) * rows_per_block
+            raise ValueError(f"rows_per_block: {rows_per_block}, expected at least 1")
+        chunk_rows = max(_CHUNK_ROWS // rows_per_block, 1) * rows_per_block
         for start in range(0, self.total, chunk_rows):
             chunk = self._block(self._store.impressions(start, start + chunk_rows))
             for row in range(0, len(chunk), rows_per_block):
                 yield _rows(chunk, slice(row, row + rows_per_block))
 
     def entity_blocks(self, entity: Entity) -> Iterator[EntityBlock]:
-        """Feature values of every user or item: of the feature table, or else the latest that the log has."""
+        """Yield the feature values of every user or item.
+
+        They come from the feature table if the log has one, else from the entity's latest impression in the log.
+
+        Raises:
+            LogError: A file cannot be read.
+        """
         features = [f for f in self.schema.features if f.source == entity and f.name not in (USER_ID, ITEM_ID)]
         if not features:
             return
@@ -151,7 +158,7 @@ class LogReader:
             yield EntityBlock(entity, _column(table, "key"), {f.name: feature_array(table, f) for f in features})
 
     def close(self) -> None:
-        """Remove the temporary files; idempotent."""
+        """Remove the temporary files. Idempotent."""
         self._store.close()
 
     def __enter__(self) -> Self:
@@ -163,27 +170,9 @@ class LogReader:
         self.close()
 
     def _block(self, table: Any) -> LogBlock:
-        n = table.num_rows
-        impressions = ImpressionBlock.empty(self.schema, n)
-        impressions.impression_id[:] = _column(table, "impression_id")
-        impressions.request_id[:] = _column(table, "request_id")
-        impressions.event_time_ms[:] = _column(table, "event_time_ms")
-        slices = self.schema.id_slices
-        impressions.ids[:, slices[USER_ID].start] = _column(table, "user")
-        impressions.ids[:, slices[ITEM_ID].start] = _column(table, "item")
-        for feature in self.schema.id_features[2:]:
-            if feature.name in self._tables:
-                impressions.ids[:, slices[feature.name]] = feature_array(table, feature).reshape(n, feature.width)
-        bad = misaligned(impressions.ids, self.schema)
-        if bad.any():
-            raise LogError(
-                f"impression {impressions.impression_id[bad][0]}: its sequences are of different lengths, expected as "
-                "many ids in each as in the sequence it accompanies"
-            )
-        for column, feature in enumerate(self.schema.numeric_features):
-            impressions.numerics[:, column] = feature_array(table, feature)
+        impressions = self._impressions(table)
         fill_elapsed(impressions.numerics, self.schema, impressions.event_time_ms)
-        outcomes = np.empty((n, self.schema.num_tasks), np.float32)
+        outcomes = np.empty((len(impressions), self.schema.num_tasks), np.float32)
         times = None
         for column, task in enumerate(self.schema.tasks):
             outcomes[:, column] = _column(table, f"label {task.name}")
@@ -191,6 +180,27 @@ class LogReader:
                 times = np.full(outcomes.shape, MISSING, np.int64) if times is None else times
                 times[:, column] = _column(table, f"time {task.name}")
         return LogBlock(impressions, outcomes, times)
+
+    def _impressions(self, table: Any) -> ImpressionBlock:
+        n, slices = table.num_rows, self.schema.id_slices
+        impressions = ImpressionBlock.empty(self.schema, n)
+        impressions.impression_id[:] = _column(table, "impression_id")
+        impressions.request_id[:] = _column(table, "request_id")
+        impressions.event_time_ms[:] = _column(table, "event_time_ms")
+        impressions.ids[:, slices[USER_ID].start] = _column(table, "user")
+        impressions.ids[:, slices[ITEM_ID].start] = _column(table, "item")
+        for feature in self.schema.id_features[2:]:
+            if feature.name in self._tables:
+                impressions.ids[:, slices[feature.name]] = feature_array(table, feature).reshape(n, feature.width)
+        for column, feature in enumerate(self.schema.numeric_features):
+            impressions.numerics[:, column] = feature_array(table, feature)
+        bad = misaligned(impressions.ids, self.schema)
+        if bad.any():
+            raise LogError(
+                f"impression {impressions.impression_id[bad][0]}: sequences of different lengths, expected as many ids "
+                "in each as in the sequence it accompanies"
+            )
+        return impressions
 
 
 def feature_array(table: Any, feature: Feature) -> NDArray[Any]:
@@ -210,33 +220,3 @@ def _column(table: Any, name: str) -> NDArray[Any]:
 def _rows(block: LogBlock, rows: slice) -> LogBlock:
     times = None if block.outcome_time_ms is None else block.outcome_time_ms[rows]
     return LogBlock(block.impressions.take(rows), block.outcomes[rows], times)
-
-
-# TODO(merge) was simulators.entity_features: Features of users and items for the online store, in exactly
-
-ENTITIES: tuple[Entity, ...] = ("user", "item")
-
-
-def entity_features(
-    log: LogReader | str | Path, schema_file: SchemaFile
-) -> Iterator[tuple[Entity, I64, dict[str, NDArray[Any]]]]:
-    """Every user's and item's features: of the log's feature tables, or else the latest values in the log itself.
-
-    Args:
-        log: An opened log, or where it lies.
-        schema_file: Which features there are and where they are found.
-
-    Yields:
-        Entity, ids int64 [N] (each id once over all blocks of an entity), and feature name → int64 [N] (id),
-        int64 [N, max_length] (bag, padded with ``MISSING``) or float32 [N] (numeric, NaN where absent).
-
-    Raises:
-        LogError: A file or column is missing or unusable.
-    """
-    if not isinstance(log, LogReader):
-        with open_log(log, schema_file) as reader:
-            yield from entity_features(reader, schema_file)
-        return
-    for entity in ENTITIES:
-        for block in log.entity_blocks(entity):
-            yield block.entity, block.ids, block.columns

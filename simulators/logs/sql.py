@@ -1,11 +1,11 @@
-"""DuckDB SQL that turns a column, whatever its type, into the encoding of event columns.
+"""DuckDB SQL expressions that encode a column of any type as an event column.
 
-Ids become int64: integers (also written as ``29`` or ``29.0``) pass through, any other text becomes
-:func:`smes.schema.stable_id` of it, and nulls, empty texts and NaN become ``MISSING``. Values are therefore encoded one
-by one, and the same value gives the same id in whatever file or type it lies.
+Ids become int64: integers (also the texts ``29`` and ``29.0``) are kept, any other text becomes
+:func:`smes.hashing.stable_id` of it, and nulls, empty texts and NaN become ``MISSING``. A value's id depends on the
+value only, not on the file or the column type it is stored in.
 """
 
-# ruff: noqa: S608 - names are quoted and texts escaped by log_sql; expressions are the operator's own.
+# ruff: noqa: S608 - names are quoted and texts escaped by the functions of sql.py; expressions are the operator's own.
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from smes.hashing import stable_id
 from smes.schema import MISSING, Feature
 
 STABLE_ID_FUNCTION = "smes_stable_id"
-MISSING_SQL = f"({MISSING + 1}::BIGINT - 1)"  # the literal itself does not parse: its absolute value is past int64
+MISSING_SQL = f"({MISSING + 1}::BIGINT - 1)"  # the literal does not parse: its absolute value exceeds int64
 NAN_SQL = "'nan'::FLOAT"
 
 _INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "BOOLEAN"}
@@ -34,7 +34,7 @@ def text(value: str) -> str:
 
 
 def stable_id_function() -> Callable[[Any], Any]:
-    """A vectorised ``stable_id`` over Arrow string arrays that remembers the values it has seen."""
+    """A vectorised ``stable_id`` over Arrow string arrays, with a cache of the values seen so far."""
     known: dict[str, int] = {}
 
     def encode(column: Any) -> Any:
@@ -53,7 +53,7 @@ def stable_id_function() -> Callable[[Any], Any]:
 
 
 def id_sql(expr: str, sql_type: str) -> str:
-    """BIGINT, never null."""
+    """An id as BIGINT, never null."""
     if sql_type in _INTEGERS:
         return f"COALESCE(CAST({expr} AS BIGINT), {MISSING_SQL})"
     value = f"CAST({expr} AS VARCHAR)"
@@ -66,7 +66,7 @@ def id_sql(expr: str, sql_type: str) -> str:
 
 
 def bag_sql(expr: str, sql_type: str, feature: Feature, separator: str) -> str:
-    """BIGINT[max_length], never null; shorter bags and sequences end in ``MISSING``."""
+    """A bag or sequence as BIGINT[max_length], never null, padded with ``MISSING``."""
     if sql_type.endswith("]"):
         element_type = sql_type[: sql_type.rindex("[")]
         items = f"CAST({expr} AS {element_type}[])"
@@ -82,7 +82,7 @@ def bag_sql(expr: str, sql_type: str, feature: Feature, separator: str) -> str:
 
 
 def numeric_sql(expr: str) -> str:
-    """FLOAT, never null; NaN where the value is absent or not finite."""
+    """A number as FLOAT, never null; NaN if the value is absent or not finite."""
     value = f"TRY_CAST({expr} AS FLOAT)"
     return f"CASE WHEN isfinite({value}) THEN {value} ELSE {NAN_SQL} END"
 
@@ -97,7 +97,7 @@ def feature_sql(feature: Feature, expr: str, sql_type: str, separator: str) -> s
 
 
 def absent_sql(feature: Feature) -> str:
-    """The encoding of a feature without value, where the side table has no row."""
+    """The encoding of a feature that has no value, for entities without a row in the feature table."""
     if feature.kind == "numeric":
         return NAN_SQL
     if feature.is_list:
@@ -106,7 +106,7 @@ def absent_sql(feature: Feature) -> str:
 
 
 def time_sql(expr: str, unit: str) -> str:
-    """Unix milliseconds as BIGINT; null where the value is no time."""
+    """A time as Unix milliseconds (BIGINT); null if the value is not a time."""
     if unit == "timestamp":
         return f"epoch_ms(TRY_CAST({expr} AS TIMESTAMPTZ))"
     factor = {"s": "1000", "ms": "1", "us": "0.001"}[unit]
@@ -116,7 +116,7 @@ def time_sql(expr: str, unit: str) -> str:
 
 
 def number_sql(expr: str, sql_type: str) -> str:
-    """DOUBLE; null where the value is no number. ``true`` and ``false`` are 1 and 0."""
+    """A label as DOUBLE; null if the value is not a number. ``true`` and ``false`` are 1 and 0."""
     if sql_type == "VARCHAR":
         words = f"CASE lower(trim({expr})) WHEN 'true' THEN 1.0 WHEN 'false' THEN 0.0 END"
         return f"COALESCE(TRY_CAST({expr} AS DOUBLE), {words})"
@@ -124,7 +124,7 @@ def number_sql(expr: str, sql_type: str) -> str:
 
 
 def is_blank_sql(expr: str, sql_type: str) -> str:
-    """Whether a label's value is absent, as opposed to unusable."""
+    """True for a label without a value, which is not the same as an unusable value."""
     value = f"CAST({expr} AS VARCHAR)"
     blank = f"{expr} IS NULL"
     if sql_type == "VARCHAR":
@@ -133,7 +133,7 @@ def is_blank_sql(expr: str, sql_type: str) -> str:
 
 
 def scan_sql(files: Sequence[str], delimiter: str) -> str:
-    """A table expression over CSV (every column as text) or Parquet files, in the order given."""
+    """A table expression over CSV (all columns as text) or Parquet files, in the given order."""
     if files[0].lower().endswith(".parquet"):
         return f"read_parquet([{', '.join(text(f) for f in files)}], union_by_name = true)"
     options = f"all_varchar = true, header = true, delim = {text(delimiter)}, quote = '\"', store_rejects = true"

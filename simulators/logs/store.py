@@ -1,11 +1,11 @@
-"""The DuckDB database in which a log is sorted, cleared of duplicates, and joined to its feature tables."""
+"""The DuckDB database that sorts a log, removes its duplicates and joins it to its feature tables."""
 
-# ruff: noqa: S608 - names are quoted and texts escaped by log_sql; expressions are the operator's own.
+# ruff: noqa: S608 - names are quoted and texts escaped by the functions of sql.py; expressions are the operator's own.
 
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ ENTITY_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Prepared:
-    """What sorting a log found.
+    """Counts from sorting a log.
 
     Attributes:
         total: Impressions within the limit.
         rows_read: Rows in the files.
-        duplicates: Exact duplicates dropped, over the whole log.
-        rejected: Reason → unusable rows, over the whole log.
+        duplicates: Exact duplicates that were dropped, in the whole log.
+        rejected: Reason → number of unusable rows, in the whole log.
     """
 
     total: int
@@ -40,7 +40,16 @@ class Prepared:
 
 
 class LogStore:
-    """Owns a temporary database; nothing outlives :meth:`close`, or this object."""
+    """A temporary database, removed by :meth:`close` or with this object.
+
+    Args:
+        memory_limit: Memory limit of DuckDB, such as ``1GB``.
+        temp_dir: Where the database's folder is made. None: the system's.
+        threads: Threads of DuckDB. None: all cores.
+
+    Raises:
+        LogError: DuckDB refuses the memory limit.
+    """
 
     def __init__(self, memory_limit: str, temp_dir: str | Path | None, threads: int | None) -> None:
         folder = tempfile.mkdtemp(prefix="smes-log-", dir=temp_dir)
@@ -57,46 +66,50 @@ class LogStore:
         self._connection.create_function(
             sql.STABLE_ID_FUNCTION, sql.stable_id_function(), ["VARCHAR"], "BIGINT", type="arrow"
         )
-        self._prepare: Callable[[], Prepared] | None = None
-        self._prepared: Prepared | None = None
         self._plans: dict[str, TablePlan] = {}
+        self._limit: int | None = None
+        self._prepared: Prepared | None = None
 
     def close(self) -> None:
-        """Close the database and remove its folder; idempotent."""
+        """Close the database and remove its folder. Idempotent."""
         self._release()
 
     def describe(
         self, schema: Schema, spec: LogSpec, files: LogFiles, tables: Mapping[str, str], limit: int | None
     ) -> None:
-        """Check every column that will be read; the reading itself is left to :meth:`prepared`.
+        """Plan how each table is read, and check all its columns. The log is read later, by :meth:`prepared`.
+
+        Args:
+            schema: Features and tasks.
+            spec: Where the schema file says that they are found.
+            files: The files of each table.
+            tables: Feature name → ``log``, ``user`` or ``item``.
+            limit: Keep only the first so many impressions in time order.
 
         Raises:
-            LogError: A column is missing or of an unusable type.
+            LogError: A column is missing or has an unusable type.
         """
-        features = {
-            name: [f for f in schema.features if tables.get(f.name) == name] for name in ("log", "user", "item")
-        }
-        log = plan_log(self._connection, schema, spec, files.log, features["log"])
-        self._plans = {"log": log}
-        if spec.user_features is not None:
-            self._plans["user"] = plan_side_table(
-                self._connection, spec, spec.user_features, files.user, features["user"]
-            )
-        if spec.item_features is not None:
-            self._plans["item"] = plan_side_table(
-                self._connection, spec, spec.item_features, files.item, features["item"]
-            )
-        self._prepare = lambda: self._sort(limit)
+        connection = self._connection
+
+        def features_of(table: str) -> list[Feature]:
+            return [feature for feature in schema.features if tables.get(feature.name) == table]
+
+        self._limit = limit
+        self._plans = {"log": plan_log(connection, schema, spec, files.log, features_of("log"))}
+        if (users := spec.user_features) is not None:
+            self._plans["user"] = plan_side_table(connection, spec, users, files.user, features_of("user"))
+        if (items := spec.item_features) is not None:
+            self._plans["item"] = plan_side_table(connection, spec, items, files.item, features_of("item"))
 
     def prepared(self) -> Prepared:
-        """Sort the log, once."""
+        """Sort the log on the first call; the counts."""
+        assert self._plans, "describe comes first"
         if self._prepared is None:
-            assert self._prepare is not None, "describe comes first"
-            self._prepared = self._prepare()
+            self._prepared = self._sort()
         return self._prepared
 
     def impressions(self, start: int, stop: int) -> Any:
-        """Rows ``start … stop - 1`` in time order with all their features, as an Arrow table."""
+        """Rows ``start`` to ``stop - 1`` in time order with all their features, as an Arrow table."""
         self.prepared()
         columns, joins = ["e.*"], []
         for entity in ("user", "item"):
@@ -116,7 +129,7 @@ class LogStore:
         )
 
     def entities(self, entity: str, features: Sequence[Feature]) -> Iterator[Any]:
-        """``key`` and one column a feature, in Arrow tables."""
+        """Arrow tables with ``key`` and a column for each feature, one row for each user or item."""
         if entity in self._plans:
             self._load_side_table(entity)
             table = f"{entity}_features"
@@ -133,7 +146,7 @@ class LogStore:
             yield self._query(f"SELECT * FROM {table} WHERE rowid >= {start} AND rowid < {start + ENTITY_ROWS}")
 
     def _load_side_table(self, entity: str) -> None:
-        """Encode a feature table, once; where a key occurs twice, its last row counts."""
+        """Encode a feature table on the first call. If a key occurs twice, its last row counts."""
         plan = self._plans[entity]
         name = f"{entity}_features"
         if self._scalar(f"SELECT count(*) FROM duckdb_tables() WHERE table_name = {sql.text(name)}"):
@@ -144,11 +157,30 @@ class LogStore:
             "QUALIFY row_number() OVER (PARTITION BY key ORDER BY smes_row DESC) = 1"
         )
 
-    def _sort(self, limit: int | None) -> Prepared:
-        """Two scans: a narrow one that finds duplicates and unusable rows, and one that sorts what is left.
+    def _sort(self) -> Prepared:
+        """Scan the log twice: once for duplicates and unusable rows, and once to sort the remaining rows."""
+        duplicates, parsed, rejected = self._exclude()
+        plan = self._plans["log"]
+        self._execute(
+            f"CREATE TABLE impressions AS SELECT {plan.columns} FROM ({plan.rows}) "
+            "WHERE smes_row NOT IN (SELECT row FROM excluded) ORDER BY event_time_ms, smes_row"
+            + ("" if self._limit is None else f" LIMIT {self._limit}")
+        )
+        self._execute("DROP TABLE excluded")
+        unparsed = self._unparsed()
+        if unparsed:
+            rejected["line is no row of the CSV file: wrong number of fields or quotes"] = unparsed
+        total = self._scalar("SELECT count(*) FROM impressions")
+        return Prepared(total, parsed + unparsed, duplicates, rejected)
 
-        Duplicates are rows with the same time and the same 64-bit hash over all columns: even in a log of 300 million
-        rows the chance that one pair of different rows is taken for equal is below 1e-9.
+    def _exclude(self) -> tuple[int, int, dict[str, int]]:
+        """Write the numbers of duplicate and unusable rows into the table ``excluded``.
+
+        Duplicates are rows with the same time and the same 64-bit hash of all columns. Even in a log of 300 million
+        rows, the chance that two different rows are taken for equal is below 1e-9.
+
+        Returns:
+            Duplicates, rows that could be parsed, and reason → unusable rows.
         """
         plan = self._plans["log"]
         self._execute(
@@ -166,20 +198,11 @@ class LogStore:
         parsed = self._scalar("SELECT count(*) FROM narrow")
         rejected = {str(r): int(n) for r, n in self._rows("SELECT reason, count(*) FROM narrow GROUP BY 1 ORDER BY 1")}
         rejected.pop("None", None)
-        unparsed = self._unparsed()
-        if unparsed:
-            rejected["line is no row of the CSV file: wrong number of fields or quotes"] = unparsed
-        self._execute(
-            f"CREATE TABLE impressions AS SELECT {plan.columns} FROM ({plan.rows}) "
-            "WHERE smes_row NOT IN (SELECT row FROM excluded) ORDER BY event_time_ms, smes_row"
-            + ("" if limit is None else f" LIMIT {limit}")
-        )
-        self._execute("DROP TABLE narrow; DROP TABLE excluded")
-        total = self._scalar("SELECT count(*) FROM impressions")
-        return Prepared(total, parsed + unparsed, duplicates, rejected)
+        self._execute("DROP TABLE narrow")
+        return duplicates, parsed, rejected
 
     def _unparsed(self) -> int:
-        """Lines of the log's CSV files that DuckDB could not split, of the first scan that read them all."""
+        """Number of lines of the log's CSV files that DuckDB could not split, from a scan that read all of them."""
         if not self._plans["log"].is_csv:
             return 0
         return self._scalar(

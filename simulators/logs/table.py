@@ -1,6 +1,6 @@
-"""Which SQL reads a log or a feature table: columns checked against the files, encodings, and reasons to reject."""
+"""Plan the SQL that reads a log or a feature table: check its columns, encode them, and say why a row is unusable."""
 
-# ruff: noqa: S608 - names are quoted and texts escaped by log_sql; expressions are the operator's own.
+# ruff: noqa: S608 - names are quoted and texts escaped by the functions of sql.py; expressions are the operator's own.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from smes.errors import LogError
 from smes.schema import Feature, Schema, Task
 from smes_io.log_spec import FeatureSource, LogSpec, SideTable
 
-_SHOWN = 60
+_MOST_LISTED = 60
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class TablePlan:
     """How to read one table.
 
     Attributes:
-        where: Its files, for messages.
-        rows: SELECT of the raw columns with ``smes_row`` (their number in the files) and, for the log,
-            ``event_time_ms`` and ``smes_digest``.
-        columns: The encoded columns, to select from ``rows``.
-        features: The features among them.
-        reason: For the log: an expression over ``rows`` that says why a row is unusable, or null.
-        derived_impression_id: The log has no column of ids.
-        is_csv: Whether lines may have failed to parse.
+        where: Its files, for error messages.
+        rows: SELECT statement of the raw columns and of ``smes_row``, the row's number in the files. For the log also
+            of ``event_time_ms`` and of ``smes_digest``, the hash of all columns.
+        columns: The encoded columns, to be selected from ``rows``.
+        features: The features among the columns.
+        reason: For the log: an expression over ``rows`` that says why a row is unusable; null for a usable row.
+        derived_impression_id: Whether the log has no column of impression ids.
+        is_csv: Whether the files are CSV, so that lines may fail to parse.
     """
 
     where: str
@@ -51,26 +51,30 @@ class _Table:
         self.types = self._describe(f"SELECT * FROM {self.scan}", f"a table of {'CSV' if self.is_csv else 'Parquet'}")
 
     def column(self, name: str, key: str) -> str:
-        """The quoted column; its absence is an error that names the columns there are."""
+        """The quoted column.
+
+        Raises:
+            LogError: There is no such column. The message lists the columns of the files.
+        """
         if name not in self.types:
-            there = ", ".join(list(self.types)[:_SHOWN])
+            there = ", ".join(list(self.types)[:_MOST_LISTED])
             raise LogError(f"{self.where}: no column {name!r}, expected by {key}; the columns are {there}")
         return sql.quote(name)
 
     @property
     def sample(self) -> str:
-        """A table expression of the same columns and types that opens no file."""
+        """A table expression with the same columns and types that opens no file."""
         nulls = ", ".join(f"CAST(NULL AS {sql_type}) AS {sql.quote(name)}" for name, sql_type in self.types.items())
         return f"(SELECT {nulls})"
 
     def type_of(self, expr: str, more: str, key: str) -> str:
-        """The SQL type of an expression over the table's columns and ``more`` columns."""
+        """The SQL type of an expression over the table's columns and the columns that ``more`` adds."""
         return next(
             iter(self._describe(f"SELECT {expr} AS value FROM (SELECT *{more} FROM {self.sample})", key).values())
         )
 
     def check(self, columns: str, more: str, key: str) -> None:
-        """Bind expressions, so that a column of an unusable type is an error here."""
+        """Bind expressions, so that a column of an unusable type is reported now and not while reading."""
         self._describe(f"SELECT {columns} FROM (SELECT *{more} FROM {self.sample})", key)
 
     def _describe(self, query: str, expected: str) -> dict[str, str]:
@@ -90,27 +94,8 @@ def plan_log(
         LogError: A column is missing or of an unusable type.
     """
     table = _Table(connection, files, spec.delimiter)
-    user = _id(table, spec.user_id, "log.user_id")
-    item = _id(table, spec.item_id, "log.item_id")
-    time = sql.time_sql(table.column(spec.event_time, "log.event_time"), spec.time_unit)
-    all_columns = ", ".join(sql.quote(name) for name in table.types)
-    # The checked time takes the place of a column of its name.
-    more = f"{' EXCLUDE (event_time_ms)' if 'event_time_ms' in table.types else ''}, {time} AS event_time_ms"
-    digest = f"hash({all_columns}) AS smes_digest"
-    rows = f"SELECT *{more}, {digest}, row_number() OVER () - 1 AS smes_row FROM {table.scan}"
-    table.check("event_time_ms", more, f"log.event_time {spec.event_time!r} as a time in {spec.time_unit}")
-    columns = [f"{user} AS user", f"{item} AS item", "event_time_ms"]
-    reasons = [
-        _reason(f"{user} = {sql.MISSING_SQL}", f"user_id ({spec.user_id}) is empty"),
-        _reason(f"{item} = {sql.MISSING_SQL}", f"item_id ({spec.item_id}) is empty"),
-        _reason("event_time_ms IS NULL", f"event_time ({spec.event_time}) is no time in {spec.time_unit}"),
-    ]
-    if spec.impression_id is not None:
-        impression = _id(table, spec.impression_id, "log.impression_id")
-        columns.append(f"{impression} AS impression_id")
-        reasons.append(_reason(f"{impression} = {sql.MISSING_SQL}", f"impression_id ({spec.impression_id}) is empty"))
-    request = sql.MISSING_SQL if spec.request_id is None else _id(table, spec.request_id, "log.request_id")
-    columns.append(f"{request} AS request_id")
+    rows, more = _log_rows(table, spec)
+    columns, reasons = _log_ids(table, spec)
     columns += [_feature(table, f, spec.features.get(f.name, FeatureSource()), more) for f in features]
     for task in schema.tasks:
         label_columns, reason = _label(table, task, spec)
@@ -138,6 +123,34 @@ def plan_side_table(
     return TablePlan(table.where, rows, ", ".join(columns), tuple(features), is_csv=table.is_csv)
 
 
+def _log_rows(table: _Table, spec: LogSpec) -> tuple[str, str]:
+    """The SELECT statement of the log's raw rows, and the columns that it adds to the files' own."""
+    time = sql.time_sql(table.column(spec.event_time, "log.event_time"), spec.time_unit)
+    # The encoded time replaces a column of its name.
+    more = f"{' EXCLUDE (event_time_ms)' if 'event_time_ms' in table.types else ''}, {time} AS event_time_ms"
+    table.check("event_time_ms", more, f"log.event_time {spec.event_time!r} as a time in {spec.time_unit}")
+    digest = f"hash({', '.join(map(sql.quote, table.types))}) AS smes_digest"
+    return f"SELECT *{more}, {digest}, row_number() OVER () - 1 AS smes_row FROM {table.scan}", more
+
+
+def _log_ids(table: _Table, spec: LogSpec) -> tuple[list[str], list[str]]:
+    """The columns of ids and time, and the reasons to reject a row without them."""
+    user = _id(table, spec.user_id, "log.user_id")
+    item = _id(table, spec.item_id, "log.item_id")
+    columns = [f"{user} AS user", f"{item} AS item", "event_time_ms"]
+    reasons = [
+        _reason(f"{user} = {sql.MISSING_SQL}", f"user_id ({spec.user_id}) is empty"),
+        _reason(f"{item} = {sql.MISSING_SQL}", f"item_id ({spec.item_id}) is empty"),
+        _reason("event_time_ms IS NULL", f"event_time ({spec.event_time}) is no time in {spec.time_unit}"),
+    ]
+    if spec.impression_id is not None:
+        impression = _id(table, spec.impression_id, "log.impression_id")
+        columns.append(f"{impression} AS impression_id")
+        reasons.append(_reason(f"{impression} = {sql.MISSING_SQL}", f"impression_id ({spec.impression_id}) is empty"))
+    request = sql.MISSING_SQL if spec.request_id is None else _id(table, spec.request_id, "log.request_id")
+    return [*columns, f"{request} AS request_id"], reasons
+
+
 def _id(table: _Table, name: str, key: str) -> str:
     return sql.id_sql(table.column(name, key), table.types[name])
 
@@ -157,7 +170,7 @@ def _feature(table: _Table, feature: Feature, source: FeatureSource, more: str) 
 
 
 def _label(table: _Table, task: Task, spec: LogSpec) -> tuple[list[str], str]:
-    """The columns of a task's outcome (and its time), and the reason to reject a row for it."""
+    """The columns of a task's outcome and of its time, and the reason to reject a row for it."""
     source, key = spec.labels[task.name], f"log.labels.{task.name}"
     column = table.column(source.column, key)
     sql_type = table.types[source.column]

@@ -1,9 +1,9 @@
-"""Becomes another program that cannot outlive its parent (``python bound_child.py PARENT_PID PROGRAM ARGUMENT …``).
+"""Run a program that cannot outlive its parent: ``python bound_child.py PARENT_PID PROGRAM ARGUMENT …``.
 
-It asks the kernel for SIGKILL at the parent's death (``prctl(PR_SET_PDEATHSIG)``, Linux only; the setting survives
-``exec``) and then replaces itself by the program. A process of its own does this rather than a ``preexec_fn``, because
-Python code between fork and exec can deadlock in a parent that has threads. Run by path, so it imports the standard
-library only.
+This script asks the kernel to send it SIGKILL when its parent dies (``prctl(PR_SET_PDEATHSIG)``, Linux only), and then
+replaces itself by the program with ``exec``, which keeps that setting. It is a script and not a ``preexec_fn`` because
+Python code between fork and exec can deadlock in a parent with threads. It is run by its path, isolated from
+site-packages, and therefore imports the standard library only.
 """
 
 import ctypes
@@ -15,12 +15,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> None:
+    """Bind this process to its parent, then become the program."""
     parent_pid, program = int(argv[1]), argv[2:]
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
             sys.exit(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent_pid:  # the parent died before the request above: no signal will come
+    if os.getppid() != parent_pid:  # the parent died before the request above, so no signal will follow
         sys.exit(f"parent {parent_pid} is gone")
     try:
         os.execvp(program[0], program)  # noqa: S606 - becoming the caller's program is the purpose

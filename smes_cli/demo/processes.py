@@ -1,4 +1,4 @@
-"""Child processes that die with their parent, write to log files, and stop within a bounded time."""
+"""Start child processes that die with their parent and write to log files, and stop them in bounded time."""
 
 import os
 import shutil
@@ -21,22 +21,24 @@ def spawn(
 ) -> subprocess.Popen[bytes]:
     """Start a program whose standard output and error go to ``log``.
 
-    On Linux the child is killed when this process ends, however it ends (the kernel sends the signal when the thread
-    that started the child ends, hence the main thread only). On other systems it has to be stopped. It gets a session
-    of its own, so Ctrl-C in the terminal reaches this process alone, which then stops its children in its own order.
+    On Linux the kernel kills the child when this process ends, also after a SIGKILL. It does so when the *thread* that
+    started the child ends, so only the main thread may start one. On other systems the caller has to stop the child.
+
+    The child gets its own session: Ctrl-C in the terminal reaches this process only, which then stops its children in
+    the right order.
 
     Args:
-        argv: Program and arguments; the program is looked up on ``PATH``.
-        log: File that is appended to; its folder is created.
-        env: The child's environment; default: this process'.
-        cwd: The child's working folder; default: this process'.
+        argv: Program and arguments. The program is looked up on ``PATH``.
+        log: File to append to. Its folder is created.
+        env: Environment of the child. Default: that of this process.
+        cwd: Working folder of the child. Default: that of this process.
 
     Raises:
-        ValueError: Called from another thread than the main thread.
+        ValueError: The caller is not the main thread.
         FileNotFoundError: There is no such program.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise ValueError(f"spawn {argv[0]!r}: expected the main thread, a child dies with the thread that started it")
+        raise ValueError(f"spawn {argv[0]!r}: expected the main thread: a child dies with the thread that starts it")
     program = shutil.which(argv[0], path=None if env is None else env.get("PATH"))
     if program is None:
         raise FileNotFoundError(f"{argv[0]!r}: no such program on PATH")
@@ -55,12 +57,16 @@ def spawn(
 
 
 def stop(process: subprocess.Popen[bytes], *, timeout_s: float = 10.0) -> int:
-    """SIGTERM, wait at most ``timeout_s``, then SIGKILL; returns the exit status. Idempotent."""
+    """Send SIGTERM, wait at most ``timeout_s``, then send SIGKILL. Idempotent.
+
+    Returns:
+        The exit status.
+    """
     return stop_all([process], timeout_s=timeout_s)[0]
 
 
 def stop_all(processes: Iterable[subprocess.Popen[bytes]], *, timeout_s: float = 10.0) -> list[int]:
-    """:func:`stop` for several at once: all get SIGTERM first, and each at most ``timeout_s`` from then on."""
+    """Stop several processes: send SIGTERM to all, then wait for each as :func:`stop` does."""
     children = list(processes)
     for child in children:
         if child.poll() is None:
@@ -77,7 +83,7 @@ def _reap(child: subprocess.Popen[bytes], timeout_s: float) -> int:
 
 
 def log_tail(log: Path, lines: int = 15) -> str:
-    """The last lines a child wrote, for an error message; empty if it wrote none."""
+    """The last lines that a child wrote, for an error message. Empty if there are none."""
     try:
         text = log.read_text(errors="replace")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Scoring requests in a loop against a running scorer, every answer checked."""
+"""Send scoring requests to a running scorer in a loop, and check every answer."""
 
 import threading
 import time
@@ -11,21 +11,21 @@ import numpy as np
 
 from smes.arrays import I64
 
-_TOLERANCE = 1e-4  # the same item at two places of a batch may differ in the last bits of float32
-_PROBE_EVERY = 5
+_TOLERANCE = 1e-4  # scores of one item at two places of a batch may differ in the last bits of float32
+_FIXED_EVERY = 5
 
 
 @dataclass(slots=True)
 class RequestTally:
-    """What the requests saw.
+    """Counts and latencies of the requests.
 
     Attributes:
-        requests: Answered or failed, once the scorer was ready.
-        errors: Failed, or answered with anything but all items and tasks.
-        mixed_versions: Answers that cannot all come from the one version they name.
-        versions: Versions seen in answers.
-        latency_ms: Of every answer, as the caller saw it.
-        last_error: The last failure, for people.
+        requests: All requests, answered or failed.
+        errors: Requests that failed, or whose answer lacked an item or a task.
+        mixed_versions: Answers whose scores cannot all come from the version that they name.
+        versions: (lineage, version) of the answers.
+        latency_ms: Time to each answer, measured by the caller.
+        last_error: Message of the last failure.
     """
 
     requests: int = 0
@@ -36,24 +36,24 @@ class RequestTally:
     last_error: str = ""
 
     def quantile_ms(self, q: float) -> float | None:
-        """Latency quantile; None before the first answer."""
+        """A quantile of the latency; None before the first answer."""
         return float(np.quantile(self.latency_ms, q)) if self.latency_ms else None
 
 
 class RequestLoop:
     """A thread that asks for rankings until it is stopped.
 
-    Two checks find an answer that mixes versions: one item stands in every request twice and must get the same scores
-    in both places; and a fixed probe request must get the same scores whenever the same version answers it.
+    Two checks find answers that mix versions. Every request contains one item twice, which must get the same scores in
+    both places. And a fixed request is sent again and again, which must get the same scores from the same version.
 
     Args:
         url: Base URL of the scorer.
-        users: int64 [U], users to ask for.
-        items: int64 [I], items to rank.
-        tasks: Task names that every answer must have.
-        per_s: Requests a second.
-        items_per_request: Candidates a request.
-        seed: Of the draws.
+        users: int64 [U], users to draw from.
+        items: int64 [I], items to draw from.
+        tasks: Task names that every answer must contain.
+        per_s: Requests per second.
+        items_per_request: Items that each request ranks.
+        seed: Seed of the draws.
     """
 
     def __init__(
@@ -70,18 +70,18 @@ class RequestLoop:
         self._url, self._users, self._items, self._tasks = url, users, items, set(tasks)
         self._period_s, self._per_request = 1 / per_s, items_per_request
         self._rng = np.random.default_rng(seed)
-        self._probe = self._draw()
-        self._probe_scores: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.float64]]] = {}
+        self._fixed = self._draw()
+        self._fixed_scores: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.float64]]] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
         self.tally = RequestTally()
 
     def start(self) -> None:
-        """Begin; the scorer must be ready."""
+        """Start the thread. The scorer must be ready."""
         self._thread.start()
 
     def stop(self) -> RequestTally:
-        """Finish the request under way and give the tally."""
+        """Finish the current request and stop the thread; the counts."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -91,8 +91,8 @@ class RequestLoop:
         next_s = time.monotonic()
         with httpx.Client(base_url=self._url, timeout=10.0) as client:
             while not self._stopped.is_set():
-                probe = self.tally.requests % _PROBE_EVERY == 0
-                self._ask(client, self._probe if probe else self._draw(), probe=probe)
+                fixed = self.tally.requests % _FIXED_EVERY == 0
+                self._ask(client, self._fixed if fixed else self._draw(), fixed=fixed)
                 next_s = max(next_s + self._period_s, time.monotonic() - 1)
                 self._stopped.wait(max(0.0, next_s - time.monotonic()))
 
@@ -100,7 +100,7 @@ class RequestLoop:
         items = self._rng.choice(self._items, min(self._per_request, len(self._items)), replace=False).tolist()
         return {"user_id": int(self._rng.choice(self._users)), "context": {}, "items": [*items, items[0]]}
 
-    def _ask(self, client: httpx.Client, request: dict[str, Any], *, probe: bool) -> None:
+    def _ask(self, client: httpx.Client, request: dict[str, Any], *, fixed: bool) -> None:
         started_s = time.perf_counter()
         try:
             response = client.post("/v1/score", json=request)
@@ -112,27 +112,27 @@ class RequestLoop:
             self.tally.errors += 1
             self.tally.last_error = f"{type(error).__name__}: {error}"
         else:
-            self._check_one_version((answer["lineage"], answer["version"]), scores, probe=probe)
+            self._check_one_version((answer["lineage"], answer["version"]), scores, fixed=fixed)
         self.tally.requests += 1
 
     def _scores(self, request: dict[str, Any], answer: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """float64 [items, tasks] of a complete answer."""
+        """Scores of a complete answer: float64 [items, tasks]."""
         if [item["item_id"] for item in answer["items"]] != request["items"]:
-            raise ValueError(f"answer for {len(answer['items'])} items, expected the {len(request['items'])} asked for")
+            raise ValueError(f"answer for {len(answer['items'])} items, expected the {len(request['items'])} requested")
         for item in answer["items"]:
             if item["scores"].keys() != self._tasks:
                 raise ValueError(f"answer with tasks {sorted(item['scores'])}, expected {sorted(self._tasks)}")
         if sorted(answer["ranking"]) != sorted(request["items"]):
-            raise ValueError("answer whose ranking is no permutation of the items")
+            raise ValueError("answer with a ranking that is not a permutation of the items")
         names = sorted(self._tasks)
         return np.array([[item["scores"][name] for name in names] for item in answer["items"]])
 
     def _check_one_version(
-        self, version: tuple[str, int], scores: np.ndarray[Any, np.dtype[np.float64]], *, probe: bool
+        self, version: tuple[str, int], scores: np.ndarray[Any, np.dtype[np.float64]], *, fixed: bool
     ) -> None:
         self.tally.versions.add(version)
         mixed = not np.allclose(scores[0], scores[-1], rtol=_TOLERANCE, atol=_TOLERANCE)
-        if probe:
-            known = self._probe_scores.setdefault(version, scores)
+        if fixed:
+            known = self._fixed_scores.setdefault(version, scores)
             mixed |= not np.allclose(known, scores, rtol=_TOLERANCE, atol=_TOLERANCE)
         self.tally.mixed_versions += mixed

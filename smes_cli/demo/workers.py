@@ -16,7 +16,7 @@ import yaml
 from smes.errors import SmesError
 from smes_cli.config import Config
 from smes_cli.console import console, number, progress, read_report
-from smes_cli.demo.processes import log_tail, spawn, stop_all
+from smes_cli.demo.processes import log_tail, spawn, stop
 
 _READY_WITHIN_S = 90.0
 
@@ -25,31 +25,35 @@ class Workers:
     """``smes train``, ``serve`` and ``replay`` as processes that die with this one.
 
     Args:
-        config: Everything that they are told; written to a file in the folder.
-        folder: Holds that file, their output and their reports.
-        stack: Closes over their stopping.
+        config: Their configuration, which is written to a file in the folder.
+        folder: Folder of that file, of the workers' output and of their reports.
+        stack: Stops the workers when it is closed.
     """
 
     def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
         self._config_file = folder / "smes.yaml"
         self._config_file.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
-        self.replayed: dict[str, Any] = {}
 
     def log_of(self, command: str) -> Path:
+        """The file with a worker's output."""
         return self._folder / f"{command}.log"
 
     def start(self, command: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """``smes COMMAND`` as a process that dies with this one."""
+        """Start ``smes COMMAND`` as a process that dies with this one."""
         argv = [sys.executable, "-P", "-m", "smes_cli", "-c", str(self._config_file), command, *arguments]
-        # The workers are told everything by the file; this process' overrides are in it already.
+        # The file already holds the values of this process's variables.
         env = {name: value for name, value in os.environ.items() if not name.startswith("SMES_")}
         process = spawn(argv, log=self.log_of(command), env={**env, "PYTHONUNBUFFERED": "1"})
-        self._stack.callback(stop_all, [process], timeout_s=10)
+        self._stack.callback(stop, process, timeout_s=10)
         return process
 
     def scorer_url(self, scorer: subprocess.Popen[bytes]) -> str:
-        """The URL that the scorer, told to take any free port, printed."""
+        """Wait for the scorer to print its URL, whose port it chose itself.
+
+        Raises:
+            SmesError: It ended, or did not listen in time.
+        """
         deadline = time.monotonic() + _READY_WITHIN_S
         while True:
             for line in log_tail(self.log_of("serve"), 50).splitlines():
@@ -61,7 +65,11 @@ class Workers:
             time.sleep(0.05)
 
     def wait_ready(self, url: str, scorer: subprocess.Popen[bytes], trainer: subprocess.Popen[bytes]) -> None:
-        """Until the first snapshot is in service."""
+        """Wait until the scorer serves the first snapshot.
+
+        Raises:
+            SmesError: Trainer or scorer ended, or there was no snapshot in time.
+        """
         deadline = time.monotonic() + _READY_WITHIN_S
         with console.status("waiting for the first snapshot"):
             while httpx.get(f"{url}/health/ready", timeout=10).status_code != 200:
@@ -77,8 +85,18 @@ class Workers:
         replay: subprocess.Popen[bytes],
         others: list[subprocess.Popen[bytes]],
         should_stop: Callable[[], bool],
-    ) -> None:
-        """Show what is served until the replay ends."""
+    ) -> dict[str, Any]:
+        """Show progress until the replay ends or is stopped; the replay's report.
+
+        Args:
+            url: Base URL of the scorer.
+            replay: The replay.
+            others: Trainer and scorer, which must keep running.
+            should_stop: Whether to stop the replay early.
+
+        Raises:
+            SmesError: A worker ended too early or failed.
+        """
         with progress("replaying and serving", None) as advance:
             while replay.poll() is None and not should_stop():
                 for command, process in zip(("train", "serve"), others, strict=True):
@@ -92,9 +110,9 @@ class Workers:
                 time.sleep(0.5)
         if replay.poll() not in (0, None):
             raise SmesError(f"replay failed:\n{self._tail('replay')}")
-        if replay.poll() is None:  # told to stop early
-            stop_all([replay], timeout_s=30)
-        self.replayed = read_report(self._folder / "replay.json", self._tail("replay"))
+        if replay.poll() is None:  # should_stop() became true
+            stop(replay, timeout_s=30)
+        return read_report(self._folder / "replay.json", self._tail("replay"))
 
     def _tail(self, command: str) -> str:
         return log_tail(self.log_of(command))
@@ -105,7 +123,7 @@ class Workers:
 
 
 def _plain(value: Any) -> Any:
-    """YAML without Python's own types."""
+    """Dataclass contents as YAML can write them: lists for tuples and text for paths."""
     if isinstance(value, dict):
         return {key: _plain(below) for key, below in value.items()}
     if isinstance(value, list | tuple):

@@ -1,0 +1,77 @@
+"""``smes snapshots``: the model snapshots in Redis."""
+
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from smes.errors import SnapshotNotFound
+from smes_cli.command_line import config_of
+from smes_cli.console import console, number
+
+if TYPE_CHECKING:
+    from feature_store.snapshots import SnapshotStore
+    from smes_cli.config import Config
+
+snapshots_app = typer.Typer(no_args_is_help=True, help="Model snapshots in Redis.")
+
+
+@snapshots_app.command("list")
+def snapshots_list(context: typer.Context) -> None:
+    """List the snapshots that can be loaded, newest last."""
+    config = config_of(context)
+    store = _snapshot_store(config)
+    current = store.pointer()
+    manifests = store.list()
+    if not manifests:
+        raise _none_published(config)
+    table = Table("lineage", "version", "parent", "bytes", "event time (UTC)", "cut at (UTC)", "", box=None)
+    for manifest in manifests:
+        mark = "current" if current == f"{manifest.lineage}:{manifest.version}" else ""
+        cells = [number(manifest.version), number(manifest.parent), number(manifest.total_bytes)]
+        table.add_row(manifest.lineage, *cells, _utc(manifest.event_time_ms), _utc(manifest.created_ms), mark)
+    console.print(table)
+
+
+@snapshots_app.command("show")
+def snapshots_show(
+    context: typer.Context,
+    version: Annotated[int | None, typer.Argument(help="Version; default: the current one.")] = None,
+    lineage: Annotated[str | None, typer.Option(help="Lineage; default: the current one's.")] = None,
+) -> None:
+    """Show a snapshot's manifest as JSON."""
+    config = config_of(context)
+    store = _snapshot_store(config)
+    current = store.current()
+    if version is not None and (lineage or current):
+        manifest = store.get(lineage or (current.lineage if current else ""), version)
+    elif current is not None:
+        manifest = current
+    else:
+        raise _none_published(config)
+    console.print_json(json.dumps(json.loads(manifest.to_json())))
+
+
+def _snapshot_store(config: "Config") -> "SnapshotStore":
+    from feature_store.snapshots import SnapshotStore
+    from smes_io.redis_client import connect
+
+    client = connect(config.feature_store.redis_url, config.feature_store.timeout_s)
+    return SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
+
+
+def _none_published(config: "Config") -> SnapshotNotFound:
+    from smes_io.redis_client import masked
+
+    place = config.feature_store
+    return SnapshotNotFound(
+        f"no snapshot was published yet in Redis at {masked(place.redis_url)}, namespace {place.namespace}"
+    )
+
+
+def _utc(unix_ms: int | None) -> str:
+    if unix_ms is None:
+        return "–"
+    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
