@@ -1,9 +1,10 @@
-"""How batches reach the training device, and in which precision the dense part runs there."""
+"""The training devices, CPU and CUDA: how arrays get there, and the precision of the dense part there.
 
-import ctypes
-import sys
+On a GPU, copies run beside the computation: a batch that is sent while a step runs has arrived when the step ends.
+"""
+
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,79 +12,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smes.arrays import I64
-from smes.model.table import Readers
-
-# TODO(merge) was smes.batch: A mini-batch on the training device. Letters: B instances, W
-
-
-@dataclass(frozen=True, slots=True)
-class RankBatch:
-    """What one step needs, columnar.
-
-    Attributes:
-        rows_U: int64, the distinct table rows of the batch.
-        cells_BW: int64, which of them each id column reads.
-        readers: The same the other way round; None on a GPU.
-        pool_BW: float32, weight of each id within its bag; None for a schema without bags.
-        numerics_BF: float32, NaN where missing.
-        labels_BT: float32.
-        mask_BT: bool, true where there is a label.
-        weight_B: float32, sample weights.
-        user_id: int64 [B], on the host: for the metrics.
-        event_time_ms: int64 [B], on the host.
-        ticket: What :meth:`smes.model.devices.Device.receive` needs to hand the tensors to the computing stream.
-    """
-
-    rows_U: Tensor
-    cells_BW: Tensor
-    readers: Readers | None
-    pool_BW: Tensor | None
-    numerics_BF: Tensor
-    labels_BT: Tensor
-    mask_BT: Tensor
-    weight_B: Tensor
-    user_id: I64
-    event_time_ms: I64
-    ticket: object = None
-
-    def __len__(self) -> int:
-        return len(self.user_id)
-
-    def tensors(self) -> list[Tensor]:
-        """Those that live on the device."""
-        columns = (self.rows_U, self.cells_BW, self.numerics_BF, self.labels_BT, self.mask_BT, self.weight_B)
-        return [*columns] if self.pool_BW is None else [*columns, self.pool_BW]
-
 
 class Device(Protocol):
-    """A training device. The CPU's is :class:`HostDevice`, CUDA's :class:`smes.model.cuda.CudaDevice`."""
+    """A training device: :class:`HostDevice` or :class:`CudaDevice`."""
 
     device: torch.device
 
     def host(self, array: NDArray[Any]) -> Tensor:
-        """The array as a tensor on the host from which a copy to the device does not block."""
+        """Make a tensor on the host that can be copied to the device without blocking."""
         ...
 
     def send(self, array: NDArray[Any]) -> Tensor:
-        """The array on the device; the copy may still be under way."""
+        """Copy an array to the device. The copy may still be under way when this returns."""
         ...
 
     def ticket(self) -> object:
-        """Marks the point where everything sent so far has arrived."""
+        """Mark the end of the copies that were started so far, for :meth:`receive`."""
         ...
 
-    def receive(self, batch: RankBatch) -> None:
-        """Make the computing stream wait for a batch's copies, without waiting on the host."""
+    def receive(self, tensors: Iterable[Tensor], ticket: object) -> None:
+        """Let the computation wait for copies, without blocking the host.
+
+        Args:
+            tensors: What :meth:`send` returned.
+            ticket: Taken after they were sent.
+        """
         ...
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The precision of the dense part."""
+        """A context that sets the precision of the dense part."""
         ...
 
 
 class HostDevice:
-    """The CPU: tensors share memory with the arrays, all in float32."""
+    """The CPU. Tensors share memory with the arrays; everything is float32."""
 
     device = torch.device("cpu")
 
@@ -96,18 +58,51 @@ class HostDevice:
     def ticket(self) -> object:
         return None
 
-    def receive(self, batch: RankBatch) -> None:
+    def receive(self, tensors: Iterable[Tensor], ticket: object) -> None:
         pass
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", enabled=False)
 
 
+class CudaDevice:  # pragma: no cover - needs a GPU
+    """A CUDA GPU. Copies from pinned memory run on a CUDA stream of their own.
+
+    Weights are float32. Autocast computes the ranker and the heads in bfloat16, whose range needs no loss scaling.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+        self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch ships no type for it
+
+    def host(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).pin_memory()
+
+    def send(self, array: NDArray[Any]) -> Tensor:
+        with torch.cuda.stream(self._copies):
+            # Our reference to the pinned block may go: the caching host allocator keeps the block until the copy ran.
+            return self.host(array).to(self.device, non_blocking=True)
+
+    def ticket(self) -> object:
+        return self._copies.record_event()
+
+    def receive(self, tensors: Iterable[Tensor], ticket: object) -> None:
+        compute = torch.cuda.current_stream(self.device)
+        assert isinstance(ticket, torch.cuda.Event), "a ticket of this device"
+        compute.wait_event(ticket)
+        for tensor in tensors:
+            # It was allocated on the copying stream, which must not reuse its memory while a step still reads it.
+            tensor.record_stream(compute)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+
+
 def open_device(device: torch.device) -> Device:
-    """The :class:`Device` for a torch device.
+    """Open the :class:`Device` for a torch device.
 
     Raises:
-        ValueError: Neither cpu nor cuda, or CUDA is not available.
+        ValueError: The device is neither cpu nor cuda, or CUDA is not available.
     """
     if device.type == "cpu":
         return HostDevice()
@@ -115,28 +110,4 @@ def open_device(device: torch.device) -> Device:
         raise ValueError(f"device {str(device)!r}: expected cpu or cuda")
     if not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r}: this machine has no usable CUDA GPU")
-    from smes.model.cuda import CudaDevice  # imported where it is used: a machine without a GPU never loads it
-
     return CudaDevice(device)
-
-
-# TODO(merge) was smes.memory: Memory that is freed stays with the process, for the next st
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_KEPT = 32 << 20  # tables and snapshots are larger: those go back
-_MOST_KEPT = 1 << 30  # at the end of the heap
-
-
-def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, in blocks of up to 32 MiB, 1 GiB at most. Idempotent.
-
-    Returns:
-        Whether it does: only glibc is told so, other systems stay as they are.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library may have none
-    return mallopt is not None and all(
-        mallopt(option, size) == 1
-        for option, size in ((_M_MMAP_THRESHOLD, _LARGEST_KEPT), (_M_TRIM_THRESHOLD, _MOST_KEPT))
-    )

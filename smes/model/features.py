@@ -1,8 +1,11 @@
-"""The feature layer: embeddings, pooled bags, attended sequences and numerics of an instance, as one vector; and the
-linear part.
+"""The feature layer: from the features of an instance to the vector that the ranker reads, and the linear part.
 
-Letters: B instances, W id columns, L columns of a sequence, F numeric features, N columns made of them (with
-indicators), D embedding width, T tasks, I output width.
+Target attention follows DIN (Zhou et al., 2018, arXiv 1706.06978): the target item is compared with every entry of the
+user's sequence. Instead of DIN's activation unit we use a scaled dot product of learned maps (Vaswani et al., 2017,
+arXiv 1706.03762) and normalise the weights, because that costs less on a CPU.
+
+Letters: B instances, W id columns, L columns of a sequence, F numeric features, N columns made from them (with
+indicators), D embedding width, A width in which target and entries are compared, T tasks, I output width.
 """
 
 from dataclasses import dataclass
@@ -14,14 +17,16 @@ from smes.model.ids import per_column
 from smes.rankers.moments import RunningMoments
 from smes.schema import Feature, Schema
 
+_EPSILON = 1e-6
+
 
 @dataclass(frozen=True, slots=True)
 class FeatureInputs:
-    """An instance's features, its ids already looked up.
+    """Features of instances, with the table rows of their ids already read.
 
     Attributes:
-        embedding_BWD: Embedding of every id; None where the ranker reads none.
-        wide_BWT: The linear part's weight of every id for every task; None without linear part.
+        embedding_BWD: Embedding of every id; None for a ranker that reads no embeddings.
+        wide_BWT: Weight of every id for every task in the linear part; None without a linear part.
         pool_BW: :func:`smes.model.ids.pool_weights`; None for a schema without bags and sequences.
         numerics_BF: float32, NaN where missing.
     """
@@ -33,21 +38,26 @@ class FeatureInputs:
 
 
 class FeatureLayer(nn.Module):
-    """Concatenates what a ranker reads, and sums the linear part.
+    """Concatenates what the ranker reads, and computes the linear part.
 
-    A bag is the mean over its ids, in the embeddings and in the linear part alike: a long bag must not weigh more than
-    a short one. So is a sequence, and one with a query is read under its attention besides
-    (:class:`smes.model.features.TargetAttention`), each entry the sum of its own embedding and those of what accompanies it.
-    In the linear part, which cannot compare, a queried sequence has no say: its weights are those of the items to
-    score. What accompanies it has weights of its own there.
+    - Id: its embedding.
+    - Bag: the mean of its ids' embeddings, so that a long bag does not count more than a short one.
+    - Sequence: the same mean. A sequence with a query also gives the output of :class:`TargetAttention`. There, the
+      embedding of an entry is the sum of its own embedding and those of the sequences that accompany it.
+    - Numeric feature: transformed as the schema says, standardised by its running mean and deviation and clipped at
+      ±8; then 1 where the value is missing, else 0 (unless the schema turns this indicator off).
 
-    A numeric feature is squashed as its schema says, standardised by its running mean and deviation, cut at ±8, and
-    accompanied by an indicator of its absence (unless its schema spares that).
+    The linear part sums one weight per id and task (for bags and sequences the mean) and a weighted sum of the numeric
+    columns. Sequences with a query are left out of it: their ids would read the weights that the same items have as
+    targets, and a sum cannot compare them with the target.
 
     Args:
         schema: The features.
         embedding_dim: D; 0 for a ranker that reads no embeddings.
         wide: Whether there is a linear part.
+
+    Raises:
+        ValueError: A feature's ``dim`` is more than ``embedding_dim``.
     """
 
     log1p_F: Tensor
@@ -59,8 +69,8 @@ class FeatureLayer(nn.Module):
         self._parts = _parts(schema, embedding_dim)
         self._sequences = _sequences(schema, embedding_dim)
         self.attention = nn.ModuleList(TargetAttention(s.dim, attention_dim=s.dim) for s in self._sequences)
-        has_say = per_column(schema, (f.query is None for f in schema.id_features))
-        self.register_buffer("wide_W", torch.tensor(has_say, dtype=torch.float32), persistent=False)
+        in_linear_part = per_column(schema, (f.query is None for f in schema.id_features))
+        self.register_buffer("wide_W", torch.tensor(in_linear_part, dtype=torch.float32), persistent=False)
         indicated = [i for i, f in enumerate(schema.numeric_features) if f.indicator]
         self.register_buffer("indicated_F", torch.tensor(indicated, dtype=torch.int64), persistent=False)
         num_columns = schema.num_numerics + len(indicated)
@@ -72,7 +82,7 @@ class FeatureLayer(nn.Module):
         self.wide_numerics = nn.Parameter(torch.zeros(num_columns, schema.num_tasks)) if wide else None
 
     def forward(self, inputs: FeatureInputs) -> tuple[Tensor, Tensor | None]:
-        """(what the ranker reads, float32 [B, I]; the linear part's logits, float32 [B, T], None without it)."""
+        """Returns (what the ranker reads, float32 [B, I]; logits of the linear part, float32 [B, T], or None)."""
         numerics_BN = self._numerics(inputs.numerics_BF)
         x_BI = torch.cat([*self._embedded(inputs), numerics_BN], dim=1)
         if inputs.wide_BWT is None or self.wide_numerics is None:
@@ -84,7 +94,7 @@ class FeatureLayer(nn.Module):
         return x_BI, wide_BT + numerics_BN @ self.wide_numerics
 
     def observe(self, numerics_BF: Tensor) -> None:
-        """Let the running moments take in a batch; after it was scored."""
+        """Update the running moments with a batch. Call it after the batch was scored."""
         present_BF = ~numerics_BF.isnan()
         self.moments.observe(self._squash(numerics_BF), present_BF)
 
@@ -112,7 +122,7 @@ class FeatureLayer(nn.Module):
 
 @dataclass(frozen=True)
 class _Part:
-    """A run of id features of one width, or one bag or sequence: columns → a piece of the layer's output."""
+    """Computes one piece of the output: from neighbouring id features of one width, or from one bag or sequence."""
 
     columns: slice
     dim: int
@@ -132,7 +142,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A queried sequence: where its target, its entries and what accompanies them lie among the columns."""
+    """Selects the input of target attention: the columns of the target, of the entries and of their companions."""
 
     dim: int
     target: int
@@ -143,7 +153,7 @@ class _Sequence:
         return 2 * self.dim
 
     def __call__(self, embedding_BWD: Tensor, pool_BW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(target [B, D], entries [B, L, D], which are there: bool [B, L])."""
+        """Returns (target [B, D], entries [B, L, D], which entries are present, bool [B, L])."""
         own, *others = (embedding_BWD[:, columns, : self.dim] for columns in self.entries)
         return embedding_BWD[:, self.target, : self.dim], sum(others, start=own), pool_BW[:, self.entries[0]] > 0
 
@@ -182,13 +192,8 @@ def _dim(feature: Feature, embedding_dim: int) -> int:
     return dim
 
 
-# TODO(merge) was smes.history: Target attention over a sequence: which of the user's recent
-
-_EPSILON = 1e-6
-
-
 class TargetAttention(nn.Module):
-    """The entries of a sequence, weighed by how well they answer the target.
+    """The mean of a sequence's entries, weighted by how well each matches the target.
 
     Args:
         dim: D.
@@ -203,27 +208,27 @@ class TargetAttention(nn.Module):
         self.output_dim = 2 * dim
 
     def forward(self, target_BD: Tensor, entry_BLD: Tensor, present_BL: Tensor) -> Tensor:
-        """Weighted mean of the entries, and its product with the target.
+        """Compute the weighted mean, and its element-wise product with the target.
 
         Args:
-            target_BD: Embedding of what is scored.
-            entry_BLD: Embedding of each entry: of its item plus those of what accompanies it.
+            target_BD: Embedding of the item to score.
+            entry_BLD: Embedding of each entry.
             present_BL: bool, which places hold an entry.
 
         Returns:
-            float32 [B, 2·D]; zeros where there is no entry.
+            float32 [B, 2·D]; zeros for an empty sequence.
         """
-        # Embeddings begin near zero and grow as they learn: compared by direction, they can tell early.
+        # Embeddings start near zero and grow as they learn. Scaled to unit size, even young ones can be compared.
         query_BA = self.query(_unit(target_BD))
-        # (W k)·q = k·(Wᵀ q): one product per instance instead of one per entry.
-        asked_BD = query_BA @ self.key.weight
-        score_BL = torch.einsum("bld,bd->bl", _unit(entry_BLD), asked_BD) * self._scale
-        # A finite floor, not -inf: an empty sequence must not turn into NaN, nor its gradient.
+        # (W k)·q = k·(Wᵀ q): one matrix product per instance instead of one per entry.
+        query_BD = query_BA @ self.key.weight
+        score_BL = torch.einsum("bld,bd->bl", _unit(entry_BLD), query_BD) * self._scale
+        # -1e9 instead of -inf: with -inf, an empty sequence and its gradient would be NaN.
         weight_BL = score_BL.masked_fill(~present_BL, -1e9).softmax(dim=1) * present_BL
         attended_BD = torch.einsum("bl,bld->bd", weight_BL, entry_BLD)
         return torch.cat([attended_BD, attended_BD * target_BD], dim=1)
 
 
 def _unit(x_D: Tensor) -> Tensor:
-    """Scaled to a mean square of 1; near zero it fades instead of dividing by nothing."""
+    """Scale to a mean square of 1. A vector near zero stays near zero."""
     return x_D * (x_D.square().mean(dim=-1, keepdim=True) + _EPSILON).rsqrt()

@@ -1,4 +1,7 @@
-"""Task losses with label masks, and the labels' base rates. Letters: B instances, T tasks, H representation width."""
+"""Task heads, the loss over all tasks, and the base rates of the labels.
+
+Letters: B instances, T tasks, H width of a task's representation.
+"""
 
 import math
 
@@ -11,14 +14,15 @@ from smes.schema import Schema
 
 
 class TaskOutputs(nn.Module):
-    """What a logit of each task means: its score, its loss and its base rate.
+    """From logits to scores and to the loss, by kind of task; and the base rate of every task.
 
-    - binary: probability ``sigmoid(logit)``, binary cross-entropy;
-    - regression: ``expm1(logit)`` cut to 0 … ``max_value``, Huber loss (δ = 1) of the logit against ``log1p(label)``:
-      watch times spread over orders of magnitude, and a few of them should not rule the gradient.
+    - Binary task: the score is the probability ``sigmoid(logit)``; the loss is binary cross-entropy.
+    - Regression task: the score is ``expm1(logit)``, clipped to 0 … ``max_value``; the loss is the Huber loss (δ = 1)
+      of the logit against ``log1p(label)``. Watch times differ by orders of magnitude, and a few long ones must not
+      dominate the gradient.
 
-    The base rate (the running mean label, as a logit) is added to every logit. It is counted, not learned, so that a
-    task with one positive in a thousand does not spend its first thousand steps on learning just that.
+    The base rate is the running mean label, as a logit. The model adds it to every logit of the task. It is counted and
+    not learned: otherwise a task with one positive in a thousand would spend its first thousand steps on learning it.
 
     Args:
         schema: Its tasks.
@@ -38,26 +42,26 @@ class TaskOutputs(nn.Module):
         self.labels = RunningMoments(len(tasks))
 
     def base_logits(self) -> Tensor:
-        """float32 [T]; 0 for a task that has had no label yet."""
+        """Base rate of every task as a logit; 0 for a task without any label so far. float32 [T]."""
         seen_T = self.labels.count_C
-        # Half a positive and half a negative are added, so that the first batch of a rare task gives no infinity.
+        # Half a positive and half a negative are added. Otherwise a rare task's first batch would give an infinity.
         rate_T = (self.labels.mean_C * seen_T + 0.5) / (seen_T + 1.0)
         return torch.where(self.is_binary_T, torch.logit(rate_T, eps=1e-9), self.labels.mean_C).float()
 
     def scores(self, logits_BT: Tensor) -> Tensor:
-        """Probabilities, or values in the label's unit. float32 [B, T]."""
+        """Probabilities of binary tasks, values in the label's unit of regression tasks. [B, T] → float32 [B, T]."""
         values_BT = torch.minimum(logits_BT.clamp(min=0.0), self.max_logit_T).expm1()
         return torch.where(self.is_binary_T, logits_BT.sigmoid(), values_BT)
 
-    def losses(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(total loss, scalar; mean loss of each task over its labelled instances, [T], no gradient).
+    def loss(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
+        """The loss over all tasks, a scalar: ``Σ_t λ_t Σ_b w_b m_bt l_bt / Σ_b w_b``.
 
-        The total is ``Σ_t λ_t Σ_b w_b m_bt l_bt / Σ_b w_b``: every label counts the same, whatever else is masked in
-        the batch. A task without any label in the batch has loss 0.
+        λ are the tasks' loss weights, w the sample weights and m the mask. The divisor does not depend on the mask, so
+        every label counts the same, however many labels the batch has. A task without labels adds 0.
 
         Args:
             logits_BT: float32, base rates included.
-            labels_BT: float32; anything where masked.
+            labels_BT: float32, any value where masked.
             mask_BT: bool, true where there is a label.
             weight_B: Sample weights ≥ 0.
         """
@@ -66,17 +70,19 @@ class TaskOutputs(nn.Module):
         huber_BT = F.huber_loss(logits_BT, target_BT, reduction="none")
         weight_BT = mask_BT * weight_B.unsqueeze(1)
         sum_T = (torch.where(self.is_binary_T, cross_entropy_BT, huber_BT) * weight_BT).sum(dim=0)
-        total = torch.dot(sum_T, self.loss_weight_T) / weight_B.sum().clamp(min=1e-12)
-        return total, sum_T.detach() / weight_BT.sum(dim=0).clamp(min=1e-12)
+        return torch.dot(sum_T, self.loss_weight_T) / weight_B.sum().clamp(min=1e-12)
 
     def residuals(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
-        """Weighted label minus prediction, for a regression both as ``log1p``; 0 where there is no label. [B, T]."""
+        """Label minus prediction, times the sample weight; 0 where there is no label. float32 [B, T].
+
+        For a regression task, label and prediction are ``log1p`` of the values.
+        """
         target_BT = self._targets(labels_BT, mask_BT)
         predicted_BT = torch.where(self.is_binary_T, logits_BT.sigmoid(), logits_BT)
         return (target_BT - predicted_BT) * (mask_BT * weight_B.unsqueeze(1))
 
     def observe(self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> None:
-        """Let the base rates take in a batch; after it was scored."""
+        """Update the base rates with a batch. Call it after the batch was scored."""
         self.labels.observe(self._targets(labels_BT, mask_BT), mask_BT * weight_B.unsqueeze(1))
 
     def _targets(self, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -85,12 +91,12 @@ class TaskOutputs(nn.Module):
 
 
 class TaskHeads(nn.Module):
-    """A small MLP per task: ``h_t → SiLU(h_t V_t + c_t) → logit``. [B, T, H] → [B, T].
+    """A small MLP per task, ``logit = SiLU(h_t V_t + c_t) · w_t + b_t``. [B, T, H] → [B, T].
 
     Args:
         num_tasks: T.
         input_dim: H.
-        hidden_dim: Width of the hidden layer; 0 for a linear head.
+        hidden_dim: Width of the hidden layer; 0 for linear heads.
     """
 
     def __init__(self, num_tasks: int, input_dim: int, hidden_dim: int) -> None:
@@ -103,7 +109,7 @@ class TaskHeads(nn.Module):
     def forward(self, h_BTH: Tensor) -> Tensor:
         if self.hidden is not None and self.hidden_bias is not None:
             h_BTH = F.silu(torch.baddbmm(self.hidden_bias, h_BTH.transpose(0, 1), self.hidden)).transpose(0, 1)
-        # Products and sums: a batch of matrix-vector products is several times slower on the CPU.
+        # Multiply and sum: on the CPU a batch of matrix-vector products is several times slower.
         return (h_BTH.float() * self.out).sum(dim=2) + self.out_bias
 
 

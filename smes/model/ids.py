@@ -1,13 +1,14 @@
-"""From ids to rows of the one growing table behind all id, bag and sequence features.
+"""From ids to table rows. All id, bag and sequence features share one growing table.
 
-Letters: B instances, W id columns (:attr:`Schema.id_width`), U distinct rows of a batch.
+Letters: B instances, W id columns (:attr:`Schema.id_width`), U distinct rows of a batch, V vocabularies.
 
-An id is looked up by a *key*: a bijective 64-bit mix of the id and a salt of its vocabulary. Ids of one vocabulary
-never collide. Ids of different vocabularies share a row only when their xor equals the xor of the two salts: impossible
-for small ids in practice, and for n hashed ids about n²/2⁶⁵ (10 million ids: 3 in a million for any pair at all).
+The table finds an id by its *key*, a 64-bit hash of the id and its vocabulary's salt. The hash is a bijection for each
+vocabulary, so two ids of one vocabulary never get the same key. Ids of two vocabularies do only if the xor of the ids
+equals the xor of the salts. In practice this never happens for small ids. For n hashed ids the chance that any pair
+collides is about n²/2⁶⁵: 3 in a million for 10 million ids.
 
-The absent value is an id like any other: its key is inserted first for every vocabulary, so that rows 0 … V-1 are the
-vocabularies' default rows, which also stand for ids that serving has never heard of.
+Rows 0 … V-1 are the *default rows*, one per vocabulary. A missing value reads the default row, and so does, in serving,
+an id that was never trained on.
 """
 
 import hashlib
@@ -16,30 +17,29 @@ from collections.abc import Iterable
 import numpy as np
 from numba import njit
 
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, GrowingColumns, grown
 from smes.hashing import GOLDEN, scatter
 from smes.id_map import ABSENT, IdMap
-from smes.schema import MISSING, Feature, Schema
+from smes.schema import MISSING, Schema
 
 
 class IdRows:
-    """The id table of one model.
+    """Which row of the table each id has.
 
     Args:
-        schema: Its id and bag features give the columns and the vocabularies.
-        keys: Keys by row of an earlier table (:meth:`keys`), to go on from it.
+        schema: Its id, bag and sequence features give the columns and the vocabularies.
+        keys: What :meth:`keys` of an earlier instance returned, to continue from it.
 
     Raises:
         ValueError: ``keys`` do not begin with the default rows of the schema's vocabularies.
     """
 
     def __init__(self, schema: Schema, keys: I64 | None = None) -> None:
-        vocabularies = list(dict.fromkeys(vocabulary_of(f) for f in schema.id_features))
+        vocabularies = list(dict.fromkeys(f.vocabulary_name for f in schema.id_features))
         salts = np.array([_salt(v) for v in vocabularies], np.int64)
         index = {v: i for i, v in enumerate(vocabularies)}
-        self._default_row_W = np.array(
-            per_column(schema, (index[vocabulary_of(f)] for f in schema.id_features)), np.int64
-        )
+        default_rows = [index[f.vocabulary_name] for f in schema.id_features]
+        self._default_row_W = np.array(per_column(schema, default_rows), np.int64)
         self._salt_W = salts[self._default_row_W]
         defaults = _mix(np.full((1, len(salts)), MISSING, np.int64), salts)
         if keys is not None and not np.array_equal(keys[: len(defaults)], defaults):
@@ -48,11 +48,11 @@ class IdRows:
         self._map = IdMap.from_keys(self._keys)
 
     def __len__(self) -> int:
-        """Rows in use, the default rows included."""
+        """Number of rows in use, the default rows included."""
         return len(self._map)
 
     def insert(self, ids_BW: I64) -> I64:
-        """Row of every id; new ids get the next rows in order of appearance. int64 [B, W] → int64 [B, W]."""
+        """Look up every id's row; new ids get the next rows, in order of appearance. int64 [B, W] → int64 [B, W]."""
         known = len(self._map)
         keys = _mix(ids_BW, self._salt_W)
         rows = self._map.insert(keys)
@@ -61,70 +61,71 @@ class IdRows:
         return rows.reshape(ids_BW.shape)
 
     def find(self, ids_BW: I64) -> I64:
-        """Row of every id, the vocabulary's default row for unknown ones. int64 [B, W] → int64 [B, W]."""
+        """Look up every id's row, the default row of its vocabulary for unknown ids. int64 [B, W] → int64 [B, W]."""
         rows_BW = self._map.find(_mix(ids_BW, self._salt_W)).reshape(ids_BW.shape)
         return np.where(rows_BW == ABSENT, self._default_row_W, rows_BW)
 
     def keys(self, start: int = 0) -> I64:
-        """Keys by row, from row ``start`` on, not a copy. int64 [len - start]."""
+        """The keys of the rows from ``start`` on, in row order; a view. int64 [len - start]."""
         return self._keys[start : len(self)]
 
     def _note_keys(self, keys: I64, rows: I64, known: int) -> None:
-        if len(self) > len(self._keys):
-            self._keys = np.resize(self._keys, max(len(self), 2 * len(self._keys)))
+        self._keys = grown(self._keys, len(self))
         new = rows >= known
         self._keys[rows[new]] = keys[new]
 
 
 class DistinctRows:
-    """Finds the distinct rows of a batch in one pass, by stamping them."""
+    """Finds the distinct rows of a batch in one pass: the first time that a row occurs, it is marked with the batch."""
 
     def __init__(self) -> None:
-        self._stamp = np.zeros(1024, np.int64)
-        self._position = np.zeros(1024, np.int64)
+        self._by_row = GrowingColumns({"batch": np.zeros(1024, np.int64), "position": np.zeros(1024, np.int64)})
         self._batch = 0
 
     def __call__(self, rows_BW: I64, num_rows: int) -> tuple[I64, I64]:
-        """(distinct rows in order of appearance [U], place of each cell's row among them [B, W])."""
-        if num_rows > len(self._stamp):
-            size = max(num_rows, 2 * len(self._stamp))
-            self._stamp, self._position = np.zeros(size, np.int64), np.zeros(size, np.int64)
-            self._batch = 0
+        """Find the distinct rows of a batch.
+
+        Args:
+            rows_BW: int64 [B, W], each below ``num_rows``.
+            num_rows: Rows of the table.
+
+        Returns:
+            (the distinct rows in order of appearance, int64 [U]; for each cell the place of its row among them,
+            int64 [B, W]).
+        """
+        self._by_row.reserve(num_rows)
         self._batch += 1
-        distinct_U, cells = _distinct(rows_BW.ravel(), self._stamp, self._position, self._batch)
+        marks = self._by_row.arrays
+        distinct_U, cells = _distinct(rows_BW.ravel(), marks["batch"], marks["position"], self._batch)
         return distinct_U, cells.reshape(rows_BW.shape)
 
 
 def readers(cells_BW: I64, num_rows: int) -> tuple[I64, I64]:
-    """Which cells read each row, by counting.
+    """Group the cells of a batch by the row that they read (a counting sort).
 
     Args:
-        cells_BW: The row that each cell reads, from 0 to below ``num_rows``; every row has a reader.
+        cells_BW: int64, the row that each cell reads, from 0 to U - 1. Every row is read by at least one cell.
         num_rows: U.
 
     Returns:
-        (cells of row 0, then those of row 1, and so on, each row's in order: int64 [B·W]; where each row's begin:
-        int64 [U]).
+        (the indices of the flattened cells, first those that read row 0, then those that read row 1, and so on, each in
+        ascending order, int64 [B·W]; where the cells of each row begin, int64 [U]).
     """
     order, start_U = _readers(cells_BW.ravel(), num_rows)
     return order, start_U
 
 
-def vocabulary_of(feature: Feature) -> str:
-    """The vocabulary that a feature's ids belong to."""
-    return feature.vocabulary_name
-
-
 def per_column(schema: Schema, values: Iterable[int]) -> list[int]:
-    """One value per id feature, repeated for each of its columns."""
+    """Repeat one value per id feature for each of the feature's columns."""
     return [value for f, value in zip(schema.id_features, values, strict=True) for _ in range(f.width)]
 
 
 def pool_weights(schema: Schema, ids_BW: I64) -> F32 | None:
-    """Weight of every id within its feature: the mean over the ids present in a bag or sequence, 1 elsewhere.
+    """Weights with which the sum over a feature's columns is the mean over its ids.
 
-    A bag without any id takes the vocabulary's default row, through its first column, and so does a sequence that
-    accompanies another. A queried sequence without ids weighs nothing: its vocabulary's default row is not its own.
+    A bag without any id reads the default row of its vocabulary, through its first column. So does a sequence that
+    accompanies another one. In a sequence with a query, all weights are 0 if it has no ids: the default row of its
+    vocabulary belongs to the queried feature.
 
     Returns:
         float32 [B, W]; None for a schema without bags and sequences.
@@ -144,10 +145,10 @@ def pool_weights(schema: Schema, ids_BW: I64) -> F32 | None:
 
 
 def uniform_rows(keys_N: I64, columns: int, scale: float, seed: int = 0) -> F32:
-    """First weights of rows, uniform in ±``scale``, from their keys and a seed ≥ 0 alone. float32 [N, columns].
+    """Make the first weights of rows, uniform in ±``scale``. float32 [N, columns].
 
-    Counter-based (splitmix64 of key and column), not from a random stream: a row is born the same in whatever order
-    the ids of a stream come, before and after a restart.
+    A weight depends only on the row's key, its column and the seed (≥ 0), through SplitMix64. So a row starts with the
+    same weights whatever ids came before it, and also after a restart.
     """
     salt = _mix(np.array([[seed]], np.int64), np.zeros(1, np.int64))[0]  # 0 for seed 0
     result: F32 = _uniform(np.ascontiguousarray(keys_N) ^ salt, columns, np.float32(scale))
@@ -180,14 +181,14 @@ def _uniform(keys_N: I64, columns: int, scale: np.float32) -> F32:  # pragma: no
 
 
 @njit(cache=True, nogil=True)
-def _distinct(rows: I64, stamp: I64, position: I64, batch: int) -> tuple[I64, I64]:  # pragma: no cover - compiled
+def _distinct(rows: I64, seen_in: I64, position: I64, batch: int) -> tuple[I64, I64]:  # pragma: no cover - compiled
     distinct = np.empty(len(rows), np.int64)
     cells = np.empty(len(rows), np.int64)
     count = 0
     for i in range(len(rows)):
         row = rows[i]
-        if stamp[row] != batch:
-            stamp[row] = batch
+        if seen_in[row] != batch:
+            seen_in[row] = batch
             position[row] = count
             distinct[count] = row
             count += 1

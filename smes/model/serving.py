@@ -1,4 +1,4 @@
-"""The serving model: immutable weights of one version, and scoring with them.
+"""The serving model: the immutable weights of one version, and scoring with them.
 
 Letters: N instances, W id columns, F numeric features, T tasks.
 """
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, under
 from smes.model.config import ModelConfig
 from smes.model.features import FeatureInputs
 from smes.model.ids import IdRows, pool_weights
@@ -21,12 +21,13 @@ _CPU = torch.device("cpu")
 
 
 class ServingModel:
-    """Scores instances; the weights never change, so any number of threads may.
+    """Scores instances. The weights never change, so any number of threads may use one instance.
 
     Args:
-        schema: The schema the weights were trained with.
-        model: The configuration they were trained with.
-        tensors: A learner's ``serving_state()``, from whatever device; kept by reference where it is on ``device``.
+        schema: The schema that the weights were trained with.
+        model: The configuration that they were trained with.
+        tensors: What :meth:`smes.model.learner.Learner.serving_state` returned. Tables that are on ``device`` already
+            are not copied.
         device: Where to score.
 
     Raises:
@@ -43,23 +44,22 @@ class ServingModel:
             self._embedding = self._table(tensors["table.embedding"], model.embedding_dim) if model.table_dim else None
             self._wide = self._table(tensors["table.wide"], schema.num_tasks) if model.wide else None
             self._model = RankModel(schema, model)
-            dense = {k.removeprefix("dense."): v for k, v in tensors.items() if k.startswith("dense.")}
-            self._model.load_state_dict(dense)
+            self._model.load_state_dict(under("dense.", tensors))
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
         self._model.to(device).eval().requires_grad_(False)
 
     @property
     def num_rows(self) -> int:
-        """Rows of the id table."""
+        """Number of rows of the id table."""
         return len(self._rows)
 
     def score(self, ids: I64, numerics: F32) -> F32:
-        """Scores of N instances: probabilities for binary tasks, values in the label's unit for regression.
+        """Score N instances: probabilities for binary tasks, values in the label's unit for regression tasks.
 
         Args:
-            ids: int64 [N, W], ``MISSING`` where absent; an id never trained on reads its vocabulary's default row.
-            numerics: float32 [N, F], NaN where absent.
+            ids: int64 [N, W], ``MISSING`` where missing. An id that was never trained on counts as missing.
+            numerics: float32 [N, F], NaN where missing.
 
         Returns:
             float32 [N, T].

@@ -1,12 +1,10 @@
-"""A growing table of weights with row-wise sparse updates.
+"""A growing table of weights with sparse updates by row.
 
-Letters: R rows in use, U distinct rows of a batch, C columns, B instances, W id columns.
+Letters: R rows in use, U distinct rows of a batch, C columns, B instances, W id columns, N = B·W cells.
 
-Only the rows that a batch touches are read, given a gradient and written: the cost of a step does not depend on the
-size of the table.
+A step reads and updates only the rows that its batch uses, so its cost does not depend on the size of the table.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +36,18 @@ class RowTable:
 
     @property
     def weights(self) -> Tensor:
-        """The rows in use. float32 [R, C], not a copy."""
+        """The rows in use; a view. float32 [R, C]."""
         return self._weights[: self._rows]
 
+    @property
+    def accumulators(self) -> Tensor:
+        """Adagrad's sums of squared gradients of the rows in use; a view. float32 [R, 1 or C]."""
+        return self._accumulators[: self._rows]
+
     def append(self, weights_NC: Tensor) -> None:
-        """Add rows with the given first weights, which may live on another device."""
-        start, self._rows = self._rows, self._rows + len(weights_NC)
+        """Add rows with the given first weights, which may be on another device. float32 [N, C]."""
+        start = len(self)
+        self._rows = start + len(weights_NC)
         if self._rows > len(self._weights):
             capacity = max(self._rows, 2 * len(self._weights), 1024)
             self._weights = _grown(self._weights[:start], capacity, 0.0)
@@ -51,17 +55,17 @@ class RowTable:
         self._weights[start : self._rows].copy_(weights_NC, non_blocking=True)
 
     def gather(self, rows_U: Tensor) -> Tensor:
-        """A copy of some rows that collects a gradient. int64 [U] → float32 [U, C], a leaf."""
+        """Copy some rows into a leaf tensor, which collects their gradient. int64 [U] → float32 [U, C]."""
         return self._weights.index_select(0, rows_U).requires_grad_()
 
     @torch.no_grad()
     def update(self, rows_U: Tensor, leaf_UC: Tensor, gradient_scale: Tensor) -> None:
-        """One Adagrad step on gathered rows.
+        """Take one Adagrad step on some rows.
 
         Args:
             rows_U: Distinct rows, int64 [U].
-            leaf_UC: What :meth:`gather` gave for them, after ``backward``.
-            gradient_scale: Scalar that turns the gradient of the mean loss into that of the summed loss.
+            leaf_UC: What :meth:`gather` returned for them, after ``backward``.
+            gradient_scale: Scalar. The gradient of the mean loss times this is the gradient of the summed loss.
         """
         if leaf_UC.grad is None:
             return
@@ -74,20 +78,16 @@ class RowTable:
         self._weights.index_copy_(0, rows_U, leaf_UC.detach() - step_UC)
         self._accumulators.index_copy_(0, rows_U, accumulator)
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies of weights and accumulators on the CPU."""
-        return {
-            "weights": self.weights.cpu().clone(),
-            "accumulators": self._accumulators[: self._rows].cpu().clone(),
-        }
+    def load(self, weights: Tensor, accumulators: Tensor) -> None:
+        """Replace all rows by copies of the given ones.
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Replace all rows.
+        Args:
+            weights: float32 [R, C].
+            accumulators: float32 [R, 1 or C].
 
         Raises:
             ValueError: The columns differ.
         """
-        weights, accumulators = state["weights"], state["accumulators"]
         if weights.shape[1:] != self._weights.shape[1:] or accumulators.shape[1:] != self._accumulators.shape[1:]:
             raise ValueError(f"table state of {weights.shape[1]} columns, expected {self.columns}")
         self._rows = len(weights)
@@ -97,11 +97,11 @@ class RowTable:
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """Which cells of a batch read each of its distinct rows (:func:`smes.model.ids.readers`).
+    """The cells of a batch, grouped by the distinct row that they read (:func:`smes.model.ids.readers`).
 
     Attributes:
-        order: int64 [B·W], the cells of row 0, then those of row 1, and so on.
-        start_U: int64, where each row's begin.
+        order: int64 [N], the cells that read row 0, then those that read row 1, and so on.
+        start_U: int64, where the cells of each row begin in ``order``.
     """
 
     order: Tensor
@@ -109,16 +109,16 @@ class Readers:
 
 
 def read_cells(leaf_UC: Tensor, cells_BW: Tensor, readers: Readers | None) -> Tensor:
-    """What each cell reads. [U, C] → [B, W, C].
+    """Read one row for every cell. [U, C] → [B, W, C].
 
-    With the readers of each row, its gradient is the sum of theirs, gathered: on the CPU a seventh of the time of
-    scattering it (``index_add_``), which is what happens without. A GPU scatters well, and would sum the thousands of
-    readers of a default row one after the other.
+    The gradient of a row is the sum over the cells that read it. With ``readers``, backward gathers these cells by row.
+    On the CPU that takes a seventh of the time of ``index_add_``, which backward uses without ``readers``. On a GPU
+    ``index_add_`` is fast, and gathering would sum the thousands of cells that read a default row one by one.
 
     Args:
         leaf_UC: From :meth:`RowTable.gather`.
-        cells_BW: int64, which row a cell reads.
-        readers: The same the other way round; None to scatter.
+        cells_BW: int64, the row that each cell reads.
+        readers: The same cells, grouped by row; None for ``index_add_``.
     """
     if readers is None:
         rows_NC = leaf_UC.index_select(0, cells_BW.view(-1))
@@ -128,6 +128,8 @@ def read_cells(leaf_UC: Tensor, cells_BW: Tensor, readers: Readers | None) -> Te
 
 
 class _ReadCells(torch.autograd.Function):
+    """``index_select`` whose backward gathers, by ``embedding_bag``, instead of scattering."""
+
     @staticmethod
     def forward(ctx: Any, leaf_UC: Tensor, cells: Tensor, order: Tensor, start_U: Tensor) -> Tensor:
         ctx.save_for_backward(order, start_U)
@@ -141,6 +143,7 @@ class _ReadCells(torch.autograd.Function):
 
 
 def _grown(old: Tensor, capacity: int, fill: float) -> Tensor:
+    """A copy with ``capacity`` rows, the new ones filled with ``fill``."""
     new = old.new_full((capacity, old.shape[1]), fill)
     new[: len(old)] = old
     return new

@@ -1,8 +1,9 @@
-"""A small stream with a known rule, for tests of the learner on any device."""
+"""Small streams with known rules, for tests of the learner on any device, and the loss of scores on them."""
 
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from smes.events import ExampleBlock
 from smes.schema import MISSING, Feature, Schema, Task
@@ -21,9 +22,14 @@ RICH_SCHEMA = Schema(
 
 
 def stream(schema: Schema, *, batches: int, size: int, items: int = 30, seed: int = 0) -> list[ExampleBlock]:
-    """Blocks in which a click follows user taste × item taste, the tags and a numeric; some values are missing.
+    """Make blocks in which clicks depend on user taste × item taste, the tags and a number; some values are missing.
 
-    ``schema`` has the columns of :data:`RICH_SCHEMA`.
+    Args:
+        schema: A schema with the columns of :data:`RICH_SCHEMA`.
+        batches: How many blocks.
+        size: Rows of a block.
+        items: Distinct items.
+        seed: Of the random draws.
     """
     rng = np.random.default_rng(seed)
     user_taste, item_taste = rng.normal(size=(20, 2)), rng.normal(size=(items, 2))
@@ -61,13 +67,13 @@ def _block(
 
 
 def history_stream(*, batches: int, size: int, seed: int = 0) -> tuple[Schema, list[ExampleBlock]]:
-    """Items of two kinds; a user clicks what is of the kind that they liked before, and likes one kind only.
+    """Make blocks in which only the history, compared with the item, predicts the click.
 
-    The users are new each time and each kind is as common as the other, so nothing but the history, read in the light
-    of the item, tells.
+    There are two kinds of items. A user likes one kind only, and clicks items of that kind. The history holds earlier
+    items and whether the user liked them. Every user is new, and both kinds are equally common.
     """
     schema = Schema(
-        "told",
+        "history",
         tasks=(Task("click"),),
         features=(
             Feature("recent", kind="sequence", max_length=4, vocabulary="item_id", query="item_id"),
@@ -87,3 +93,24 @@ def history_stream(*, batches: int, size: int, seed: int = 0) -> tuple[Schema, l
         block = ExampleBlock.empty(schema, size)
         blocks.append(replace(block, ids=ids, labels=click[:, None].astype(np.float32)))
     return schema, blocks
+
+
+def loss_of(schema: Schema, scores: Tensor, block: ExampleBlock) -> float:
+    """The weighted loss of some scores, computed from the documented formulas.
+
+    Args:
+        schema: The tasks.
+        scores: float32 [B, T], a step's result.
+        block: B examples, those of the step.
+    """
+    score, label, mask = (array.astype(np.float64) for array in (scores.cpu().numpy(), block.labels, block.label_mask))
+    total = 0.0
+    for t, task in enumerate(schema.tasks):
+        if task.kind == "binary":
+            p = score[:, t].clip(1e-7, 1 - 1e-7)
+            loss = -np.where(label[:, t] > 0, np.log(p), np.log1p(-p))
+        else:
+            error = np.abs(np.log1p(score[:, t]) - np.log1p(label[:, t]))
+            loss = np.where(error < 1, error**2 / 2, error - 0.5)
+        total += task.loss_weight * float((loss * mask[:, t] * block.weight).sum())
+    return total / float(block.weight.sum())

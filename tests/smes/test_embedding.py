@@ -52,19 +52,19 @@ def test_growth_keeps_weights_and_accumulators() -> None:
     for part in parts:
         table.append(part)
     assert torch.equal(table.weights, torch.cat(parts))
-    assert torch.equal(table.state()["accumulators"], torch.full((6504, 1), 0.5))
+    assert torch.equal(table.accumulators, torch.full((6504, 1), 0.5))
 
 
-def test_state_of_another_width_is_refused() -> None:
+def test_rows_of_another_width_are_refused() -> None:
     table = RowTable(2, AdagradConfig(0.1, True), _CPU)
     with pytest.raises(ValueError, match="expected 2"):
-        table.load_state({"weights": torch.zeros(4, 3), "accumulators": torch.zeros(4, 1)})
+        table.load(torch.zeros(4, 3), torch.zeros(4, 1))
 
 
 def test_wrong_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="learning_rate 0"):
+    with pytest.raises(ValueError, match="learning_rate: 0, expected more than 0"):
         AdagradConfig(0, True)
-    with pytest.raises(ValueError, match="initial_accumulator -1"):
+    with pytest.raises(ValueError, match="initial_accumulator: -1, expected at least 0"):
         AdagradConfig(0.1, True, -1)
 
 
