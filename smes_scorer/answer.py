@@ -1,7 +1,16 @@
-"""One scoring request from its arrival to its answer, always by one version."""
+"""One scoring request from its body to the body of its answer, by one version of the weights.
+
+An answer::
+
+    {"lineage": "a1b2", "version": 1200,
+     "items": [{"item_id": 7, "scores": {"click": 0.31, "watch_time_s": 12.5}, "fused": 0.31}], "ranking": [7]}
+
+Letters: N items, T tasks.
+"""
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,24 +20,28 @@ from smes.arrays import F32, I64
 from smes.errors import SmesError
 from smes.events import fill_elapsed
 from smes.schema import Schema
+from smes_io.clock import wall_clock_ms
+from smes_scorer.config import ScorerConfig, fusion_weights
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
-from smes_scorer.request import ContextReader, FieldError, ScoreRequest, fill
+from smes_scorer.request import RequestReader, described
 from smes_scorer.telemetry import Telemetry
 
-# TODO(merge) was scorer.features: Stored features of a request, or none in time: a slow featur
+
+class NotReady(SmesError):
+    """No snapshot was loaded yet, so there is nothing to answer with."""
 
 
 class FeatureLookup:
-    """Reads entity features; on failure, scoring goes on with the ids alone for ``retry_s``, then it is tried again.
+    """Looks up stored features. When a look-up fails, requests are scored without them for ``retry_s``.
 
     Safe to share between threads.
 
     Args:
-        store: Its client's timeout bounds a look-up.
+        store: Where the features are; its client's timeout bounds a look-up.
         schema: Which columns there are.
         telemetry: Counts failures and unknown entities.
-        retry_s: How long not to ask after a failure.
+        retry_s: After a failure, how long no look-up is tried.
         monotonic_s: Clock of the retries.
     """
 
@@ -46,123 +59,163 @@ class FeatureLookup:
         self._telemetry = telemetry
         self._retry_s = retry_s
         self._monotonic_s = monotonic_s
-        self._asks_again_s = float("-inf")
+        self._next_try_s = float("-inf")
         self.problem: str | None = None
         """Why the last look-up failed, None when it succeeded."""
 
     def rows(self, user_id: int, item_ids: I64) -> EntityRows:
-        """A user's instances with N items, with what is stored of them."""
-        if self._monotonic_s() < self._asks_again_s:
-            return self._without(user_id, item_ids)
+        """The instances of a user with N items, with their stored features where they could be looked up."""
+        if self._monotonic_s() < self._next_try_s:
+            return self._without_features(user_id, item_ids)
         try:
             rows = self._store.get(user_id, item_ids)
         except SmesError as error:
             self._telemetry.feature_store_failures.inc()
             self.problem = str(error)
-            self._asks_again_s = self._monotonic_s() + self._retry_s
-            return self._without(user_id, item_ids)
+            self._next_try_s = self._monotonic_s() + self._retry_s
+            return self._without_features(user_id, item_ids)
         self.problem = None
         self._telemetry.unknown_users.inc(not rows.user_known)
         self._telemetry.unknown_items.inc(int((~rows.items_known).sum()))
         return rows
 
-    def _without(self, user_id: int, item_ids: I64) -> EntityRows:
+    def _without_features(self, user_id: int, item_ids: I64) -> EntityRows:
         self._telemetry.scored_without_features.inc()
         return blank_rows(self._schema, user_id, item_ids)
 
 
-class ItemScores(msgspec.Struct, frozen=True):
-    """An item's score per task, and fused: the weighted sum that the ranking is by."""
+class AnswerWriter:
+    """Writes answers for one schema. Safe to share between threads.
 
-    item_id: int
-    scores: dict[str, float]
-    fused: float
+    Args:
+        schema: Tasks of an answer.
+        fusion_weights: float32 [T], the factor of each task's score in the fused score.
+    """
 
+    def __init__(self, schema: Schema, fusion_weights: F32) -> None:
+        self._fusion_weights = fusion_weights
+        self._scores, self._item_scores, self.struct = _answer_structs(schema)
+        self._encoder = msgspec.json.Encoder()
 
-class Answer(msgspec.Struct, frozen=True):
-    """Items as asked for, their ranking best first (ties in the order asked), and which weights answered."""
+    def write(self, key: tuple[str, int], items: list[int], scores_NT: F32) -> bytes:
+        """The JSON of an answer.
 
-    lineage: str
-    version: int
-    items: list[ItemScores]
-    ranking: list[int]
+        Args:
+            key: Lineage and version that answer.
+            items: The items as requested.
+            scores_NT: float32 [N, T], their scores.
 
-
-class NotReady(SmesError):
-    """There is no snapshot to answer with yet."""
+        Raises:
+            SmesError: A score is NaN or infinite.
+        """
+        lineage, version = key
+        if not np.isfinite(scores_NT).all():
+            raise SmesError(f"snapshot {lineage}:{version} gave a score that is no finite number")
+        fused_N = scores_NT @ self._fusion_weights
+        rows = zip(items, scores_NT.tolist(), fused_N.tolist(), strict=True)
+        scored = [self._item_scores(item, self._scores(*scores), fused) for item, scores, fused in rows]
+        ranking = [items[i] for i in np.argsort(-fused_N, kind="stable").tolist()]
+        return self._encoder.encode(self.struct(lineage, version, scored, ranking))
 
 
 class Answerer:
-    """Scores requests. Safe to share between threads.
+    """Answers scoring requests. Safe to share between threads.
 
     Args:
+        config: Fusion weights and the most items of a request.
         schema: Features and tasks.
-        fusion_weights: float32 [T].
-        max_items: Most items of a request.
         swap: Holds the model in service.
         features: Stored features.
-        first_answers: Told of every answer.
+        first_answers: Notes each version's first answer, for freshness.
         telemetry: Counts ignored context and freshness.
         now_ms: Wall clock in Unix milliseconds, the one that stamps arrivals at the event log.
+
+    Raises:
+        ValueError: ``fusion_weights`` names an unknown task.
     """
 
     def __init__(
         self,
+        config: ScorerConfig,
         schema: Schema,
-        fusion_weights: F32,
-        max_items: int,
         swap: HotSwap,
         features: FeatureLookup,
         first_answers: FirstAnswers,
         telemetry: Telemetry,
-        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._schema = schema
-        self._tasks = [t.name for t in schema.tasks]
-        self._fusion_weights = fusion_weights
-        self._max_items = max_items
         self._swap = swap
         self._features = features
         self._first_answers = first_answers
         self._telemetry = telemetry
         self._now_ms = now_ms
-        self._context = ContextReader(schema)
-        self._encoder = msgspec.json.Encoder()
+        self.reader = RequestReader(schema, config.max_items)
+        self.writer = AnswerWriter(schema, fusion_weights(config, schema))
 
-    def answer(self, request: ScoreRequest) -> bytes:
-        """The JSON of an :class:`Answer`.
+    def answer(self, body: bytes) -> bytes:
+        """The JSON body of the answer to the JSON body of a request.
 
         Raises:
             FieldError: A field of the request is wrong.
+            UnreadableBody: The body cannot be parsed.
             NotReady: No snapshot was loaded yet.
             SmesError: The model gave a score that is no number.
         """
-        if len(request.items) > self._max_items:
-            raise FieldError(("body", "items"), f"{len(request.items)} items, expected at most {self._max_items}")
-        ids, numerics, ignored = self._context.read(request.context)
-        if ignored:
-            self._telemetry.ignored_context.inc(ignored)
+        request = self.reader.read(body)
+        if request.ignored_context:
+            self._telemetry.ignored_context.inc(request.ignored_context)
         if self._swap.served is None:
             raise NotReady(self._swap.problem or "no snapshot was published yet")
         rows = self._features.rows(request.user_id, np.array(request.items, np.int64))
         fill_elapsed(rows.numerics, self._schema, self._now_ms())
-        fill(rows, ids, numerics)
+        request.write_context(rows)
         served = self._swap.served  # read once: everything below is of this version
-        scores_NT = served.model.score(rows.ids, rows.numerics)
-        body = self._encode(served.key, request.items, scores_NT)
+        answer = self.writer.write(served.key, request.items, served.model.score(rows.ids, rows.numerics))
         first = self._first_answers.answered(served, self._now_ms())
         if first is not None:
             self._telemetry.first_answer(first)
-        return body
+        return answer
 
-    def _encode(self, key: tuple[str, int], items: list[int], scores_NT: F32) -> bytes:
-        lineage, version = key
-        fused_N = scores_NT @ self._fusion_weights
-        if not np.isfinite(scores_NT).all():
-            raise SmesError(f"snapshot {lineage}:{version} gave a score that is no finite number")
-        columns = zip(items, scores_NT.tolist(), fused_N.tolist(), strict=True)
-        scored = [
-            ItemScores(item, dict(zip(self._tasks, scores, strict=True)), fused) for item, scores, fused in columns
-        ]
-        ranking = [items[i] for i in np.argsort(-fused_N, kind="stable").tolist()]
-        return self._encoder.encode(Answer(lineage, version, scored, ranking))
+
+def _answer_structs(schema: Schema) -> tuple[type[Any], type[Any], type[Any]]:
+    """The structs of an item's scores, of an item, and of an answer.
+
+    Fields ``t0 …`` stand for tasks, whose names need be no identifiers.
+    """
+
+    scores = msgspec.defstruct(
+        "Scores",
+        [
+            (
+                f"t{i}",
+                described(float, "A probability." if t.kind == "binary" else f"A value in {t.unit or 'its unit'}."),
+            )
+            for i, t in enumerate(schema.tasks)
+        ],
+        rename={f"t{i}": t.name for i, t in enumerate(schema.tasks)},
+        gc=False,
+    )
+    item_scores = msgspec.defstruct(
+        "ItemScores",
+        [
+            ("item_id", int),
+            ("scores", described(scores, "Score of each task.")),
+            ("fused", described(float, "Weighted sum of the scores, by which items are ranked.")),
+        ],
+        gc=False,
+    )
+    answer = msgspec.defstruct(
+        "Answer",
+        [
+            ("lineage", described(str, "Lineage of the weights.")),
+            ("version", described(int, "Version of the weights within the lineage.")),
+            ("items", described(list[item_scores], "Items in the order of the request.")),  # type: ignore[valid-type]  # made here
+            (
+                "ranking",
+                described(list[int], "Item ids, best first; items with equal scores in the order of the request."),
+            ),
+        ],
+        gc=False,
+    )
+    return scores, item_scores, answer

@@ -1,4 +1,4 @@
-"""The HTTP face of the scorer.
+"""The scorer's HTTP interface.
 
 ``POST /v1/score``, ``GET /v1/stats``, ``GET /health/live``, ``GET /health/ready``, ``GET /metrics``.
 """
@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from email.message import Message
 from typing import Any
 
+import msgspec
 import redis
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -25,11 +26,11 @@ from smes.errors import SmesError
 from smes.schema import Schema
 from smes_io.redis_client import open_client
 from smes_scorer.answer import Answerer, FeatureLookup, NotReady
-from smes_scorer.config import ScorerConfig, fusion_weights
+from smes_scorer.config import ScorerConfig
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.http_guard import BodyLimit, RequestMeter
-from smes_scorer.request import FieldError, ScoreRequest
+from smes_scorer.request import FieldError, UnreadableBody
 from smes_scorer.served import Load, load_serving_model
 from smes_scorer.telemetry import Telemetry
 
@@ -37,17 +38,10 @@ SCORE_PATH = "/v1/score"
 
 _logger = logging.getLogger(__name__)
 
-_EXAMPLE = {
-    "lineage": "a1b2",
-    "version": 1200,
-    "items": [{"item_id": 7, "scores": {"click": 0.31, "watch_time_s": 12.5}, "fused": 0.31}],
-    "ranking": [7],
-}
-
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the endpoints need."""
+    """What the endpoints use."""
 
     config: ScorerConfig
     telemetry: Telemetry
@@ -58,6 +52,7 @@ class _Parts:
     clients: tuple[redis.Redis, ...]
 
     def close(self) -> None:
+        """Stop the threads and close the connections."""
         self.swap.stop()
         self.pool.shutdown()
         for client in self.clients:
@@ -72,7 +67,7 @@ def create_app(
     namespace: str = "smes",
     load: Load = load_serving_model,
 ) -> FastAPI:
-    """The application; its lifespan follows the snapshots. Redis need not be reachable yet.
+    """Make the application. While it runs it loads each new snapshot; Redis need not be reachable yet.
 
     Args:
         config: See :class:`ScorerConfig`.
@@ -93,9 +88,9 @@ def create_app(
         await asyncio.to_thread(parts.close)
 
     app = FastAPI(title="SMES Online scorer", lifespan=lifespan)
-    app.add_exception_handler(RequestValidationError, _invalid)
     _add_scoring(app, parts)
     _add_insight(app, parts)
+    _describe_bodies(app, parts.answerer)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes)
     app.add_middleware(RequestMeter, path=SCORE_PATH, telemetry=parts.telemetry)  # outermost: sees the 413s too
     return app
@@ -115,36 +110,28 @@ def _assemble(config: ScorerConfig, schema: Schema, redis_url: str, namespace: s
         poll_s=config.poll_s,
     )
     features = FeatureLookup(EntityStore(entities, schema, namespace), schema, telemetry, retry_s=config.entity_retry_s)
-    weights = fusion_weights(config, schema)
-    answerer = Answerer(schema, weights, config.max_items, swap, features, first_answers, telemetry)
+    answerer = Answerer(config, schema, swap, features, first_answers, telemetry)
     telemetry.snapshot_age_s.set_function(lambda: _age_s(swap) or 0.0)
-    # A few threads of its own: more would only take the processor from each other (and from the trainer).
+    # Few threads: more would only compete for the processor with each other and with the trainer.
     pool = ThreadPoolExecutor(config.workers, thread_name_prefix="score")
     return _Parts(config, telemetry, swap, features, answerer, pool, (snapshots, entities))
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
-    """422 that names the fields; without the input, which FastAPI would send back whole (and fail to if it is NaN)."""
-    assert isinstance(error, RequestValidationError)
-    return JSONResponse({"detail": [{key: e[key] for key in ("type", "loc", "msg")} for e in error.errors()]}, 422)
-
-
 def _add_scoring(app: FastAPI, parts: _Parts) -> None:
-    described: dict[int | str, dict[str, Any]] = {
-        413: {"description": "The body is larger than max_body_bytes"},
-        503: {"description": "No snapshot was loaded yet"},
-        200: {"content": {"application/json": {"example": _EXAMPLE}}},
-    }
+    answerer = parts.answerer
 
-    @app.post(SCORE_PATH, responses=described)
-    async def score(request: ScoreRequest) -> Response:
+    @app.post(SCORE_PATH, **_documented("ScoreRequest", "Answer"))
+    async def score(request: Request) -> Response:
         """Score and rank items for a user, all by one version of the weights."""
+        body = await request.body()
         try:
-            body = await asyncio.get_running_loop().run_in_executor(parts.pool, parts.answerer.answer, request)
+            _check_content_type(request, body)
+            answer = await asyncio.get_running_loop().run_in_executor(parts.pool, answerer.answer, body)
         except FieldError as error:
-            raise HTTPException(
-                422, detail=[{"type": "value_error", "loc": list(error.loc), "msg": str(error)}]
-            ) from error
+            refusal = Refusal([FieldProblem(error.kind, list(error.loc), str(error))])
+            return Response(msgspec.json.encode(refusal), 422, media_type="application/json")
+        except UnreadableBody as error:
+            raise HTTPException(400, detail=str(error)) from error
         except NotReady as error:
             raise HTTPException(503, detail=f"not ready: {error}", headers={"Retry-After": "1"}) from error
         except Exception as error:
@@ -152,19 +139,70 @@ def _add_scoring(app: FastAPI, parts: _Parts) -> None:
             _logger.exception("a request could not be scored")
             detail = str(error) if isinstance(error, SmesError) else "scoring failed; the scorer's log says why"
             raise HTTPException(500, detail=detail) from error
-        return Response(body, media_type="application/json")
+        return Response(answer, media_type="application/json")
+
+class FieldProblem(msgspec.Struct):
+    """What is wrong with one field of a request, in the form that FastAPI uses."""
+
+    type: str
+    loc: list[str | int]
+    msg: str
+
+
+class Refusal(msgspec.Struct):
+    """The body of a 422."""
+
+    detail: list[FieldProblem]
+
+
+def _documented(request: str, answer: str) -> dict[str, Any]:
+    """The part of the OpenAPI document that FastAPI cannot find in the function: schemas by name, and statuses."""
+
+    def content(name: str) -> dict[str, Any]:
+        return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
+
+    return {
+        "openapi_extra": {"requestBody": {"required": True, **content(request)}},
+        "responses": {
+            200: content(answer),
+            400: {"description": "The body cannot be parsed"},
+            413: {"description": "The body is larger than max_body_bytes"},
+            422: {"description": "A field of the request is wrong", **content("Refusal")},
+            503: {"description": "No snapshot was loaded yet"},
+        },
+    }
+
+
+def _check_content_type(request: Request, body: bytes) -> None:
+    """Refuse a body whose header does not say JSON.
+
+    FastAPI does the same where it parses the body: a web page of another origin cannot send this header without the
+    browser asking first (CORS).
+    """
+    content_type = request.headers.get("content-type", "")
+    if content_type == "application/json" or not body:
+        return
+    parsed = Message()
+    parsed["content-type"] = content_type
+    subtype = parsed.get_content_subtype()
+    if (
+        not content_type
+        or parsed.get_content_maintype() != "application"
+        or not (subtype == "json" or subtype.endswith("+json"))
+    ):
+        raise FieldError(("body",), f"content-type: {content_type!r}, expected application/json")
 
 
 def _add_insight(app: FastAPI, parts: _Parts) -> None:
     @app.get("/health/live")
     async def live() -> Response:
-        """Whether the process works: 200, or 500 if its snapshot loader has died."""
+        """200 while the process works, 500 if its snapshot loader has died."""
         alive = parts.swap.alive
         return JSONResponse({"status": "alive" if alive else "the snapshot loader died"}, 200 if alive else 500)
 
     @app.get("/health/ready")
     async def ready() -> Response:
-        """Whether requests can be answered: 503 before the first snapshot. ``degraded``: answers, but see why."""
+        """503 before the first snapshot, then 200. ``degraded``: requests are answered, but with the problems named."""
         served = parts.swap.served
         problems = {"snapshots": parts.swap.problem, "features": parts.features.problem}
         status = "not ready" if served is None else "degraded" if any(problems.values()) else "ready"
@@ -172,12 +210,12 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
 
     @app.get("/v1/stats")
     async def stats() -> Response:
-        """Counters and quantiles since the start; times in ms."""
+        """Counters and quantiles since the start; times in milliseconds."""
         return JSONResponse({**_served(parts.swap), **parts.telemetry.summary()})
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        """The same and more, for Prometheus."""
+        """All counters, gauges and histograms, for Prometheus."""
         return Response(generate_latest(parts.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -189,6 +227,15 @@ def _served(swap: HotSwap) -> dict[str, object]:
         "step": served.manifest.step if served else None,
         "snapshot_age_ms": None if age_s is None else round(age_s * 1000),
     }
+
+
+def _describe_bodies(app: FastAPI, answerer: Answerer) -> None:
+    """Add the schemas of the bodies to the OpenAPI document; after every endpoint was added."""
+    structs = (answerer.reader.struct, answerer.writer.struct, Refusal)
+    _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+    schemas["Context"]["additionalProperties"] = True  # other names are ignored and counted
+    document = app.openapi()  # made once and kept by the application
+    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
 
 
 def _age_s(swap: HotSwap) -> float | None:

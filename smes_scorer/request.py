@@ -1,11 +1,26 @@
-"""What a scoring request may say, and how its context enters the feature matrices."""
+"""The scoring request: its JSON form, which is made from the schema, and its way into the feature matrices.
 
-import math
-from collections.abc import Mapping
-from typing import Annotated, Any
+A request::
 
+    {"user_id": 7, "items": [13, 27], "context": {"hour": 20, "tags": [4, 5], "battery": 0.5}}
+
+``context`` and each of its values may be left out; a value may be null. A name in ``context`` that is no context
+feature of the schema is ignored and counted.
+
+msgspec decodes a good request in one pass into a struct with one typed field per context feature. It refuses everything
+else, and what it refuses is parsed again with the standard library, for one of two reasons: the request is good but has
+names to ignore or JSON that only the standard library reads (NaN, UTF-16), or the caller must be told what is wrong.
+"""
+
+import json
+import re
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+import msgspec
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from feature_store.entities import EntityRows
 from smes.schema import MISSING, Feature, Schema
@@ -13,22 +28,37 @@ from smes.schema import MISSING, Feature, Schema
 _LARGEST_ID = 2**63 - 1
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
-Id = Annotated[StrictInt, Field(ge=MISSING + 1, le=_LARGEST_ID)]
-"""An int64 other than the null."""
+_Id = Annotated[int, msgspec.Meta(ge=MISSING + 1, le=_LARGEST_ID)]  # an int64 other than the null
+_Number = Annotated[float, msgspec.Meta(ge=-_LARGEST_FLOAT, le=_LARGEST_FLOAT)]
+_TYPES: dict[str, Any] = {"id": _Id, "bag": list[_Id], "sequence": list[_Id], "numeric": _Number}
+_FIELDS = ("user_id", "items", "context")
+_REQUIRED = ("user_id", "items")
 
 
-class ScoreRequest(BaseModel):
-    """A user, the circumstances, and the items to rank for them."""
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A valid request.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Attributes:
+        user_id: The user.
+        items: The candidate items, at least one.
+        ids: Column of the ids matrix → values from that column on: the id, bag and sequence features of the context.
+        numerics: Column of the numerics matrix → value: the numeric features of the context.
+        ignored_context: How many names of the context are no context feature.
+    """
 
-    user_id: Id = Field(description="Integer id of the user; one never seen before is scored from what is known.")
-    items: list[Id] = Field(min_length=1, description="Integer ids of the candidate items.")
-    context: dict[str, Any] = Field(
-        default_factory=dict,
-        description="Context feature → value: an integer, a list of integers for a bag or a sequence (newest first), a "
-        "number for a numeric feature, or null. Names that are no context feature are ignored and counted.",
-    )
+    user_id: int
+    items: list[int]
+    ids: Mapping[int, Sequence[int]]
+    numerics: Mapping[int, float]
+    ignored_context: int = 0
+
+    def write_context(self, rows: EntityRows) -> None:
+        """Write the context features into every row."""
+        for column, values in self.ids.items():
+            rows.ids[:, column : column + len(values)] = values
+        for column, number in self.numerics.items():
+            rows.numerics[:, column] = number
 
 
 class FieldError(ValueError):
@@ -36,92 +66,207 @@ class FieldError(ValueError):
 
     Attributes:
         loc: Where, as in the answers of FastAPI: ``("body", "context", "hour")``.
+        kind: FastAPI's ``type``: ``missing``, ``extra_forbidden``, ``json_invalid`` or ``value_error``.
     """
 
-    def __init__(self, loc: tuple[str | int, ...], message: str) -> None:
+    def __init__(self, loc: tuple[str | int, ...], message: str, kind: str = "value_error") -> None:
         super().__init__(message)
         self.loc = loc
+        self.kind = kind
 
 
-class ContextReader:
-    """Writes a request's context into the matrices.
+class UnreadableBody(ValueError):
+    """The body cannot be parsed, but not because of its syntax: its encoding, its nesting or the size of a number."""
+
+
+class RequestReader:
+    """Reads requests for one schema. Safe to share between threads.
 
     Args:
-        schema: Only its context features are read from a request.
+        schema: Features of a request.
+        max_items: Most items of a request.
     """
 
-    def __init__(self, schema: Schema) -> None:
-        context = [f for f in schema.features if f.source == "context"]
-        self._ids = {f.name: (f, schema.id_slices[f.name].start) for f in context if f.kind != "numeric"}
-        self._companions = {name: f for name, f in schema.companions.items() if name in self._ids}
-        self._numerics = {f.name: schema.numeric_features.index(f) for f in context if f.kind == "numeric"}
+    def __init__(self, schema: Schema, max_items: int) -> None:
+        self._max_items = max_items
+        self._features = [f for f in schema.features if f.source == "context"]
+        self._names = {f.name for f in self._features}
+        self._columns = [
+            schema.numeric_features.index(f) if f.kind == "numeric" else schema.id_slices[f.name].start
+            for f in self._features
+        ]
+        index = {f.name: i for i, f in enumerate(self._features)}
+        self._companions = [
+            (index[name], index[companion.name])
+            for name, companions in schema.companions.items()
+            for companion in companions
+            if name in index
+        ]
+        self.struct = _request_struct(self._features, max_items)
+        """The struct of a request, from which its JSON schema is made."""
+        self._decoder = msgspec.json.Decoder(self.struct)
 
-    def read(self, context: Mapping[str, Any]) -> tuple[dict[int, int], dict[int, float], int]:
-        """(id column → value, numeric column → value, how many names are no context feature).
+    def read(self, body: bytes) -> ScoreRequest:
+        """Parse and check a request.
 
         Raises:
-            FieldError: A value is of the wrong type or out of range.
+            FieldError: A field is missing, unknown, of the wrong type or out of range.
+            UnreadableBody: The body cannot be parsed.
         """
-        ids: dict[int, int] = {}
+        try:
+            return self._checked(self._decoder.decode(body))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return self._read_slowly(body)
+
+    def _read_slowly(self, body: bytes) -> ScoreRequest:
+        """Take out the names to ignore and try again, or say what is wrong."""
+        data, ignored = self._without_ignored(_parse(body))
+        try:
+            request = msgspec.convert(data, self.struct)
+        except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter: a name with half a surrogate pair
+            raise self._explained(data, error) from error
+        return self._checked(request, ignored)
+
+    def _without_ignored(self, data: object) -> tuple[object, int]:
+        """The data without the names of its context that are no context feature, and how many those were."""
+        context = data.get("context") if isinstance(data, dict) else None
+        if not isinstance(data, dict) or not isinstance(context, dict):
+            return data, 0
+        known = {name: value for name, value in context.items() if name in self._names}
+        return {**data, "context": known}, len(context) - len(known)
+
+    def _checked(self, request: Any, ignored: int = 0) -> ScoreRequest:
+        """Check what lies between fields, and sort the context's values by matrix and column."""
+        if len(request.items) > self._max_items:
+            raise FieldError(("body", "items"), f"{len(request.items)} items, expected at most {self._max_items}")
+        values = msgspec.structs.astuple(request.context)
+        for sequence, companion in self._companions:
+            expected, got = len(values[sequence] or ()), len(values[companion] or ())
+            if got != expected:
+                name = self._features[sequence].name
+                message = f"expected as many integers as {name!r} has, {expected}, got {got}"
+                raise FieldError(("body", "context", self._features[companion].name), message)
+        ids: dict[int, list[int]] = {}
         numerics: dict[int, float] = {}
-        ignored = 0
-        for name, value in context.items():
-            if name in self._ids:
-                feature, start = self._ids[name]
-                ids.update(enumerate(_id_values(feature, value), start))
-            elif name in self._numerics:
-                numerics[self._numerics[name]] = _number(name, value)
+        for feature, column, value in zip(self._features, self._columns, values, strict=True):
+            if value is None:
+                continue
+            if feature.kind == "numeric":
+                numerics[column] = value
             else:
-                ignored += 1
-        self._check_alignment(context)
-        return ids, numerics, ignored
+                ids[column] = value[: feature.max_length] if feature.is_list else [value]
+        return ScoreRequest(request.user_id, request.items, ids, numerics, ignored)
 
-    def _check_alignment(self, context: Mapping[str, Any]) -> None:
-        """A sequence has as many ids as the one it accompanies; values are known to be lists or None."""
-        for name, companions in self._companions.items():
-            expected = len(context.get(name) or ())
-            for companion in companions:
-                came = len(context.get(companion.name) or ())
-                if came != expected:
-                    message = f"expected as many integers as {name!r} has, {expected}, got {came}"
-                    raise FieldError(("body", "context", companion.name), message)
+    def _explained(self, data: object, error: Exception) -> FieldError:
+        """What is wrong with data that msgspec refused, in the words of a caller who knows only JSON."""
+        if not isinstance(data, dict):
+            return FieldError(("body",), f"expected an object with user_id and items, got {_shown(data)}")
+        for name in data:
+            if name not in _FIELDS:
+                printable = name.encode("utf-8", "backslashreplace").decode()
+                return FieldError(("body", printable), f"expected one of {', '.join(_FIELDS)}", "extra_forbidden")
+        for name in _REQUIRED:
+            if name not in data:
+                return FieldError(("body", name), "field required", "missing")
+        path = self._path(str(error))
+        if not path:
+            return FieldError(("body",), f"no valid request: {error}")
+        value: Any = data
+        for step in path:
+            value = value[step]
+        return FieldError(("body", *path), f"expected {self._expected(path, value)}, got {_shown(value)}")
+
+    def _path(self, message: str) -> tuple[str | int, ...]:
+        """The keys in msgspec's ``Expected … - at `$.context.tags[1]```: ``("context", "tags", 1)``."""
+        path = message.partition(" - at `$.")[2].removesuffix("`")
+        if path.startswith("context."):
+            return ("context", *_indexed(path.removeprefix("context."), self._names))
+        return _indexed(path, _FIELDS)
+
+    def _expected(self, path: tuple[str | int, ...], value: object) -> str:
+        if path == ("context",):
+            return "an object: context feature → value"
+        if path == ("items",):
+            return "a list of integers, at least one"
+        feature = next((f for f in self._features if path[:2] == ("context", f.name)), None)
+        if feature is not None and feature.kind == "numeric":
+            return "a finite number"
+        if feature is not None and feature.is_list and len(path) == 2:
+            return "a list of integers"
+        if isinstance(value, int) and not isinstance(value, bool):
+            return f"an integer from {MISSING + 1} to {_LARGEST_ID}"
+        return "an integer"
 
 
-def fill(rows: EntityRows, ids: Mapping[int, int], numerics: Mapping[int, float]) -> None:
-    """Write the context's columns into every row."""
-    for column, value in ids.items():
-        rows.ids[:, column] = value
-    for column, number in numerics.items():
-        rows.numerics[:, column] = number
+def _request_struct(features: Sequence[Feature], max_items: int) -> type[msgspec.Struct]:
+    """The struct of a request; fields ``f0 …`` stand for features, whose names need be no identifiers."""
+    context = msgspec.defstruct(
+        "Context",
+        [(f"f{i}", described(_TYPES[f.kind] | None, _description(f)), None) for i, f in enumerate(features)],
+        rename={f"f{i}": f.name for i, f in enumerate(features)},
+        forbid_unknown_fields=True,
+        gc=False,
+    )
+    items = msgspec.Meta(
+        min_length=1, description="Integer ids of the candidate items.", extra_json_schema={"maxItems": max_items}
+    )
+    return msgspec.defstruct(
+        "ScoreRequest",
+        [
+            ("user_id", described(_Id, "Integer id of the user; an unknown one is scored without stored features.")),
+            ("items", cast(Any, Annotated[list[_Id], items])),
+            (
+                "context",
+                described(context, "Values of the context features. Other names are ignored and counted."),
+                msgspec.field(default_factory=context),
+            ),
+        ],
+        forbid_unknown_fields=True,
+        gc=False,
+    )
 
 
-def _id_values(feature: Feature, value: object) -> list[int]:
-    """The feature's columns: one id, or a bag or sequence cut at its length."""
-    if value is None:
-        return []
+def described(hint: Any, description: str) -> Any:
+    """A field's type with its description in the JSON schema."""
+    return Annotated[hint, msgspec.Meta(description=description)]
+
+
+def _description(feature: Feature) -> str:
+    """What a caller must know of a context feature."""
+    if feature.kind == "numeric":
+        return "A finite number; null: missing."
     if feature.kind == "id":
-        return [_identifier(("body", "context", feature.name), value)]
-    if not isinstance(value, list):
-        raise FieldError(("body", "context", feature.name), f"expected a list of integers, got {_short(value)}")
-    return [_identifier(("body", "context", feature.name, i), v) for i, v in enumerate(value)][: feature.max_length]
+        return "An integer id; null: missing."
+    order = "newest first" if feature.kind == "sequence" else "in any order"
+    kept = f"Integer ids, {order}; the first {feature.max_length} are used; null: none."
+    return f"{kept} As many as {feature.accompanies} has." if feature.accompanies else kept
 
 
-def _identifier(loc: tuple[str | int, ...], value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise FieldError(loc, f"expected an integer, got {_short(value)}")
-    if not MISSING < value <= _LARGEST_ID:
-        raise FieldError(loc, f"expected an integer of 64 bits, got {_short(value)}")
-    return value
+def _indexed(text: str, names: Collection[str]) -> tuple[str | int, ...]:
+    """``tags[1]`` → ``("tags", 1)``, unless a name itself looks like that."""
+    if text in names:
+        return (text,)
+    match = re.fullmatch(r"(.*)\[(\d+)\]", text, re.DOTALL)
+    if match is None or match[1] not in names:
+        return ()
+    return match[1], int(match[2])
 
 
-def _number(name: str, value: object) -> float:
-    if value is None:
-        return math.nan
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _LARGEST_FLOAT:
-        raise FieldError(("body", "context", name), f"expected a finite number, got {_short(value)}")
-    return float(value)
+def _shown(value: object) -> str:
+    """A value in an error message: short, and as JSON writes it where that differs from Python."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def _parse(body: bytes) -> object:
+    if not body:
+        raise FieldError(("body",), "field required", "missing")
+    try:
+        return json.loads(body)
+    except json.JSONDecodeError as error:
+        raise FieldError(("body", error.pos), f"no JSON: {error.msg}", "json_invalid") from error
+    except UnicodeDecodeError as error:
+        raise UnreadableBody(f"body: {error}, expected text in UTF-8") from error
+    except RecursionError as error:
+        raise UnreadableBody("body: nested too deeply, expected a request") from error
+    except ValueError as error:  # Python converts no integer of thousands of digits, for that takes quadratic time
+        raise UnreadableBody("body: an integer of thousands of digits, expected 64 bits") from error

@@ -1,9 +1,10 @@
-"""What the scorer answers, and what it refuses."""
+"""What the scorer answers over HTTP, and what it refuses."""
 
 import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import httpx
 import numpy as np
@@ -25,19 +26,35 @@ def store(client: redis.Redis, namespace: str) -> SnapshotStore:
 
 
 @pytest.fixture
+def entities(client: redis.Redis, namespace: str, schema: Schema) -> EntityStore:
+    return EntityStore(client, schema, namespace)
+
+
+@pytest.fixture
 def http(ready: Ready, store: SnapshotStore, publish: Callable[..., object]) -> Iterator[httpx.Client]:
     publish(store, 4)
     with ready(max_items=5) as http:
         yield http
 
 
-def stats(http: httpx.Client) -> dict[str, object]:
-    answer: dict[str, object] = http.get("/v1/stats").json()
+def stats(http: httpx.Client) -> dict[str, Any]:
+    answer: dict[str, Any] = http.get("/v1/stats").json()
     return answer
 
 
+def score(http: httpx.Client, request: dict[str, object]) -> httpx.Response:
+    content = json.dumps(request)  # httpx itself refuses NaN
+    return http.post("/v1/score", content=content, headers={"content-type": "application/json"})
+
+
+def watch_s(answer: httpx.Response) -> list[float]:
+    """The third score of each item: the sum of its features."""
+    return [item["scores"]["watch_s"] for item in answer.json()["items"]]
+
+
 def test_an_answer(http: httpx.Client) -> None:
-    answer = http.post("/v1/score", json={"user_id": 1, "items": [13, 27, 18]})
+    answer = score(http, {"user_id": 1, "items": [13, 27, 18]})
+
     assert answer.status_code == 200
     assert answer.json() == {
         "lineage": "a",
@@ -51,61 +68,68 @@ def test_an_answer(http: httpx.Client) -> None:
     }
 
 
-def test_stored_features_and_context_reach_the_model(
-    http: httpx.Client, client: redis.Redis, namespace: str, schema: Schema
-) -> None:
-    store = EntityStore(client, schema, namespace)
-    store.put_many("user", np.array([1]), {"age": np.array([0.5], np.float32)})
-    store.put_many("item", np.array([10]), {"author": np.array([100])})
-    request = {"user_id": 1, "items": [10, 20], "context": {"hour": 7, "tags": [1000, 2000, 9999], "battery": 0.25}}
-    answer = http.post("/v1/score", json=request).json()
+def test_stored_features_and_context_reach_the_model(http: httpx.Client, entities: EntityStore) -> None:
+    entities.put_many("user", np.array([1]), {"age": np.array([0.5], np.float32)})
+    entities.put_many("item", np.array([10]), {"author": np.array([100])})
+    context = {"hour": 7, "tags": [1000, 2000, 9999], "battery": 0.25}
+
+    answer = score(http, {"user_id": 1, "items": [10, 20], "context": context})
+
     # age + battery + hour + the two first tags; the author of the known item
-    assert [item["scores"]["watch_s"] for item in answer["items"]] == [3107.75 + 0.0, 3007.75]
-    counted = stats(http)
-    assert (counted["unknown_users"], counted["unknown_items"]) == (0, 1)
+    assert watch_s(answer) == [3107.75 + 0.0, 3007.75]
+    assert (stats(http)["unknown_users"], stats(http)["unknown_items"]) == (0, 1)
 
 
 def test_a_history_in_the_request_reaches_the_model_newest_first(http: httpx.Client) -> None:
     context = {"seen": [100, 200, 300, 4000], "outcomes": [1, 2, 3, 50]}
-    answer = http.post("/v1/score", json={"user_id": 1, "items": [10], "context": context})
-    assert answer.json()["items"][0]["scores"]["watch_s"] == 606.0  # the oldest is cut of both
+
+    answer = score(http, {"user_id": 1, "items": [10], "context": context})
+
+    assert watch_s(answer) == [606.0]  # the oldest of both is cut off
 
 
-def test_a_stored_time_reaches_the_model_as_days(
-    http: httpx.Client, client: redis.Redis, namespace: str, schema: Schema
-) -> None:
-    store = EntityStore(client, schema, namespace)
+def test_a_stored_time_reaches_the_model_as_days(http: httpx.Client, entities: EntityStore) -> None:
     stored_s = np.array([time.time() - 50 * 86_400], np.float32)
-    store.put_many("item", np.array([10]), {"days_out": stored_s})
-    answer = http.post("/v1/score", json={"user_id": 1, "items": [10, 20]}).json()
-    days = [item["scores"]["watch_s"] for item in answer["items"]]
-    assert days == [pytest.approx((time.time() - float(stored_s[0])) / 86_400, abs=0.01), 0.0]
+    entities.put_many("item", np.array([10]), {"days_out": stored_s})
+
+    answer = score(http, {"user_id": 1, "items": [10, 20]})
+
+    assert watch_s(answer) == [pytest.approx((time.time() - float(stored_s[0])) / 86_400, abs=0.01), 0.0]
 
 
 def test_unknown_users_and_items_are_scored_and_counted(http: httpx.Client) -> None:
-    assert http.post("/v1/score", json={"user_id": -5, "items": [1, 2]}).status_code == 200
-    counted = stats(http)
-    assert (counted["unknown_users"], counted["unknown_items"]) == (1, 2)
+    answer = score(http, {"user_id": -5, "items": [1, 2]})
+
+    assert answer.status_code == 200
+    assert (stats(http)["unknown_users"], stats(http)["unknown_items"]) == (1, 2)
 
 
-def test_null_context_is_missing_and_unknown_names_are_counted(http: httpx.Client) -> None:
-    context = {"hour": None, "tags": None, "battery": None, "colour": "blue", "age": 3, "user_id": 9}
-    answer = http.post("/v1/score", json={"user_id": 1, "items": [1], "context": context})
-    assert answer.json()["items"][0]["scores"]["watch_s"] == 0.0
-    assert stats(http)["ignored_context"] == 3  # a user's feature comes from the store, not from the request
+def test_null_context_is_missing(http: httpx.Client) -> None:
+    answer = score(http, {"user_id": 1, "items": [1], "context": {"hour": None, "tags": None, "battery": None}})
+
+    assert watch_s(answer) == [0.0]
+
+
+def test_unknown_context_is_ignored_and_counted(http: httpx.Client) -> None:
+    answer = score(http, {"user_id": 1, "items": [1], "context": {"colour": "blue", "age": 3, "user_id": 9}})
+
+    assert watch_s(answer) == [0.0]  # a user's feature comes from the store, not from the request
+    assert stats(http)["ignored_context"] == 3
 
 
 def test_fusion_weights_change_the_ranking(ready: Ready, store: SnapshotStore, publish: Callable[..., object]) -> None:
     publish(store, 1)
+
     with ready(fusion_weights={"click": -2.0, "watch_s": 0.5}) as http:
-        answer = http.post("/v1/score", json={"user_id": 1, "items": [18, 13], "context": {"hour": 8}}).json()
+        answer = score(http, {"user_id": 1, "items": [18, 13], "context": {"hour": 8}}).json()
+
     # weights −2, 1 (the default of a binary task), 0.5
     assert [item["fused"] for item in answer["items"]] == [-2 * 1.5 + 0.5 + 4, -2 * (1 + 3 / 16) + 0.5 + 4]
     assert answer["ranking"] == [13, 18]
 
 
-def test_ties_keep_the_order_asked(http: httpx.Client) -> None:
-    assert http.post("/v1/score", json={"user_id": 1, "items": [33, 13, 23]}).json()["ranking"] == [33, 13, 23]
+def test_items_with_equal_scores_keep_the_order_of_the_request(http: httpx.Client) -> None:
+    assert score(http, {"user_id": 1, "items": [33, 13, 23]}).json()["ranking"] == [33, 13, 23]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +142,7 @@ def test_ties_keep_the_order_asked(http: httpx.Client) -> None:
         ({"user_id": True, "items": [1]}, ["body", "user_id"]),
         ({"user_id": None, "items": [1]}, ["body", "user_id"]),
         ({"user_id": 2**63, "items": [1]}, ["body", "user_id"]),
+        ({"user_id": 2**64, "items": [1]}, ["body", "user_id"]),
         ({"user_id": -(2**63), "items": [1]}, ["body", "user_id"]),
         ({"user_id": 1, "items": []}, ["body", "items"]),
         ({"user_id": 1, "items": 3}, ["body", "items"]),
@@ -125,74 +150,164 @@ def test_ties_keep_the_order_asked(http: httpx.Client) -> None:
         ({"user_id": 1, "items": [1, 2, 3, 4, 5, 6]}, ["body", "items"]),
         ({"user_id": 1, "items": [1], "item": [2]}, ["body", "item"]),
         ({"user_id": 1, "items": [1], "context": [1]}, ["body", "context"]),
+        ({"user_id": 1, "items": [1], "context": None}, ["body", "context"]),
         ({"user_id": 1, "items": [1], "context": {"hour": "7"}}, ["body", "context", "hour"]),
         ({"user_id": 1, "items": [1], "context": {"hour": 7.5}}, ["body", "context", "hour"]),
+        ({"user_id": 1, "items": [1], "context": {"hour": 7.0}}, ["body", "context", "hour"]),
         ({"user_id": 1, "items": [1], "context": {"hour": False}}, ["body", "context", "hour"]),
         ({"user_id": 1, "items": [1], "context": {"hour": -(2**63)}}, ["body", "context", "hour"]),
         ({"user_id": 1, "items": [1], "context": {"tags": 7}}, ["body", "context", "tags"]),
         ({"user_id": 1, "items": [1], "context": {"tags": [1, "x"]}}, ["body", "context", "tags", 1]),
         ({"user_id": 1, "items": [1], "context": {"battery": "full"}}, ["body", "context", "battery"]),
+        ({"user_id": 1, "items": [1], "context": {"battery": True}}, ["body", "context", "battery"]),
         ({"user_id": 1, "items": [1], "context": {"battery": 1e300}}, ["body", "context", "battery"]),
+        ({"user_id": 1, "items": [1], "context": {"battery": 10**300}}, ["body", "context", "battery"]),
         ({"user_id": 1, "items": [1], "context": {"battery": float("nan")}}, ["body", "context", "battery"]),
+        ({"user_id": 1, "items": [1], "context": {"battery": float("-inf")}}, ["body", "context", "battery"]),
         ({"user_id": float("nan"), "items": [1]}, ["body", "user_id"]),
         ({"user_id": 1, "items": [1], "context": {"seen": [1, 2]}}, ["body", "context", "outcomes"]),
         ({"user_id": 1, "items": [1], "context": {"seen": [1], "outcomes": [0, 1]}}, ["body", "context", "outcomes"]),
     ],
 )
 def test_a_wrong_field_is_named(http: httpx.Client, request_body: dict[str, object], loc: list[object]) -> None:
-    answer = http.post("/v1/score", content=json.dumps(request_body), headers={"content-type": "application/json"})
+    answer = score(http, request_body)
+
     assert answer.status_code == 422, answer.text
-    assert [entry["loc"] for entry in answer.json()["detail"]] == [loc]
-    assert answer.json()["detail"][0]["msg"]
+    [problem] = answer.json()["detail"]
+    assert problem.keys() == {"type", "loc", "msg"}
+    assert problem["loc"] == loc
+    assert problem["msg"]
 
 
-def test_too_many_items_are_told_the_limit(http: httpx.Client) -> None:
-    answer = http.post("/v1/score", json={"user_id": 1, "items": list(range(6))})
+def test_too_many_items_are_refused_with_the_limit(http: httpx.Client) -> None:
+    answer = score(http, {"user_id": 1, "items": list(range(6))})
+
     assert answer.json()["detail"][0]["msg"] == "6 items, expected at most 5"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe", b"[" * 20_000])
-def test_a_body_that_is_no_request_is_the_callers_fault(http: httpx.Client, body: bytes) -> None:
+def test_a_body_that_is_no_request_is_a_mistake_of_the_caller(http: httpx.Client, body: bytes) -> None:
     answer = http.post("/v1/score", content=body, headers={"content-type": "application/json"})
+
     assert answer.status_code in (400, 422)
     assert stats(http)["errors"] == 0
 
 
-def test_not_ready_before_the_first_snapshot(
-    starting: Ready,
-    until: Callable[..., None],
-    store: SnapshotStore,
-    publish: Callable[..., object],
+@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8", "application/a+json"])
+def test_a_json_content_type_is_accepted(http: httpx.Client, content_type: str) -> None:
+    body = b'{"user_id": 1, "items": [1]}'
+
+    assert http.post("/v1/score", content=body, headers={"content-type": content_type}).status_code == 200
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-type": "text/plain"}, {"content-type": "json"}])
+def test_another_content_type_is_refused(http: httpx.Client, headers: dict[str, str]) -> None:
+    answer = http.post("/v1/score", content=b'{"user_id": 1, "items": [1]}', headers=headers)
+
+    assert answer.status_code == 422
+    assert "expected application/json" in answer.json()["detail"][0]["msg"]
+
+
+def schemas(make_app: Callable[..., FastAPI]) -> dict[str, Any]:
+    """The named schemas of the OpenAPI document."""
+    found: dict[str, Any] = make_app(max_items=5).openapi()["components"]["schemas"]
+    return found
+
+
+def test_openapi_shows_every_context_feature_with_type_and_description(
+    make_app: Callable[..., FastAPI], schema: Schema
+) -> None:
+    context = schemas(make_app)["Context"]["properties"]
+
+    types = {name: [option["type"] for option in field["anyOf"]] for name, field in context.items()}
+    assert types == {
+        "hour": ["integer", "null"],
+        "tags": ["array", "null"],
+        "battery": ["number", "null"],
+        "seen": ["array", "null"],
+        "outcomes": ["array", "null"],
+    }
+    assert all(field["description"] for field in context.values())
+
+
+def test_openapi_shows_the_limits_of_a_request(make_app: Callable[..., FastAPI]) -> None:
+    request = schemas(make_app)["ScoreRequest"]
+
+    assert request["required"] == ["user_id", "items"]
+    assert (request["properties"]["items"]["minItems"], request["properties"]["items"]["maxItems"]) == (1, 5)
+
+
+def test_openapi_shows_the_tasks_of_an_answer(make_app: Callable[..., FastAPI]) -> None:
+    assert schemas(make_app)["Scores"]["required"] == ["click", "like", "watch_s"]
+
+
+def test_openapi_describes_every_endpoint(make_app: Callable[..., FastAPI]) -> None:
+    document = make_app().openapi()
+
+    assert set(document["paths"]) == {"/v1/score", "/v1/stats", "/health/live", "/health/ready", "/metrics"}
+    bodies = document["paths"]["/v1/score"]["post"]
+    assert bodies["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ScoreRequest")
+    assert bodies["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Answer")
+
+
+def test_not_ready_before_the_first_snapshot(starting: Ready) -> None:
+    with starting() as http:
+        alive = http.get("/health/live")
+        ready = http.get("/health/ready")
+        refused = score(http, {"user_id": 1, "items": [1]})
+        outcomes = stats(http)["outcomes"]
+
+    assert alive.json() == {"status": "alive"}
+    assert (ready.status_code, ready.json()["status"]) == (503, "not ready")
+    assert refused.status_code == 503
+    assert refused.json() == {"detail": "not ready: no snapshot was published yet"}
+    assert outcomes == {"ok": 0, "rejected": 0, "not_ready": 1, "error": 0}
+
+
+def test_ready_after_the_first_snapshot(
+    starting: Ready, until: Callable[..., None], store: SnapshotStore, publish: Callable[..., object]
 ) -> None:
     with starting() as http:
-        assert http.get("/health/live").json() == {"status": "alive"}
-        ready = http.get("/health/ready")
-        assert (ready.status_code, ready.json()["status"]) == (503, "not ready")
-        refused = http.post("/v1/score", json={"user_id": 1, "items": [1]})
-        assert refused.status_code == 503
-        assert refused.json() == {"detail": "not ready: no snapshot was published yet"}
         publish(store, 1)
         until(lambda: http.get("/health/ready").status_code == 200)
+
         assert http.get("/health/ready").json()["status"] == "ready"
-        assert http.post("/v1/score", json={"user_id": 1, "items": [1]}).status_code == 200
-        outcomes = stats(http)["outcomes"]
-    assert outcomes == {"ok": 1, "rejected": 0, "not_ready": 1, "error": 0}
+        assert score(http, {"user_id": 1, "items": [1]}).status_code == 200
 
 
-def test_counters_and_metrics(http: httpx.Client) -> None:
+@pytest.fixture
+def used(http: httpx.Client) -> httpx.Client:
+    """A scorer that answered three requests and refused one."""
     for _ in range(3):
-        http.post("/v1/score", json={"user_id": 1, "items": [1]})
-    http.post("/v1/score", json={"user_id": "x", "items": [1]})
-    counted = stats(http)
+        score(http, {"user_id": 1, "items": [1]})
+    score(http, {"user_id": "x", "items": [1]})
+    return http
+
+
+def test_stats_count_the_requests(used: httpx.Client) -> None:
+    counted = stats(used)
+
     assert counted["outcomes"] == {"ok": 3, "rejected": 1, "not_ready": 0, "error": 0}
     assert counted["requests"] == 4
-    assert (counted["lineage"], counted["version"], counted["step"]) == ("a", 4, 40)
     assert counted["versions_answered"] == 1
-    latency = counted["latency_ms"]
-    assert isinstance(latency, dict)
+
+
+def test_stats_name_the_version_in_service(used: httpx.Client) -> None:
+    counted = stats(used)
+
+    assert (counted["lineage"], counted["version"], counted["step"]) == ("a", 4, 40)
+
+
+def test_stats_have_quantiles_of_the_latency(used: httpx.Client) -> None:
+    latency = stats(used)["latency_ms"]
+
     assert latency["count"] == 4
-    assert 0 < latency["p50"] <= latency["p99"] < 20_000
-    text = http.get("/metrics").text
+    assert 0 < latency["p50"] <= latency["p99"] < 60_000
+
+
+def test_metrics_for_prometheus(used: httpx.Client) -> None:
+    text = used.get("/metrics").text
+
     assert 'smes_scorer_requests_total{outcome="ok"} 3.0' in text
     assert "smes_scorer_served_version 4.0" in text
     assert 'smes_scorer_freshness_milliseconds_bucket{le="+Inf"} 0.0' in text
@@ -200,24 +315,36 @@ def test_counters_and_metrics(http: httpx.Client) -> None:
     assert float(age.split()[1]) > 86_400  # cut in 2023
 
 
-def test_a_large_body_is_refused_announced_or_not(starting: Ready) -> None:
+@pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "in chunks"])
+def test_a_large_body_is_refused(starting: Ready, chunked: bool) -> None:
+    body = b"x" * 1001
+
     with starting(max_body_bytes=1000) as http:
-        announced = http.post("/v1/score", content=b"x" * 1001)
-        assert announced.status_code == 413
-        assert announced.json() == {"detail": "request body over 1000 bytes (max_body_bytes)"}
-        chunked = http.post("/v1/score", content=(b"x" * 100 for _ in range(11)))
-        assert "content-length" not in chunked.request.headers
-        assert chunked.status_code == 413
-        fits = b'{"user_id": "' + b"x" * 985 + b'"}'
-        assert len(fits) == 1000
-        for content in (fits, iter([fits[:500], fits[500:]])):
-            passed = http.post("/v1/score", content=content, headers={"content-type": "application/json"})
-            assert passed.status_code == 422
-        assert http.get("/v1/stats").json()["outcomes"]["rejected"] == 4
+        answer = http.post("/v1/score", content=iter([body[:500], body[500:]]) if chunked else body)
+        rejected = stats(http)["outcomes"]["rejected"]
+
+    assert ("content-length" in answer.request.headers) != chunked
+    assert answer.status_code == 413
+    assert answer.json() == {"detail": "request body over 1000 bytes (max_body_bytes)"}
+    assert rejected == 1
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["with its length", "in chunks"])
+def test_a_body_of_the_largest_size_is_read(starting: Ready, chunked: bool) -> None:
+    body = b'{"user_id": "' + b"x" * 985 + b'"}'
+    assert len(body) == 1000
+
+    with starting(max_body_bytes=1000) as http:
+        content = iter([body[:500], body[500:]]) if chunked else body
+        answer = http.post("/v1/score", content=content, headers={"content-type": "application/json"})
+
+    assert answer.status_code == 422  # read, and refused for what it says
 
 
 def test_an_unknown_task_in_the_fusion_weights_is_named(make_app: Callable[..., FastAPI]) -> None:
-    with pytest.raises(ValueError, match=r"scorer\.fusion_weights: unknown task 'clik', expected one of \['click'"):
+    message = r"ScorerConfig\.fusion_weights: 'clik', expected one of the tasks click, like, watch_s"
+
+    with pytest.raises(ValueError, match=message):
         make_app(fusion_weights={"clik": 1.0})
 
 
@@ -228,10 +355,10 @@ def test_default_fusion_weights(schema: Schema) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"max_items": 0}, "scorer.max_items: 0, expected at least 1"),
-        ({"poll_s": 0.0}, "scorer.poll_s: 0.0, expected more than 0"),
-        ({"port": 70_000}, "scorer.port: 70000"),
-        ({"fusion_weights": {"click": float("inf")}}, "scorer.fusion_weights.click: inf"),
+        ({"max_items": 0}, "ScorerConfig.max_items: 0, expected at least 1"),
+        ({"poll_s": 0.0}, "ScorerConfig.poll_s: 0.0, expected more than 0"),
+        ({"port": 70_000}, "ScorerConfig.port: 70000, expected at least 0, at most 65535"),
+        ({"fusion_weights": {"click": float("inf")}}, "ScorerConfig.fusion_weights.click: inf, expected a finite"),
     ],
 )
 def test_config_is_checked(config: dict[str, object], message: str) -> None:

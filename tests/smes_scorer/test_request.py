@@ -1,0 +1,165 @@
+"""Reading a request: what the fast path refuses, the slow one accepts or explains."""
+
+import json
+
+import numpy as np
+import pytest
+
+from feature_store.entities import blank_rows
+from smes.schema import MISSING, Feature, Schema, Task
+from smes_scorer.request import FieldError, RequestReader, ScoreRequest, UnreadableBody
+
+
+@pytest.fixture
+def reader(schema: Schema) -> RequestReader:
+    return RequestReader(schema, max_items=5)
+
+
+def read(reader: RequestReader, **request: object) -> ScoreRequest:
+    return reader.read(json.dumps({"user_id": 1, "items": [13, 27], **request}).encode())
+
+
+def refusal(reader: RequestReader, body: bytes) -> FieldError:
+    with pytest.raises(FieldError) as caught:
+        reader.read(body)
+    return caught.value
+
+
+def test_context_goes_into_every_row(reader: RequestReader, schema: Schema) -> None:
+    rows = blank_rows(schema, 1, np.array([13, 27]))
+    context = {"hour": 7, "tags": [5, 6, 7], "battery": 2, "seen": [8], "outcomes": [9]}
+
+    read(reader, context=context).write_context(rows)
+
+    expected = [7, 5, 6, 8, MISSING, MISSING, 9, MISSING, MISSING]
+    assert rows.ids[:, 3:].tolist() == [expected, expected]
+    assert rows.numerics[:, 1].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("context", [{}, {"hour": None, "tags": None, "battery": None, "seen": None}, {"tags": []}])
+def test_missing_context_writes_nothing(reader: RequestReader, schema: Schema, context: dict[str, object]) -> None:
+    rows, untouched = blank_rows(schema, 1, np.array([13])), blank_rows(schema, 1, np.array([13]))
+
+    read(reader, context=context).write_context(rows)
+
+    np.testing.assert_array_equal(rows.ids, untouched.ids)
+    np.testing.assert_array_equal(rows.numerics, untouched.numerics)
+
+
+def test_unknown_context_names_change_nothing_but_their_count(reader: RequestReader) -> None:
+    known = read(reader, context={"hour": 7})
+
+    request = read(reader, context={"colour": "blue", "hour": 7, "age": float("nan"), "": None, "\ud800": [{}]})
+
+    assert request.ignored_context == 4
+    assert (request.ids, request.numerics) == (known.ids, known.numerics)
+
+
+def test_of_a_repeated_name_the_last_value_counts(reader: RequestReader) -> None:
+    request = reader.read(b'{"user_id": "x", "items": [13], "user_id": 3}')
+
+    assert request.user_id == 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_every_unicode_encoding_is_read(reader: RequestReader, encoding: str) -> None:
+    request = reader.read('{"user_id": 1, "items": [13]}'.encode(encoding))
+
+    assert request.items == [13]
+
+
+def test_feature_names_need_be_no_identifiers() -> None:
+    features = (Feature("a.b"), Feature("tags[1]", "numeric"), Feature("tags", "bag"), Feature("class"))
+    reader = RequestReader(Schema("odd", (Task("click"),), features), max_items=5)
+
+    request = read(reader, context={"a.b": 1, "tags[1]": 0.5, "tags": [2, 3], "class": 4})
+
+    assert (request.ids, request.numerics) == ({2: [1], 3: [2, 3], 11: [4]}, {0: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("context", "loc"),
+    [
+        ({"a.b": "x"}, ("a.b",)),
+        ({"tags[1]": "x"}, ("tags[1]",)),
+        ({"tags": [0, 1, "x"]}, ("tags", 2)),
+        ({"class": 1.0}, ("class",)),
+    ],
+)
+def test_a_wrong_feature_with_an_odd_name_is_named(context: dict[str, object], loc: tuple[object, ...]) -> None:
+    features = (Feature("a.b"), Feature("tags[1]", "numeric"), Feature("tags", "bag"), Feature("class"))
+    reader = RequestReader(Schema("odd", (Task("click"),), features), max_items=5)
+
+    error = refusal(reader, json.dumps({"user_id": 1, "items": [1], "context": context}).encode())
+
+    assert error.loc == ("body", "context", *loc)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        (b'{"items": [1]}', "missing", "field required"),
+        (b"", "missing", "field required"),
+        (b'{"user_id": 1, "items": [1], "item": 2}', "extra_forbidden", "expected one of user_id, items, context"),
+        (b'{"user_id": 1,', "json_invalid", "no JSON: Expecting property name enclosed in double quotes"),
+        (b"null", "value_error", "expected an object with user_id and items, got null"),
+        (b'{"user_id": "7", "items": [1]}', "value_error", "expected an integer, got '7'"),
+        (b'{"user_id": true, "items": [1]}', "value_error", "expected an integer, got true"),
+        (b'{"user_id": 1, "items": []}', "value_error", "expected a list of integers, at least one, got []"),
+        (b'{"user_id": 1, "items": 3}', "value_error", "expected a list of integers, at least one, got 3"),
+        (
+            b'{"user_id": 1, "items": [9223372036854775808]}',
+            "value_error",
+            "expected an integer from -9223372036854775807 to 9223372036854775807, got 9223372036854775808",
+        ),
+        (
+            b'{"user_id": 1, "items": [1], "context": []}',
+            "value_error",
+            "expected an object: context feature → value, got []",
+        ),
+        (
+            b'{"user_id": 1, "items": [1], "context": {"tags": 7}}',
+            "value_error",
+            "expected a list of integers, got 7",
+        ),
+        (
+            b'{"user_id": 1, "items": [1], "context": {"battery": 1e999}}',
+            "value_error",
+            "expected a finite number, got inf",
+        ),
+        (
+            b'{"user_id": 1, "items": [1], "context": {"seen": [1, 2]}}',
+            "value_error",
+            "expected as many integers as 'seen' has, 2, got 0",
+        ),
+    ],
+)
+def test_a_refusal_says_what_was_expected(reader: RequestReader, body: bytes, kind: str, message: str) -> None:
+    error = refusal(reader, body)
+
+    assert (error.kind, str(error)) == (kind, message)
+
+
+def test_a_refusal_quotes_little_of_a_long_value(reader: RequestReader) -> None:
+    error = refusal(reader, json.dumps({"user_id": "x" * 10_000, "items": [1]}).encode())
+
+    assert len(str(error)) < 100
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"user_id": "\xff", "items": [1]}', "expected text in UTF-8"),
+        (b"[" * 20_000, "nested too deeply"),
+        (b'{"user_id": ' + b"1" * 5000 + b"}", "an integer of thousands of digits"),
+    ],
+)
+def test_a_body_that_cannot_be_parsed(reader: RequestReader, body: bytes, message: str) -> None:
+    with pytest.raises(UnreadableBody, match=message):
+        reader.read(body)
+
+
+def test_half_a_surrogate_pair_is_refused_in_a_printable_way(reader: RequestReader) -> None:
+    error = refusal(reader, b'{"user_id": 1, "items": [1], "\\ud800": 1}')
+
+    assert error.loc == ("body", "\\ud800")
