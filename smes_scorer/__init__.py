@@ -1,1 +1,1 @@
-"""The scoring service and its hot swap."""
+"""The scoring service. A request's way: :mod:`~smes_scorer.app` → ``request`` → ``answer`` → ``served`` model."""

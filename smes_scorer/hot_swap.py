@@ -1,4 +1,4 @@
-"""Hot swap: a thread that loads each new snapshot aside and puts it into service by one assignment."""
+"""Hot swap: a thread loads each new snapshot in the background and puts it into service by one assignment."""
 
 import logging
 import threading
@@ -19,24 +19,24 @@ from smes_scorer.served import Load, Scorable, ServedModel
 from smes_scorer.telemetry import Telemetry
 
 _WARM_UP_ITEMS = (1, 100)
-_RETRY_BAD_S = 5.0
+_RETRY_REFUSED_S = 5.0
 _logger = logging.getLogger(__name__)
 
 
 class HotSwap:
-    """Follows the ``current`` snapshot.
+    """Keeps the ``current`` snapshot in service.
 
-    Whatever happens (Redis away, a damaged snapshot, another schema), what is served stays, and :attr:`problem`
-    says what happened until it is over. Serving never waits for loading.
+    When that fails (Redis is away, the snapshot is damaged or of another schema), the model in service stays, and
+    :attr:`problem` gives the reason until the failure is over. Requests never wait for loading.
 
     Args:
         store: Where snapshots come from; used by the loader thread alone.
-        watcher: Tells when to look; used by the loader thread alone.
+        watcher: Waits for publications; used by the loader thread alone.
         schema: The configured schema; snapshots of another one are refused.
         load: Builds a model from a payload.
-        first_answers: Told of every version before it serves.
+        first_answers: Notes every version before it serves.
         telemetry: Counts swaps and failures.
-        poll_s: Longest time between two looks.
+        poll_s: Longest time between two looks at the store.
         monotonic_s: Clock of the retries.
     """
 
@@ -62,11 +62,11 @@ class HotSwap:
         self._monotonic_s = monotonic_s
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="snapshot-loader", daemon=True)
-        self._refused: tuple[tuple[str, int], float] | None = None
+        self._refused: tuple[tuple[str, int], float] | None = None  # the version, and when to try it again
         self.served: ServedModel | None = None
-        """What answers now. A request reads it once."""
+        """The model in service. A request reads this attribute once."""
         self.problem: str | None = None
-        """Why the newest snapshot is not served, None when it is (or when nothing was published yet)."""
+        """Why the current snapshot is not served, None when it is (or when nothing was published yet)."""
 
     @property
     def alive(self) -> bool:
@@ -74,56 +74,65 @@ class HotSwap:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Start following; once."""
+        """Start the loader thread; call it once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop following and wait for the loader to end."""
+        """Stop the loader thread and wait for its end."""
         self._stopping.set()
         self._watcher.close()
         self._thread.join()
 
     def refresh(self) -> None:
-        """Look once, and load what is new. Never raises."""
-        key: tuple[str, int] | None = None
+        """Look at the store once and load a new snapshot. Never raises."""
+        manifest: Manifest | None = None
         try:
             manifest = self._store.current()
-            if manifest is None:
-                self.problem = None
-                return
-            key = (manifest.lineage, manifest.version)
-            if self.served is not None and self.served.key == key:
-                self.problem = None
-                return
-            if self.served is not None and self.served.key[0] == key[0] and self.served.key[1] > key[1]:
-                # Redis was restored from an older state; the trainer's next publication mends it.
-                self.problem = f"version {key[1]} is published, older than version {self.served.key[1]} in service"
-                return
-            if self._refused is not None and self._refused[0] == key and self._monotonic_s() < self._refused[1]:
-                return
-            self._swap(manifest)
+            if self._is_new(manifest):
+                assert manifest is not None
+                self._swap(manifest)
         except (FeatureStoreError, SnapshotNotFound) as error:
             # Redis is away or was restarted, or the snapshot was trimmed while it was read: look again next time.
             if self.problem is None:
                 _logger.warning("no newer snapshot can be loaded: %s", error)
             self.problem = str(error)
-        except Exception as error:  # whatever a bad snapshot raises, the old one goes on serving
+        except Exception as error:  # whatever a bad snapshot raises, the model in service stays
             self._telemetry.load_failures.inc()
             self.problem = str(error) if isinstance(error, SmesError) else repr(error)
             _logger.warning("a snapshot was refused: %s", self.problem, exc_info=not isinstance(error, SmesError))
-            if key is not None:
-                self._refused = (key, self._monotonic_s() + _RETRY_BAD_S)
+            if manifest is not None:
+                self._refused = (_key(manifest), self._monotonic_s() + _RETRY_REFUSED_S)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             self.refresh()
             self._watcher.wait(self._poll_s)
 
+    def _is_new(self, manifest: Manifest | None) -> bool:
+        """Whether the current snapshot is to be loaded now; updates :attr:`problem` when it is not."""
+        if manifest is None:
+            self.problem = None
+            return False
+        key, served = _key(manifest), self.served
+        if served is not None and served.key == key:
+            self.problem = None
+            return False
+        if served is not None and served.manifest.lineage == manifest.lineage and served.key > key:
+            # Redis was restored from an older state; the trainer's next publication ends this.
+            self.problem = (
+                f"version {manifest.version} is published, older than version {served.manifest.version} in service"
+            )
+            return False
+        refused_lately = (
+            self._refused is not None and self._refused[0] == key and self._monotonic_s() < self._refused[1]
+        )
+        return not refused_lately
+
     def _swap(self, manifest: Manifest) -> None:
         name = f"snapshot {manifest.lineage}:{manifest.version}"
         if manifest.schema_hash != self._schema.hash:
             raise SchemaMismatch(name, expected=self._schema.hash, got=manifest.schema_hash)
-        arrivals, gaps = self._brought(manifest)
+        arrivals, gaps = self._new_arrivals(manifest)
         payload = self._store.load(manifest)
         metadata = decode_metadata(payload)
         if (metadata.get("lineage"), metadata.get("version")) != (manifest.lineage, str(manifest.version)):
@@ -131,8 +140,8 @@ class HotSwap:
         model = self._load(payload, self._schema)
         self._warm_up(name, model)
         served = ServedModel(model, manifest)
-        gaps += self._first_answers.loaded(served.key, arrivals)
-        self._telemetry.freshness_uncounted.inc(gaps)
+        dropped = self._first_answers.loaded(served.key, arrivals)
+        self._telemetry.freshness_uncounted.inc(gaps + dropped)
         self.served = served
         self.problem = None
         self._refused = None
@@ -141,8 +150,8 @@ class HotSwap:
         self._telemetry.served_step.set(manifest.step)
         _logger.debug("%s is in service", name)
 
-    def _brought(self, manifest: Manifest) -> tuple[Arrivals, int]:
-        """The feedback that this version knows and the one served before it does not; versions it is unknown of."""
+    def _new_arrivals(self, manifest: Manifest) -> tuple[Arrivals, int]:
+        """The feedback trained on since the version in service, and how many versions between have no manifest."""
         before = self.served
         if before is None or before.manifest.lineage != manifest.lineage:
             return Arrivals.of(()), 0
@@ -152,9 +161,13 @@ class HotSwap:
         return Arrivals.of(manifests), gaps
 
     def _warm_up(self, name: str, model: Scorable) -> None:
-        """Score as requests will: what is compiled or allocated on first use is, and a broken model shows."""
+        """Score as requests will, so that first-use compilation and allocation are done and a broken model shows."""
         for n in _WARM_UP_ITEMS:
             rows = blank_rows(self._schema, 0, np.arange(n))
             scores = model.score(rows.ids, rows.numerics)
             if scores.shape != (n, self._schema.num_tasks) or not np.isfinite(scores).all():
                 raise SnapshotError(f"{name}: warm-up gave scores of shape {list(scores.shape)} or not all finite")
+
+
+def _key(manifest: Manifest) -> tuple[str, int]:
+    return manifest.lineage, manifest.version

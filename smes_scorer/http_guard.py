@@ -1,4 +1,4 @@
-"""Around every request: a bound on its body, and the time it took."""
+"""ASGI middleware around every request: a limit on its body, and the time to its answer."""
 
 import time
 
@@ -9,11 +9,11 @@ from smes_scorer.telemetry import Telemetry
 
 
 class BodyLimit:
-    """Answers 413 to a body over a limit, whether its length was announced or not, without keeping it.
+    """Answers 413 to a body over a limit without keeping it, with or without a ``Content-Length``.
 
     Args:
-        app: What is guarded; it gets the body in one piece.
-        max_body_bytes: Largest body that passes.
+        app: The application behind it; it gets the body in one piece.
+        max_body_bytes: Largest body that is let through.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
@@ -43,7 +43,7 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, receive: Receive) -> Message | None:
-        """The whole body as one message, or None when it is too large."""
+        """The whole body as one message; None when it is too large; ``http.disconnect`` when the client left."""
         pieces: list[bytes] = []
         size = 0
         while True:
@@ -59,12 +59,12 @@ class BodyLimit:
 
 
 class RequestMeter:
-    """Counts and times the answers to one path.
+    """Counts and times the answers to POST requests to one path.
 
     Args:
-        app: What is metered.
-        path: Only requests to it are metered.
-        telemetry: Where they are counted.
+        app: The application behind it.
+        path: Requests to other paths are not metered.
+        telemetry: Where answers are counted.
     """
 
     def __init__(self, app: ASGIApp, path: str, telemetry: Telemetry) -> None:
@@ -79,17 +79,17 @@ class RequestMeter:
         started_s = time.perf_counter()
         status: int | None = None
 
-        async def note(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, note)
+            await self._app(scope, receive, send_and_note)
         except BaseException:
             status = status or 500  # what the server answers when the application fails
             raise
         finally:
-            if status is not None:  # None: the client left before it had sent its request
+            if status is not None:  # None: the client left before its request was complete
                 self._telemetry.request(status, time.perf_counter() - started_s)

@@ -1,4 +1,7 @@
-"""The one immutable thing that a request captures: a model together with the version it is."""
+"""From a snapshot's payload to the model that serves it.
+
+A request reads one :class:`ServedModel` and answers with it alone, so that its answer is of one version.
+"""
 
 import json
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from smes.schema import Schema
 
 
 class Scorable(Protocol):
-    """Scores instances; never changes, and any number of threads may call it."""
+    """Scores instances; never changes, so any number of threads may call it."""
 
     def score(self, ids: I64, numerics: F32) -> F32:
         """float32 [N, T] for int64 [N, W] and float32 [N, F]."""
@@ -28,24 +31,22 @@ Load = Callable[[bytes, Schema], Scorable]
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A loaded, warmed-up snapshot."""
+    """A snapshot that was loaded and warmed up: the model together with the version it is. Immutable."""
 
     model: Scorable
     manifest: Manifest
 
     @property
     def key(self) -> tuple[str, int]:
+        """Lineage and version."""
         return self.manifest.lineage, self.manifest.version
-
-
-# TODO(merge) was scorer.loading: From a snapshot's payload to the model that serves it.
 
 
 def load_serving_model(payload: bytes, schema: Schema) -> ServingModel:
     """The :class:`smes.model.serving.ServingModel` of a payload.
 
     Raises:
-        SnapshotError: The payload is damaged, or its tensors do not fit its own model configuration.
+        SnapshotError: The payload is of another format or damaged, or its tensors do not fit its model configuration.
         SchemaMismatch: It was trained with another schema.
     """
     tensors, metadata = decode(payload)

@@ -1,4 +1,4 @@
-"""Runs the scorer until it is told to stop."""
+"""Runs the scoring service until a signal stops it."""
 
 import signal
 import socket
@@ -9,7 +9,7 @@ import torch
 import uvicorn
 
 from smes.errors import SmesError
-from smes.model.devices import keep_freed_memory
+from smes.model.memory import keep_freed_memory
 from smes.schema import Schema
 from smes_io.redis_client import connect
 from smes_scorer.app import create_app
@@ -28,14 +28,14 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish the requests in flight and return.
 
-    Call it in the main thread of a process.
+    Call it in the main thread of a process: it installs signal handlers.
 
     Args:
         config, schema, redis_url, namespace, load: As of :func:`smes_scorer.app.create_app`.
         on_listening: Called with the base URL once connections are accepted.
 
     Raises:
-        ValueError: A wrong configuration.
+        ValueError: ``fusion_weights`` names an unknown task, or the URL has a wrong form.
         FeatureStoreUnavailable: Redis gave no answer within ``redis_timeout_s``.
         SmesError: The address cannot be listened on, or the server failed to start.
     """
@@ -51,7 +51,7 @@ def serve(
                 app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=config.shutdown_s
             )
         )
-        with _signals_handled():
+        with _repeated_signals_ignored():
             server.run(sockets=[listening])
     if not server.started:
         raise SmesError("scorer: the server failed to start")
@@ -66,8 +66,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _signals_handled() -> Iterator[None]:
-    """uvicorn raises the signal that stopped it once more at the end; being told to stop is no failure here."""
+def _repeated_signals_ignored() -> Iterator[None]:
+    """Ignore the signal that uvicorn raises again after it stopped, so that the process ends with exit code 0."""
     stopping = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, lambda number, frame: None) for number in stopping]
     try:

@@ -1,4 +1,4 @@
-"""What the service counts: Prometheus series, and the summary of ``/v1/stats``."""
+"""What the service counts: Prometheus series for ``/metrics``, and the summary for ``/v1/stats``."""
 
 import math
 import threading
@@ -14,13 +14,20 @@ from prometheus_client.registry import Collector
 from smes.arrays import I64
 from smes_scorer.first_answers import FirstAnswer
 
-# TODO(merge) was scorer.quantiles: Quantiles of a stream of positive numbers, in bounded memory
-
 F64 = NDArray[np.float64]
+
+_LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_FRESHNESS_BUCKETS_MS = (100, 250, 500, 1000, 1500, 2000, 3000, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
+_DAY_MS = 86_400_000.0
+
+OUTCOMES = ("ok", "rejected", "not_ready", "error")
+"""2xx; 4xx, a mistake of the caller; 503, before the first snapshot; any other 5xx."""
 
 
 class QuantileSketch:
-    """Weighted counts in buckets whose bounds grow by 1 %: every quantile is exact to half a percent.
+    """Quantiles of a stream of positive numbers in bounded memory, exact to half a percent.
+
+    Values are counted in buckets whose bounds grow by 1 %.
 
     Safe to share between threads.
 
@@ -63,17 +70,9 @@ class QuantileSketch:
         return np.floor(np.log(clipped / self._smallest) / self._GROWTH).astype(np.int64)
 
 
-_LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-_FRESHNESS_BUCKETS_MS = (100, 250, 500, 1000, 1500, 2000, 3000, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
-_DAY_MS = 86_400_000.0
-
-OUTCOMES = ("ok", "rejected", "not_ready", "error")
-"""2xx; 4xx, the caller's fault; 503, before the first snapshot; any other 5xx."""
-
-
 @dataclass(frozen=True, slots=True)
 class Quantiles:
-    """Median and 99th percentile in ms (None while there is nothing), and of how many values."""
+    """Median and 99th percentile in milliseconds (None without values), and the number of values."""
 
     p50: float | None
     p99: float | None
@@ -81,11 +80,12 @@ class Quantiles:
 
     @classmethod
     def of(cls, sketch: QuantileSketch) -> "Quantiles":
+        """The quantiles of a sketch."""
         return cls(sketch.quantile(0.5), sketch.quantile(0.99), sketch.count)
 
 
 class Telemetry:
-    """The service's own registry and everything in it. Safe to share between threads."""
+    """The service's Prometheus registry and all series in it. Safe to share between threads."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -114,7 +114,7 @@ class Telemetry:
         self.snapshot_age_s = Gauge(
             "smes_scorer_snapshot_age_seconds", "Since the served snapshot was cut", registry=self.registry
         )
-        self.swaps = counter("swaps", "Snapshots that were put into service")
+        self.swaps = counter("swaps", "Snapshots put into service")
         self.load_failures = counter("load_failures", "Attempts to load a snapshot that failed")
         self.versions_answered = counter("versions_answered", "Versions that have answered at least once")
         self.freshness_uncounted = counter(
@@ -127,26 +127,26 @@ class Telemetry:
         self.scored_without_features = counter("scored_without_features", "Requests scored without stored features")
 
     def request(self, status: int, latency_s: float) -> None:
-        """One answered scoring request."""
+        """Count one answered scoring request."""
         self._requests.labels(_outcome(status)).inc()
         self._latency.observe(latency_s)
         self._latency_ms.add(np.array([latency_s * 1000]))
 
     def first_answer(self, answer: FirstAnswer) -> None:
-        """A version answered for the first time."""
+        """Count a version that answered for the first time, and the freshness of its feedback."""
         self.versions_answered.inc()
         self._freshness.add(answer.freshness_ms, answer.count)
 
     def requests(self) -> dict[str, int]:
-        """Outcome → how many."""
+        """Outcome → number of answers."""
         return {outcome: self.value("requests_total", {"outcome": outcome}) for outcome in OUTCOMES}
 
     def value(self, name: str, labels: dict[str, str] | None = None) -> int:
-        """The present value of a counter, by its name without the prefix."""
+        """The current value of a counter, by its name without the prefix."""
         return int(self.registry.get_sample_value(f"smes_scorer_{name}", labels) or 0)
 
     def summary(self) -> dict[str, object]:
-        """Plain data for people and reports; times in ms."""
+        """All counters and quantiles as plain data; times in milliseconds."""
         by_outcome = self.requests()
         counters = (
             "swaps",
@@ -170,7 +170,7 @@ class Telemetry:
 
 
 class _FreshnessHistogram(Collector):
-    """A Prometheus histogram that takes weighted values; the client library's takes one at a time."""
+    """A Prometheus histogram of weighted values; the client library's own takes one value at a time."""
 
     def __init__(self) -> None:
         self.sketch = QuantileSketch(1.0, 30 * _DAY_MS)

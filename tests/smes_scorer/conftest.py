@@ -1,4 +1,4 @@
-"""Models whose scores say which version they are, published to a real Redis and served by a real application."""
+"""Models whose scores show their version, published to a real Redis and served by a real application."""
 
 import threading
 import time
@@ -40,8 +40,8 @@ SCHEMA = Schema(
 # ids: user_id, item_id, author, hour, tags ×2, seen ×3, outcomes ×3; numerics: age, battery, days_out
 
 
-class TellingModel:
-    """Scores: version + (item id mod 10) / 16, version / 2, sum of the features that are present."""
+class VersionModel:
+    """Scores: version + (item id mod 10) / 16; version / 2; sum of the features that are present."""
 
     def __init__(self, version: int) -> None:
         self._version = version
@@ -52,9 +52,9 @@ class TellingModel:
         return np.stack([self._version + item, np.full(len(ids), self._version / 2), present], axis=1).astype("f4")
 
 
-def _load(payload: bytes, schema: Schema) -> TellingModel:
+def _load(payload: bytes, schema: Schema) -> VersionModel:
     tensors, _ = decode(payload)
-    return TellingModel(int(tensors["version"]))
+    return VersionModel(int(tensors["version"]))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def publish() -> Callable[..., Manifest]:
-    """Publishes a telling model of a version into a store."""
+    """Publishes a :class:`VersionModel` into a store."""
 
     def publish(
         store: SnapshotStore,
@@ -103,7 +103,7 @@ def publish() -> Callable[..., Manifest]:
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], object]], None]:
-    """Waits until a condition holds, at most 60 s."""
+    """Waits until a condition holds; fails after 60 s."""
 
     def until(condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + 60
@@ -117,7 +117,7 @@ def until() -> Callable[[Callable[[], object]], None]:
 
 @pytest.fixture
 def make_app(redis_url: str, namespace: str) -> Callable[..., FastAPI]:
-    """An application over the telling models; keywords go to its configuration."""
+    """An application that loads :class:`VersionModel`; keywords go to its configuration."""
 
     def make_app(url: str = redis_url, load: Load = _load, **config: object) -> FastAPI:
         fast: dict[str, object] = {"poll_s": 0.05, **config}
@@ -152,7 +152,7 @@ def listening() -> Callable[[FastAPI], AbstractContextManager[str]]:
 def starting(
     make_app: Callable[..., FastAPI], listening: Callable[[FastAPI], AbstractContextManager[str]]
 ) -> Callable[..., AbstractContextManager[httpx.Client]]:
-    """A client of a served application, ready or not."""
+    """A client of a served application, before it is ready."""
 
     @contextmanager
     def starting(**config: object) -> Iterator[httpx.Client]:

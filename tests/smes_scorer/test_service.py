@@ -202,7 +202,7 @@ def test_redis_not_reachable_at_the_start_is_a_clear_error() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with pytest.raises(
-        FeatureStoreUnavailable, match=rf"redis://:\*\*\*@127.0.0.1:{port} gave no answer within 0\.3 s"
+        FeatureStoreUnavailable, match=rf"redis://:\*\*\*@127.0.0.1:{port}/0 gave no answer within 0\.3 s"
     ):
         serve(ScorerConfig(port=0, redis_timeout_s=0.3), SCHEMA, redis_url=f"redis://:secret@127.0.0.1:{port}")
 
