@@ -104,8 +104,8 @@ def decode_and_join(log: Sequence[Record], schema: Schema, per_call: int) -> int
         decoded = decode(log[start : start + per_call], schema)
         assembler.push(decoded.impressions, decoded.feedback)
         joined_events += len(decoded.impressions) + len(decoded.feedback)
-        while assembler.ready:
-            examples += len(assembler.ready.popleft())
+        while (batch := assembler.next_batch()) is not None:
+            examples += len(batch)
     assert examples > 0, "nothing was emitted: the log is shorter than the attribution window"
     return joined_events
 

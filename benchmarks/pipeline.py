@@ -37,10 +37,10 @@ def given_batches(config: Config, log: Path, limit: int | None) -> tuple[Schema,
     batches: list[ExampleBlock] = []
     with open_log(log, schema_file, limit=limit) as reader:
         stream = BlockStream(schema, config.stream.join, config.stream.batch, replay_blocks(reader, 0))
-        while not stream.exhausted:
+        while not stream.ended:
             stream.poll(0)
-            batches.extend(stream.assembler.ready)
-            stream.assembler.ready.clear()
+            while (batch := stream.next_batch()) is not None:
+                batches.append(batch)
     return schema, batches
 
 

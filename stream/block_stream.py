@@ -1,27 +1,29 @@
-"""Mini-batches out of blocks in memory, with the same join and batcher as from an event log: for backtests."""
+"""Mini-batches from blocks in memory, for backtests: the same join and batcher as from an event log."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from smes.arrays import Arrays
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
 from stream.join.joiner import JoinConfig
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import Positions
 from stream.mini_batches import Assembler, MiniBatchConfig
+from stream.partition_state import state_name
+
+_POSITION = state_name("blocks", 0, "position")
 
 
 class BlockStream:
-    """Pairs of blocks, in merged event-time order, all of partition 0.
+    """Mini-batches from pairs of blocks in merged event-time order, all of partition 0.
 
     Args:
         schema: Features and tasks.
-        join: Waiting and remembering.
+        join: How long to wait and to remember.
         batch: Bounds of a mini-batch.
-        blocks: Impressions and feedback; consumed one pair a poll. After the last, everything that waits is handed out.
+        blocks: Impressions and feedback; each poll takes one pair. After the last pair nothing waits any more.
     """
 
     def __init__(
@@ -61,29 +63,25 @@ class BlockStream:
         return self.assembler.ledger()
 
     def end(self) -> Positions:
-        """Nowhere: blocks are read until there are no more."""
+        """No positions: blocks are read until there are no more."""
         return {}
 
     def has_reached(self, end: Positions) -> bool:
         """Whether the last pair was taken."""
         return self.ended
 
-    @property
-    def exhausted(self) -> bool:
-        """Nothing left to read or to train on."""
-        return self.ended and not self.assembler.ready
-
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """How many pairs were taken."""
         return {"blocks": {"0": self._read}}
 
-    def state(self) -> dict[str, NDArray[Any]]:
+    def state(self) -> Arrays:
         """The assembler's state and how many pairs were taken."""
-        return {**self.assembler.state(), "read": np.array([self._read])}
+        return {**self.assembler.state(), _POSITION: np.array([self._read])}
 
-    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
+    def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`: skips the pairs that were taken then."""
         self.assembler.load_state(state)
-        for _ in range(int(state["read"][0]) - self._read):
+        read = int(state[_POSITION][0])
+        for _ in range(read - self._read):
             next(self._blocks, None)
-        self._read = int(state["read"][0])
+        self._read = read

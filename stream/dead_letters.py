@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from stream.codec.validation import Code, Problem
+from stream.codec.rules import Code, Problem
 from stream.log.event_log import EventLog, OutRecord, Record
 from stream.topics import DEAD_LETTERS
 
@@ -29,7 +29,7 @@ class DeadLetter:
         offset: Its offset there.
         row: Row within an Arrow record, from 0; None where the whole record is refused.
         code: Short machine-readable reason, for counters.
-        reason: For people: what was expected and what came.
+        reason: For people: what was expected and what the event had.
         field: Dotted name of the field at fault, None where it is the event as a whole.
         payload: The record's value; for a row, that row as JSON.
         events: How many events it stands for: the rows of an Arrow record refused as a whole, else 1.
@@ -103,7 +103,7 @@ class DeadLetterWriter:
     Args:
         log: Where to append.
         topic: The dead-letter topic; created when it is not there yet.
-        partitions: Its number of partitions; a letter goes to the partition it came from, modulo this.
+        partitions: Its number of partitions; a letter goes to the partition that its event was read from, modulo this.
 
     Raises:
         EventLogError: The topic exists with another number of partitions.
@@ -118,7 +118,7 @@ class DeadLetterWriter:
 
     @property
     def counts(self) -> Mapping[tuple[str, Code], int]:
-        """Events written so far by (topic they came from, reason code), since this writer was made."""
+        """Events written so far by (topic they were read from, reason code), since this writer was made."""
         return self._counts
 
     def write(self, letters: Sequence[DeadLetter]) -> None:

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from smes.arrays import Arrays
 from smes.events import ExampleBlock
+from smes.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
 from smes.schema import Schema
 from stream.codec.codec import decode
 from stream.dead_letters import DeadLetterWriter
@@ -16,6 +16,7 @@ from stream.join.joiner import JoinConfig
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import EventLog, Positions, TopicPartition
 from stream.mini_batches import Assembler, MiniBatchConfig
+from stream.partition_state import state_name
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 _FIRST_READ_RECORDS = 8  # an Arrow record may hold thousands of events: only reading tells
@@ -26,26 +27,21 @@ class StreamConfig:
     """How events become mini-batches.
 
     Attributes:
-        join: Waiting and remembering.
+        join: How long to wait and to remember.
         batch: Bounds of a mini-batch.
-        events_per_read: About how many events one read brings, ≥ 1; bounds memory when catching up.
-        idle_after_s: A partition without news for this long (wall clock) no longer holds the watermark back, > 0.
-        max_future_s: An event this much later than its arrival in the log is refused, seconds, ≥ 0.
+        events_per_read: About how many events one read returns; bounds memory when catching up.
+        idle_after_s: The watermark no longer waits for a partition that has had nothing new for this long, wall clock.
+        max_future_s: An event is refused if its time lies more than this after its arrival in the log, seconds.
     """
 
     join: JoinConfig = field(default_factory=JoinConfig)
     batch: MiniBatchConfig = field(default_factory=MiniBatchConfig)
-    events_per_read: int = 16_384
-    idle_after_s: float = 10.0
-    max_future_s: float = 300.0
+    events_per_read: PositiveInt = 16_384
+    idle_after_s: PositiveFloat = 10.0
+    max_future_s: NonNegativeFloat = 300.0
 
     def __post_init__(self) -> None:
-        if self.events_per_read < 1:
-            raise ValueError(f"events_per_read {self.events_per_read}, expected at least 1")
-        if not self.idle_after_s > 0:
-            raise ValueError(f"idle_after_s {self.idle_after_s}, expected more than 0 seconds")
-        if self.max_future_s < 0:
-            raise ValueError(f"max_future_s {self.max_future_s}, expected at least 0 seconds")
+        check_ranges(self)
 
 
 class ExampleStream:
@@ -56,7 +52,10 @@ class ExampleStream:
         config: Join, batch and read bounds.
         log: Where impressions and feedback are read; both topics must exist with the same number of partitions.
         dead_letters: Where refused events go.
-        monotonic: Seconds of a clock that never goes back; only decides which partitions are idle.
+        monotonic: Seconds of a clock that never goes back; it decides only which partitions are idle.
+
+    Raises:
+        ValueError: The two topics have different numbers of partitions.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class ExampleStream:
         self._events_per_record = config.events_per_read / _FIRST_READ_RECORDS
 
     def poll(self, timeout_s: float) -> int:
-        """Read once and turn what came into batches in the assembler; the number of events read.
+        """Read once, join what was read and queue the batches that are complete; the number of events read.
 
         Refused events are in the dead-letter topic before the positions move past them.
 
@@ -93,12 +92,10 @@ class ExampleStream:
         fetch = self._log.read(self.positions, max_records=max_records, timeout_s=timeout_s)
         decoded = decode(fetch.records, self._schema, max_future_ms=round(self._config.max_future_s * 1000))
         self._dead_letters.write(decoded.dead)
-        self.assembler.refused(
-            impressions=decoded.dead_impressions, feedback=decoded.dead_feedback, unknown_fields=decoded.unknown_fields
-        )
+        self.assembler.count_refused(decoded.dead_by_source, decoded.unknown_by_source)
         events = len(decoded.impressions) + len(decoded.feedback)
         if fetch.records:
-            # Grows at once and shrinks slowly: a surprise by full records costs memory, the reverse a few small reads.
+            # Grows at once and shrinks slowly: unexpectedly full records cost memory, the reverse a few small reads.
             self._events_per_record = max(1.0, events / len(fetch.records), 0.5 * self._events_per_record)
         news = {TopicPartition(r.topic, r.partition) for r in fetch.records}
         behind = set(self.assembler.sources) - fetch.at_end
@@ -134,8 +131,8 @@ class ExampleStream:
     def skip_lost(self) -> dict[TopicPartition, tuple[int, int]]:
         """Move positions that the log does not hold to its oldest record.
 
-        These are positions of trimmed records, and positions past the end of a log that came back empty. What is
-        skipped is lost to training, so nobody but an operator should ask for it.
+        These are positions of trimmed records, and positions past the end of a log that is empty after a restart.
+        Training never sees the events that are skipped, so only an operator should ask for this.
 
         Returns:
             Source → (position before, position now), of those that moved.
@@ -152,17 +149,24 @@ class ExampleStream:
             topics.setdefault(source.topic, {})[str(source.partition)] = position
         return topics
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`load_state` goes on: positions and the assembler's state."""
+    def state(self) -> Arrays:
+        """Arrays from which :meth:`load_state` goes on: positions and the assembler's state.
+
+        Their names are those of :mod:`stream.partition_state`.
+        """
         state = self.assembler.state()
-        state["positions"] = np.array([self.positions[s] for s in self.assembler.sources], np.int64)
+        for source, position in self.positions.items():
+            state[state_name(source.topic, source.partition, "position")] = np.array([position], np.int64)
         return state
 
-    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
-        """The inverse of :meth:`state`.
+    def load_state(self, state: Arrays) -> None:
+        """The inverse of :meth:`state`. Partitions that were added since are read from the log's beginning.
 
         Raises:
-            ValueError: The topics' number of partitions changed since.
+            ValueError: The state has more partitions than the log.
         """
         self.assembler.load_state(state)
-        self.positions = {s: int(p) for s, p in zip(self.assembler.sources, state["positions"], strict=True)}
+        for source in self.positions:
+            saved = state.get(state_name(source.topic, source.partition, "position"))
+            if saved is not None:
+                self.positions[source] = int(saved[0])

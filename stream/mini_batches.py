@@ -1,24 +1,25 @@
 """From decoded events to mini-batches: join → batch → a queue that the trainer takes from. No log, no clock.
 
-The queue belongs to the state: a checkpoint between two steps holds waiting impressions, the half-filled batch and the
-batches not yet trained on, all of one moment.
+Where a batch ends depends on the examples alone, not on how they were read. The queue belongs to the state: a
+checkpoint between two steps holds the impressions that wait, the half-filled batch and the batches not yet trained on,
+all of one moment.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from smes.arrays import Arrays
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
+from smes.ranges import PositiveFloat, PositiveInt, check_ranges
 from smes.schema import Schema
 from stream.join.joiner import JoinConfig, Joiner, join_sources
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import TopicPartition
-
-# TODO(merge) was stream.mini_batch: Mini-batches bounded by size and by age. Where a batch ends
+from stream.partition_state import load_rows, save_rows, state_name
+from stream.topics import FEEDBACK, IMPRESSIONS
 
 
 @dataclass(frozen=True)
@@ -27,38 +28,49 @@ class MiniBatchConfig:
 
     Attributes:
         size: Most examples in a batch.
-        max_age_s: Most event time between its first and last example, seconds; a batch that the stream has left behind
-            by this much is handed out however small, so that sparse traffic does not wait for a full one. It is event
-            time: live traffic wants seconds; a log replayed a thousand times as fast wants the hour of the default,
-            or its batches are tiny.
+        max_age_s: Most event time between the first and the last example of a batch, seconds. A batch that the stream
+            has left behind by this much is handed out however small, so that sparse traffic does not wait for a full
+            one. This is event time: live traffic needs seconds; a log replayed a thousand times as fast needs the hour
+            of the default, or its batches are tiny.
     """
 
-    size: int = 256
-    max_age_s: float = 3600.0
+    size: PositiveInt = 256
+    max_age_s: PositiveFloat = 3600.0
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size {self.size}, expected at least 1")
-        if not self.max_age_s > 0:
-            raise ValueError(f"max_age_s {self.max_age_s}, expected more than 0 seconds")
+        check_ranges(self)
 
 
 class MiniBatcher:
-    """Cuts the joined stream into batches; the half-filled one is its state."""
+    """Cuts the joined stream into batches; its state is the half-filled one.
+
+    Args:
+        schema: Features and tasks.
+        config: Bounds of a mini-batch.
+    """
 
     def __init__(self, schema: Schema, config: MiniBatchConfig) -> None:
         self._config = config
         self._max_age_ms = round(config.max_age_s * 1000)
         self._max_window_ms = schema.max_window_ms
-        self._pending: list[ExampleBlock] = []
         self._empty = ExampleBlock.empty(schema)
+        self._pending: list[ExampleBlock] = []
 
     def __len__(self) -> int:
-        """Examples waiting in the half-filled batch."""
+        """Examples in the half-filled batch."""
         return sum(len(block) for block in self._pending)
 
+    @property
+    def pending(self) -> ExampleBlock:
+        """The half-filled batch."""
+        return ExampleBlock.concat([self._empty, *self._pending])
+
+    @pending.setter
+    def pending(self, examples: ExampleBlock) -> None:
+        self._pending = [examples] if len(examples) else []
+
     def push(self, examples: ExampleBlock, watermark_ms: int) -> list[ExampleBlock]:
-        """Take what the join emitted, in its order, and give the batches that are complete.
+        """Take what the join emitted, in its order, and return the batches that are complete.
 
         Args:
             examples: As :meth:`stream.join.joiner.Joiner.push` returned them.
@@ -87,7 +99,7 @@ class MiniBatcher:
         return batches
 
     def flush(self) -> list[ExampleBlock]:
-        """The stream is over: what is left, as one last batch (none if nothing is left)."""
+        """End the stream: what is left is the last batch; none if nothing is left."""
         pending, self._pending = self._pending, []
         return [ExampleBlock.concat(pending)] if pending else []
 
@@ -95,36 +107,25 @@ class MiniBatcher:
         first, last = self._pending[0].event_time_ms[0], self._pending[-1].event_time_ms[-1]
         return bool(first + self._max_age_ms < max(last, watermark_ms - self._max_window_ms))
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`load_state` goes on."""
-        return ExampleBlock.concat([self._empty, *self._pending]).arrays()
-
-    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
-        """The inverse of :meth:`state`."""
-        block = ExampleBlock(**state)
-        self._pending = [block] if len(block) else []
-
-
-_COUNTS = ("dead_impressions", "dead_feedback", "unknown_fields")
-
 
 class Assembler:
     """Join and mini-batcher as one resumable whole.
 
     Args:
         schema: Features and tasks.
-        join: Waiting and remembering.
+        join: How long to wait and to remember.
         batch: Bounds of a mini-batch.
         partitions: Partitions of the impressions and of the feedback topic.
     """
 
     def __init__(self, schema: Schema, join: JoinConfig, batch: MiniBatchConfig, partitions: int) -> None:
         self._schema = schema
+        self._partitions = range(partitions)
         self._join = Joiner(schema, join, join_sources(partitions))
         self._batcher = MiniBatcher(schema, batch)
-        self._refused: Counter[str] = Counter()
-        self.ready: deque[ExampleBlock] = deque()
-        """Complete batches in order."""
+        self._dead: Counter[TopicPartition] = Counter()
+        self._unknown_fields: Counter[TopicPartition] = Counter()
+        self._ready: deque[ExampleBlock] = deque()
 
     @property
     def sources(self) -> tuple[TopicPartition, ...]:
@@ -137,75 +138,81 @@ class Assembler:
         return self._join.watermark_ms
 
     def push(self, impressions: ImpressionBlock, feedback: FeedbackBlock, idle: Iterable[TopicPartition] = ()) -> None:
-        """Take what was read (see :meth:`stream.join.joiner.Joiner.push`); complete batches go into :attr:`ready`."""
+        """Take what was read (see :meth:`stream.join.joiner.Joiner.push`); batches that are complete join the queue."""
         examples = self._join.push(impressions, feedback, idle)
-        self.ready.extend(self._batcher.push(examples, self._join.watermark_ms))
+        self._ready.extend(self._batcher.push(examples, self._join.watermark_ms))
 
-    def refused(self, *, impressions: int, feedback: int, unknown_fields: int) -> None:
-        """Count events that were read but could not be used, and fields kept out."""
-        self._refused.update(dead_impressions=impressions, dead_feedback=feedback, unknown_fields=unknown_fields)
+    def count_refused(self, dead: Mapping[TopicPartition, int], unknown_fields: Mapping[TopicPartition, int]) -> None:
+        """Count events that were read but could not be used, and fields of the others that were kept out."""
+        self._dead.update(dead)
+        self._unknown_fields.update(unknown_fields)
 
     def flush(self) -> None:
-        """The stream is over: everything that waits goes into :attr:`ready`."""
+        """End the stream: everything that waits joins the queue."""
         examples = self._join.flush()
-        self.ready.extend(self._batcher.push(examples, self._join.watermark_ms))
-        self.ready.extend(self._batcher.flush())
+        self._ready.extend(self._batcher.push(examples, self._join.watermark_ms))
+        self._ready.extend(self._batcher.flush())
 
     def next_batch(self) -> ExampleBlock | None:
         """Take the next complete batch out of the queue; None when none is ready."""
-        return self.ready.popleft() if self.ready else None
+        return self._ready.popleft() if self._ready else None
 
     def upcoming(self) -> ExampleBlock | None:
-        """Look at the next complete batch without taking it."""
-        return self.ready[0] if self.ready else None
+        """Look at the next complete batch without taking it: the object that :meth:`next_batch` will return."""
+        return self._ready[0] if self._ready else None
 
     def ledger(self) -> StreamLedger:
         """Where every event read so far is now."""
         join = self._join.ledger
         join.check()
-        queued = len(self._batcher) + sum(len(batch) for batch in self.ready)
+        queued = len(self._batcher) + sum(len(batch) for batch in self._ready)
+        dead = {t: sum(n for s, n in self._dead.items() if s.topic == t) for t in (IMPRESSIONS, FEEDBACK)}
         return StreamLedger(
-            impressions=join.impressions + self._refused["dead_impressions"],
+            impressions=join.impressions + dead[IMPRESSIONS],
             handed_out=join.emitted - queued,
             waiting=join.impressions_waiting + queued,
             late=join.impressions_late,
             duplicate=join.impressions_duplicate,
-            dead_lettered=self._refused["dead_impressions"],
-            feedback=join.feedback + self._refused["dead_feedback"],
+            dead_lettered=dead[IMPRESSIONS],
+            feedback=join.feedback + dead[FEEDBACK],
             attached=join.attached,
             feedback_waiting=join.feedback_waiting,
             feedback_late=join.feedback_late,
             orphaned=join.orphaned,
             feedback_duplicate=join.feedback_duplicate,
-            feedback_dead_lettered=self._refused["dead_feedback"],
-            unknown_fields=self._refused["unknown_fields"],
+            feedback_dead_lettered=dead[FEEDBACK],
+            unknown_fields=self._unknown_fields.total(),
         )
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`load_state` goes on: join, half-filled and ready batches, counts."""
-        empty = ExampleBlock.empty(self._schema)
-        state = {f"join.{name}": array for name, array in self._join.state().items()}
-        state |= {f"batch.{name}": array for name, array in self._batcher.state().items()}
-        state |= {f"ready.{name}": array for name, array in ExampleBlock.concat([empty, *self.ready]).arrays().items()}
-        state["ready_sizes"] = np.array([len(batch) for batch in self.ready], np.int64)
-        state["refused"] = np.array([self._refused[name] for name in _COUNTS], np.int64)
-        return state
+    def state(self) -> Arrays:
+        """Arrays from which :meth:`load_state` goes on: join, half-filled and ready batches, counts.
 
-    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
-        """The inverse of :meth:`state`.
+        Their names are those of :mod:`stream.partition_state`.
+        """
+        state = self._join.state()
+        for source in self.sources:
+            refused = [self._dead[source], self._unknown_fields[source]]
+            state[state_name(source.topic, source.partition, "refused")] = np.array(refused, np.int64)
+        queued = ExampleBlock.concat([*self._ready, self._batcher.pending]).arrays()
+        queued["order"] = np.arange(len(queued["partition"]))
+        state["ready_sizes"] = np.array([len(batch) for batch in self._ready], np.int64)
+        return state | save_rows(IMPRESSIONS, "queued", queued, self._partitions)
+
+    def load_state(self, state: Arrays) -> None:
+        """The inverse of :meth:`state`; partitions that the state does not have start with nothing read.
 
         Raises:
-            ValueError: The topics' number of partitions changed since.
+            ValueError: The state has more partitions than this assembler.
         """
-
-        def part(prefix: str) -> dict[str, NDArray[Any]]:
-            return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
-
-        self._join.load_state(part("join."))
-        self._batcher.load_state(part("batch."))
-        ready, start = ExampleBlock(**part("ready.")), 0
-        self.ready.clear()
-        for size in state["ready_sizes"]:
-            self.ready.append(ready.take(slice(start, start + int(size))))
-            start += int(size)
-        self._refused = Counter(dict(zip(_COUNTS, state["refused"].tolist(), strict=True)))
+        self._join.load_state(state)
+        for source in self.sources:
+            refused = state.get(state_name(source.topic, source.partition, "refused"), (0, 0))
+            self._dead[source], self._unknown_fields[source] = map(int, refused)
+        columns = load_rows(IMPRESSIONS, "queued", state)
+        order = np.argsort(columns.pop("order"))
+        queued, start = ExampleBlock(**columns).take(order), 0
+        self._ready.clear()
+        for size in state["ready_sizes"].tolist():
+            self._ready.append(queued.take(slice(start, start + size)))
+            start += size
+        self._batcher.pending = queued.take(slice(start, None))

@@ -8,10 +8,11 @@ schema   ``Schema.hash`` of the producer; must match when present, and must be p
 ======== ==============================================================================================
 
 The topic says which kind of event it holds. The wire forms are described in :mod:`stream.codec.json_form` and
-:mod:`stream.codec.arrow_form`, what a good event is in :mod:`stream.codec.validation`. Impressions and feedback are both keyed
-by impression id, so that a join sees both sides of a key in partitions of the same number.
+:mod:`stream.codec.arrow_form`, what a good event is in :mod:`stream.codec.rules`. Impressions and feedback are both
+keyed by impression id, so that a join sees both sides of a key in partitions of the same number.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,10 +22,10 @@ import numpy as np
 from smes.arrays import I64
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
-from stream.codec import arrow_form, encoding, json_form
-from stream.codec.validation import Problem, shown
+from stream.codec import arrow_form, encoders, json_form
+from stream.codec.rules import Problem, quoted
 from stream.dead_letters import DeadLetter
-from stream.log.event_log import Headers, OutRecord, Record
+from stream.log.event_log import Headers, OutRecord, Record, TopicPartition
 from stream.topics import FEEDBACK, IMPRESSIONS, partition_of
 
 Codec = Literal["json", "arrow"]
@@ -34,23 +35,42 @@ _CODECS: dict[bytes, Codec] = {b"json": "json", b"arrow": "arrow"}
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a stretch of records held.
+    """What a run of records held.
 
     Attributes:
         impressions: The good impressions, in record order.
         feedback: The good feedback, in record order.
         dead: A letter for everything else.
-        unknown_fields: Fields of the good events that the schema does not know; they were kept out.
-        dead_impressions: Impressions that ``dead`` stands for (an Arrow record whose rows cannot be counted is one).
-        dead_feedback: Likewise for feedback.
+        unknown_by_source: How many fields of the good events the schema does not know; they were kept out.
     """
 
     impressions: ImpressionBlock
     feedback: FeedbackBlock
     dead: list[DeadLetter]
-    unknown_fields: int
-    dead_impressions: int
-    dead_feedback: int
+    unknown_by_source: Counter[TopicPartition]
+
+    @property
+    def unknown_fields(self) -> int:
+        """Unknown fields from all sources."""
+        return self.unknown_by_source.total()
+
+    @property
+    def dead_by_source(self) -> Counter[TopicPartition]:
+        """How many events the letters stand for (an Arrow record whose rows cannot be counted is one event)."""
+        events: Counter[TopicPartition] = Counter()
+        for letter in self.dead:
+            events[TopicPartition(letter.topic, letter.partition)] += letter.events
+        return events
+
+    @property
+    def dead_impressions(self) -> int:
+        """Impressions that the letters stand for."""
+        return sum(letter.events for letter in self.dead if letter.topic == IMPRESSIONS)
+
+    @property
+    def dead_feedback(self) -> int:
+        """Feedback events that the letters stand for."""
+        return sum(letter.events for letter in self.dead if letter.topic == FEEDBACK)
 
 
 def decode(records: Sequence[Record], schema: Schema, *, max_future_ms: int = 300_000) -> Decoded:
@@ -67,24 +87,18 @@ def decode(records: Sequence[Record], schema: Schema, *, max_future_ms: int = 30
     dead: list[DeadLetter] = []
     runs = _runs(records, schema, dead)
     impressions, feedback = [ImpressionBlock.empty(schema)], [FeedbackBlock.empty()]
-    unknown_fields = 0
+    unknown: Counter[TopicPartition] = Counter()
     for codec, run in runs[IMPRESSIONS]:
         decode_impressions = json_form.decode_impressions if codec == "json" else arrow_form.decode_impressions
-        impression_block, unknown = decode_impressions(run, schema, max_future_ms, dead)
-        impressions.append(impression_block)
-        unknown_fields += unknown
+        impressions.append(decode_impressions(run, schema, max_future_ms, dead, unknown))
     for codec, run in runs[FEEDBACK]:
         decode_feedback = json_form.decode_feedback if codec == "json" else arrow_form.decode_feedback
-        feedback_block, unknown = decode_feedback(run, schema, max_future_ms, dead)
-        feedback.append(feedback_block)
-        unknown_fields += unknown
+        feedback.append(decode_feedback(run, schema, max_future_ms, dead, unknown))
     return Decoded(
         impressions=ImpressionBlock.concat(impressions[1:] or impressions),
         feedback=FeedbackBlock.concat(feedback[1:] or feedback),
         dead=dead,
-        unknown_fields=unknown_fields,
-        dead_impressions=sum(letter.events for letter in dead if letter.topic == IMPRESSIONS),
-        dead_feedback=sum(letter.events for letter in dead if letter.topic == FEEDBACK),
+        unknown_by_source=unknown,
     )
 
 
@@ -97,12 +111,12 @@ def encode_impressions(block: ImpressionBlock, schema: Schema, codec: Codec, par
     Raises:
         ValueError: A numeric feature or a score is infinite.
     """
-    encoding.require_finite("numerics", block.numerics)
-    encoding.require_finite("served_scores", block.served_scores)
+    encoders.require_finite("numerics", block.numerics)
+    encoders.require_finite("served_scores", block.served_scores)
     if codec == "json":
-        return _json_records(block.impression_id, encoding.json_impressions(block, schema), schema, partitions)
+        return _json_records(block.impression_id, encoders.json_impressions(block, schema), schema, partitions)
     return _arrow_records(
-        block.impression_id, lambda rows: encoding.arrow_impressions(block.take(rows), schema), schema, partitions
+        block.impression_id, lambda rows: encoders.arrow_impressions(block.take(rows), schema), schema, partitions
     )
 
 
@@ -112,11 +126,11 @@ def encode_feedback(block: FeedbackBlock, schema: Schema, codec: Codec, partitio
     Raises:
         ValueError: A value is infinite.
     """
-    encoding.require_finite("value", block.value)
+    encoders.require_finite("value", block.value)
     if codec == "json":
-        return _json_records(block.impression_id, encoding.json_feedback(block, schema), schema, partitions)
+        return _json_records(block.impression_id, encoders.json_feedback(block, schema), schema, partitions)
     return _arrow_records(
-        block.impression_id, lambda rows: encoding.arrow_feedback(block.take(rows), schema), schema, partitions
+        block.impression_id, lambda rows: encoders.arrow_feedback(block.take(rows), schema), schema, partitions
     )
 
 
@@ -143,7 +157,7 @@ def _arrow_records(keys: I64, encode_rows: Callable[[I64], bytes], schema: Schem
 def _runs(
     records: Sequence[Record], schema: Schema, dead: list[DeadLetter]
 ) -> dict[str, list[tuple[Codec, list[Record]]]]:
-    """Per topic, stretches of records of one codec; records whose headers are refused go to ``dead``."""
+    """Per topic, runs of records of one codec; records whose headers are refused go to ``dead``."""
     runs: dict[str, list[tuple[Codec, list[Record]]]] = {IMPRESSIONS: [], FEEDBACK: []}
     verdicts: dict[Headers, Codec | Problem] = {}  # few distinct headers, many records
     for record in records:
@@ -167,11 +181,11 @@ def _codec_of(record_headers: Headers, schema: Schema) -> Codec | Problem:
     name = by_name.get("codec", b"json")
     codec = _CODECS.get(name)
     if codec is None:
-        return Problem("unknown_codec", f"header codec: expected 'json' or 'arrow', came {shown(name)}", "codec")
+        return Problem("unknown_codec", f"header codec: expected 'json' or 'arrow', got {quoted(name)}", "codec")
     expected, got = schema.hash, by_name.get("schema")
     if got is None and codec == "arrow":
-        return Problem("schema_mismatch", f"header schema: expected {expected}, came none with codec 'arrow'", "schema")
+        return Problem("schema_mismatch", f"header schema: expected {expected}, got none with codec 'arrow'", "schema")
     if got is not None and got != expected.encode():
-        came = got[:64].decode("ascii", "backslashreplace")
-        return Problem("schema_mismatch", f"header schema: expected {expected}, came {came}", "schema")
+        quoted_hash = got[:64].decode("ascii", "backslashreplace")
+        return Problem("schema_mismatch", f"header schema: expected {expected}, got {quoted_hash}", "schema")
     return codec

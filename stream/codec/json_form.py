@@ -9,44 +9,29 @@ Feedback::
 
     {"impression_id": 1, "event_time_ms": 1700000000500, "task": "click", "value": 1}
 
-``request_id``, ``features``, ``served`` and everything inside them may be absent or null. The typed structs below,
-made from the schema, accept exactly the good events without unknown fields; whatever they refuse is looked at again
+``request_id``, ``features``, ``served`` and everything inside them may be absent or null. Typed structs accept exactly
+the good events without unknown fields (:mod:`stream.codec.json_structs`). Whatever they refuse is looked at again,
 slowly, to count its unknown fields or to say what is wrong with it.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from itertools import chain, compress
 from operator import attrgetter
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from smes.arrays import F32, I32, I64, Bool
 from smes.events import FeedbackBlock, ImpressionBlock, misaligned, scatter_bags
-from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
-from stream.codec.validation import (
-    MAX_FLOAT,
-    MAX_ID,
-    MIN_ID,
-    Problem,
-    bad_labels,
-    bad_times,
-    feedback_problem,
-    impression_problem,
-    unknown_feedback_fields,
-    unknown_impression_fields,
-)
+from smes.schema import MISSING, Schema
+from stream.codec.json_structs import Wire, declared_features, lenient_feedback, strict_feedback, wire_of
+from stream.codec.rules import Problem, bad_labels, bad_times
+from stream.codec.validation import feedback_problem, impression_problem, unknown_feedback_fields
 from stream.dead_letters import DeadLetter
-from stream.log.event_log import Record
-
-_Id = Annotated[int, msgspec.Meta(ge=MIN_ID, le=MAX_ID)]
-_Int64 = Annotated[int, msgspec.Meta(ge=MISSING, le=MAX_ID)]
-_Number = Annotated[float, msgspec.Meta(ge=-MAX_FLOAT, le=MAX_FLOAT)]
-_TYPES: dict[str, Any] = {"id": _Id, "bag": list[_Id], "sequence": list[_Id], "numeric": _Number}
-_ABSENT: dict[str, Any] = {"id": MISSING, "bag": None, "sequence": None, "numeric": float("nan")}
+from stream.log.event_log import Record, TopicPartition
 
 # What decoding a record's bytes may raise: msgspec's own, plus strings that are no UTF-8 and nesting without end.
 _REFUSED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -54,97 +39,46 @@ _REFUSED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 Explain = Callable[[object, Schema, int, int], Problem | None]
 
 
-class _Feedback(msgspec.Struct, gc=False):
-    impression_id: _Id
-    event_time_ms: _Int64
-    task: str
-    value: float
-
-
-class _StrictFeedback(_Feedback, gc=False, forbid_unknown_fields=True):
-    pass
-
-
-def _impression_struct(schema: Schema, *, strict: bool) -> type[msgspec.Struct]:
-    """The struct of an impression; fields ``f0 …`` stand for the features, whose names need be no identifiers."""
-
-    def struct(name: str, fields: list[tuple[str, Any, Any]], wire_names: Sequence[str] = ()) -> type[msgspec.Struct]:
-        rename = {f"f{i}": wire_name for i, wire_name in enumerate(wire_names)} or None
-        return msgspec.defstruct(name, fields, rename=rename, gc=False, forbid_unknown_fields=strict)
-
-    features = _declared(schema)
-    scores = [(f"f{i}", _Number | None, _ABSENT["numeric"]) for i in range(schema.num_tasks)]
-    columns = [(f"f{i}", _TYPES[f.kind] | None, _ABSENT[f.kind]) for i, f in enumerate(features)]
-    scores_type = struct("Scores", scores, [t.name for t in schema.tasks])
-    served_type = struct("Served", [("version", _Id | None, MISSING), ("scores", scores_type | None, None)])
-    features_type = struct("Features", columns, [f.name for f in features])
-    required: list[Any] = ["impression_id", USER_ID, ITEM_ID]
-    optional = [("request_id", _Id | None, MISSING), ("features", features_type | None, None)]
-    return msgspec.defstruct(
-        "Impression",
-        [
-            *((name, _Id) for name in required),
-            ("event_time_ms", _Int64),
-            *optional,
-            ("served", served_type | None, None),
-        ],
-        gc=False,
-        forbid_unknown_fields=strict,
-    )
-
-
-def _declared(schema: Schema) -> list[Feature]:
-    """The features that an event carries in ``features``: all but the user's and the item's id."""
-    return [f for f in schema.features if f.name not in (USER_ID, ITEM_ID)]
-
-
-class _Wire:
-    """The decoders of one schema."""
-
-    def __init__(self, schema: Schema) -> None:
-        self.strict = msgspec.json.Decoder(_impression_struct(schema, strict=True))
-        self.lenient = msgspec.json.Decoder(_impression_struct(schema, strict=False))
-        self.count_unknown = unknown_impression_fields(schema)
-        self.no_features = (*(_ABSENT[f.kind] for f in _declared(schema)),)
-        self.no_scores = (_ABSENT["numeric"],) * schema.num_tasks
-
-
-_wire = lru_cache(maxsize=16)(_Wire)
-_strict_feedback = msgspec.json.Decoder(_StrictFeedback)
-_lenient_feedback = msgspec.json.Decoder(_Feedback)
-
-
 def decode_impressions(
-    records: Sequence[Record], schema: Schema, max_future_ms: int, dead: list[DeadLetter]
-) -> tuple[ImpressionBlock, int]:
-    """The good impressions in record order, and their number of unknown fields; letters for the rest go to ``dead``."""
-    wire = _wire(schema)
+    records: Sequence[Record],
+    schema: Schema,
+    max_future_ms: int,
+    dead: list[DeadLetter],
+    unknown: Counter[TopicPartition],
+) -> ImpressionBlock:
+    """The good impressions in record order; ``dead`` gets letters for the others, ``unknown`` the unknown fields."""
+    wire = wire_of(schema)
     events, kept, surplus = _decode_records(
         records,
         wire.strict.decode,
         wire.lenient.decode,
         wire.count_unknown,
-        lambda record, error: _bury(record, schema, max_future_ms, impression_problem, dead, error),
+        lambda record, error: _dead_letter(record, schema, max_future_ms, impression_problem, dead, error),
     )
     block = _impression_columns(events, kept, schema, wire)
     bad = bad_times(block.event_time_ms, block.arrival_ms, max_future_ms) | misaligned(block.ids, schema)
     if bad.any():
         for record in compress(kept, bad):
-            _bury(record, schema, max_future_ms, impression_problem, dead)
+            _dead_letter(record, schema, max_future_ms, impression_problem, dead)
         block = block.take(~bad)
-    return block, _kept_surplus(surplus, bad)
+    _count_unknown(surplus, bad, kept, unknown)
+    return block
 
 
 def decode_feedback(
-    records: Sequence[Record], schema: Schema, max_future_ms: int, dead: list[DeadLetter]
-) -> tuple[FeedbackBlock, int]:
-    """The good feedback in record order, and its number of unknown fields; letters for the rest go to ``dead``."""
+    records: Sequence[Record],
+    schema: Schema,
+    max_future_ms: int,
+    dead: list[DeadLetter],
+    unknown: Counter[TopicPartition],
+) -> FeedbackBlock:
+    """The good feedback in record order; ``dead`` gets letters for the rest, ``unknown`` the unknown fields."""
     events, kept, surplus = _decode_records(
         records,
-        _strict_feedback.decode,
-        _lenient_feedback.decode,
+        strict_feedback.decode,
+        lenient_feedback.decode,
         unknown_feedback_fields,
-        lambda record, error: _bury(record, schema, max_future_ms, feedback_problem, dead, error),
+        lambda record, error: _dead_letter(record, schema, max_future_ms, feedback_problem, dead, error),
     )
     index, n = schema.task_index, len(events)
     value = np.fromiter(map(attrgetter("value"), events), np.float64, n)
@@ -158,9 +92,10 @@ def decode_feedback(
     block = FeedbackBlock(impression_id, event_time_ms, task, value_f32, partition, offset, arrival_ms)
     if bad.any():
         for record in compress(kept, bad):
-            _bury(record, schema, max_future_ms, feedback_problem, dead)
+            _dead_letter(record, schema, max_future_ms, feedback_problem, dead)
         block = block.take(~bad)
-    return block, _kept_surplus(surplus, bad)
+    _count_unknown(surplus, bad, kept, unknown)
+    return block
 
 
 def _decode_records(
@@ -168,9 +103,9 @@ def _decode_records(
     strict: Callable[[bytes], Any],
     lenient: Callable[[bytes], Any],
     count_unknown: Callable[[object], int],
-    bury: Callable[[Record, Exception], None],
+    refuse: Callable[[Record, Exception], None],
 ) -> tuple[list[Any], list[Record], dict[int, int]]:
-    """Events, their records, and {row: number of unknown fields}; what neither decoder accepts is buried."""
+    """Events, their records, and {row: number of unknown fields}; ``refuse`` gets what neither decoder accepts."""
     events: list[Any] = []
     kept: list[Record] = []
     surplus: dict[int, int] = {}
@@ -182,7 +117,7 @@ def _decode_records(
                 event = lenient(record.value)
                 unknown = count_unknown(parse(record.value))
             except (*_REFUSED, ValueError) as error:
-                bury(record, error)
+                refuse(record, error)
                 continue
             surplus[len(events)] = unknown
             events.append(event)
@@ -190,8 +125,13 @@ def _decode_records(
     return events, kept, surplus
 
 
-def _kept_surplus(surplus: dict[int, int], bad: Bool) -> int:
-    return sum(unknown for row, unknown in surplus.items() if not bad[row])
+def _count_unknown(
+    surplus: dict[int, int], bad: Bool, records: Sequence[Record], unknown: Counter[TopicPartition]
+) -> None:
+    """Add the unknown fields of the good rows to ``unknown``."""
+    for row, fields in surplus.items():
+        if fields and not bad[row]:
+            unknown[TopicPartition(records[row].topic, records[row].partition)] += fields
 
 
 def parse(value: bytes) -> object:
@@ -211,7 +151,7 @@ def _bounded_int(digits: str) -> int | float:
     return int(digits) if len(digits) <= 4000 else float("inf")
 
 
-def _bury(
+def _dead_letter(
     record: Record,
     schema: Schema,
     max_future_ms: int,
@@ -230,7 +170,7 @@ def _bury(
 
 
 def _impression_columns(
-    events: Sequence[msgspec.Struct], records: Sequence[Record], schema: Schema, wire: _Wire
+    events: Sequence[msgspec.Struct], records: Sequence[Record], schema: Schema, wire: Wire
 ) -> ImpressionBlock:
     block = ImpressionBlock.empty(schema, len(events))
     if not events:
@@ -257,7 +197,7 @@ def _transposed(structs: Iterable[Any], absent: tuple[Any, ...]) -> list[list[An
 
 def _fill_features(block: ImpressionBlock, columns: list[list[Any]], schema: Schema) -> None:
     numeric_column = {f.name: i for i, f in enumerate(schema.numeric_features)}
-    for feature, values in zip(_declared(schema), columns, strict=True):
+    for feature, values in zip(declared_features(schema), columns, strict=True):
         if feature.kind == "numeric":
             block.numerics[:, numeric_column[feature.name]] = _floats(values)
         elif feature.kind == "id":
@@ -269,7 +209,7 @@ def _fill_features(block: ImpressionBlock, columns: list[list[Any]], schema: Sch
             scatter_bags(block.ids[:, schema.id_slices[feature.name]], elements, np.cumsum(lengths) - lengths, lengths)
 
 
-def _fill_served(block: ImpressionBlock, served: Sequence[Any], wire: _Wire) -> None:
+def _fill_served(block: ImpressionBlock, served: Sequence[Any], wire: Wire) -> None:
     rows = [row for row, value in enumerate(served) if value is not None]
     if rows:
         block.served_version[rows] = _ints([served[row].version for row in rows])

@@ -1,92 +1,19 @@
-"""What an event must be, said once for both wire codecs: why an event is refused, in words and as a short code.
+"""Why an event is refused: its first fault, in words and as a short code.
 
-The decoders find *that* an event is bad in bulk (typed structs, column masks). This module finds *why*, one event at
-a time, from the event in its JSON form; Arrow rows are brought into that form first. So a fault has the same code and
-the same words whichever codec carried it.
+The decoders find *that* an event is bad, in bulk (typed structs, masks of columns). This module finds *why*, one event
+at a time, from the event in its JSON form. Rows of Arrow are brought into that form first, so a fault has the same code
+and the same words whichever codec carried it.
 """
 
-import reprlib
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from smes.arrays import I32, I64, Bool
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema, Task
-
-Code = Literal[
-    "unparsable",  # not JSON, not an Arrow stream, or not an event at all
-    "unknown_codec",  # the codec header names no codec we have
-    "schema_mismatch",  # the schema header differs, or is absent where it is required
-    "missing_field",  # a required field is absent or null
-    "bad_id",  # not an integer, outside int64, or the null sentinel
-    "bad_time",  # event_time_ms is not a positive int64
-    "future_time",  # event_time_ms lies too far after the record's arrival
-    "bad_number",  # a numeric feature or a score is no finite float32
-    "bad_type",  # another value of the wrong type
-    "misaligned",  # a sequence of another length than the one it accompanies
-    "unknown_task",  # feedback of a task that the schema does not have
-    "label_range",  # a label outside its task's range
-]
-
-MAX_ID = int(np.iinfo(np.int64).max)
-MIN_ID = -MAX_ID
-"""Ids are int64 without the smallest value, which is the null of every id column (``smes.schema.MISSING``)."""
-
-MAX_FLOAT = float(np.finfo(np.float32).max)
-"""Numbers are finite as float32."""
-
-_REPR = reprlib.Repr()
-_REPR.maxlevel = 2
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+from stream.codec.rules import MAX_FLOAT, MAX_ID, MIN_ID, Problem, bad_labels, quoted
 
 _JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Why an event is refused.
-
-    Attributes:
-        code: Short and stable, for counters.
-        reason: For people: what was expected and what came; at most a few hundred characters.
-        field: Dotted name of the field at fault, None where it is the event as a whole.
-    """
-
-    code: Code
-    reason: str
-    field: str | None = None
-
-
-def shown(value: object) -> str:
-    """``value`` as a reason quotes it: its representation, cut to about 60 characters."""
-    return _REPR.repr(value)
-
-
-def bad_times(event_time_ms: I64, arrival_ms: I64, max_future_ms: int) -> Bool:
-    """Rows whose time is not positive or more than ``max_future_ms`` after the record's arrival."""
-    # Not arrival + max_future: that overflows for an absurd arrival; for a positive time the difference cannot.
-    bad: Bool = (event_time_ms <= 0) | (event_time_ms - max_future_ms > arrival_ms)
-    return bad
-
-
-def bad_labels(task: I32, value: NDArray[np.float32] | NDArray[np.float64], schema: Schema) -> Bool:
-    """Rows whose label is outside its task's range; rows of an unknown task (index -1) are not judged.
-
-    Binary labels are compared as they came; the upper bound of a regression label is compared as float32, so that a
-    ``max_value`` that float32 cannot hold exactly is still reached by a float32 column.
-    """
-    binary = np.array([t.kind == "binary" for t in schema.tasks])
-    highest = np.array([t.max_value for t in schema.tasks], np.float32)
-    with np.errstate(over="ignore"):  # beyond float32 becomes inf, which is out of range as it should be
-        value_f32 = value.astype(np.float32)
-    regression_ok = (value >= 0) & (value_f32 <= highest[task]) & np.isfinite(value_f32)
-    ok = np.where(binary[task], (value == 0) | (value == 1), regression_ok)
-    bad: Bool = ~ok & (task >= 0)
-    return bad
 
 
 def impression_problem(event: object, schema: Schema, arrival_ms: int, max_future_ms: int) -> Problem | None:
@@ -144,13 +71,13 @@ def _extra_keys(value: object, known: AbstractSet[str]) -> int:
 
 
 def _no_object(event: object) -> Problem:
-    return Problem("unparsable", f"expected a JSON object, came {_JSON_NAMES.get(type(event), 'a number')}")
+    return Problem("unparsable", f"expected a JSON object, got {_JSON_NAMES.get(type(event), 'a number')}")
 
 
 def _missing(event: dict[str, object], name: str, expected: str) -> Problem | None:
     if event.get(name) is not None:
         return None
-    return Problem("missing_field", f"{name}: expected {expected}, came {'null' if name in event else 'nothing'}", name)
+    return Problem("missing_field", f"{name}: expected {expected}, got {'null' if name in event else 'nothing'}", name)
 
 
 def _required_id(event: dict[str, object], name: str) -> Problem | None:
@@ -161,10 +88,10 @@ def _id_problem(value: object, name: str) -> Problem | None:
     if value is None:
         return None
     if type(value) is not int:
-        return Problem("bad_id", f"{name}: expected an integer, came {shown(value)}", name)
+        return Problem("bad_id", f"{name}: expected an integer, got {quoted(value)}", name)
     if not MIN_ID <= value <= MAX_ID:
         what = "the null sentinel " if value == MISSING else ""
-        return Problem("bad_id", f"{name}: expected {MIN_ID} … {MAX_ID}, came {what}{shown(value)}", name)
+        return Problem("bad_id", f"{name}: expected {MIN_ID} … {MAX_ID}, got {what}{quoted(value)}", name)
     return None
 
 
@@ -175,11 +102,11 @@ def _time_problem(event: dict[str, object], arrival_ms: int, max_future_ms: int)
         return missing
     value = event[name]
     if type(value) is not int or not 0 < value <= MAX_ID:
-        return Problem("bad_time", f"{name}: expected positive Unix milliseconds, came {shown(value)}", name)
+        return Problem("bad_time", f"{name}: expected positive Unix milliseconds, got {quoted(value)}", name)
     if value - arrival_ms > max_future_ms:
         reason = (
             f"{name}: expected at most {max_future_ms} ms after the record's arrival at {arrival_ms}, "
-            f"came {value}, {value - arrival_ms} ms after"
+            f"got {value}, {value - arrival_ms} ms after"
         )
         return Problem("future_time", reason, name)
     return None
@@ -188,14 +115,14 @@ def _time_problem(event: dict[str, object], arrival_ms: int, max_future_ms: int)
 def _number_problem(value: object, name: str) -> Problem | None:
     if value is None or (type(value) in (int, float) and -MAX_FLOAT <= value <= MAX_FLOAT):  # type: ignore[operator]
         return None
-    return Problem("bad_number", f"{name}: expected a finite number (float32), came {shown(value)}", name)
+    return Problem("bad_number", f"{name}: expected a finite number (float32), got {quoted(value)}", name)
 
 
 def _features_problem(features: object, schema: Schema) -> Problem | None:
     if features is None:
         return None
     if not isinstance(features, dict):
-        return Problem("bad_type", f"features: expected an object, came {shown(features)}", "features")
+        return Problem("bad_type", f"features: expected an object, got {quoted(features)}", "features")
     for feature in schema.features:
         if feature.name not in (USER_ID, ITEM_ID):
             problem = _feature_problem(features.get(feature.name), feature)
@@ -208,10 +135,10 @@ def _alignment_problem(features: dict[str, object], schema: Schema) -> Problem |
     """Lengths are compared as kept: what lies beyond ``max_length`` is cut of both."""
     for name, companions in schema.companions.items():
         for feature in companions:
-            expected, came = (len(features.get(n) or ()) for n in (name, feature.name))  # type: ignore[arg-type]  # lists, or refused before
-            if min(expected, feature.max_length) != min(came, feature.max_length):
+            expected, got = (len(features.get(n) or ()) for n in (name, feature.name))  # type: ignore[arg-type]  # lists, or refused before
+            if min(expected, feature.max_length) != min(got, feature.max_length):
                 where = f"features.{feature.name}"
-                reason = f"{where}: expected as many ids as features.{name} has, {expected}, came {came}"
+                reason = f"{where}: expected as many ids as features.{name} has, {expected}, got {got}"
                 return Problem("misaligned", reason, where)
     return None
 
@@ -223,10 +150,10 @@ def _feature_problem(value: object, feature: Feature) -> Problem | None:
     if feature.kind == "id" or value is None:
         return _id_problem(value, name)
     if not isinstance(value, list):
-        return Problem("bad_type", f"{name}: expected an array of integers, came {shown(value)}", name)
+        return Problem("bad_type", f"{name}: expected an array of integers, got {quoted(value)}", name)
     for position, element in enumerate(value):
         if element is None:
-            return Problem("bad_id", f"{name}: expected an integer at position {position}, came null", name)
+            return Problem("bad_id", f"{name}: expected an integer at position {position}, got null", name)
         problem = _id_problem(element, name)
         if problem:
             return problem
@@ -237,13 +164,13 @@ def _served_problem(served: object, schema: Schema) -> Problem | None:
     if served is None:
         return None
     if not isinstance(served, dict):
-        return Problem("bad_type", f"served: expected an object, came {shown(served)}", "served")
+        return Problem("bad_type", f"served: expected an object, got {quoted(served)}", "served")
     problem = _id_problem(served.get("version"), "served.version")
     scores = served.get("scores")
     if problem or scores is None:
         return problem
     if not isinstance(scores, dict):
-        return Problem("bad_type", f"served.scores: expected a score per task, came {shown(scores)}", "served.scores")
+        return Problem("bad_type", f"served.scores: expected a score per task, got {quoted(scores)}", "served.scores")
     for task in schema.tasks:
         problem = _number_problem(scores.get(task.name), f"served.scores.{task.name}")
         if problem:
@@ -259,7 +186,7 @@ def _task_problem(event: dict[str, object], schema: Schema) -> Problem | None:
     if isinstance(name, str) and name in schema.task_index:
         return None
     known = ", ".join(t.name for t in schema.tasks[:8]) + (", …" if len(schema.tasks) > 8 else "")
-    return Problem("unknown_task", f"task: expected one of {known}, came {shown(name)}", "task")
+    return Problem("unknown_task", f"task: expected one of {known}, got {quoted(name)}", "task")
 
 
 def _label_problem(event: dict[str, object], schema: Schema) -> Problem | None:
@@ -271,7 +198,7 @@ def _label_problem(event: dict[str, object], schema: Schema) -> Problem | None:
     if type(value) in (int, float) and _in_range(float(value), task, schema):  # type: ignore[arg-type]
         return None
     expected = "0 or 1" if task.kind == "binary" else f"0 … {task.max_value:g}"
-    return Problem("label_range", f"value: expected {expected} for task {task.name!r}, came {shown(value)}", "value")
+    return Problem("label_range", f"value: expected {expected} for task {task.name!r}, got {quoted(value)}", "value")
 
 
 def _in_range(value: float, task: Task, schema: Schema) -> bool:

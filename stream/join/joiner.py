@@ -1,55 +1,71 @@
 """Join feedback to impressions by event time: a pure function of (state, events) → (state, examples).
 
-Rules, with ``W_s`` the watermark of one source (a topic partition): the largest event time read from it, less
-``allowed_lateness_s``; and ``W``, the smallest ``W_s`` over the sources that are not idle, which never goes back:
+Two events go in and one example comes out. With a task ``click`` whose attribution window is 60 s, ``like`` another::
 
-- an impression is emitted when ``W`` has passed its event time plus the longest attribution window;
-- an impression is *late* when the ``W_s`` of its own source had passed that time before it came;
-- feedback is *attached* when its event time lies within its task's window; it is *late* after the window, or when the
-  ``W_s`` of its own source had passed the impression's emission time;
-- feedback whose impression has not come waits; it is *orphaned* when ``W`` passes the time at which any impression
-  that it could belong to would itself be late, or when the impression came more than the allowed lateness after it;
-- the first of several equal events counts (impressions by id, feedback by impression id and task, whatever became of
-  it), the others are *duplicates*; ids are remembered for ``remember_s`` after emission.
+    impression   id 1, user 7, item 9, at 12:00:00        (read from the topic ``impressions``)
+    feedback     id 1, task click, value 1, at 12:00:20   (read from the topic ``feedback``)
 
-Lateness is judged by the event's own source and examples leave in the order (event time, impression id), so what is
-emitted, and in which order, depends on the contents of the partitions alone, not on how reads interleaved (unless a
-source is declared idle). The ledgers balance at every moment:
+    example      id 1, user 7, item 9, click = 1, like = 0
+
+The example comes out when the stream has passed 12:01:00: only then is it known that no more feedback can belong to it.
+An impression without any feedback becomes an example, too, with all binary labels 0.
+
+How far the stream is. Event time is what counts, never the clock on the wall. The *watermark* of a partition is the
+latest event time read from it, less ``allowed_lateness_s``. The watermark of the stream is the smallest watermark of
+its partitions, except for those that are idle. It never goes back.
+
+What becomes of an impression:
+
+- It waits until the stream's watermark has passed its event time plus the longest attribution window of all tasks. Then
+  it is *emitted* as an example.
+- It is *late* if its own partition's watermark had already passed that time when it was read. It is dropped.
+
+What becomes of feedback:
+
+- It is *attached* to its impression if its event time lies within the attribution window of its task.
+- It is *late* if its event time lies after the window. It is also late if its own partition's watermark had passed the
+  time at which the impression is emitted.
+- If its impression has not been read yet, it waits. It is *orphaned* when the stream's watermark has passed the time at
+  which every impression that it could belong to would be late. It is also orphaned if it happened more than the allowed
+  lateness before its impression.
+
+Duplicates. Of several impressions with the same id, and of several feedback events with the same id and task, the first
+counts, whatever became of it. The others are *duplicates*. An id is remembered for ``remember_s`` after its emission.
+
+Lateness is judged by the event's own partition, and examples come out in the order (event time, impression id). So
+which examples come out, and in which order, depends on what the partitions hold, not on how reads interleave (except
+where a partition is declared idle). Both ledgers balance at every moment, for each partition and in all:
 
     impressions read = emitted + waiting + late + duplicate
     feedback read    = attached + waiting + late + orphaned + duplicate
 
-Joining features with feedback that comes later, before an online training step: Monolith (arXiv 2209.07663). Of the
-known answers to delayed feedback this is the first: wait for the window, then emit once.
+Source: Monolith (arXiv 2209.07663) joins features with feedback before an online training step, as this does. Of the
+known ways to deal with delayed feedback this is the simplest: wait for the window, then emit once.
 """
 
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from smes.arrays import I32, I64, GrowingColumns
+from smes.arrays import I32, I64, Arrays
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
-from smes.id_map import IdMap
+from smes.ranges import NonNegativeFloat, check_ranges
 from smes.schema import MISSING, Schema
+from stream.join.entries import DueTimes, EntryTable
 from stream.join.kernels import (
-    ACCEPTED,
-    DUPLICATE,
-    EARLY,
     FREE,
-    LATE,
-    ORPHANED,
-    WAITING,
+    Feedback,
+    Impressions,
+    Ledgers,
     admit_impressions,
     attach_feedback,
     settle_due,
     watermarks_before,
 )
-from stream.join.ledgers import JoinLedger
+from stream.join.ledgers import COLUMNS, HELD, LATE, JoinLedger
 from stream.log.event_log import TopicPartition
+from stream.partition_state import require_partitions, saved_partitions, state_name
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 END_OF_TIME = int(np.iinfo(np.int64).max)
@@ -61,20 +77,17 @@ class JoinConfig:
     """How long the join waits and remembers.
 
     Attributes:
-        allowed_lateness_s: How far behind its source's newest event an event may lie and still count as in time,
-            seconds of event time, ≥ 0. It delays every example by as much.
-        remember_s: How long after its emission an impression id is remembered, seconds of event time, ≥ 0: within it a
-            second copy is a duplicate and feedback is late; after it the copy is late and the feedback orphaned.
+        allowed_lateness_s: How far an event may lie behind the newest event of its partition and still be in time,
+            seconds of event time. Every example is delayed by as much.
+        remember_s: How long an impression id is remembered after its emission, seconds of event time. Within that time
+            a second copy is a duplicate and feedback is late. After it a copy is late and feedback is orphaned.
     """
 
-    allowed_lateness_s: float = 1.0
-    remember_s: float = 600.0
+    allowed_lateness_s: NonNegativeFloat = 1.0
+    remember_s: NonNegativeFloat = 600.0
 
     def __post_init__(self) -> None:
-        if self.allowed_lateness_s < 0:
-            raise ValueError(f"allowed_lateness_s {self.allowed_lateness_s}, expected at least 0 seconds")
-        if self.remember_s < 0:
-            raise ValueError(f"remember_s {self.remember_s}, expected at least 0 seconds")
+        check_ranges(self)
 
 
 class Joiner:
@@ -82,40 +95,36 @@ class Joiner:
 
     Args:
         schema: Features and tasks.
-        config: Waiting and remembering.
-        sources: Every partition of the impressions and feedback topics that events will come from. ``W`` stands still
-            until each has been read from, or is declared idle.
+        config: How long to wait and to remember.
+        sources: Every partition of the impressions and feedback topics that events will come from. The watermark stands
+            still until each has been read from, or is declared idle.
     """
 
     def __init__(self, schema: Schema, config: JoinConfig, sources: Iterable[TopicPartition]) -> None:
         self.schema = schema
         self.sources = tuple(sorted(sources))
-        self.ledger = JoinLedger()
         self.watermark_ms = _START_OF_TIME
         self._lateness_ms = round(config.allowed_lateness_s * 1000)
         self._remember_ms = round(config.remember_s * 1000)
         self._window_ms = np.array([t.window_ms for t in schema.tasks], np.int64)
-        self._latest_ms = np.full(len(self.sources), _START_OF_TIME + self._lateness_ms, np.int64)
-        self._entries = IdMap()
-        self._slots = IdMap()  # of waiting impressions only: DONE entries are remembered without their features
-        tasks = (0, schema.num_tasks)
-        self._entry = GrowingColumns(
-            {
-                "impression_id": np.zeros(0, np.int64),
-                "status": np.zeros(0, np.uint8),
-                "due_ms": np.zeros(0, np.int64),
-                "event_time_ms": np.zeros(0, np.int64),
-                "seen": np.zeros(0, np.uint64),  # bit t: some feedback for task t came, whatever became of it
-                "attached": np.zeros(0, np.uint64),  # bit t: it is this entry's label (or will be, if EARLY)
-                "labels": np.zeros(tasks, np.float32),
-                "label_time_ms": np.zeros(tasks, np.int64),
-                "label_arrival_ms": np.zeros(tasks, np.int64),
-                "not_before_ms": np.zeros(tasks, np.int64),
-            }
-        )
-        self._waiting = GrowingColumns(ImpressionBlock.empty(schema).arrays())
-        self._due: list[tuple[int, int, I64, I64]] = []  # heap of (first due time, sequence, due times, entries)
-        self._sequence = 0
+        partitions = 1 + max((source.partition for source in self.sources), default=0)
+        self._latest_ms = {
+            topic: np.full(partitions, _START_OF_TIME + self._lateness_ms, np.int64)
+            for topic in (IMPRESSIONS, FEEDBACK)
+        }
+        shape = (partitions, len(COLUMNS))
+        self._ledgers = Ledgers(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+        self._entries = EntryTable(schema)
+        self._due = DueTimes()
+
+    @property
+    def ledger(self) -> JoinLedger:
+        """Where every event is, in all partitions together."""
+        return JoinLedger.of_counts(self._ledgers.impressions.sum(axis=0), self._ledgers.feedback.sum(axis=0))
+
+    def partition_ledger(self, partition: int) -> JoinLedger:
+        """Where every event is that was read from this partition of both topics."""
+        return JoinLedger.of_counts(self._ledgers.impressions[partition], self._ledgers.feedback[partition])
 
     def push(
         self, impressions: ImpressionBlock, feedback: FeedbackBlock, idle: Iterable[TopicPartition] = ()
@@ -125,208 +134,118 @@ class Joiner:
         Args:
             impressions: In offset order within each partition.
             feedback: Likewise.
-            idle: Sources that have had nothing to read for a while: ``W`` does not wait for them.
+            idle: Sources that have had nothing to read for a while; the watermark does not wait for them.
         """
         floor_ms = self.watermark_ms
         self._admit(impressions, floor_ms)
         self._attach(feedback, floor_ms)
         idle = set(idle)
-        active = [m for source, m in zip(self.sources, self._latest_ms, strict=True) if source not in idle]
-        if active:
-            self.watermark_ms = max(self.watermark_ms, int(min(active)) - self._lateness_ms)
+        active_ms = [int(self._latest_ms[s.topic][s.partition]) for s in self.sources if s not in idle]
+        if active_ms:
+            self.watermark_ms = max(self.watermark_ms, min(active_ms) - self._lateness_ms)
         return self._emit()
 
     def flush(self) -> ExampleBlock:
-        """The stream is over: every waiting impression becomes an example, held feedback is orphaned."""
+        """End the stream: every waiting impression becomes an example, feedback that waits is orphaned."""
         self.watermark_ms = END_OF_TIME
         return self._emit()
 
-    def _source_index(self, topic: str, partition: I32) -> I32:
-        table = np.full(1 + max((s.partition for s in self.sources), default=0), -1, np.int32)
-        for index, source in enumerate(self.sources):
-            if source.topic == topic:
-                table[source.partition] = index
-        index_N: I32 = table[partition]
-        assert (index_N >= 0).all(), "an event came from a partition that is none of the join's sources"
-        return index_N
-
-    def _reserve_entries(self, count: int) -> None:
-        self._entry.reserve(self._entries.num_rows + count)
-
-    def _note_due(self, entries: I64) -> None:
-        if len(entries) == 0:
-            return
-        due = self._entry.arrays["due_ms"][entries]
-        order = np.argsort(due, kind="stable")
-        due, entries = due[order], entries[order]
-        self._sequence += 1
-        heapq.heappush(self._due, (int(due[0]), self._sequence, due, entries))
+    def _watermarks_before(self, topic: str, partition: I32, event_time_ms: I64, floor_ms: int) -> I64:
+        own = [source.partition for source in self.sources if source.topic == topic]
+        assert np.isin(partition, own).all(), "an event came from a partition that is none of the join's sources"
+        before_ms: I64 = watermarks_before(
+            partition, event_time_ms, self._latest_ms[topic], self._lateness_ms, floor_ms
+        )
+        return before_ms
 
     def _admit(self, block: ImpressionBlock, floor_ms: int) -> None:
         if len(block) == 0:
             return
-        source = self._source_index(IMPRESSIONS, block.partition)
-        before = watermarks_before(source, block.event_time_ms, self._latest_ms, self._lateness_ms, floor_ms)
-        self.ledger.impressions += len(block)
-        self._reserve_entries(len(block))
+        before_ms = self._watermarks_before(IMPRESSIONS, block.partition, block.event_time_ms, floor_ms)
         entry = self._entries.insert(block.impression_id)
-        e = self._entry.arrays
-        outcome = np.empty(len(block), np.uint8)
-        held_late, held_orphaned = admit_impressions(
-            entry,
-            block.event_time_ms,
-            before,
-            self._window_ms,
-            e["status"],
-            e["due_ms"],
-            e["event_time_ms"],
-            e["seen"],
-            e["attached"],
-            e["label_time_ms"],
-            e["not_before_ms"],
-            self._lateness_ms,
-            outcome,
-        )
-        self._entries.remove(block.impression_id[(outcome == LATE) & (e["status"][entry] == FREE)])
-        self.ledger.impressions_late += int((outcome == LATE).sum())
-        accepted = outcome == ACCEPTED
-        entry, block = entry[accepted], block.take(accepted)
-        e["impression_id"][entry] = block.impression_id
-        slots = self._slots.insert(entry)
-        self._waiting.reserve(self._slots.num_rows)
-        for name, column in block.arrays().items():
-            self._waiting.arrays[name][slots] = column
-        self._note_due(entry)
-        self._settle_held(entry, held_late, held_orphaned)
-        self.ledger.impressions_duplicate += int((outcome == DUPLICATE).sum())
-        self.ledger.impressions_waiting += len(block)
-
-    def _settle_held(self, entry: I64, late: int, orphaned: int) -> None:
-        """Feedback that was held for impressions that have now come is attached, late or orphaned."""
-        attached = int(np.bitwise_count(self._entry.arrays["attached"][entry]).sum())
-        self.ledger.attached += attached
-        self.ledger.feedback_late += late
-        self.ledger.orphaned += orphaned
-        self.ledger.feedback_waiting -= attached + late + orphaned
+        events = Impressions(entry, block.partition, block.event_time_ms, before_ms)
+        columns = self._entries.columns
+        outcome = admit_impressions(events, columns, self._ledgers, self._window_ms, self._lateness_ms)
+        self._entries.forget(entry[(outcome == LATE) & (columns.status[entry] == FREE)])
+        waiting = outcome == HELD
+        self._entries.keep_features(entry[waiting], block.take(waiting))
+        self._note_due(entry[waiting])
 
     def _attach(self, block: FeedbackBlock, floor_ms: int) -> None:
         if len(block) == 0:
             return
-        source = self._source_index(FEEDBACK, block.partition)
-        before = watermarks_before(source, block.event_time_ms, self._latest_ms, self._lateness_ms, floor_ms)
-        self._reserve_entries(len(block))
+        before_ms = self._watermarks_before(FEEDBACK, block.partition, block.event_time_ms, floor_ms)
         entry = self._entries.insert(block.impression_id)
-        e = self._entry.arrays
-        e["impression_id"][entry] = block.impression_id
-        outcome = np.empty(len(block), np.uint8)
-        attach_feedback(
-            entry,
-            block.task,
-            block.event_time_ms,
-            block.value,
-            block.arrival_ms,
-            before,
-            self._window_ms,
-            e["status"],
-            e["due_ms"],
-            e["event_time_ms"],
-            e["seen"],
-            e["attached"],
-            e["labels"],
-            e["label_time_ms"],
-            e["label_arrival_ms"],
-            e["not_before_ms"],
-            self._lateness_ms,
-            outcome,
+        events = Feedback(
+            entry, block.partition, block.event_time_ms, before_ms, block.task, block.value, block.arrival_ms
         )
-        accepted = entry[outcome == ACCEPTED]
-        held = accepted[e["status"][accepted] == EARLY]
-        self._note_due(np.unique(held))
-        self.ledger.feedback += len(block)
-        self.ledger.attached += len(accepted) - len(held)
-        self.ledger.feedback_waiting += len(held)
-        self.ledger.feedback_late += int((outcome == LATE).sum())
-        self.ledger.orphaned += int((outcome == ORPHANED).sum())
-        self.ledger.feedback_duplicate += int((outcome == DUPLICATE).sum())
+        outcome = attach_feedback(events, self._entries.columns, self._ledgers, self._window_ms, self._lateness_ms)
+        self._note_due(np.unique(entry[outcome == HELD]))
+
+    def _note_due(self, entries: I64) -> None:
+        self._due.note(self._entries.columns.due_ms[entries], entries)
 
     def _emit(self) -> ExampleBlock:
-        emitted = []
-        while self._due and self._due[0][0] < self.watermark_ms:
-            _, _, due, entries = heapq.heappop(self._due)
-            count = int(np.searchsorted(due, self.watermark_ms, side="left"))
-            if count < len(due):
-                self._sequence += 1
-                heapq.heappush(self._due, (int(due[count]), self._sequence, due[count:], entries[count:]))
-            emitted.append(self._settle(entries[:count]))
-        entries = np.concatenate(emitted) if emitted else np.zeros(0, np.int64)
-        self.ledger.emitted += len(entries)
-        self.ledger.impressions_waiting -= len(entries)
-        return self._examples(entries)
-
-    def _settle(self, candidates: I64) -> I64:
-        e = self._entry.arrays
-        emitted: I64
-        emitted, forgotten, orphaned = settle_due(
-            candidates, self.watermark_ms, self._remember_ms, e["status"], e["due_ms"], e["attached"]
-        )
-        self.ledger.orphaned += orphaned
-        self.ledger.feedback_waiting -= orphaned
-        self._entries.remove(e["impression_id"][forgotten])
-        self._note_due(emitted)
-        return emitted
+        emitted = [np.zeros(0, np.int64)]
+        while (candidates := self._due.pop_before(self.watermark_ms)) is not None:
+            examples, forgotten = settle_due(
+                candidates, self.watermark_ms, self._remember_ms, self._entries.columns, self._ledgers
+            )
+            self._entries.forget(forgotten)
+            self._note_due(examples)
+            emitted.append(examples)
+        return self._examples(np.concatenate(emitted))
 
     def _examples(self, entries: I64) -> ExampleBlock:
-        e = self._entry.arrays
-        order = np.lexsort((e["impression_id"][entries], e["event_time_ms"][entries]))
+        columns = self._entries.columns
+        order = np.lexsort((columns.impression_id[entries], columns.event_time_ms[entries]))
         entries = entries[order]
-        slots = self._slots.remove(entries)
-        w = self._waiting.arrays
+        features = self._entries.take_features(entries)
         bits = np.uint64(1) << np.arange(self.schema.num_tasks, dtype=np.uint64)
-        attached = (e["attached"][entries][:, None] & bits) != 0
+        attached = (columns.attached[entries][:, None] & bits) != 0
         binary = np.array([t.kind == "binary" for t in self.schema.tasks])
-        columns = {f.name: w[f.name][slots] for f in fields(ExampleBlock) if f.name in w}
         return ExampleBlock(
-            **columns,
-            labels=np.where(attached, e["labels"][entries], np.float32(0)),
+            **{f.name: features[f.name] for f in fields(ExampleBlock) if f.name in features},
+            labels=np.where(attached, columns.labels[entries], np.float32(0)),
             label_mask=attached | binary,
             weight=np.ones(len(entries), np.float32),
-            feedback_arrival_ms=np.where(attached, e["label_arrival_ms"][entries], MISSING),
+            feedback_arrival_ms=np.where(attached, columns.label_arrival_ms[entries], MISSING),
         )
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`load_state` continues as if nothing had happened."""
-        ids, rows = self._entries.items()
-        waiting = rows[self._entry.arrays["status"][rows] == WAITING]
-        slots = self._slots.find(waiting)
-        state = {f"entry.{name}": column[rows] for name, column in self._entry.arrays.items()}
-        state |= {f"waiting.{name}": column[slots] for name, column in self._waiting.arrays.items()}
-        state["entry.impression_id"] = ids
-        state["latest_ms"] = self._latest_ms.copy()
-        state["watermark_ms"] = np.array([self.watermark_ms])
-        state["ledger"] = np.array([getattr(self.ledger, f.name) for f in fields(JoinLedger)])
-        return state
+    def state(self) -> Arrays:
+        """Arrays from which :meth:`load_state` goes on as if nothing had happened.
 
-    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
-        """The inverse of :meth:`state`, for a joiner built with the same schema, configuration and sources.
+        Each array but ``watermark_ms`` belongs to one partition; the names are those of :mod:`stream.partition_state`.
+        """
+        state: Arrays = {"watermark_ms": np.array([self.watermark_ms])}
+        for topic, partition in ((s.topic, s.partition) for s in self.sources):
+            state[state_name(topic, partition, "latest_ms")] = self._latest_ms[topic][[partition]]
+            state[state_name(topic, partition, "ledger")] = self._counts(topic)[partition].copy()
+        partitions = sorted({source.partition for source in self.sources})
+        return state | self._entries.state(partitions)
+
+    def load_state(self, state: Arrays) -> None:
+        """The inverse of :meth:`state`, for a joiner with the same schema, configuration and at least its partitions.
+
+        Partitions that the state does not have start with nothing read; the watermark waits for them.
 
         Raises:
-            ValueError: The number of sources differs.
+            ValueError: The state has more partitions than this joiner.
         """
-        if len(state["latest_ms"]) != len(self.sources):
-            raise ValueError(
-                f"join state of {len(state['latest_ms'])} sources, expected {len(self.sources)}: "
-                "the topics' partitions changed"
-            )
-        self._latest_ms = state["latest_ms"].copy()
+        require_partitions(state, (IMPRESSIONS, FEEDBACK), len(self._ledgers.impressions))
         self.watermark_ms = int(state["watermark_ms"][0])
-        self.ledger = JoinLedger(*(int(n) for n in state["ledger"]))
-        self._entries = IdMap.from_keys(state["entry.impression_id"])
-        self._entry = GrowingColumns({name: state[f"entry.{name}"].copy() for name in self._entry.arrays})
-        waiting = np.flatnonzero(self._entry.arrays["status"] == WAITING).astype(np.int64)
-        self._slots = IdMap.from_keys(waiting)
-        self._waiting = GrowingColumns({name: state[f"waiting.{name}"].copy() for name in self._waiting.arrays})
-        self._due = []
-        self._note_due(np.arange(len(state["entry.impression_id"]), dtype=np.int64))
+        for topic in (IMPRESSIONS, FEEDBACK):
+            self._latest_ms[topic][:] = _START_OF_TIME + self._lateness_ms
+            self._counts(topic)[:] = 0
+            for partition in saved_partitions(state, topic):
+                self._latest_ms[topic][partition] = state[state_name(topic, partition, "latest_ms")][0]
+                self._counts(topic)[partition] = state[state_name(topic, partition, "ledger")]
+        entries = self._entries.load_state(state)
+        self._due = DueTimes()
+        self._note_due(entries)
+
+    def _counts(self, topic: str) -> I64:
+        return self._ledgers.impressions if topic == IMPRESSIONS else self._ledgers.feedback
 
 
 def join_sources(partitions: int) -> Sequence[TopicPartition]:

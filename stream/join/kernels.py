@@ -1,180 +1,244 @@
 """The join's inner loops, one event at a time, compiled by numba.
 
-Letters: N events of a block, M entries, T tasks. An *entry* is what the join knows of one impression id.
+An *entry* is what the join knows of one impression id. Letters: N events of a block, M entries, T tasks, P partitions.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from smes.arrays import F32, I32, I64
+from stream.join.ledgers import DUPLICATE, HELD, LATE, ORPHANED, READ, USED
 
-FREE, EARLY, WAITING, DONE = 0, 1, 2, 3
-"""Status of an entry: unused; feedback came before its impression; impression waits; emitted and remembered."""
-
-ACCEPTED, LATE, DUPLICATE, ORPHANED = 0, 1, 2, 3
-"""What became of an event."""
+FREE, EARLY, WAITING, DONE = range(4)
+"""Status of an entry: unused; has feedback but no impression yet; its impression waits; emitted and remembered."""
 
 U8 = NDArray[np.uint8]
 U64 = NDArray[np.uint64]
 
 
+class Entries(NamedTuple):
+    """Columns of the table of entries. Bit t of a bit set stands for task t.
+
+    Attributes:
+        impression_id: int64 [M].
+        status: uint8 [M], one of ``FREE, EARLY, WAITING, DONE``.
+        partition: int32 [M], of the impression; of the first feedback while the entry is ``EARLY``.
+        due_ms: int64 [M], the watermark at which something happens to it: it is emitted, orphaned or forgotten.
+        event_time_ms: int64 [M], of the impression.
+        seen: uint64 [M], the tasks that some feedback was read for, whatever became of it.
+        attached: uint64 [M], the tasks whose label the entry holds.
+        labels: float32 [M, T].
+        label_time_ms, label_arrival_ms: int64 [M, T].
+        label_partition: int32 [M, T], the partition that feedback was read from before its impression.
+        not_before_ms: int64 [M, T], feedback before its impression is late for an impression older than this.
+    """
+
+    impression_id: I64
+    status: U8
+    partition: I32
+    due_ms: I64
+    event_time_ms: I64
+    seen: U64
+    attached: U64
+    labels: F32
+    label_time_ms: I64
+    label_arrival_ms: I64
+    label_partition: I32
+    not_before_ms: I64
+
+
+class Impressions(NamedTuple):
+    """A block of impressions, [N] each: entry, partition, event time, own watermark (:func:`watermarks_before`)."""
+
+    entry: I64
+    partition: I32
+    event_time_ms: I64
+    before_ms: I64
+
+
+class Feedback(NamedTuple):
+    """A block of feedback, [N] each: as :class:`Impressions`, with its task, its value and its arrival in the log."""
+
+    entry: I64
+    partition: I32
+    event_time_ms: I64
+    before_ms: I64
+    task: I32
+    value: F32
+    arrival_ms: I64
+
+
+class Ledgers(NamedTuple):
+    """Counts per partition, int64 [P, :data:`stream.join.ledgers.COLUMNS`] each; the loops keep them up to date."""
+
+    impressions: I64
+    feedback: I64
+
+
 @njit(cache=True)
 def watermarks_before(
-    source: I32, event_time_ms: I64, latest_ms: I64, lateness_ms: int, floor_ms: int
+    partition: I32, event_time_ms: I64, latest_ms: I64, lateness_ms: int, floor_ms: int
 ) -> I64:  # pragma: no cover - compiled
-    """Per event the watermark of its own source just before it; advances ``latest_ms`` [sources] in place.
+    """Watermark of each event's own partition just before it. int64 [N]; advances ``latest_ms`` [P] in place.
 
-    Judging lateness by the event's own source, never by how far others were read, makes the join's outcome independent
-    of how reads interleave.
+    Lateness is judged by the event's own partition, never by how far others were read. So the join's outcome does not
+    depend on how reads interleave.
     """
-    before = np.empty(len(source), np.int64)
-    for i in range(len(source)):
-        s = source[i]
-        before[i] = max(latest_ms[s] - lateness_ms, floor_ms)
-        latest_ms[s] = max(latest_ms[s], event_time_ms[i])
+    before = np.empty(len(partition), np.int64)
+    for i in range(len(partition)):
+        p = partition[i]
+        before[i] = max(latest_ms[p] - lateness_ms, floor_ms)
+        latest_ms[p] = max(latest_ms[p], event_time_ms[i])
     return before
 
 
 @njit(cache=True)
 def admit_impressions(
-    entry: I64,
-    event_time_ms: I64,
-    before_ms: I64,
-    window_ms: I64,
-    status: U8,
-    due_ms: I64,
-    entry_time_ms: I64,
-    seen: U64,
-    attached: U64,
-    label_time_ms: I64,
-    not_before_ms: I64,
-    lateness_ms: int,
-    outcome: U8,
-) -> tuple[int, int]:  # pragma: no cover - compiled
-    """Turn entries of impressions that are in time into waiting ones; settle feedback that came before them.
+    events: Impressions, entries: Entries, ledgers: Ledgers, window_ms: I64, lateness_ms: int
+) -> U8:  # pragma: no cover - compiled
+    """Let impressions that are in time wait; settle the feedback that was read before them.
 
-    ``before_ms`` is the watermark of the impression's own source (:func:`watermarks_before`). Returns how many held
-    feedback events turned out (late, orphaned).
+    Returns:
+        uint8 [N], what became of each: ``HELD``, ``LATE`` or ``DUPLICATE``.
     """
-    late, orphaned = 0, 0
+    outcome = np.empty(len(events.entry), np.uint8)
     max_window_ms = window_ms.max()
-    for i in range(len(entry)):
-        e = entry[i]
-        if status[e] == WAITING or status[e] == DONE:
+    for i in range(len(outcome)):
+        e, time = events.entry[i], events.event_time_ms[i]
+        if entries.status[e] == WAITING or entries.status[e] == DONE:
             outcome[i] = DUPLICATE
-            continue
-        time = event_time_ms[i]
-        if time + max_window_ms < before_ms[i]:
+        elif time + max_window_ms < events.before_ms[i]:
             outcome[i] = LATE
+        else:
+            if entries.status[e] == FREE:
+                entries.seen[e] = 0
+                entries.attached[e] = 0
+            else:
+                _settle_early(e, time, entries, ledgers, lateness_ms)
+            entries.status[e] = WAITING
+            entries.partition[e] = events.partition[i]
+            entries.due_ms[e] = time + max_window_ms
+            entries.event_time_ms[e] = time
+            outcome[i] = HELD
+        ledgers.impressions[events.partition[i], READ] += 1
+        ledgers.impressions[events.partition[i], outcome[i]] += 1
+    return outcome
+
+
+@njit(cache=True)
+def _settle_early(
+    e: int, time: int, entries: Entries, ledgers: Ledgers, lateness_ms: int
+) -> None:  # pragma: no cover - compiled
+    """Attach the feedback that entry ``e`` holds to its impression at ``time``, or find it late or orphaned."""
+    for t in range(entries.labels.shape[1]):
+        bit = np.uint64(1) << np.uint64(t)
+        if entries.attached[e] & bit == 0:
             continue
-        if status[e] == FREE:
-            seen[e] = 0
-            attached[e] = 0
-        if status[e] == EARLY:
-            for t in range(len(window_ms)):
-                bit = np.uint64(1) << np.uint64(t)
-                if attached[e] & bit == 0:
-                    continue
-                if time < not_before_ms[e, t]:
-                    late += 1
-                elif label_time_ms[e, t] < time - lateness_ms:
-                    orphaned += 1
-                else:
-                    continue
-                attached[e] &= ~bit
-        status[e] = WAITING
-        due_ms[e] = time + max_window_ms
-        entry_time_ms[e] = time
-        outcome[i] = ACCEPTED
-    return late, orphaned
+        fate = USED
+        if time < entries.not_before_ms[e, t]:
+            fate = LATE
+        elif entries.label_time_ms[e, t] < time - lateness_ms:
+            fate = ORPHANED
+        if fate != USED:
+            entries.attached[e] &= ~bit
+        ledgers.feedback[entries.label_partition[e, t], HELD] -= 1
+        ledgers.feedback[entries.label_partition[e, t], fate] += 1
 
 
 @njit(cache=True)
 def attach_feedback(
-    entry: I64,
-    task: I32,
-    event_time_ms: I64,
-    value: F32,
-    arrival_ms: I64,
-    before_ms: I64,
-    window_ms: I64,
-    status: U8,
-    due_ms: I64,
-    entry_time_ms: I64,
-    seen: U64,
-    attached: U64,
-    labels: F32,
-    label_time_ms: I64,
-    label_arrival_ms: I64,
-    not_before_ms: I64,
-    lateness_ms: int,
-    outcome: U8,
-) -> None:  # pragma: no cover - compiled
-    """Attach each feedback to its entry, or hold it there when the impression has not come yet.
+    events: Feedback, entries: Entries, ledgers: Ledgers, window_ms: I64, lateness_ms: int
+) -> U8:  # pragma: no cover - compiled
+    """Attach each feedback to its waiting impression, or hold it until the impression is read.
 
-    ``before_ms`` is the watermark of the feedback's own source (:func:`watermarks_before`).
+    Returns:
+        uint8 [N], what became of each: ``USED``, ``HELD``, ``LATE``, ``DUPLICATE`` or ``ORPHANED``.
     """
-    max_window_ms = window_ms.max()
-    for i in range(len(entry)):
-        e, t, time = entry[i], task[i], event_time_ms[i]
+    outcome = np.empty(len(events.entry), np.uint8)
+    for i in range(len(outcome)):
+        e, t, time = events.entry[i], events.task[i], events.event_time_ms[i]
         bit = np.uint64(1) << np.uint64(t)
-        if status[e] == FREE:
-            seen[e] = 0
-            attached[e] = 0
-        if seen[e] & bit != 0:
+        if entries.status[e] == FREE:
+            entries.seen[e] = 0
+            entries.attached[e] = 0
+        if entries.seen[e] & bit != 0:
             outcome[i] = DUPLICATE
-            continue
-        seen[e] |= bit
-        if status[e] == DONE:
+        elif entries.status[e] == DONE:
             outcome[i] = LATE
-            continue
-        if status[e] == WAITING:
-            if time > entry_time_ms[e] + window_ms[t] or before_ms[i] > due_ms[e]:
+        elif entries.status[e] == WAITING:
+            if time > entries.event_time_ms[e] + window_ms[t] or events.before_ms[i] > entries.due_ms[e]:
                 outcome[i] = LATE
-                continue
-            if time < entry_time_ms[e] - lateness_ms:
+            elif time < entries.event_time_ms[e] - lateness_ms:
                 outcome[i] = ORPHANED
-                continue
+            else:
+                outcome[i] = USED
         else:
-            expiry_ms = time + max_window_ms + lateness_ms
-            due_ms[e] = max(due_ms[e], expiry_ms) if status[e] == EARLY else expiry_ms
-            status[e] = EARLY
-            not_before_ms[e, t] = max(time - window_ms[t], before_ms[i] - max_window_ms)
-        attached[e] |= bit
-        labels[e, t] = value[i]
-        label_time_ms[e, t] = time
-        label_arrival_ms[e, t] = arrival_ms[i]
-        outcome[i] = ACCEPTED
+            _hold_early(i, events, entries, window_ms, lateness_ms)
+            outcome[i] = HELD
+        entries.seen[e] |= bit
+        if outcome[i] == USED or outcome[i] == HELD:
+            entries.attached[e] |= bit
+            entries.labels[e, t] = events.value[i]
+            entries.label_time_ms[e, t] = time
+            entries.label_arrival_ms[e, t] = events.arrival_ms[i]
+        ledgers.feedback[events.partition[i], READ] += 1
+        ledgers.feedback[events.partition[i], outcome[i]] += 1
+    return outcome
+
+
+@njit(cache=True)
+def _hold_early(
+    i: int, events: Feedback, entries: Entries, window_ms: I64, lateness_ms: int
+) -> None:  # pragma: no cover - compiled
+    """Note feedback ``i`` in its entry until the impression is read, or can no longer be in time."""
+    e, t, time = events.entry[i], events.task[i], events.event_time_ms[i]
+    max_window_ms = window_ms.max()
+    expiry_ms = time + max_window_ms + lateness_ms
+    if entries.status[e] == EARLY:
+        entries.due_ms[e] = max(entries.due_ms[e], expiry_ms)
+    else:
+        entries.due_ms[e] = expiry_ms
+        entries.partition[e] = events.partition[i]
+    entries.status[e] = EARLY
+    entries.not_before_ms[e, t] = max(time - window_ms[t], events.before_ms[i] - max_window_ms)
+    entries.label_partition[e, t] = events.partition[i]
 
 
 @njit(cache=True)
 def settle_due(
-    candidates: I64, watermark_ms: int, remember_ms: int, status: U8, due_ms: I64, attached: U64
-) -> tuple[I64, I64, int]:  # pragma: no cover - compiled
-    """Entries whose time has come: (emitted, forgotten, feedback events orphaned).
+    candidates: I64, watermark_ms: int, remember_ms: int, entries: Entries, ledgers: Ledgers
+) -> tuple[I64, I64]:  # pragma: no cover - compiled
+    """Emit, orphan or forget the entries that the watermark has passed.
 
-    A candidate whose due time has moved on since it was noted is left alone: a later note speaks for it.
+    A candidate whose due time has moved on since it was noted is skipped: it was noted again.
+
+    Returns:
+        Entries emitted and entries forgotten.
     """
     emitted = np.empty(len(candidates), np.int64)
     forgotten = np.empty(len(candidates), np.int64)
-    num_emitted, num_forgotten, orphaned = 0, 0, 0
+    num_emitted, num_forgotten = 0, 0
     for i in range(len(candidates)):
         e = candidates[i]
-        if due_ms[e] >= watermark_ms:
+        if entries.due_ms[e] >= watermark_ms or entries.status[e] == FREE:
             continue
-        if status[e] == WAITING:
-            status[e] = DONE
-            due_ms[e] += remember_ms
+        if entries.status[e] == WAITING:
+            entries.status[e] = DONE
+            entries.due_ms[e] += remember_ms
+            ledgers.impressions[entries.partition[e], HELD] -= 1
+            ledgers.impressions[entries.partition[e], USED] += 1
             emitted[num_emitted] = e
             num_emitted += 1
-        elif status[e] != FREE:
-            if status[e] == EARLY:
-                bits = attached[e]
-                while bits != 0:
-                    bits &= bits - np.uint64(1)
-                    orphaned += 1
-            status[e] = FREE
-            forgotten[num_forgotten] = e
-            num_forgotten += 1
-    return emitted[:num_emitted], forgotten[:num_forgotten], orphaned
+            continue
+        if entries.status[e] == EARLY:
+            for t in range(entries.labels.shape[1]):
+                if entries.attached[e] & (np.uint64(1) << np.uint64(t)) != 0:
+                    ledgers.feedback[entries.label_partition[e, t], HELD] -= 1
+                    ledgers.feedback[entries.label_partition[e, t], ORPHANED] += 1
+        entries.status[e] = FREE
+        forgotten[num_forgotten] = e
+        num_forgotten += 1
+    return emitted[:num_emitted], forgotten[:num_forgotten]

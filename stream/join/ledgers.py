@@ -1,6 +1,17 @@
-"""Where every event is: counts that must add up at every moment."""
+"""Ledgers: where every event is. The counts of each one add up at every moment.
+
+A ledger is kept per topic and partition, as one row of :data:`COLUMNS`; the ledgers that people read are sums of rows.
+"""
 
 from dataclasses import dataclass
+
+from smes.arrays import I64
+
+READ, USED, HELD, LATE, DUPLICATE, ORPHANED = range(6)
+"""Columns of a partition's ledger. The first counts all events read; each event is also in one of the others."""
+
+COLUMNS = ("read", "used", "held", "late", "duplicate", "orphaned")
+"""``used``: impressions emitted, feedback attached. ``held``: events that wait. Only feedback is ever orphaned."""
 
 
 @dataclass(slots=True)
@@ -19,8 +30,26 @@ class JoinLedger:
     orphaned: int = 0
     feedback_duplicate: int = 0
 
+    @classmethod
+    def of_counts(cls, impressions: I64, feedback: I64) -> "JoinLedger":
+        """The ledger of two rows of counts, int64 [:data:`COLUMNS`] each."""
+        shown, outcomes = impressions.tolist(), feedback.tolist()
+        return cls(
+            impressions=shown[READ],
+            emitted=shown[USED],
+            impressions_waiting=shown[HELD],
+            impressions_late=shown[LATE],
+            impressions_duplicate=shown[DUPLICATE],
+            feedback=outcomes[READ],
+            attached=outcomes[USED],
+            feedback_waiting=outcomes[HELD],
+            feedback_late=outcomes[LATE],
+            orphaned=outcomes[ORPHANED],
+            feedback_duplicate=outcomes[DUPLICATE],
+        )
+
     def check(self) -> None:
-        """Both equations of :mod:`stream.join.joiner` hold."""
+        """Assert that both equations of :mod:`stream.join.joiner` hold."""
         impressions = self.emitted + self.impressions_waiting + self.impressions_late + self.impressions_duplicate
         feedback = self.attached + self.feedback_waiting + self.feedback_late + self.orphaned + self.feedback_duplicate
         assert impressions == self.impressions, f"impression ledger: {impressions} accounted of {self.impressions}"
@@ -29,10 +58,10 @@ class JoinLedger:
 
 @dataclass(frozen=True, slots=True)
 class StreamLedger:
-    """Where every event read is now; both equations of the design hold, ``trained`` being the trainer's count.
+    """Where every event read is now. Both equations hold; ``handed_out`` is what the trainer has taken.
 
-    impressions read = trained + waiting + late + duplicate + dead-lettered
-    feedback read = attached + waiting + late + orphaned + duplicate + dead-lettered
+    impressions = handed_out + waiting + late + duplicate + dead_lettered
+    feedback = attached + feedback_waiting + feedback_late + orphaned + feedback_duplicate + feedback_dead_lettered
     """
 
     impressions: int

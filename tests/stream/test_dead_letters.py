@@ -8,7 +8,7 @@ import pytest
 from smes.errors import EventLogError
 from smes.schema import Schema
 from stream.codec.codec import decode
-from stream.codec.validation import Problem
+from stream.codec.rules import Problem
 from stream.dead_letters import MAX_PAYLOAD_BYTES, DeadLetter, DeadLetterWriter
 from stream.log.event_log import OutRecord, Record, TopicPartition
 from stream.log.memory_log import InMemoryLog
@@ -17,7 +17,7 @@ from stream.topics import DEAD_LETTERS, IMPRESSIONS
 
 def _letter(payload: bytes = b"x", *, code: str = "bad_id", partition: int = 0, events: int = 1) -> DeadLetter:
     record = Record("feedback", partition, 17, payload, (), 1)
-    problem = Problem("bad_id" if code == "bad_id" else "unparsable", "expected an integer, came 'ü'", "item_id")
+    problem = Problem("bad_id" if code == "bad_id" else "unparsable", "expected an integer, got 'ü'", "item_id")
     return DeadLetter.of_record(record, problem, events=events)
 
 
@@ -42,7 +42,7 @@ def test_a_refused_record_can_be_found_again_from_its_letter(wire_schema: Schema
         "field": "impression_id",
         "events": 1,
     }
-    assert first["reason"] == "impression_id: expected an integer, came nothing"
+    assert first["reason"] == "impression_id: expected an integer, got nothing"
     assert base64.b64decode(second["payload"]) == read[second["offset"]].value == b"\xff\x00"
     assert (second["payload_bytes"], second["payload_truncated"]) == (2, False)
 
@@ -64,7 +64,7 @@ def test_events_are_counted_by_topic_and_code() -> None:
     assert dict(writer.counts) == {("feedback", "bad_id"): 42, ("feedback", "unparsable"): 1}
 
 
-def test_letters_are_spread_by_the_partition_they_came_from() -> None:
+def test_letters_are_spread_by_the_partition_of_their_events() -> None:
     log = InMemoryLog()
     writer = DeadLetterWriter(log, partitions=2)
     writer.write([_letter(partition=p) for p in range(5)])

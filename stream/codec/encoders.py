@@ -103,7 +103,7 @@ def require_finite(name: str, values: F32) -> None:
     infinite = np.argwhere(np.isinf(values))
     if len(infinite):
         row = infinite[0, 0]
-        raise ValueError(f"{name}: expected finite numbers (NaN where absent), came an infinity in row {row}")
+        raise ValueError(f"{name}: expected finite numbers (NaN where absent), got an infinity in row {row}")
 
 
 def _ids(names: Sequence[str], values: Sequence[int]) -> dict[str, int]:

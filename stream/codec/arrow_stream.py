@@ -1,0 +1,193 @@
+"""Arrow records from the event log, opened without trusting them.
+
+Whatever the bytes are, nothing outside them is read and no more memory is taken than they could fill; a record that is
+damaged, compressed or without a required column becomes a dead letter.
+"""
+
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from stream.codec.rules import Code, Problem
+from stream.dead_letters import DeadLetter
+from stream.log.event_log import Record
+
+RecordBatch = Any  # a pyarrow.RecordBatch; pyarrow ships no types
+
+# Most characters of a text that a refused row's letter keeps: no good row holds more than the name of a task.
+_MAX_TEXT = 1_000
+
+
+_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+# What pyarrow raises for bytes that are no valid stream: its exceptions derive from many built-in ones.
+_DAMAGED = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, struct.error)
+
+# Slots of the flatbuffer tables in Arrow's Message.fbs.
+_MESSAGE_HEADER_TYPE, _MESSAGE_HEADER = 1, 2
+_RECORD_BATCH_COMPRESSION = 3
+_DICTIONARY_BATCH_DATA = 1
+_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One record batch of a record.
+
+    Attributes:
+        record: Where it was read from.
+        first_row: Its first row within the record.
+        num_rows: At least 1.
+        num_columns: All columns, known or not.
+        columns: The known columns by name; reading them is safe.
+    """
+
+    record: Record
+    first_row: int
+    num_rows: int
+    num_columns: int
+    columns: dict[str, Any]
+
+    def events(self, rows: Iterable[int], to_event: Callable[[dict[str, Any]], object]) -> Iterator[object]:
+        """The given rows as plain data."""
+        for row in rows:
+            yield to_event({name: _plain(column[row]) for name, column in self.columns.items()})
+
+
+def record_parts(record: Record, known: Sequence[str], required: dict[str, Code], dead: list[DeadLetter]) -> list[Part]:
+    """The record's batches that have rows; a record that cannot be read at all goes to ``dead``.
+
+    Args:
+        record: An Arrow record.
+        known: Names of the columns to keep.
+        required: Column that every batch must have → the reason code where its type is wrong.
+        dead: Where the letter goes.
+    """
+    batches = _read_batches(record.value)
+    if isinstance(batches, Problem):
+        dead.append(DeadLetter.of_record(record, batches))
+        return []
+    parts: list[Part] = []
+    first_row = 0
+    for batch in batches:
+        position = {name: i for i, name in enumerate(batch.schema.names)}
+        columns = {name: batch.column(position[name]) for name in known if name in position}
+        problem = _structure_problem(columns, required)
+        if problem:
+            dead.append(DeadLetter.of_record(record, problem, events=_credible_rows(batches, record)))
+            return []
+        if batch.num_rows:
+            parts.append(Part(record, first_row, batch.num_rows, batch.num_columns, columns))
+        first_row += batch.num_rows
+    return parts
+
+
+def _structure_problem(columns: dict[str, Any], required: dict[str, Code]) -> Problem | None:
+    """What makes every row of a batch bad: a required column that is absent or of the wrong type, or damage."""
+    for name, code in required.items():
+        column = columns.get(name)
+        if column is None or pa.types.is_null(column.type):
+            got = "no such column" if column is None else "a column of nulls"
+            return Problem("missing_field", f"{name}: expected a column, got {got}", name)
+        expected, good = _expected_type(name, column.type)
+        if not good:
+            return Problem(code, f"{name}: expected {expected} column, got {column.type!s:.60}", name)
+    for name, column in columns.items():
+        problem = _column_problem(column, name)
+        if problem:
+            return problem
+    return None
+
+
+def _expected_type(name: str, kind: Any) -> tuple[str, bool]:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if name == "task":
+        return "a string", pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if name == "value":
+        return "a float32", pa.types.is_floating(kind) or pa.types.is_integer(kind)
+    return "an int64", pa.types.is_integer(kind)
+
+
+def _credible_rows(batches: Sequence[RecordBatch], record: Record) -> int:
+    """How many events a refused record stands for: its rows, or 1 where it claims more rows than it has bits."""
+    rows = sum(batch.num_rows for batch in batches)
+    return rows if 0 < rows <= 8 * len(record.value) else 1
+
+
+def placed(parts: Sequence[Part]) -> Iterator[tuple[Part, slice]]:
+    """Each part with the rows that it has in the block of all parts."""
+    start = 0
+    for part in parts:
+        yield part, slice(start, start + part.num_rows)
+        start += part.num_rows
+
+
+def _read_batches(value: bytes) -> list[RecordBatch] | Problem:
+    """The record batches of a stream, zero-copy over ``value``.
+
+    A stream without its end marker is refused, since rows may be missing, and so is a compressed one: a small record
+    could claim any amount of memory (let the broker compress). Columns that are read must still pass
+    :func:`_column_problem`.
+    """
+    if not value.endswith(_END_OF_STREAM):
+        return Problem("unparsable", "expected an Arrow IPC stream that ends with its end-of-stream marker")
+    try:
+        for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(value)):
+            if _is_compressed(message.metadata.to_pybytes()):
+                return Problem("unparsable", "expected an uncompressed Arrow IPC stream, got a compressed one")
+        with pa.ipc.open_stream(pa.py_buffer(value)) as reader:
+            batches = list(reader)
+            assert all(isinstance(name, str) for name in reader.schema.names)  # names that are no UTF-8 raise here
+        for batch in batches:
+            batch.validate()
+    except _DAMAGED as error:
+        return Problem("unparsable", f"expected an Arrow IPC stream: {str(error)[:200]}")
+    return batches
+
+
+def _column_problem(column: Any, name: str) -> Problem | None:
+    """Whether reading the column's values would leave its buffers (offsets, dictionary indices, UTF-8)."""
+    try:
+        column.validate(full=True)
+    except _DAMAGED as error:
+        return Problem("unparsable", f"{name}: expected a valid Arrow column: {str(error)[:200]}", name)
+    return None
+
+
+def _is_compressed(metadata: bytes) -> bool:
+    message = struct.unpack_from("<I", metadata)[0]
+    kind_at = _slot(metadata, message, _MESSAGE_HEADER_TYPE)
+    kind = metadata[kind_at] if kind_at else 0
+    if kind not in (_RECORD_BATCH, _DICTIONARY_BATCH):
+        return False
+    batch = _table(metadata, message, _MESSAGE_HEADER)
+    if kind == _DICTIONARY_BATCH:
+        batch = _table(metadata, batch, _DICTIONARY_BATCH_DATA)
+    return _slot(metadata, batch, _RECORD_BATCH_COMPRESSION) != 0
+
+
+def _slot(data: bytes, table: int, slot: int) -> int:
+    """Position of a field of a flatbuffer table; 0 where it is absent."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    entry = 4 + 2 * slot
+    if entry >= struct.unpack_from("<H", data, vtable)[0]:
+        return 0
+    offset = struct.unpack_from("<H", data, vtable + entry)[0]
+    return table + int(offset) if offset else 0
+
+
+def _table(data: bytes, table: int, slot: int) -> int:
+    at = _slot(data, table, slot)
+    return at + int(struct.unpack_from("<I", data, at)[0])
+
+
+def _plain(scalar: Any) -> Any:
+    """A cell as plain data, long text cut; a type that has no plain form as text."""
+    try:
+        value = scalar.as_py()
+    except (pa.ArrowException, ValueError, OverflowError, TypeError):
+        return f"<{scalar.type!s:.60}>"
+    return value[:_MAX_TEXT] if isinstance(value, str | bytes) else value
