@@ -4,23 +4,27 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
-from smes.model.devices import keep_freed_memory
+from smes.events import ExampleBlock
 from smes.model.learner import Learner
+from smes.model.memory import keep_freed_memory
 from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config
-from smes_cli.console import load_line, progress
+from smes_cli.console import Advance, load_line, progress
 from stream.block_stream import BlockStream
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.loop import Trainer
-from trainer.report import training_report
+from trainer.observers import Observer, StepFigures, fetch
+from trainer.report import TrainingReport
 from trainer.routing_figures import routing_report
+from trainer.routing_history import RoutingHistoryConfig
+from trainer.run_report import task_figures, training_report
 from trainer.schedule import Flags
 
 _MEMORY_EVERY = 250_000  # impressions
@@ -31,16 +35,16 @@ class BacktestResult:
     """What a backtest found.
 
     Attributes:
-        report: Of the configured ranker, as documented.
-        baseline: Metrics per task of a second ranker on the same batches, if one was asked for.
+        report: The report of the configured ranker.
+        baseline: Figures per task, under the report's keys, of a second ranker on the same batches, if one was named.
         memory_mib: (impressions trained on, resident MiB then) along the way.
-        duplicates_dropped: Rows of the log that the reader left out as exact duplicates.
-        rejected: Reason → rows that it could not use.
-        expert_load: How the load lies on the experts, for people.
+        duplicates_dropped: Rows of the log that the reader dropped as exact duplicates.
+        rejected: Reason → rows that the reader could not use.
+        expert_load: The load on the experts, in one line for people.
         routing: The routing over time; see :func:`trainer.routing_figures.routing_report`.
     """
 
-    report: dict[str, Any]
+    report: TrainingReport
     baseline: dict[str, dict[str, Any]] | None
     memory_mib: list[tuple[int, float]]
     duplicates_dropped: int
@@ -49,21 +53,55 @@ class BacktestResult:
     routing: dict[str, Any]
 
 
-class _Baseline:
-    """A second ranker that sees the same batches."""
+class _Baseline(Observer):
+    """A second ranker that is evaluated and trained on the same batches."""
 
     def __init__(self, config: Config, schema: Schema, ranker: str) -> None:
-        self._learner: Learner = build_learner(config, schema, replace(config.model, ranker=ranker))
-        self._evaluation: ProgressiveEvaluation = build_evaluation(config, self._learner)
+        model = replace(config.model, ranker=ranker)  # type: ignore[arg-type]  # ModelConfig checks the name
+        self._learner = build_learner(config, schema, model)
+        self._evaluation = build_evaluation(config, self._learner)
 
-    def step(self, trainer: Trainer) -> None:
-        examples = trainer.stream.assembler.ready[0]
+    def before_step(self, examples: ExampleBlock) -> None:
+        """Score the batch, then train on it."""
         self._evaluation.before_step(examples)
         result = self._learner.step(self._learner.prepare(examples))
-        self._evaluation.after_step(examples, result.scores.cpu().numpy())
+        self._evaluation.after_step(examples, fetch(result))
 
     def tasks(self) -> dict[str, dict[str, Any]]:
-        return {name: {"auc": m.auc, "gauc_windowed": m.gauc_windowed} for name, m in self._evaluation.report().items()}
+        """Task name → figures, under the report's keys."""
+        return {name: asdict(figures) for name, figures in task_figures(self._evaluation.report()).items()}
+
+
+class _MemorySamples(Observer):
+    """Samples the resident memory along the way."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[int, float]] = []
+        self._trained = 0
+
+    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
+        """Take a sample every so many impressions."""
+        self._trained += len(examples)
+        if self._trained >= _MEMORY_EVERY * (len(self.samples) + 1):
+            self.take()
+
+    def take(self) -> None:
+        """Take a sample now."""
+        self.samples.append((self._trained, resident_mib()))
+
+
+class _Progress(Observer):
+    """Moves a progress bar on."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self._trained, self._started_s = 0, time.monotonic()
+
+    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
+        """Show impressions trained on, and how many a second."""
+        self._trained += len(examples)
+        rate = self._trained / (time.monotonic() - self._started_s)
+        self._advance(self._trained, f"{rate:,.0f} impressions/s")
 
 
 def run_backtest(
@@ -75,17 +113,19 @@ def run_backtest(
     baseline: str | None,
     should_stop: Callable[[], bool],
     evaluate: Callable[[Config, Learner], ProgressiveEvaluation] = build_evaluation,
+    routing: RoutingHistoryConfig | None = None,
 ) -> BacktestResult:
-    """Replay a log through join, evaluation and training.
+    """Replay a log through join, evaluation and training: the loop of ``smes train``, without servers.
 
     Args:
         config: Schema, stream, model, optimiser and evaluation are used.
         log: A folder or file; see :func:`simulators.logs.reader.open_log`.
         limit: Only the first so many impressions.
-        seed: Of the feedback delays.
+        seed: Seed of the feedback delays.
         baseline: Name of a second ranker that trains on the same batches, for comparison.
         should_stop: Asked between two steps; a stopped backtest reports what it has done.
-        evaluate: Builds the evaluation of the configured ranker; a benchmark gives one that keeps what it scored.
+        evaluate: Builds the evaluation of the configured ranker; a benchmark gives one that keeps the scores.
+        routing: How finely the routing's history is kept; None for the default.
 
     Raises:
         LogError: The log cannot be read as its schema file says.
@@ -98,32 +138,24 @@ def run_backtest(
     with ExitStack() as stack:
         reader = stack.enter_context(open_log(log, schema_file, limit=limit))
         stream = BlockStream(schema, config.stream.join, config.stream.batch, replay_blocks(reader, seed))
-        trainer = Trainer(learner, stream, evaluate(config, learner), Flags())
+        evaluation = evaluate(config, learner)
         other = _Baseline(config, schema, baseline) if baseline else None
-        advance = stack.enter_context(progress("backtest", reader.total))
-        memory: list[tuple[int, float]] = []
+        memory, bar = _MemorySamples(), _Progress(stack.enter_context(progress("backtest", reader.total)))
+        observers = [memory, bar] if other is None else [other, memory, bar]
+        trainer = Trainer(learner, stream, evaluation, Flags(), routing=routing, observers=observers)
         started_s = time.monotonic()
-        while not stream.exhausted and not should_stop():
-            stream.poll(0)
-            while stream.assembler.ready and not should_stop():
-                if other is not None:
-                    other.step(trainer)
-                trainer.step()
-            advance(trainer.trained, f"{trainer.trained / (time.monotonic() - started_s):,.0f} impressions/s")
-            if trainer.trained >= _MEMORY_EVERY * (len(memory) + 1):
-                memory.append((trainer.trained, resident_mib()))
+        trainer.run(lambda: (stream.ended and stream.upcoming() is None) or should_stop())
         trainer.settle()
         seconds = time.monotonic() - started_s
-        memory.append((trainer.trained, resident_mib()))
-        tasks = [task.name for task in schema.tasks]
+        memory.take()
         return BacktestResult(
             training_report(trainer, seconds=seconds, trained=trainer.trained),
             other.tasks() if other is not None else None,
-            memory,
+            memory.samples,
             reader.duplicates,
             reader.rejected,
             load_line(trainer.experts.load_share, trainer.experts.load_skew),
-            routing_report(trainer.experts.history, learner.expert_limits, tasks),
+            routing_report(trainer.experts.history, learner.expert_limits, [task.name for task in schema.tasks]),
         )
 
 

@@ -1,4 +1,4 @@
-"""From the configuration to a learner and its evaluation: what several commands build the same way."""
+"""From the configuration to a learner and its evaluation, as several commands build them."""
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.model.config import ModelConfig
@@ -7,7 +7,7 @@ from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.schema import Schema
 from smes_cli.config import Config
-from stream.mini_batches import Assembler
+from stream.block_stream import BlockStream
 from trainer.evaluation import ProgressiveEvaluation
 
 
@@ -29,27 +29,25 @@ def build_evaluation(config: Config, learner: Learner) -> ProgressiveEvaluation:
 
 
 def warm_up(config: Config, schema: Schema) -> None:
-    """Take one step on a throwaway row, so that the first event waits neither for a compiler nor for lazy imports."""
+    """Take one step on a throwaway row, so that the first event does not wait for a compiler or for lazy imports."""
     examples = compile_loops(config, schema)
     learner = build_learner(config, schema)
     learner.step(learner.prepare(examples))
     ServingModel(schema, config.model, learner.serving_state()).score(examples.ids, examples.numerics)
 
 
-# TODO(merge) was cli.compile_loops: Runs the loops that Numba compiles, so that nothing waits fo
-
-
 def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
-    """Run every compiled loop of the join and of the id table once on a throwaway row, which is returned joined.
+    """Run every compiled loop of the join and of the id table once, on a throwaway row; returns the joined example.
 
-    Numba keeps what it compiles on disk: only the first process after an installation takes seconds here.
+    Numba caches what it compiles on disk, so only the first process after an installation takes seconds here.
     """
     impressions, feedback = ImpressionBlock.empty(schema, 1), FeedbackBlock.empty(1)
     impressions.ids[:] = 1
-    assembler = Assembler(schema, config.stream.join, config.stream.batch, partitions=1)
-    assembler.push(impressions, feedback)
-    assembler.flush()
-    examples = assembler.ready[0]
+    stream = BlockStream(schema, config.stream.join, config.stream.batch, iter([(impressions, feedback)]))
+    while not stream.ended:
+        stream.poll(0)
+    examples = stream.next_batch()
+    assert examples is not None, "the stream has ended, so its one impression is complete"
     table = IdRows(schema)
     rows_BW = table.insert(examples.ids)
     table.find(examples.ids)

@@ -74,17 +74,28 @@ def number(value: float | int | None, digits: int = 4) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
+_FOR_ALL_TASKS = {"positives": "positives"}
+_FOR_BINARY_TASKS = {"auc": "AUC", "gauc_windowed": "GAUC (windowed)", "ne": "NE", "ece": "ECE"}
+_FOR_REGRESSION_TASKS = {"xauc": "XAUC", "mae": "MAE", "mean_bias": "mean bias"}
+
+
 def task_table(tasks: dict[str, dict[str, Any]], baseline: dict[str, dict[str, Any]] | None = None) -> Table:
-    """Metrics per task; beside them those of a baseline trained on the same batches."""
+    """Metrics per task; beside them those of a baseline trained on the same batches.
+
+    The figures of regression tasks are shown only if there is such a task.
+    """
+    columns = {**_FOR_ALL_TASKS, **_FOR_BINARY_TASKS}
+    if any(m[key] is not None for m in tasks.values() for key in _FOR_REGRESSION_TASKS):
+        columns |= _FOR_REGRESSION_TASKS
     table = Table(title="Progressive evaluation: every example scored before it is trained on", title_justify="left")
     table.add_column("task")
-    for name in ("positives", "AUC", "GAUC (windowed)", "NE", "ECE"):
-        table.add_column(name, justify="right")
+    for title in columns.values():
+        table.add_column(title, justify="right")
     if baseline is not None:
         table.add_column("linear AUC", justify="right")
         table.add_column("linear GAUC", justify="right")
     for name, m in tasks.items():
-        cells = [number(m[key]) for key in ("positives", "auc", "gauc_windowed", "ne", "ece")]
+        cells = [number(m[key]) for key in columns]
         if baseline is not None:
             cells += [number(baseline[name][key]) for key in ("auc", "gauc_windowed")]
         table.add_row(name, *cells)
@@ -113,13 +124,13 @@ def load_line(load_share: list[float], load_skew: float | None) -> str:
 
 
 def routing_line(summary: dict[str, Any]) -> str:
-    """How the routing is in its newest stretch, in one line; see :func:`trainer.routing_figures.routing_summary`."""
+    """The routing in its newest segment, in one line; see :class:`trainer.report.RoutingSummary`."""
     parts = [f"{number(summary['dead'])} dead experts", f"load skew {number(summary['load_skew'], 2)}"]
     if summary["overlap"] is not None:
         parts.append(f"overlap of two tasks {number(summary['overlap'], 2)}")
     if summary["drift"] is not None:
-        parts.append(f"drift {number(summary['drift'], 2)} since the stretch before")
-    return f"routing in the last {number(summary['stretch_steps'])} steps: {', '.join(parts)}"
+        parts.append(f"drift {number(summary['drift'], 2)} since the segment before")
+    return f"routing in the last {number(summary['segment_steps'])} steps: {', '.join(parts)}"
 
 
 # TODO(merge) was cli.report_file: Reports as files: one process writes, another reads.

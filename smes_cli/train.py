@@ -4,13 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.live import Live
 
 from feature_store.snapshots import SnapshotStore
-from smes.model.devices import keep_freed_memory
+from smes.events import ExampleBlock
+from smes.model.memory import keep_freed_memory
 from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_learner, warm_up
 from smes_cli.config import Config
@@ -22,9 +23,11 @@ from stream.example_stream import ExampleStream
 from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.checkpoints import CheckpointDirectory
-from trainer.loop import Trainer
+from trainer.loop import CHECKPOINT, SNAPSHOT, Trainer
+from trainer.observers import Observer, StepFigures
 from trainer.publisher import Publisher
-from trainer.report import ledger_line, training_report
+from trainer.report import TrainingReport, ledger_line
+from trainer.run_report import task_figures, training_report
 from trainer.schedule import Flags, Schedule
 
 _logger = logging.getLogger(__name__)
@@ -34,14 +37,14 @@ _LINE_EVERY_S = 5.0
 
 def run_train(
     config: Config, *, report: Path | None, drain: bool, skip_lost: bool, should_stop: Callable[[], bool]
-) -> dict[str, Any]:
-    """Train until told to stop; the report, also written to ``report``.
+) -> TrainingReport:
+    """Train until told to stop; returns the report, which is also written to ``report``.
 
     Args:
         config: What to train, from where, to where.
         report: Where to write the report, if anywhere.
         drain: When told to stop, first train on everything that is in the log by then.
-        skip_lost: Go on at the oldest record kept where the log no longer holds the checkpoint's position.
+        skip_lost: If the log no longer holds the checkpoint's position, go on at the oldest record it has.
         should_stop: Asked between two steps.
 
     Raises:
@@ -71,22 +74,22 @@ def run_train(
         trainer.publish_to(publisher, store.current)
         started_s, trained_before = time.monotonic(), trainer.trained
         intervals_s = {
-            "snapshot": config.trainer.snapshot_interval_s,
-            "checkpoint": config.trainer.checkpoint.interval_s,
+            SNAPSHOT: config.trainer.snapshot_interval_s,
+            CHECKPOINT: config.trainer.checkpoint.interval_s,
         }
-        with Schedule(flags, intervals_s), _live(started_s, trained_before) as on_progress:
+        with Schedule(flags, intervals_s), _progress(trainer) as progress:
+            trainer.observe(progress)
             console.print("training: waiting for events", highlight=False)
-            trainer.run(should_stop, drain=drain, on_progress=on_progress)
+            trainer.run(should_stop, drain=drain)
         result = training_report(
             trainer, seconds=time.monotonic() - started_s, trained=trainer.trained - trained_before
         )
-        result["snapshots"].update(trainer.published())
-    write_report(result, report)
+    write_report(result.to_dict(), report)
     return result
 
 
 def _restored_trainer(config: Config, schema: Schema, stream: ExampleStream, flags: Flags) -> Trainer:
-    """A trainer that goes on from the newest checkpoint, if there is one."""
+    """A trainer, restored from the newest checkpoint if there is one."""
     learner = build_learner(config, schema)
     directory = config.trainer.checkpoint.directory
     checkpoints = CheckpointDirectory(directory, config.trainer.checkpoint.keep) if directory else None
@@ -100,40 +103,48 @@ def _restored_trainer(config: Config, schema: Schema, stream: ExampleStream, fla
 
 
 @contextmanager
-def _live(started_s: float, trained_before: int) -> Iterator[Callable[[Trainer], None]]:
-    """A table that follows the training on a terminal, a line every few seconds otherwise."""
-    live = Live(console=console, auto_refresh=False, transient=True) if _is_live() else None
-    every_s = _TABLE_EVERY_S if live else _LINE_EVERY_S
-    last_s = time.monotonic()
-
-    def show(trainer: Trainer) -> None:
-        nonlocal last_s
-        now_s = time.monotonic()
-        if now_s - last_s < every_s:
-            return
-        last_s = now_s
-        rate = (trainer.trained - trained_before) / (now_s - started_s)
-        head = f"step {trainer.learner.step_number:,} · {trainer.trained:,} trained ({rate:,.0f}/s) · " + ledger_line(
-            trainer.stream.assembler.ledger()
-        )
-        tasks = trainer.evaluation.report()
-        if live:
-            table = task_table({name: {k: getattr(m, k) for k in _COLUMNS} for name, m in tasks.items()})
-            table.caption = head
-            live.update(table, refresh=True)
-        else:
-            aucs = " ".join(f"{name} {number(m.auc, 3)}" for name, m in tasks.items() if m.auc is not None)
-            console.print(f"{head} · AUC {aucs}", highlight=False, soft_wrap=True)
-
-    if live is None:
-        yield show
+def _progress(trainer: Trainer) -> Iterator["_Progress"]:
+    """An observer that shows how the training goes: a table on a terminal, a line every few seconds otherwise."""
+    if not console.is_terminal or console.quiet:
+        yield _Progress(trainer, None)
         return
-    with live:
-        yield show
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        yield _Progress(trainer, live)
 
 
-_COLUMNS = ("positives", "auc", "gauc_windowed", "ne", "ece")
+class _Progress(Observer):
+    """Shows the counts and metrics so far, at most once in a while."""
 
+    def __init__(self, trainer: Trainer, live: Live | None) -> None:
+        self._trainer, self._live = trainer, live
+        self._every_s = _TABLE_EVERY_S if live else _LINE_EVERY_S
+        self._started_s = self._last_s = time.monotonic()
+        self._trained_before = trainer.trained
 
-def _is_live() -> bool:
-    return console.is_terminal and not console.quiet
+    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
+        """Show if it is time to."""
+        self._show_if_due()
+
+    def after_read(self) -> None:
+        """Show if it is time to: reads change the counts, too."""
+        self._show_if_due()
+
+    def _show_if_due(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._last_s < self._every_s:
+            return
+        self._last_s = now_s
+        trainer = self._trainer
+        rate = (trainer.trained - self._trained_before) / (now_s - self._started_s)
+        head = (
+            f"step {trainer.learner.step_number:,} · {trainer.trained:,} trained ({rate:,.0f}/s) · "
+            f"{ledger_line(trainer.stream.ledger())}"
+        )
+        metrics = trainer.evaluation.report()
+        if self._live:
+            table = task_table({name: asdict(task) for name, task in task_figures(metrics).items()})
+            table.caption = head
+            self._live.update(table, refresh=True)
+            return
+        aucs = " ".join(f"{name} {number(task.auc, 3)}" for name, task in metrics.items() if task.auc is not None)
+        console.print(f"{head} · AUC {aucs}", highlight=False, soft_wrap=True)

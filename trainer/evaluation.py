@@ -1,15 +1,15 @@
 """Progressive evaluation: every example is scored before it is trained on.
 
-AUC, NE and calibration come from the scores of the weights as they are just before each step. GAUC is windowed: a
-window is a stretch of the stream scored by one frozen copy of the weights, taken at its start, because within a user
-weights that adapt to that user's own labels bias a pooled GAUC downwards. The group is the request where the log has
-one, else (user, window). The first window, whose weights have seen nothing, does not count. Where an impression carries
-the score that it was served with, that score is the one that counts.
+AUC, NE and calibration come from the scores of the weights just before each step. GAUC is windowed: a window is a part
+of the stream that one frozen copy of the weights scores, taken at the window's start. Weights that adapt to a user's
+own labels would bias a pooled GAUC within that user downwards. The group is the request where the log has one, else
+(user, window). The first window does not count, because its weights have seen nothing. Where an impression carries the
+score that it was served with, that score counts instead of ours.
 
-Nothing that a group's own labels can move may differ within it, and that goes for the user's history as for the
-weights. So windows are stretches of event time from fixed moments on, as those of the schema's history are
-(:attr:`smes.schema.History.window_s`), by default the same ones; a length that would let a window reach over the end of
-one of the history's is refused.
+Within a group, nothing may change that the group's own labels can influence: neither the weights nor the user's
+history. So windows lie within fixed periods of event time, as those of the schema's history do
+(:attr:`smes.schema.History.window_s`); by default they are the same. A length that would let a window reach over the
+end of one of the history's windows is refused.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from smes.arrays import F32, I64, Bool
+from smes.arrays import F32, I64, Arrays, Bool, prefixed, under
 from smes.events import ExampleBlock
 from smes.metrics import BinaryTally, RegressionTally, group_auc
 from smes.schema import MISSING, Schema
 from trainer.config import EvaluationConfig
+from trainer.observers import Observer, StepFigures
 
 _FIRST_WINDOW_EXAMPLES = 1024
 _DAY_S = 86_400.0
@@ -33,14 +34,15 @@ _PLAIN_WINDOW, _LARGEST_WINDOW = 16_384, 262_144
 
 @dataclass(frozen=True, slots=True)
 class TaskMetrics:
-    """Metrics of one task; None where undefined or not of its kind.
+    """Metrics of one task; None where undefined or not defined for its kind of task.
 
     Attributes:
         examples: Labelled examples scored.
-        positives: Of these, with a positive label (regression: above 0).
+        positives: How many of them have a positive label (regression: above 0).
         auc, ne, ece, calibration: See :class:`smes.metrics.BinaryReport`; binary tasks only.
         gauc_windowed: AUC within (request or user, window), averaged with impressions as weights; binary tasks only.
-        xauc: Share of pairs ordered as their labels; regression tasks only.
+        xauc, mae, mean_bias: See :class:`smes.metrics.RegressionTally`: share of pairs ordered as their labels, mean
+            absolute error, mean prediction minus mean label, both in the label's unit; regression tasks only.
     """
 
     examples: int
@@ -51,10 +53,12 @@ class TaskMetrics:
     ece: float | None = None
     calibration: float | None = None
     xauc: float | None = None
+    mae: float | None = None
+    mean_bias: float | None = None
 
 
 class FrozenModel(Protocol):
-    """Weights that stay as they are."""
+    """Scores with weights that never change."""
 
     def score(self, ids: I64, numerics: F32) -> F32:
         """int64 [N, W], float32 [N, F] → float32 [N, T]."""
@@ -63,14 +67,17 @@ class FrozenModel(Protocol):
 Tensors = Mapping[str, torch.Tensor]
 
 
-class ProgressiveEvaluation:
+class ProgressiveEvaluation(Observer):
     """Running metrics of every task, in bounded memory.
 
     Args:
         schema: Features and tasks.
         config: Window bounds.
-        freeze: Gives a copy of the weights as they are now.
-        build: Builds a frozen model of such a copy.
+        freeze: Returns a copy of the present weights.
+        build: Builds a frozen model from such a copy.
+
+    Raises:
+        ValueError: ``window_s`` is not a whole part of the schema's history window.
     """
 
     def __init__(
@@ -86,8 +93,8 @@ class ProgressiveEvaluation:
         self._window_ms = round((config.window_s or (history.window_s if history else _DAY_S)) * 1000)
         if history and history.window_ms % self._window_ms:
             raise ValueError(
-                f"evaluation.window_s {config.window_s}: expected a whole part of the schema's history.window_s "
-                f"{history.window_s:g}, so that no group sees a user's history change"
+                f"EvaluationConfig.window_s: {config.window_s}, expected a whole part of the schema's "
+                f"history.window_s {history.window_s:g}, so that no user's history changes within a group"
             )
         self._window_examples = config.window_examples or (_LARGEST_WINDOW if history else _PLAIN_WINDOW)
         self._tallies: list[BinaryTally | RegressionTally] = [
@@ -95,39 +102,40 @@ class ProgressiveEvaluation:
         ]
         self._frozen_tensors: Tensors = {}
         self._frozen: FrozenModel | None = None
-        self._stretch = 0  # number of the stretch of event time that the window is of
+        self._period = 0  # number of the period of event time that the open window lies in
         self._before_window = 0  # examples in closed windows
         self._window = _Window(schema.num_tasks)
         self._group_auc = np.zeros((schema.num_tasks, 2), np.float64)  # Σ weight · AUC, Σ weight of closed windows
 
     def before_step(self, examples: ExampleBlock) -> None:
-        """Score a batch with the window's frozen weights, opening a new window first where one is due.
+        """Score a batch with the window's frozen weights; open a new window first where one is due.
 
-        Where one window ends within the batch, the rest is scored by a copy of the weights from before the whole batch,
-        which is as of the next window's start or earlier.
+        Where a period ends within the batch, a copy of the weights from before the whole batch scores the rest. That
+        copy is as old as the start of the next window, or older.
         """
-        stretch_B = examples.event_time_ms // self._window_ms
-        for rows in np.split(np.arange(len(examples)), np.flatnonzero(np.diff(stretch_B)) + 1):
+        period_B = examples.event_time_ms // self._window_ms
+        for rows in np.split(np.arange(len(examples)), np.flatnonzero(np.diff(period_B)) + 1):
             part = examples.take(rows) if len(rows) < len(examples) else examples
-            self._open_if_due(int(stretch_B[rows[0]]))
-            assert self._frozen is not None, "a window is open"
-            scores = self._frozen.score(part.ids, part.numerics)
+            frozen = self._open_window(int(period_B[rows[0]]))
+            scores = frozen.score(part.ids, part.numerics)
             self._window.add(part, _as_served(part, scores))
 
-    def _open_if_due(self, stretch: int) -> None:
+    def _open_window(self, period: int) -> FrozenModel:
+        """The frozen model of the open window, or of a new one if the period is over or the window is full."""
         most = min(self._window_examples, max(_FIRST_WINDOW_EXAMPLES, self._before_window))
-        if self._frozen is not None and stretch == self._stretch and len(self._window) < most:
-            return
+        if self._frozen is not None and period == self._period and len(self._window) < most:
+            return self._frozen
         self._group_auc += self._counted()
         self._before_window += len(self._window)
         self._window = _Window(self._schema.num_tasks)
-        self._stretch = stretch
+        self._period = period
         self._frozen_tensors = dict(self._freeze())
         self._frozen = self._build(self._frozen_tensors)
+        return self._frozen
 
-    def after_step(self, examples: ExampleBlock, scores: F32) -> None:
-        """Take the scores [B, T] that the weights gave the batch just before they were trained on it."""
-        scores = _as_served(examples, scores)
+    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
+        """Take the scores that the weights gave the batch just before they were trained on it."""
+        scores = _as_served(examples, figures.scores)
         for t, tally in enumerate(self._tallies):
             rows = examples.label_mask[:, t]
             tally.add(scores[rows, t], examples.labels[rows, t])
@@ -138,11 +146,17 @@ class ProgressiveEvaluation:
         return group_auc_T2 if self._before_window else np.zeros_like(group_auc_T2)
 
     def progressive(self) -> dict[str, TaskMetrics]:
-        """Metrics so far by task name, but for the GAUC: cheap enough for every cut."""
+        """Metrics so far by task name, without the GAUC: cheap enough for every cut."""
         metrics = {}
         for task, tally in zip(self._schema.tasks, self._tallies, strict=True):
             if isinstance(tally, RegressionTally):
-                metrics[task.name] = TaskMetrics(tally.examples, tally.positives, xauc=_defined(tally.xauc))
+                metrics[task.name] = TaskMetrics(
+                    tally.examples,
+                    tally.positives,
+                    xauc=_defined(tally.xauc),
+                    mae=_defined(tally.mean_absolute_error),
+                    mean_bias=_defined(tally.mean_bias),
+                )
                 continue
             report = tally.report()
             metrics[task.name] = TaskMetrics(
@@ -164,32 +178,29 @@ class ProgressiveEvaluation:
                 metrics[task.name] = replace(metrics[task.name], gauc_windowed=float(weighted / weight))
         return metrics
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`load_state` goes on, the open window and its frozen weights included."""
-        state = {f"{t}.{k}": v for t, tally in enumerate(self._tallies) for k, v in tally.state().items()}
-        state |= {f"window.{name}": array for name, array in self._window.arrays().items()}
-        state |= {f"frozen.{name}": tensor.numpy() for name, tensor in self._frozen_tensors.items()}
-        state["group_auc"] = self._group_auc
-        state["window"] = np.array([self._stretch, self._before_window])
+    def state(self) -> Arrays:
+        """Arrays from which :meth:`load_state` goes on, with the open window and its frozen weights."""
+        state: Arrays = {"group_auc": self._group_auc, "window": np.array([self._period, self._before_window])}
+        for t, tally in enumerate(self._tallies):
+            state |= prefixed(f"{t}.", tally.state())
+        state |= prefixed("window.", self._window.arrays())
+        state |= prefixed("frozen.", {name: tensor.numpy() for name, tensor in self._frozen_tensors.items()})
         return state
 
-    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
+    def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`."""
-
-        def part(prefix: str) -> dict[str, NDArray[Any]]:
-            return {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
-
         for t, tally in enumerate(self._tallies):
-            tally.load_state(part(f"{t}."))
-        self._window = _Window(self._schema.num_tasks, part("window."))
+            tally.load_state(under(f"{t}.", state))
+        self._window = _Window(self._schema.num_tasks, under("window.", state))
         self._group_auc = state["group_auc"].copy()
-        self._stretch, self._before_window = (int(n) for n in state["window"])
-        self._frozen_tensors = {name: torch.from_numpy(array) for name, array in part("frozen.").items()}
+        self._period, self._before_window = (int(n) for n in state["window"])
+        frozen = under("frozen.", state)
+        self._frozen_tensors = {name: torch.from_numpy(array) for name, array in frozen.items()}
         self._frozen = self._build(self._frozen_tensors) if self._frozen_tensors else None
 
 
 class _Window:
-    """What one frozen copy scored."""
+    """The examples that one frozen copy scored."""
 
     def __init__(self, num_tasks: int, arrays: dict[str, NDArray[Any]] | None = None) -> None:
         shape = (0, num_tasks)
@@ -205,12 +216,14 @@ class _Window:
         return sum(len(part["group"]) for part in self._parts)
 
     def add(self, examples: ExampleBlock, scores: F32) -> None:
+        """Add scored examples."""
         has_request = examples.request_id != MISSING
         group = np.stack([has_request, np.where(has_request, examples.request_id, examples.user_id)], axis=1)
         mask: Bool = examples.label_mask
         self._parts.append({"group": group, "scores": scores, "labels": examples.labels, "mask": mask})
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
+    def arrays(self) -> Arrays:
+        """All columns."""
         merged = {name: np.concatenate([part[name] for part in self._parts]) for name in self._empty}
         self._parts = [merged]
         return merged

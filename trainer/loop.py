@@ -1,45 +1,54 @@
-"""The training loop: take a batch, score it, train on it, and honour the schedules between two steps.
+"""The training loop: score a batch, train on it, and between two steps do what the schedules requested.
 
-One thread owns the weights. Schedules only raise a flag; a cut is taken here, between two steps, so that weights,
-optimiser state, id table, join state, positions and metrics are all of one moment.
+One thread owns the weights. Schedules only raise flags. Cuts and checkpoints are taken here, between two steps, so that
+weights, optimiser state, id table, join state, positions and metrics are all of one moment.
 """
 
 import logging
-import uuid
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from feature_store.manifest import Manifest
+from smes.arrays import Arrays, prefixed, under
 from smes.errors import CheckpointError, SnapshotNotFound
 from smes.events import ExampleBlock
-from smes.model.devices import RankBatch
-from smes.model.learner import Learner, StepResult
-from smes.schema import MISSING
+from smes.model.learner import Learner
+from stream.join.ledgers import StreamLedger
 from stream.log.event_log import Positions
-from stream.mini_batches import Assembler
+from trainer.arrivals import FeedbackArrivals
 from trainer.checkpoints import Checkpoint, CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
-from trainer.publisher import Cut, Publisher, count_arrivals
-from trainer.routing_figures import ExpertTally
+from trainer.expert_tally import ExpertTally, RoutingObserver
+from trainer.observers import BatchSender, DelayedResults, Observer
+from trainer.publisher import Cut, Publisher, lineage_to_publish, new_lineage
+from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 
+SNAPSHOT, CHECKPOINT = "snapshot", "checkpoint"
+"""Names of the flags that the loop takes."""
+
 
 class Stream(Protocol):
-    """What brings batches: :class:`stream.example_stream.ExampleStream`, or blocks in memory for a backtest."""
-
-    assembler: Assembler
+    """Where batches come from: :class:`stream.example_stream.ExampleStream`, or blocks in memory for a backtest."""
 
     def poll(self, timeout_s: float) -> int:
         """Read once; the number of events read."""
+
+    def next_batch(self) -> ExampleBlock | None:
+        """Take the next complete mini-batch out of the queue; None when none is ready."""
+
+    def upcoming(self) -> ExampleBlock | None:
+        """Look at the next complete mini-batch without taking it: the object that ``next_batch`` will return."""
+
+    def ledger(self) -> StreamLedger:
+        """Where every event read so far is now."""
 
     def end(self) -> Positions:
         """Where the log ends now."""
@@ -50,24 +59,32 @@ class Stream(Protocol):
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition → next record to read."""
 
-    def state(self) -> dict[str, NDArray[Any]]:
+    def state(self) -> Arrays:
         """Arrays from which ``load_state`` goes on."""
 
-    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
+    def load_state(self, state: Arrays) -> None:
         """The inverse of ``state``."""
 
 
 class Trainer:
     """Learner, stream and evaluation, stepped together.
 
+    Attributes:
+        trained: Examples trained on, with those before a restart.
+        lineage: Name of this history of weights.
+        experts: What the routing executed.
+        publisher: Publishes cuts for serving; None until :meth:`publish_to`.
+
     Args:
-        learner: The weights; this object's thread owns them from now on.
+        learner: The weights; the thread that runs this object owns them from now on.
         stream: Where batches come from.
-        evaluation: Scores before each step.
-        flags: Raised by schedules, honoured between two steps.
+        evaluation: Scores each batch before its step.
+        flags: Raised by schedules, taken between two steps.
         checkpoints: Where checkpoints go; None keeps none.
-        lineage: Name of a new history of weights.
-        prefetch: Send the next batch to the device while a step runs there; None: where that overlaps (a GPU).
+        lineage: Name of a new history of weights; None for a random one.
+        prefetch: Whether to send the next batch to the device while a step runs there. None: on a GPU only.
+        routing: How finely the routing's history is kept; None for the default.
+        observers: Further observers.
     """
 
     def __init__(
@@ -80,22 +97,30 @@ class Trainer:
         checkpoints: CheckpointDirectory | None = None,
         lineage: str | None = None,
         prefetch: bool | None = None,
+        routing: RoutingHistoryConfig | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.learner, self.stream, self.evaluation = learner, stream, evaluation
         self.lineage = lineage or new_lineage()
         self.trained = 0
-        self.experts = ExpertTally(learner.expert_limits)
+        self.experts = ExpertTally(learner.expert_limits, routing)
         self._flags, self._checkpoints = flags, checkpoints
-        self._publisher: Publisher | None = None
-        self._arrivals: Counter[int] = Counter()
+        self._sender = BatchSender(learner, ahead=learner.overlaps_copies if prefetch is None else prefetch)
+        self._observers: list[Observer] = []
+        self._results = DelayedResults(self._observers)
+        self._routing = RoutingObserver(learner, self.experts, self._results.deliver)
+        self._observers += [self._routing, evaluation, *observers]
+        self.publisher: Publisher | None = None
+        self._arrivals = FeedbackArrivals()
         self._event_time_ms: int | None = None
         self._cut_step = -1
-        self._prefetch = learner.overlaps_copies if prefetch is None else prefetch
-        self._prepared: tuple[ExampleBlock, RankBatch] | None = None
-        self._unaccounted: tuple[ExampleBlock, StepResult] | None = None
+
+    def observe(self, observer: Observer) -> None:
+        """Add an observer of the steps from now on."""
+        self._observers.append(observer)
 
     def restore(self) -> int | None:
-        """Go on from the newest checkpoint, if there is one; its step.
+        """Go on from the newest checkpoint and return its step; None if there is no checkpoint.
 
         Raises:
             CheckpointError, SchemaMismatch: See :meth:`CheckpointDirectory.newest`.
@@ -106,147 +131,104 @@ class Trainer:
         checkpoint = self._checkpoints.newest(schema_hash=self.learner.schema.hash, model=model)
         if checkpoint is None:
             return None
-        names = ("learner", "stream", "evaluation", "experts", "trainer")
-        parts: dict[str, dict[str, NDArray[Any]]] = {name: {} for name in names}
-        for name, array in checkpoint.arrays.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = array
         try:
-            self.learner.load_state({name: torch.from_numpy(array) for name, array in parts["learner"].items()})
-            self.stream.load_state(parts["stream"])
-            self.evaluation.load_state(parts["evaluation"])
-            self.experts.load_state(parts["experts"])
+            learner = under("learner.", checkpoint.arrays)
+            self.learner.load_state({name: torch.from_numpy(array) for name, array in learner.items()})
+            self.stream.load_state(under("stream.", checkpoint.arrays))
+            self.evaluation.load_state(under("evaluation.", checkpoint.arrays))
+            self.experts.load_state(under("experts.", checkpoint.arrays))
+            self.trained = int(checkpoint.arrays["trainer.trained"][0])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint of step {checkpoint.step}: {error}") from error
-        self.trained = int(parts["trainer"]["trained"][0])
         self.lineage = checkpoint.lineage
         return checkpoint.step
 
     def publish_to(self, open_publisher: Callable[[str], Publisher], current: Callable[[], Manifest | None]) -> None:
         """Publish cuts from now on.
 
-        If serving already has a later version of this lineage, the trainer died after its last checkpoint and that
-        history was interrupted: what follows is a lineage of its own, so that no version names two sets of weights.
+        Args:
+            open_publisher: Opens a publisher for a lineage.
+            current: Returns the manifest of the snapshot that is served; see
+                :func:`trainer.publisher.lineage_to_publish`.
         """
         try:
             served = current()
         except SnapshotNotFound:
             served = None
-        if served is not None and served.lineage == self.lineage and served.version > self.learner.step_number:
-            forked = new_lineage(self.lineage)
-            _logger.warning(
-                "version %d of lineage %s is served but the checkpoint is of step %d: going on as lineage %s",
-                served.version,
-                self.lineage,
-                self.learner.step_number,
-                forked,
-            )
-            self.lineage = forked
-        elif served is not None and served.lineage != self.lineage:
-            _logger.warning(
-                "version %d of lineage %s is served; lineage %s takes its place with its first cut. If another trainer "
-                "publishes that one, stop one of the two: serving follows whichever published last",
-                served.version,
-                served.lineage,
-                self.lineage,
-            )
-        self._publisher = open_publisher(self.lineage)
+        self.lineage = lineage_to_publish(self.lineage, self.learner.step_number, served)
+        self.publisher = open_publisher(self.lineage)
+        self.observe(self._arrivals)
         if self.learner.step_number:
             self.cut()
 
-    def run(
-        self,
-        should_stop: Callable[[], bool],
-        *,
-        drain: bool = False,
-        on_progress: Callable[["Trainer"], None] = lambda trainer: None,
-    ) -> None:
-        """Poll and train until told to stop, then cut, publish and checkpoint.
+    def run(self, should_stop: Callable[[], bool], *, drain: bool = False) -> None:
+        """Read and train until told to stop, then cut, publish and checkpoint.
 
         Args:
             should_stop: Asked between two steps.
             drain: When told to stop, first read and train on everything that is in the log by then.
-            on_progress: Called after every step and every read.
 
         Raises:
-            EventLogError: The log could not be read within its bounded wait; the last checkpoint stands.
+            EventLogError: The log could not be read within its bounded wait; the last checkpoint stays valid.
             CheckpointError: The last checkpoint could not be written.
         """
         while not should_stop():
-            if not self.stream.assembler.ready:
-                self.stream.poll(_POLL_S)
-            while self.stream.assembler.ready and not should_stop():
-                self._step_and_honour(on_progress)
-            self.honour_flags()
-            on_progress(self)
+            self._advance()
         if drain:
             end = self.stream.end()
-            while self.stream.assembler.ready or not self.stream.has_reached(end):
-                if not self.stream.assembler.ready:
-                    self.stream.poll(_POLL_S)
-                while self.stream.assembler.ready:
-                    self._step_and_honour(on_progress)
+            while self.stream.upcoming() is not None or not self.stream.has_reached(end):
+                self._advance()
         self.finish()
 
-    def _step_and_honour(self, on_progress: Callable[["Trainer"], None]) -> None:
-        self.step()
-        self.honour_flags()
-        on_progress(self)
+    def _advance(self) -> None:
+        """Train on the next batch, or read once if none is ready; then do what the schedules requested."""
+        if not self.step():
+            self.stream.poll(_POLL_S)
+            for observer in self._observers:
+                observer.after_read()
+        self.run_requested()
 
-    def step(self) -> None:
-        """Score the first ready batch, then train on it."""
-        self._look_at_routing()
-        ready = self.stream.assembler.ready
-        examples = ready[0]
-        batch = self._take_prepared(examples)
-        self.evaluation.before_step(examples)
+    def step(self) -> bool:
+        """Score the next batch with the weights as they are, then take one step on it; False if none is ready."""
+        examples = self.stream.next_batch()
+        if examples is None:
+            return False
+        batch = self._sender.take(examples)
+        for observer in self._observers:
+            observer.before_step(examples)
         result = self.learner.step(batch)
-        if self._prefetch and len(ready) > 1:
-            # Its new ids get their rows before a cut that it is not part of: rows that nothing has trained yet, which
-            # a restart finds and gives to the same ids.
-            self._prepared = (ready[1], self.learner.prepare(ready[1]))
-        # What the step before found out is fetched only now: on a GPU this overlaps with the step just launched.
-        self._account()
-        self._unaccounted = (examples, result)
-        ready.popleft()
+        self._sender.send_ahead(self.stream.upcoming())
         self.trained += len(examples)
         self._event_time_ms = int(examples.event_time_ms[-1])
-        arrived = examples.feedback_arrival_ms[examples.feedback_arrival_ms != MISSING]
-        if self._publisher is not None:
-            self._arrivals.update(count_arrivals(arrived))
+        self._results.keep(examples, result)
+        return True
 
-    def _take_prepared(self, examples: ExampleBlock) -> RankBatch:
-        prepared, self._prepared = self._prepared, None
-        if prepared is not None and prepared[0] is examples:
-            return prepared[1]
-        return self.learner.prepare(examples)
-
-    def honour_flags(self) -> None:
-        """Do what the schedules asked for since the last step."""
-        if self._flags.take("snapshot"):
+    def run_requested(self) -> None:
+        """Do what the schedules requested since the last step."""
+        if self._flags.take(SNAPSHOT):
             self.cut()
-        if self._flags.take("checkpoint"):
+        if self._flags.take(CHECKPOINT):
             try:
                 self.checkpoint()
             except CheckpointError as error:
-                _logger.error("%s; the checkpoint before it stands", error)
+                _logger.error("%s; the checkpoint before it stays valid", error)
 
     def finish(self) -> None:
-        """The last cut: published and on disk when this returns."""
+        """Take the final cut and checkpoint; when this returns, both are published and on disk."""
         self.cut()
         try:
             self.checkpoint()
-        finally:  # a full disk is no reason for serving to miss what was learned
-            if self._publisher is not None and not self._publisher.close():
+        finally:  # a full disk must not keep serving from what was learned
+            if self.publisher is not None and not self.publisher.close():
                 _logger.error("the last snapshot, of step %d, was not published", self.learner.step_number)
 
     def cut(self) -> None:
-        """Offer the weights of this moment to serving, unless they are those of the last cut."""
-        if self._publisher is None or self.learner.step_number == self._cut_step:
+        """Offer the present weights to serving, unless the last cut has the same ones."""
+        if self.publisher is None or self.learner.step_number == self._cut_step:
             return
         self._cut_step = self.learner.step_number
-        self._account()
-        self._publisher.offer(
+        self._results.deliver()
+        self.publisher.offer(
             Cut(
                 tensors=self.learner.serving_state(),
                 step=self.learner.step_number,
@@ -256,60 +238,31 @@ class Trainer:
                     "tasks": {name: asdict(metrics) for name, metrics in self.evaluation.progressive().items()},
                     "experts": self.experts.summary(),
                 },
-                feedback_arrivals=self._arrivals,
+                feedback_arrivals=self._arrivals.take(),
             )
         )
-        self._arrivals = Counter()
 
     def checkpoint(self) -> None:
-        """Write everything of this moment to disk.
+        """Write the whole present state to disk.
 
         Raises:
             CheckpointError: The disk refused it.
         """
         if self._checkpoints is None:
             return
-        self._account()
-        arrays = {f"learner.{name}": tensor.numpy() for name, tensor in self.learner.state().items()}
-        arrays |= {f"stream.{name}": array for name, array in self.stream.state().items()}
-        arrays |= {f"evaluation.{name}": array for name, array in self.evaluation.state().items()}
-        arrays["trainer.trained"] = np.array([self.trained])
-        arrays |= {f"experts.{name}": array for name, array in self.experts.state().items()}
+        self._results.deliver()
+        learner = {name: tensor.numpy() for name, tensor in self.learner.state().items()}
+        arrays = {
+            **prefixed("learner.", learner),
+            **prefixed("stream.", self.stream.state()),
+            **prefixed("evaluation.", self.evaluation.state()),
+            **prefixed("experts.", self.experts.state()),
+            "trainer.trained": np.array([self.trained]),
+        }
         schema_hash, model = self.learner.schema.hash, self.learner.config.to_dict()
         self._checkpoints.save(Checkpoint(self.lineage, self.learner.step_number, schema_hash, model, arrays))
 
-    def published(self) -> dict[str, int | None]:
-        """How many snapshots this process has published, and the bytes of the last one."""
-        if self._publisher is None:
-            return {"published": None, "bytes_last": None}
-        return {"published": self._publisher.published, "bytes_last": self._publisher.bytes_last}
-
     def settle(self) -> None:
-        """Account for the last step, so that metrics cover every trained example."""
-        self._account()
-        self._look_at_routing()
-
-    def _look_at_routing(self) -> None:
-        """Where a stretch of the routing's history ends: what the weights of this moment choose for its probe."""
-        history = self.experts.history
-        if not history.ends_with(pending=self._unaccounted is not None):
-            return
-        self._account()
-        choices = self.learner.choices(*history.probe)
-        assert choices is not None, "only a ranker that routes has a history of it"
-        history.close(choices.cpu().numpy())
-
-    def _account(self) -> None:
-        if self._unaccounted is None:
-            return
-        examples, result = self._unaccounted
-        self._unaccounted = None
-        self.evaluation.after_step(examples, result.scores.cpu().numpy())
-        if result.active_experts is not None and result.expert_load is not None:
-            self.experts.add(examples, result.active_experts.cpu().numpy(), result.expert_load.cpu().numpy())
-
-
-def new_lineage(parent: str | None = None) -> str:
-    """A name for a new history of weights; a fork keeps the root of its parent's name."""
-    root = parent.partition(".")[0] if parent else uuid.uuid4().hex[:8]
-    return f"{root}.{uuid.uuid4().hex[:4]}" if parent else root
+        """Give the last step's result to the observers, so that metrics cover every trained example."""
+        self._results.deliver()
+        self._routing.close_full_segment()

@@ -1,43 +1,44 @@
-"""Publishing cuts without holding up the trainer: a mailbox of one, and a thread that encodes and uploads.
+"""Publishing cuts without holding up the trainer: a mailbox for one cut, and a thread that encodes and uploads it.
 
-The trainer's thread copies the weights (the cut); everything after works on that copy. A cut that finds the mailbox
-occupied takes its place: serving wants the newest, and the feedback that the older one stood for is carried over.
+The trainer's thread copies the weights (the cut); the publishing thread works on that copy. A new cut replaces one that
+still waits in the mailbox, because serving wants the newest. The feedback counted for the older cut is added to the new
+one.
 """
 
 import json
 import logging
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from feature_store.manifest import Manifest
 from feature_store.payload import encode
 from feature_store.snapshots import SnapshotStore
-from smes.arrays import I64
 from smes.errors import SmesError, SnapshotStale
 from smes.schema import Schema
+from trainer.arrivals import summarise_arrivals
 
 _logger = logging.getLogger(__name__)
-_MAX_ARRIVALS = 512
 _RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The weights of one moment and what the manifest says of it.
+    """The weights of one moment, and what their manifest says.
 
     Attributes:
-        tensors: Copies that nobody else writes to (:meth:`smes.model.learner.Learner.serving_state`).
-        step: Steps taken; the version.
+        tensors: Copies that nothing else writes to (:meth:`smes.model.learner.Learner.serving_state`).
+        step: Steps taken; becomes the version.
         positions: Topic → partition → next record to read.
-        event_time_ms: Event time reached, None before the first example.
+        event_time_ms: Event time of the last example trained on; None before the first one.
         metrics: Plain JSON values.
-        feedback_arrivals: Arrival (Unix milliseconds) → feedback events trained on since the cut before.
+        feedback_arrivals: Arrival (Unix milliseconds) → feedback events trained on since the last cut.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -49,13 +50,18 @@ class Cut:
 
 
 class Publisher:
-    """Publishes the newest cut, in a thread of its own.
+    """Publishes the newest cut, in its own thread.
+
+    Attributes:
+        published: Snapshots published.
+        failures: Publications that failed; each was tried again.
+        bytes_last: Bytes of the last snapshot published; None before the first.
 
     Args:
-        store: Where to.
+        store: Where snapshots go.
         schema: Goes into the snapshot.
         model: Model configuration as plain data; goes into the snapshot.
-        lineage: The history that the weights belong to.
+        lineage: The lineage that the weights belong to.
         now_ms: Wall clock, Unix milliseconds.
     """
 
@@ -74,12 +80,12 @@ class Publisher:
         self._thread.start()
 
     def offer(self, cut: Cut) -> None:
-        """Hand over a cut and return at once.
+        """Hand over a cut; returns at once.
 
         Raises:
-            SmesError: The publishing thread ended on an error that it did not expect.
+            SmesError: The publishing thread has ended, by :meth:`close` or on an unexpected error.
         """
-        if not self._thread.is_alive():
+        if not self.is_running:
             raise SmesError("the publishing thread has ended: its error is in the log above")
         with self._changed:
             if self._waiting is not None:
@@ -88,9 +94,9 @@ class Publisher:
             self._changed.notify_all()
 
     def close(self, timeout_s: float = 30.0) -> bool:
-        """Publish what waits, then stop; whether everything was published within ``timeout_s``.
+        """Publish the waiting cut, then stop; True if everything was published within ``timeout_s``.
 
-        A store that is away is asked again until then.
+        While the store does not answer, the publication is tried again until then.
         """
         with self._changed:
             self._closing = True
@@ -98,6 +104,17 @@ class Publisher:
             self._changed.notify_all()
         self._thread.join(timeout_s)
         return not self._thread.is_alive() and self._waiting is None
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a cut waits in the mailbox."""
+        with self._changed:
+            return self._waiting is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the publishing thread runs."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
@@ -110,7 +127,7 @@ class Publisher:
                 return
 
     def _put_back(self, cut: Cut) -> bool:
-        """After a failure: wait a moment, then try again with the newest; true if there is no time left for that."""
+        """After a failure: put the cut back and pause before the next try; True if no time is left for one."""
         with self._changed:
             if self._waiting is None:
                 self._waiting = cut
@@ -163,20 +180,43 @@ class Publisher:
         return True
 
 
-def count_arrivals(arrival_ms: I64) -> Counter[int]:
-    """How many feedback events arrived at each millisecond. int64, any shape, no ``MISSING``."""
-    values, counts = np.unique(arrival_ms, return_counts=True)
-    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+def lineage_to_publish(lineage: str, step: int, served: Manifest | None) -> str:
+    """The lineage under which a trainer publishes: its own, or a fork of it.
+
+    If serving already has a later version of the trainer's lineage, the trainer died after its last checkpoint. What it
+    trains now is another history from that checkpoint on. It gets a name of its own, so that no version names two sets
+    of weights.
+
+    Args:
+        lineage: The trainer's lineage.
+        step: Steps taken.
+        served: Manifest of the snapshot that is served, if any.
+    """
+    if served is None:
+        return lineage
+    if served.lineage != lineage:
+        _logger.warning(
+            "version %d of lineage %s is served; lineage %s takes its place with its first cut. If another trainer "
+            "publishes that one, stop one of the two: serving follows whichever published last",
+            served.version,
+            served.lineage,
+            lineage,
+        )
+        return lineage
+    if served.version <= step:
+        return lineage
+    forked = new_lineage(lineage)
+    _logger.warning(
+        "version %d of lineage %s is served but the checkpoint is of step %d: going on as lineage %s",
+        served.version,
+        lineage,
+        step,
+        forked,
+    )
+    return forked
 
 
-def summarise_arrivals(arrivals: Counter[int]) -> tuple[tuple[int, int], ...]:
-    """(arrival in Unix milliseconds, count) pairs, at most 512: of more, neighbours are merged into their mean."""
-    pairs = sorted(arrivals.items())
-    if len(pairs) <= _MAX_ARRIVALS:
-        return tuple(pairs)
-    summary = []
-    for part in np.array_split(np.array(pairs, np.int64), _MAX_ARRIVALS):
-        count = int(part[:, 1].sum())
-        offset = (part[:, 0] - part[0, 0]) * part[:, 1]
-        summary.append((int(part[0, 0]) + round(int(offset.sum()) / count), count))
-    return tuple(summary)
+def new_lineage(parent: str | None = None) -> str:
+    """A name for a new history of weights; the name of a fork begins with the root of its parent's name."""
+    root = parent.partition(".")[0] if parent else uuid.uuid4().hex[:8]
+    return f"{root}.{uuid.uuid4().hex[:4]}" if parent else root

@@ -1,71 +1,157 @@
-"""The report: one shape for the demo and the backtest; what does not apply is None."""
+"""The report of a run: one shape for demo, training and backtest. What does not apply is None.
 
-from typing import TYPE_CHECKING, Any
+Imports no torch: the demo's own process reads reports without it.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from stream.join.ledgers import StreamLedger
 
-if TYPE_CHECKING:
-    from trainer.loop import Trainer
+
+@dataclass(frozen=True, slots=True)
+class EventCounts:
+    """Impressions read, and where each of them is: ``impressions`` is the sum of the others."""
+
+    impressions: int
+    trained: int
+    waiting: int
+    late: int
+    duplicate: int
+    dead_lettered: int
 
 
-def training_report(trainer: "Trainer", *, seconds: float, trained: int) -> dict[str, Any]:
-    """Everything that the trainer knows; the scorer's parts are None.
+@dataclass(frozen=True, slots=True)
+class FeedbackCounts:
+    """Feedback events read, and where each of them is: ``received`` is the sum of the others."""
 
-    Args:
-        trainer: After its last step.
-        seconds: How long this process has been training.
-        trained: Examples that this process has trained on (not counting those before a restart).
+    received: int
+    attached: int
+    waiting: int
+    late: int
+    orphaned: int
+    duplicate: int
+    dead_lettered: int
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """Examples trained on per second of wall clock, by this process."""
+
+    trained_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Freshness in milliseconds: from a feedback event's arrival to the first answer that knows it."""
+
+    p50: float | None = None
+    p99: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshots:
+    """Snapshots published, bytes of the last one, and how many versions the scorer answered with."""
+
+    published: int | None = None
+    bytes_last: int | None = None
+    served: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerFigures:
+    """Requests to the scorer, failed ones, answers that mixed versions, and latency in milliseconds."""
+
+    requests: int | None = None
+    errors: int | None = None
+    mixed_versions: int | None = None
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveExperts:
+    """Experts executed per instance: mean, most, the bound that the routing guarantees, and all there are."""
+
+    mean: float | None
+    max: int | None
+    bound: int | None
+    num_experts: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSummary:
+    """The routing in one segment. Every value is None where there is no such figure.
+
+    Attributes:
+        segment_steps: Steps of the segment.
+        dead: How many experts no task used in it.
+        load_skew: Largest load over mean load of the experts that can be chosen; 1 is even.
+        drift: 1 − Jaccard of a task's experts for the probe since the segment before, mean over the tasks.
+        overlap: Jaccard of two tasks' experts for the probe, mean over the pairs of tasks.
     """
-    trainer.settle()
-    ledger = trainer.stream.assembler.ledger()
-    tally, limits = trainer.experts, trainer.learner.expert_limits
-    return {
-        "schema": trainer.learner.schema.hash,
-        "lineage": trainer.lineage,
-        "version": trainer.learner.step_number,
-        "events": {
-            "impressions": ledger.impressions,
-            "trained": trainer.trained,
-            "waiting": ledger.waiting,
-            "late": ledger.late,
-            "duplicate": ledger.duplicate,
-            "dead_lettered": ledger.dead_lettered,
-        },
-        "feedback": {
-            "received": ledger.feedback,
-            "attached": ledger.attached,
-            "waiting": ledger.feedback_waiting,
-            "late": ledger.feedback_late,
-            "orphaned": ledger.orphaned,
-            "duplicate": ledger.feedback_duplicate,
-            "dead_lettered": ledger.feedback_dead_lettered,
-        },
-        "throughput": {"trained_per_s": trained / seconds if seconds > 0 else None},
-        "freshness_ms": {"p50": None, "p99": None},
-        "snapshots": {"published": None, "bytes_last": None, "served": None},
-        "scorer": {"requests": None, "errors": None, "mixed_versions": None, "p50_ms": None, "p99_ms": None},
-        "active_experts": {
-            "mean": tally.mean,
-            "max": tally.max,
-            "bound": limits.bound if limits else None,
-            "num_experts": limits.num_experts if limits else None,
-        },
-        "routing": tally.routing(),
-        "tasks": {
-            name: {
-                "positives": metrics.positives,
-                "auc": metrics.auc,
-                "gauc_windowed": metrics.gauc_windowed,
-                "ne": metrics.ne,
-                "ece": metrics.ece,
-            }
-            for name, metrics in trainer.evaluation.report().items()
-        },
-    }
+
+    segment_steps: int | None = None
+    dead: int | None = None
+    load_skew: float | None = None
+    drift: float | None = None
+    overlap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFigures:
+    """Progressive metrics of one task; see :class:`trainer.evaluation.TaskMetrics`.
+
+    ``auc``, ``gauc_windowed``, ``ne`` and ``ece`` are for binary tasks; ``xauc``, ``mae`` and ``mean_bias`` for
+    regression tasks.
+    """
+
+    positives: int
+    auc: float | None
+    gauc_windowed: float | None
+    ne: float | None
+    ece: float | None
+    xauc: float | None
+    mae: float | None
+    mean_bias: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingReport:
+    """Everything that a run is judged by.
+
+    Attributes:
+        schema: Hash of the schema.
+        lineage: The lineage trained.
+        version: Steps taken.
+        events, feedback: The two ledgers.
+        throughput: Speed of training.
+        freshness_ms, scorer: Measured by the demo; None in a report of training alone.
+        snapshots: What was published and served.
+        active_experts, routing: What the routing executed; None for a ranker without experts.
+        tasks: Task name → metrics.
+    """
+
+    schema: str
+    lineage: str
+    version: int
+    events: EventCounts
+    feedback: FeedbackCounts
+    throughput: Throughput
+    freshness_ms: Quantiles
+    snapshots: Snapshots
+    scorer: ScorerFigures
+    active_experts: ActiveExperts
+    routing: RoutingSummary
+    tasks: dict[str, TaskFigures]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the documented keys: the one form in which reports are written."""
+        return asdict(self)
 
 
 def conservation_errors(report: dict[str, Any]) -> list[str]:
-    """Which of the two ledgers do not balance, in words; empty when nothing was lost."""
+    """Which of the two ledgers of a written report do not balance, in words; empty when nothing was lost."""
     errors = []
     for ledger, total in (("events", "impressions"), ("feedback", "received")):
         counts = dict(report[ledger])

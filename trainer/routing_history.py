@@ -1,39 +1,56 @@
-"""The routing over time: the load of equal stretches of the stream, and what versions choose for the same instances.
+"""The routing over time: the load on the experts in equal segments of the stream, and choices for a fixed probe.
 
-Memory is bounded whatever the length of the stream: when there are ``MOST_STRETCHES``, neighbours are joined in pairs,
-and stretches are twice as long from then on. A stretch is a number of steps, so where one ends depends on the examples
-alone.
+Memory stays bounded however long the stream is: when ``most_segments`` have ended, each pair of neighbours is merged,
+and later segments are twice as long. A segment is a number of steps, so where it ends depends on the examples alone.
 
 Letters: B instances of a batch, T tasks, E experts, K experts that a task chooses, P instances of the probe, W id
-columns, F numeric features, S stretches.
+columns, F numeric features, S segments.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge, MultipleOf
 from numpy.typing import NDArray
 
 from smes.arrays import F32, I64
 from smes.events import ExampleBlock
+from smes.ranges import PositiveInt, check_ranges
 
-FIRST_STEPS = 32
-"""Steps of a stretch at first."""
-MOST_STRETCHES = 32
-PROBE = 512
-"""Most instances of the probe."""
+
+@dataclass(frozen=True)
+class RoutingHistoryConfig:
+    """How finely the routing's history is kept.
+
+    Attributes:
+        first_steps: Steps of a segment at first, ≥ 1.
+        most_segments: Ended segments at which neighbours are merged, an even number ≥ 2.
+        probe: Most instances of the probe, ≥ ``first_steps``: each step of the first segment adds its part.
+    """
+
+    first_steps: PositiveInt = 32
+    most_segments: Annotated[int, Ge(2), MultipleOf(2)] = 32
+    probe: PositiveInt = 512
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.probe < self.first_steps:
+            raise ValueError(
+                f"RoutingHistoryConfig.probe: {self.probe}, expected at least first_steps ({self.first_steps})"
+            )
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Segment:
     """A part of the stream.
 
     Attributes:
-        steps: Its batches.
-        instances: Their examples.
+        steps: Batches in it.
+        instances: Examples in it.
         load_TE: int64, instances that each task sent to each expert.
-        choices_PTK: int32, experts that each task chooses for the probe by the weights at the stretch's end; None while
-            it has not ended.
+        choices_PTK: int32, experts that each task chooses for the probe with the weights at the segment's end; None
+            while the segment is open.
     """
 
     steps: int
@@ -43,25 +60,30 @@ class Stretch:
 
 
 class RoutingHistory:
-    """Stretches of the stream from its first batch on, the last one open; none for a ranker without experts.
+    """Segments of the stream from its first batch on; the last one is open. Empty for a ranker without experts.
 
-    The probe is a sample of the first stretch, spread evenly over each of its batches, with its features as they were.
+    The probe is a sample of the first segment: evenly spaced examples of each of its batches, with the features that
+    they had then.
+
+    Args:
+        config: Lengths and bounds; None for the default ones.
     """
 
-    def __init__(self) -> None:
-        self._closed: list[Stretch] = []
-        self._steps = FIRST_STEPS  # of a stretch, by now
-        self._open = Stretch(0, 0, np.zeros((0, 0), np.int64), None)
+    def __init__(self, config: RoutingHistoryConfig | None = None) -> None:
+        self._config = config or RoutingHistoryConfig()
+        self._closed: list[Segment] = []
+        self._steps = self._config.first_steps  # of a segment now
+        self._open = _empty_segment()
         self._probe: list[tuple[I64, F32]] = []
 
     @property
-    def closed(self) -> tuple[Stretch, ...]:
-        """Those that have ended, of equal length."""
+    def closed(self) -> tuple[Segment, ...]:
+        """The segments that have ended, all of the same length."""
         return tuple(self._closed)
 
     @property
-    def stretches(self) -> tuple[Stretch, ...]:
-        """All, the open one last unless it is empty."""
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments; the open one comes last, and is left out while it is empty."""
         return (*self._closed, self._open) if self._open.steps else self.closed
 
     @property
@@ -72,62 +94,63 @@ class RoutingHistory:
         return ids, numerics
 
     def add(self, examples: ExampleBlock, load_TE: NDArray[Any]) -> None:
-        """Take a step's batch of B ≥ 1, and how many of it each task sent to each expert."""
+        """Add a step: its batch of B ≥ 1 examples, and how many of them each task sent to each expert."""
         if not self._closed:
             B = len(examples)
-            count = min(B, PROBE // FIRST_STEPS)
+            count = min(B, self._config.probe // self._config.first_steps)
             rows = np.arange(count) * B // count
             self._probe.append((examples.ids[rows], examples.numerics[rows]))
         before = self._open
         load = load_TE.astype(np.int64) if before.steps == 0 else before.load_TE + load_TE
-        self._open = Stretch(before.steps + 1, before.instances + len(examples), load, None)
+        self._open = Segment(before.steps + 1, before.instances + len(examples), load, None)
 
-    def ends_with(self, pending: bool) -> bool:
-        """Whether the open stretch has all its steps, one that is still to be added counted if it is ``pending``."""
+    def is_full(self, *, pending: bool) -> bool:
+        """Whether the open segment has all its steps. ``pending`` counts one step that is still to be added."""
         return self._open.steps > 0 and self._open.steps + pending >= self._steps
 
     def close(self, choices_PTK: NDArray[Any]) -> None:
-        """End the open stretch: what the weights of this moment choose for the probe."""
-        whole = self._open
-        self._closed.append(Stretch(whole.steps, whole.instances, whole.load_TE, choices_PTK.astype(np.int32)))
-        self._open = Stretch(0, 0, np.zeros((0, 0), np.int64), None)
-        if len(self._closed) == MOST_STRETCHES:
-            self._closed = [_joined(*pair) for pair in zip(self._closed[::2], self._closed[1::2], strict=True)]
+        """End the open segment, with what the present weights choose for the probe."""
+        ended = self._open
+        self._closed.append(Segment(ended.steps, ended.instances, ended.load_TE, choices_PTK.astype(np.int32)))
+        self._open = _empty_segment()
+        if len(self._closed) == self._config.most_segments:
+            self._closed = [_merged(*pair) for pair in zip(self._closed[::2], self._closed[1::2], strict=True)]
             self._steps *= 2
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`of_state` goes on."""
+        """Arrays from which :meth:`load_state` goes on."""
         state: dict[str, NDArray[Any]] = {
-            "steps": np.array([self._steps, *(stretch.steps for stretch in self.stretches)]),
-            "instances": np.array([stretch.instances for stretch in self.stretches], np.int64),
+            "steps": np.array([self._steps, *(segment.steps for segment in self.segments)]),
+            "instances": np.array([segment.instances for segment in self.segments], np.int64),
         }
-        if self.stretches:
-            state["load_STE"] = np.stack([stretch.load_TE for stretch in self.stretches])
+        if self.segments:
+            state["load_STE"] = np.stack([segment.load_TE for segment in self.segments])
             state["probe_ids"], state["probe_numerics"] = self.probe
         if self._closed:
             state["choices_SPTK"] = np.stack([s.choices_PTK for s in self._closed if s.choices_PTK is not None])
         return state
 
-    @classmethod
-    def of_state(cls, state: dict[str, NDArray[Any]]) -> "RoutingHistory":
+    def load_state(self, state: dict[str, NDArray[Any]]) -> None:
         """The inverse of :meth:`state`."""
-        history = cls()
-        history._steps, *steps = (int(n) for n in state["steps"])
+        self._steps, *steps = (int(n) for n in state["steps"])
         choices = [*state["choices_SPTK"]] if "choices_SPTK" in state else []
+        self._closed, self._open = [], _empty_segment()
         for s, count in enumerate(steps):
             at_end = choices[s].copy() if s < len(choices) else None
-            stretch = Stretch(count, int(state["instances"][s]), state["load_STE"][s].copy(), at_end)
+            segment = Segment(count, int(state["instances"][s]), state["load_STE"][s].copy(), at_end)
             if at_end is not None:
-                history._closed.append(stretch)
+                self._closed.append(segment)
             else:
-                history._open = stretch
-        if steps:
-            history._probe = [(state["probe_ids"].copy(), state["probe_numerics"].copy())]
-        return history
+                self._open = segment
+        self._probe = [(state["probe_ids"].copy(), state["probe_numerics"].copy())] if steps else []
 
 
-def _joined(one: Stretch, next_one: Stretch) -> Stretch:
-    return Stretch(
+def _empty_segment() -> Segment:
+    return Segment(0, 0, np.zeros((0, 0), np.int64), None)
+
+
+def _merged(one: Segment, next_one: Segment) -> Segment:
+    return Segment(
         one.steps + next_one.steps,
         one.instances + next_one.instances,
         one.load_TE + next_one.load_TE,

@@ -1,4 +1,4 @@
-"""Schedules that only raise flags: APScheduler says when, the training loop does it between two steps."""
+"""Schedules only raise flags: APScheduler raises them on time, the training loop takes them between two steps."""
 
 import threading
 from collections.abc import Mapping
@@ -8,19 +8,19 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 
 class Flags:
-    """Named flags, raised by any thread and taken by one."""
+    """Named flags: any thread raises them, one thread takes them."""
 
     def __init__(self) -> None:
         self._raised: set[str] = set()
         self._lock = threading.Lock()
 
-    def put_up(self, name: str) -> None:
-        """Ask for something; asking twice before it is done is asking once."""
+    def request(self, name: str) -> None:
+        """Raise a flag; raising it again before it is taken changes nothing."""
         with self._lock:
             self._raised.add(name)
 
     def take(self, name: str) -> bool:
-        """Whether it was asked for since it was last taken."""
+        """Whether the flag was raised since it was last taken; lowers it."""
         with self._lock:
             raised = name in self._raised
             self._raised.discard(name)
@@ -28,11 +28,11 @@ class Flags:
 
 
 class Schedule:
-    """Raises each flag every so many seconds while it is open.
+    """Raises each flag at its own interval, from entering the context to leaving it.
 
     Args:
-        flags: What to raise.
-        intervals_s: Flag name → seconds between two raises.
+        flags: The flags to raise.
+        intervals_s: Flag name → seconds from one raise to the next.
     """
 
     def __init__(self, flags: Flags, intervals_s: Mapping[str, float]) -> None:
@@ -41,7 +41,7 @@ class Schedule:
             job_defaults={"max_instances": 1, "coalesce": True, "misfire_grace_time": None},
         )
         for name, interval_s in intervals_s.items():
-            self._scheduler.add_job(flags.put_up, "interval", seconds=interval_s, args=[name], id=name)
+            self._scheduler.add_job(flags.request, "interval", seconds=interval_s, args=[name], id=name)
 
     def __enter__(self) -> "Schedule":
         self._scheduler.start()

@@ -1,4 +1,4 @@
-"""The report as it is documented, written out."""
+"""The documented keys of a report, and checks of what it says."""
 
 from typing import Any
 
@@ -13,14 +13,14 @@ SECTIONS = {
     "snapshots": {"published", "bytes_last", "served"},
     "scorer": {"requests", "errors", "mixed_versions", "p50_ms", "p99_ms"},
     "active_experts": {"mean", "max", "bound", "num_experts"},
-    "routing": {"stretch_steps", "dead", "load_skew", "drift", "overlap"},
+    "routing": {"segment_steps", "dead", "load_skew", "drift", "overlap"},
     "tasks": None,
 }
-OF_A_TASK = {"positives", "auc", "gauc_windowed", "ne", "ece"}
+OF_A_TASK = {"positives", "auc", "gauc_windowed", "ne", "ece", "xauc", "mae", "mean_bias"}
 
 
 def assert_documented(report: dict[str, Any], tasks: set[str]) -> None:
-    """Exactly the documented keys at every level, and both ledgers balance."""
+    """Exactly the documented keys at every level, both ledgers balance, and the numbers of experts are in order."""
     assert report.keys() == SECTIONS.keys()
     for section, keys in SECTIONS.items():
         if keys is not None:
@@ -28,9 +28,10 @@ def assert_documented(report: dict[str, Any], tasks: set[str]) -> None:
     assert report["tasks"].keys() == tasks
     for name, metrics in report["tasks"].items():
         assert metrics.keys() == OF_A_TASK, name
-    events, feedback = report["events"], report["feedback"]
+    events, feedback, experts = report["events"], report["feedback"], report["active_experts"]
     assert events["impressions"] == sum(n for key, n in events.items() if key != "impressions")
     assert feedback["received"] == sum(n for key, n in feedback.items() if key != "received")
-    experts = report["active_experts"]
     if events["trained"]:
         assert 1 <= experts["mean"] <= experts["max"] <= experts["bound"] <= experts["num_experts"]
+    else:
+        assert (experts["mean"], experts["max"]) == (None, None)

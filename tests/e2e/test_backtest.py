@@ -1,6 +1,6 @@
-"""``smes backtest``: the demo's report from one process, the same again for the same seed, and true to the files.
+"""``smes backtest``: the report of the demo from one process, the same for the same seed, and true to the files.
 
-Guarantee shown: every row of the log that is no duplicate is trained on exactly once, counted independently.
+Guarantee shown: each row of the log, except duplicates, is trained on exactly once, as an independent count shows.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ from tests.e2e.reports import assert_documented
 from tests.e2e.shop import Shop
 from tests.integration.training import drain
 from tests.running import read_config, read_json, write_config
+from trainer.routing_history import RoutingHistoryConfig
 
 SYNTHETIC_TASKS = {"click", "long_view", "watch_time", "like", "profile_enter", "comment", "follow", "forward"}
 TIMED = ("lineage", "throughput")
@@ -54,40 +55,71 @@ def test_the_report_is_the_demos_with_nulls_for_what_does_not_apply(world: Path,
 
 
 def test_the_same_seed_gives_the_same_report(world: Path) -> None:
-    one, two = (backtest(world, limit=1500, seed=3).report for _ in range(2))
+    one, two = (backtest(world, limit=1500, seed=3).report.to_dict() for _ in range(2))
     assert {key: value for key, value in one.items() if key not in TIMED} == {
         key: value for key, value in two.items() if key not in TIMED
     }
     assert one["lineage"] != two["lineage"]
 
 
-def test_the_routing_over_time_is_written_and_holds_every_impression(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("trainer.routing_history.FIRST_STEPS", 4)
-    routing, report = tmp_path / "routing.json", tmp_path / "report.json"
-    assert run(["backtest", str(world), "--routing", str(routing), "--report", str(report)]) == 0
-    assert "routing in the last 4 steps: " in capsys.readouterr().out
-    told = read_json(routing)
+@pytest.fixture(scope="module")
+def routed(world: Path) -> BacktestResult:
+    """A backtest whose routing history has segments of four steps at first."""
+    return backtest(world, routing=RoutingHistoryConfig(first_steps=4))
+
+
+def test_the_routing_over_time_holds_every_impression(routed: BacktestResult) -> None:
     smes = Config().model.smes
-    assert (set(told["tasks"]), told["num_experts"]) == (SYNTHETIC_TASKS, smes.num_experts)
-    stretches = told["stretches"]
-    assert sum(stretch["instances"] for stretch in stretches) == 4000
-    for stretch in stretches:
-        uses = {sum(of_task) for of_task in stretch["load"]}
-        assert uses == {stretch["instances"] * smes.stages((0,)).per_task}
-    assert len(stretches) > 2
-    newest = [stretch for stretch in stretches if stretch["overlap"]][-1]
+    segments = routed.routing["segments"]
+
+    assert (set(routed.routing["tasks"]), routed.routing["num_experts"]) == (SYNTHETIC_TASKS, smes.experts.num)
+    assert len(segments) > 2
+    assert sum(segment["instances"] for segment in segments) == 4000
+    for segment in segments:
+        uses = {sum(of_task) for of_task in segment["load"]}
+        assert uses == {segment["instances"] * smes.stages((0,)).per_router}
+
+
+def test_the_report_summarises_the_newest_segment_that_has_ended(routed: BacktestResult) -> None:
+    newest = [segment for segment in routed.routing["segments"] if segment["overlap"]][-1]
     drift = sum(newest["drift"]) / len(newest["drift"])
-    summary = read_json(report)["routing"]
-    assert (summary["dead"], summary["load_skew"]) == (len(newest["dead"]), newest["load_skew"])
-    assert summary["drift"] == pytest.approx(drift, abs=1e-4)
+
+    summary = routed.report.routing
+
+    assert (summary.segment_steps, summary.dead) == (newest["steps"], len(newest["dead"]))
+    assert summary.load_skew == newest["load_skew"]
+    assert summary.drift == pytest.approx(drift, abs=1e-4)
     assert 0 < drift < 1
+
+
+def test_the_command_writes_the_routing_and_prints_a_line_of_it(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, routing = tmp_path / "smes.yaml", tmp_path / "routing.json"
+    config.write_text("stream: {batch: {size: 32}}")
+
+    status = run(["-c", str(config), "backtest", str(world), "--limit", "2000", "--routing", str(routing)])
+
+    assert status == 0
+    assert "routing in the last 32 steps: " in capsys.readouterr().out
+    assert sum(segment["instances"] for segment in read_json(routing)["segments"]) == 2000
+
+
+def test_regression_tasks_have_figures_of_their_own(world: Path) -> None:
+    tasks = backtest(world, limit=3000).report.tasks
+    watch, click = tasks["watch_time"], tasks["click"]
+
+    assert watch.xauc is not None
+    assert 0 < watch.xauc < 1
+    assert watch.mae is not None
+    assert watch.mean_bias is not None
+    assert abs(watch.mean_bias) <= watch.mae
+    assert (watch.auc, click.xauc, click.mae, click.mean_bias) == (None, None, None, None)
 
 
 def test_a_stopped_backtest_reports_what_it_has_done(world: Path) -> None:
     asked = iter(range(6))
-    report = backtest(world, should_stop=lambda: next(asked, None) is None).report
+    report = backtest(world, should_stop=lambda: next(asked, None) is None).report.to_dict()
     assert_documented(report, SYNTHETIC_TASKS)
     assert 0 < report["events"]["trained"] < 4000
 
@@ -110,7 +142,7 @@ def test_kuairand_is_counted_as_duckdb_counts_it(kuairand_dir: Path) -> None:
     assert 25_000 < limit <= 30_000
     result = backtest(kuairand_dir, limit=limit, baseline="linear")
     assert result.duplicates_dropped == rows - unique
-    report = result.report
+    report = result.report.to_dict()
     assert (report["events"]["impressions"], report["events"]["trained"]) == (limit, limit)
     names = ("click", "long_view", "like", "follow")
     assert [report["tasks"][name]["positives"] for name in names] == positives
@@ -137,8 +169,8 @@ def test_another_schema_goes_through_backtest_and_replay_by_its_schema_file_alon
     path = write_config(tmp_path, redis_url, namespace, schema=schema, trainer={"checkpoint": {"directory": None}})
     replayed = tmp_path / "replay.json"
     assert run(["-c", str(path), "replay", str(shop.folder), "--report", str(replayed)]) == 0
-    told = read_json(replayed)
-    assert (told["impressions"], told["feedback"], told["duplicates"]) == (shop.visits, shop.feedback, 1)
+    sent = read_json(replayed)
+    assert (sent["impressions"], sent["feedback"], sent["duplicates"]) == (shop.visits, shop.feedback, 1)
     trained = drain(read_config(path))
     assert (trained["events"]["impressions"], trained["feedback"]["received"]) == (shop.visits, shop.feedback)
     with connect(redis_url, 20.0) as client:

@@ -1,8 +1,8 @@
-"""``smes backtest`` on a log where only the user's history tells what they click: with it and without it.
+"""``smes backtest`` on a log where only the user's history predicts the clicks: with the history and without it.
 
-Items are of two kinds, and in every round a user clicks those of the other kind than in the round before: nothing that
-could be learned of the user stays true, and the last round's outcomes tell all. What the history of the window's start
-(or of the request) knows must show within users too.
+There are two kinds of items. In every round a user clicks items of the other kind than in the round before, so nothing
+learned about the user stays true, but the outcomes of the last round predict everything. What the history at the start
+of the window (or of the request) knows must show within users too.
 """
 
 import json
@@ -53,32 +53,35 @@ def write_log(folder: Path) -> Path:
     return path
 
 
-def click_of(folder: Path, log: Path, *, history: str, request: str) -> dict[str, float]:
+def click_of(folder: Path, log: Path, *, history: str, request: str) -> tuple[float, float]:
+    """AUC and windowed GAUC of the clicks."""
     schema = folder / "kinds.yaml"
     schema.write_text(SCHEMA.replace("HISTORY", history).replace("REQUEST", request))
     (folder / "smes.yaml").write_text(json.dumps({"schema": str(schema), "trainer": {"device": "cpu"}}))
     config: Config = load_config(folder / "smes.yaml", {})
     result = run_backtest(config, log, limit=None, seed=0, baseline=None, should_stop=lambda: False)
-    assert result.report["events"]["trained"] == USERS * ROUNDS * SHOWN
-    click: dict[str, float] = result.report["tasks"]["click"]
-    return click
+    assert result.report.events.trained == USERS * ROUNDS * SHOWN
+    click = result.report.tasks["click"]
+    assert click.auc is not None
+    assert click.gauc_windowed is not None
+    return click.auc, click.gauc_windowed
 
 
 @pytest.mark.parametrize("request_key", ["", "request_id: visit,"], ids=["windows", "requests"])
-def test_the_history_tells_between_users_and_within_them(tmp_path: Path, request_key: str) -> None:
+def test_the_history_helps_between_users_and_within_them(tmp_path: Path, request_key: str) -> None:
     log = write_log(tmp_path)
     history = f"history: {{items: recent_items, outcomes: recent_outcomes, window_s: {ROUND_S}}}"
-    told = click_of(tmp_path, log, history=history, request=request_key)
-    # The same schema whose sequences the log fills with nothing.
-    untold_log = tmp_path / "untold"
-    untold_log.mkdir()
+    auc, gauc = click_of(tmp_path, log, history=history, request=request_key)
+    # The same schema, and a log whose sequences are empty.
+    empty_log = tmp_path / "empty"
+    empty_log.mkdir()
     table = pq.read_table(log)
     empty = pa.array([[]] * len(table), pa.list_(pa.int64()))
     table = table.append_column("recent_items", empty).append_column("recent_outcomes", empty)
-    pq.write_table(table, untold_log / "kinds.parquet")
-    untold = click_of(tmp_path, untold_log, history="", request=request_key)
-    assert told["auc"] > untold["auc"] + 0.05
-    assert told["gauc_windowed"] > untold["gauc_windowed"] + 0.05
+    pq.write_table(table, empty_log / "kinds.parquet")
+    auc_without, gauc_without = click_of(tmp_path, empty_log, history="", request=request_key)
+    assert auc > auc_without + 0.05
+    assert gauc > gauc_without + 0.05
 
 
 def test_windows_of_evaluation_over_those_of_the_history_are_refused(tmp_path: Path) -> None:
@@ -88,5 +91,5 @@ def test_windows_of_evaluation_over_those_of_the_history_are_refused(tmp_path: P
     schema.write_text(SCHEMA.replace("HISTORY", history).replace("REQUEST", ""))
     (tmp_path / "smes.yaml").write_text(f"schema: {schema}")
     config = load_config(tmp_path / "smes.yaml", {"SMES_TRAINER__EVALUATION__WINDOW_S": "1500"})
-    with pytest.raises(ValueError, match=r"evaluation\.window_s 1500.*whole part.*history\.window_s 1000"):
+    with pytest.raises(ValueError, match=r"EvaluationConfig\.window_s: 1500.*whole part.*history\.window_s 1000"):
         run_backtest(config, log, limit=None, seed=0, baseline=None, should_stop=lambda: False)

@@ -1,7 +1,7 @@
-"""Bad records through a real Redis and the real trainer.
+"""Bad records through a real event log and the real trainer.
 
-Guarantee shown: each kind of bad record ends in the dead-letter topic with its topic, partition, offset and reason, is
-counted in the ledger, and the good ones around it train exactly as if it had never been there.
+Guarantee shown: each kind of bad record ends in the dead-letter topic with its topic, partition, offset and reason, and
+is counted in the ledger. The good records around it give exactly the weights that they give without it.
 """
 
 import base64
@@ -35,7 +35,7 @@ from trainer.report import conservation_errors
 
 @dataclass(frozen=True)
 class Bad:
-    """A record to be refused, and what its letter must say."""
+    """A record to be refused, and what its dead letter must contain."""
 
     topic: str
     value: bytes
@@ -47,18 +47,18 @@ class Bad:
 
 
 def bad_records(schema: Schema, pairs: Pairs) -> list[Bad]:
-    """Every kind, made of good events of ids that the log does not have."""
-    shown, came = pairs[2]
+    """One record of every kind, made from good events under ids that the log does not have."""
+    impressions, events = pairs[2]
     json_headers, arrow_headers = headers("json", schema), headers("arrow", schema)
-    impression = json.loads(encode_impressions(shown.take(slice(0, 1)), schema, "json", 1)[0].value)
-    feedback = json.loads(encode_feedback(came.take(slice(0, 1)), schema, "json", 1)[0].value)
+    impression = json.loads(encode_impressions(impressions.take(slice(0, 1)), schema, "json", 1)[0].value)
+    feedback = json.loads(encode_feedback(events.take(slice(0, 1)), schema, "json", 1)[0].value)
     impression["impression_id"] = feedback["impression_id"] = 10**12
 
     def changed(event: dict[str, Any], **changes: Any) -> bytes:
         after = {**event, **changes}
         return json.dumps({key: value for key, value in after.items() if value is not ...}).encode()
 
-    row = shown.take(np.array([0]))  # a copy
+    row = impressions.take(np.array([0]))  # a copy
     row.impression_id[:] = 10**12 + 1
     row.event_time_ms[:] = -1
     bad_row = encode_impressions(row, schema, "arrow", 1)[0].value
@@ -78,7 +78,7 @@ def bad_records(schema: Schema, pairs: Pairs) -> list[Bad]:
         Bad(FEEDBACK, changed(feedback, task="wink"), "unknown_task", "expected one of click", "task", json_headers),
         Bad(IMPRESSIONS, changed(impression, item_id="seven"), "bad_id", "an integer", "item_id", json_headers),
         Bad(IMPRESSIONS, changed(impression, user_id=1.5), "bad_id", "an integer", "user_id", json_headers),
-        Bad(IMPRESSIONS, changed(impression, user_id=2**63), "bad_id", "came 9223372036854775808", "user_id", ()),
+        Bad(IMPRESSIONS, changed(impression, user_id=2**63), "bad_id", "got 9223372036854775808", "user_id", ()),
         Bad(
             IMPRESSIONS,
             changed(impression, event_time_ms=tomorrow_ms),
@@ -88,8 +88,8 @@ def bad_records(schema: Schema, pairs: Pairs) -> list[Bad]:
             json_headers,
         ),
         Bad(FEEDBACK, changed(feedback, event_time_ms=0), "bad_time", "positive", "event_time_ms", json_headers),
-        Bad(IMPRESSIONS, changed(impression), "schema_mismatch", f"{schema.hash}, came 0123", "schema", other),
-        Bad(FEEDBACK, bad_row, "schema_mismatch", "came none", "schema", (("codec", b"arrow"),)),
+        Bad(IMPRESSIONS, changed(impression), "schema_mismatch", f"{schema.hash}, got 0123", "schema", other),
+        Bad(FEEDBACK, bad_row, "schema_mismatch", "got none", "schema", (("codec", b"arrow"),)),
         Bad(IMPRESSIONS, changed(impression), "unknown_codec", "'avro'", "codec", (("codec", b"avro"),)),
         Bad(IMPRESSIONS, bad_row, "bad_time", "positive Unix milliseconds", "event_time_ms", arrow_headers, row=0),
     ]

@@ -26,20 +26,20 @@ from stream.log.memory_log import InMemoryLog
 from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.loop import Trainer
-from trainer.report import training_report
+from trainer.run_report import training_report
 from trainer.schedule import Flags
 
 Pairs = list[tuple[ImpressionBlock, FeedbackBlock]]
 
 
 def read_pairs(config: Config, world: Path, rows_per_block: int = 200) -> Pairs:
-    """Everything that a replay of ``world`` appends, in stretches of event time."""
+    """Everything that a replay of ``world`` appends, in periods of event time."""
     with open_log(world, config.schema_file()) as reader:
         return list(replay_blocks(reader, seed=4, rows_per_block=rows_per_block))
 
 
 def fill(config: Config, log: EventLog, pairs: Pairs, codec: Codec) -> None:
-    """Append to both topics, which are created if they are not there."""
+    """Append to both topics; creates them if they do not exist."""
     schema, partitions = config.schema_file().schema, config.event_log.partitions
     for topic in (IMPRESSIONS, FEEDBACK):
         log.ensure_topic(topic, partitions)
@@ -58,7 +58,7 @@ def fill_servers(config: Config, pairs: Pairs, codec: Codec) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """What the configurations of these tests set, taken back: bit for bit needs the same number of threads."""
+    """One thread of torch in this context, as these tests configure: equal bits need equal numbers of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -81,12 +81,12 @@ def train_in_process(config: Config, pairs: Pairs) -> Trainer:
 
 def drain(config: Config) -> dict[str, Any]:
     """Train in this process, on the configured servers, on everything that is in the log; the report."""
-    return run_train(config, report=None, drain=True, skip_lost=False, should_stop=lambda: True)
+    return run_train(config, report=None, drain=True, skip_lost=False, should_stop=lambda: True).to_dict()
 
 
 def totals(pairs: Pairs) -> tuple[int, int]:
     """Impressions and feedback events."""
-    return sum(len(shown) for shown, _ in pairs), sum(len(came) for _, came in pairs)
+    return sum(len(block) for block, _ in pairs), sum(len(feedback) for _, feedback in pairs)
 
 
 def newest_step(folder: Path) -> int:
@@ -112,7 +112,7 @@ def assert_same_weights(checkpoints: Path, trainer: Trainer) -> None:
 
 def assert_same_counts(report: dict[str, Any], trainer: Trainer) -> None:
     """Ledgers, metrics and experts of a report are those of a trainer."""
-    expected = training_report(trainer, seconds=1, trained=1)
+    expected = training_report(trainer, seconds=1, trained=1).to_dict()
     for section in ("schema", "version", "events", "feedback", "active_experts", "routing", "tasks"):
         assert report[section] == expected[section], section
 

@@ -23,6 +23,7 @@ from trainer.checkpoints import CheckpointDirectory
 from trainer.config import EvaluationConfig
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.loop import Trainer
+from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
 
 SCHEMA = Schema(
@@ -30,7 +31,9 @@ SCHEMA = Schema(
     features=(Feature("tab"), Feature("tags", kind="bag", max_length=3), Feature("price", kind="numeric")),
     tasks=(Task("click", window_s=5), Task("like", window_s=10), Task("watch", kind="regression", window_s=8)),
 )
-MODEL = ModelConfig(embedding_dim=8, smes=plain(num_experts=4, num_shared=1, num_adaptive=1, encoder_dims=(16,)))
+MODEL = ModelConfig(
+    embedding_dim=8, smes=plain({"experts.num": 4, "num_shared": 1, "num_adaptive": 1, "encoder_dims": (16,)})
+)
 START_MS = 1_700_000_000_000
 
 
@@ -58,17 +61,30 @@ def fill(log: EventLog, n: int, seed: int = 0, partitions: int = 2) -> None:
     log.append(FEEDBACK, encode_feedback(feedback, SCHEMA, "json", partitions))
 
 
-def open_log() -> InMemoryLog:
-    """Empty, with two partitions a topic."""
+def open_log(partitions: int = 2) -> InMemoryLog:
+    """An empty log."""
     log = InMemoryLog()
     for topic in (IMPRESSIONS, FEEDBACK):
-        log.ensure_topic(topic, 2)
+        log.ensure_topic(topic, partitions)
     return log
 
 
-def make_trainer(log: EventLog, checkpoints: Path | None, *, prefetch: bool | None = None) -> Trainer:
-    """A trainer that has trained on nothing yet."""
-    learner = Learner(SCHEMA, MODEL, OptimizerConfig(), device=torch.device("cpu"), seed=1)
+def make_learner(seed: int = 1) -> Learner:
+    """A learner that has learned nothing yet."""
+    return Learner(SCHEMA, MODEL, OptimizerConfig(), device=torch.device("cpu"), seed=seed)
+
+
+def make_trainer(
+    log: EventLog,
+    checkpoints: Path | None,
+    *,
+    prefetch: bool | None = None,
+    learner: Learner | None = None,
+    flags: Flags | None = None,
+    routing: RoutingHistoryConfig | None = None,
+) -> Trainer:
+    """A trainer that has trained on nothing yet; ``learner`` replaces the one of :func:`make_learner`."""
+    learner = learner or make_learner()
     config = StreamConfig(join=JoinConfig(allowed_lateness_s=0.5), batch=MiniBatchConfig(size=64), events_per_read=300)
     return Trainer(
         learner,
@@ -79,7 +95,14 @@ def make_trainer(log: EventLog, checkpoints: Path | None, *, prefetch: bool | No
             freeze=learner.serving_state,
             build=lambda tensors: ServingModel(SCHEMA, MODEL, tensors),
         ),
-        Flags(),
+        flags or Flags(),
         checkpoints=CheckpointDirectory(checkpoints, keep=2) if checkpoints else None,
         prefetch=prefetch,
+        routing=routing,
     )
+
+
+def train_to_the_end(trainer: Trainer) -> None:
+    """Train on every batch that the log gives, without cuts and checkpoints."""
+    while trainer.step() or trainer.stream.poll(0) or trainer.stream.upcoming() is not None:
+        pass

@@ -1,10 +1,11 @@
 """Windowed GAUC, XAUC and served scores against naive loops with scikit-learn; a restart in mid-window changes nothing.
 
-Guarantee shown: within a window every example is scored by one frozen copy of the weights, groups are requests where
-the log has them and users where it has none, no group spans two windows, and the untrained first window counts nothing.
-A window never reaches over the end of one of the windows in which a user's history stands still.
+Guarantee shown: one frozen copy of the weights scores every example of a window. Groups are requests where the log has
+them, else users. No group spans two windows, and the untrained first window does not count. A window never reaches over
+the end of a window in which users' histories stay the same.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,6 +21,7 @@ from smes.events import ExampleBlock
 from smes.schema import MISSING, Feature, History, Schema, Task
 from trainer.config import EvaluationConfig
 from trainer.evaluation import FrozenModel, ProgressiveEvaluation
+from trainer.observers import StepFigures
 
 SCHEMA = Schema("evaluated", tasks=(Task("click"), Task("like"), Task("watch", kind="regression")))
 START_MS = 1_700_000_000_000
@@ -27,7 +29,7 @@ CLICK, LIKE, WATCH = range(3)
 
 
 class Weights:
-    """Weights that every step changes: the scores of a copy tell when it was taken."""
+    """Weights that every step changes: the scores of a copy show when it was taken."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -78,21 +80,21 @@ def evaluation(config: EvaluationConfig, weights: Weights) -> ProgressiveEvaluat
     return ProgressiveEvaluation(SCHEMA, config, freeze=weights.freeze, build=weights.build)
 
 
-def run(evaluated: ProgressiveEvaluation, weights: Weights, stretch: list[ExampleBlock]) -> None:
-    for batch in stretch:
+def run(evaluated: ProgressiveEvaluation, weights: Weights, stream: list[ExampleBlock]) -> None:
+    for batch in stream:
         evaluated.before_step(batch)
         scores = scores_of(weights.version, batch.ids)
         weights.version += 1
-        evaluated.after_step(batch, scores)
+        evaluated.after_step(batch, StepFigures(scores))
 
 
 def windows(
-    stretch: list[ExampleBlock], window_s: float, window_examples: int
+    stream: list[ExampleBlock], window_s: float, window_examples: int
 ) -> Iterator[tuple[int, list[ExampleBlock]]]:
-    """(version frozen, batches) of every window, told from the configuration's words alone."""
+    """(version frozen, batches) of every window, worked out from the documentation of the configuration alone."""
     window: list[ExampleBlock] = []
     first = before = 0
-    for version, batch in enumerate(stretch):
+    for version, batch in enumerate(stream):
         numbers = [int(ms / 1000 // window_s) for ms in batch.event_time_ms]
         for number in sorted(set(numbers)):
             part = batch.take(np.array(numbers) == number)
@@ -106,9 +108,9 @@ def windows(
     yield first, window
 
 
-def naive_gauc(stretch: list[ExampleBlock], window_s: float, window_examples: int, task: int) -> float:
+def naive_gauc(stream: list[ExampleBlock], window_s: float, window_examples: int, task: int) -> float:
     weighted = weight = 0.0
-    for version, window in windows(stretch, window_s, window_examples):
+    for version, window in windows(stream, window_s, window_examples):
         if version == 0:
             continue  # scored by weights that have seen nothing
         groups: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
@@ -138,24 +140,24 @@ def naive_gauc(stretch: list[ExampleBlock], window_s: float, window_examples: in
 @pytest.mark.parametrize("served", [0.0, 0.4])
 def test_windowed_gauc_is_the_naive_one(window_s: float, window_examples: int, served: float) -> None:
     bounded = window_s < 1e9 or window_examples < 10**9
-    stretch, weights = batches(700 if bounded else 5000, served=served), Weights()
+    stream, weights = batches(700 if bounded else 5000, served=served), Weights()
     evaluated = evaluation(EvaluationConfig(window_s, window_examples), weights)
-    run(evaluated, weights, stretch)
-    assert len(list(windows(stretch, window_s, window_examples))) > 3
+    run(evaluated, weights, stream)
+    assert len(list(windows(stream, window_s, window_examples))) > 3
     report = evaluated.report()
     for task, name in ((CLICK, "click"), (LIKE, "like")):
         assert report[name].gauc_windowed == pytest.approx(
-            naive_gauc(stretch, window_s, window_examples, task), abs=1e-12
+            naive_gauc(stream, window_s, window_examples, task), abs=1e-12
         )
     assert report["watch"].gauc_windowed is None
 
 
 def test_auc_counts_the_served_score_where_there_is_one() -> None:
-    stretch, weights = batches(900, served=0.5), Weights()
+    stream, weights = batches(900, served=0.5), Weights()
     evaluated = evaluation(EvaluationConfig(), weights)
-    run(evaluated, weights, stretch)
-    ours = np.concatenate([scores_of(version, batch.ids) for version, batch in enumerate(stretch)])
-    block = ExampleBlock.concat(stretch)
+    run(evaluated, weights, stream)
+    ours = np.concatenate([scores_of(version, batch.ids) for version, batch in enumerate(stream)])
+    block = ExampleBlock.concat(stream)
     scores = np.where(np.isnan(block.served_scores), ours, block.served_scores)
     report = evaluated.report()
     for task, name in ((CLICK, "click"), (LIKE, "like")):
@@ -167,11 +169,11 @@ def test_auc_counts_the_served_score_where_there_is_one() -> None:
 
 
 def test_xauc_is_the_share_of_pairs_in_order() -> None:
-    stretch, weights = batches(900), Weights()
+    stream, weights = batches(900), Weights()
     evaluated = evaluation(EvaluationConfig(), weights)
-    run(evaluated, weights, stretch)
+    run(evaluated, weights, stream)
     concordant = pairs = 0.0
-    for version, batch in enumerate(stretch):
+    for version, batch in enumerate(stream):
         rows = batch.label_mask[:, WATCH]
         labels, scores = batch.labels[rows, WATCH], scores_of(version, batch.ids)[rows, WATCH]
         n = len(labels)
@@ -181,7 +183,7 @@ def test_xauc_is_the_share_of_pairs_in_order() -> None:
                 if label != 0:
                     pairs += 1
                     concordant += 0.5 if score == 0 else float((label > 0) == (score > 0))
-    block = ExampleBlock.concat(stretch)
+    block = ExampleBlock.concat(stream)
     rows = block.label_mask[:, WATCH]
     report = evaluated.report()["watch"]
     assert report.xauc == pytest.approx(concordant / pairs, abs=1e-12)
@@ -189,8 +191,24 @@ def test_xauc_is_the_share_of_pairs_in_order() -> None:
     assert report.auc is None
 
 
-TOLD = Schema(
-    "told",
+def test_mae_and_bias_are_of_the_scores_before_each_step() -> None:
+    stream, weights = batches(900), Weights()
+    evaluated = evaluation(EvaluationConfig(), weights)
+
+    run(evaluated, weights, stream)
+
+    rows = [batch.label_mask[:, WATCH] for batch in stream]
+    scores = [scores_of(version, batch.ids)[:, WATCH] for version, batch in enumerate(stream)]
+    errors = np.concatenate(
+        [s[r] - batch.labels[r, WATCH] for s, r, batch in zip(scores, rows, stream, strict=True)], dtype=np.float64
+    )
+    report = evaluated.report()["watch"]
+    assert report.mae == pytest.approx(np.abs(errors).mean(), rel=1e-6)
+    assert report.mean_bias == pytest.approx(errors.mean(), rel=1e-6)
+
+
+WITH_HISTORY = Schema(
+    "with_history",
     SCHEMA.tasks,
     features=(
         Feature("seen", kind="sequence", max_length=2, vocabulary="item_id", query="item_id"),
@@ -202,39 +220,41 @@ TOLD = Schema(
 
 @pytest.mark.parametrize("window_s", [None, 120, 40])
 def test_windows_are_those_of_the_history_or_parts_of_them(window_s: float | None) -> None:
-    stretch, weights = batches(1200, requests=0.0), Weights()
+    stream, weights = batches(1200, requests=0.0), Weights()
     evaluated = ProgressiveEvaluation(
-        TOLD, EvaluationConfig(window_s=window_s), freeze=weights.freeze, build=weights.build
+        WITH_HISTORY, EvaluationConfig(window_s=window_s), freeze=weights.freeze, build=weights.build
     )
-    run(evaluated, weights, stretch)
-    expected = naive_gauc(stretch, window_s or 120, 10**9, CLICK)
+    run(evaluated, weights, stream)
+    expected = naive_gauc(stream, window_s or 120, 10**9, CLICK)
     assert evaluated.report()["click"].gauc_windowed == pytest.approx(expected, abs=1e-12)
     # Another origin, or another length, would give another figure: the check above can fail.
-    assert expected != pytest.approx(naive_gauc(stretch, 100, 10**9, CLICK), abs=1e-6)
+    assert expected != pytest.approx(naive_gauc(stream, 100, 10**9, CLICK), abs=1e-6)
 
 
 @pytest.mark.parametrize("window_s", [240, 119.999, 86_400, 50])
 def test_a_window_over_the_end_of_a_history_is_refused(window_s: float) -> None:
-    with pytest.raises(ValueError, match=rf"window_s {window_s}.*history\.window_s 120"):
-        ProgressiveEvaluation(TOLD, EvaluationConfig(window_s=window_s), freeze=Weights().freeze, build=Weights.build)
+    with pytest.raises(ValueError, match=rf"window_s: {window_s}, expected a whole part.*history\.window_s 120"):
+        ProgressiveEvaluation(
+            WITH_HISTORY, EvaluationConfig(window_s=window_s), freeze=Weights().freeze, build=Weights.build
+        )
 
 
 @pytest.mark.parametrize("at", [1, 7, 18])
 def test_a_restart_in_mid_window_changes_nothing(at: int) -> None:
     config = EvaluationConfig(window_s=150, window_examples=90)
-    stretch, weights = batches(700, served=0.2), Weights()
+    stream, weights = batches(700, served=0.2), Weights()
     whole = evaluation(config, weights)
-    run(whole, weights, stretch)
+    run(whole, weights, stream)
     assert whole.report()["click"].gauc_windowed is not None
 
     weights = Weights()
     first = evaluation(config, weights)
-    run(first, weights, stretch[:at])
+    run(first, weights, stream[:at])
     saved = {name: array.copy() for name, array in first.state().items()}
-    run(first, Weights(), stretch[at:])  # what the old process goes on to do must not reach the saved state
+    run(first, Weights(), stream[at:])  # what the old process goes on to do must not reach the saved state
     second = evaluation(config, weights)
     second.load_state(saved)
-    run(second, weights, stretch[at:])
+    run(second, weights, stream[at:])
     assert second.report() == whole.report()
 
 
@@ -252,10 +272,18 @@ def test_nothing_seen_is_none_everywhere() -> None:
         metrics = report[name]
         undefined = (metrics.auc, metrics.gauc_windowed, metrics.ne, metrics.ece, metrics.calibration)
         assert (metrics.examples, metrics.positives, undefined) == (0, 0, (None,) * 5)
-    assert report["watch"].xauc is None
+    watch = report["watch"]
+    assert (watch.xauc, watch.mae, watch.mean_bias) == (None, None, None)
 
 
-@pytest.mark.parametrize("bounds", [{"window_s": 0.0}, {"window_s": float("nan")}, {"window_examples": 0}])
-def test_bounds_that_make_no_sense_are_refused(bounds: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected"):
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"window_s": 0.0}, "EvaluationConfig.window_s: 0.0, expected at least 0.001"),
+        ({"window_s": float("nan")}, "EvaluationConfig.window_s: nan, expected at least 0.001"),
+        ({"window_examples": 0}, "EvaluationConfig.window_examples: 0, expected at least 1"),
+    ],
+)
+def test_bounds_out_of_range_are_refused(bounds: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         EvaluationConfig(**bounds)

@@ -24,8 +24,9 @@ from smes.errors import SmesError, SnapshotNotFound
 from smes.schema import Schema, Task
 from smes_cli.demo.local_servers import ValkeyServer, start_valkey
 from smes_io.redis_client import connect
-from tests.trainer.small_world import fill, make_trainer, open_log
-from trainer.publisher import Cut, Publisher, count_arrivals, summarise_arrivals
+from tests.trainer.small_world import fill, make_trainer, open_log, train_to_the_end
+from trainer.arrivals import count_arrivals, summarise_arrivals
+from trainer.publisher import Cut, Publisher
 
 SCHEMA = Schema("published", tasks=(Task("click"),))
 DEADLINE_S = 60.0
@@ -89,7 +90,7 @@ def test_cuts_that_come_while_one_is_uploaded_coalesce_into_the_newest(client: r
     publishing = publisher(store)
     client.client_pause(10_000)  # ms; the server takes commands and answers none
     publishing.offer(cut(1, {100: 1}))
-    until(lambda: publishing._waiting is None)  # the thread has the first in hand
+    until(lambda: not publishing.has_waiting)  # the thread has the first in hand
     began_s = time.monotonic()
     for step in (2, 3, 4):
         publishing.offer(cut(step, {100: 10, 100 + step: step}))
@@ -153,7 +154,7 @@ def test_closing_without_a_redis_ends_in_bounded_time_and_says_so(tmp_path: Path
     began_s = time.monotonic()
     assert not publishing.close(2.0)
     assert time.monotonic() - began_s < 20
-    until(lambda: not publishing._thread.is_alive())
+    until(lambda: not publishing.is_running)
 
 
 def test_a_version_that_is_served_already_is_no_failure(client: redis.Redis, namespace: str) -> None:
@@ -207,9 +208,7 @@ def test_the_manifest_says_what_the_trainer_measured(client: redis.Redis, namesp
     trainer.publish_to(
         lambda lineage: Publisher(store, trainer.learner.schema, model, lineage, now_ms=lambda: NOW_MS), store.current
     )
-    while trainer.stream.poll(0) or trainer.stream.assembler.ready:
-        while trainer.stream.assembler.ready:
-            trainer.step()
+    train_to_the_end(trainer)
     trainer.finish()
     manifest = store.current()
     assert manifest is not None
@@ -239,9 +238,8 @@ def test_a_second_lineage_in_the_same_place_is_warned_of(
         )
         warned = f"lineage {trainer.lineage} takes its place" in caplog.text
         assert warned == (name == "second")
-        while not trainer.stream.assembler.ready:
+        while not trainer.step():
             trainer.stream.poll(0)
-        trainer.step()
         trainer.finish()
 
 

@@ -1,19 +1,27 @@
 """A trainer killed anywhere and started again ends with the weights, metrics and counts of one never killed."""
 
+import os
 import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 
 from smes.errors import CheckpointError, SchemaMismatch
 from stream.log.memory_log import InMemoryLog
-from tests.trainer.small_world import MODEL, fill, make_trainer, open_log
+from tests.trainer.small_world import MODEL, fill, make_trainer, open_log, train_to_the_end
 from trainer.checkpoints import CheckpointDirectory
 from trainer.loop import Trainer
-from trainer.report import conservation_errors, training_report
+from trainer.report import conservation_errors
 from trainer.routing_figures import routing_report, routing_summary
+from trainer.routing_history import RoutingHistoryConfig
+from trainer.run_report import training_report
 
 
 @pytest.fixture(autouse=True)
@@ -21,22 +29,15 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the routing's history has ends of stretches anywhere, and joins some."""
-    monkeypatch.setattr("trainer.routing_history.FIRST_STEPS", 3)
-    monkeypatch.setattr("trainer.routing_history.MOST_STRETCHES", 6)
-
-
 @pytest.fixture
 def log() -> InMemoryLog:
     return open_log()
 
 
-def train_to_the_end(trainer: Trainer) -> None:
-    while trainer.stream.poll(0) or trainer.stream.assembler.ready:
-        while trainer.stream.assembler.ready:
-            trainer.step()
+def trainer_of(log: InMemoryLog, checkpoints: Path | None, *, prefetch: bool | None = None) -> Trainer:
+    """A trainer whose routing history ends segments often, and merges some."""
+    routing = RoutingHistoryConfig(first_steps=3, most_segments=6)
+    return make_trainer(log, checkpoints, prefetch=prefetch, routing=routing)
 
 
 def assert_same(one: Trainer, other: Trainer) -> None:
@@ -44,7 +45,7 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor), name
-    report, wanted = (training_report(t, seconds=1, trained=1) for t in (one, other))
+    report, wanted = (training_report(t, seconds=1, trained=1).to_dict() for t in (one, other))
     assert {**report, "lineage": None} == {**wanted, "lineage": None}
     assert conservation_errors(report) == []
     assert one.experts.summary() == other.experts.summary()
@@ -52,15 +53,15 @@ def assert_same(one: Trainer, other: Trainer) -> None:
         routing_report(t.experts.history, t.learner.expert_limits, ["click", "like", "watch"]) for t in (one, other)
     )
     assert routing == wanted_routing
-    assert len(routing["stretches"]) > 3
-    assert routing["stretches"][1]["drift"] is not None
+    assert len(routing["segments"]) > 3
+    assert routing["segments"][1]["drift"] is not None
     assert one.experts.routing() == routing_summary(one.experts.history, one.learner.expert_limits)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, log: InMemoryLog, tmp_path: Path) -> None:
     fill(log, 3000)
-    never_killed = make_trainer(log, None)
+    never_killed = trainer_of(log, None)
     train_to_the_end(never_killed)
     assert never_killed.learner.step_number > 20
 
@@ -68,17 +69,15 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, log: InMemoryLog, tmp
     lives = 0
     while True:
         lives += 1
-        trainer = make_trainer(log, tmp_path)
+        trainer = trainer_of(log, tmp_path)
         resumed = trainer.restore()
         assert (resumed is None) == (lives == 1)
         trainer.checkpoint()
         killed = False
-        while not killed and (trainer.stream.poll(0) or trainer.stream.assembler.ready):
-            while trainer.stream.assembler.ready and not killed:
-                trainer.step()
-                if chance.random() < 0.3:
-                    trainer.checkpoint()
-                killed = chance.random() < 0.08  # everything since the checkpoint is lost
+        while not killed and (trainer.step() or trainer.stream.poll(0)):
+            if chance.random() < 0.3:
+                trainer.checkpoint()
+            killed = chance.random() < 0.08  # everything since the checkpoint is lost
         if not killed:
             break
     assert lives > 1
@@ -86,31 +85,30 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, log: InMemoryLog, tmp
 
 
 def test_batches_sent_ahead_change_nothing(log: InMemoryLog, tmp_path: Path) -> None:
-    """The GPU's way of feeding, on the CPU: same weights, also over a restart at every tenth step."""
+    """Batches are sent ahead as on a GPU, here on the CPU: same weights, also over a restart at every tenth step."""
     fill(log, 3000)
-    plain = make_trainer(log, None)
+    plain = trainer_of(log, None)
     train_to_the_end(plain)
-    ahead = make_trainer(log, tmp_path, prefetch=True)
-    while ahead.stream.poll(0) or ahead.stream.assembler.ready:
-        while ahead.stream.assembler.ready:
+    ahead = trainer_of(log, tmp_path, prefetch=True)
+    while ahead.step() or ahead.stream.poll(0):
+        if ahead.learner.step_number % 10 == 9:
+            ahead.checkpoint()
+            ahead = trainer_of(log, tmp_path, prefetch=True)
+            assert ahead.restore()
             ahead.step()
-            if ahead.learner.step_number % 10 == 0:
-                ahead.checkpoint()
-                ahead = make_trainer(log, tmp_path, prefetch=True)
-                assert ahead.restore()
     assert_same(ahead, plain)
 
 
 def test_a_clean_stop_loses_nothing(log: InMemoryLog, tmp_path: Path) -> None:
     fill(log, 2500)
-    never_stopped = make_trainer(log, None)
+    never_stopped = trainer_of(log, None)
     train_to_the_end(never_stopped)
 
-    first = make_trainer(log, tmp_path)
+    first = trainer_of(log, tmp_path)
     steps = iter(range(7))
     first.run(should_stop=lambda: next(steps, None) is None)
     assert first.learner.step_number < never_stopped.learner.step_number
-    second = make_trainer(log, tmp_path)
+    second = trainer_of(log, tmp_path)
     assert second.restore() == first.learner.step_number
     assert second.lineage == first.lineage
     train_to_the_end(second)
@@ -119,7 +117,7 @@ def test_a_clean_stop_loses_nothing(log: InMemoryLog, tmp_path: Path) -> None:
 
 def test_learns_and_routes(log: InMemoryLog) -> None:
     fill(log, 6000)
-    trainer = make_trainer(log, None)
+    trainer = trainer_of(log, None)
     train_to_the_end(trainer)
     trainer.settle()
     click = trainer.evaluation.report()["click"]
@@ -133,45 +131,81 @@ def test_learns_and_routes(log: InMemoryLog) -> None:
 
 def test_a_damaged_checkpoint_yields_to_the_one_before(log: InMemoryLog, tmp_path: Path) -> None:
     fill(log, 2500)
-    trainer = make_trainer(log, tmp_path)
+    trainer = trainer_of(log, tmp_path)
     trainer.stream.poll(0)
     trainer.checkpoint()
     train_to_the_end(trainer)
     trainer.checkpoint()
     newest = tmp_path / f"step-{trainer.learner.step_number:012d}.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
-    assert make_trainer(log, tmp_path).restore() == 0
+
+    assert trainer_of(log, tmp_path).restore() == 0
+
+
+def test_a_folder_of_damaged_checkpoints_is_refused(log: InMemoryLog, tmp_path: Path) -> None:
+    trainer_of(log, tmp_path).checkpoint()
     for path in tmp_path.iterdir():
         path.write_bytes(b"no checkpoint")
+
     with pytest.raises(CheckpointError, match="none can be read"):
-        make_trainer(log, tmp_path).restore()
+        trainer_of(log, tmp_path).restore()
 
 
-def test_another_schema_or_model_is_refused(log: InMemoryLog, tmp_path: Path) -> None:
-    trainer = make_trainer(log, tmp_path)
+def test_another_schema_is_refused(log: InMemoryLog, tmp_path: Path) -> None:
+    trainer = trainer_of(log, tmp_path)
     trainer.checkpoint()
     directory, schema_hash = CheckpointDirectory(tmp_path, 2), trainer.learner.schema.hash
+
     with pytest.raises(SchemaMismatch, match=f"{schema_hash} differs from the configured schema's feedfacecafe"):
         directory.newest(schema_hash="feedfacecafe", model=MODEL.to_dict())
-    with pytest.raises(CheckpointError, match=r"differs in: embedding_dim"):
-        directory.newest(schema_hash=schema_hash, model={**MODEL.to_dict(), "embedding_dim": 4})
 
 
-def test_a_disk_that_refuses_is_named_and_the_old_checkpoint_stands(
-    log: InMemoryLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_model_is_refused_with_the_keys_that_differ(log: InMemoryLog, tmp_path: Path) -> None:
+    trainer = trainer_of(log, tmp_path)
+    trainer.checkpoint()
+    smes = replace(MODEL.smes, experts=replace(MODEL.smes.experts, num=8), router=replace(MODEL.smes.router, rank=4))
+    other = replace(MODEL, embedding_dim=4, smes=smes)
+
+    with pytest.raises(CheckpointError, match=r"differs in: embedding_dim, smes\.experts\.num, smes\.router\.rank\)"):
+        CheckpointDirectory(tmp_path, 2).newest(schema_hash=trainer.learner.schema.hash, model=other.to_dict())
+
+
+@pytest.mark.parametrize(("written", "number"), [("smes-checkpoint-1", "1"), ("3", "3"), (None, "none")])
+def test_another_format_is_refused_by_its_number_and_not_skipped(
+    written: str | None, number: str, log: InMemoryLog, tmp_path: Path
 ) -> None:
-    trainer = make_trainer(log, tmp_path)
+    trainer = trainer_of(log, tmp_path)
+    trainer.checkpoint()
+    older = next(tmp_path.iterdir())
+    newer = tmp_path / "step-000000000009.safetensors"
+    newer.write_bytes(save({"weights": np.zeros(3)}, {} if written is None else {"format": written}))
+    os.utime(newer, ns=(time.time_ns(), older.stat().st_mtime_ns + 10**9))
+
+    with pytest.raises(CheckpointError, match=rf"checkpoint .*000009\.safetensors: format {number}, expected 2"):
+        trainer_of(log, tmp_path).restore()
+
+
+@contextmanager
+def short_files() -> Iterator[None]:
+    """Longer files than 4 KiB are refused in this context, as by a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_refuses_is_named_and_the_old_checkpoint_stays(log: InMemoryLog, tmp_path: Path) -> None:
+    trainer = trainer_of(log, tmp_path)
     trainer.checkpoint()
 
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointError, match="not written: No space left on device"):
+    with short_files(), pytest.raises(CheckpointError, match="not written: File too large"):
         trainer.checkpoint()
-    monkeypatch.undo()
+
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
-    assert make_trainer(log, tmp_path).restore() == 0
+    assert trainer_of(log, tmp_path).restore() == 0
 
 
 def test_metrics_are_those_of_scores_before_each_step(log: InMemoryLog) -> None:
@@ -181,11 +215,10 @@ def test_metrics_are_those_of_scores_before_each_step(log: InMemoryLog) -> None:
     from smes.model.serving import ServingModel
 
     fill(log, 2500)
-    trainer = make_trainer(log, None)
+    trainer = trainer_of(log, None)
     labels, scores = [], []
-    while trainer.stream.poll(0) or trainer.stream.assembler.ready:
-        while trainer.stream.assembler.ready:
-            examples = trainer.stream.assembler.ready[0]
+    while trainer.stream.poll(0) or trainer.stream.upcoming() is not None:
+        while (examples := trainer.stream.upcoming()) is not None:
             # Rows exist (untrained) by the time a batch is scored, as in the step itself.
             trainer.learner.prepare(examples)
             before = ServingModel(trainer.learner.schema, MODEL, trainer.learner.serving_state())

@@ -1,13 +1,18 @@
-"""Schedules only raise flags, and only while they are open; the learner is touched by one thread alone."""
+"""Schedules only raise flags, and only while they are open; only one thread uses the learner."""
 
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
+import torch
 
-from tests.trainer.small_world import fill, make_trainer, open_log
+from smes.events import ExampleBlock
+from smes.model.batch import RankBatch
+from smes.model.config import OptimizerConfig
+from smes.model.learner import Learner, StepResult
+from tests.trainer.small_world import MODEL, SCHEMA, fill, make_trainer, open_log
+from trainer.loop import CHECKPOINT, SNAPSHOT
 from trainer.schedule import Flags, Schedule
 
 DEADLINE_S = 60.0
@@ -24,8 +29,8 @@ def comes_true(condition: Callable[[], bool], within_s: float = DEADLINE_S) -> b
 
 def test_asking_twice_is_asking_once() -> None:
     flags = Flags()
-    flags.put_up("snapshot")
-    flags.put_up("snapshot")
+    flags.request("snapshot")
+    flags.request("snapshot")
     assert [flags.take("snapshot"), flags.take("snapshot"), flags.take("checkpoint")] == [True, False, False]
 
 
@@ -50,33 +55,48 @@ def test_a_flag_that_nobody_takes_is_one_flag() -> None:
     assert not flags.take("cut")
 
 
-def test_no_second_thread_touches_the_learner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = open_log()
+class RecordingLearner(Learner):
+    """Notes which threads call it."""
+
+    def __init__(self) -> None:
+        super().__init__(SCHEMA, MODEL, OptimizerConfig(), device=torch.device("cpu"), seed=1)
+        self.callers: dict[str, set[int]] = {}
+
+    def prepare(self, examples: ExampleBlock) -> RankBatch:
+        self._note("prepare")
+        return super().prepare(examples)
+
+    def step(self, batch: RankBatch) -> StepResult:
+        self._note("step")
+        return super().step(batch)
+
+    def serving_state(self) -> dict[str, torch.Tensor]:
+        self._note("serving_state")
+        return super().serving_state()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        self._note("state")
+        return super().state()
+
+    def _note(self, method: str) -> None:
+        self.callers.setdefault(method, set()).add(threading.get_ident())
+
+
+def test_no_second_thread_uses_the_learner(tmp_path: Path) -> None:
+    log, learner, flags = open_log(), RecordingLearner(), Flags()
     fill(log, 3000)
-    trainer = make_trainer(log, tmp_path)
-    callers: dict[str, set[int]] = {}
-
-    def recorded(name: str) -> None:
-        method = getattr(trainer.learner, name)
-
-        def call(*arguments: object) -> object:
-            callers.setdefault(name, set()).add(threading.get_ident())
-            return method(*arguments)
-
-        monkeypatch.setattr(trainer.learner, name, call)
-
-    for name in ("prepare", "step", "serving_state", "state"):
-        recorded(name)
+    trainer = make_trainer(log, tmp_path, learner=learner, flags=flags)
     end = trainer.stream.end()
     deadline = time.monotonic() + DEADLINE_S
 
     def done() -> bool:
         assert time.monotonic() < deadline
         checkpointed = len(list(tmp_path.iterdir())) == 2
-        return trainer.stream.has_reached(end) and not trainer.stream.assembler.ready and checkpointed
+        return trainer.stream.has_reached(end) and trainer.stream.upcoming() is None and checkpointed
 
-    with Schedule(trainer._flags, {"snapshot": 0.01, "checkpoint": 0.01}):
+    with Schedule(flags, {SNAPSHOT: 0.01, CHECKPOINT: 0.01}):
         trainer.run(done)
-    assert trainer.learner.step_number > 20
-    assert callers.keys() == {"prepare", "step", "serving_state", "state"}
-    assert set().union(*callers.values()) == {threading.get_ident()}
+
+    assert learner.step_number > 20
+    assert learner.callers.keys() == {"prepare", "step", "serving_state", "state"}
+    assert set().union(*learner.callers.values()) == {threading.get_ident()}

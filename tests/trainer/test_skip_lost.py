@@ -24,7 +24,7 @@ def test_lost_records_are_refused_then_skipped_on_demand() -> None:
         pass
     ends = {**log.end(IMPRESSIONS), **log.end(FEEDBACK)}
     assert stream.has_reached(ends)
-    assert stream.assembler.ledger().impressions == 400 - 30
+    assert stream.ledger().impressions == 400 - 30
 
 
 def test_a_log_that_came_back_empty_is_read_from_its_beginning() -> None:

@@ -1,0 +1,107 @@
+"""Observers watch the training: they see each batch before the step on it, and what the step found out after it.
+
+Letters: B instances of a batch, T tasks, E experts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from smes.arrays import F32, I64
+from smes.events import ExampleBlock
+from smes.model.batch import RankBatch
+from smes.model.learner import Learner, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class StepFigures:
+    """What a step found out, on the host.
+
+    Attributes:
+        scores: float32 [B, T], by the weights before the step: probabilities, or values in the label's unit.
+        active_experts: int64 [B], experts executed for each instance; None for a ranker without experts.
+        expert_load: int64 [T, E], instances that each task sent to each expert; None for a ranker without experts.
+    """
+
+    scores: F32
+    active_experts: I64 | None = None
+    expert_load: I64 | None = None
+
+
+def fetch(result: StepResult) -> StepFigures:
+    """Copy a step's result to the host; on a GPU this waits until the step has ended."""
+    active_B, load_TE = result.active_experts, result.expert_load
+    return StepFigures(
+        scores=result.scores.cpu().numpy(),
+        active_experts=None if active_B is None else active_B.cpu().numpy(),
+        expert_load=None if load_TE is None else load_TE.cpu().numpy(),
+    )
+
+
+class Observer:
+    """Watches the training. A subclass overrides the methods that it needs; the others do nothing."""
+
+    def before_step(self, examples: ExampleBlock) -> None:
+        """Called with each batch before the weights change on it."""
+
+    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
+        """Called with each batch and its step's figures, in order, but possibly after the next step has started."""
+
+    def after_read(self) -> None:
+        """Called after each read of the stream, whether or not it returned events."""
+
+
+class DelayedResults:
+    """Keeps a step's result until the next step has started, then gives it to the observers.
+
+    Fetching a result from a GPU waits for its step. One step later that wait overlaps with the step just started.
+
+    Args:
+        observers: Who gets the results; the caller may add to it.
+    """
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = observers
+        self._kept: tuple[ExampleBlock, StepResult] | None = None
+
+    def keep(self, examples: ExampleBlock, result: StepResult) -> None:
+        """Keep the result of the step just started, and deliver the one kept before."""
+        self.deliver()
+        self._kept = examples, result
+
+    def deliver(self) -> None:
+        """Give the observers the result that is kept, if any."""
+        if self._kept is None:
+            return
+        (examples, result), self._kept = self._kept, None
+        figures = fetch(result)
+        for observer in self._observers:
+            observer.after_step(examples, figures)
+
+
+class BatchSender:
+    """Sends batches to the training device, the next one while a step runs there.
+
+    Args:
+        learner: Prepares the batches.
+        ahead: Whether to send the next batch ahead.
+    """
+
+    def __init__(self, learner: Learner, *, ahead: bool) -> None:
+        self._learner, self._ahead = learner, ahead
+        self._sent: tuple[ExampleBlock, RankBatch] | None = None
+
+    def take(self, examples: ExampleBlock) -> RankBatch:
+        """The batch on the device: the one sent ahead if it is of these examples, else prepared now."""
+        sent, self._sent = self._sent, None
+        if sent is not None and sent[0] is examples:
+            return sent[1]
+        return self._learner.prepare(examples)
+
+    def send_ahead(self, upcoming: ExampleBlock | None) -> None:
+        """Prepare the upcoming batch while the device is busy with a step.
+
+        A cut or checkpoint taken before its step already has rows for its new ids. Those rows are untrained, and after
+        a restart the same ids get the same rows.
+        """
+        if self._ahead and upcoming is not None:
+            self._sent = upcoming, self._learner.prepare(upcoming)

@@ -1,0 +1,79 @@
+"""The report of a run, from the state of its trainer."""
+
+from trainer.evaluation import TaskMetrics
+from trainer.loop import Trainer
+from trainer.report import (
+    ActiveExperts,
+    EventCounts,
+    FeedbackCounts,
+    Quantiles,
+    ScorerFigures,
+    Snapshots,
+    TaskFigures,
+    Throughput,
+    TrainingReport,
+)
+
+
+def training_report(trainer: Trainer, *, seconds: float, trained: int) -> TrainingReport:
+    """Everything that the trainer knows; the scorer's parts are None.
+
+    Args:
+        trainer: After its last step.
+        seconds: How long this process has been training.
+        trained: Examples that this process has trained on, without those before a restart.
+    """
+    trainer.settle()
+    ledger, publisher = trainer.stream.ledger(), trainer.publisher
+    tally, limits = trainer.experts, trainer.learner.expert_limits
+    return TrainingReport(
+        schema=trainer.learner.schema.hash,
+        lineage=trainer.lineage,
+        version=trainer.learner.step_number,
+        events=EventCounts(
+            impressions=ledger.impressions,
+            trained=trainer.trained,
+            waiting=ledger.waiting,
+            late=ledger.late,
+            duplicate=ledger.duplicate,
+            dead_lettered=ledger.dead_lettered,
+        ),
+        feedback=FeedbackCounts(
+            received=ledger.feedback,
+            attached=ledger.attached,
+            waiting=ledger.feedback_waiting,
+            late=ledger.feedback_late,
+            orphaned=ledger.orphaned,
+            duplicate=ledger.feedback_duplicate,
+            dead_lettered=ledger.feedback_dead_lettered,
+        ),
+        throughput=Throughput(trained / seconds if seconds > 0 else None),
+        freshness_ms=Quantiles(),
+        snapshots=Snapshots(publisher.published, publisher.bytes_last) if publisher else Snapshots(),
+        scorer=ScorerFigures(),
+        active_experts=ActiveExperts(
+            mean=tally.mean,
+            max=tally.max,
+            bound=limits.bound if limits else None,
+            num_experts=limits.num_experts if limits else None,
+        ),
+        routing=tally.routing(),
+        tasks=task_figures(trainer.evaluation.report()),
+    )
+
+
+def task_figures(metrics: dict[str, TaskMetrics]) -> dict[str, TaskFigures]:
+    """The metrics that a report shows, by task name."""
+    return {
+        name: TaskFigures(
+            positives=task.positives,
+            auc=task.auc,
+            gauc_windowed=task.gauc_windowed,
+            ne=task.ne,
+            ece=task.ece,
+            xauc=task.xauc,
+            mae=task.mae,
+            mean_bias=task.mean_bias,
+        )
+        for name, task in metrics.items()
+    }
