@@ -1,25 +1,29 @@
-"""What a ranker is to the model around it: the seam behind which SMES and its rivals stand.
+"""The seam between the model and its ranker, and the encoder that rankers start with.
 
-Letters: B instances, T tasks, E experts, I input width, H width of a task's representation.
+Letters: B instances, T tasks, E experts, C columns of the input, I input width, D encoder width, H width of a task's
+representation.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smes.rankers.sparse.groups import Clusters, GroupFinder
+Clusters = tuple[tuple[int, ...], ...]
+"""The tasks of each group."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingStats:
-    """What a ranker with experts tells about its routing.
+    """Figures of one batch's routing.
 
     Attributes:
-        active_B: int64, experts executed for each instance (|U|).
-        load_TE: int64, instances that each task sends to each expert.
+        active_B: int64, the number of experts that run for each instance (|U|).
+        load_TE: int64, the number of instances that each task sends to each expert.
     """
 
     active_B: Tensor
@@ -28,13 +32,14 @@ class RoutingStats:
 
 @dataclass(frozen=True, slots=True)
 class ExpertLimits:
-    """What a ranker with experts allows.
+    """Which experts a ranker has, and how many of them may run.
 
     Attributes:
-        bound: Most experts that one instance may execute.
+        bound: The most experts that may run for one instance.
         num_experts: E.
-        num_fixed: K_0 of them, the first, run for every instance whatever the routing.
-        num_pools: The others are this many equal pools, one after the other, each for its own tasks; 1: for all.
+        num_fixed: K_0: the first K_0 experts run for every instance, whatever the routing.
+        num_pools: The other experts are this many equal pools, one after the other, each for its own tasks; 1: one pool
+            for all tasks.
     """
 
     bound: int
@@ -45,13 +50,13 @@ class ExpertLimits:
 
 @dataclass(frozen=True, slots=True)
 class RankerOutput:
-    """One forward pass.
+    """Result of one forward pass.
 
     Attributes:
         tasks_BTH: A representation per task, from which the task heads predict; None for a ranker that leaves
             everything to the linear part.
-        auxiliary_loss: Scalar to add to the task losses; None for none, and outside of training.
-        stats: None for a ranker without experts, and outside of training.
+        auxiliary_loss: Scalar to add to the task losses; None for no such loss, and outside training.
+        stats: None for a ranker without experts, and outside training.
     """
 
     tasks_BTH: Tensor | None
@@ -60,7 +65,7 @@ class RankerOutput:
 
 
 class Ranker(Protocol):
-    """From an instance's features to a representation per task; a ``torch.nn.Module``.
+    """Maps an instance's features to a representation per task; a ``torch.nn.Module``.
 
     Attributes:
         output_dim: H; 0 for a ranker without representations.
@@ -74,28 +79,59 @@ class Ranker(Protocol):
 
 
 @runtime_checkable
-class GroupingRanker(Protocol):
-    """What a ranker that routes by task groups, and may have to find them, can be asked besides."""
+class RoutedRanker(Protocol):
+    """A ranker that chooses experts."""
 
-    def group_finder(self) -> GroupFinder | None:
-        """What finds the groups; None where they are declared."""
+    def choices(self, x_BI: Tensor) -> Tensor:
+        """The experts that each task chooses for each instance, without those that always run; int64 [B, T, K]."""
         ...
 
-    def regroup(self, groups: Clusters) -> None:
-        """Route the tasks by groups that its finder found."""
+
+class GroupSearch(Protocol):
+    """A search for task groups in the stream; its state is part of the learner's."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the search has ended."""
+        ...
+
+    def to(self, device: torch.device) -> "GroupSearch":
+        """Move to a device."""
+        ...
+
+    def observe(self, x_BC: Tensor, residual_BT: Tensor) -> Clusters | None:
+        """Take in a batch after it was scored; return the groups when it is time for new ones.
+
+        Args:
+            x_BC: The ranker's input.
+            residual_BT: Label minus prediction, 0 where there is no label.
+        """
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of everything that :meth:`load_state` needs."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a :meth:`state`.
+
+        Raises:
+            KeyError, RuntimeError: A tensor is missing, unknown or of another shape.
+        """
         ...
 
 
 @runtime_checkable
-class RoutedRanker(Protocol):
-    """What a ranker that chooses experts can be asked besides."""
+class GroupingRanker(Protocol):
+    """A ranker that routes by task groups, declared or found from the stream."""
 
-    def choices(self, x_BI: Tensor) -> Tensor:
-        """The experts that each task chooses for each instance, those that run anyway left out; int64 [B, T, K]."""
+    def group_finder(self) -> GroupSearch | None:
+        """A new search for the groups; None where they are declared."""
         ...
 
-
-# TODO(merge) was smes.encoder: The shared encoder that rankers start with. Letters: B insta
+    def regroup(self, groups: Clusters) -> None:
+        """Route the tasks by groups that the search found."""
+        ...
 
 
 class Encoder(nn.Module):

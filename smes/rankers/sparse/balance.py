@@ -1,9 +1,10 @@
 """Losses that spread the routers' traffic over the experts.
 
-Letters: T tasks, E experts (fixed ones, which no router chooses, left out). Every loss takes, of a mini-batch:
+Letters: N gates to balance (one per task; one per router if the task groups are found from the stream), E experts
+without the fixed ones. Every loss takes two figures of a mini-batch:
 
-- ``traffic_TE``: the share of a task's choices that fell on each expert; sums to 1 over E, no gradient;
-- ``probs_TE``: the mean probability before selection; sums to 1 over E.
+- ``traffic_NE``: the share of each expert in a gate's choices; sums to 1 over E, no gradient;
+- ``probs_NE``: the mean probability before selection; sums to 1 over E.
 """
 
 from collections.abc import Callable
@@ -11,39 +12,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from smes.rankers.sparse.config import BalanceLoss
 
-def global_loss(traffic_TE: Tensor, probs_TE: Tensor) -> Tensor:
+
+def global_loss(traffic_NE: Tensor, probs_NE: Tensor) -> Tensor:
     """Global multi-gate load balancing (SMES, arXiv 2602.09386): ``L_lb = (E/K) Σ_e f̄_e p̄_e``, a scalar.
 
-    ``f̄_e / K`` is the traffic and ``p̄_e`` the mean probability over every task and instance. An even load gives 1
-    (with own pools of unequally many tasks, somewhat more).
+    ``f̄_e / K`` is the traffic and ``p̄_e`` the mean probability over all gates and instances. An even load gives 1, or
+    somewhat more if the groups have own pools and differ in their number of tasks.
     """
-    return traffic_TE.shape[1] * torch.dot(traffic_TE.mean(dim=0), probs_TE.mean(dim=0))
+    return traffic_NE.shape[1] * torch.dot(traffic_NE.mean(dim=0), probs_NE.mean(dim=0))
 
 
-def per_gate_loss(traffic_TE: Tensor, probs_TE: Tensor) -> Tensor:
-    """Every task's gate balanced by itself: ``(E/K) · mean_t Σ_e f̄_te p̄_te``; an even load of each gives 1.
+def per_gate_loss(traffic_NE: Tensor, probs_NE: Tensor) -> Tensor:
+    """Every gate balanced by itself: ``(E/K) · mean_n Σ_e f̄_ne p̄_ne``. An even load of each gate gives 1.
 
-    What SMES's global loss is set against: it forbids a task to prefer any experts over the stream.
+    The SMES paper compares its global loss with this one, which keeps tasks from specialising on experts.
     """
-    return traffic_TE.shape[1] * (traffic_TE * probs_TE).sum(dim=1).mean()
+    return traffic_NE.shape[1] * (traffic_NE * probs_NE).sum(dim=1).mean()
 
 
-def mutual_information_loss(traffic_TE: Tensor, probs_TE: Tensor) -> Tensor:
-    """``−I(T; E) = H(E|T) − H(E)`` of the mean probabilities (Mod-Squad, arXiv 2212.08066), in nats; −log T … 0.
+def mutual_information_loss(traffic_NE: Tensor, probs_NE: Tensor) -> Tensor:
+    """``−I(N; E) = H(E|N) − H(E)`` of the mean probabilities (Mod-Squad, arXiv 2212.08066), in nats; −log N … 0.
 
-    All experts are used alike over all tasks together, few of them by each task.
+    It is least when all gates together use all experts equally, and each gate uses few of them.
     """
-    return _entropy(probs_TE).mean() - _entropy(probs_TE.mean(dim=0))
+    return _entropy(probs_NE).mean() - _entropy(probs_NE.mean(dim=0))
 
 
 def _entropy(probs: Tensor) -> Tensor:
-    # A probability that underflowed to 0 has an infinite slope, and no share in the entropy.
+    # A probability of 0 (by underflow) adds nothing to the entropy, but its slope is infinite.
     probs = probs.clamp(min=1e-12)
     return -(probs * probs.log()).sum(dim=-1)
 
 
-BALANCE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+BALANCE_LOSSES: dict[BalanceLoss, Callable[[Tensor, Tensor], Tensor] | None] = {
     "global": global_loss,
     "per_gate": per_gate_loss,
     "mutual_information": mutual_information_loss,

@@ -5,7 +5,6 @@ Letters: B instances, E experts, P packed rows, D input width, H output width, R
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -13,41 +12,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smes.rankers.sparse.config import ExpertForm, ExpertNorm, ExpertsConfig
 from smes.rankers.sparse.dispatch import Dispatch, neutralise, pack
 
 
 class Experts(Protocol):
-    """E functions of the encoded instance. A form decides itself what it packs: some need only a narrow projection."""
+    """E functions of the encoded instance. Each form packs only what it needs, such as a narrow projection."""
 
     output_dim: int
 
     def __call__(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
-        """The output of every executed pair, y_PH; unused rows are finite."""
+        """The output of every executed pair, [P, H]. Unused rows are finite."""
         ...
 
 
-EXPERT_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+EXPERT_NORMS: dict[ExpertNorm, Callable[[Tensor], Tensor]] = {
     "layer": lambda y: F.layer_norm(y, y.shape[1:]),
     "rms": lambda y: F.rms_norm(y, y.shape[1:], eps=1e-5),
     "none": lambda y: y,
 }
-"""Norms of a packed row by their name in the configuration; without gain or bias."""
+"""Norms of a packed row, without gain or bias, by their name in the configuration."""
 
 
 class FullExperts(nn.Module):
     """The paper's form: every expert an MLP of its own, ``x ← SiLU(Norm(x W_e))`` per layer.
 
-    The norm has no gain or bias of its own (our choice: the next layer absorbs them, and a packed row need not look
-    them up). BatchNorm, as in HoME, would see tiny batches in sparsely fed experts.
+    The norm has no gain or bias (our choice: the next layer absorbs them, and no packed row needs to look them up).
+    BatchNorm, as in HoME, would see tiny batches in experts that few instances use.
 
     Args:
         num_experts: E.
         input_dim: D.
-        dims: Width of each layer; the last is H. Multiples of 8, as the GPU's grouped GEMM wants.
+        dims: Width of each layer, a multiple of 8 as the GPU's grouped GEMM needs; the last is H.
         norm: Name in :data:`EXPERT_NORMS`.
     """
 
-    def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...], norm: str = "layer") -> None:
+    def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...], norm: ExpertNorm = "layer") -> None:
         super().__init__()
         self.output_dim = dims[-1]
         self.norm = EXPERT_NORMS[norm]
@@ -69,8 +69,8 @@ class FullExperts(nn.Module):
 class LowRankExperts(nn.Module):
     """Low-rank differences from a shared base: ``f_e(h) = SiLU(Norm(h W0 + h A_e B_e))``.
 
-    ``h W0`` is computed once per instance. ``B_e`` starts at zero, so that every expert starts as the base: in one pass
-    over a stream, an expert that sees a fraction of it inherits what all instances teach (our form, not the paper's).
+    This form is ours, not the paper's. ``h W0`` is computed once per instance. ``B_e`` starts at zero, so that every
+    expert starts as the base. In one pass over a stream each expert sees few instances; the base learns from all.
 
     Args:
         num_experts: E.
@@ -80,7 +80,9 @@ class LowRankExperts(nn.Module):
         norm: Name in :data:`EXPERT_NORMS`.
     """
 
-    def __init__(self, num_experts: int, input_dim: int, output_dim: int, rank: int, norm: str = "layer") -> None:
+    def __init__(
+        self, num_experts: int, input_dim: int, output_dim: int, rank: int, norm: ExpertNorm = "layer"
+    ) -> None:
         super().__init__()
         self.norm = EXPERT_NORMS[norm]
         self.output_dim = output_dim
@@ -97,8 +99,8 @@ class LowRankExperts(nn.Module):
 class ResidualExperts(nn.Module):
     """Differences that read one narrow projection: ``q = h P``, ``f_e(h) = SiLU(Norm(h W0 + q D_e))``.
 
-    As :class:`LowRankExperts`, with one GEMM of width Q per executed pair: only ``q`` is gathered. ``D_e`` starts at
-    zero.
+    Like :class:`LowRankExperts`, but with one GEMM of width Q per executed pair: only ``q`` and the base's output are
+    gathered. ``D_e`` starts at zero.
 
     Args:
         num_experts: E.
@@ -108,7 +110,9 @@ class ResidualExperts(nn.Module):
         norm: Name in :data:`EXPERT_NORMS`.
     """
 
-    def __init__(self, num_experts: int, input_dim: int, output_dim: int, narrow_dim: int, norm: str = "layer") -> None:
+    def __init__(
+        self, num_experts: int, input_dim: int, output_dim: int, narrow_dim: int, norm: ExpertNorm = "layer"
+    ) -> None:
         super().__init__()
         self.norm = EXPERT_NORMS[norm]
         self.output_dim = output_dim
@@ -123,18 +127,18 @@ class ResidualExperts(nn.Module):
 
 
 def _silu(x_PH: Tensor) -> Tensor:
-    """In place where no gradient needs what it was: of packed rows there are many."""
+    """SiLU, in place if no gradient needs the input: packed rows take much memory."""
     return F.silu(x_PH, inplace=not torch.is_grad_enabled())
 
 
 def _uniform(*shape: int) -> Tensor:
-    """Maps [..., D_in, D_out] that keep a unit variance, to be normalised after."""
+    """First weights of maps [..., D_in, D_out] that keep the variance at one."""
     bound = math.sqrt(3 / shape[-2])
     return torch.empty(*shape).uniform_(-bound, bound)
 
 
 def grouped_linear(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tensor:
-    """Rows of segment e times ``weight_EDH[e]``, in autocast's type where that is on. → [P, H]."""
+    """Multiply the rows of segment e by ``weight_EDH[e]``, in autocast's type if autocast is on. → [P, H]."""
     kind = x_PD.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -142,30 +146,9 @@ def grouped_linear(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tenso
     return F.grouped_mm(x_PD, weight_EDH, offs=offsets_E)
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertShape:
-    """What the experts of a ranker look like.
-
-    Attributes:
-        num_experts: E.
-        input_dim: D, a multiple of 8.
-        dims: Widths of an expert's layers.
-        rank: Of ``low_rank`` experts.
-        narrow_dim: Of ``residual`` experts.
-        norm: Name in :data:`smes.rankers.sparse.experts.EXPERT_NORMS`.
-    """
-
-    num_experts: int
-    input_dim: int
-    dims: tuple[int, ...]
-    rank: int
-    narrow_dim: int
-    norm: str
-
-
-EXPERT_FORMS: dict[str, Callable[[ExpertShape], nn.Module]] = {
-    "full": lambda s: FullExperts(s.num_experts, s.input_dim, s.dims, s.norm),
-    "low_rank": lambda s: LowRankExperts(s.num_experts, s.input_dim, s.dims[0], s.rank, s.norm),
-    "residual": lambda s: ResidualExperts(s.num_experts, s.input_dim, s.dims[0], s.narrow_dim, s.norm),
+EXPERT_FORMS: dict[ExpertForm, Callable[[int, ExpertsConfig], nn.Module]] = {
+    "full": lambda i, c: FullExperts(c.num, i, c.dims, c.norm),
+    "low_rank": lambda i, c: LowRankExperts(c.num, i, c.dims[0], c.rank, c.norm),
+    "residual": lambda i, c: ResidualExperts(c.num, i, c.dims[0], c.narrow_dim, c.norm),
 }
-"""The forms of an expert by their name in the configuration; each is a module that is :class:`Experts`."""
+"""Form of an expert → (input width, a multiple of 8; configuration) → a module that is :class:`Experts`."""

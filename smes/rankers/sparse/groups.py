@@ -1,41 +1,39 @@
-"""Task groups found from the stream: which tasks' answers the same inputs change.
+"""Search for task groups in the stream: tasks whose labels depend on the same products of input columns.
 
-Two tasks belong together where the same columns of the input decide how each of them reads the others: a segment under
-which a task's tastes differ, say. That shows without any router: what a model has not explained of a label goes with
-*products* of input columns, and with which columns is a profile of the task.
+Two tasks belong together if the same columns of the input decide how each task's label depends on the other columns.
+An example is a segment of users for whom both tasks' tastes differ. This shows without a router: what the model has not
+explained of a label correlates with *products* of input columns. Which columns take part is a profile of the task.
 
-Letters: B instances, T tasks, G groups, and as many pools, C columns of the input.
+Letters: B instances, T tasks, G groups, C columns of the input.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations, product
+from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
 from smes.rankers.moments import RunningMoments
+from smes.rankers.ranker import Clusters
 
-Clusters = tuple[tuple[int, ...], ...]
-"""Tasks of each group."""
-
-_LOOKS = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+_GROUPED_AT = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 """When the tasks are grouped, as shares of the search."""
 
-_CLIP = 8.0  # as routers cut what they read
+_CLIP = 8.0  # as in the routers' input
 
 
 class GroupFinder(nn.Module):
-    """Collects the tasks' profiles for a while, and groups the tasks by them from time to time.
+    """Collects a profile of each task for a while, and groups the tasks by their profiles from time to time.
 
-    With residuals r (label minus prediction) and standardised columns x, the sum ``S_t[c, k] = Σ_b r_bt x_bc x_bk``
-    says how much column c changes what column k means to task t. Its square less the squares of the batches' own parts
-    has a mean of 0 where there is nothing to say, however rare a positive and however skewed a column. Over its
-    variance and summed over k it is the profile of t. What all tasks' profiles have in common says nothing: the mean is
-    taken off them.
+    r are residuals (label minus prediction), x standardised columns. The sum ``S_t[c, k] = Σ_b r_bt x_bc x_bk`` tells
+    how much column c changes what column k means to task t. Subtract from its square the squares of the single batches'
+    sums: the difference has mean 0 if there is no such effect, however rare positives are and however skewed a column.
+    Divided by its variance and summed over k, it is the profile of task t.
 
     Args:
         num_tasks: T.
-        columns: C. A batch costs ``T·B·C²`` multiply-adds, and the sums ``(2·T + 1)·C²`` numbers, while it lasts.
+        columns: C. While the search lasts, a batch costs ``T·B·C²`` multiply-adds, and the sums take ``(2·T + 1)·C²``
+            numbers.
         num_groups: G ≤ T.
         until: The search ends after this many instances.
     """
@@ -48,7 +46,7 @@ class GroupFinder(nn.Module):
     def __init__(self, num_tasks: int, columns: int, num_groups: int, until: int) -> None:
         super().__init__()
         self._num_groups, self._until = num_groups, until
-        self._seen = 0  # not a tensor: a GPU would have to be waited for
+        self._seen = 0  # not a tensor: reading a tensor would wait for a GPU
         self.moments = RunningMoments(columns)
         for name in ("sum_TCC", "squares_TCC"):
             self.register_buffer(name, torch.zeros(num_tasks, columns, columns))
@@ -62,10 +60,10 @@ class GroupFinder(nn.Module):
 
     @torch.no_grad()
     def observe(self, x_BC: Tensor, residual_BT: Tensor) -> Clusters | None:
-        """Take in a batch, after it was scored; the groups, when it is time for them.
+        """Take in a batch after it was scored; return the groups when it is time for new ones.
 
         Args:
-            x_BC: What the ranker read.
+            x_BC: The ranker's input.
             residual_BT: Label minus prediction, 0 where there is no label.
         """
         standard_BC = self.moments.standardise(x_BC, _CLIP, torch.float32)
@@ -78,22 +76,22 @@ class GroupFinder(nn.Module):
         self.scale_CC += square_BC.T @ square_BC
         self.noise_T += residual_BT.square().sum(dim=0)
         before, self._seen = self._seen, self._seen + len(x_BC)
-        if any(before < share * self._until <= self._seen for share in _LOOKS):
+        if any(before < share * self._until <= self._seen for share in _GROUPED_AT):
             return clusters(likeness(self.profiles().cpu()), self._num_groups)
         return None
 
     def profiles(self) -> Tensor:
-        """How much each column changes what the others mean to each task; 0 is nothing. float32 [T, C]."""
+        """How much each column changes what the others mean to each task; 0 is not at all. float32 [T, C]."""
         variance_TCC = self.noise_T.view(-1, 1, 1) / max(self._seen, 1) * self.scale_CC
         energy_TCC = (self.sum_TCC.square() - self.squares_TCC) / variance_TCC.clamp(min=1e-9)
         return energy_TCC.sum(dim=2) - energy_TCC.diagonal(dim1=1, dim2=2)
 
     def state(self) -> dict[str, Tensor]:
-        """Copies, on the CPU, of all from which :meth:`load_state` goes on."""
+        """Copies, on the CPU, of everything that :meth:`load_state` needs."""
         return {"seen": torch.tensor(self._seen), **{k: v.cpu().clone() for k, v in self.state_dict().items()}}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a :meth:`state`.
+        """Continue from a :meth:`state`.
 
         Raises:
             KeyError, RuntimeError: A tensor is missing, unknown or of another shape.
@@ -102,65 +100,21 @@ class GroupFinder(nn.Module):
         self.load_state_dict({name: tensor for name, tensor in state.items() if name != "seen"})
 
 
-class TaskReads(nn.Module):
-    """Which pool each task reads: the mean of all of them until groups are found, then its group's.
-
-    Args:
-        num_tasks: T.
-        num_groups: G.
-    """
-
-    share_TG: Tensor
-
-    def __init__(self, num_tasks: int, num_groups: int) -> None:
-        super().__init__()
-        if num_groups > num_tasks:
-            raise ValueError(f"smes.found_groups: {num_groups}, expected at most the number of tasks ({num_tasks})")
-        self.register_buffer("share_TG", torch.full((num_tasks, num_groups), 1 / num_groups))
-
-    def outputs(self, y_BGH: Tensor) -> Tensor:
-        """What each task reads of the pools' outputs. [B, G, H] → [B, T, H]."""
-        return torch.matmul(self.share_TG.to(y_BGH.dtype), y_BGH)
-
-    def load(self, load_GE: Tensor) -> Tensor:
-        """Instances that each task sends to each expert, from those that each pool's router does. int64 [T, E]."""
-        return ((self.share_TG > 0).unsqueeze(2) * load_GE).sum(dim=1)
-
-    def main(self) -> Tensor:
-        """The pool that each task reads; while it reads all, the first. int64 [T]."""
-        return self.share_TG.argmax(dim=1)
-
-    def regroup(self, groups: Clusters) -> None:
-        """Each group reads one pool: the one that most of its tasks read already, so that little has to be relearned.
-
-        Args:
-            groups: G of them, with every task in one.
-        """
-        share_TG = self.share_TG.cpu()
-        stay_GG = torch.stack([share_TG[list(group)].sum(dim=0) for group in groups])
-        G = len(groups)
-        pool_of: dict[int, int] = {}
-        for group, pool in sorted(product(range(G), range(G)), key=lambda pair: -float(stay_GG[pair])):
-            if group not in pool_of and pool not in pool_of.values():
-                pool_of[group] = pool
-        share_TG = torch.zeros_like(share_TG)
-        for group, tasks in enumerate(groups):
-            share_TG[list(tasks), pool_of[group]] = 1.0
-        self.share_TG.copy_(share_TG)
-
-
 def likeness(profiles_TC: Tensor) -> Tensor:
-    """Cosine of two tasks' profiles, each of length 1 and less the mean of all. float32 [T, T]."""
+    """Cosine of every two tasks' profiles. float32 [T, T].
+
+    Profiles are scaled to length 1. Subtract the mean profile, which carries no information about groups.
+    """
     unit_TC = nn.functional.normalize(profiles_TC)
     unit_TC = nn.functional.normalize(unit_TC - unit_TC.mean(dim=0))
     return unit_TC @ unit_TC.T
 
 
 def clusters(like_TT: Tensor, num_groups: int) -> Clusters:
-    """Groups by average linkage: from one a task, the two most alike are joined until there are G.
+    """Cluster the tasks by average linkage: start with one group per task, join the two most alike until G are left.
 
     Args:
-        like_TT: How alike two tasks are.
+        like_TT: The :func:`likeness` of every two tasks.
         num_groups: G, from 1 to T.
     """
     groups: list[tuple[int, ...]] = [(t,) for t in range(len(like_TT))]

@@ -1,6 +1,7 @@
 """Routers: from an instance to the logits of the experts that each task, or task group, may choose.
 
-Letters: B instances, I input width, R routers, C columns of one router's logits, Q rank of a low-rank map.
+Letters: B instances, I width of the ranker's input, D width of the encoder's output, V width of what routers read,
+R routers, C columns of one router's logits, Q rank of a low-rank map.
 """
 
 import math
@@ -10,75 +11,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.rankers.moments import RunningMoments
+from smes.rankers.sparse.config import RouterConfig
 
-_HORIZON = 1e5  # what routers read drifts as the encoder learns: the moments look back over about this many instances
-_CLIP = 8.0  # as the feature layer cuts its numerics
+_HORIZON = 1e5  # the encoder's output drifts as it learns, so the moments look back over about this many instances
+_CLIP = 8.0  # as in the feature layer's numerics
 
 
 class Router(nn.Module):
-    """R bias-free routers over C experts each (bias-free: our choice).
+    """R routers over C experts each, without bias (our choice).
+
+    Low-rank maps ``V → Q → C`` are our addition: with a large R·C, linear routers cost more than the experts.
 
     Args:
-        input_dims: Widths of the parts that are read, side by side: the encoder's output, the raw input, or both.
+        input_dim: I.
+        encoder_dim: D.
         num_routers: R.
         columns: C.
-        rank: Q of a low-rank map ``I → Q → C`` (our answer to routers that cost more than the experts when R·C is
-            large); None for a linear one.
-        own_maps: Whether each router has a map ``I → Q`` of its own, or one serves all. Needs a rank.
-        norm: ``none``; ``layer`` normalises each part of each instance, without gain or bias; ``batch`` standardises
-            each column by its moments over the stream, up to the last step.
-        scale: Factor of the logits' first weights.
+        config: What the routers read, and how they map it to logits.
     """
 
-    def __init__(
-        self,
-        input_dims: tuple[int, ...],
-        num_routers: int,
-        columns: int,
-        rank: int | None = None,
-        *,
-        own_maps: bool = False,
-        norm: str = "none",
-        scale: float = 1.0,
-    ) -> None:
+    def __init__(self, input_dim: int, encoder_dim: int, num_routers: int, columns: int, config: RouterConfig) -> None:
         super().__init__()
-        width = sum(input_dims)
+        width = {"raw": input_dim, "encoder": encoder_dim, "both": input_dim + encoder_dim}[config.input]
+        rank, own_maps = config.rank, config.maps == "own"
+        self.config = config
         self.num_routers = num_routers
         self.columns = columns
-        self.layer_norm = norm == "layer"
-        self.moments = RunningMoments(width, horizon=_HORIZON) if norm == "batch" else None
+        self.moments = RunningMoments(width, horizon=_HORIZON) if config.norm == "batch" else None
         self.down = nn.Linear(width, rank * (num_routers if own_maps else 1), bias=False) if rank else nn.Identity()
         self.up: OwnMaps | nn.Linear
         if own_maps:
-            assert rank is not None, "a configuration with maps of each router's own has a rank"
+            assert rank is not None, "RouterConfig refuses own maps without a rank"
             self.up = OwnMaps(num_routers, rank, columns)
         else:
             self.up = nn.Linear(rank or width, num_routers * columns, bias=False)
-        if scale != 1.0:
+        if config.scale != 1.0:
             with torch.no_grad():
-                self.up.weight.mul_(scale)
+                self.up.weight.mul_(config.scale)
 
-    def forward(self, *parts: Tensor) -> Tensor:
-        """float32 logits [B, R, C]. Never in half precision: near-ties would be decided by rounding."""
-        with torch.autocast(parts[0].device.type, enabled=False):
-            x_BI = self._normalised([part.float() for part in parts])
-            z: Tensor = self.up(self.down(x_BI))
+    def forward(self, x_BI: Tensor, h_BD: Tensor) -> Tensor:
+        """float32 logits [B, R, C]. Half precision would decide near-ties by rounding.
+
+        Args:
+            x_BI: The ranker's input.
+            h_BD: The encoder's output.
+        """
+        parts = {"raw": (x_BI,), "encoder": (h_BD,), "both": (x_BI, h_BD)}[self.config.input]
+        with torch.autocast(x_BI.device.type, enabled=False):
+            v_BV = self._normalised([part.float() for part in parts])
+            z: Tensor = self.up(self.down(v_BV))
             return z.view(-1, self.num_routers, self.columns)
 
     def _normalised(self, parts: list[Tensor]) -> Tensor:
-        if self.layer_norm:
+        if self.config.norm == "layer":
             parts = [F.layer_norm(part, part.shape[1:]) for part in parts]
-        x_BI = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        v_BV = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if self.moments is None:
-            return x_BI
-        standardised_BI = self.moments.standardise(x_BI, _CLIP, torch.float32)
-        if self.training:  # only now: a step's scores do not depend on its own batch
-            self.moments.observe(x_BI.detach())
-        return standardised_BI
+            return v_BV
+        standardised_BV = self.moments.standardise(v_BV, _CLIP, torch.float32)
+        if self.training:  # after use: the scores of a step do not depend on its own batch
+            self.moments.observe(v_BV.detach())
+        return standardised_BV
 
 
 class OwnMaps(nn.Module):
-    """A map ``Q → C`` of each router on its own columns. [B, R·Q] → [B, R·C].
+    """A map ``Q → C`` for each router, on the router's own columns. [B, R·Q] → [B, R·C].
 
     Args:
         num_routers: R.
@@ -88,7 +85,7 @@ class OwnMaps(nn.Module):
 
     def __init__(self, num_routers: int, rank: int, columns: int) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(rank)  # as nn.Linear starts
+        bound = 1 / math.sqrt(rank)  # as in nn.Linear
         self.weight = nn.Parameter(torch.empty(num_routers, rank, columns).uniform_(-bound, bound))
 
     def forward(self, q: Tensor) -> Tensor:
