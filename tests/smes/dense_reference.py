@@ -22,10 +22,10 @@ def dense_smes(
     """(tasks_BTH, auxiliary loss) of the ranker for given selected sets, one per task, with gradients."""
     config = ranker.config
     B, T, K = experts_BTK.shape
-    E, fixed = config.num_experts, config.num_shared if config.shared_experts == "always_on" else 0
+    E, fixed = config.experts.num, config.num_shared if config.shared_experts == "always_on" else 0
     h_BD = torch.stack([encoded(ranker.encoder, x) for x in x_BI])
     logits = router_logits(ranker, groups or [0] * T, x_BI, h_BD)
-    outputs = [_expert(ranker.experts, e, h_BD, config.expert_norm) for e in range(E)]
+    outputs = [_expert(ranker.experts, e, h_BD, config.experts.norm) for e in range(E)]
     trunk_BH = None if ranker.trunk is None else torch.stack([encoded(ranker.trunk, x) for x in x_BI])
     rows = []
     used, p_E = [0.0] * E, [torch.zeros(()) for _ in range(E)]
@@ -42,7 +42,7 @@ def dense_smes(
                 p_E[e] = p_E[e] + p / (B * T)
     routed = range(fixed, E)
     balance = len(routed) / (K - fixed) * sum((used[e] * p_E[e] for e in routed), start=torch.zeros(()))
-    return torch.stack(rows).view(B, T, -1), config.balance * balance
+    return torch.stack(rows).view(B, T, -1), config.balance.weight * balance
 
 
 def _shares(z: dict[int, Tensor]) -> dict[int, Tensor]:

@@ -16,9 +16,9 @@ from smes.rankers.sparse.ranker import SMES
 def pool_of(config: SmesConfig, groups: Sequence[int], group: int) -> list[int]:
     """The experts that a task of a group may choose."""
     fixed = config.num_shared if config.shared_experts == "always_on" else 0
-    if config.group_pools == "common":
-        return list(range(fixed, config.num_experts))
-    size = (config.num_experts - fixed) // len(set(groups))
+    if config.groups.pools == "common":
+        return list(range(fixed, config.experts.num))
+    size = (config.experts.num - fixed) // len(set(groups))
     return list(range(fixed + group * size, fixed + (group + 1) * size))
 
 
@@ -74,7 +74,7 @@ def budgeted(
     """What stages II and III of each group may choose from."""
     everyone = sorted(set(groups))
     rest = [set(pool) - set(shared) for pool in pools]
-    own = config.group_pools == "own"
+    own = config.groups.pools == "own"
     parts = [[g] for g in everyone] if own else [everyone]
 
     def wanted(part: list[int]) -> int:
@@ -98,25 +98,25 @@ def budgeted(
 def bound(config: SmesConfig, groups: Sequence[int]) -> int:
     """``min(K_s + G·K_g + T·K_a, E)`` or the budget."""
     most = config.num_shared + len(set(groups)) * config.num_group + len(groups) * config.num_adaptive
-    return min(most, config.num_experts, config.max_active or most)
+    return min(most, config.experts.num, config.max_active or most)
 
 
 def router_logits(ranker: SMES, groups: Sequence[int], x_BI: Tensor, h_BD: Tensor) -> list[list[dict[int, Tensor]]]:
     """Logits by instance, task and expert, from the weights alone, with gradients.
 
-    With ``router_norm: batch``, of a ranker that does not train: its moments are taken as they stand.
+    With ``router.norm: batch``, of a ranker that does not train: its moments are taken as they stand.
     """
     config = ranker.config
     fixed = config.num_shared if config.shared_experts == "always_on" else 0
-    of_task = list(groups) if config.routers == "group" else list(range(len(groups)))
+    of_task = list(groups) if config.router.per == "group" else list(range(len(groups)))
     columns = [list(range(fixed)) + pool_of(config, groups, g) for g in groups]
     result = []
     for x, h in zip(x_BI, h_BD, strict=True):
-        parts = {"encoder": [h], "raw": [x], "both": [x, h]}[config.router_input]
-        if config.router_norm == "layer":
+        parts = {"encoder": [h], "raw": [x], "both": [x, h]}[config.router.input]
+        if config.router.norm == "layer":
             parts = [(v - v.mean()) / torch.sqrt(((v - v.mean()) ** 2).mean() + 1e-5) for v in parts]
         v = torch.cat(parts)
-        if config.router_norm == "batch":
+        if config.router.norm == "batch":
             seen = dict(ranker.router.named_buffers())
             v = ((v - seen["moments.mean_C"]) / seen["moments.variance_C"].sqrt()).clamp(-8, 8).float()
         row = []
@@ -131,9 +131,9 @@ def _vectors(ranker: SMES, router: int, columns: int) -> list[Tensor]:
     """Whose products with the input are a router's logits; low-rank maps multiplied out."""
     weights = dict(ranker.router.named_parameters())
     up = weights["up.weight"]
-    if ranker.config.router_rank is None:
+    if ranker.config.router.rank is None:
         return list(up[router * columns : (router + 1) * columns])
-    rank, down = ranker.config.router_rank, weights["down.weight"]
-    if ranker.config.router_maps == "per_task":
+    rank, down = ranker.config.router.rank, weights["down.weight"]
+    if ranker.config.router.maps == "own":
         return [up[router][:, c] @ down[router * rank : (router + 1) * rank] for c in range(columns)]
     return [up[router * columns + c] @ down for c in range(columns)]

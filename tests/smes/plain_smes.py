@@ -1,27 +1,27 @@
 """A plain SMES for tests that are about something else: two stages, linear routers per task, on the encoder."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.config import SmesConfig, smes_paper
 
-PLAIN: dict[str, Any] = {
-    "num_experts": 16,
-    "num_shared": 2,
-    "num_group": 0,
-    "num_adaptive": 1,
-    "encoder_dims": (128,),
-    "expert_dims": (64,),
-    "experts": "full",
-    "group_pools": "common",
-    "routers": "task",
-    "router_maps": "shared",
-    "router_rank": None,
-    "router_input": "encoder",
-    "router_norm": "none",
-}
-"""Every key whose default is another, so that a test varies one thing from something simple."""
+PLAIN = smes_paper()
+"""The base from which a test varies one thing."""
 
 
-def plain(**keys: Any) -> SmesConfig:
-    """The plain form with ``keys`` over it."""
-    return SmesConfig(**{**PLAIN, **keys})
+def changed(config: SmesConfig, changes: Mapping[str, Any]) -> SmesConfig:
+    """A configuration with other values at some keys, which name nested ones by dots: ``{"experts.num": 8}``."""
+    values = {key: value for key, value in changes.items() if "." not in key}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        part, dot, name = key.partition(".")
+        if dot:
+            parts.setdefault(part, {})[name] = value
+    nested = {part: replace(getattr(config, part), **inner) for part, inner in parts.items()}
+    return replace(config, **values, **nested)
+
+
+def plain(changes: Mapping[str, Any] | None = None) -> SmesConfig:
+    """The plain form with other values at some keys, as in :func:`changed`."""
+    return changed(PLAIN, changes or {})

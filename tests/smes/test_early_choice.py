@@ -1,22 +1,32 @@
-"""More experts at first: when, for whom, and through a restart and a snapshot. Letters as in smes.rankers.sparse.routing."""
+"""More experts at first: when, for whom, and through a restart and a snapshot."""
 
 import doctest
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import smes.rankers.sparse.routing
+import smes.rankers.sparse.early
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.rankers.sparse.config import SmesConfig
+from tests.smes.plain_smes import changed
 from tests.smes.streams import RICH_SCHEMA, stream
 
 _GROUPS: dict[str, tuple[str, ...]] = {"rare": ("like", "watch")}
-_SMES = SmesConfig(
-    num_experts=32, num_group=2, early_group=8, early_until=60, groups=_GROUPS, encoder_dims=(16,), expert_dims=(8,)
+_SMES = changed(
+    SmesConfig(),
+    {
+        "experts.num": 32,
+        "num_group": 2,
+        "early.num_group": 8,
+        "early.until": 60,
+        "groups.declared": _GROUPS,
+        "encoder_dims": (16,),
+        "experts.dims": (8,),
+    },
 )
 _SIZE = 40
 
@@ -40,12 +50,12 @@ def executed(one: Learner, batches: int, skip: int = 0) -> list[int]:
 def test_half_as_many_each_time_the_stream_has_doubled() -> None:
     # Instances seen before each batch: 0, 40, 80, 120, 160, 200. Two groups.
     assert executed(learner(), 6) == [16, 16, 8, 4, 4, 4]
-    assert executed(learner(replace(_SMES, early_group=5)), 4) == [10, 10, 4, 4], "5, then 2 and not less"
-    assert executed(learner(replace(_SMES, early_group=0)), 2) == [4, 4]
+    assert executed(learner(changed(_SMES, {"early.num_group": 5})), 4) == [10, 10, 4, 4], "5, then 2 and not less"
+    assert executed(learner(changed(_SMES, {"early.num_group": 0})), 2) == [4, 4]
     limits = learner().expert_limits
     assert limits is not None
     assert limits.bound == 16
-    assert doctest.testmod(smes.rankers.sparse.routing).failed == 0
+    assert doctest.testmod(smes.rankers.sparse.early).failed == 0
 
 
 def test_a_restart_and_a_server_go_on_where_the_stream_is() -> None:
@@ -74,7 +84,7 @@ def test_scoring_does_not_make_the_stream_older() -> None:
     assert np.array_equal(first, model.score(examples.ids, examples.numerics))
 
 
-def test_what_is_asked_about_choices_is_about_those_at_last() -> None:
+def test_choices_are_those_of_the_final_selection() -> None:
     one = learner()
     (examples,) = stream(RICH_SCHEMA, batches=1, size=_SIZE)
     one.prepare(examples)
@@ -84,15 +94,21 @@ def test_what_is_asked_about_choices_is_about_those_at_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("changes", "message"),
     [
-        ({"early_group": 2}, r"early_group: 2, expected 0, or more than num_group \(2\)"),
-        ({"max_active": 8}, r"early_group: 8, which does not fit: smes.max_active: 8, expected .* \(16\)"),
-        ({"early_group": 17}, r"early_group: 17, expected at most the experts that a group chooses from \(16\)"),
-        ({"early_until": 0}, "early_until: 0, expected at least 1"),
-        ({"num_group": 0, "num_adaptive": 2, "routers": "task"}, r"more than num_group \(0\)"),
+        ({"early.num_group": 2}, r"SmesConfig\.early\.num_group: 2, expected 0, or more than num_group \(2\)"),
+        (
+            {"max_active": 8},
+            r"early\.num_group: 8, expected .*fits .*\(SmesConfig\.max_active: 8, expected .* \(16\)\)",
+        ),
+        (
+            {"early.num_group": 17},
+            r"SmesConfig\.early\.num_group: 17, expected at most the experts that a group chooses from \(16\)",
+        ),
+        ({"early.until": 0}, r"EarlyConfig\.until: 0, expected at least 1"),
+        ({"num_group": 0, "num_adaptive": 2, "router.per": "task"}, r"more than num_group \(0\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(keys: dict[str, int], message: str) -> None:
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        learner(replace(_SMES, **keys))  # type: ignore[arg-type]  # of mixed types
+        learner(changed(_SMES, changes))

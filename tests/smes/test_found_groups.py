@@ -1,6 +1,8 @@
 """Task groups found from the stream: the statistic against loops, what it finds, and what the ranker then does."""
 
+from collections.abc import Mapping
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.groups import GroupFinder, TaskReads, clusters, likeness
+from smes.rankers.sparse.groups import GroupFinder, clusters, likeness
 from smes.rankers.sparse.ranker import SMES
+from smes.rankers.sparse.reads import FoundReads
 from smes.schema import Feature, Schema, Task
 from tests.smes.dense_reference import dense_smes
+from tests.smes.plain_smes import changed
 
 _INPUT, T = 12, 4
 _TRUTH = ((0, 3, 4), (1, 2))
@@ -26,23 +30,23 @@ def _random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _config(**keys: object) -> SmesConfig:
-    shape: dict[str, object] = {
-        "num_experts": 8,
+def _config(changes: Mapping[str, Any]) -> SmesConfig:
+    shape: dict[str, Any] = {
+        "experts.num": 8,
         "num_group": 2,
         "encoder_dims": (16,),
-        "expert_dims": (8,),
-        "expert_narrow_dim": 8,
-        "router_rank": 4,
-        "balance": 0.1,
-        "found_groups": 2,
+        "experts.dims": (8,),
+        "experts.narrow_dim": 8,
+        "router.rank": 4,
+        "balance.weight": 0.1,
+        "groups.found": 2,
     }
-    return SmesConfig(**{**shape, **keys})  # type: ignore[arg-type]  # of mixed types
+    return changed(SmesConfig(), {**shape, **changes})
 
 
-def _found(num_tasks: int = T, **keys: object) -> SMES:
+def _found(num_tasks: int = T, changes: Mapping[str, Any] | None = None) -> SMES:
     torch.manual_seed(0)
-    ranker = SMES(_INPUT, num_tasks, _config(**keys))
+    ranker = SMES(_INPUT, num_tasks, _config(changes or {}))
     with torch.no_grad():  # differences start at zero, and all experts of a pool alike
         for parameter in ranker.experts.parameters():
             parameter.normal_(std=0.3)
@@ -102,19 +106,22 @@ def test_the_most_alike_are_joined() -> None:
     assert clusters(like_TT, 1) == ((0, 1, 2, 3, 4),)
     common = torch.tensor([[9.0, 1, 0], [9, 1, 0], [9, 0, 1]])
     assert float(likeness(common)[0, 1]) == pytest.approx(1.0)
-    assert float(likeness(common)[0, 2]) < -0.9, "what all have in common says nothing"
+    assert float(likeness(common)[0, 2]) < -0.9, "the mean profile is subtracted"
 
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_group_takes_the_pool_that_most_of_its_tasks_read(swapped: bool) -> None:
-    reads = TaskReads(5, 2)
+    reads = FoundReads(5, _config({}))
+
     torch.testing.assert_close(reads.share_TG, torch.full((5, 2), 0.5))
     reads.regroup(((0, 1, 2), (3, 4)))
     assert reads.share_TG.tolist() == [[1.0, 0.0]] * 3 + [[0.0, 1.0]] * 2
     if swapped:
         reads.share_TG.copy_(reads.share_TG.flip(1))
     reads.regroup(((0, 3, 4), (1, 2)))
-    assert reads.main().tolist() == ([0, 1, 1, 0, 0] if swapped else [1, 0, 0, 1, 1]), "task 0 alone has moved"
+    assert reads.share_TG.argmax(dim=1).tolist() == ([0, 1, 1, 0, 0] if swapped else [1, 0, 0, 1, 1]), (
+        "task 0 alone has moved"
+    )
 
 
 def _gradients(ranker: SMES, loss: Tensor) -> dict[str, Tensor]:
@@ -132,7 +139,7 @@ def test_tasks_read_the_mean_of_the_pools_and_then_their_groups(found: bool) -> 
         ranker.regroup(((0, 2, 3), (1,)))
     shares_TG = torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0]]) if found else torch.full((T, 2), 0.5)
     ranker.eval()
-    experts_BGK = ranker.route(x_BI, ranker.encoder(x_BI)).experts_BTK
+    experts_BGK = ranker.route(x_BI, ranker.encoder(x_BI)).experts_BRK
     assert torch.equal(ranker.choices(x_BI), experts_BGK[:, [0, 1, 0, 0] if found else [0] * T])
     pools_BGH, balance = dense_smes(ranker, x_BI, experts_BGK, (0, 1))
     expected_BTH = torch.einsum("tg,bgh->bth", shares_TG, pools_BGH)
@@ -178,7 +185,7 @@ def _stream(schema: Schema, count: int, size: int) -> list[ExampleBlock]:
 def test_a_learner_finds_the_groups_and_says_so_in_its_snapshots() -> None:
     schema = _schema()
     blocks = _stream(schema, count=20, size=512)
-    model = ModelConfig(embedding_dim=8, smes=_config(found_until=16 * 512))
+    model = ModelConfig(embedding_dim=8, smes=_config({"groups.found_until": 16 * 512}))
     learner = Learner(schema, model, OptimizerConfig(learning_rate=5e-3), device=torch.device("cpu"))
     for number, block in enumerate(blocks, start=1):  # before the step of that number
         if number in (16, 17):
@@ -197,7 +204,7 @@ def test_a_learner_finds_the_groups_and_says_so_in_its_snapshots() -> None:
 def test_a_learner_goes_back_to_before_and_after_the_search() -> None:
     schema = _schema()
     blocks = _stream(schema, count=6, size=64)
-    model = ModelConfig(embedding_dim=8, smes=_config(found_until=4 * 64))
+    model = ModelConfig(embedding_dim=8, smes=_config({"groups.found_until": 4 * 64}))
 
     def learner(steps: int) -> Learner:
         new = Learner(schema, model, OptimizerConfig(), device=torch.device("cpu"))
@@ -217,22 +224,22 @@ def test_a_learner_goes_back_to_before_and_after_the_search() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("changes", "message"),
     [
-        ({"found_groups": 1}, "smes.found_groups: 1, expected 0, or 2 at least"),
-        ({"found_until": 0}, "smes.found_until: 0, expected at least 1"),
-        ({"groups": {"a": ("t0",)}}, "smes.groups: .*expected {} where groups are found"),
-        ({"group_pools": "common"}, "smes.group_pools: 'common', expected 'own' where groups are found"),
-        ({"routers": "task"}, "smes.routers: 'task', expected 'group' where groups are found"),
-        ({"stage_one_weights": (1.0,)}, "smes.stage_one_weights: .*expected None where groups are found"),
-        ({"found_groups": 3}, "smes.num_experts: 8 to choose from, expected a multiple"),
+        ({"groups.found": 1}, r"GroupsConfig\.found: 1, expected 0 or at least 2"),
+        ({"groups.found_until": 0}, r"GroupsConfig\.found_until: 0, expected at least 1"),
+        ({"groups.declared": {"a": ("t0",)}}, r"GroupsConfig\.declared: .*expected {} where groups are found"),
+        ({"groups.pools": "common"}, r"GroupsConfig\.pools: 'common', expected 'own' where groups are found"),
+        ({"router.per": "task"}, r"SmesConfig\.router\.per: 'task', expected 'group' where groups are found"),
+        ({"stage_one_weights": (1.0,)}, r"SmesConfig\.stage_one_weights: .*expected null where groups are found"),
+        ({"groups.found": 3}, r"SmesConfig\.experts\.num: 8 to choose from, expected a multiple"),
     ],
 )
-def test_what_does_not_fit_is_refused(keys: dict[str, object], message: str) -> None:
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _config(**keys)
+        _config(changes)
 
 
 def test_more_groups_than_tasks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"smes.found_groups: 4, expected at most the number of tasks \(3\)"):
-        _found(3, found_groups=4)
+    with pytest.raises(ValueError, match=r"GroupsConfig\.found: 4, expected at most the number of tasks \(3\)"):
+        _found(3, {"groups.found": 4})

@@ -1,6 +1,5 @@
 """What a learner says that its routing would choose: the very choices of the next step, and nothing is changed."""
 
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,17 +7,21 @@ import torch
 
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
-from tests.smes.plain_smes import plain
+from tests.smes.plain_smes import changed, plain
 from tests.smes.streams import RICH_SCHEMA, stream
 
-_SMALL = plain(num_experts=9, num_shared=1, num_adaptive=2, encoder_dims=(16,), expert_dims=(8,))
+_SMALL = plain({"experts.num": 9, "num_shared": 1, "num_adaptive": 2, "encoder_dims": (16,), "experts.dims": (8,)})
 _GROUPS: dict[str, tuple[str, ...]] = {"rare": ("like", "watch")}
 _FORMS = {
     "two-stages": _SMALL,
-    "raw": replace(_SMALL, router_input="raw", max_active=4),
-    "moments-of-the-stream": replace(_SMALL, router_norm="batch", router_input="both"),
-    "own-pools": replace(_SMALL, num_group=1, group_pools="own", groups=_GROUPS, shared_experts="always_on"),
-    "group-routers": replace(_SMALL, num_adaptive=0, num_group=2, routers="group", groups=_GROUPS),
+    "raw": changed(_SMALL, {"router.input": "raw", "max_active": 4}),
+    "moments-of-the-stream": changed(_SMALL, {"router.norm": "batch", "router.input": "both"}),
+    "own-pools": changed(
+        _SMALL, {"num_group": 1, "groups.pools": "own", "groups.declared": _GROUPS, "shared_experts": "always_on"}
+    ),
+    "group-routers": changed(
+        _SMALL, {"num_adaptive": 0, "num_group": 2, "router.per": "group", "groups.declared": _GROUPS}
+    ),
 }
 
 

@@ -1,8 +1,7 @@
 """The grouped execution equals the dense-masked one, in values and in every gradient."""
 
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import smes.rankers.sparse.ranker
-from smes.rankers.config import HomeConfig
+from smes.model.build import RANKERS
+from smes.model.config import RANKER_NAMES
+from smes.rankers.config import DenseNorm
 from smes.rankers.dense_experts import NORMS
 from smes.rankers.sparse.balance import BALANCE_LOSSES
-from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.dispatch import dispatch
-from smes.rankers.sparse.experts import EXPERT_NORMS
+from smes.rankers.sparse.config import BalanceLoss, ExpertForm, ExpertNorm
+from smes.rankers.sparse.experts import EXPERT_FORMS, EXPERT_NORMS
 from smes.rankers.sparse.ranker import SMES
 from smes.rankers.sparse.routing import expert_load
 from tests.smes.dense_reference import dense_smes
@@ -25,10 +24,10 @@ from tests.smes.plain_smes import plain
 _INPUT = 12
 
 
-def _ranker(num_tasks: int, seed: int = 0, groups: Sequence[int] | None = None, **config: Any) -> SMES:
+def _ranker(num_tasks: int, changes: Mapping[str, Any], *, seed: int = 0, trim: bool | None = None) -> SMES:
     torch.manual_seed(seed)
-    shape = {"encoder_dims": (16,), "expert_dims": (16, 8), "balance": 0.1, **config}
-    return SMES(_INPUT, num_tasks, plain(**shape), groups)
+    shape = {"encoder_dims": (16,), "experts.dims": (16, 8), "balance.weight": 0.1, **changes}
+    return SMES(_INPUT, num_tasks, plain(shape), trim=trim)
 
 
 def _gradients(ranker: SMES, x_BI: Tensor, loss: Tensor) -> dict[str, Tensor]:
@@ -39,7 +38,7 @@ def _gradients(ranker: SMES, x_BI: Tensor, loss: Tensor) -> dict[str, Tensor]:
 
 def _experts(ranker: SMES, x_BI: Tensor) -> Tensor:
     """Of every task."""
-    return ranker.route(x_BI, ranker.encoder(x_BI)).experts_BTK[:, ranker.router_T]
+    return ranker.reads.choices(ranker.route(x_BI, ranker.encoder(x_BI)).experts_BRK)
 
 
 def _assert_equal_to_dense(ranker: SMES, x_BI: Tensor, groups: Sequence[int] | None = None) -> None:
@@ -67,13 +66,15 @@ def test_grouped_equals_dense(shape: tuple[int, int, int, int, int], seed: int, 
     B, T, E, shared, adaptive = shape
     shared = min(shared, E)
     adaptive = max(min(adaptive, E - shared), 0 if shared else 1)
-    ranker = _ranker(T, seed, num_experts=E, num_shared=shared, num_adaptive=adaptive, router_rank=rank)
+    ranker = _ranker(
+        T, {"experts.num": E, "num_shared": shared, "num_adaptive": adaptive, "router.rank": rank}, seed=seed
+    )
     _assert_equal_to_dense(ranker, torch.randn(B, _INPUT, generator=torch.Generator().manual_seed(seed)))
 
 
 @pytest.mark.parametrize(("shared", "adaptive"), [(2, 2), (0, 3), (3, 0)])
 def test_grouped_equals_dense_when_every_router_ties(shared: int, adaptive: int) -> None:
-    ranker = _ranker(3, num_experts=8, num_shared=shared, num_adaptive=adaptive)
+    ranker = _ranker(3, {"experts.num": 8, "num_shared": shared, "num_adaptive": adaptive})
     with torch.no_grad():
         for parameter in ranker.router.parameters():
             parameter.zero_()
@@ -86,17 +87,18 @@ def test_grouped_equals_dense_when_every_router_ties(shared: int, adaptive: int)
 
 @pytest.mark.parametrize("router_rank", [None, 4])
 def test_grouped_equals_dense_with_routers_on_the_raw_input(router_rank: int | None) -> None:
-    ranker = _ranker(3, num_experts=8, num_shared=1, num_adaptive=2, router_input="raw", router_rank=router_rank)
+    ranker = _ranker(
+        3, {"experts.num": 8, "num_shared": 1, "num_adaptive": 2, "router.input": "raw", "router.rank": router_rank}
+    )
     assert next(ranker.router.parameters()).shape[1] == _INPUT
     _assert_equal_to_dense(ranker, torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(2)))
 
 
 @pytest.mark.parametrize("trim", [True, False])
-def test_grouped_equals_dense_within_a_budget(trim: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranker = _ranker(6, num_experts=16, num_shared=1, num_adaptive=2, max_active=5)
+def test_grouped_equals_dense_within_a_budget(trim: bool) -> None:
+    ranker = _ranker(6, {"experts.num": 16, "num_shared": 1, "num_adaptive": 2, "max_active": 5}, trim=trim)
     assert ranker.expert_limits is not None
     assert ranker.expert_limits.bound == 5
-    monkeypatch.setattr(smes.rankers.sparse.ranker, "dispatch", lambda routing, **_: dispatch(routing, trim=trim))
     x_BI = torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(2))
     stats = ranker(x_BI).stats
     assert stats is not None
@@ -108,12 +110,12 @@ def test_the_balance_loss_is_chosen_by_its_name() -> None:
     x_BI = torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(2))
     losses = {}
     for name, loss in BALANCE_LOSSES.items():
-        ranker = _ranker(3, num_experts=8, balance=0.5, balance_loss=name)
+        ranker = _ranker(3, {"experts.num": 8, "balance.weight": 0.5, "balance.loss": name})
         routing = ranker.route(x_BI, ranker.encoder(x_BI))
         losses[name] = ranker(x_BI).auxiliary_loss
-        traffic_TE = expert_load(routing.experts_BTK, 8) / routing.experts_BTK[:, 0].numel()
+        traffic_RE = expert_load(routing.experts_BRK, 8) / routing.experts_BRK[:, 0].numel()
         if loss is not None:
-            assert losses[name] == 0.5 * loss(traffic_TE, routing.probs_BTL.mean(dim=0))
+            assert losses[name] == 0.5 * loss(traffic_RE, routing.probs_BRL.mean(dim=0))
     assert losses.pop("none") is None
     assert len({float(value.detach()) for value in losses.values()}) == 3
 
@@ -136,14 +138,18 @@ def _different(ranker: SMES) -> SMES:
 )
 def test_differences_from_a_base_equal_dense(form: str, shape: tuple[int, int, int, int, int], seed: int) -> None:
     B, T, E, shared, adaptive = shape
-    config: dict[str, Any] = {"num_experts": E, "num_shared": shared, "num_adaptive": adaptive, "expert_dims": (16,)}
-    ranker = _different(_ranker(T, seed, experts=form, expert_rank=8, expert_narrow_dim=8, **config))
+    config: dict[str, Any] = {"experts.num": E, "num_shared": shared, "num_adaptive": adaptive, "experts.dims": (16,)}
+    ranker = _different(
+        _ranker(T, {"experts.form": form, "experts.rank": 8, "experts.narrow_dim": 8, **config}, seed=seed)
+    )
     _assert_equal_to_dense(ranker, torch.randn(B, _INPUT, generator=torch.Generator().manual_seed(seed)))
 
 
 @pytest.mark.parametrize("form", ["low_rank", "residual"])
 def test_at_first_every_expert_is_the_base(form: str) -> None:
-    ranker = _ranker(3, num_experts=8, num_shared=1, num_adaptive=2, experts=form, expert_dims=(16,))
+    ranker = _ranker(
+        3, {"experts.num": 8, "num_shared": 1, "num_adaptive": 2, "experts.form": form, "experts.dims": (16,)}
+    )
     x_BI = torch.randn(5, _INPUT, generator=torch.Generator().manual_seed(3))
     base_BH = torch.nn.functional.silu(torch.layer_norm(ranker.encoder(x_BI) @ ranker.experts.base, (16,)))
     torch.testing.assert_close(ranker(x_BI).tasks_BTH, base_BH.unsqueeze(1).expand(5, 3, 16))
@@ -158,68 +164,78 @@ def test_at_first_every_expert_is_the_base(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["full", "low_rank", "residual"])
-def test_the_layout_for_gpus_gives_the_same(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layout_for_gpus_gives_the_same(form: str) -> None:
     dims = (16, 8) if form == "full" else (16,)
-    ranker = _different(_ranker(4, num_experts=8, num_shared=1, num_adaptive=2, experts=form, expert_dims=dims))
+    shape = {"experts.num": 8, "num_shared": 1, "num_adaptive": 2, "experts.form": form, "experts.dims": dims}
+    ranker = _different(_ranker(4, shape, trim=False))
     x_BI = torch.randn(9, _INPUT, generator=torch.Generator().manual_seed(5))
-    monkeypatch.setattr(smes.rankers.sparse.ranker, "dispatch", lambda routing, trim: dispatch(routing, trim=False))
     _assert_equal_to_dense(ranker, x_BI)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("changes", "message"),
     [
-        ({"num_experts": 4, "num_shared": 3, "num_adaptive": 2}, "num_shared 3, num_group 0 and num_adaptive 2"),
-        ({"num_shared": 0, "num_adaptive": 0}, "expected all ≥ 0, one to choose at least"),
-        ({"num_shared": -1}, "expected all ≥ 0"),
-        ({"num_shared": 2, "num_adaptive": 0, "shared_experts": "always_on"}, "one to choose at least"),
-        ({"num_shared": 1, "group_pools": "own"}, "num_shared: 1, expected 0 where groups have their own pools"),
-        ({"group_pools": "mine"}, "group_pools: 'mine', expected one of \\['common', 'own'\\]"),
-        ({"routers": "group"}, "num_adaptive: 1, expected 0 with routers per group"),
-        ({"router_maps": "per_task"}, "expected a router_rank with it"),
-        ({"router_norm": "batched"}, "router_norm: 'batched', expected one of"),
-        ({"router_scale": 0.0}, "router_scale: 0.0, expected more than 0"),
-        ({"router_input": "both", "encoder_dims": ()}, "expected encoder_dims with it"),
-        ({"expert_norm": "batch"}, "expert_norm: 'batch', expected one of \\['layer', 'rms', 'none'\\]"),
-        ({"trunk_dims": (32,)}, "trunk_dims: \\[32\\], expected the last to be that of expert_dims \\(64\\)"),
-        ({"groups": {"a": ("x", "y"), "b": ("x",)}}, "smes.groups: .* no task twice"),
-        ({"form": "papers"}, "form: 'papers', expected 'paper' or none"),
-        ({"form": "paper", "experts": "residual"}, "experts: 'residual', expected 'full' in the paper's form"),
-        ({"form": "paper", "encoder_dims": ()}, "expected an encoder in the paper's form"),
-        ({"expert_dims": (12,)}, "multiples of 8"),
-        ({"encoder_dims": (4,)}, "no or more positive multiples of 8"),
-        ({"expert_dims": ()}, "one or more positive multiples of 8"),
-        ({"experts": "tiny"}, "expected one of \\['full', 'low_rank', 'residual'"),
-        ({"balance": -1.0}, "balance"),
-        ({"balance_loss": "local"}, "balance_loss: 'local', expected one of \\['global', 'per_gate'"),
-        ({"router_input": "none"}, "router_input: 'none', expected one of \\['encoder', 'raw', 'both'\\]"),
-        ({"num_shared": 2, "num_adaptive": 2, "max_active": 3}, "max_active: 3, expected none or at least"),
-        ({"experts": "residual", "expert_dims": (16, 8)}, "expected one layer for residual"),
-        ({"expert_rank": 4}, "expert_rank: 4, expected a positive multiple of 8"),
-        ({"expert_narrow_dim": 0}, "expert_narrow_dim: 0"),
+        (
+            {"experts.num": 4, "num_shared": 3, "num_adaptive": 2},
+            r"SmesConfig\.num_shared: 3 with num_group 0 and num_adaptive 2, .* at most experts\.num \(4\)",
+        ),
+        ({"num_shared": 0, "num_adaptive": 0}, "expected at least one expert to choose"),
+        ({"num_shared": -1}, r"SmesConfig\.num_shared: -1, expected at least 0"),
+        ({"num_shared": 2, "num_adaptive": 0, "shared_experts": "always_on"}, "at least one expert to choose"),
+        (
+            {"num_shared": 1, "groups.pools": "own"},
+            r"SmesConfig\.num_shared: 1, expected 0 where groups have their own pools",
+        ),
+        ({"groups.pools": "mine"}, r"GroupsConfig\.pools: 'mine', expected one of own, common"),
+        ({"router.per": "group"}, r"SmesConfig\.num_adaptive: 1, expected 0 with a router per group"),
+        ({"router.maps": "own"}, r"RouterConfig\.maps: 'own', expected a rank with it"),
+        ({"router.norm": "batched"}, r"RouterConfig\.norm: 'batched', expected one of batch, layer, none"),
+        ({"router.scale": 0.0}, r"RouterConfig\.scale: 0\.0, expected more than 0"),
+        ({"router.rank": 0}, r"RouterConfig\.rank: 0, expected at least 1, or null"),
+        ({"router.input": "both", "encoder_dims": ()}, r"SmesConfig\.router\.input: .* expected encoder_dims with it"),
+        ({"experts.norm": "batch"}, r"ExpertsConfig\.norm: 'batch', expected one of layer, rms, none"),
+        (
+            {"trunk_dims": (32,)},
+            r"SmesConfig\.trunk_dims: \[32\], expected the last to be that of experts\.dims \(64\)",
+        ),
+        ({"groups.declared": {"a": ("x", "y"), "b": ("x",)}}, r"GroupsConfig\.declared: .* no task twice"),
+        ({"shared_experts": "on"}, r"SmesConfig\.shared_experts: 'on', expected one of routed, always_on"),
+        ({"experts.dims": (12,)}, r"ExpertsConfig\.dims: \[12\], expected each at least 8, a multiple of 8"),
+        ({"encoder_dims": (4,)}, r"SmesConfig\.encoder_dims: \[4\], expected each at least 8, a multiple of 8"),
+        ({"experts.dims": ()}, r"ExpertsConfig\.dims: \[\], expected .*, 1 or more entries"),
+        ({"experts.form": "tiny"}, r"ExpertsConfig\.form: 'tiny', expected one of residual, low_rank, full"),
+        ({"balance.weight": -1.0}, r"BalanceConfig\.weight: -1\.0, expected at least 0"),
+        ({"balance.loss": "local"}, r"BalanceConfig\.loss: 'local', expected one of global, per_gate"),
+        ({"router.input": "none"}, r"RouterConfig\.input: 'none', expected one of raw, encoder, both"),
+        (
+            {"num_shared": 2, "num_adaptive": 2, "max_active": 3},
+            r"SmesConfig\.max_active: 3, expected null or at least .* \(4\)",
+        ),
+        ({"experts.form": "residual", "experts.dims": (16, 8)}, "expected one layer for residual experts"),
+        ({"experts.rank": 4}, r"ExpertsConfig\.rank: 4, expected at least 8, a multiple of 8"),
+        ({"experts.narrow_dim": 0}, r"ExpertsConfig\.narrow_dim: 0, expected at least 8"),
     ],
 )
-def test_a_wrong_shape_is_refused(config: dict[str, Any], message: str) -> None:
+def test_a_wrong_shape_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plain(**config)
+        plain(changes)
 
 
 def test_stage_one_weights_of_the_wrong_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected 3 weights"):
-        SMES(8, 3, plain(stage_one_weights=(0.5, 0.5)))
+    with pytest.raises(ValueError, match=r"SmesConfig\.stage_one_weights: \[0\.5, 0\.5\], expected 3 weights"):
+        SMES(8, 3, plain({"stage_one_weights": (0.5, 0.5)}))
 
 
 @pytest.mark.parametrize(
-    ("config", "key", "implemented"),
+    ("names", "implemented"),
     [
-        (SmesConfig, "balance_loss", list(BALANCE_LOSSES)),
-        (SmesConfig, "expert_norm", list(EXPERT_NORMS)),
-        (HomeConfig, "norm", sorted(NORMS)),
+        (get_args(BalanceLoss), BALANCE_LOSSES),
+        (get_args(ExpertForm), EXPERT_FORMS),
+        (get_args(ExpertNorm), EXPERT_NORMS),
+        (get_args(DenseNorm), NORMS),
+        (RANKER_NAMES, RANKERS),
     ],
 )
-def test_the_configuration_names_what_is_implemented(
-    config: Callable[..., object], key: str, implemented: list[str]
-) -> None:
-    """It cannot look it up: the implementations are in modules that import torch."""
-    with pytest.raises(ValueError, match=re.escape(f"expected one of {implemented}")):
-        config(**{key: "unheard of"})
+def test_the_configuration_names_what_is_implemented(names: Sequence[str], implemented: Mapping[str, object]) -> None:
+    """It cannot look the names up: the implementations are in modules that import torch."""
+    assert set(names) == implemented.keys()

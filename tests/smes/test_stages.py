@@ -1,4 +1,7 @@
-"""The three stages: what must hold for every instance; the paper's two stages bit for bit. Letters: smes.rankers.sparse.routing."""
+"""The three stages: what holds for every instance; the paper's two stages bit for bit.
+
+Letters as in smes.rankers.sparse.routing, with a router per task.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,20 +37,22 @@ def _shapes(draw: st.DrawFn) -> tuple[SmesConfig, tuple[int, ...]]:
     least = fixed + pools * needed
     budget = draw(st.none() | st.integers(least, least + 12))
     config = plain(
-        num_experts=fixed + pools * size,
-        num_shared=shared,
-        num_group=group,
-        num_adaptive=adaptive,
-        group_pools="own" if own else "common",
-        shared_experts="always_on" if always_on else "routed",
-        max_active=budget,
+        {
+            "experts.num": fixed + pools * size,
+            "num_shared": shared,
+            "num_group": group,
+            "num_adaptive": adaptive,
+            "groups.pools": "own" if own else "common",
+            "shared_experts": "always_on" if always_on else "routed",
+            "max_active": budget,
+        }
     )
     return config, groups
 
 
-def _select(config: SmesConfig, groups: Sequence[int], z_BTC: Tensor) -> Routing:
-    T = len(groups)
-    routing: Routing = Selection(config.stages(tuple(groups)), torch.full((T,), 1 / T))(z_BTC)
+def _select(config: SmesConfig, groups: Sequence[int], z_BRC: Tensor) -> Routing:
+    R = len(groups)
+    routing: Routing = Selection(config.stages(tuple(groups)), torch.full((R,), 1 / R))(z_BRC)
     return routing
 
 
@@ -68,11 +73,11 @@ def test_whatever_the_stages_pools_and_budget(
     K = config.num_shared + config.num_group + config.num_adaptive
     common = config.num_shared
     fixed = set(range(config.num_shared)) if config.shared_experts == "always_on" else set()
-    assert routing.experts_BTK.shape == (6, len(groups), K)
-    torch.testing.assert_close(routing.weights_BTK.sum(-1), torch.ones(6, len(groups)))
+    assert routing.experts_BRK.shape == (6, len(groups), K)
+    torch.testing.assert_close(routing.weights_BRK.sum(-1), torch.ones(6, len(groups)))
     assert routing.bound <= bound(config, groups)
     active_B = dispatch(routing, trim=trim).active_B.tolist()
-    for b, experts_TK in enumerate(routing.experts_BTK.tolist()):
+    for b, experts_TK in enumerate(routing.experts_BRK.tolist()):
         of_group: dict[int, list[int]] = {}
         for t, experts in enumerate(experts_TK):
             assert len(set(experts)) == K, "a task's experts are distinct"
@@ -94,39 +99,39 @@ def test_without_ties_every_stage_takes_the_best(shape: tuple[SmesConfig, tuple[
     columns = config.stages(groups).columns
     # Permutations of well-separated logits: no two experts can be as good for a task, or (nearly) for a group.
     generator = torch.Generator().manual_seed(seed)
-    z_BTC = torch.randn(3, len(groups), columns, generator=generator) * 2
-    routing = _select(config, groups, z_BTC)
+    z_BRC = torch.randn(3, len(groups), columns, generator=generator) * 2
+    routing = _select(config, groups, z_BRC)
     fixed = config.num_shared if config.shared_experts == "always_on" else 0
     for b in range(3):
         z = []
         for t, g in enumerate(groups):
             experts = [*range(fixed), *pool_of(config, groups, g)]
-            z.append(dict(zip(experts, z_BTC[b, t].tolist(), strict=True)))
+            z.append(dict(zip(experts, z_BRC[b, t].tolist(), strict=True)))
         expected = chosen(config, groups, z)
-        assert routing.experts_BTK[b].tolist() == expected
+        assert routing.experts_BRK[b].tolist() == expected
         for t, experts in enumerate(expected):
             powers = torch.tensor([z[t][e] for e in experts], dtype=torch.float64).exp()
-            torch.testing.assert_close(routing.weights_BTK[b, t], (powers / powers.sum()).float())
+            torch.testing.assert_close(routing.weights_BRK[b, t], (powers / powers.sum()).float())
 
 
 def _two_stages(
-    z_BTE: Tensor, weights_T: Tensor, shared: int, adaptive: int, budget: int | None
+    z_BRE: Tensor, weights_R: Tensor, shared: int, adaptive: int, budget: int | None
 ) -> tuple[Tensor, Tensor]:
     """The paper's two stages as they were before there was a third: (experts, weights)."""
-    B, T, E = z_BTE.shape
-    probs_BTE = z_BTE.softmax(dim=-1)
-    demand_BE = torch.einsum("bte,t->be", probs_BTE, weights_T)
+    B, R, E = z_BRE.shape
+    probs_BRE = z_BRE.softmax(dim=-1)
+    demand_BE = torch.einsum("bte,t->be", probs_BRE, weights_R)
     shared_BS = demand_BE.topk(shared, dim=-1).indices
     taken_BE = torch.zeros(B, E, dtype=torch.bool).scatter_(1, shared_BS, True)
-    rest_BTE = z_BTE.masked_fill(taken_BE.unsqueeze(1), float("-inf"))
-    if budget is not None and budget < min(shared + T * adaptive, E):
-        unmet_BE = probs_BTE.amax(dim=1).scatter(1, shared_BS, -1.0)
+    rest_BRE = z_BRE.masked_fill(taken_BE.unsqueeze(1), float("-inf"))
+    if budget is not None and budget < min(shared + R * adaptive, E):
+        unmet_BE = probs_BRE.amax(dim=1).scatter(1, shared_BS, -1.0)
         open_BP = unmet_BE.topk(budget - shared, dim=-1).indices
         closed_BE = torch.ones(B, E, dtype=torch.bool).scatter_(1, open_BP, False)
-        rest_BTE = rest_BTE.masked_fill(closed_BE.unsqueeze(1), float("-inf"))
-    own_BTA = rest_BTE.topk(adaptive, dim=-1).indices
-    experts_BTK = torch.cat([shared_BS.unsqueeze(1).expand(B, T, shared), own_BTA], dim=-1)
-    return experts_BTK, z_BTE.gather(-1, experts_BTK).softmax(dim=-1)
+        rest_BRE = rest_BRE.masked_fill(closed_BE.unsqueeze(1), float("-inf"))
+    own_BTA = rest_BRE.topk(adaptive, dim=-1).indices
+    experts_BRK = torch.cat([shared_BS.unsqueeze(1).expand(B, R, shared), own_BTA], dim=-1)
+    return experts_BRK, z_BRE.gather(-1, experts_BRK).softmax(dim=-1)
 
 
 @settings(max_examples=150, deadline=None)
@@ -143,43 +148,43 @@ def test_without_a_group_stage_it_is_the_two_stages_bit_for_bit(
     if shared + adaptive == 0:
         adaptive = 1
     groups = [sorted(set(named)).index(g) for g in named]
-    config = plain(num_experts=12, num_shared=shared, num_adaptive=adaptive, max_active=budget)
-    z_BTE = _logits(config, groups, 7, levels, seed)
-    weights_T = torch.full((len(groups),), 1 / len(groups))
-    routing = _select(config, groups, z_BTE)
-    experts_BTK, weights_BTK = _two_stages(z_BTE, weights_T, shared, adaptive, budget)
-    assert torch.equal(routing.experts_BTK, experts_BTK)
-    assert torch.equal(routing.weights_BTK, weights_BTK)
+    config = plain({"experts.num": 12, "num_shared": shared, "num_adaptive": adaptive, "max_active": budget})
+    z_BRE = _logits(config, groups, 7, levels, seed)
+    weights_R = torch.full((len(groups),), 1 / len(groups))
+    routing = _select(config, groups, z_BRE)
+    experts_BRK, weights_BRK = _two_stages(z_BRE, weights_R, shared, adaptive, budget)
+    assert torch.equal(routing.experts_BRK, experts_BRK)
+    assert torch.equal(routing.weights_BRK, weights_BRK)
 
 
 def test_a_budget_leaves_groups_alone_that_cannot_exceed_their_share() -> None:
     """Two tasks want at most 3 of their group's 5, their share of 6; four tasks of the other group could want all 5."""
     groups = (0, 0, 1, 1, 1, 1)
-    shape = {"num_experts": 10, "num_shared": 0, "num_group": 1, "num_adaptive": 1, "group_pools": "own"}
-    config = plain(**shape, max_active=6)
+    shape = {"experts.num": 10, "num_shared": 0, "num_group": 1, "num_adaptive": 1, "groups.pools": "own"}
+    config = plain({**shape, "max_active": 6})
     # The group's choice is expert 4 of its part, with the best mean; by their highest share, three others come first.
     first, second = [0.40, 0.33, 0.01, 0.02, 0.24], [0.01, 0.02, 0.40, 0.33, 0.24]
-    z_BTC = torch.tensor([[first, second, *([0.1, 0.2, 0.3, 0.35, 0.05],) * 4]]).log()
-    free = _select(plain(**shape), groups, z_BTC)
-    assert free.experts_BTK[0, :2].tolist() == [[4, 0], [4, 2]]
-    assert torch.equal(_select(config, groups, z_BTC).experts_BTK[:, :2], free.experts_BTK[:, :2])
+    z_BRC = torch.tensor([[first, second, *([0.1, 0.2, 0.3, 0.35, 0.05],) * 4]]).log()
+    free = _select(plain(shape), groups, z_BRC)
+    assert free.experts_BRK[0, :2].tolist() == [[4, 0], [4, 2]]
+    assert torch.equal(_select(config, groups, z_BRC).experts_BRK[:, :2], free.experts_BRK[:, :2])
 
 
 @pytest.mark.parametrize(
     ("config", "groups", "expected"),
     [
         ({"num_shared": 2, "num_group": 1, "num_adaptive": 1}, (0, 0, 1, 1, 1), 2 + 2 * 1 + 5 * 1),
-        ({"num_shared": 2, "num_group": 4, "num_adaptive": 2, "num_experts": 12}, (0, 1, 2, 2), 12),
-        ({"num_shared": 0, "num_group": 1, "num_adaptive": 2, "group_pools": "own"}, (0, 0, 0, 1), 1 + 3 * 2 + 1 + 2),
+        ({"num_shared": 2, "num_group": 4, "num_adaptive": 2, "experts.num": 12}, (0, 1, 2, 2), 12),
+        ({"num_shared": 0, "num_group": 1, "num_adaptive": 2, "groups.pools": "own"}, (0, 0, 0, 1), 1 + 3 * 2 + 1 + 2),
         (
             # a part has 6 experts: the first group's 7 do not fit
-            {"num_shared": 0, "num_group": 1, "num_adaptive": 2, "group_pools": "own", "num_experts": 12},
+            {"num_shared": 0, "num_group": 1, "num_adaptive": 2, "groups.pools": "own", "experts.num": 12},
             (0, 0, 0, 1),
             6 + 3,
         ),
         (
             # 10 for two parts, 5 each: the first group wants 7, the second 3
-            {"num_shared": 0, "num_group": 1, "num_adaptive": 2, "group_pools": "own", "max_active": 9},
+            {"num_shared": 0, "num_group": 1, "num_adaptive": 2, "groups.pools": "own", "max_active": 9},
             (0, 0, 0, 1),
             4 + 3,
         ),
@@ -187,26 +192,26 @@ def test_a_budget_leaves_groups_alone_that_cannot_exceed_their_share() -> None:
     ],
 )
 def test_the_bound(config: dict[str, Any], groups: tuple[int, ...], expected: int) -> None:
-    assert plain(**config).stages(groups).bound == expected
+    assert plain(config).stages(groups).bound == expected
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (
-            {"num_experts": 16, "num_shared": 0},
-            "num_experts: 16 to choose from, expected a multiple of .*groups \\(3\\).* set num_experts to 15, say",
+            {"experts.num": 16, "num_shared": 0},
+            r"SmesConfig\.experts\.num: 16 to choose from, .*a multiple of .*groups \(3\).* set experts\.num to 15",
         ),
         (
-            {"num_experts": 6, "num_shared": 0, "num_group": 2},
-            "at least 3 for each, for own pools: set num_experts to 9",
+            {"experts.num": 6, "num_shared": 0, "num_group": 2},
+            "at least 3 for each, for own pools: set experts.num to 9",
         ),
         (
-            {"num_experts": 17, "num_shared": 2, "shared_experts": "always_on", "num_group": 1, "max_active": 7},
-            "max_active: 7, expected none or at least num_group \\+ num_adaptive for each of 3 own pools.*\\(8\\)",
+            {"experts.num": 17, "num_shared": 2, "shared_experts": "always_on", "num_group": 1, "max_active": 7},
+            "max_active: 7, expected null or at least num_group \\+ num_adaptive for each of 3 own pools.*\\(8\\)",
         ),
     ],
 )
 def test_what_does_not_fit_the_groups_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plain(group_pools="own", **config).stages((0, 1, 2))
+        plain({"groups.pools": "own", **config}).stages((0, 1, 2))
