@@ -25,7 +25,7 @@ WORKDIR /app
 # The dependencies in a layer of their own, which a change of the code does not rebuild: what pyproject.toml asks for at
 # run time, in the versions of the lock file (which also pins the tools of development).
 COPY pyproject.toml requirements.lock ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+RUN python -P -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
         > runtime.txt \
     && pip install --extra-index-url "$TORCH_INDEX" --requirement runtime.txt --constraint requirements.lock
 

@@ -1,10 +1,10 @@
-.PHONY: install demo test check bench
+.PHONY: install demo test check docs bench
 PYTHON ?= python3
 BIN := .venv/bin
 
-# pip resolves torch to the CPU or CUDA build that its index offers; the lock file pins every version. Python compiles
-# what it imports, once: compiling all of torch beforehand takes half of the install. Where the environment forbids
-# keeping what was compiled, every process would compile torch again.
+# pip resolves torch to the CPU or CUDA build that its index offers. The lock file pins every version. Python compiles
+# each module when it is first imported: compiling all of torch beforehand would take half of the installation. Where
+# the environment forbids keeping compiled modules, every process would compile torch again.
 unexport PYTHONDONTWRITEBYTECODE
 .venv/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -17,21 +17,28 @@ install: .venv/.installed
 demo: install
 	$(BIN)/smes demo
 
-# Two processes, each with servers of its own; tests that share a costly fixture stay in one of them. One torch thread
-# in each process, theirs and those they start: more than there are cores would spin against each other.
+# Two processes, each with its own servers. Tests that share a costly fixture run in the same process. Each process and
+# each of its children has one torch thread: more threads than cores would wait for each other.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadgroup --durations=10 --cov --cov-report=
 
+# The coverage is that of the last `make test`.
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@if test -f .coverage; then $(BIN)/coverage report; else echo "no coverage yet: run make test first"; fi
 
-# What is compared with, without what it asks for itself: torch stays the build that is here.
+# The lists of keys in docs/configuration.md.
+docs: install
+	$(BIN)/python -P -m smes_cli.configuration_docs docs/configuration.md
+
+# The libraries that benchmarks compare with, without their dependencies: torch stays the installed build.
 .venv/.bench-installed: requirements-bench.lock .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.lock
 	touch $@
 
+# benchmarks/ is not installed: it is found in the working folder.
 bench: .venv/.bench-installed
 	$(BIN)/python -m benchmarks
