@@ -19,7 +19,13 @@ from smes.schema import Schema
 
 @dataclass(frozen=True, slots=True)
 class ModelOutput:
-    """Attributes: logits_BT, float32, base rates included; ranker, the ranker's own output; x_BI, what it read."""
+    """Result of one forward pass.
+
+    Attributes:
+        logits_BT: float32, with the tasks' base rates.
+        ranker: The ranker's output.
+        x_BI: The ranker's input.
+    """
 
     logits_BT: Tensor
     ranker: RankerOutput
@@ -27,11 +33,11 @@ class ModelOutput:
 
 
 class RankModel(nn.Module):
-    """Everything dense: all weights but the rows of the id table.
+    """The dense part of the model: all weights but the rows of the id table.
 
     Args:
         schema: Features and tasks.
-        config: Which ranker, and its shape.
+        config: Which ranker, its shape, and the layers around it.
     """
 
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
@@ -43,7 +49,7 @@ class RankModel(nn.Module):
         self.tasks = TaskOutputs(schema)
 
     def forward(self, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None) -> ModelOutput:
-        """Logits of B ≥ 1 instances; ``autocast`` sets the precision of the ranker and the heads only."""
+        """Logits of B ≥ 1 instances. ``autocast`` sets the precision of the ranker and the heads only."""
         x_BI, wide_BT = self.features(inputs)
         with autocast or nullcontext():
             output = self.ranker(x_BI)
@@ -52,11 +58,15 @@ class RankModel(nn.Module):
         return ModelOutput(sum(logits, start=self.tasks.base_logits()), output, x_BI)
 
     def choices(self, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None) -> Tensor | None:
-        """The experts that each task chooses for B ≥ 1 instances, int64 [B, T, K]; None for a ranker without."""
+        """The experts that each task chooses for B ≥ 1 instances. Changes nothing.
+
+        Returns:
+            int64 [B, T, K]; None for a ranker without experts.
+        """
         if not isinstance(self.ranker, RoutedRanker):
             return None
         training = self.training
-        self.eval()  # nothing observes: a look must not change what it looks at
+        self.eval()  # no part observes its input
         x_BI, _ = self.features(inputs)
         with autocast or nullcontext():
             choices_BTK = self.ranker.choices(x_BI)
@@ -65,7 +75,7 @@ class RankModel(nn.Module):
 
 
 def build_model(schema: Schema, config: ModelConfig, seed: int) -> RankModel:
-    """A model with first weights from ``seed`` alone; torch's global random state is left as it was."""
+    """Build a model whose first weights depend on ``seed`` alone. Torch's global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return RankModel(schema, config)

@@ -1,1 +1,1 @@
-"""Rankers: from an instance's features to a representation per task."""
+"""Rankers map an instance's features to a representation per task."""

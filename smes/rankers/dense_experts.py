@@ -1,4 +1,4 @@
-"""Experts that all run on every instance, and the gates that mix them: what the dense rankers are built of.
+"""Experts that all run on every instance, and the gates that mix them: the parts of the dense rankers.
 
 Letters: B instances, N experts, G gates, D input width, H output width.
 """
@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smes.rankers.config import DenseNorm
+
 
 class DenseExperts(nn.Module):
-    """N MLPs of one shape, ``x ← SiLU(Norm(x W_n))`` per layer: the form of SMES's full experts, none left out.
+    """N MLPs of one shape, ``x ← SiLU(Norm(x W_n))`` per layer, like SMES's full experts. All of them run.
 
     Args:
         num_experts: N.
         input_dim: D.
         dims: Width of each layer; the last is H.
-        norm: Name in :data:`NORMS`; of each expert by itself, without gain or bias.
+        norm: Norm of each expert by itself, without gain or bias.
     """
 
-    def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...], norm: str = "layer") -> None:
+    def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...], norm: DenseNorm = "layer") -> None:
         super().__init__()
         self.output_dim = dims[-1]
         widths = [input_dim, *dims]
@@ -31,7 +33,7 @@ class DenseExperts(nn.Module):
         self.norms = nn.ModuleList(NORMS[norm](num_experts, d_out) for d_out in dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D], the same for all experts, or [N, B, D], one input each → [N, B, H]."""
+        """[B, D], one input for all experts, or [N, B, D], one input per expert → [N, B, H]."""
         if x.dim() == 2:
             x = x.expand(len(self.weights[0]), *x.shape)
         for weight_N, norm in zip(self.weights, self.norms, strict=True):
@@ -40,7 +42,7 @@ class DenseExperts(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Every instance by itself, over the layer's width: what is served is what was trained, in batches of any size."""
+    """Normalises each instance over the layer's width. Its output does not depend on the batch of the instance."""
 
     def __init__(self, num_experts: int, dim: int) -> None:
         super().__init__()
@@ -51,9 +53,9 @@ class LayerNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """HoME's norm: every column of every expert over the mini-batch when training, by running moments when serving.
+    """HoME's norm of each column of each expert: over the mini-batch in training, by running moments in serving.
 
-    A batch of one instance has no moments, so the running ones stand in.
+    A mini-batch of one instance has no moments, so it is normalised by the running ones.
     """
 
     mean_M: Tensor
@@ -71,7 +73,7 @@ class BatchNorm(nn.Module):
         return y_BM.view(B, N, H).transpose(0, 1)
 
 
-NORMS: dict[str, type[LayerNorm] | type[BatchNorm]] = {"layer": LayerNorm, "batch": BatchNorm}
+NORMS: dict[DenseNorm, type[LayerNorm] | type[BatchNorm]] = {"layer": LayerNorm, "batch": BatchNorm}
 """Norms of an expert by their name in the configuration."""
 
 
@@ -95,7 +97,7 @@ class Gates(nn.Module):
         self.register_buffer("allowed_GN", None if allowed is None else torch.tensor(allowed), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, D], the same for all gates, or [G, B, D], one input each → weights [G, B, N], 0 where not allowed."""
+        """[B, D], one input for all gates, or [G, B, D], one per gate → weights [G, B, N], 0 where not allowed."""
         if x.dim() == 2:
             x = x.expand(len(self.weight), *x.shape)
         z_GBN = torch.bmm(x, self.weight).float()

@@ -33,12 +33,12 @@ class HoME(nn.Module):
         width = self.encoder.output_dim
         self.output_dim = H = config.expert_dims[-1]
         self.register_buffer("group_T", torch.tensor(group_T), persistent=False)
-        # Streams of the meta layer: a group each, then the shared one. z_shared sees all experts, z_g the group's own
-        # and the shared ones.
+        # Streams of the meta layer: one per group, then the shared one. z_shared mixes all experts, z_g those of its
+        # group and the shared ones.
         G = num_groups
         meta = [[own in (g, G) for own in range(G + 1)] for g in range(G)] + [[True] * (G + 1)]
         self.meta = HomeLayer(width, width, list(range(G + 1)), meta, config)
-        # Experts of the task layer: a task's own each, then a category's each (both read z_g), then the global ones.
+        # Experts of the task layer: each task's own, then each category's (both read z_g), then the global ones.
         reads = [*group_T, *range(G), G]
         task = [
             [own == t for own in range(num_tasks)] + [g == group_T[t] for g in range(G)] + [True]
@@ -55,16 +55,16 @@ class HoME(nn.Module):
 
 
 class HomeLayer(nn.Module):
-    """C groups of M experts behind feature gates; outputs mix the groups they may use, and add their own by self gates.
+    """C groups of M experts behind feature gates. Each output mixes the groups it may use, and adds its own experts.
 
-    Output o's own experts are group o's. In the task layer the self gates read what the gates read (our choice: the
-    paper's text leaves it open, as it does what the task layer's feature gates read).
+    Output o's own experts are those of group o; self gates weight them. In the task layer the self gates read the
+    gates' input. This is our choice: the paper leaves open what self gates and feature gates of this layer read.
 
     Args:
-        input_dim: D, what experts read.
-        gate_dim: What gates and self gates read.
-        reads: Per group of experts, which input stream it reads.
-        allowed: Per output, which groups of experts it mixes.
+        input_dim: D, the width of the experts' input.
+        gate_dim: Width of the input of gates and self gates.
+        reads: For each group of experts, which input stream it reads.
+        allowed: For each output, which groups of experts it mixes.
         config: Shape of experts and gates.
     """
 
@@ -84,7 +84,7 @@ class HomeLayer(nn.Module):
         self.self_gates = SelfGates(gate_dim, self.num_outputs, M) if config.self_gates else None
 
     def forward(self, streams: Tensor, gate_input: Tensor) -> Tensor:
-        """Input streams [·, B, D] and what the gates read ([B, ·] or one per output) → outputs [O, B, H]."""
+        """Input streams [·, B, D] and the gates' input ([B, ·], or one per output) → outputs [O, B, H]."""
         x_CBD = self.feature_gates(streams.index_select(0, self.reads_C))
         y_NBH = self.experts(x_CBD.repeat_interleave(self.experts_per_group, dim=0))
         z_OBH = mix(self.gates(gate_input), y_NBH).transpose(0, 1)
@@ -105,13 +105,11 @@ class SelfGates(Gates):
         return torch.bmm(x, self.weight).float().sigmoid()
 
 
-# TODO(merge) was smes.feature_gate: HoME's feature gate: a private view of the input for every g
-
-
 class FeatureGates(nn.Module):
-    """``v ⊙ FeaGate_c(v)``, ``FeaGate(v) = Σ_l softmax(v G)_l · 2·sigmoid(v B_l A_l)``, rank ``R = D / L``.
+    """A view of the input for each group of experts: ``v ⊙ FeaGate_c(v)``.
 
-    ``A_l`` starts at zero, so that every gate starts at 1 (our choice, as LoRA does).
+    ``FeaGate(v) = Σ_l softmax(v G)_l · 2·sigmoid(v B_l A_l)``, with maps of rank ``D / L``. ``A_l`` starts at zero, so
+    that every gate starts at 1 (our choice, as in LoRA).
 
     Args:
         num_groups: C.

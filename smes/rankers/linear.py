@@ -1,4 +1,4 @@
-"""The linear ranker: the floor that the others must beat.
+"""The linear ranker: the floor for all others.
 
 Its scores come from the linear part of the feature layer alone. Letters: B instances, I input width.
 """
@@ -9,7 +9,7 @@ from smes.rankers.ranker import ExpertLimits, RankerOutput
 
 
 class LinearRanker(nn.Module):
-    """Adds nothing to the linear part."""
+    """Has no representations, and so adds nothing to the linear part."""
 
     output_dim = 0
     expert_limits: ExpertLimits | None = None

@@ -8,7 +8,7 @@ from smes.rankers.ranker import Encoder, ExpertLimits, RankerOutput
 
 
 class MMoE(nn.Module):
-    """``h_t = Σ_e softmax(W_t x)_e f_e(x)``: every expert runs for every instance, a gate per task mixes them.
+    """``h_t = Σ_e softmax(W_t x)_e f_e(x)``: every expert runs for every instance, and a gate per task mixes them.
 
     Args:
         input_dim: I.

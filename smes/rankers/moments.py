@@ -1,4 +1,4 @@
-"""Mean and variance of columns over a stream, carried in the model's state. Letters: B instances, C columns."""
+"""Mean and variance of columns over a stream, as part of the model's state. Letters: B instances, C columns."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ class RunningMoments(nn.Module):
 
     Args:
         columns: C.
-        horizon: From this many values on, old ones fade out exponentially, so that the figures follow a drift.
+        horizon: From this many values on, old values fade out exponentially, so that the moments follow a drift.
     """
 
     count_C: Tensor
@@ -26,10 +26,13 @@ class RunningMoments(nn.Module):
 
     @torch.no_grad()
     def observe(self, x_BC: Tensor, weight_BC: Tensor | None = None) -> None:
-        """Take in a batch; values of weight 0 are left out (they must be finite).
+        """Take in a batch.
 
-        Without weights all count as 1, and the batch's own moments are worked out in its own precision: for columns
-        that deviate by no less than about 1e-5 of their size, such as embeddings, at a fraction of the cost.
+        Args:
+            x_BC: The values, all finite.
+            weight_BC: Their weights; values of weight 0 do not count. None: all weights are 1, and the batch's moments
+                are computed in the precision of ``x_BC``, which is much faster. Columns must then deviate by at least
+                about 1e-5 of their size, as embeddings do.
         """
         if weight_BC is None:
             mean_C, variance_C = self._batch_moments(x_BC)
@@ -42,22 +45,22 @@ class RunningMoments(nn.Module):
         total_C = self.count_C + new_C
         share_C = new_C / total_C.clamp(min=1e-12)
         delta_C = mean_C - self.mean_C
-        # With nothing seen before, share is 1 and the variance 1 that stood in for "unknown" drops out.
+        # For the first batch share is 1, so the initial variance of 1 drops out.
         merged_C = (1 - share_C) * self.variance_C + share_C * variance_C + share_C * (1 - share_C) * delta_C.square()
         self.variance_C.copy_(merged_C)
         self.mean_C.add_(share_C * delta_C)
         self.count_C.copy_(total_C.clamp(max=self._horizon))
 
     def standardise(self, x_BC: Tensor, clip: float, dtype: torch.dtype = torch.float64) -> Tensor:
-        """``(x - mean) / std``, cut at ±``clip``, worked out in ``dtype``. float32 [B, C]."""
+        """``(x - mean) / std``, clipped at ±``clip`` and computed in ``dtype``. float32 [B, C]."""
         scale_C = self.variance_C.clamp(min=1e-12).rsqrt()
         shift_C = -self.mean_C * scale_C
         z_BC = torch.addcmul(shift_C.to(dtype), x_BC.to(dtype), scale_C.to(dtype))
-        return F.hardtanh_(z_BC, -clip, clip).float()  # in place: every pass over [B, C] counts
+        return F.hardtanh_(z_BC, -clip, clip).float()  # in place: each pass over [B, C] costs time
 
     def _batch_moments(self, x_BC: Tensor) -> tuple[Tensor, Tensor]:
-        # Sums of differences from where the mean is thought to be, and of their squares: a tenth of the time that
-        # torch.var_mean takes along columns on the CPU, and as exact as long as that thought is not far off.
+        # Sums of differences from an estimate of the mean, and of their squares: along columns on the CPU this takes a
+        # tenth of the time of torch.var_mean, and is as exact if the estimate is good.
         near_C = torch.where(self.count_C > 0, self.mean_C.to(x_BC.dtype), x_BC[0])
         difference_BC = x_BC - near_C
         mean_C = difference_BC.mean(dim=0).double()

@@ -13,7 +13,7 @@ from smes.rankers.ranker import Encoder, ExpertLimits, RankerOutput
 
 
 class PLE(nn.Module):
-    """Levels of task-specific and shared experts; each level's outputs are the next one's inputs, stream by stream.
+    """Levels of task-specific and shared experts. Each stream of a level is the same stream's input of the next level.
 
     Args:
         input_dim: I.
@@ -43,7 +43,10 @@ class PLE(nn.Module):
 
 
 class _Level(nn.Module):
-    """A task's gate mixes its own and the shared experts, the shared gate all; the last level needs no shared gate."""
+    """One level: a task's gate mixes the task's own and the shared experts, the shared gate mixes all experts.
+
+    The last level has no shared gate.
+    """
 
     stream_N: Tensor
 

@@ -7,7 +7,7 @@ from smes.rankers.ranker import Encoder, ExpertLimits, RankerOutput
 
 
 class SharedBottom(nn.Module):
-    """``h_t = encoder(x)`` for every task: all that tells tasks apart are their heads.
+    """``h_t = encoder(x)`` for every task: tasks differ in their heads only.
 
     Args:
         input_dim: I.

@@ -1,6 +1,5 @@
 """What a learner says that its routing would choose: the very choices of the next step, and nothing is changed."""
 
-
 import numpy as np
 import pytest
 import torch
