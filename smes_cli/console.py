@@ -1,4 +1,4 @@
-"""What people see: tables and progress on a terminal, plain lines when piped."""
+"""Output of the commands: tables and progress on a terminal, plain lines when piped, and reports as JSON files."""
 
 import json
 import logging
@@ -16,14 +16,14 @@ from rich.table import Table
 
 from smes.errors import SmesError
 
-_PIPED_WIDTH = 132  # a pipe has no width of its own: rich would cut tables at 80 columns
+_PIPED_WIDTH = 132  # a pipe has no width, and rich would cut tables at 80 columns
 console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
 errors = Console(stderr=True)
 _PLAIN_EVERY_S = 5.0
 
 
 def set_up_logging(verbosity: int) -> None:
-    """-1 only errors, 0 warnings and what the commands say, 1 and more everything."""
+    """Set what is printed: -1 errors only; 0 also warnings and the commands' results; 1 or more everything."""
     console.quiet = verbosity < 0
     level = logging.ERROR if verbosity < 0 else logging.WARNING if verbosity == 0 else logging.DEBUG
     handler: logging.Handler
@@ -40,15 +40,15 @@ def set_up_logging(verbosity: int) -> None:
 
 
 class Advance(Protocol):
-    """Reports progress."""
+    """Shows the progress of a command."""
 
     def __call__(self, done: int, note: str = "") -> None:
-        """``done`` in all so far; ``note`` stands beside the bar."""
+        """Show that ``done`` units are done in total, with ``note`` beside the bar."""
 
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Advance]:
-    """A progress bar on a terminal, a line every few seconds otherwise."""
+    """Show a progress bar on a terminal, and a line every few seconds otherwise."""
     if console.is_terminal and not console.quiet:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
@@ -68,7 +68,7 @@ def progress(what: str, total: int | None) -> Iterator[Advance]:
 
 
 def number(value: float | int | None, digits: int = 4) -> str:
-    """For a table cell; a dash for None."""
+    """A number for a table cell; a dash for None."""
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
@@ -103,7 +103,7 @@ def task_table(tasks: dict[str, dict[str, Any]], baseline: dict[str, dict[str, A
 
 
 def report_table(report: dict[str, Any]) -> Table:
-    """The report's other sections, a row each."""
+    """The other sections of the report, one row each."""
     table = Table(show_header=False, title=f"lineage {report['lineage']}, version {report['version']}")
     table.title_justify = "left"
     table.add_column(style="bold")
@@ -116,7 +116,7 @@ def report_table(report: dict[str, Any]) -> Table:
 
 
 def load_line(load_share: list[float], load_skew: float | None) -> str:
-    """How the load lies on the experts, in one line; empty for a ranker without experts."""
+    """The load on the experts, in one line; empty for a ranker without experts."""
     if not load_share or load_skew is None:
         return ""
     shares = " ".join(f"{share:.1%}" for share in load_share)
@@ -133,9 +133,6 @@ def routing_line(summary: dict[str, Any]) -> str:
     return f"routing in the last {number(summary['segment_steps'])} steps: {', '.join(parts)}"
 
 
-# TODO(merge) was cli.report_file: Reports as files: one process writes, another reads.
-
-
 def write_report(report: dict[str, Any], path: Path | None, *, indent: int | None = 2) -> None:
     """Write a report as JSON, if a path is given.
 
@@ -150,20 +147,18 @@ def write_report(report: dict[str, Any], path: Path | None, *, indent: int | Non
         raise SmesError(f"report {path}: cannot be written: {error.strerror}") from error
 
 
-def read_report(path: Path, otherwise: str) -> dict[str, Any]:
-    """A report that another process wrote.
+def read_report(path: Path, output: str) -> dict[str, Any]:
+    """Read a report that another process wrote.
 
     Args:
-        path: Where.
-        otherwise: What that process last said, for the error.
+        path: The file.
+        output: The last output of that process, for the error message.
 
     Raises:
-        SmesError: It wrote none.
+        SmesError: There is no report.
     """
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SmesError(
-            f"report {path.name}: expected one, but its process left none ({error}):\n{otherwise}"
-        ) from error
+        raise SmesError(f"report {path.name}: missing, expected one from its process ({error}):\n{output}") from error
     return report
