@@ -1,8 +1,8 @@
 """Connections to Redis with every wait bounded, and its errors in the project's terms."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -11,17 +11,42 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError
 from redis.retry import Retry
 
-from smes.errors import EventLogError, EventLogUnavailable, FeatureStoreError, FeatureStoreUnavailable
+from smes.errors import EventLogError, EventLogUnavailable, FeatureStoreError, FeatureStoreUnavailable, SmesError
+from smes_io.clock import retry
 
-_PAUSE_S = 0.1
+_T = TypeVar("_T")
+_OUTAGE = (redis.ConnectionError, redis.TimeoutError)
+_DENIED = (AuthenticationError, AuthorizationError)  # to redis, kinds of ConnectionError
 
 
-def open_client(url: str, timeout_s: float) -> redis.Redis:
+@dataclass(frozen=True)
+class RedisErrors:
+    """What Redis' errors become for one of its users.
+
+    Attributes:
+        unavailable: No connection, or no answer in time.
+        denied: The credentials are wrong.
+        refused: Redis answered with an error, such as its memory being full.
+        size_key: The configuration key that makes its user keep less.
+    """
+
+    unavailable: type[SmesError]
+    denied: type[SmesError]
+    refused: type[SmesError]
+    size_key: str
+
+
+EVENT_LOG = RedisErrors(EventLogUnavailable, EventLogError, EventLogError, "max_entries_per_partition")
+FEATURE_STORE = RedisErrors(FeatureStoreUnavailable, FeatureStoreUnavailable, FeatureStoreError, "retain_bytes")
+
+
+def open_client(url: str, timeout_s: float, *, answer_timeout_s: float | None = None) -> redis.Redis:
     """A client that connects on first use; safe to share between threads.
 
     Args:
         url: ``redis://[user[:password]@]host:port[/db]``, ``rediss://…`` or ``unix://path``.
         timeout_s: Longest wait for a connection and for an answer, each.
+        answer_timeout_s: Longest wait for an answer where it differs, as for blocking commands.
 
     Raises:
         ValueError: The URL has another form, or the timeout is not positive.
@@ -32,7 +57,7 @@ def open_client(url: str, timeout_s: float) -> redis.Redis:
         return redis.Redis.from_url(
             url,
             socket_connect_timeout=timeout_s,
-            socket_timeout=timeout_s,
+            socket_timeout=timeout_s if answer_timeout_s is None else answer_timeout_s,
             # One retry, because the server may have closed an idle connection; never one after a timeout, which
             # would double the wait.
             retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
@@ -41,31 +66,67 @@ def open_client(url: str, timeout_s: float) -> redis.Redis:
         raise ValueError(f"Redis URL {masked(url)!r}: {error}") from error
 
 
-def connect(url: str, timeout_s: float) -> redis.Redis:
+def connect(
+    url: str, timeout_s: float, errors: RedisErrors = FEATURE_STORE, *, answer_timeout_s: float | None = None
+) -> redis.Redis:
     """A client whose server has answered.
 
     A server that is starting (refusing connections, loading its data) is asked again until ``timeout_s`` is over.
 
+    Args:
+        url, timeout_s, answer_timeout_s: As :func:`open_client`.
+        errors: Of the client's user.
+
     Raises:
         ValueError: As :func:`open_client`.
-        FeatureStoreUnavailable: No answer in time; names the URL without its password.
+        SmesError: ``errors.unavailable``: no answer in time. ``errors.denied``: wrong credentials.
     """
-    deadline = time.monotonic() + timeout_s
-    client = open_client(url, timeout_s)
-    while True:
-        try:
-            client.ping()
-            return client
-        except redis.AuthenticationError as error:
-            client.close()
-            raise FeatureStoreUnavailable(f"Redis at {masked(url)} refused the credentials: {error}") from error
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            if time.monotonic() + _PAUSE_S >= deadline:
-                client.close()
-                raise FeatureStoreUnavailable(
-                    f"Redis at {masked(url)} gave no answer within {timeout_s:g} s: {error}"
-                ) from error
-        time.sleep(_PAUSE_S)
+    client = open_client(url, timeout_s, answer_timeout_s=answer_timeout_s)
+    try:
+        retry_during_outage(client, "connecting", client.ping, errors, timeout_s)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def retry_during_outage(
+    client: redis.Redis, doing: str, call: Callable[[], _T], errors: RedisErrors, timeout_s: float
+) -> _T:
+    """Call until the server answers, for up to ``timeout_s``; errors as :func:`translated`."""
+    with translated(client, doing, errors, tried_s=timeout_s):
+        return retry(call, timeout_s=timeout_s, retriable=_OUTAGE, fatal=_DENIED)
+
+
+@contextmanager
+def translated(
+    client: redis.Redis, doing: str, errors: RedisErrors = FEATURE_STORE, *, tried_s: float | None = None
+) -> Iterator[None]:
+    """Turn Redis' errors into ours; the message names the server without its password.
+
+    Args:
+        client: Whose server to name.
+        doing: Completes "Redis at … gave no answer while …".
+        errors: Of the client's user.
+        tried_s: How long the call was tried, where it was tried again.
+
+    Raises:
+        SmesError: See :class:`RedisErrors`.
+    """
+    where = f"Redis at {address(client)}"
+    try:
+        yield
+    except _DENIED as error:
+        raise errors.denied(f"{where} refused the credentials while {doing}: {error}") from error
+    except _OUTAGE as error:
+        within = "" if tried_s is None else f" within {tried_s:g} s"
+        raise errors.unavailable(f"{where} gave no answer{within} while {doing}: {error}") from error
+    except redis.OutOfMemoryError as error:
+        raise errors.refused(
+            f"{where} has no memory left while {doing}: raise its maxmemory or keep less ({errors.size_key}): {error}"
+        ) from error
+    except redis.RedisError as error:
+        raise errors.refused(f"{where} refused while {doing}: {error}") from error
 
 
 def masked(url: str) -> str:
@@ -74,93 +135,19 @@ def masked(url: str) -> str:
         parts = urlsplit(url)
         if parts.password is None:
             return url
-    except ValueError:  # no URL at all, so no password in a known place either
+    except ValueError:  # not a URL, so there is no telling where a password is
         return "(unreadable)"
-    address = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{address}"))
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{place}"))
 
 
 def address(client: redis.Redis) -> str:
-    """Where a client connects to, without credentials."""
-    settings = client.connection_pool.connection_kwargs
+    """The URL that a client connects to, with ``***`` for its password."""
+    pool = client.connection_pool
+    settings = pool.connection_kwargs
     if "path" in settings:
         return f"unix://{settings['path']}"
-    return f"redis://{settings.get('host', 'localhost')}:{settings.get('port', 6379)}/{settings.get('db') or 0}"
-
-
-@contextmanager
-def translated(client: redis.Redis, doing: str) -> Iterator[None]:
-    """Turn Redis' errors into ours; ``doing`` completes "Redis at … while …".
-
-    Raises:
-        FeatureStoreUnavailable: No connection, or no answer in time.
-        FeatureStoreError: Redis answered with an error, such as its memory being full.
-    """
-    try:
-        yield
-    except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise FeatureStoreUnavailable(f"Redis at {address(client)} gave no answer while {doing}: {error}") from error
-    except redis.OutOfMemoryError as error:
-        raise FeatureStoreError(
-            f"Redis at {address(client)} has no memory left while {doing}: raise its maxmemory or keep less "
-            f"(retain_bytes): {error}"
-        ) from error
-    except redis.RedisError as error:
-        raise FeatureStoreError(f"Redis at {address(client)} refused while {doing}: {error}") from error
-
-
-_T = TypeVar("_T")
-
-LONGEST_BLOCK_S = 1.0
-"""A blocking command asks again this often, well within every client's socket timeout."""
-
-_BACKOFF_S = (0.02, 0.05, 0.1, 0.2, 0.5)
-
-
-def connect_log(url: str, *, timeout_s: float) -> redis.Redis:
-    """A client that has answered PING; it does not retry by itself, :class:`RedisStreamsLog` does, within its bound.
-
-    Raises:
-        ValueError: Not a Redis URL.
-        EventLogUnavailable: No answer within ``timeout_s``; the message names the server, without its password.
-    """
-    client = redis.Redis.from_url(
-        url,
-        socket_connect_timeout=max(timeout_s, 0.1),
-        socket_timeout=max(timeout_s, 5 * LONGEST_BLOCK_S),
-        retry=Retry(NoBackoff(), 0),
-    )
-    try:
-        retry(client, "connect", timeout_s, client.ping)
-    except BaseException:
-        client.close()
-        raise
-    return client
-
-
-def retry(client: redis.Redis, what: str, timeout_s: float, call: Callable[[], _T]) -> _T:
-    """Call until it succeeds; connection errors are retried for ``timeout_s``, others are not."""
-    deadline = time.monotonic() + timeout_s
-    attempt = 0
-    while True:
-        try:
-            return call()
-        except (AuthenticationError, AuthorizationError) as error:
-            raise EventLogError(f"{server_name(client)}: {what}: {error}") from error
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            if time.monotonic() >= deadline:
-                raise EventLogUnavailable(
-                    f"{server_name(client)}: {what}: no answer within {timeout_s:g} s: {error}"
-                ) from error
-        except redis.RedisError as error:
-            raise EventLogError(f"{server_name(client)}: {what}: {error}") from error
-        pause = _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
-        time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
-        attempt += 1
-
-
-def server_name(client: redis.Redis) -> str:
-    """The server in an error message; built from its address, so that no password gets in."""
-    at: Mapping[str, object] = client.connection_pool.connection_kwargs
-    place = at.get("path") or f"{at.get('host', 'localhost')}:{at.get('port', 6379)}"
-    return f"Redis at {place} (database {at.get('db') or 0})"
+    scheme = "rediss" if issubclass(pool.connection_class, redis.SSLConnection) else "redis"
+    user = (settings.get("username") or "") + (":***" if settings.get("password") else "")
+    place = f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}/{settings.get('db') or 0}"
+    return f"{scheme}://{user}{'@' if user else ''}{place}"

@@ -1,13 +1,15 @@
-"""The event-log seam: append records, read from explicit positions, ask where a topic begins and ends.
+"""The event log as the rest of the project sees it: append records, read from positions, ask for begin and end.
 
-A *position* is the offset of the next record to read in one partition. Offsets are integers that grow by record
-(dense in Redis Streams and in memory; Kafka may leave gaps). Positions live with the weights, in the checkpoint.
-Every adapter passes ``tests/contract/test_event_log.py``.
+A *position* is the offset of the next record to read in one partition. Offsets are integers that grow with every
+record (by one in Redis Streams and in memory; Kafka may leave gaps). Positions are kept with the weights, in the
+checkpoint. Every adapter passes ``tests/contract/test_event_log.py``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from smes.errors import PositionOutOfRange
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -27,8 +29,8 @@ class OutRecord:
 
     Attributes:
         value: The payload.
-        headers: Name → bytes; which codec and which schema (see :mod:`stream.codec.codec`).
-        partition: Where it goes: ``0 … partitions(topic) - 1``.
+        headers: (name, bytes) pairs that name the codec and the schema (see :mod:`stream.codec.codec`).
+        partition: ``0 … partitions(topic) - 1``.
     """
 
     value: bytes
@@ -41,7 +43,9 @@ class Record:
     """A record as read.
 
     Attributes:
-        arrival_ms: When it reached the log (the producer's clock), Unix milliseconds.
+        topic, partition, offset: Its place in the log.
+        value, headers: As appended.
+        arrival_ms: When it reached the log, Unix milliseconds of the producer's clock.
     """
 
     topic: str
@@ -54,12 +58,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """One read: records in offset order within each partition, and where each partition continues.
+    """The result of one read.
 
     Attributes:
-        records: What was read; partitions one after the other, never interleaved.
+        records: One partition after the other, each in the order of its offsets.
         positions: Next record to read, for every partition asked for.
-        at_end: Partitions that had nothing further when the read returned.
+        at_end: Partitions that had no more records when the read returned.
     """
 
     records: list[Record]
@@ -71,28 +75,40 @@ class EventLog(Protocol):
     """An append-only, partitioned log of records."""
 
     def ensure_topic(self, topic: str, partitions: int) -> None:
-        """Create the topic if it is not there.
+        """Create the topic if it does not exist.
 
         Raises:
-            EventLogError: It exists with another number of partitions; both numbers are named.
+            ValueError: ``partitions`` is less than 1.
+            EventLogError: It exists with another number of partitions; the message names both numbers.
         """
 
     def partitions(self, topic: str) -> int:
-        """Number of partitions; ``EventLogError`` naming the topic when it does not exist."""
-
-    def append(self, topic: str, records: Sequence[OutRecord]) -> None:
-        """Append all records and return once they are durable as far as the adapter promises.
+        """Number of partitions.
 
         Raises:
-            EventLogError: Any record was refused.
+            EventLogError: The topic does not exist; the message names it.
+        """
+
+    def append(self, topic: str, records: Sequence[OutRecord]) -> None:
+        """Append all records, and return once they are as durable as the adapter promises.
+
+        Raises:
+            ValueError: The topic has no such partition; nothing was appended.
+            EventLogError: A record was refused.
             EventLogUnavailable: No acknowledgement within the bounded wait.
         """
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
-        """Up to about ``max_records`` records from ``positions`` on, waiting at most ``timeout_s`` for the first.
+        """Read up to about ``max_records`` records from ``positions`` on.
+
+        Args:
+            positions: Next record to read, per partition; at least one.
+            max_records: At least 1.
+            timeout_s: Longest wait for the first record.
 
         Raises:
-            PositionOutOfRange: The log no longer holds a position (trimmed), or it lies past the end.
+            ValueError: No position, no record, or a partition that the topic does not have.
+            PositionOutOfRange: A position was trimmed away, or it lies past the end.
             EventLogUnavailable: The log cannot be reached.
         """
 
@@ -104,3 +120,36 @@ class EventLog(Protocol):
 
     def close(self) -> None:
         """Release connections; idempotent."""
+
+
+def check_partition_count(topic: str, partitions: int) -> None:
+    """Raise ValueError unless a topic can have this many partitions."""
+    if partitions < 1:
+        raise ValueError(f"topic {topic!r}: partitions {partitions}, expected at least 1")
+
+
+def check_partition(topic: str, partition: int, partitions: int) -> None:
+    """Raise ValueError unless a topic of so many partitions has this one."""
+    if not 0 <= partition < partitions:
+        raise ValueError(f"topic {topic!r}: partition {partition}, expected 0 … {partitions - 1}")
+
+
+def check_read(positions: Mapping[TopicPartition, int], max_records: int, partitions: Callable[[str], int]) -> None:
+    """Check the arguments of a read, as far as that is possible without knowing the records.
+
+    Args:
+        positions, max_records: As :meth:`EventLog.read`.
+        partitions: Number of partitions of a topic.
+
+    Raises:
+        ValueError: As :meth:`EventLog.read`.
+        PositionOutOfRange: A position is negative.
+    """
+    if max_records < 1:
+        raise ValueError(f"max_records {max_records}, expected at least 1")
+    if not positions:
+        raise ValueError("positions: expected at least one partition")
+    for at, position in positions.items():
+        check_partition(at.topic, at.partition, partitions(at.topic))
+        if position < 0:
+            raise PositionOutOfRange(f"{at.topic}/{at.partition}: position {position}, expected at least 0")

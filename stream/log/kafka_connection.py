@@ -5,15 +5,17 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
+from annotated_types import Ge
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import KafkaError, RetriableError
 
 from smes.errors import EventLogError, EventLogUnavailable
+from smes.ranges import PositiveInt, check_ranges
+from smes_io.clock import retry
 
 _T = TypeVar("_T")
-_PAUSE_S = 0.1
 _REQUEST_TIMEOUT_S = 10.0
 _MOST_RECONNECT_BACKOFF_MS = 1000  # the client's 30 s would outlast a restart by far
 
@@ -24,28 +26,24 @@ class KafkaLogConfig:
 
     Attributes:
         compression: Codec of the producer's batches.
-        max_record_bytes: Largest record; topics that this log creates are told so.
-        fetch_max_bytes: Most bytes of one fetch, and of one partition in it; a larger single record still comes.
+        max_record_bytes: Largest record; also the limit of the topics that this log creates.
+        fetch_max_bytes: Most bytes of one fetch, and of one partition in it. A single larger record is still read.
         batch_bytes: Size of a producer batch.
-        fetch_wait_ms: How long the broker may hold a fetch without data; a change of partitions waits this long.
+        fetch_wait_ms: How long the broker may hold a fetch without data. A read of other partitions waits this long.
         replication_factor: Of created topics; ``-1`` is the broker's default.
-        outage_timeout_s: How long an operation rides out brokers that are away, such as one being restarted.
+        outage_timeout_s: How long an operation is tried while the brokers are away, as during a restart.
     """
 
     compression: Literal["lz4", "zstd", "gzip", "none"] = "lz4"
-    max_record_bytes: int = 16 * 1024 * 1024
-    fetch_max_bytes: int = 8 * 1024 * 1024
-    batch_bytes: int = 256 * 1024
-    fetch_wait_ms: int = 100
+    max_record_bytes: PositiveInt = 16 * 1024 * 1024
+    fetch_max_bytes: PositiveInt = 8 * 1024 * 1024
+    batch_bytes: PositiveInt = 256 * 1024
+    fetch_wait_ms: PositiveInt = 100
     replication_factor: int = -1
-    outage_timeout_s: float = 30.0
+    outage_timeout_s: Annotated[float, Ge(1)] = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("max_record_bytes", "fetch_max_bytes", "batch_bytes", "fetch_wait_ms"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"kafka log: {name} {getattr(self, name)}, expected at least 1")
-        if self.outage_timeout_s < 1:
-            raise ValueError(f"kafka log: outage_timeout_s {self.outage_timeout_s}, expected at least 1 second")
+        check_ranges(self)
 
 
 class KafkaConnection:
@@ -93,7 +91,7 @@ class KafkaConnection:
             "group_id": None,
             "enable_auto_commit": False,
             "auto_offset_reset": "none",
-            "metrics_enabled": False,  # nobody reads them, and they cost time with every record
+            "metrics_enabled": False,  # unused, and they cost time with every record
             "fetch_max_wait_ms": self.config.fetch_wait_ms,
             "fetch_max_bytes": self.config.fetch_max_bytes,
             "max_partition_fetch_bytes": self.config.fetch_max_bytes,
@@ -101,34 +99,41 @@ class KafkaConnection:
         }
         return self._connect(KafkaConsumer, options)
 
-    def ride_out(self, what: str, call: Callable[[], _T]) -> _T:
-        """Call until it succeeds; what a broker's absence causes is retried for ``outage_timeout_s``."""
-        return self.retry(what, self.config.outage_timeout_s, call)
+    def retry_during_outage(self, what: str, call: Callable[[], _T], timeout_s: float | None = None) -> _T:
+        """Call until the brokers answer.
 
-    def retry(self, what: str, timeout_s: float, call: Callable[[], _T]) -> _T:
-        """Call until it succeeds; retriable errors are retried for ``timeout_s``, others are not."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                return call()
-            except RetriableError as error:
-                if time.monotonic() >= deadline:
-                    raise self.unavailable(what, timeout_s, error) from error
-            except KafkaError as error:
-                raise EventLogError(f"Kafka at {self.bootstrap}: {what}: {error!r}") from error
-            time.sleep(_PAUSE_S)
+        Args:
+            what: Names the call in the error.
+            call: What to try.
+            timeout_s: How long to try; None: ``outage_timeout_s``.
+
+        Raises:
+            EventLogUnavailable: No answer in time.
+            EventLogError: The brokers answered with an error that trying again does not mend.
+        """
+        timeout_s = self.config.outage_timeout_s if timeout_s is None else timeout_s
+        try:
+            return retry(call, timeout_s=timeout_s, retriable=RetriableError)
+        except RetriableError as error:
+            raise self.unavailable(what, timeout_s, error) from error
+        except KafkaError as error:
+            raise self.refused(what, error) from error
 
     def unavailable(self, what: str, timeout_s: float, error: Exception) -> EventLogUnavailable:
         """The error to raise when the brokers gave no answer in time."""
         return EventLogUnavailable(f"Kafka at {self.bootstrap}: {what}: no answer within {timeout_s:g} s: {error!r}")
 
+    def refused(self, what: str, error: Exception | None) -> EventLogError:
+        """The error to raise when the brokers answered with one."""
+        return EventLogError(f"Kafka at {self.bootstrap}: {what}: {error!r}")
+
     def _connect(self, kind: Callable[..., _T], options: dict[str, object]) -> _T:
-        deadline = time.monotonic() + self.connect_timeout_s
-        self._await_listener(deadline)
+        deadline_s = time.monotonic() + self.connect_timeout_s
+        self._await_listener(deadline_s)
         try:
             return kind(
                 bootstrap_servers=self.bootstrap.split(","),
-                bootstrap_timeout_ms=_ms(deadline - time.monotonic()),
+                bootstrap_timeout_ms=_ms(deadline_s - time.monotonic()),
                 request_timeout_ms=_ms(min(_REQUEST_TIMEOUT_S, self.config.outage_timeout_s)),
                 reconnect_backoff_max_ms=_MOST_RECONNECT_BACKOFF_MS,
                 **options,
@@ -136,25 +141,29 @@ class KafkaConnection:
         except RetriableError as error:
             raise self.unavailable("connect", self.connect_timeout_s, error) from error
         except KafkaError as error:
-            raise EventLogError(f"Kafka at {self.bootstrap}: connect: {error!r}") from error
+            raise self.refused("connect", error) from error
 
-    def _await_listener(self, deadline: float) -> None:
+    def _await_listener(self, deadline_s: float) -> None:
         """Wait until a bootstrap server accepts connections.
 
-        A client that finds none fails too, but leaves its thread and sockets behind.
+        A client that finds none would fail too, but it would leave its thread and sockets behind.
         """
-        while True:
+
+        def find_listener() -> None:
+            errors = []
             for address in self._addresses:
+                patience_s = min(1.0, max(0.1, deadline_s - time.monotonic()))
                 try:
-                    patience_s = min(1.0, max(0.1, deadline - time.monotonic()))
                     socket.create_connection(address, timeout=patience_s).close()
-                except OSError as error:
-                    last = error
-                else:
                     return
-            if time.monotonic() >= deadline:
-                raise self.unavailable("connect", self.connect_timeout_s, last) from last
-            time.sleep(_PAUSE_S)
+                except OSError as error:
+                    errors.append(error)
+            raise errors[-1]
+
+        try:
+            retry(find_listener, timeout_s=self.connect_timeout_s, retriable=OSError)
+        except OSError as error:
+            raise self.unavailable("connect", self.connect_timeout_s, error) from error
 
 
 def _address(server: str) -> tuple[str, int]:
@@ -169,9 +178,10 @@ def _ms(seconds: float) -> int:
 
 
 def _quiet_client_logs() -> None:
-    """Keep the client's reports of lost connections out of the log, unless its level was set on purpose.
+    """Silence the client's reports of lost connections, unless somebody chose its log level.
 
-    It logs every attempt to reach an absent broker as an error; the event log waits, and raises when it gives up.
+    The client logs every attempt to reach an absent broker as an error. The event log itself tries again, and raises
+    when it gives up.
     """
     log = logging.getLogger("kafka")
     if log.level == logging.NOTSET:

@@ -1,11 +1,12 @@
 """The event log on Apache Kafka, through kafka-python.
 
-Positions are the caller's: partitions are assigned and sought, nothing is committed, and a position that the broker no
-longer holds is an error, never a jump. A record's time is the producer's clock (``CreateTime``).
+The caller keeps the positions: the log assigns partitions and seeks, and commits nothing. A position that the broker
+no longer holds is an error; the log never jumps to another one. A record's time is the producer's (``CreateTime``).
 
-Three clients, each made when first needed: a producer for :meth:`append` (any thread), a consumer for :meth:`read`
-(one thread at a time), and an admin client for the questions. The last has a connection of its own because the broker
-answers a connection's requests in order: a question behind a fetch that waits for data would wait with it.
+There are three clients: a producer for ``append`` (any thread), a consumer for ``read`` (one thread at a time), and an
+admin client for topics and offsets. Producer and consumer are made when they are first needed. The admin client has a
+connection of its own because a broker answers the requests of one connection in order: behind a fetch that waits for
+data, every other request would wait too.
 """
 
 import threading
@@ -30,11 +31,21 @@ from kafka.protocol.consumer import OffsetSpec
 
 from smes.errors import EventLogError, PositionOutOfRange
 from smes_io.clock import wall_clock_ms
-from stream.log.event_log import Fetch, Headers, OutRecord, Positions, Record, TopicPartition
+from stream.log.event_log import (
+    Fetch,
+    Headers,
+    OutRecord,
+    Positions,
+    Record,
+    TopicPartition,
+    check_partition,
+    check_partition_count,
+    check_read,
+)
 from stream.log.kafka_connection import KafkaConnection, KafkaLogConfig
 
 _NO_ERROR, _UNKNOWN_TOPIC = 0, int(UnknownTopicOrPartitionError.errno)
-_RECORD_OVERHEAD_BYTES = 65_536  # headers and batch framing above a record's value
+_RECORD_OVERHEAD_BYTES = 65_536  # headers and batch framing around a record's value
 
 
 class KafkaLog:
@@ -71,12 +82,11 @@ class KafkaLog:
         self._consumer_lock = threading.Lock()
         self._sought: Positions = {}
         self._admin = self._connection.admin()
-        self._connection.retry("list topics", connect_timeout_s, self._admin.list_topics)
+        self._connection.retry_during_outage("list topics", self._admin.list_topics, connect_timeout_s)
 
     def ensure_topic(self, topic: str, partitions: int) -> None:
         """See :meth:`stream.log.event_log.EventLog.ensure_topic`."""
-        if partitions < 1:
-            raise ValueError(f"topic {topic!r}: partitions {partitions}, expected at least 1")
+        check_partition_count(topic, partitions)
         wanted = {
             "num_partitions": partitions,
             "replication_factor": self._connection.config.replication_factor,
@@ -88,10 +98,10 @@ class KafkaLog:
                 self._admin.create_topics({self._name(topic): wanted}, wait_for_metadata=True)
 
         if self._describe(topic) is None:
-            self._connection.ride_out(f"create topic {self._name(topic)}", create)
-        there = self.partitions(topic)
-        if there != partitions:
-            raise EventLogError(f"topic {self._name(topic)!r} has {there} partitions, expected {partitions}")
+            self._connection.retry_during_outage(f"create topic {self._name(topic)}", create)
+        existing = self.partitions(topic)
+        if existing != partitions:
+            raise EventLogError(f"topic {self._name(topic)!r} has {existing} partitions, expected {partitions}")
 
     def partitions(self, topic: str) -> int:
         """See :meth:`stream.log.event_log.EventLog.partitions`."""
@@ -109,8 +119,7 @@ class KafkaLog:
         """See :meth:`stream.log.event_log.EventLog.append`: returns once all in-sync replicas hold every record."""
         count = self.partitions(topic)
         for record in records:
-            if not 0 <= record.partition < count:
-                raise ValueError(f"topic {topic!r}: partition {record.partition}, expected 0 … {count - 1}")
+            check_partition(topic, record.partition, count)
             if len(record.value) > self._connection.config.max_record_bytes:
                 limit = self._connection.config.max_record_bytes
                 raise EventLogError(f"topic {topic!r}: a record of {len(record.value)} bytes, expected at most {limit}")
@@ -127,21 +136,12 @@ class KafkaLog:
             what = f"append to {name}: {acknowledged} of {len(records)} records acknowledged"
             raise self._connection.unavailable(what, self._connection.config.outage_timeout_s, error) from error
         except KafkaError as error:
-            raise EventLogError(f"Kafka at {self._connection.bootstrap}: append to {name}: {error!r}") from error
+            raise self._connection.refused(f"append to {name}", error) from error
         self._raise_refused(name, sent)
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
         """See :meth:`stream.log.event_log.EventLog.read`."""
-        if max_records < 1:
-            raise ValueError(f"max_records {max_records}, expected at least 1")
-        if not positions:
-            raise ValueError("positions: expected at least one partition")
-        for at, position in positions.items():
-            count = self.partitions(at.topic)
-            if not 0 <= at.partition < count:
-                raise ValueError(f"topic {at.topic!r}: partition {at.partition}, expected 0 … {count - 1}")
-            if position < 0:
-                raise PositionOutOfRange(f"{at.topic}/{at.partition}: position {position}, expected at least 0")
+        check_read(positions, max_records, self.partitions)
         with self._consumer_lock:
             consumer = self._connected_consumer()
             self._seek(consumer, positions)
@@ -152,7 +152,7 @@ class KafkaLog:
                 raise self._out_of_range(positions) from error
             except KafkaError as error:
                 self._sought = {}
-                raise EventLogError(f"Kafka at {self._connection.bootstrap}: read: {error!r}") from error
+                raise self._connection.refused("read", error) from error
             return self._fetch(consumer, positions, batches)
 
     def begin(self, topic: str) -> Positions:
@@ -174,7 +174,9 @@ class KafkaLog:
     def _describe(self, topic: str) -> int | None:
         """Number of partitions; ``None`` if there is no such topic."""
         name = self._name(topic)
-        answers = self._connection.ride_out(f"look up topic {name}", lambda: self._admin.describe_topics([name]))
+        answers = self._connection.retry_during_outage(
+            f"look up topic {name}", lambda: self._admin.describe_topics([name])
+        )
         code = int(answers[0]["error_code"])
         if code == _UNKNOWN_TOPIC:
             return None
@@ -201,10 +203,10 @@ class KafkaLog:
         what = f"append to {name}: {len(failed)} of {len(sent)} records not acknowledged"
         if isinstance(error, KafkaTimeoutError):
             raise self._connection.unavailable(what, self._connection.config.outage_timeout_s, error)
-        raise EventLogError(f"Kafka at {self._connection.bootstrap}: {what}: {error!r}")
+        raise self._connection.refused(what, error)
 
     def _seek(self, consumer: KafkaConsumer, positions: Mapping[TopicPartition, int]) -> None:
-        """Point the consumer at ``positions``; where it stands there already, it keeps what it has fetched ahead."""
+        """Point the consumer at ``positions``. A partition that is there already keeps the records fetched ahead."""
         wanted = {self._kafka(at) for at in positions}
         if consumer.assignment() != wanted:
             consumer.assign(sorted(wanted))
@@ -224,15 +226,15 @@ class KafkaLog:
         after: Positions = {}
         maybe_at_end = []
         for at in positions:
-            there = self._kafka(at)
-            records += [_record(at, record) for record in batches.get(there, ())]
-            after[at] = consumer.position(there)  # past gaps, such as transaction markers
-            high_water = consumer.highwater(there)
+            partition = self._kafka(at)
+            records += [_record(at, record) for record in batches.get(partition, ())]
+            after[at] = consumer.position(partition)  # past gaps, such as transaction markers
+            high_water = consumer.highwater(partition)
             if high_water is None or after[at] >= high_water:
                 maybe_at_end.append(at)
         self._sought = dict(after)
-        # The fetch's high water mark may be old by now; this also notices that the brokers are gone, which a poll
-        # does not tell apart from silence.
+        # The fetch's high water mark may be old by now. Asking also notices absent brokers: a poll returns nothing
+        # then, just as it does when there is no data.
         ends = self._offsets(maybe_at_end, OffsetSpec.LATEST)
         return Fetch(records, after, frozenset(at for at, end in ends.items() if after[at] >= end))
 
@@ -240,7 +242,9 @@ class KafkaLog:
         if not ats:
             return {}
         asked = {self._kafka(at): which for at in ats}
-        found = self._connection.ride_out("ask for offsets", lambda: self._admin.list_partition_offsets(asked))
+        found = self._connection.retry_during_outage(
+            "ask for offsets", lambda: self._admin.list_partition_offsets(asked)
+        )
         return {at: found[self._kafka(at)].offset for at in ats}
 
     def _out_of_range(self, positions: Mapping[TopicPartition, int]) -> PositionOutOfRange:
@@ -269,8 +273,8 @@ def _record(at: TopicPartition, record: ConsumerRecord) -> Record:
     return Record(at.topic, at.partition, record.offset, record.value or b"", headers, record.timestamp)
 
 
-# A run has a handful of different headers, and one of them comes with every record.
+# Cached, because every record has headers and few of them differ.
 @lru_cache(maxsize=256)
 def _headers(headers: tuple[tuple[str, bytes | None], ...]) -> Headers:
-    """Headers as other producers may write them: a header without a value has an empty one here."""
+    """Headers as read; one without a value, which other producers may write, gets an empty value."""
     return tuple((name, value or b"") for name, value in headers)

@@ -1,4 +1,4 @@
-"""An event log in memory: for tests, and for a run in one process. It can end, abort and pause on command."""
+"""An event log in memory, for tests and for runs in one process. Tests can make it end, fail and pause."""
 
 import threading
 import time
@@ -7,12 +7,21 @@ from dataclasses import dataclass, field
 
 from smes.errors import EventLogError, PositionOutOfRange
 from smes_io.clock import wall_clock_ms
-from stream.log.event_log import Fetch, OutRecord, Positions, Record, TopicPartition
+from stream.log.event_log import (
+    Fetch,
+    OutRecord,
+    Positions,
+    Record,
+    TopicPartition,
+    check_partition,
+    check_partition_count,
+    check_read,
+)
 
 
 @dataclass(slots=True)
 class _Partition:
-    """Records ``first … first + len(records) - 1``, and what a test ordered for this partition."""
+    """Records ``first … first + len(records) - 1``, and the failures that a test asked for."""
 
     first: int = 0
     records: list[Record] = field(default_factory=list)
@@ -21,7 +30,7 @@ class _Partition:
 
     @property
     def end(self) -> int:
-        """Position after the newest record; ``set_end`` does not move it, only what readers see."""
+        """Position after the newest record, whether or not ``set_end`` hides it."""
         return self.first + len(self.records)
 
     @property
@@ -44,12 +53,19 @@ class InMemoryLog:
 
     def ensure_topic(self, topic: str, partitions: int) -> None:
         """See :meth:`stream.log.event_log.EventLog.ensure_topic`."""
-        if partitions < 1:
-            raise ValueError(f"topic {topic!r}: partitions {partitions}, expected at least 1")
+        check_partition_count(topic, partitions)
         with self._changed:
-            there = len(self._topics.setdefault(topic, [_Partition() for _ in range(partitions)]))
-        if there != partitions:
-            raise EventLogError(f"topic {topic!r} has {there} partitions, expected {partitions}")
+            existing = len(self._topics.setdefault(topic, [_Partition() for _ in range(partitions)]))
+        if existing != partitions:
+            raise EventLogError(f"topic {topic!r} has {existing} partitions, expected {partitions}")
+
+    def add_partitions(self, topic: str, partitions: int) -> None:
+        """Grow a topic to ``partitions`` partitions, as an operator does; the new ones are empty."""
+        with self._changed:
+            parts = self._parts(topic)
+            if partitions < len(parts):
+                raise ValueError(f"topic {topic!r}: partitions {partitions}, expected at least the present {len(parts)}")
+            parts.extend(_Partition() for _ in range(partitions - len(parts)))
 
     def partitions(self, topic: str) -> int:
         """See :meth:`stream.log.event_log.EventLog.partitions`."""
@@ -57,12 +73,11 @@ class InMemoryLog:
             return len(self._parts(topic))
 
     def append(self, topic: str, records: Sequence[OutRecord]) -> None:
-        """See :meth:`stream.log.event_log.EventLog.append`; all records or, on an error, none."""
+        """See :meth:`stream.log.event_log.EventLog.append`. After an error, no record was appended."""
         with self._changed:
             parts = self._parts(topic)
             for record in records:
-                if not 0 <= record.partition < len(parts):
-                    raise ValueError(f"topic {topic!r}: partition {record.partition}, expected 0 … {len(parts) - 1}")
+                check_partition(topic, record.partition, len(parts))
             arrival_ms = self._now_ms()
             for record in records:
                 part = parts[record.partition]
@@ -71,20 +86,17 @@ class InMemoryLog:
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
         """See :meth:`stream.log.event_log.EventLog.read`."""
-        if max_records < 1:
-            raise ValueError(f"max_records {max_records}, expected at least 1")
-        if not positions:
-            raise ValueError("positions: expected at least one partition")
-        deadline = time.monotonic() + timeout_s
+        check_read(positions, max_records, self.partitions)
+        deadline_s = time.monotonic() + timeout_s
         with self._changed:
             for at, position in positions.items():
                 self._check(at, position)
             while True:
                 fetch = self._take(positions, max_records)
-                remaining = deadline - time.monotonic()
-                if fetch.records or remaining <= 0:
+                remaining_s = deadline_s - time.monotonic()
+                if fetch.records or remaining_s <= 0:
                     return fetch
-                self._changed.wait(remaining)
+                self._changed.wait(remaining_s)
 
     def begin(self, topic: str) -> Positions:
         """See :meth:`stream.log.event_log.EventLog.begin`."""
@@ -92,7 +104,7 @@ class InMemoryLog:
             return {TopicPartition(topic, i): part.first for i, part in enumerate(self._parts(topic))}
 
     def end(self, topic: str) -> Positions:
-        """See :meth:`stream.log.event_log.EventLog.end`; a partition that ``set_end`` cut ends there."""
+        """See :meth:`stream.log.event_log.EventLog.end`; records hidden by ``set_end`` do not count."""
         with self._changed:
             return {TopicPartition(topic, i): part.visible_end for i, part in enumerate(self._parts(topic))}
 
@@ -100,26 +112,26 @@ class InMemoryLog:
         """Nothing to release."""
 
     def pause(self) -> None:
-        """From now on reads return nothing and end no partition, until :meth:`resume`."""
+        """Make reads return nothing, and no partition at its end, until :meth:`resume`."""
         with self._changed:
             self._paused = True
 
     def resume(self) -> None:
-        """Undo :meth:`pause`; a waiting read wakes up."""
+        """Undo :meth:`pause` and wake up waiting reads."""
         with self._changed:
             self._paused = False
             self._changed.notify_all()
 
     def set_end(self, at: TopicPartition, offset: int | None) -> None:
-        """Hide the records from ``offset`` on, as if they had not been appended yet; ``None`` shows them again."""
+        """Hide the records from ``offset`` on, as if they were not appended yet; None shows them again."""
         with self._changed:
             self._part(at).end_at = offset
             self._changed.notify_all()
 
     def abort_at(self, at: TopicPartition, offset: int, error: BaseException) -> None:
-        """Raise ``error`` once, from the first read that would return ``offset`` as its first record there.
+        """Raise ``error`` once, from the first read that starts at ``offset``.
 
-        A read that starts before ``offset`` returns the records up to it, exclusive.
+        A read that starts before ``offset`` returns the records before it.
         """
         with self._changed:
             self._part(at).aborts[offset] = error
@@ -142,8 +154,7 @@ class InMemoryLog:
 
     def _part(self, at: TopicPartition) -> _Partition:
         parts = self._parts(at.topic)
-        if not 0 <= at.partition < len(parts):
-            raise ValueError(f"topic {at.topic!r}: partition {at.partition}, expected 0 … {len(parts) - 1}")
+        check_partition(at.topic, at.partition, len(parts))
         return parts[at.partition]
 
     def _check(self, at: TopicPartition, position: int) -> None:

@@ -4,11 +4,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from smes_io.redis_client import connect_log
+from smes.ranges import PositiveFloat, PositiveInt, check_ranges
 from stream.log.event_log import EventLog
 from stream.log.kafka_connection import KafkaLogConfig
 from stream.log.kafka_log import KafkaLog
-from stream.log.redis_log import RedisLogConfig, RedisStreamsLog
+from stream.log.redis_log import RedisLogConfig, RedisStreamsLog, connect_log
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -21,7 +21,7 @@ class EventLogConfig:
         kind: ``redis`` (Redis Streams) or ``kafka``.
         redis_url: The Redis server, ``redis://[user:password@]host:port/database``.
         kafka_bootstrap: The Kafka brokers, ``host:port[,host:port…]``.
-        namespace: Deployments with different namespaces share a server without meeting.
+        namespace: Prefix of keys and topics. Deployments with different namespaces can share a server.
         partitions: Partitions of each topic that is created.
         connect_timeout_s: Longest wait for the server's first answer.
         redis: Limits on Redis.
@@ -32,29 +32,24 @@ class EventLogConfig:
     redis_url: str = "redis://127.0.0.1:6379/0"
     kafka_bootstrap: str = "127.0.0.1:9092"
     namespace: str = "smes"
-    partitions: int = 2
-    connect_timeout_s: float = 10.0
+    partitions: PositiveInt = 2
+    connect_timeout_s: PositiveFloat = 10.0
     redis: RedisLogConfig = field(default_factory=RedisLogConfig)
     kafka: KafkaLogConfig = field(default_factory=KafkaLogConfig)
 
     def __post_init__(self) -> None:
-        if self.kind not in ("redis", "kafka"):
-            raise ValueError(f"event log: kind {self.kind!r}, expected 'redis' or 'kafka'")
+        check_ranges(self)
         if not _NAMESPACE.fullmatch(self.namespace):
             raise ValueError(
-                f"event log: namespace {self.namespace!r}, expected 1 … 64 of letters, digits, '.', '_' and '-'"
+                f"EventLogConfig.namespace: {self.namespace!r}, expected 1 … 64 of letters, digits, '.', '_' and '-'"
             )
-        if self.partitions < 1:
-            raise ValueError(f"event log: partitions {self.partitions}, expected at least 1")
-        if not self.connect_timeout_s > 0:
-            raise ValueError(f"event log: connect_timeout_s {self.connect_timeout_s}, expected more than 0 seconds")
 
 
 def open_event_log(config: EventLogConfig) -> EventLog:
     """Connect to the event log that ``config`` names; the caller closes it.
 
     Raises:
-        ValueError: A malformed URL.
+        ValueError: The URL is malformed.
         EventLogUnavailable: No answer within ``connect_timeout_s``; the message names the server.
     """
     if config.kind == "kafka":

@@ -1,35 +1,56 @@
 """The event log on Redis Streams (Redis 7 or newer, Valkey): the embedded default.
 
-One stream per partition, key ``{namespace}:log:{topic}:{partition}``. Entry ids are ``0-1, 0-2, …`` (``XADD 0-*``):
-dense, so offset = sequence number - 1, and a trimmed position is recognised exactly. The hash
-``{namespace}:log:topics`` maps a topic to its number of partitions.
+Keys, all under ``{namespace}:log:``
+
+======================= ====== ==================================================================
+``topics``              hash   topic → its number of partitions
+``{topic}:{partition}`` stream the records; fields ``v`` (value), ``h`` (headers), ``t`` (arrival)
+======================= ====== ==================================================================
+
+Entry ids are ``0-1, 0-2, …`` without gaps (``XADD 0-*``). So an offset is the sequence number - 1, and a trimmed
+position is recognised exactly.
 
 Appending is *at least once*: an append whose acknowledgement was lost with the connection is sent again. Consumers
 drop duplicates by event id (:mod:`stream.join.joiner`).
 """
 
-import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar, cast
 
+import msgspec
 import redis
 from redis.typing import EncodableT, FieldT, KeyT, StreamIdT
 
 from smes.errors import EventLogError, PositionOutOfRange
+from smes.ranges import NonNegativeFloat, PositiveInt, check_ranges
 from smes_io.clock import wall_clock_ms
-from smes_io.redis_client import LONGEST_BLOCK_S, retry, server_name
-from stream.log.event_log import Fetch, Headers, OutRecord, Positions, Record, TopicPartition
+from smes_io.redis_client import EVENT_LOG, address, connect, retry_during_outage
+from stream.log.event_log import (
+    Fetch,
+    Headers,
+    OutRecord,
+    Positions,
+    Record,
+    TopicPartition,
+    check_partition,
+    check_partition_count,
+    check_read,
+)
 
 _T = TypeVar("_T")
 _Entry = tuple[bytes, dict[bytes, bytes]]
 
 _MAX_VALUE_BYTES = 512 * 1024 * 1024  # Redis' proto-max-bulk-len
-_FIRST_READ_BYTES_PER_RECORD = 65_536  # a guess until the first read tells
+_RECORD_OVERHEAD_BYTES = 64  # fields and headers around a record's value
+_FIRST_READ_BYTES_PER_RECORD = 65_536  # a guess, until the first read shows the size of records
+_LONGEST_BLOCK_S = 1.0  # a blocking read asks again this often, well within the client's timeout
+_HEADERS = msgspec.msgpack.Decoder(tuple[tuple[str, bytes], ...])
 
-# XINFO answers with the first and last entry, megabytes with Arrow records: the script keeps them in the server.
+# KEYS[1]: a stream. Returns its length and its newest entry id.
+# XINFO also returns the first and the last entry, megabytes with Arrow records; the script leaves them in the server.
 _BOUNDS_LUA = """
 if redis.call('EXISTS', KEYS[1]) == 0 then return {0, '0-0'} end
 local info, length, last = redis.call('XINFO', 'STREAM', KEYS[1]), 0, '0-0'
@@ -46,31 +67,38 @@ class RedisLogConfig:
     """Limits of the event log on Redis.
 
     Attributes:
-        max_entries_per_partition: Retention: about this many of the newest entries are kept (``MAXLEN ~``). A reader
-            that falls further behind gets ``PositionOutOfRange``.
-        fetch_max_bytes: A read aims at no more than this many bytes (it knows the size of earlier records only).
-        append_chunk_bytes: Values sent in one round trip of an append.
-        outage_timeout_s: How long an operation rides out a server that is away, such as one being restarted.
+        max_entries_per_partition: About how many of the newest entries are kept (``MAXLEN ~``). A reader that falls
+            further behind gets ``PositionOutOfRange``.
+        fetch_max_bytes: About the most bytes of a read, estimated from the size of earlier records.
+        append_chunk_bytes: About how many bytes an append sends in one round trip.
+        outage_timeout_s: How long an operation is tried while the server is away, as during a restart.
     """
 
-    max_entries_per_partition: int = 1_000_000
-    fetch_max_bytes: int = 32 * 1024 * 1024
-    append_chunk_bytes: int = 4 * 1024 * 1024
-    outage_timeout_s: float = 30.0
+    max_entries_per_partition: PositiveInt = 1_000_000
+    fetch_max_bytes: PositiveInt = 32 * 1024 * 1024
+    append_chunk_bytes: PositiveInt = 4 * 1024 * 1024
+    outage_timeout_s: NonNegativeFloat = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("max_entries_per_partition", "fetch_max_bytes", "append_chunk_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"redis log: {name} {getattr(self, name)}, expected at least 1")
-        if self.outage_timeout_s < 0:
-            raise ValueError(f"redis log: outage_timeout_s {self.outage_timeout_s}, expected at least 0 seconds")
+        check_ranges(self)
+
+
+def connect_log(url: str, *, timeout_s: float) -> redis.Redis:
+    """A client for :class:`RedisStreamsLog` whose server has answered.
+
+    Raises:
+        ValueError: The URL is malformed.
+        EventLogUnavailable: No answer within ``timeout_s``.
+        EventLogError: Wrong credentials.
+    """
+    return connect(url, timeout_s, EVENT_LOG, answer_timeout_s=max(timeout_s, 5 * _LONGEST_BLOCK_S))
 
 
 class RedisStreamsLog:
-    """A thread-safe :class:`stream.log.event_log.EventLog` on Redis Streams. Owns ``client``: closing the log closes it.
+    """A thread-safe :class:`stream.log.event_log.EventLog` on Redis Streams.
 
     Args:
-        client: From :func:`connect`; it must return bytes (no ``decode_responses``).
+        client: From :func:`connect_log`; it must return bytes (no ``decode_responses``). Closing the log closes it.
         namespace: First part of every key.
         config: Limits.
         now_ms: The producer's clock, Unix milliseconds; it stamps ``arrival_ms``.
@@ -92,13 +120,12 @@ class RedisStreamsLog:
 
     def ensure_topic(self, topic: str, partitions: int) -> None:
         """See :meth:`stream.log.event_log.EventLog.ensure_topic`."""
-        if partitions < 1:
-            raise ValueError(f"topic {topic!r}: partitions {partitions}, expected at least 1")
+        check_partition_count(topic, partitions)
         key = self._topics_key()
-        self._ride_out("create the topic", lambda: self._client.hsetnx(key, topic, str(partitions)))
-        there = self.partitions(topic)
-        if there != partitions:
-            raise EventLogError(f"topic {topic!r} has {there} partitions, expected {partitions}")
+        self._retry_during_outage(f"creating topic {topic}", lambda: self._client.hsetnx(key, topic, str(partitions)))
+        existing = self.partitions(topic)
+        if existing != partitions:
+            raise EventLogError(f"topic {topic!r} has {existing} partitions, expected {partitions}")
 
     def partitions(self, topic: str) -> int:
         """See :meth:`stream.log.event_log.EventLog.partitions`."""
@@ -106,46 +133,41 @@ class RedisStreamsLog:
         if known is not None:
             return known
         key = self._topics_key()
-        count = self._ride_out("look up the topic", lambda: self._client.hget(key, topic))
+        count = self._retry_during_outage(f"looking up topic {topic}", lambda: self._client.hget(key, topic))
         if count is None:
-            raise EventLogError(
-                f"topic {topic!r} does not exist in {server_name(self._client)}, namespace {self._namespace}"
-            )
+            raise EventLogError(f"topic {topic!r} does not exist in {self._server()}, namespace {self._namespace}")
         self._partitions[topic] = int(cast(bytes, count))
         return self._partitions[topic]
 
     def append(self, topic: str, records: Sequence[OutRecord]) -> None:
-        """See :meth:`stream.log.event_log.EventLog.append`: returns once the server has accepted every record.
+        """See :meth:`stream.log.event_log.EventLog.append`; returns once the server has accepted every record.
 
-        Durable as the server is: with ``appendonly yes`` a killed server loses nothing of it.
+        Records are as durable as the server makes them. With ``appendonly yes`` and ``appendfsync always``, a killed
+        server loses none.
         """
         count = self.partitions(topic)
         for record in records:
-            if not 0 <= record.partition < count:
-                raise ValueError(f"topic {topic!r}: partition {record.partition}, expected 0 … {count - 1}")
+            check_partition(topic, record.partition, count)
             if len(record.value) > _MAX_VALUE_BYTES:
-                raise EventLogError(f"topic {topic!r}: a record of {len(record.value)} bytes, Redis takes 512 MiB")
+                limit = _MAX_VALUE_BYTES
+                raise EventLogError(f"topic {topic!r}: a record of {len(record.value)} bytes, expected at most {limit}")
         start, size = 0, 0
         for i, record in enumerate(records):
-            size += len(record.value) + 64
+            size += len(record.value) + _RECORD_OVERHEAD_BYTES
             if size >= self._config.append_chunk_bytes or i == len(records) - 1:
                 self._append_chunk(topic, records[start : i + 1])
                 start, size = i + 1, 0
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
-        """See :meth:`stream.log.event_log.EventLog.read`. Each partition gets its share of ``max_records``, at least 1."""
-        if max_records < 1:
-            raise ValueError(f"max_records {max_records}, expected at least 1")
-        if not positions:
-            raise ValueError("positions: expected at least one partition")
-        self._check(positions)
+        """See :meth:`stream.log.event_log.EventLog.read`. Each partition gets an equal share of ``max_records``."""
+        check_read(positions, max_records, self.partitions)
         count = self._count(max_records, len(positions))
         streams: dict[KeyT, StreamIdT] = {self._key(at): f"0-{position}" for at, position in positions.items()}
-        deadline = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + timeout_s
         while True:
-            block_s = min(deadline - time.monotonic(), LONGEST_BLOCK_S)
+            block_s = min(deadline_s - time.monotonic(), _LONGEST_BLOCK_S)
             entries = self._xread(streams, count, block_s)
-            if entries or deadline <= time.monotonic():
+            if entries or deadline_s <= time.monotonic():
                 return self._fetch(positions, entries, count)
 
     def begin(self, topic: str) -> Positions:
@@ -163,43 +185,35 @@ class RedisStreamsLog:
     def _append_chunk(self, topic: str, records: Sequence[OutRecord]) -> None:
         arrival_ms = self._now_ms()
         keep = self._config.max_entries_per_partition
-        todo = list(records)
+        unsent = list(records)
 
         def send() -> None:
-            nonlocal todo
+            nonlocal unsent
             pipe = self._client.pipeline(transaction=False)
-            for record in todo:
+            for record in unsent:
                 key, headers = self._key(TopicPartition(topic, record.partition)), pack_headers(record.headers)
                 fields: dict[FieldT, EncodableT] = {"v": record.value, "h": headers, "t": arrival_ms}
                 pipe.xadd(key, fields, id="0-*", maxlen=keep, approximate=True)
             answers = pipe.execute(raise_on_error=False)
-            refused = [(r, a) for r, a in zip(todo, answers, strict=True) if isinstance(a, Exception)]
-            todo = [r for r, a in refused if isinstance(a, redis.ConnectionError)]  # the server is loading its file
+            refused = [(r, a) for r, a in zip(unsent, answers, strict=True) if isinstance(a, Exception)]
+            unsent = [r for r, a in refused if isinstance(a, redis.ConnectionError)]  # the server is loading its file
             for record, answer in refused:
                 if not isinstance(answer, redis.ConnectionError):
-                    where = f"{topic}/{record.partition} in {server_name(self._client)}"
+                    where = f"{topic}/{record.partition} in {self._server()}"
                     raise EventLogError(f"{where}: {len(refused)} of {len(answers)} records refused: {answer}")
-            if todo:
+            if unsent:
                 raise refused[0][1]
 
-        self._ride_out(f"append to {topic}", send)
-
-    def _check(self, positions: Mapping[TopicPartition, int]) -> None:
-        for at, position in positions.items():
-            count = self.partitions(at.topic)
-            if not 0 <= at.partition < count:
-                raise ValueError(f"topic {at.topic!r}: partition {at.partition}, expected 0 … {count - 1}")
-            if position < 0:
-                raise PositionOutOfRange(f"{at.topic}/{at.partition}: position {position}, expected at least 0")
+        self._retry_during_outage(f"appending to {topic}", send)
 
     def _count(self, max_records: int, partitions: int) -> int:
-        """Entries to ask for per partition: within the records wanted and the bytes allowed."""
+        """Entries to ask for per partition, at least 1: within the records wanted and the bytes allowed."""
         affordable = self._config.fetch_max_bytes / self._bytes_per_record
         return max(1, int(min(max_records, affordable) / partitions))
 
     def _xread(self, streams: dict[KeyT, StreamIdT], count: int, block_s: float) -> dict[bytes, list[_Entry]]:
         block_ms = max(1, round(block_s * 1000)) if block_s > 0 else None
-        answer: object = self._ride_out("read", lambda: self._client.xread(streams, count, block_ms))
+        answer: object = self._retry_during_outage("reading", lambda: self._client.xread(streams, count, block_ms))
         if not answer:
             return {}
         if isinstance(answer, dict):  # RESP3
@@ -211,7 +225,7 @@ class RedisStreamsLog:
     ) -> Fetch:
         records: list[Record] = []
         after: Positions = {}
-        uncertain = []
+        maybe_at_end = []
         for at, position in positions.items():
             found = entries.get(self._key(at).encode(), [])
             new = [_record(at, entry) for entry in found]
@@ -223,10 +237,10 @@ class RedisStreamsLog:
             records += new
             after[at] = position + len(new)
             if not new or len(new) >= count:
-                uncertain.append(at)
+                maybe_at_end.append(at)
         self._learn_size(records)
-        at_end = set(positions) - set(uncertain)  # fewer than asked for: there was no more
-        for at, (begin, end) in self._bounds(uncertain).items():
+        at_end = set(positions) - set(maybe_at_end)  # these gave fewer records than asked for: there were no more
+        for at, (begin, end) in self._bounds(maybe_at_end).items():
             if not begin <= after[at] <= end:
                 raise PositionOutOfRange(
                     f"{at.topic}/{at.partition}: position {after[at]}, the log holds {begin} … {end}"
@@ -236,9 +250,9 @@ class RedisStreamsLog:
         return Fetch(records, after, frozenset(at_end))
 
     def _learn_size(self, records: Sequence[Record]) -> None:
-        """Grow the estimate at once, shrink it slowly: a surprise by big records costs memory, the reverse little."""
+        """Raise the estimate at once and lower it slowly: too low an estimate costs memory, too high a one little."""
         if records:
-            mean = sum(len(r.value) for r in records) / len(records) + 64
+            mean = sum(len(r.value) for r in records) / len(records) + _RECORD_OVERHEAD_BYTES
             self._bytes_per_record = max(mean, 0.5 * self._bytes_per_record)
 
     def _bounds(self, ats: Sequence[TopicPartition]) -> dict[TopicPartition, tuple[int, int]]:
@@ -252,12 +266,15 @@ class RedisStreamsLog:
                 pipe.eval(_BOUNDS_LUA, 1, self._key(at))
             return cast(list[tuple[int, bytes]], pipe.execute())
 
-        answers = self._ride_out("ask for begin and end", ask)
+        answers = self._retry_during_outage("asking for begin and end", ask)
         ends = [_sequence(last) for _, last in answers]
         return {at: (end - length, end) for at, end, (length, _) in zip(ats, ends, answers, strict=True)}
 
-    def _ride_out(self, what: str, call: Callable[[], _T]) -> _T:
-        return retry(self._client, what, self._config.outage_timeout_s, call)
+    def _retry_during_outage(self, doing: str, call: Callable[[], _T]) -> _T:
+        return retry_during_outage(self._client, doing, call, EVENT_LOG, self._config.outage_timeout_s)
+
+    def _server(self) -> str:
+        return f"Redis at {address(self._client)}"
 
     def _all(self, topic: str) -> list[TopicPartition]:
         return [TopicPartition(topic, i) for i in range(self.partitions(topic))]
@@ -272,7 +289,9 @@ class RedisStreamsLog:
 def _sequence(entry_id: bytes) -> int:
     milliseconds, _, sequence = entry_id.partition(b"-")
     if milliseconds != b"0":
-        raise EventLogError(f"stream entry {entry_id.decode()}: expected ids 0-1, 0-2, …; who else writes here?")
+        raise EventLogError(
+            f"stream entry {entry_id.decode()}: expected ids 0-1, 0-2, … (another program may write here)"
+        )
     return int(sequence)
 
 
@@ -282,31 +301,16 @@ def _record(at: TopicPartition, entry: _Entry) -> Record:
         value, headers, arrival_ms = fields[b"v"], unpack_headers(fields[b"h"]), int(fields[b"t"])
     except (KeyError, ValueError) as error:
         raise EventLogError(
-            f"{at.topic}/{at.partition}: entry {entry_id.decode()} is no record of ours: {error!r}"
+            f"{at.topic}/{at.partition}: entry {entry_id.decode()}, expected a record of the event log: {error!r}"
         ) from error
     return Record(at.topic, at.partition, _sequence(entry_id) - 1, value, headers, arrival_ms)
 
 
-# TODO(merge) was stream.headers: Record headers as compact bytes, for logs that have no heade
-
-_LENGTH = struct.Struct("<I")
-
-
-# Headers name codec and schema: a run has a handful of different ones, and packs one of them for every record.
+# Cached, because every record has headers and few of them differ.
 @lru_cache(maxsize=256)
 def pack_headers(headers: Headers) -> bytes:
-    """Headers to bytes.
-
-    Raises:
-        ValueError: A name is longer than 255 bytes.
-    """
-    parts = []
-    for name, value in headers:
-        encoded = name.encode()
-        if len(encoded) > 255:
-            raise ValueError(f"header {name[:40]!r}…: name of {len(encoded)} bytes, expected at most 255")
-        parts += [bytes((len(encoded),)), encoded, _LENGTH.pack(len(value)), value]
-    return b"".join(parts)
+    """Headers as the field ``h`` holds them: MessagePack, an array of [name, bytes] pairs."""
+    return msgspec.msgpack.encode(headers)
 
 
 @lru_cache(maxsize=256)
@@ -314,17 +318,9 @@ def unpack_headers(data: bytes) -> Headers:
     """The inverse of :func:`pack_headers`.
 
     Raises:
-        ValueError: The bytes are no headers.
+        ValueError: The bytes are not packed headers.
     """
-    headers, at = [], 0
-    while at < len(data):
-        name_end = at + 1 + data[at]
-        value_start = name_end + _LENGTH.size
-        if value_start > len(data):
-            raise ValueError(f"headers of {len(data)} bytes end inside a name, at byte {at}")
-        value_end = value_start + _LENGTH.unpack_from(data, name_end)[0]
-        if value_end > len(data):
-            raise ValueError(f"headers of {len(data)} bytes end inside a value, at byte {value_start}")
-        headers.append((data[at + 1 : name_end].decode(), data[value_start:value_end]))
-        at = value_end
-    return tuple(headers)
+    try:
+        return _HEADERS.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"headers of {len(data)} bytes: expected MessagePack [[name, bytes], …]: {error}") from error

@@ -1,4 +1,4 @@
-"""What the event log on Kafka does beyond the contract: foreign records, refusals, outages."""
+"""The event log on Kafka beyond the contract: records of other producers, refusals, outages."""
 
 import gc
 import os
@@ -20,6 +20,7 @@ from stream.log.kafka_log import KafkaLog
 
 AT = TopicPartition("t", 0)
 DEADLINE_S = 60.0
+HANG_S = 30.0  # longer than any load makes these waits, shorter than what would end them otherwise
 
 
 @pytest.fixture
@@ -40,9 +41,10 @@ def out(value: bytes) -> OutRecord:
 
 def test_absent_brokers_are_an_error_in_bounded_time() -> None:
     started = time.monotonic()
+
     with pytest.raises(EventLogUnavailable, match=r"127\.0\.0\.1:1,127\.0\.0\.1:2: .*within 1 s"):
         KafkaLog("127.0.0.1:1,127.0.0.1:2", connect_timeout_s=1)
-    assert 0.9 < time.monotonic() - started < 10
+    assert 0.9 < time.monotonic() - started < HANG_S
 
 
 @pytest.mark.parametrize("bootstrap", ["localhost", ":9092", "a:1,b", "a:port", "a:0", ""])
@@ -65,6 +67,7 @@ def test_every_compression_is_read_back(
         fetch = log.read(positions, max_records=1000, timeout_s=1)
         positions = fetch.positions
         seen += [r.value for r in fetch.records]
+
     assert seen == [b"%d" % i * 50 for i in range(100)]
 
 
@@ -75,6 +78,7 @@ def test_a_record_over_the_limit_is_refused_before_anything_is_sent(
     log = open_log(closing, kafka_bootstrap, namespace, KafkaLogConfig(max_record_bytes=100_000))
     log.ensure_topic("t", 1)
     log.append("t", [out(bytes(100_000))])
+
     with pytest.raises(EventLogError, match="a record of 100001 bytes, expected at most 100000"):
         log.append("t", [out(b"small"), out(bytes(100_001))])
     assert log.end("t") == {AT: 1}
@@ -84,6 +88,7 @@ def test_a_record_over_the_limit_is_refused_before_anything_is_sent(
 def test_what_the_broker_refuses_raises(kafka_bootstrap: str, namespace: str, closing: ExitStack) -> None:
     open_log(closing, kafka_bootstrap, namespace, KafkaLogConfig(max_record_bytes=1000)).ensure_topic("t", 1)
     generous = open_log(closing, kafka_bootstrap, namespace, KafkaLogConfig(compression="none"))
+
     with pytest.raises(EventLogError, match=r"1 of 1 records not acknowledged: .*TooLarge"):
         generous.append("t", [out(bytes(500_000))])
     assert generous.end("t") == {AT: 0}
@@ -103,6 +108,7 @@ def test_records_of_other_producers_are_read(kafka_bootstrap: str, namespace: st
         fetch = log.read(positions, max_records=10, timeout_s=1)
         positions = fetch.positions
         seen += [(r.value, r.arrival_ms) for r in fetch.records]
+
     assert seen == [(b"", 5), (b"a value", 6)]
 
 
@@ -122,6 +128,7 @@ def test_gaps_of_transaction_markers_are_passed(kafka_bootstrap: str, namespace:
         fetch = log.read(positions, max_records=10, timeout_s=1)
         positions = fetch.positions
         offsets += [r.offset for r in fetch.records]
+
     assert offsets == [0, 2, 4]  # a commit marker follows each
     assert positions == {AT: 6} == log.end("t")
     assert fetch.at_end == {AT}
@@ -172,5 +179,6 @@ def test_a_broker_killed_and_restarted_in_mid_run_loses_nothing(
     reader.close()
     writer.close()
     gc.collect()  # the sockets, here where they are expected
+
     assert errors == []
     assert seen == list(range(sent))  # idempotent producer: nothing lost, doubled or out of order

@@ -1,4 +1,4 @@
-"""What the event log on Redis does beyond the contract: retention, bounded reads, outages."""
+"""The event log on Redis beyond the contract: retention, bounded reads, outages."""
 
 import os
 import signal
@@ -13,17 +13,17 @@ import redis
 
 from smes.errors import EventLogError, EventLogUnavailable, PositionOutOfRange
 from smes_cli.demo.local_servers import ValkeyServer, start_valkey
-from smes_io.redis_client import connect_log
 from stream.log.event_log import OutRecord, Positions, TopicPartition
-from stream.log.redis_log import RedisLogConfig, RedisStreamsLog
+from stream.log.redis_log import RedisLogConfig, RedisStreamsLog, connect_log
 
 AT = TopicPartition("t", 0)
 DEADLINE_S = 30.0
+HANG_S = 30.0  # longer than any load makes these waits, shorter than what would end them otherwise
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ValkeyServer]:
-    """A server of the test's own, which it may kill or reconfigure."""
+    """A server for one test, which may kill or reconfigure it."""
     with start_valkey(tmp_path / "server") as server:
         yield server
 
@@ -46,11 +46,13 @@ def out(value: bytes) -> OutRecord:
     return OutRecord(value, (), 0)
 
 
-def test_namespaces_do_not_meet(redis_url: str, namespace: str, closing: ExitStack) -> None:
+def test_namespaces_are_separate(redis_url: str, namespace: str, closing: ExitStack) -> None:
     one, two = open_log(closing, redis_url, namespace + "a"), open_log(closing, redis_url, namespace + "b")
     one.ensure_topic("t", 1)
     two.ensure_topic("t", 2)
+
     one.append("t", [out(b"mine")])
+
     assert two.end("t") == {TopicPartition("t", 0): 0, TopicPartition("t", 1): 0}
 
 
@@ -58,12 +60,16 @@ def test_retention_keeps_about_the_newest_entries(redis_url: str, namespace: str
     log = open_log(closing, redis_url, namespace, RedisLogConfig(max_entries_per_partition=1000))
     log.ensure_topic("t", 1)
     log.append("t", [out(b"%d" % i) for i in range(5000)])
+
     begin, end = log.begin("t")[AT], log.end("t")[AT]
+
     assert end == 5000
     assert 1000 <= end - begin <= 1200  # Redis trims whole nodes of up to 100 entries
     with pytest.raises(PositionOutOfRange, match=f"position 0: trimmed, the log begins at {begin}"):
         log.read({AT: 0}, max_records=10, timeout_s=0)
+
     first = log.read({AT: begin}, max_records=10, timeout_s=0).records[0]
+
     assert (first.offset, first.value) == (begin, b"%d" % begin)
 
 
@@ -76,6 +82,7 @@ def test_a_read_adapts_to_the_size_of_the_records(redis_url: str, namespace: str
         fetch = log.read(positions, max_records=1000, timeout_s=5)
         positions = fetch.positions
         sizes.append(len(fetch.records))
+
     assert sum(sizes) == 40
     assert max(sizes[1:]) <= 4  # 4 x 256 KiB; the first read had to guess
 
@@ -86,6 +93,7 @@ def test_a_deleted_entry_is_noticed(redis_url: str, namespace: str, closing: Exi
     log.append("t", [out(b"x") for _ in range(10)])
     with redis.Redis.from_url(redis_url) as client:
         client.xdel(f"{namespace}:log:t:0", "0-5")
+
     with pytest.raises(PositionOutOfRange, match="t/0"):
         log.read({AT: 0}, max_records=100, timeout_s=0)
 
@@ -95,15 +103,17 @@ def test_an_entry_that_is_no_record_is_named(redis_url: str, namespace: str, clo
     log.ensure_topic("t", 1)
     with redis.Redis.from_url(redis_url) as client:
         client.xadd(f"{namespace}:log:t:0", {"foo": "bar"}, id="0-*")
-    with pytest.raises(EventLogError, match=r"t/0: entry 0-1 is no record"):
+
+    with pytest.raises(EventLogError, match=r"t/0: entry 0-1, expected a record of the event log"):
         log.read({AT: 0}, max_records=100, timeout_s=0)
 
 
 def test_an_absent_server_is_an_error_in_bounded_time_without_the_password() -> None:
     started = time.monotonic()
-    with pytest.raises(EventLogUnavailable, match=r"127\.0\.0\.1:1 .*within 0\.5 s") as caught:
+
+    with pytest.raises(EventLogUnavailable, match=r"127\.0\.0\.1:1/3 .*within 0\.5 s") as caught:
         connect_log("redis://someone:hunter2@127.0.0.1:1/3", timeout_s=0.5)
-    assert 0.4 < time.monotonic() - started < 5
+    assert 0.4 < time.monotonic() - started < HANG_S
     assert "hunter2" not in str(caught.value)
 
 
@@ -111,11 +121,11 @@ def test_a_wrong_password_is_an_error_at_once(server: ValkeyServer) -> None:
     with redis.Redis.from_url(server.url) as client:
         client.config_set("requirepass", "right")
         started = time.monotonic()
-        with pytest.raises(EventLogError, match="connect") as caught:
-            connect_log(server.url.replace("redis://", "redis://:wrong-one@"), timeout_s=20)
+        with pytest.raises(EventLogError, match="refused the credentials while connecting") as caught:
+            connect_log(server.url.replace("redis://", "redis://:wrong-one@"), timeout_s=100)
         assert not isinstance(caught.value, EventLogUnavailable)
         assert "wrong-one" not in str(caught.value)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < HANG_S
 
 
 def test_refused_records_raise(server: ValkeyServer, closing: ExitStack) -> None:
@@ -123,9 +133,12 @@ def test_refused_records_raise(server: ValkeyServer, closing: ExitStack) -> None
     log.ensure_topic("t", 1)
     with redis.Redis.from_url(server.url) as client:
         client.config_set("maxmemory", "1")
+
         with pytest.raises(EventLogError, match=r"t/0 in Redis at .*: 3 of 3 records refused: .*maxmemory"):
             log.append("t", [out(b"x")] * 3)
+
         client.config_set("maxmemory", "0")
+
     assert log.end("t") == {AT: 0}
 
 
@@ -139,9 +152,9 @@ def test_a_server_that_stays_away_is_an_error_in_bounded_time(server: ValkeyServ
         lambda: log.end("t"),
     ):
         started = time.monotonic()
-        with pytest.raises(EventLogUnavailable, match=r"Redis at 127\.0\.0\.1.*within 0\.5 s"):
+        with pytest.raises(EventLogUnavailable, match=r"Redis at redis://127\.0\.0\.1.*within 0\.5 s"):
             operation()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < HANG_S
 
 
 def test_a_server_that_came_back_empty_is_noticed(server: ValkeyServer, closing: ExitStack, tmp_path: Path) -> None:
@@ -149,6 +162,7 @@ def test_a_server_that_came_back_empty_is_noticed(server: ValkeyServer, closing:
     log.ensure_topic("t", 1)
     log.append("t", [out(b"x")] * 10)
     server.stop()
+
     with (
         start_valkey(tmp_path / "empty", port=server.port),
         pytest.raises(PositionOutOfRange, match=r"t/0: position 10, the log holds 0 … 0"),
@@ -188,7 +202,7 @@ def test_a_server_killed_and_restarted_in_mid_run_loses_nothing(
     read_until(2000)
     os.kill(server.pid, signal.SIGKILL)
     server.process.wait(DEADLINE_S)
-    # the writer and the next read meet the absent server; it comes back underneath them
+    # The writer and the next read find no server until it is back.
     with start_valkey(tmp_path / "server", port=server.port):
         read_until(len(seen) + 2000)
         stop.set()
@@ -197,6 +211,7 @@ def test_a_server_killed_and_restarted_in_mid_run_loses_nothing(
             read_until(len(seen) + 1)
         reader.close()
         writer.close()
+
     assert errors == []
     assert sorted(set(seen)) == list(range(sent))
-    assert len(seen) - sent <= 10  # at most the append that was under way came twice
+    assert len(seen) - sent <= 10  # at most the append that was under way is there twice
