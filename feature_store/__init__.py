@@ -1,1 +1,1 @@
-"""What the serving side reads online, in Redis: model snapshots and entity features."""
+"""What serving reads from Redis: model snapshots and entity features."""

@@ -9,7 +9,7 @@ Keys, all under ``{namespace}:features:``
 ============ ====== ===================================================================================
 
 A row holds its entity's columns of :class:`smes.events.ImpressionBlock`, in schema order and in the same encoding
-(``MISSING``, NaN), so that rows are copied into the matrices without being parsed.
+(``MISSING``, NaN). So rows are copied into the matrices without parsing.
 
 Letters: N entities, W id columns, F numeric columns.
 """
@@ -37,10 +37,10 @@ class EntityRows:
     """The instances of one request: a user with N items.
 
     Attributes:
-        ids: int64 [N, W]; user id, item id, and the features known of both; ``MISSING`` elsewhere.
+        ids: int64 [N, W]; user id, item id, and the known features of both; ``MISSING`` elsewhere.
         numerics: float32 [N, F]; NaN where unknown.
-        user_known: Whether the store has the user (true where the schema has no user features).
-        items_known: bool [N], the same of each item.
+        user_known: Whether the store has the user; true if the schema has no user features.
+        items_known: bool [N], the same for each item.
     """
 
     ids: I64
@@ -50,7 +50,7 @@ class EntityRows:
 
 
 def blank_rows(schema: Schema, user_id: int, item_ids: I64) -> EntityRows:
-    """What is known without a feature store: the ids themselves."""
+    """Rows without a feature store: only the ids of user and items are known."""
     ids = np.full((len(item_ids), schema.id_width), MISSING, np.int64)
     ids[:, 0] = user_id
     ids[:, 1] = item_ids
@@ -84,7 +84,7 @@ class EntityStore:
 
         Raises:
             ValueError: An unknown column, or one of the wrong type or shape.
-            SchemaMismatch: The store was filled with another schema; :meth:`clear` it first.
+            SchemaMismatch: The store holds features of another schema; :meth:`clear` it first.
             FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer.
         """
         rows = self._layouts[entity].pack(len(ids), columns)
@@ -102,11 +102,11 @@ class EntityStore:
                 self._client.mset({name: packed[o : o + width] for name, o in zip(names, offsets, strict=True)})
 
     def get(self, user_id: int, item_ids: I64) -> EntityRows:
-        """Everything the store knows of a user and N items, in one round trip; unknown entities are no error.
+        """The stored features of a user and N items, in one round trip. Unknown entities are not an error.
 
         Raises:
-            SchemaMismatch: The store was filled with another schema.
-            FeatureStoreError, FeatureStoreUnavailable: Redis refused or holds something else, or gave no answer.
+            SchemaMismatch: The store holds features of another schema.
+            FeatureStoreError, FeatureStoreUnavailable: Redis refused or holds other values, or gave no answer.
         """
         user, item = self._layouts["user"], self._layouts["item"]
         keys = [f"{self._prefix}schema", f"{self._prefix}user:{user_id}"]
@@ -128,7 +128,7 @@ class EntityStore:
         return EntityRows(rows.ids, rows.numerics, bool(users_known[0]), items_known)
 
     def clear(self) -> int:
-        """Remove every feature and the schema's mark; returns how many entities were removed."""
+        """Remove every feature and the schema's mark; the number of entities removed."""
         removed = 0
         with translated(self._client, "features were removed"):
             for entity in self._layouts:
@@ -143,7 +143,7 @@ class EntityStore:
         return removed
 
     def _claim(self) -> None:
-        """Mark the store as holding this schema's values, unless it holds another's."""
+        """Mark the store as holding this schema's values, unless it holds those of another."""
         key = f"{self._prefix}schema"
         self._client.set(key, self._schema.hash, nx=True)
         self._guard(cast("bytes | None", self._client.get(key)))
@@ -157,7 +157,7 @@ class EntityStore:
 
 @dataclass(frozen=True)
 class _Layout:
-    """One entity's row: which features it holds, where in the row, and where in the matrices."""
+    """One entity's row: its features, and their columns in the row and in the matrices."""
 
     features: tuple[Feature, ...]
     id_columns: I64
@@ -174,7 +174,7 @@ class _Layout:
         return cls(tuple(own), np.array(id_columns, np.int64), np.array(numeric_columns, np.int64), dtype)
 
     def pack(self, n: int, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.void]:
-        """Rows of N entities, missing where no column is given."""
+        """Rows of N entities; a feature without a column is missing."""
         unknown = columns.keys() - {f.name for f in self.features}
         if unknown:
             raise ValueError(f"column {min(unknown)!r}: expected one of {sorted(f.name for f in self.features)}")
@@ -197,7 +197,7 @@ class _Layout:
         return rows
 
     def unpack(self, keys: Sequence[str], values: Sequence[bytes | None]) -> tuple[Bool, NDArray[np.void]]:
-        """(bool [N], which values are there; their rows). Without features there is nothing to be missing."""
+        """(bool [N], which values exist; their rows). Without features, every entity counts as existing."""
         width = self.dtype.itemsize
         if width == 0:
             return np.ones(len(values), np.bool_), np.empty(0, self.dtype)

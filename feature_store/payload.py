@@ -1,14 +1,15 @@
-"""What serving needs of the weights, as bytes. The manifest that describes those bytes is in :mod:`feature_store.manifest`.
+"""A snapshot's weights as bytes. :mod:`feature_store.manifest` describes those bytes.
 
-The payload is safetensors: named tensors and string metadata, nothing that runs on reading. Its metadata:
+The payload is safetensors: named tensors and text metadata; reading it runs no code. Its metadata:
 
-============= ===========================================================
+=============== ====================================================================
+``format``      decimal digits of :data:`PAYLOAD_FORMAT`; a payload without it is of format 1
 ``schema``      JSON of :meth:`smes.schema.Schema.to_dict`
 ``schema_hash`` :attr:`smes.schema.Schema.hash`
 ``model``       JSON of the model configuration
-``lineage``     the lineage the weights belong to
+``lineage``     the lineage that the weights belong to
 ``version``     decimal digits of the version
-============= ===========================================================
+=============== ====================================================================
 """
 
 import json
@@ -20,12 +21,16 @@ from safetensors.torch import load, save
 
 from smes.errors import SnapshotError
 
+PAYLOAD_FORMAT = 2
+"""Format 2 holds a nested model configuration. Only this format is read."""
+
 _LENGTH_BYTES = 8  # safetensors: little-endian uint64 length of the JSON header, the header, the tensors
 _METADATA = "__metadata__"
+_FORMAT = "format"
 
 
 def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Pack tensors and text metadata into safetensors bytes.
+    """Pack tensors and text metadata into safetensors bytes, and mark them with :data:`PAYLOAD_FORMAT`.
 
     Args:
         tensors: Name → dense tensor on any device; copied to the CPU and made contiguous.
@@ -39,17 +44,17 @@ def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> 
     for name, tensor in tensors.items():
         packed = tensor.detach().cpu().contiguous()
         storage = packed.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share storage, so the second view of one gets bytes of its own.
+        # safetensors refuses tensors that share storage, so the second view of a storage gets a copy.
         plain[name] = packed.clone() if storage in storages else packed
         storages.add(storage)
-    return save(plain, dict(metadata))
+    return save(plain, {**metadata, _FORMAT: str(PAYLOAD_FORMAT)})
 
 
 def decode(payload: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The inverse of :func:`encode`; tensors on the CPU.
+    """The inverse of :func:`encode`; tensors are on the CPU.
 
     Raises:
-        SnapshotError: The payload is cut short, padded, or no safetensors; the message says what is damaged.
+        SnapshotError: The payload is of another format, cut short, padded, or not safetensors; the message says which.
     """
     metadata = decode_metadata(payload)
     try:
@@ -59,20 +64,28 @@ def decode(payload: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def decode_metadata(payload: bytes) -> dict[str, str]:
-    """Only the metadata of a payload, without touching its tensors.
+    """The metadata that :func:`encode` was given, without reading the tensors.
 
     Raises:
-        SnapshotError: The header is cut short or no JSON object with text metadata.
+        SnapshotError: The payload is of another format, its header is cut short, or the header is not a JSON object
+            with text metadata.
     """
+    metadata = _header_metadata(payload)
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise SnapshotError("snapshot payload: metadata: expected an object of texts")
+    found = metadata.pop(_FORMAT, "1")
+    if found != str(PAYLOAD_FORMAT):
+        raise SnapshotError(f"snapshot payload: format {found}, expected {PAYLOAD_FORMAT}")
+    return metadata
+
+
+def _header_metadata(payload: bytes) -> object:
     length = int.from_bytes(payload[:_LENGTH_BYTES], "little")
     if len(payload) < _LENGTH_BYTES or length > len(payload) - _LENGTH_BYTES:
         raise SnapshotError(f"snapshot payload: header cut short ({len(payload)} bytes, header of {length} expected)")
     try:
-        metadata = json.loads(payload[_LENGTH_BYTES : _LENGTH_BYTES + length])[_METADATA]
-    except (ValueError, TypeError) as error:
-        raise SnapshotError(f"snapshot payload: header is no JSON object: {error}") from error
+        return json.loads(payload[_LENGTH_BYTES : _LENGTH_BYTES + length])[_METADATA]
     except KeyError:
         return {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise SnapshotError("snapshot payload: metadata is no object of texts")
-    return metadata
+    except (ValueError, TypeError) as error:
+        raise SnapshotError(f"snapshot payload: header: expected a JSON object: {error}") from error

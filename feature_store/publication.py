@@ -1,21 +1,22 @@
-"""How a snapshot gets into Redis and out again: upload, commit, removal of what was abandoned, retention.
+"""The keys of the snapshots in Redis, and how a snapshot is written and removed.
 
-The keys are :class:`SnapshotKeys`; all of them lie under ``{namespace}:snapshots:``
+The keys are :class:`SnapshotKeys`, all under ``{namespace}:snapshots:``
 
 ================== ======= ==========================================================================
-``current``        string  ``lineage:version`` of what serving should load
-``manifests``      hash    ``lineage:version`` → manifest JSON; outlives the chunks, for freshness
-``index``          zset    ``lineage:version`` of every loadable snapshot, by order of publication
-``history``        zset    the same of every manifest kept
-``sequence``       integer order of publication
-``uploads``        hash    upload → what a publisher has begun and not finished (JSON)
-``chunk:{u}:{i}``  string  piece i of upload u; expires unless its publication completes
+``current``        string  ``lineage:version`` of the snapshot that serving should load
+``manifests``      hash    ``lineage:version`` → manifest JSON; kept longer than the chunks, for freshness
+``index``          zset    ``lineage:version`` of every loadable snapshot, in order of publication
+``history``        zset    ``lineage:version`` of every manifest kept, in order of publication
+``sequence``       integer number of publications so far
+``uploads``        hash    upload → lineage, chunks and begin (JSON) of an unfinished upload
+``chunk:{u}:{i}``  string  chunk i of upload u; expires unless its upload is committed
 ================== ======= ==========================================================================
 
-and the channel ``published`` carries ``lineage:version``.
+The channel ``published`` announces every ``lineage:version``.
 
-The order of a publication: ``uploads`` entry, chunks (expiring), then in one script: chunks made permanent, manifest,
-``current``, announcement. So whenever a publisher dies, readers see the snapshot before or all of this one.
+A publication writes the ``uploads`` entry, then the chunks, which expire. Then one script makes the chunks permanent,
+writes the manifest, moves ``current`` and announces the snapshot. So readers see the snapshot before or all of this
+one, whenever the publisher dies.
 """
 
 import json
@@ -27,8 +28,14 @@ import redis
 from feature_store.manifest import Manifest
 from smes.errors import SnapshotError, SnapshotStale
 
-# One atomic step: refuse to go backwards, make the chunks permanent, write the manifest, move the pointer, announce.
-# A client that lost the answer asks again: what is committed already is answered ok.
+# Commits an upload in one atomic step.
+#
+# KEYS: current, manifests, index, history, sequence, uploads.
+# ARGV: lineage, version, manifest JSON, upload, number of chunks, prefix of the chunk keys, channel.
+# Returns
+#   'ok'         committed, now or by an earlier call whose answer the client lost;
+#   'stale V'    the lineage's current version V is this one or a later one, nothing was changed;
+#   'lost I'     chunk I (or, with I = 0, the whole upload) is gone, nothing was announced.
 _COMMIT = """
 local current, manifests, index, history, sequence, uploads = unpack(KEYS)
 local lineage, version, manifest, upload, chunks, prefix, channel = unpack(ARGV)
@@ -57,7 +64,10 @@ redis.call('PUBLISH', channel, member)
 return 'ok'
 """
 
-# Only what is still registered as unfinished: a commit whose answer was lost keeps its chunks.
+# Removes the chunks of an upload that is still registered as unfinished. A committed upload keeps its chunks, even if
+# the publisher lost the answer to its commit and takes it for failed.
+#
+# KEYS: uploads. ARGV: upload, number of chunks, prefix of the chunk keys.
 _REMOVE_UPLOAD = """
 if redis.call('HDEL', KEYS[1], ARGV[1]) == 1 then
     for i = 0, tonumber(ARGV[2]) - 1 do redis.call('UNLINK', ARGV[3] .. ARGV[1] .. ':' .. i) end
@@ -67,22 +77,25 @@ end
 
 @dataclass(frozen=True)
 class SnapshotKeys:
-    """Names of the keys (see the module's table) and of their members."""
+    """Names of the keys in the module's table."""
 
     namespace: str
 
     def key(self, name: str) -> str:
+        """The key of this name in the table."""
         return f"{self.namespace}:snapshots:{name}"
 
     def chunk(self, upload: str, i: int) -> str:
+        """The key of chunk i of an upload."""
         return self.key(f"chunk:{upload}:{i}")
 
     def chunks(self, manifest: Manifest) -> list[str]:
+        """The keys of all chunks of a snapshot, in order."""
         return [self.chunk(manifest.upload, i) for i in range(len(manifest.chunks))]
 
 
 def member(lineage: str, version: int) -> str:
-    """How a snapshot is named in Redis and in messages."""
+    """The name of a snapshot in Redis and in messages."""
     return f"{lineage}:{version}"
 
 
@@ -93,15 +106,16 @@ def split_member(name: str) -> tuple[str, int]:
 
 
 def stale(lineage: str, version: int, served_version: int) -> SnapshotStale:
+    """The error for a version that the lineage's current version has reached already."""
     return SnapshotStale(f"snapshot {member(lineage, version)}: version {served_version} is already published")
 
 
 class Publication:
-    """The writing half of a snapshot store. Redis' errors pass through untranslated.
+    """Writes and removes snapshots. Redis' errors pass through untranslated.
 
     Args:
         client: A client that returns bytes.
-        keys: Where everything lies.
+        keys: Names of the keys.
         upload_ttl_s: When the chunks of an unfinished upload expire.
     """
 
@@ -113,7 +127,7 @@ class Publication:
         self._remove_script = client.register_script(_REMOVE_UPLOAD)
 
     def upload(self, manifest: Manifest, payload: bytes) -> None:
-        """Write the chunks; nobody reads them yet."""
+        """Write the chunks; readers do not see them yet."""
         begun = {"lineage": manifest.lineage, "chunks": len(manifest.chunks), "begun_s": self._server_s()}
         self._client.hset(self._keys.key("uploads"), manifest.upload, json.dumps(begun))
         view, start = memoryview(payload), 0
@@ -125,7 +139,7 @@ class Publication:
         """Make an upload the current snapshot, atomically.
 
         Raises:
-            SnapshotStale: The lineage is there already, or further.
+            SnapshotStale: The lineage's current version is this one or a later one.
             SnapshotError: A chunk is gone.
         """
         cut: list[str | int | bytes] = [manifest.lineage, manifest.version, manifest.to_json(), manifest.upload]
@@ -145,14 +159,14 @@ class Publication:
             )
 
     def abandon(self, manifest: Manifest) -> None:
-        """Remove what a failed publication left, as far as Redis still answers (else it expires)."""
+        """Remove the chunks of a failed publication. If Redis does not answer, they expire."""
         try:
             self._remove(manifest.upload, len(manifest.chunks))
         except redis.RedisError:
             return
 
     def remove_abandoned(self, lineage: str) -> None:
-        """Remove unfinished uploads: those of this lineage, whose only publisher is here, and overdue ones."""
+        """Remove unfinished uploads: all of this lineage, which has no other publisher, and overdue ones of others."""
         now_s = self._server_s()
         for upload, text in self._client.hgetall(self._keys.key("uploads")).items():
             begun = json.loads(text)
@@ -160,7 +174,7 @@ class Publication:
                 self._remove(upload, begun["chunks"])
 
     def trim(self, removable: Sequence[Manifest], surplus_bytes: int) -> None:
-        """Remove payloads in the order given until ``surplus_bytes`` are freed."""
+        """Remove payloads, in the order given, until ``surplus_bytes`` are freed."""
         for manifest in removable:
             if surplus_bytes <= 0:
                 return
@@ -171,7 +185,7 @@ class Publication:
             surplus_bytes -= manifest.total_bytes
 
     def trim_history(self, max_manifests: int) -> None:
-        """Remove the oldest manifests beyond ``max_manifests`` - 1 (one more is coming), never a loadable one's."""
+        """Remove the oldest manifests until one more fits into ``max_manifests``. Loadable snapshots keep theirs."""
         loadable = set(self._client.zrange(self._keys.key("index"), 0, -1))
         surplus = self._client.zrange(self._keys.key("history"), 0, -max_manifests)
         gone = [name for name in surplus if isinstance(name, bytes) and name not in loadable]

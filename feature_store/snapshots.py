@@ -1,55 +1,23 @@
-"""Model snapshots in Redis, as the trainer publishes and the scorer loads them.
+"""Model snapshots in Redis, as the trainer publishes them and the scorer loads them.
 
-Chunks first, the manifest next, the ``current`` pointer last; how, and under which keys, is in
-:mod:`feature_store.publication`.
+:mod:`feature_store.publication` has the keys and the atomic steps that write and remove a snapshot.
 """
 
 import hashlib
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import redis
 
-from feature_store.manifest import Chunk, Manifest
+from feature_store.config import SnapshotStoreConfig
+from feature_store.manifest import LARGEST_INTEGER, Chunk, Manifest
 from feature_store.publication import Publication, SnapshotKeys, member, split_member, stale
 from smes.errors import SnapshotError, SnapshotNotFound
 from smes_io.redis_client import address, translated
 
-_MIB = 1024 * 1024
 _LINEAGE = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_LARGEST_VERSION = 2**53 - 1  # Lua compares versions as doubles
-
-
-@dataclass(frozen=True)
-class SnapshotStoreConfig:
-    """How snapshots are cut up and how many are kept.
-
-    Attributes:
-        chunk_bytes: Size of a piece, 1 … 256 MiB; Redis' own limit for a value is 512 MB.
-        retain_bytes: Payload bytes kept in all; the oldest snapshots go first.
-        min_retained: Snapshots kept whatever their size, at least 1, so that a slow reader can finish.
-        max_manifests: Manifests kept, also of snapshots whose payload is gone: freshness reads them.
-        upload_ttl_s: Pieces of a publisher that died expire after this long (a restarted publisher of the same
-            lineage removes them at once); also the longest an upload may take.
-    """
-
-    chunk_bytes: int = 8 * _MIB
-    retain_bytes: int = 512 * _MIB
-    min_retained: int = 2
-    max_manifests: int = 256
-    upload_ttl_s: int = 600
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.chunk_bytes <= 256 * _MIB:
-            raise ValueError(f"chunk_bytes {self.chunk_bytes}, expected 1 … {256 * _MIB}")
-        for name in ("retain_bytes", "min_retained", "max_manifests", "upload_ttl_s"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}, expected at least 1")
-        if self.max_manifests < self.min_retained:
-            raise ValueError(f"max_manifests {self.max_manifests}, expected at least min_retained {self.min_retained}")
 
 
 class SnapshotStore:
@@ -86,10 +54,10 @@ class SnapshotStore:
         Args:
             payload: Bytes of :func:`feature_store.payload.encode`.
             lineage, version, schema_hash, step, created_ms, event_time_ms, positions, metrics, feedback_arrivals:
-                As in :class:`feature_store.manifest.Manifest`, whose ``parent`` becomes the lineage's current version.
+                As in :class:`feature_store.manifest.Manifest`. The lineage's current version becomes its ``parent``.
 
         Raises:
-            ValueError: Empty payload, or a lineage or version of the wrong form.
+            ValueError: The payload is empty, or lineage or version have the wrong form.
             SnapshotStale: The lineage's current version is this one or a later one; nothing was changed.
             SnapshotError: Another publisher of the lineage removed this upload.
             FeatureStoreError: Redis refused, for instance because its memory is full.
@@ -104,9 +72,10 @@ class SnapshotStore:
             step=step,
             created_ms=created_ms,
             total_bytes=len(payload),
-            chunks=_cut_up(payload, self._config.chunk_bytes),
+            chunks=_chunks_of(payload, self._config.chunk_bytes),
             upload=f"{member(lineage, version)}:{secrets.token_hex(4)}",
             event_time_ms=event_time_ms,
+            kind="full",
             positions={topic: dict(partitions) for topic, partitions in (positions or {}).items()},
             metrics=dict(metrics or {}),
             feedback_arrivals=feedback_arrivals,
@@ -123,7 +92,7 @@ class SnapshotStore:
         return manifest
 
     def pointer(self) -> str | None:
-        """``lineage:version`` of the current snapshot, None before the first; one small read."""
+        """``lineage:version`` of the current snapshot, None before the first. One small read."""
         with translated(self._client, "the current snapshot was looked up"):
             pointer = self._client.get(self._keys.key("current"))
         return None if pointer is None else _text(pointer)
@@ -139,7 +108,7 @@ class SnapshotStore:
         return None if pointer is None else self._manifest(pointer)
 
     def get(self, lineage: str, version: int) -> Manifest:
-        """Manifest of one snapshot; its payload may be trimmed already.
+        """Manifest of one snapshot. Its payload may be removed already.
 
         Raises:
             SnapshotNotFound: There is no such manifest.
@@ -154,7 +123,7 @@ class SnapshotStore:
     def manifests_between(self, lineage: str, after_version: int, up_to: int) -> tuple[Manifest, ...]:
         """Manifests of a lineage with ``after_version < version <= up_to``, ascending.
 
-        Manifests older than ``max_manifests`` publications are gone; ``parent`` shows where one is missing.
+        Manifests older than ``max_manifests`` publications are gone. ``parent`` shows where one is missing.
         """
         with translated(self._client, f"manifests of {lineage} were read"):
             kept = (split_member(_text(name)) for name in self._client.zrange(self._keys.key("history"), 0, -1))
@@ -162,11 +131,11 @@ class SnapshotStore:
             return self._manifests([member(lineage, version) for version in versions])
 
     def load(self, manifest: Manifest) -> bytes:
-        """The payload of a snapshot, every piece verified against the manifest.
+        """The payload of a snapshot, every chunk verified against the manifest.
 
         Raises:
             SnapshotNotFound: Retention removed it (load the current one instead).
-            SnapshotError: A piece is missing, has another length or another checksum; names the piece.
+            SnapshotError: A chunk is missing, or has another length or checksum; the message names the chunk.
         """
         name = f"snapshot {member(manifest.lineage, manifest.version)}"
         pieces = []
@@ -196,7 +165,7 @@ class SnapshotStore:
         return served_version
 
     def _make_room(self, new_bytes: int) -> None:
-        """Trim, oldest first, to where one more snapshot of ``new_bytes`` fits; the current one always stays."""
+        """Remove the oldest snapshots until one more of ``new_bytes`` fits. The current one always stays."""
         kept = self.list()
         current = self.pointer()
         oldest = kept[: len(kept) - max(1, self._config.min_retained - 1)]
@@ -230,11 +199,11 @@ def _check_cut(payload: bytes, lineage: str, version: int) -> None:
         raise ValueError("snapshot payload: expected at least one byte")
     if not _LINEAGE.fullmatch(lineage):
         raise ValueError(f"lineage {lineage!r}, expected 1 … 128 letters, digits, dots, underscores or hyphens")
-    if not 0 <= version <= _LARGEST_VERSION:
-        raise ValueError(f"version {version}, expected 0 … {_LARGEST_VERSION}")
+    if not 0 <= version <= LARGEST_INTEGER:
+        raise ValueError(f"version {version}, expected 0 … {LARGEST_INTEGER}")
 
 
-def _cut_up(payload: bytes, chunk_bytes: int) -> tuple[Chunk, ...]:
+def _chunks_of(payload: bytes, chunk_bytes: int) -> tuple[Chunk, ...]:
     view = memoryview(payload)
     pieces = (view[start : start + chunk_bytes] for start in range(0, len(view), chunk_bytes))
     return tuple(Chunk(len(piece), hashlib.sha256(piece).hexdigest()) for piece in pieces)

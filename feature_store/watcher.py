@@ -1,4 +1,4 @@
-"""Notices a newly published snapshot: by notification, and by polling where a notification was lost."""
+"""Notices a newly published snapshot: by notification, and by polling in case a notification is lost."""
 
 import threading
 import time
@@ -11,20 +11,20 @@ from smes_io.redis_client import address
 
 
 class SnapshotWatcher:
-    """Tells when the ``current`` pointer moved. For one thread; only :meth:`close` may be called from another.
+    """Notices when the ``current`` pointer moves. For one thread; only :meth:`close` may be called from another.
 
-    Redis may restart or be away at any time: the watcher subscribes again and asks for the pointer itself at least
-    every ``poll_s``, so that a publication without its notification is seen too.
+    Redis may restart or be away at any time. The watcher then subscribes again. It also reads the pointer at least
+    every ``poll_s``, so it sees a publication whose notification was lost.
 
     Args:
         client: A client that returns bytes.
         namespace: As of the :class:`feature_store.snapshots.SnapshotStore`.
-        poll_s: Longest time between two looks at the pointer.
+        poll_s: Longest time between two reads of the pointer.
     """
 
     def __init__(self, client: redis.Redis, namespace: str = "smes", poll_s: float = 1.0) -> None:
         if not poll_s > 0:
-            raise ValueError(f"poll_s {poll_s}, expected more than 0 seconds")
+            raise ValueError(f"poll_s: {poll_s}, expected more than 0")
         self._client = client
         self._keys = SnapshotKeys(namespace)
         self._poll_s = poll_s
@@ -32,21 +32,21 @@ class SnapshotWatcher:
         self._pubsub: PubSub | None = None
         self._closed = threading.Event()
         self.problem: str | None = None
-        """Why Redis could not be asked the last time, None when it answered."""
+        """Why Redis did not answer the last time, None when it did."""
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the pointer moved since the last time this returned True, waiting up to ``timeout_s`` for it.
+        """Wait up to ``timeout_s`` for the pointer to move; whether it moved since this last returned True.
 
         The first call returns True at once if anything is published.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline_s = time.monotonic() + timeout_s
         while not self._closed.is_set():
             if self._moved():
                 return True
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
+            remaining_s = deadline_s - time.monotonic()
+            if remaining_s <= 0:
                 break
-            self._listen(min(remaining, self._poll_s))
+            self._listen(min(remaining_s, self._poll_s))
         if self._closed.is_set():
             self._unsubscribe()
         return False
@@ -57,7 +57,7 @@ class SnapshotWatcher:
 
     def _moved(self) -> bool:
         try:
-            # Subscribed before looking: what is published after the look is notified.
+            # Subscribe before reading the pointer, so that a publication after the read is announced.
             self._subscribe()
             pointer = self._client.get(self._keys.key("current"))
         except redis.RedisError as error:
@@ -78,16 +78,16 @@ class SnapshotWatcher:
         return self._pubsub
 
     def _listen(self, timeout_s: float) -> None:
-        """Return when a notification came, or after ``timeout_s``."""
-        deadline = time.monotonic() + timeout_s
-        while self._pubsub is not None and (remaining := deadline - time.monotonic()) > 0:
+        """Return when a notification arrives, or after ``timeout_s``."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._pubsub is not None and (remaining_s := deadline_s - time.monotonic()) > 0:
             try:
-                if self._pubsub.get_message(timeout=remaining) is not None:
+                if self._pubsub.get_message(timeout=remaining_s) is not None:
                     return
             except redis.RedisError as error:
                 self._lost(error)
-        # Only without a connection is there time left: no hammering at a server that is away.
-        self._closed.wait(max(0.0, deadline - time.monotonic()))
+        # There is time left only if the connection was lost. Waiting spares a server that is away.
+        self._closed.wait(max(0.0, deadline_s - time.monotonic()))
 
     def _lost(self, error: redis.RedisError) -> None:
         self.problem = f"Redis at {address(self._client)} gave no answer: {error}"

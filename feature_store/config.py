@@ -1,0 +1,58 @@
+"""Configuration of the feature store: where it is, and how many snapshots it keeps."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
+from smes.ranges import PositiveFloat, PositiveInt, check_ranges
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class SnapshotStoreConfig:
+    """How snapshots are split into chunks, and how many are kept.
+
+    Attributes:
+        chunk_bytes: Size of a chunk, 1 … 256 MiB; Redis' own limit for a value is 512 MiB.
+        retain_bytes: Payload bytes kept in all; the oldest snapshots are removed first.
+        min_retained: Snapshots kept whatever their size, so that a slow reader can finish.
+        max_manifests: Manifests kept, at least ``min_retained``. Freshness reads them after their payload is removed.
+        upload_ttl_s: Longest time for an upload. The chunks of a publisher that died expire after it, unless a
+            restarted publisher of the same lineage removes them before.
+    """
+
+    chunk_bytes: Annotated[int, Ge(1), Le(256 * _MIB)] = 8 * _MIB
+    retain_bytes: PositiveInt = 512 * _MIB
+    min_retained: PositiveInt = 2
+    max_manifests: PositiveInt = 256
+    upload_ttl_s: PositiveInt = 600
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.max_manifests < self.min_retained:
+            raise ValueError(
+                f"SnapshotStoreConfig.max_manifests: {self.max_manifests}, expected at least min_retained "
+                f"({self.min_retained})"
+            )
+
+
+@dataclass(frozen=True)
+class FeatureStoreConfig:
+    """Where snapshots and entity features are stored.
+
+    Attributes:
+        redis_url: The Redis server, ``redis://[user:password@]host:port/database``.
+        namespace: Prefix of every key. Deployments with different namespaces can share a server.
+        timeout_s: Longest wait for the server, at the start and for each answer.
+        snapshots: Sizes and retention.
+    """
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    namespace: str = "smes"
+    timeout_s: PositiveFloat = 10.0
+    snapshots: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
