@@ -1,18 +1,16 @@
-"""Histories built while a log streams by, against a naive loop over the whole log.
+"""Histories that are built while a log is replayed, compared with a naive loop over the whole log.
 
-Guarantees shown: a history is what the user was shown, and what was fed back, before the cutoff; it is the same
-whatever the blocks; nothing that happens at the cutoff or later changes it; and it is one for a request, and one for a
-user's window.
+A history holds what the user was shown, with the feedback that happened, before the cutoff. It does not depend on how
+the log is cut into blocks, nor on anything at the cutoff or later. All rows of a request, and all rows of a user's
+window, have the same history.
 """
 
 from dataclasses import replace
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulators import history as history_module
 from simulators.history import HistoryBuilder
 from smes.arrays import I64
 from smes.events import ImpressionBlock
@@ -20,17 +18,17 @@ from smes.schema import MISSING, Feature, History, Schema, Task
 
 LENGTH, WINDOW_MS = 3, 50
 SCHEMA = Schema(
-    "told",
+    "history",
     tasks=(Task("click"), Task("watch", kind="regression"), Task("like")),
     features=(
         Feature("tab"),
         Feature("seen", kind="sequence", max_length=LENGTH, vocabulary="item_id", query="item_id"),
-        Feature("came_of_it", kind="sequence", max_length=LENGTH, accompanies="seen"),
+        Feature("outcomes", kind="sequence", max_length=LENGTH, accompanies="seen"),
     ),
-    history=History("seen", "came_of_it", window_s=WINDOW_MS / 1000),
+    history=History("seen", "outcomes", window_s=WINDOW_MS / 1000),
 )
-BITS = {0: 1, 2: 2}  # task → value: watch is no binary task
-ITEMS, OUTCOMES = SCHEMA.id_slices["seen"], SCHEMA.id_slices["came_of_it"]
+BITS = {0: 1, 2: 2}  # task → value in an outcome; watch is not a binary task
+ITEMS, OUTCOMES = SCHEMA.id_slices["seen"], SCHEMA.id_slices["outcomes"]
 
 
 @st.composite
@@ -43,7 +41,7 @@ def logs(draw: st.DrawFn, *, requests: bool) -> tuple[ImpressionBlock, I64]:
     block.event_time_ms[:] = np.sort(rng.integers(1000, 1000 + 6 * n, n))
     block.ids[:, 0] = rng.integers(0, 4, n)
     block.ids[:, 1] = rng.integers(100, 200, n)
-    if requests:  # rows of one request of one user, which other requests may interleave, need not have one time
+    if requests:  # rows of one request may differ in time, and rows of other requests may lie between them
         begun = rng.integers(0, 5, n)
         block.request_id[:] = (block.event_time_ms // 20 * 5 + begun) * 4 + block.ids[:, 0]
     times = block.event_time_ms[:, None] + rng.integers(1, 90, (n, 3))
@@ -116,27 +114,39 @@ def test_nothing_at_the_cutoff_or_after_it_changes_a_history(data: st.DataObject
     np.testing.assert_array_equal(after[row, ITEMS.start :], before[row, ITEMS.start :])
 
 
-def test_within_a_users_window_and_within_a_request_the_history_is_one() -> None:
-    """Also when the candidates' own feedback comes between them, and when requests of a user interleave."""
+def clicked_impressions() -> tuple[ImpressionBlock, I64]:
+    """Six impressions of one user, each clicked a millisecond later; the second to fifth lie in one window."""
     block = ImpressionBlock.empty(SCHEMA, 6)
     block.event_time_ms[:] = [10, 1001, 1003, 1005, 1007, 1060]
     block.ids[:, 0], block.ids[:, 1] = 1, np.arange(6)
     times = np.full((6, 3), MISSING, np.int64)
     times[:, 0] = block.event_time_ms + 1
+    return block, times
+
+
+def test_all_impressions_of_a_users_window_have_the_same_history() -> None:
+    block, times = clicked_impressions()
+
     assert built(block, times, 2)[:, ITEMS].tolist() == [
         [MISSING] * 3,
         *[[0, MISSING, MISSING]] * 4,
         [4, 3, 2],
     ]
+
+
+def test_all_impressions_of_a_request_have_the_same_history_also_when_requests_interleave() -> None:
+    block, times = clicked_impressions()
     block.request_id[1:5] = [70, 71, 70, 71]
+
     assert built(block, times, 1)[1:5, ITEMS].tolist() == [
         *[[0, MISSING, MISSING], [1, 0, MISSING]] * 2,
     ]
 
 
-def test_memory_does_not_grow_with_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history_module, "REQUESTS_KEPT", 50)
-    builder, rng = HistoryBuilder(SCHEMA), np.random.default_rng(0)
+def test_memory_does_not_grow_with_requests() -> None:
+    builder, rng = HistoryBuilder(SCHEMA, requests_kept=50), np.random.default_rng(0)
+    at_first = builder.nbytes
+
     for start in range(0, 5000, 100):
         block = ImpressionBlock.empty(SCHEMA, 100)
         block.event_time_ms[:] = 1000 + start + np.arange(100)
@@ -144,5 +154,5 @@ def test_memory_does_not_grow_with_requests(monkeypatch: pytest.MonkeyPatch) -> 
         block.ids[:, 0] = rng.integers(0, 9, 50).repeat(2)
         builder.fill(block, np.full((100, 3), MISSING, np.int64))
         assert (block.ids[0::2, ITEMS] == block.ids[1::2, ITEMS]).all()
-    assert len(builder._slots) <= 150
-    assert len(builder._kept_items) <= 1024
+
+    assert builder.nbytes == at_first
