@@ -141,6 +141,7 @@ def _add_scoring(app: FastAPI, parts: _Parts) -> None:
             raise HTTPException(500, detail=detail) from error
         return Response(answer, media_type="application/json")
 
+
 class FieldProblem(msgspec.Struct):
     """What is wrong with one field of a request, in the form that FastAPI uses."""
 

@@ -7,9 +7,9 @@ A request::
 ``context`` and each of its values may be left out; a value may be null. A name in ``context`` that is no context
 feature of the schema is ignored and counted.
 
-msgspec decodes a good request in one pass into a struct with one typed field per context feature. It refuses everything
-else, and what it refuses is parsed again with the standard library, for one of two reasons: the request is good but has
-names to ignore or JSON that only the standard library reads (NaN, UTF-16), or the caller must be told what is wrong.
+msgspec decodes a good request in one pass into a struct with one typed field per context feature. A request that it
+refuses is parsed again with the standard library. Either it is good but has names to ignore, or JSON that only the
+standard library reads (NaN in an ignored value, UTF-16); or it is wrong, and the answer says where and why.
 """
 
 import json
@@ -160,7 +160,7 @@ class RequestReader:
     def _explained(self, data: object, error: Exception) -> FieldError:
         """What is wrong with data that msgspec refused, in the words of a caller who knows only JSON."""
         if not isinstance(data, dict):
-            return FieldError(("body",), f"expected an object with user_id and items, got {_shown(data)}")
+            return FieldError(("body",), f"expected an object with user_id and items, got {_quoted(data)}")
         for name in data:
             if name not in _FIELDS:
                 printable = name.encode("utf-8", "backslashreplace").decode()
@@ -174,7 +174,7 @@ class RequestReader:
         value: Any = data
         for step in path:
             value = value[step]
-        return FieldError(("body", *path), f"expected {self._expected(path, value)}, got {_shown(value)}")
+        return FieldError(("body", *path), f"expected {self._expected(path, value)}, got {_quoted(value)}")
 
     def _path(self, message: str) -> tuple[str | int, ...]:
         """The keys in msgspec's ``Expected … - at `$.context.tags[1]```: ``("context", "tags", 1)``."""
@@ -252,7 +252,7 @@ def _indexed(text: str, names: Collection[str]) -> tuple[str | int, ...]:
     return match[1], int(match[2])
 
 
-def _shown(value: object) -> str:
+def _quoted(value: object) -> str:
     """A value in an error message: short, and as JSON writes it where that differs from Python."""
     return json.dumps(value) if value is None or isinstance(value, bool) else reprlib.repr(value)
 

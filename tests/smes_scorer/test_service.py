@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import redis
 import torch
+from safetensors.torch import save
 
 from feature_store.entities import EntityStore
-from feature_store.payload import encode
+from feature_store.payload import PAYLOAD_FORMAT, encode
 from feature_store.snapshots import SnapshotStore
 from smes.errors import FeatureStoreUnavailable, SchemaMismatch, SmesError, SnapshotError
 from smes.events import ExampleBlock
@@ -45,6 +46,7 @@ SCHEMA = Schema(
     ),
 )
 MODEL = ModelConfig(embedding_dim=8, head_dim=8, smes=SmesConfig())
+METADATA = {"schema_hash": SCHEMA.hash, "model": json.dumps(MODEL.to_dict())}
 USERS, ITEMS = 20, 50
 
 _SERVE = """
@@ -60,7 +62,7 @@ serve(ScorerConfig(port=0, poll_s=0.05), schema, redis_url=sys.argv[2], namespac
 
 @contextmanager
 def scorer_process(redis_url: str, namespace: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """(process, URL) of a scorer that was started like a user's."""
+    """(process, URL) of a scorer, started as a user starts one."""
     arguments = [sys.executable, "-c", _SERVE, json.dumps(SCHEMA.to_dict()), redis_url, namespace]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(arguments, cwd=_ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -120,7 +122,7 @@ def publish(store: SnapshotStore, learner: Learner) -> None:
     )
 
 
-def test_what_the_learner_learned_is_what_the_scorer_answers(
+def test_the_scorer_answers_with_the_scores_of_the_learners_weights(
     redis_url: str, namespace: str, client: redis.Redis, until: Until
 ) -> None:
     store, learner = SnapshotStore(client, namespace), new_learner()
@@ -130,27 +132,27 @@ def test_what_the_learner_learned_is_what_the_scorer_answers(
     padded[:, :2] = tags(item_ids)
     entities.put_many("user", user_ids, {"age": ages(user_ids)})
     entities.put_many("item", item_ids, {"tags": padded})
-    asked = [*range(0, ITEMS, 3), 10_000]  # the last was never seen
-    with scorer_process(redis_url, namespace) as (_, url), httpx.Client(base_url=url, timeout=20) as http:
+    items = [*range(0, ITEMS, 3), 10_000]  # the last was never seen
+    request = {"user_id": 4, "items": items, "context": {"hour": 7}}
+    ids = np.full((len(items), SCHEMA.id_width), MISSING)
+    ids[:, 0], ids[:, 1], ids[:, 5] = 4, items, 7
+    ids[:-1, 2:4] = tags(np.array(items[:-1]))
+    numerics = np.full((len(items), 1), 14.0, np.float32)
+
+    with scorer_process(redis_url, namespace) as (_, url), httpx.Client(base_url=url, timeout=60) as http:
         for seed in range(3):
             for step in range(5):
                 learner.step(learner.prepare(examples(64, seed * 10 + step)))
             publish(store, learner)
-            version = learner.step_number
-            until(partial(serves, http, version))
-            answer = http.post("/v1/score", json={"user_id": 4, "items": asked, "context": {"hour": 7}}).json()
+            until(partial(serves, http, learner.step_number))
+            answer = http.post("/v1/score", json=request).json()
 
-            n = len(asked)
-            ids = np.full((n, SCHEMA.id_width), MISSING)
-            ids[:, 0], ids[:, 1], ids[:, 5] = 4, asked, 7
-            ids[:-1, 2:4] = tags(np.array(asked[:-1]))
-            numerics = np.full((n, 1), 14.0, np.float32)
             expected = ServingModel(SCHEMA, MODEL, learner.serving_state()).score(ids, numerics)
-            assert answer["version"] == version
+            assert answer["version"] == learner.step_number
             scores = [[item["scores"][t.name] for t in SCHEMA.tasks] for item in answer["items"]]
             np.testing.assert_allclose(np.array(scores, np.float32), expected, rtol=2e-5, atol=1e-7)
             fused = expected[:, 0] + expected[:, 1]
-            assert answer["ranking"] == [asked[i] for i in np.argsort(-fused, kind="stable")]
+            assert answer["ranking"] == [items[i] for i in np.argsort(-fused, kind="stable")]
             assert expected[:, 0].std() > 0
 
 
@@ -161,36 +163,38 @@ def test_a_signal_stops_it_cleanly_with_requests_in_flight(
     learner = new_learner()
     learner.step(learner.prepare(examples(64, 0)))
     publish(SnapshotStore(client, namespace), learner)
+    begun = threading.Event()
+    answered: list[int] = []
+    refused: list[type[httpx.TransportError]] = []
+
+    def ask(url: str) -> None:
+        with httpx.Client(base_url=url, timeout=60) as http:
+            while True:
+                try:
+                    answer = http.post("/v1/score", json={"user_id": 1, "items": list(range(500))})
+                except httpx.TransportError as error:
+                    refused.append(type(error))
+                    return
+                answered.append(answer.status_code)
+                begun.set()
+
     with scorer_process(redis_url, namespace) as (process, url):
-        with httpx.Client(base_url=url, timeout=20) as http:
+        with httpx.Client(base_url=url, timeout=60) as http:
             until(partial(serves, http, learner.step_number))
-        begun = threading.Event()
-        answered: list[int] = []
-        refused: list[type[httpx.TransportError]] = []
-
-        def ask() -> None:
-            with httpx.Client(base_url=url, timeout=20) as http:
-                while True:
-                    try:
-                        answer = http.post("/v1/score", json={"user_id": 1, "items": list(range(500))})
-                    except httpx.TransportError as error:
-                        refused.append(type(error))
-                        return
-                    answered.append(answer.status_code)
-                    begun.set()
-
-        asker = threading.Thread(target=ask)
+        asker = threading.Thread(target=ask, args=(url,))
         asker.start()
-        assert begun.wait(20)
+        assert begun.wait(60)
         process.send_signal(number)
-        assert process.wait(20) == 0
+        exit_code = process.wait(60)
         asker.join()
-    # All that were begun were answered; then there was nobody to connect to.
+
+    assert exit_code == 0
+    # Every request that began was answered; then there was nobody to connect to.
     assert set(answered) == {200}
     assert refused[0] in (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError)
 
 
-def test_a_taken_port_is_named(redis_url: str) -> None:
+def test_a_port_in_use_is_named(redis_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SmesError, match=f"scorer: cannot listen on 127.0.0.1:{port}: Address already in use"):
@@ -201,26 +205,51 @@ def test_redis_not_reachable_at_the_start_is_a_clear_error() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(
-        FeatureStoreUnavailable, match=rf"redis://:\*\*\*@127.0.0.1:{port}/0 gave no answer within 0\.3 s"
-    ):
+    message = rf"redis://:\*\*\*@127.0.0.1:{port}/0 gave no answer within 0\.3 s"
+
+    with pytest.raises(FeatureStoreUnavailable, match=message):
         serve(ScorerConfig(port=0, redis_timeout_s=0.3), SCHEMA, redis_url=f"redis://:secret@127.0.0.1:{port}")
 
 
-def test_loading_names_what_does_not_fit() -> None:
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    """The serving state of a learner after one step."""
     learner = new_learner()
     learner.step(learner.prepare(examples(8, 0)))
-    payload = payload_of(learner, 1)
+    return learner.serving_state()
+
+
+def test_a_payload_of_another_schema_is_refused_with_both_hashes(state: dict[str, torch.Tensor]) -> None:
     other = Schema(name="other", tasks=SCHEMA.tasks)
+
     with pytest.raises(SchemaMismatch, match=rf"{SCHEMA.hash} differs .* {other.hash}"):
-        load_serving_model(payload, other)
-    good = {"schema_hash": SCHEMA.hash, "model": json.dumps(MODEL.to_dict())}
-    state = learner.serving_state()
-    for metadata, tensors, message in (
-        ({"schema_hash": SCHEMA.hash}, state, "model configuration: 'model'"),
-        ({**good, "model": "{"}, state, "model configuration"),
-        ({**good, "model": '{"colour": 1}'}, state, "unknown key 'colour'"),
-        (good, {k: v for k, v in state.items() if k != "table.keys"}, "serving tensors"),
-    ):
-        with pytest.raises(SnapshotError, match=message):
-            load_serving_model(encode(tensors, metadata), SCHEMA)
+        load_serving_model(encode(state, METADATA), other)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"schema_hash": SCHEMA.hash}, "model configuration: 'model'"),
+        ({**METADATA, "model": "{"}, "model configuration"),
+        ({**METADATA, "model": '{"colour": 1}'}, r"ModelConfig\.colour: unknown key"),
+    ],
+)
+def test_a_payload_with_a_wrong_model_configuration_is_refused(
+    state: dict[str, torch.Tensor], metadata: dict[str, str], message: str
+) -> None:
+    with pytest.raises(SnapshotError, match=message):
+        load_serving_model(encode(state, metadata), SCHEMA)
+
+
+def test_a_payload_without_one_of_its_tensors_is_refused(state: dict[str, torch.Tensor]) -> None:
+    tensors = {name: tensor for name, tensor in state.items() if name != "table.keys"}
+
+    with pytest.raises(SnapshotError, match="serving tensors"):
+        load_serving_model(encode(tensors, METADATA), SCHEMA)
+
+
+def test_a_payload_of_format_1_is_refused_by_its_number(state: dict[str, torch.Tensor]) -> None:
+    payload = save({name: tensor.clone() for name, tensor in state.items()}, METADATA)
+
+    with pytest.raises(SnapshotError, match=f"snapshot payload: format 1, expected {PAYLOAD_FORMAT}"):
+        load_serving_model(payload, SCHEMA)
