@@ -3,51 +3,20 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
-from annotated_types import Gt, Le
 
+from simulators.config import ReplayConfig
 from simulators.logs.reader import LogReader
 from simulators.merge import replay_blocks
 from smes.arrays import I64
 from smes.events import FeedbackBlock, ImpressionBlock
-from smes.ranges import PositiveFloat, PositiveInt, Share, check_ranges
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.log.event_log import EventLog, OutRecord
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 MAX_WAIT_S = 0.2  # between two calls of `stop`, so that Ctrl-C is answered promptly
 _CLOCK_STEP_S = 1e-6  # events due within this are due now: a shorter wait may not change a clock with a large value
-
-
-@dataclass(frozen=True)
-class ReplayConfig:
-    """How a log is replayed.
-
-    Attributes:
-        speed: Event time per wall time. 1 is real time, 60 replays an hour in a minute, and ``max`` is as fast as
-            possible.
-        rate: Events (impressions and feedback) per second of wall time, evenly spaced. Replaces ``speed``.
-        seed: Seed of the feedback delays.
-        late_share: Share of the feedback that misses its attribution window on purpose.
-        codec: Wire form of the events.
-        slice_s: Wall time that one append covers, in seconds, unless the speed is ``max``.
-        max_slice_events: Most events of one append.
-    """
-
-    speed: PositiveFloat | Literal["max"] = "max"
-    rate: PositiveFloat | None = None
-    seed: int = 0
-    late_share: Share = 0.0
-    codec: Literal["json", "arrow"] = "arrow"
-    slice_s: Annotated[float, Gt(0), Le(1)] = 0.05
-    max_slice_events: PositiveInt = 8192
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.rate is not None and self.speed != "max":
-            raise ValueError(f"ReplayConfig.rate: {self.rate} beside speed {self.speed}, expected one of them")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import yaml
 from pydantic import ConfigDict
 
 from feature_store.config import FeatureStoreConfig
-from simulators.replay import ReplayConfig
+from simulators.config import ReplayConfig
 from smes.errors import LogError
 from smes.model.config import ModelConfig, OptimizerConfig, Preset, model_preset
 from smes_io.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file

@@ -1,5 +1,6 @@
 """Features for the online store are, value for value, what impressions carry."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from simulators.logs.reader import ENTITIES, LogReader, entity_features, open_log
+from simulators.logs.reader import ENTITIES, LogReader, open_log
 from simulators.synthetic import synthesize
 from smes.hashing import stable_id
 from smes.schema import MISSING
@@ -16,12 +17,14 @@ from smes_io.schema_file import SchemaFile, load_builtin, load_schema_file
 Table = dict[int, dict[str, NDArray[Any]]]
 
 
-def tables(log: LogReader | Path, schema_file: SchemaFile) -> dict[str, Table]:
+def tables(reader: LogReader) -> dict[str, Table]:
     found: dict[str, Table] = {entity: {} for entity in ENTITIES}
-    for entity, ids, columns in entity_features(log, schema_file):
-        for row, entity_id in enumerate(ids.tolist()):
-            assert entity_id not in found[entity]
-            found[entity][entity_id] = {name: np.atleast_1d(values[row]) for name, values in columns.items()}
+    for block in chain.from_iterable(map(reader.entity_blocks, ENTITIES)):
+        for row, entity_id in enumerate(block.ids.tolist()):
+            assert entity_id not in found[block.entity]
+            found[block.entity][entity_id] = {
+                name: np.atleast_1d(values[row]) for name, values in block.columns.items()
+            }
     return found
 
 
@@ -55,22 +58,24 @@ def assert_as_in_impressions(reader: LogReader, found: dict[str, Table], *, late
 
 
 def test_side_tables_handmade(shop_dir: Path, shop_schema: SchemaFile) -> None:
-    found = tables(shop_dir, shop_schema)
+    with open_log(shop_dir, shop_schema) as reader:
+        found = tables(reader)
+        compared = assert_as_in_impressions(reader, found, latest_only=False)
+
+    assert compared == 3 * 2 + 3 * 2
     assert set(found["user"]) == {stable_id("c1"), stable_id("c2")}
     # The last row of a key counts.
     assert found["user"][stable_id("c2")]["plan"] == stable_id("silver")
     assert found["item"][12]["brand"] == stable_id("acme")
     assert found["item"][12]["labels"].tolist() == [MISSING] * 3
     assert set(found["item"][11]) == {"brand", "labels"}
-    with open_log(shop_dir, shop_schema) as reader:
-        assert assert_as_in_impressions(reader, found, latest_only=False) == 3 * 2 + 3 * 2
 
 
 @pytest.mark.kuairand
 def test_side_tables_of_kuairand(kuairand_dir: Path) -> None:
     schema_file = load_builtin("kuairand")
     with open_log(kuairand_dir, schema_file, limit=500) as reader:
-        found = tables(reader, schema_file)
+        found = tables(reader)
         assert assert_as_in_impressions(reader, found, latest_only=False) > 500 * 30
         lines = {
             entity: len(next(kuairand_dir.glob(pattern)).read_text().splitlines()) - 1
@@ -84,19 +89,22 @@ def test_without_side_tables_the_latest_value_counts(tmp_path: Path) -> None:
     summary = synthesize(path, 3000, seed=2)
     schema_file = load_builtin("synthetic")
     with open_log(path, schema_file) as reader:
-        found = tables(reader, schema_file)
+        found = tables(reader)
         assert assert_as_in_impressions(reader, found, latest_only=True) > 4000
     assert {entity: len(table) for entity, table in found.items()} == {"user": summary.users, "item": summary.items}
 
 
-def test_a_value_that_changes(tmp_path: Path, shop_yaml: Path) -> None:
-    """Inline features of an entity: its last impression in event time says, wherever it lies in the file."""
+def test_the_latest_value_counts_in_any_order_of_the_file(tmp_path: Path, shop_yaml: Path) -> None:
+    """Without a table the last impression in event time decides, wherever it is in the file."""
     shop_yaml.write_text(
         "name: inline\ntasks: [{name: y}]\nfeatures: [{name: level, source: user}]\n"
         "log: {user_id: u, item_id: i, event_time: t, labels: {y: y}}\n"
     )
     (tmp_path / "inline.csv").write_text("u,i,t,y,level\n1,5,300,0,new\n1,5,100,0,old\n2,5,50,1,\n")
-    found = tables(tmp_path / "inline.csv", load_schema_file(shop_yaml))
+
+    with open_log(tmp_path / "inline.csv", load_schema_file(shop_yaml)) as reader:
+        found = tables(reader)
+
     assert found["user"][1]["level"] == stable_id("new")
     assert found["user"][2]["level"] == MISSING
     assert not found["item"]

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simulators.config import ReplayConfig
 from simulators.logs.reader import LogReader, open_log
 from simulators.merge import PendingFeedback, replay_blocks
-from simulators.replay import MAX_WAIT_S, ReplayConfig, Replayer, ReplayReport
+from simulators.replay import MAX_WAIT_S, Replayer, ReplayReport
 from simulators.synthetic import synthesize
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes_io.schema_file import SchemaFile, load_builtin
@@ -79,17 +80,17 @@ def by_key(block: FeedbackBlock) -> list[tuple[int, int, int, float]]:
     return sorted(zip(*(c.tolist() for c in columns), strict=True))
 
 
-def test_pairs_are_stretches_of_event_time(reader: LogReader) -> None:
+def test_pairs_are_segments_of_event_time(reader: LogReader) -> None:
     last = -1
     impressions, feedback = [], []
-    for shown, came in replay_blocks(reader, seed=2, rows_per_block=512):
-        times = np.concatenate([shown.event_time_ms, came.event_time_ms])
+    for seen, received in replay_blocks(reader, seed=2, rows_per_block=512):
+        times = np.concatenate([seen.event_time_ms, received.event_time_ms])
         assert times.min() >= last
         last = int(times.max())
-        assert (np.diff(shown.event_time_ms) >= 0).all()
-        assert (np.diff(came.event_time_ms) >= 0).all()
-        impressions.append(shown)
-        feedback.append(came)
+        assert (np.diff(seen.event_time_ms) >= 0).all()
+        assert (np.diff(received.event_time_ms) >= 0).all()
+        impressions.append(seen)
+        feedback.append(received)
     assert sum(map(len, impressions)) == N
     whole = FeedbackBlock.concat([f for _, f in replay_blocks(reader, seed=2, rows_per_block=10**6)])
     assert by_key(FeedbackBlock.concat(feedback)) == by_key(whole)
@@ -214,11 +215,12 @@ def test_a_replay_that_falls_behind_catches_up(reader: LogReader) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"speed": 0}, "speed 0"),
-        ({"rate": -1.0}, "rate -1"),
-        ({"rate": 5.0, "speed": 2.0}, "one of them"),
-        ({"slice_s": 0.0}, "slice_s 0"),
-        ({"max_slice_events": 0}, "max_slice_events 0"),
+        ({"speed": 0}, r"ReplayConfig\.speed: 0, expected more than 0 or max"),
+        ({"rate": -1.0}, r"ReplayConfig\.rate: -1\.0, expected more than 0, or null"),
+        ({"rate": 5.0, "speed": 2.0}, r"ReplayConfig\.rate: 5\.0 beside speed 2\.0, expected one of them"),
+        ({"slice_s": 0.0}, r"ReplayConfig\.slice_s: 0\.0, expected more than 0, at most 1"),
+        ({"late_share": 1.5}, r"ReplayConfig\.late_share: 1\.5, expected at least 0, at most 1"),
+        ({"max_slice_events": 0}, r"ReplayConfig\.max_slice_events: 0, expected at least 1"),
     ],
 )
 def test_a_wrong_configuration_is_refused(wrong: dict[str, float], message: str) -> None:
