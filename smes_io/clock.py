@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 _Errors = type[Exception] | tuple[type[Exception], ...]
@@ -54,3 +54,39 @@ def retry(
             remaining_s = deadline_s - monotonic()
             if remaining_s <= 0 or wait(min(next(pauses), remaining_s)):
                 raise
+
+
+def wait_until(
+    ask: Callable[[], _T],
+    *,
+    timeout_s: float,
+    pauses_s: Iterable[float] = PAUSES_S,
+    monotonic: Callable[[], float] = time.monotonic,
+    wait: Callable[[float], object] = time.sleep,
+) -> _T:
+    """Ask until the answer is true.
+
+    Args:
+        ask: Its errors are raised at once.
+        timeout_s, pauses_s, monotonic, wait: As :func:`retry`.
+
+    Returns:
+        The first true answer, or the last false one when the time is over or ``wait`` returned true.
+    """
+
+    def attempt() -> _T:
+        answer = ask()
+        if not answer:
+            raise _NotYet(answer)
+        return answer
+
+    try:
+        return retry(attempt, timeout_s=timeout_s, retriable=_NotYet, pauses_s=pauses_s, monotonic=monotonic, wait=wait)
+    except _NotYet as last:
+        return last.answer  # type: ignore[no-any-return]  # an exception cannot be generic
+
+
+class _NotYet(Exception):
+    def __init__(self, answer: Any) -> None:
+        super().__init__(answer)
+        self.answer = answer

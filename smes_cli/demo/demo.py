@@ -23,6 +23,7 @@ from smes_cli.demo.processes import log_tail, stop
 from smes_cli.demo.requests import RequestLoop, RequestTally
 from smes_cli.demo.workers import Workers
 from smes_cli.features import load_features
+from smes_io.clock import wait_until
 from smes_io.redis_client import connect
 from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
@@ -211,13 +212,13 @@ def _replay_arguments(options: DemoOptions) -> list[str]:
 
 def _await_version(url: str, report: dict[str, Any]) -> None:
     """Wait until the last version answers, so that the freshness of the last feedback is measured too."""
-    deadline = time.monotonic() + _SETTLE_S
-    while time.monotonic() < deadline:
+
+    def is_served() -> bool:
         stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
-        if (stats["lineage"], stats["version"]) == (report["lineage"], report["version"]):
-            time.sleep(0.3)  # a few answers by it
-            return
-        time.sleep(0.1)
+        return bool((stats["lineage"], stats["version"]) == (report["lineage"], report["version"]))
+
+    if wait_until(is_served, timeout_s=_SETTLE_S):
+        time.sleep(0.3)  # a few answers by it
 
 
 def _add_scorer(report: dict[str, Any], stats: dict[str, Any], tally: RequestTally) -> None:

@@ -4,7 +4,6 @@ import base64
 import shutil
 import socket
 import subprocess
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from redis.retry import Retry
 
 from smes.errors import SmesError
 from smes_cli.demo.processes import log_tail, spawn, stop
+from smes_io.clock import wait_until
 
 _LOOPBACK = "127.0.0.1"
 _POLL_S = 0.05
@@ -168,14 +168,17 @@ def _free_ports(count: int) -> list[int]:
 
 def _wait_ready(name: str, server: _Server, ready: Callable[[], bool], timeout_s: float) -> None:
     """Wait until ``ready()`` is true. If the server exits or the time is over, stop it and raise."""
-    deadline = time.monotonic() + timeout_s
+
+    def is_ready() -> bool:
+        if ready():
+            return True
+        if server.process.poll() is not None:
+            raise LocalServerError(_failure(name, f"exited with status {server.process.returncode}", server.log))
+        return False
+
     try:
-        while not ready():
-            if server.process.poll() is not None:
-                raise LocalServerError(_failure(name, f"exited with status {server.process.returncode}", server.log))
-            if time.monotonic() > deadline:
-                raise LocalServerError(_failure(name, f"no answer within {timeout_s:g} s", server.log))
-            time.sleep(_POLL_S)
+        if not wait_until(is_ready, timeout_s=timeout_s, pauses_s=(_POLL_S,)):
+            raise LocalServerError(_failure(name, f"no answer within {timeout_s:g} s", server.log))
     except BaseException:
         server.stop()
         raise

@@ -17,6 +17,7 @@ from smes.errors import SmesError
 from smes_cli.config import Config
 from smes_cli.console import console, number, progress, read_report
 from smes_cli.demo.processes import log_tail, spawn, stop
+from smes_io.clock import wait_until
 
 _READY_WITHIN_S = 90.0
 
@@ -54,15 +55,18 @@ class Workers:
         Raises:
             SmesError: It ended, or did not listen in time.
         """
-        deadline = time.monotonic() + _READY_WITHIN_S
-        while True:
+
+        def printed_url() -> str | None:
             for line in log_tail(self.log_of("serve"), 50).splitlines():
                 if "listening on http://" in line:
                     return line.rsplit(" ", 1)[-1]
             self._check_alive("serve", scorer)
-            if time.monotonic() > deadline:
-                raise SmesError(f"scorer: not listening within {_READY_WITHIN_S:g} s:\n{self._tail('serve')}")
-            time.sleep(0.05)
+            return None
+
+        url = wait_until(printed_url, timeout_s=_READY_WITHIN_S)
+        if url is None:
+            raise SmesError(f"scorer: not listening within {_READY_WITHIN_S:g} s:\n{self._tail('serve')}")
+        return url
 
     def wait_ready(self, url: str, scorer: subprocess.Popen[bytes], trainer: subprocess.Popen[bytes]) -> None:
         """Wait until the scorer serves the first snapshot.
@@ -70,14 +74,17 @@ class Workers:
         Raises:
             SmesError: Trainer or scorer ended, or there was no snapshot in time.
         """
-        deadline = time.monotonic() + _READY_WITHIN_S
+
+        def is_ready() -> bool:
+            if httpx.get(f"{url}/health/ready", timeout=10).status_code == 200:
+                return True
+            self._check_alive("serve", scorer)
+            self._check_alive("train", trainer)
+            return False
+
         with console.status("waiting for the first snapshot"):
-            while httpx.get(f"{url}/health/ready", timeout=10).status_code != 200:
-                self._check_alive("serve", scorer)
-                self._check_alive("train", trainer)
-                if time.monotonic() > deadline:
-                    raise SmesError(f"no snapshot within {_READY_WITHIN_S:g} s; the trainer:\n{self._tail('train')}")
-                time.sleep(0.1)
+            if not wait_until(is_ready, timeout_s=_READY_WITHIN_S):
+                raise SmesError(f"no snapshot within {_READY_WITHIN_S:g} s; the trainer:\n{self._tail('train')}")
 
     def watch(
         self,

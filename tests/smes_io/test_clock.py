@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from smes_io.clock import retry
+from smes_io.clock import retry, wait_until
 
 
 class Away(Exception):
@@ -108,3 +108,24 @@ def test_an_event_ends_the_tries_early() -> None:
 
     with pytest.raises(Away):
         retry(fails(10**9, Away()), timeout_s=3600, retriable=Away, wait=stop.wait)
+
+
+def test_waiting_ends_with_the_first_true_answer(clock: FakeClock) -> None:
+    answers = iter(["", "", "yes", "too late"])
+
+    answer = wait_until(lambda: next(answers), timeout_s=60, pauses_s=(1,), monotonic=clock.monotonic, wait=clock.wait)
+
+    assert (answer, clock.waits_s) == ("yes", [1, 1])
+
+
+def test_waiting_ends_at_the_deadline_with_the_last_answer(clock: FakeClock) -> None:
+    answer = wait_until(lambda: None, timeout_s=5, pauses_s=(2,), monotonic=clock.monotonic, wait=clock.wait)
+
+    assert (answer, clock.now_s) == (None, 105)
+
+
+def test_an_error_ends_the_waiting(clock: FakeClock) -> None:
+    with pytest.raises(Denied):
+        wait_until(fails(1, Denied()), timeout_s=60, monotonic=clock.monotonic, wait=clock.wait)
+
+    assert clock.waits_s == []
