@@ -12,7 +12,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
-from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.config import ExpertsConfig, SmesConfig
 from smes.rankers.sparse.dispatch import Dispatch
 from smes.rankers.sparse.experts import EXPERT_FORMS, FullExperts
 from smes.schema import Feature, Schema, Task
@@ -77,7 +78,6 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     own = _own_rates(device)
     print(f"{_name(device)}, torch {torch.__version__}: " + ", ".join(f"{k} {v:,.1f}" for k, v in own.items()))
-    EXPERT_FORMS["dense"] = lambda shape: DenseExperts(shape.num_experts, shape.input_dim, shape.dims)
     rows = []
     print(f"{'batch':>6} {'experts':>7} {'active':>6} {'grouped/s':>12} {'dense/s':>12} {'ratio':>6} {'TFLOP/s':>8}")
     for batch_size in options.batch_sizes:
@@ -97,14 +97,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(device: torch.device, blocks: list[ExampleBlock], num_experts: int, steps: int) -> Row:
-    config = SmesConfig(num_experts=num_experts)
+    config = SmesConfig(experts=ExpertsConfig(num=num_experts))
     grouped_per_s, active = _training_rate(device, blocks, config, steps)
-    dense_per_s, _ = _training_rate(device, blocks, replace(config, experts="dense"), steps)
-    widths = [config.encoder_dims[-1], *config.expert_dims]
+    with _dense_experts():
+        dense_per_s, _ = _training_rate(device, blocks, config, steps)
+    widths = [config.encoder_dims[-1], *config.experts.dims]
     expert = sum(a * b for a, b in pairwise(widths))
     encoder = _SCHEMA.id_width * ModelConfig().embedding_dim * config.encoder_dims[0]
     flops = 6 * (encoder + active * expert)  # a multiply and an add, forward and twice backward
     return Row(len(blocks[0]), num_experts, grouped_per_s, dense_per_s, active, grouped_per_s * flops / 1e12)
+
+
+@contextmanager
+def _dense_experts() -> Iterator[None]:
+    """Within it, rankers are built with :class:`DenseExperts` in place of the default form."""
+    form = ExpertsConfig().form
+    grouped = EXPERT_FORMS[form]
+    EXPERT_FORMS[form] = lambda input_dim, config: DenseExperts(config.num, input_dim, config.dims)
+    try:
+        yield
+    finally:
+        EXPERT_FORMS[form] = grouped
 
 
 def _training_rate(

@@ -107,13 +107,14 @@ class LogRun:
             )
             seconds = time.monotonic() - started_s
         ((learner, evaluation),) = built
-        cost = cost_of(learner.schema, config.model, evaluation.tally, result.report["active_experts"]["mean"])
+        report = result.report
+        cost = cost_of(learner.schema, config.model, evaluation.tally, report.active_experts.mean)
         facts = {
             **asdict(cost),
             "flops": cost.flops,
-            "active_experts": result.report["active_experts"]["mean"],
-            "tasks": result.report["tasks"],
-            "trained": result.report["events"]["trained"],
+            "active_experts": report.active_experts.mean,
+            "tasks": {name: asdict(figures) for name, figures in report.tasks.items()},
+            "trained": report.events.trained,
             "seconds": seconds,
             "memory_mib": max(mib for _, mib in result.memory_mib),
         }

@@ -28,6 +28,7 @@ from smes_cli.building import build_evaluation, build_learner, warm_up
 from smes_cli.config import Config
 from smes_cli.console import console
 from stream.block_stream import BlockStream
+from trainer.observers import fetch
 
 
 def given_batches(config: Config, log: Path, limit: int | None) -> tuple[Schema, list[ExampleBlock]]:
@@ -52,9 +53,9 @@ def train(config: Config, schema: Schema, batches: list[ExampleBlock], *, evalua
         batch = learner.prepare(examples)
         if evaluate:
             evaluation.before_step(examples)
-        scores = learner.step(batch).scores.cpu().numpy()
+        result = learner.step(batch)
         if evaluate:
-            evaluation.after_step(examples, scores)
+            evaluation.after_step(examples, fetch(result))
     return sum(len(examples) for examples in batches)
 
 
@@ -65,7 +66,7 @@ def run(config: Config, log: Path, limit: int | None, repeats: int) -> dict[str,
 
     def backtest() -> int:
         result = run_backtest(config, log, limit=limit, seed=0, baseline=None, should_stop=lambda: False)
-        return int(result.report["events"]["trained"])
+        return result.report.events.trained
 
     contenders: dict[str, Callable[[], int]] = {
         "step_only_per_s": lambda: train(config, schema, batches, evaluate=False),

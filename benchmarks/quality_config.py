@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ConfigDict
 
+from smes.model.config import model_preset
 from smes_cli.config import Config
 from smes_io.yaml_file import STRICT, read_mapping, validated
 
@@ -126,13 +127,16 @@ def settings_of(comparison: Comparison, name: str, chosen: Mapping[str, Settings
 
 
 def build_config(settings: Settings, where: str) -> Config:
-    """A configuration from dotted keys.
+    """A configuration from dotted keys; ``model.preset`` chooses the values that the others change.
 
     Raises:
         ValueError: A key is unknown, or a value out of range; ``where`` leads the message.
     """
-    data: dict[str, Any] = {}
+    preset = settings.get("model.preset", "default")
+    data: dict[str, Any] = {"model": model_preset(preset).to_dict()}
     for path, value in settings.items():
+        if path == "model.preset":
+            continue
         *parents, key = path.split(".")
         section = data
         for parent in parents:

@@ -1,11 +1,11 @@
-"""The routing under the lens, as a table and as heat maps: what a backtest wrote, or of a ranker in a synthetic world.
+"""Figures of the routing, as a table and as heat maps: of a backtest, or of a ranker in a synthetic world.
 
     smes backtest PATH/TO/LOG --routing routing.json
     python -m benchmarks.routing routing.json --plot routing.png
     python -m benchmarks.routing --world segments --ranker smes_e256 --impressions 262144 --plot segments.png
 
-The plot: tasks × experts in the newest whole stretch, and over time; overlap between tasks; skew, dead experts and
-drift over time. How to read them: docs/architecture.md. Needs matplotlib (the ``bench`` extra) for the plot only.
+The plot: tasks × experts in the newest segment that has ended, and over time; overlap between tasks; skew, dead
+experts and drift over time. How to read them: docs/architecture.md. The plot needs matplotlib (the ``bench`` extra).
 """
 
 import argparse
@@ -34,13 +34,13 @@ from trainer.routing_history import RoutingHistory
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 where something was asked that cannot be done."""
+    """Exit status: 0, or 2 for arguments that are wrong."""
     options = _parser().parse_args(arguments)
     try:
         report = _of_world(options) if options.world else json.loads(options.routing.read_text(encoding="utf-8"))
-        if not report["stretches"]:
+        if not report["segments"]:
             what = options.ranker if options.world else options.routing
-            raise ValueError(f"{what}: no stretches, expected the routing of a ranker with experts")
+            raise ValueError(f"{what}: no segments, expected the routing of a ranker with experts")
     except (OSError, ValueError) as error:
         print(f"benchmarks/routing.py: {error}", file=sys.stderr)
         return 2
@@ -67,7 +67,7 @@ def world_routing(settings: Settings, ranker: str, stream: Stream, seed: int) ->
     history = RoutingHistory()
 
     def close_if_due() -> None:
-        if history.ends_with(pending=False) and (choices := learner.choices(*history.probe)) is not None:
+        if history.is_full(pending=False) and (choices := learner.choices(*history.probe)) is not None:
             history.close(choices.numpy())
 
     for examples, _ in world.stream(stream.impressions, BATCH):
@@ -80,22 +80,22 @@ def world_routing(settings: Settings, ranker: str, stream: Stream, seed: int) ->
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """A line a stretch: what it was, how the load lay, and how far the routers moved in it."""
+    """A line per segment: its size, its load, and how far the routers moved in it."""
     lines = [f"{'until':>12} {'steps':>6} {'dead':>5} {'skew':>6} {'worst task':>22} {'overlap':>8} {'drift':>6}"]
     until = 0
-    for stretch in report["stretches"]:
-        until += stretch["instances"]
-        worst, name = max(zip(stretch["load_skew_of_tasks"], report["tasks"], strict=True))
+    for segment in report["segments"]:
+        until += segment["instances"]
+        worst, name = max(zip(segment["load_skew_of_tasks"], report["tasks"], strict=True))
         lines.append(
-            f"{until:12,} {stretch['steps']:6} {len(stretch['dead']):5} {stretch['load_skew']:6.2f} "
-            f"{name[:15]:>15} {worst:6.2f} {_cell(mean_overlap(stretch)):>8} {_cell(_mean(stretch['drift'])):>6}"
+            f"{until:12,} {segment['steps']:6} {len(segment['dead']):5} {segment['load_skew']:6.2f} "
+            f"{name[:15]:>15} {worst:6.2f} {_cell(mean_overlap(segment)):>8} {_cell(_mean(segment['drift'])):>6}"
         )
     return lines
 
 
-def mean_overlap(stretch: dict[str, Any]) -> float | None:
-    """Over the pairs of tasks; None for one task, or while the stretch is open."""
-    matrix = stretch["overlap"] or []
+def mean_overlap(segment: dict[str, Any]) -> float | None:
+    """Over the pairs of tasks; None for one task, or while the segment is open."""
+    matrix = segment["overlap"] or []
     return _mean([value for t, row in enumerate(matrix) for value in row[t + 1 :]])
 
 

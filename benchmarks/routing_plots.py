@@ -1,6 +1,6 @@
 """Heat maps of the routing, as PNG. Needs matplotlib (the ``bench`` extra).
 
-Letters: T tasks, E experts, S stretches of the stream.
+Letters: T tasks, E experts, S segments of the stream.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ _COLOURS = "viridis"
 
 def load_shares(report: dict[str, Any]) -> F64:
     """A task's load on each expert over its mean load on those that it can choose: 1 is even. [S, T, E]."""
-    load_STE = np.array([stretch["load"] for stretch in report["stretches"]], np.float64)
+    load_STE = np.array([segment["load"] for segment in report["segments"]], np.float64)
     always_on = report["always_on"]
     choosable = (load_STE.shape[2] - always_on) / report["pools"]
     shares: F64 = load_STE / load_STE[..., always_on:].sum(axis=2, keepdims=True) * choosable
@@ -41,21 +41,21 @@ def plot_routing(report: dict[str, Any], path: Path) -> None:
         width_ratios=[2.5, 1],
         height_ratios=[2 + tall, 2 + tall, 2 + tall],
     )
-    shares_STE, stretches = load_shares(report), report["stretches"]
-    ended = [s for s, stretch in enumerate(stretches) if stretch["overlap"] is not None]
-    last = ended[-1] if ended else len(stretches) - 1
+    shares_STE, segments = load_shares(report), report["segments"]
+    ended = [s for s, segment in enumerate(segments) if segment["overlap"] is not None]
+    last = ended[-1] if ended else len(segments) - 1
     _experts(panels["experts"], shares_STE[last], float(shares_STE.max()), report)
-    _overlap(panels["overlap"], stretches[last]["overlap"], report["tasks"])
+    _overlap(panels["overlap"], segments[last]["overlap"], report["tasks"])
     _over_time(panels["time"], shares_STE, report)
-    _skew(panels["skew"], stretches[: last + 1])
-    _drift(panels["drift"], stretches[: last + 1], report["tasks"])
+    _skew(panels["skew"], segments[: last + 1])
+    _drift(panels["drift"], segments[: last + 1], report["tasks"])
     figure.savefig(path, dpi=_DPI)
 
 
 def _experts(panel: "Axes", shares_TE: F64, most: float, report: dict[str, Any]) -> None:
     T, E = shares_TE.shape
     image = panel.imshow(shares_TE, aspect="auto", cmap=_COLOURS, norm=_norm(most), interpolation="nearest")
-    panel.set(title="Load of each expert in the newest whole stretch; 1 is even", xlabel="expert")
+    panel.set(title="Load of each expert in the newest segment that has ended; 1 is even", xlabel="expert")
     panel.set_yticks(range(T), report["tasks"])
     always_on, pools = report["always_on"], report["pools"]
     for first in range(always_on, E, (E - always_on) // pools):
@@ -77,7 +77,7 @@ def _overlap(panel: "Axes", overlap: list[list[float]] | None, tasks: list[str])
 
 def _over_time(panel: "Axes", shares_STE: F64, report: dict[str, Any]) -> None:
     S, T, E = shares_STE.shape
-    edges = np.concatenate([[0], _until(report["stretches"])])
+    edges = np.concatenate([[0], _until(report["segments"])])
     image = panel.pcolormesh(
         edges, np.arange(T * E + 1), shares_STE.reshape(S, T * E).T, cmap=_COLOURS, norm=_norm(float(shares_STE.max()))
     )
@@ -89,10 +89,10 @@ def _over_time(panel: "Axes", shares_STE: F64, report: dict[str, Any]) -> None:
     panel.figure.colorbar(image, ax=panel)
 
 
-def _skew(panel: "Axes", stretches: list[dict[str, Any]]) -> None:
-    until_S = _until(stretches)
-    panel.plot(until_S, [stretch["load_skew"] for stretch in stretches], "k-", label="load skew (max / mean)")
-    panel.plot(until_S, [len(stretch["dead"]) for stretch in stretches], "r--", label="dead experts")
+def _skew(panel: "Axes", segments: list[dict[str, Any]]) -> None:
+    until_S = _until(segments)
+    panel.plot(until_S, [segment["load_skew"] for segment in segments], "k-", label="load skew (max / mean)")
+    panel.plot(until_S, [len(segment["dead"]) for segment in segments], "r--", label="dead experts")
     panel.set(xlabel="impressions seen")
     panel.set_ylim(bottom=0)
     panel.legend(fontsize="small")
@@ -100,12 +100,12 @@ def _skew(panel: "Axes", stretches: list[dict[str, Any]]) -> None:
     panel.grid(alpha=0.3)
 
 
-def _drift(panel: "Axes", stretches: list[dict[str, Any]], tasks: list[str]) -> None:
-    until_S = _until(stretches)
-    known = [s for s, stretch in enumerate(stretches) if stretch["drift"] is not None]
+def _drift(panel: "Axes", segments: list[dict[str, Any]], tasks: list[str]) -> None:
+    until_S = _until(segments)
+    known = [s for s, segment in enumerate(segments) if segment["drift"] is not None]
     for t, name in enumerate(tasks):
-        panel.plot(until_S[known], [stretches[s]["drift"][t] for s in known], linewidth=1.0, label=name)
-    panel.set(ylabel="drift between stretches", xlabel="impressions seen")
+        panel.plot(until_S[known], [segments[s]["drift"][t] for s in known], linewidth=1.0, label=name)
+    panel.set(ylabel="drift between segments", xlabel="impressions seen")
     panel.set_ylim(bottom=0)
     panel.legend(fontsize="x-small", ncols=2)
     panel.locator_params(axis="x", nbins=4)
@@ -119,6 +119,6 @@ def _norm(most: float) -> "PowerNorm":
     return PowerNorm(0.5, vmin=0, vmax=most)
 
 
-def _until(stretches: list[dict[str, Any]]) -> NDArray[np.int64]:
-    """Impressions seen by the end of each stretch. int64 [S]."""
-    return np.cumsum([stretch["instances"] for stretch in stretches], dtype=np.int64)
+def _until(segments: list[dict[str, Any]]) -> NDArray[np.int64]:
+    """Impressions seen by the end of each segment. int64 [S]."""
+    return np.cumsum([segment["instances"] for segment in segments], dtype=np.int64)

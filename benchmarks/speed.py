@@ -1,13 +1,13 @@
 """Training and scoring speed of SMES beside other libraries and beside its own dense execution, in one run.
 
     python -m benchmarks.speed --json speed.json --plot docs/speed.png
-    python -m benchmarks.speed --smes form=paper --smes expert_dims=[128,64]      # the paper's form as the contender
+    python -m benchmarks.speed --preset paper --smes experts.dims=[128,64]      # the paper's form as the contender
 
 33 id fields × 16, 8 tasks, batches of 1,024, scoring calls of 500 candidates, 2 threads, all embeddings trained. Rounds
 are interleaved: every round times every contender, each round beginning with another one, and a ratio is the median of
 the rounds' own ratios. Figures come as median with the least and greatest round beside it (`_min`, `_max`).
 
-Contenders: `smes16`, `smes64`, `smes256` (SMES by its defaults at that many experts; `--smes` overrides its other
+Contenders: `smes16`, `smes64`, `smes256` (SMES by `--preset` at that many experts; `--smes` overrides its other
 settings), `wide64` (the same with experts of two layers, as the peers have them), `paper64` (the paper's form,
 likewise), `dense…` (the same SMES, all experts executed on every instance), `mmoe…` (our own MMoE, experts as the peers
 have them), and the peers `rechub_mmoe8`, `rechub_mmoe64`, `rechub_ple9`, `deepctr_mmoe8`. What a step and a scoring
@@ -21,22 +21,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
 
-from benchmarks.speed_ours import DENSE_SMES, dense_smes, our_contender
+from benchmarks.speed_ours import our_contender
 from benchmarks.speed_peers import deepctr_mmoe, missing_peers, rechub_mmoe, rechub_ple
 from benchmarks.speed_report import draw, table
 from benchmarks.speed_setting import Contender, Data, Setting, make_data
 from benchmarks.step_breakdown import breakdown, count_flop, gemm_flop_per_s
-from smes.model.config import ModelConfig
+from smes.model.config import ModelConfig, Preset, model_preset
 from smes.model.memory import keep_freed_memory
 from smes.rankers.config import MmoeConfig
-from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.config import SmesConfig, smes_paper
 
 NUM_EXPERTS = (16, 64, 256)
 PEERS = ("rechub_mmoe8", "rechub_mmoe64", "rechub_ple9", "deepctr_mmoe8")
@@ -76,26 +76,27 @@ class Effort:
     steps: int = 20
 
 
-@dense_smes()
 def build(names: Sequence[str], smes: SmesConfig, setting: Setting, data: Data) -> list[Contender]:
     """The contenders by these names."""
     base = ModelConfig(embedding_dim=setting.embedding_dim, smes=smes)
 
-    def ours(name: str, what: str, config: ModelConfig) -> Callable[[], Contender]:
-        return lambda: our_contender(name, what, config, setting, data)
+    def ours(name: str, what: str, config: ModelConfig, *, dense: bool = False) -> Callable[[], Contender]:
+        return lambda: our_contender(name, what, config, setting, data, dense=dense)
+
+    def smes_of(shape: SmesConfig, num_experts: int, **experts: Any) -> ModelConfig:
+        return replace(base, smes=replace(shape, experts=replace(shape.experts, num=num_experts, **experts)))
 
     def mmoe(num_experts: int) -> ModelConfig:
         # Without an encoder, as the peers' experts read the embeddings themselves.
         return replace(base, ranker="mmoe", mmoe=MmoeConfig(num_experts, (), setting.expert_dims))
 
-    paper = replace(base, smes=SmesConfig(form="paper", num_experts=64, expert_dims=setting.expert_dims))
-    wide = replace(base, smes=replace(smes, num_experts=64, expert_dims=setting.expert_dims, experts="full"))
-    dense_wide, dense_paper = (replace(config, ranker=DENSE_SMES) for config in (wide, paper))
+    paper = smes_of(smes_paper(), 64, dims=setting.expert_dims)
+    wide = smes_of(smes, 64, dims=setting.expert_dims, form="full")
     builders: dict[str, Callable[[], Contender]] = {
         "wide64": ours("wide64", "SMES, 64 experts as the peers'", wide),
-        "dense_wide64": ours("dense_wide64", "SMES executed densely, 64 experts as the peers'", dense_wide),
+        "dense_wide64": ours("dense_wide64", "SMES executed densely, 64 experts as the peers'", wide, dense=True),
         "paper64": ours("paper64", "SMES, the paper's form, 64 experts", paper),
-        "dense_paper64": ours("dense_paper64", "the paper's form executed densely, 64 experts", dense_paper),
+        "dense_paper64": ours("dense_paper64", "the paper's form executed densely, 64 experts", paper, dense=True),
         "mmoe8": ours("mmoe8", "our MMoE, 8 experts", mmoe(8)),
         "mmoe64": ours("mmoe64", "our MMoE, 64 experts", mmoe(64)),
         "rechub_mmoe8": lambda: rechub_mmoe(8, setting, data),
@@ -104,10 +105,9 @@ def build(names: Sequence[str], smes: SmesConfig, setting: Setting, data: Data) 
         "deepctr_mmoe8": lambda: deepctr_mmoe(8, setting, data),
     }
     for E in NUM_EXPERTS:
-        config = replace(base, smes=replace(smes, num_experts=E))
+        config = smes_of(smes, E)
         builders[f"smes{E}"] = ours(f"smes{E}", f"SMES, {E} experts", config)
-        dense = replace(config, ranker=DENSE_SMES)
-        builders[f"dense{E}"] = ours(f"dense{E}", f"SMES executed densely, {E} experts", dense)
+        builders[f"dense{E}"] = ours(f"dense{E}", f"SMES executed densely, {E} experts", config, dense=True)
     return [builders[name]() for name in names]
 
 
@@ -183,21 +183,23 @@ def _score_seconds(contender: Contender, calls: int) -> float:
     return statistics.median(seconds)
 
 
-def smes_config(overrides: Sequence[str]) -> SmesConfig:
-    """The default configuration with ``KEY=VALUE`` overrides, values as in YAML.
+def smes_config(overrides: Sequence[str], preset: Preset = "default") -> SmesConfig:
+    """A preset's SMES configuration with ``KEY=VALUE`` overrides, keys dotted, values as in YAML.
 
     Raises:
         ValueError: An override without ``=``, an unknown key, or a value that the configuration refuses.
     """
-    known = {f.name for f in fields(SmesConfig)}
-    values: dict[str, Any] = {}
+    model = model_preset(preset).to_dict()
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or key not in known:
-            raise ValueError(f"--smes {override}: expected KEY=VALUE with a key among {sorted(known)}")
-        value = yaml.safe_load(text)
-        values[key] = tuple(value) if isinstance(value, list) else value
-    return SmesConfig(**values)
+        *parents, name = key.split(".")
+        section = model["smes"]
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not equals or not isinstance(section, dict):
+            raise ValueError(f"--smes {override}: expected KEY=VALUE with a key such as experts.num")
+        section[name] = yaml.safe_load(text)
+    return ModelConfig.from_dict(model).smes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
               "To measure without: --contenders smes64 dense64 …", file=sys.stderr)  # fmt: skip
         return 2
     try:
-        smes = smes_config(options.smes)
+        smes = smes_config(options.smes, options.preset)
     except ValueError as error:
         print(f"benchmarks/speed.py: {error}", file=sys.stderr)
         return 2
@@ -234,7 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=Effort.steps, help="training steps of a contender in a round")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=Setting.vocabulary, help="ids per field")
-    parser.add_argument("--smes", action="append", default=[], metavar="KEY=VALUE", help="override of SmesConfig")
+    parser.add_argument("--preset", choices=get_args(Preset), default="default", help="the configuration of SMES")
+    parser.add_argument("--smes", action="append", default=[], metavar="KEY=VALUE", help="override of a key of it")
     everyone = [*OURS, *PEERS]
     parser.add_argument("--contenders", nargs="+", choices=everyone, default=everyone, metavar="NAME")
     parser.add_argument("--json", type=Path, help="write the figures to this file, one flat object")

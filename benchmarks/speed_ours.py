@@ -4,7 +4,7 @@ Letters: B instances, E experts, P packed rows, D encoder width, Q width of the 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -22,8 +22,6 @@ from smes.rankers.sparse.dispatch import Dispatch
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.rankers.sparse.ranker import SMES
 from smes.schema import Schema
-
-DENSE_SMES = "smes_dense"
 
 
 class DenseExecution(nn.Module):
@@ -71,19 +69,20 @@ def _activated(experts: FullExperts | LowRankExperts | ResidualExperts, y_EBH: T
 
 @contextmanager
 def dense_smes() -> Iterator[None]:
-    """Within it, a model configuration can name the dense execution of SMES."""
+    """Within it, SMES rankers are built with their dense execution."""
+    sparse = RANKERS["smes"]
 
     def build(input_dim: int, schema: Schema, config: ModelConfig) -> Ranker:
-        ranker = RANKERS["smes"](input_dim, schema, config)
+        ranker = sparse(input_dim, schema, config)
         assert isinstance(ranker, SMES)
         ranker.experts = DenseExecution(ranker.experts)
         return ranker
 
-    RANKERS[DENSE_SMES] = build
+    RANKERS["smes"] = build
     try:
         yield
     finally:
-        del RANKERS[DENSE_SMES]
+        RANKERS["smes"] = sparse
 
 
 def blocks(setting: Setting, data: Data) -> list[ExampleBlock]:
@@ -92,19 +91,30 @@ def blocks(setting: Setting, data: Data) -> list[ExampleBlock]:
     return [replace(empty, ids=batch.ids, labels=batch.labels) for batch in data.batches]
 
 
-def our_contender(name: str, what: str, config: ModelConfig, setting: Setting, data: Data) -> Contender:
+def our_contender(
+    name: str, what: str, config: ModelConfig, setting: Setting, data: Data, *, dense: bool = False
+) -> Contender:
     """A ranker behind the learner.
 
-    A step is all that a trainer pays for a batch: ids looked up and de-duplicated, scores, losses, base rates, both
-    optimisers. A scoring call is all that a server pays: from raw ids to scores, by a copy of the first weights.
+    A step is all that a trainer does for a batch: ids looked up and de-duplicated, scores, losses, base rates, both
+    optimisers. A scoring call is all that a server does: from raw ids to scores, by a copy of the first weights.
+
+    Args:
+        name: Of the contender, in figures.
+        what: The contender in words.
+        config: The model.
+        setting: Sizes of the benchmark.
+        data: What is trained and scored.
+        dense: Whether a SMES ranker executes all its experts on every instance.
     """
     schema = setting.schema
-    learner = Learner(schema, config, OptimizerConfig(), device=torch.device("cpu"), seed=setting.seed)
-    examples = blocks(setting, data)
-    for block in examples:
-        learner.prepare(block)  # every id has its row before anything is timed, as in the peers
-    state = learner.serving_state()
-    serving = ServingModel(schema, config, state)
+    with dense_smes() if dense else nullcontext():
+        learner = Learner(schema, config, OptimizerConfig(), device=torch.device("cpu"), seed=setting.seed)
+        examples = blocks(setting, data)
+        for block in examples:
+            learner.prepare(block)  # every id has its row before anything is timed, as in the peers
+        state = learner.serving_state()
+        serving = ServingModel(schema, config, state)
     numerics = ExampleBlock.empty(schema, len(data.candidates)).numerics
     return Contender(
         name=name,

@@ -15,14 +15,14 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import smes.model.learner
-import smes.rankers.sparse.dispatch
-import smes.rankers.sparse.experts
-import smes.rankers.sparse.routing
+from smes.model.batch import RankBatch
 from smes.model.features import FeatureLayer
 from smes.model.heads import TaskHeads, TaskOutputs
+from smes.model.learner import Learner
 from smes.model.table import RowTable
 from smes.rankers.ranker import Encoder
+from smes.rankers.sparse import dispatch, experts, routing
+from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.rankers.sparse.ranker import SMES
 
 PARTS = (
@@ -41,29 +41,27 @@ PARTS = (
 )
 
 _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("features", smes.model.learner, "_inputs"),
-    ("route", smes.rankers.sparse.routing, "expert_load"),
-    ("pack", smes.rankers.sparse.dispatch, "dispatch"),
-    ("pack", smes.rankers.sparse.dispatch, "pack"),
-    ("gemm", smes.rankers.sparse.experts, "grouped_linear"),
-    ("combine", smes.rankers.sparse.dispatch, "combine"),
+    ("route", routing, "expert_load"),
+    ("pack", dispatch, "dispatch"),
+    ("pack", dispatch, "pack"),
+    ("gemm", experts, "grouped_linear"),
+    ("combine", dispatch, "combine"),
 )
 _METHODS: tuple[tuple[str, Any, str], ...] = (
-    ("prepare", smes.model.learner.Learner, "prepare"),
+    ("prepare", Learner, "prepare"),
     ("features", RowTable, "gather"),
+    ("features", RankBatch, "inputs"),
     ("features", FeatureLayer, "forward"),
     ("features", FeatureLayer, "observe"),
     ("encoder", Encoder, "forward"),
     ("route", SMES, "route"),
-    ("route", SMES, "_balance"),
-    *(
-        ("experts", form, "forward")
-        for form in (smes.rankers.sparse.experts.FullExperts, smes.rankers.sparse.experts.LowRankExperts)
-    ),
-    ("experts", smes.rankers.sparse.experts.ResidualExperts, "forward"),
+    ("route", SMES, "balance"),
+    ("experts", FullExperts, "forward"),
+    ("experts", LowRankExperts, "forward"),
+    ("experts", ResidualExperts, "forward"),
     ("heads", TaskHeads, "forward"),
     ("heads", TaskOutputs, "scores"),
-    ("heads", TaskOutputs, "losses"),
+    ("heads", TaskOutputs, "loss"),
     ("heads", TaskOutputs, "observe"),
     ("backward", torch.Tensor, "backward"),
     ("optimiser", torch.optim.AdamW, "step"),

@@ -1,10 +1,10 @@
 """Rankers in the synthetic worlds: from runs to figures.
 
 GAUC is by request, of scores given before the step that trains on them, over the last quarter of the stream, and over
-stretches of a twentieth around its first tenth and third. It is of the scores averaged over the model seeds; ``single``
+parts of a twentieth around its first tenth and third. It is of the scores averaged over the model seeds; ``single``
 says what one seed reaches on average. Share of the way: 0 is the linear floor, 1 the oracle that knows the true
 probabilities. SMES is compared with the *best dense ranker at no less executed operations*, chosen anew at each
-stretch; ``any`` is the best dense ranker whatever it executes.
+part; ``any`` is the best dense ranker whatever it executes.
 
 Letters: N instances, T tasks, P points of a learning curve.
 """
@@ -18,7 +18,7 @@ from benchmarks.bootstrap import F64, GroupedAuc, PairedGauc, UserTotals
 from benchmarks.flops import MeanCost
 from benchmarks.quality_config import Comparison, Settings, settings_of
 from benchmarks.run_cache import RunCache, RunResult
-from benchmarks.world_runs import STRETCHES, Stream, TruthRun, WorldRun
+from benchmarks.world_runs import PARTS, Stream, TruthRun, WorldRun
 from smes.arrays import F32
 
 
@@ -50,9 +50,9 @@ class WorldFigures:
     Attributes:
         stream: Which world and stream.
         rankers: By name.
-        oracle: Stretch → GAUC of the true probabilities by task.
+        oracle: Part → GAUC of the true probabilities by task.
         oracle_curve_PT: The same along the way.
-        gauc: Stretch → GAUC of all rankers, of seed-averaged scores.
+        gauc: Part → GAUC of all rankers, of seed-averaged scores.
         single: The same of the mean over seeds of what each reaches by itself.
     """
 
@@ -63,10 +63,10 @@ class WorldFigures:
     gauc: Mapping[str, PairedGauc]
     single: Mapping[str, PairedGauc]
 
-    def best_dense(self, comparison: Comparison, stretch: str = "end", *, at_least: float = 0.0) -> str | None:
+    def best_dense(self, comparison: Comparison, part: str = "end", *, at_least: float = 0.0) -> str | None:
         """The dense ranker of the highest mean GAUC among those that execute no less; None where there is none."""
         names = [n for n in comparison.dense if n in self.rankers and self.rankers[n].cost.flops >= at_least]
-        return max(names, key=self.gauc[stretch].mean, default=None)
+        return max(names, key=self.gauc[part].mean, default=None)
 
     def oracle_share(self, ranker: str, linear: str) -> float:
         """How far the ranker is on the way from the floor to the oracle; 1 is there."""
@@ -91,26 +91,26 @@ def world_figures(runs: Sequence[WorldRun], cache: RunCache, resamples: int) -> 
     for run in runs:
         by_ranker.setdefault(run.ranker, []).append(run)
     figures: dict[str, RankerFigures] = {}
-    averaged: dict[str, dict[str, UserTotals]] = {stretch: {} for stretch in STRETCHES}
-    single: dict[str, dict[str, UserTotals]] = {stretch: {} for stretch in STRETCHES}
+    averaged: dict[str, dict[str, UserTotals]] = {part: {} for part in PARTS}
+    single: dict[str, dict[str, UserTotals]] = {part: {} for part in PARTS}
     for name, of_seeds in by_ranker.items():
         results = [cache.load(run) for run in of_seeds]
-        for stretch in STRETCHES:
-            scores = [result.arrays[f"scores_{stretch}"] for result in results]
+        for part in PARTS:
+            scores = [result.arrays[f"scores_{part}"] for result in results]
             mean_NT: F64 = np.stack(scores).mean(axis=0, dtype=np.float64)
-            averaged[stretch][name] = _grouped(truth, mean_NT, stretch).by_user()
-            each = [_grouped(truth, one, stretch) for one in scores]
-            single[stretch][name] = GroupedAuc.mean(each).by_user()
-        seeds = [float(one.by_user().gauc_T.mean()) for one in each]  # of the last stretch, the end
+            averaged[part][name] = _grouped(truth, mean_NT, part).by_user()
+            each = [_grouped(truth, one, part) for one in scores]
+            single[part][name] = GroupedAuc.mean(each).by_user()
+        seeds = [float(one.by_user().gauc_T.mean()) for one in each]  # of the last part, the end
         figures[name] = _ranker_figures(results, seeds, truth, stream)
-    oracle = {s: _grouped(truth, truth.arrays[f"truth_{s}"], s).by_user().gauc_T for s in STRETCHES}
+    oracle = {s: _grouped(truth, truth.arrays[f"truth_{s}"], s).by_user().gauc_T for s in PARTS}
     return WorldFigures(
         stream,
         figures,
         oracle,
         _curve(truth),
-        {s: PairedGauc.of(averaged[s], resamples) for s in STRETCHES},
-        {s: PairedGauc.of(single[s], resamples) for s in STRETCHES},
+        {s: PairedGauc.of(averaged[s], resamples) for s in PARTS},
+        {s: PairedGauc.of(single[s], resamples) for s in PARTS},
     )
 
 
@@ -130,8 +130,8 @@ def _ranker_figures(
     )
 
 
-def _grouped(truth: RunResult, scores_NT: F32 | F64, stretch: str) -> GroupedAuc:
-    columns = (truth.arrays[f"{name}_{stretch}"] for name in ("request", "user", "labels"))
+def _grouped(truth: RunResult, scores_NT: F32 | F64, part: str) -> GroupedAuc:
+    columns = (truth.arrays[f"{name}_{part}"] for name in ("request", "user", "labels"))
     request_N, user_N, labels_NT = columns
     return GroupedAuc.of(request_N, user_N, scores_NT, labels_NT.astype(np.float32))
 

@@ -82,11 +82,11 @@ def _against_dense(comparison: Comparison, one: WorldFigures) -> Flat:
     behind = gauc.gauc_T(smes) < gauc.gauc_T(best)
     flat["tasks_behind"] = int(behind.sum())
     early = {}
-    for stretch in _EARLY:
-        rival = one.best_dense(comparison, stretch, at_least=flops)
-        assert rival is not None, "operations do not depend on the stretch"
-        early[stretch] = one.gauc[stretch].gain(smes, rival)
-        flat |= _interval(f"gain_{stretch}", early[stretch])
+    for part in _EARLY:
+        rival = one.best_dense(comparison, part, at_least=flops)
+        assert rival is not None, "operations do not depend on the part"
+        early[part] = one.gauc[part].gain(smes, rival)
+        flat |= _interval(f"gain_{part}", early[part])
     worst = min(early.values(), key=lambda interval: interval.value)
     return flat | {"gain_early_pct": worst.value, "gain_early_ci_low_pct": min(i.low for i in early.values())}
 
@@ -102,7 +102,7 @@ def _of_ranker(comparison: Comparison, one: WorldFigures, name: str) -> Flat:
         "calibration_ratio": float(figures.calibration_ratio.mean()),
         "impressions_per_s": figures.impressions_per_s,
     }
-    flat |= {f"gauc_{stretch}": one.gauc[stretch].mean(name) for stretch in _EARLY}
+    flat |= {f"gauc_{part}": one.gauc[part].mean(name) for part in _EARLY}
     flat |= {f"gauc_task{t}": float(value) for t, value in enumerate(one.gauc["end"].gauc_T(name))}
     if comparison.linear in one.rankers:
         flat["oracle_share"] = one.oracle_share(name, comparison.linear)
@@ -133,7 +133,7 @@ def markdown(comparison: Comparison, one: WorldFigures) -> str:
             f"| {flat['gauc_tenth']:.4f} | {flat['gauc_third']:.4f} | {share} | {gain} | {cost.flops / 1e3:,.0f} "
             f"| {cost.parameters:,} | {active} | {flat['calibration_error']:.4f} |"
         )
-    oracle = {stretch: f"{values.mean():.4f}" for stretch, values in one.oracle.items()}
+    oracle = {part: f"{values.mean():.4f}" for part, values in one.oracle.items()}
     lines.append(f"| oracle | {oracle['end']} | | {oracle['tenth']} | {oracle['third']} | 1 | | | | | 0 |")
     return "\n".join([*lines, "", *_by_task(comparison, one), ""])
 

@@ -24,7 +24,7 @@ from smes.model.serving import ServingModel
 BATCH = 1024
 MOST_POINTS = 64
 _LEAST_BATCHES = 16
-STRETCHES = {"tenth": (0.075, 0.125), "third": (0.3083, 0.3583), "end": (0.75, 1.0)}
+PARTS = {"tenth": (0.075, 0.125), "third": (0.3083, 0.3583), "end": (0.75, 1.0)}
 """Shares of the stream: around a tenth of it, around a third, and the last quarter."""
 
 _COUNTED_BATCHES = 8
@@ -48,27 +48,27 @@ class Stream:
 
     @property
     def curve_points(self) -> int:
-        """P: stretches of equal length, each a batch at least."""
+        """P, the points of a learning curve: equal parts of the stream, of at least one batch each."""
         return min(MOST_POINTS, self.impressions // BATCH)
 
-    def rows(self, stretch: str) -> tuple[int, int]:
-        """First row of a stretch and the one after its last; whole requests."""
-        first, last = (round(share * self.impressions) // CANDIDATES * CANDIDATES for share in STRETCHES[stretch])
+    def rows(self, part: str) -> tuple[int, int]:
+        """The first row of a part and the row after its last, of whole requests."""
+        first, last = (round(share * self.impressions) // CANDIDATES * CANDIDATES for share in PARTS[part])
         return first, last
 
 
 class _Columns:
-    """What a stream brings, kept for the stretches; and GAUC along the way."""
+    """Columns of the stream, kept for its parts; and GAUC along the way."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._parts: dict[str, dict[str, list[NDArray[Any]]]] = {name: {} for name in STRETCHES}
+        self._parts: dict[str, dict[str, list[NDArray[Any]]]] = {name: {} for name in PARTS}
         self._curve_P2T = np.zeros((stream.curve_points, 2, NUM_TASKS))
 
     def add(self, examples: ExampleBlock, scores_NT: F32, **columns: NDArray[Any]) -> None:
         """A batch of whole requests; columns of N rows are kept under their names."""
         position_N = examples.impression_id
-        for name in STRETCHES:
+        for name in PARTS:
             first, last = self._stream.rows(name)
             inside = slice(*np.searchsorted(position_N, [first, last]).tolist())
             for column, values in columns.items():
@@ -85,7 +85,7 @@ class _Columns:
 
 @dataclass(frozen=True)
 class TruthRun:
-    """Labels, true probabilities and users of the stretches; the curve is the oracle's."""
+    """Labels, true probabilities and users of the parts; the curve is the oracle's."""
 
     stream: Stream
 

@@ -1,4 +1,4 @@
-"""What the tests of the whole share: a small configuration, ``smes`` as a process, and waiting for conditions."""
+"""Shared by tests that run ``smes`` as a process: a small configuration, the process, and waiting for conditions."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from smes_cli.config import Config, load_config
 from smes_cli.demo.processes import log_tail, spawn
 
 DEADLINE_S = 120.0
-MARKER = "MARKER_OF_A_TEST"  # in the environment of every process that a test starts, and so of their children
+MARKER = "MARKER_OF_A_TEST"  # set in the environment of the processes that a test starts, and inherited by theirs
 
 
 def until(condition: Callable[[], object], what: str = "the condition", within_s: float = DEADLINE_S) -> None:
     """Wait for a condition, with a deadline.
 
     Raises:
-        AssertionError: It did not come true in time.
+        AssertionError: It was not true in time.
     """
     pause, deadline = threading.Event(), time.monotonic() + within_s
     while not condition():
@@ -33,7 +33,7 @@ def until(condition: Callable[[], object], what: str = "the condition", within_s
 
 
 def write_config(folder: Path, redis_url: str, namespace: str, *, kafka: str | None = None, **sections: Any) -> Path:
-    """A small model on a given Redis and, if one is named, Kafka; ``sections`` go over it, key by key."""
+    """Write the configuration of a small model on a given Redis or Kafka; ``sections`` override it key by key."""
     data: dict[str, Any] = {
         "schema": "synthetic",
         "event_log": {
@@ -44,11 +44,16 @@ def write_config(folder: Path, redis_url: str, namespace: str, *, kafka: str | N
             "partitions": 2,
         },
         "feature_store": {"redis_url": redis_url, "namespace": namespace},
-        # No partition may count as idle because the machine is slow: what comes out must depend on the log alone.
+        # On a slow machine no partition may count as idle: the result must depend on the log only.
         "stream": {"batch": {"size": 64}, "events_per_read": 1000, "idle_after_s": 3600.0},
         "model": {
             "embedding_dim": 8,
-            "smes": {"num_experts": 8, "num_group": 2, "router_rank": 8, "encoder_dims": [16], "expert_dims": [16]},
+            "smes": {
+                "num_group": 2,
+                "encoder_dims": [16],
+                "router": {"rank": 8},
+                "experts": {"num": 8, "dims": [16]},
+            },
         },
         "trainer": {
             "device": "cpu",
@@ -67,8 +72,8 @@ def write_config(folder: Path, redis_url: str, namespace: str, *, kafka: str | N
     return path
 
 
-def _merge(data: dict[str, Any], over: Mapping[str, Any]) -> None:
-    for key, value in over.items():
+def _merge(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(data.get(key), dict):
             _merge(data[key], value)
         else:
@@ -76,18 +81,18 @@ def _merge(data: dict[str, Any], over: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path) -> Config:
-    """The configuration without this process' variables."""
+    """Read a configuration without the environment variables of this process."""
     return load_config(path, {})
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process' environment without what would reach into a test."""
+    """The environment of this process without the variables that would affect a test."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SMES_")}
     return {**kept, "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **extra}
 
 
 def start_smes(log: Path, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """``smes ARGUMENTS`` as a process that dies with this one; its output goes to ``log``."""
+    """Start ``smes ARGUMENTS`` as a process that dies with this one; its output goes to ``log``."""
     process = spawn(
         [sys.executable, "-P", "-m", "smes_cli", *arguments], log=log, env=env or environment(), cwd=log.parent
     )
@@ -99,7 +104,7 @@ _started: list[subprocess.Popen[bytes]] = []
 
 
 def stop_started() -> None:
-    """Kill what a test that failed has left running."""
+    """Kill the processes that a failed test has left running."""
     for process in _started:
         if process.poll() is None:
             process.kill()

@@ -1,6 +1,5 @@
 """Operations and parameters against formulas written out by hand, one for each ranker."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
-from tests.smes.plain_smes import plain
+from tests.smes.plain_smes import changed, plain
 
 T, N = 8, 112 + 0  # tasks, numeric columns of the world "segments"
 I = N + 2  # noqa: E741  # the project's letter for the input width; two ids of one column each
@@ -79,12 +78,21 @@ def test_home() -> None:
     assert cost.ranker == 2 * (I * 48 + meta + task)
 
 
-_SMES = plain(num_experts=16, num_shared=1, num_adaptive=1, encoder_dims=(48,), expert_dims=(24,), router_rank=8)
+_SMES = plain(
+    {
+        "experts.num": 16,
+        "num_shared": 1,
+        "num_adaptive": 1,
+        "encoder_dims": (48,),
+        "experts.dims": (24,),
+        "router.rank": 8,
+    }
+)
 
 
 @pytest.mark.parametrize("form", ["full", "residual", "low_rank"])
 def test_smes_is_charged_for_the_experts_it_runs(form: str) -> None:
-    config = replace(_SMES, experts=form, expert_narrow_dim=16, expert_rank=8)
+    config = changed(_SMES, {"experts.form": form, "experts.narrow_dim": 16, "experts.rank": 8})
     cost, active = measured(ModelConfig(smes=config))
     assert 2 < active < 9
     router = 48 * 8 + 8 * T * 16

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import speed, speed_peers
-from benchmarks.speed_ours import DENSE_SMES, DenseExecution, blocks, dense_smes, our_contender
+from benchmarks.speed_ours import DenseExecution, blocks, dense_smes, our_contender
 from benchmarks.speed_report import draw, table
 from benchmarks.speed_setting import Contender, Data, Setting, make_data
 from benchmarks.step_breakdown import PARTS, Stopwatch, breakdown, count_flop
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
-from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.config import ExpertsConfig, RouterConfig, SmesConfig, smes_paper
 from smes.rankers.sparse.dispatch import dispatch
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.rankers.sparse.routing import route
@@ -23,7 +24,9 @@ from smes.rankers.sparse.routing import route
 SMALL = Setting(
     num_fields=4, embedding_dim=4, num_tasks=3, expert_dims=(8, 8), batch_size=16, candidates=5, vocabulary=20
 )
-SMES_SMALL = SmesConfig(num_experts=16, num_group=2, router_rank=8, encoder_dims=(8,), expert_dims=(8,))
+SMES_SMALL = SmesConfig(
+    num_group=2, encoder_dims=(8,), router=RouterConfig(rank=8), experts=ExpertsConfig(num=16, dims=(8,))
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +62,17 @@ def test_the_dense_execution_gives_the_same_outputs_and_gradients(
         torch.testing.assert_close(grouped, dense, rtol=1e-4, atol=1e-4)
 
 
-@dense_smes()
 def test_the_dense_smes_learns_as_smes_does(data: Data) -> None:
+    config, optimizer = ModelConfig(embedding_dim=4, smes=SMES_SMALL), OptimizerConfig(learning_rate=0.01)
     scores = []
-    for ranker in ("smes", DENSE_SMES):
-        config = ModelConfig(ranker=ranker, embedding_dim=4, smes=SMES_SMALL)
-        learner = Learner(SMALL.schema, config, OptimizerConfig(learning_rate=0.01), device=torch.device("cpu"))
+
+    for execution in (nullcontext(), dense_smes()):
+        with execution:
+            learner = Learner(SMALL.schema, config, optimizer, device=torch.device("cpu"))
         for block in blocks(SMALL, data):
             result = learner.step(learner.prepare(block))
         scores.append(result.scores)
+
     torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-4)
 
 
@@ -126,12 +131,13 @@ def test_a_ratio_is_that_of_the_rounds() -> None:
 
 
 def test_overrides_are_read_as_yaml() -> None:
-    config = speed.smes_config(["experts=residual", "encoder_dims=[64, 32]", "router_rank=16", "max_active=null"])
-    expected = SmesConfig(experts="residual", encoder_dims=(64, 32), router_rank=16, max_active=None)
-    assert config == expected
+    config = speed.smes_config(["experts.dims=[128, 64]", "encoder_dims=[64, 32]", "max_active=null"], "paper")
+
+    paper = smes_paper()
+    assert config == replace(paper, encoder_dims=(64, 32), experts=replace(paper.experts, dims=(128, 64)))
 
 
-@pytest.mark.parametrize("wrong", ["expert=full", "experts", "num_shared=-1"])
+@pytest.mark.parametrize("wrong", ["expert=full", "experts", "experts.number=8", "num_group.x=1", "num_shared=-1"])
 def test_a_wrong_override_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert speed.main(["--smes", wrong, "--contenders", "smes16"]) == 2
     assert "expected" in capsys.readouterr().err

@@ -27,11 +27,11 @@ COMPARED: dict[str, Any] = {
         "mmoe": {"settings": {"model.ranker": "mmoe", "model.mmoe.num_experts": 16}},
         "small": {"settings": {"model.ranker": "shared_bottom", "model.shared_bottom.dims": [8]}},
         "smes_e16": {
-            "settings": {"model.smes.num_experts": 16, "model.smes.encoder_dims": [16], "model.smes.expert_dims": [8]},
+            "settings": {"model.smes.experts.num": 16, "model.smes.encoder_dims": [16], "model.smes.experts.dims": [8]},
             "trials": [{"optimizer.learning_rate": 0.006}, {"optimizer.learning_rate": 0.0001}],
         },
-        "smes_e8": {"like": "smes_e16", "settings": {"model.smes.num_experts": 8}},
-        "paper": {"like": "smes_e16", "settings": {"model.smes.experts": "full"}},
+        "smes_e8": {"like": "smes_e16", "settings": {"model.smes.experts.num": 8}},
+        "paper": {"like": "smes_e16", "settings": {"model.smes.experts.form": "full"}},
     },
 }
 
@@ -159,7 +159,7 @@ def test_the_settings_of_an_ablation_are_those_of_what_it_is_like() -> None:
     config = load_quality().worlds
     chosen = {"smes_e256": {"optimizer.learning_rate": 0.5}, "smes_e16": {"optimizer.learning_rate": 0.7}}
     assert settings_of(config, "smes_e16", chosen)["optimizer.learning_rate"] == 0.5
-    assert settings_of(config, "smes_e16", chosen)["model.smes.num_experts"] == 16
+    assert settings_of(config, "smes_e16", chosen)["model.smes.experts.num"] == 16
 
 
 @pytest.mark.parametrize("which", ["worlds", "kuairand"])
@@ -172,7 +172,7 @@ def test_every_setting_and_trial_of_the_comparison_is_a_key_that_exists(which: s
 
 def test_a_key_tells_configurations_apart_and_ignores_other_rankers() -> None:
     mmoe = build_config({"model.ranker": "mmoe"}, "x")
-    assert key_of(mmoe) == key_of(build_config({"model.ranker": "mmoe", "model.smes.num_experts": 8}, "x"))
+    assert key_of(mmoe) == key_of(build_config({"model.ranker": "mmoe", "model.smes.experts.num": 8}, "x"))
     assert key_of(mmoe) != key_of(build_config({"model.ranker": "mmoe", "model.mmoe.num_experts": 8}, "x"))
     assert key_of(mmoe) != key_of(build_config({"model.ranker": "mmoe", "optimizer.learning_rate": 0.1}, "x"))
     assert key_of(mmoe, seed=0) != key_of(mmoe, seed=1)

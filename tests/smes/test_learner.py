@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from feature_store.payload import decode, encode
 from smes.events import ExampleBlock
 from smes.model.build import RANKERS
-from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig, RankerName
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig
@@ -190,7 +190,7 @@ def test_the_loss_falls() -> None:
 
 
 @cache
-def _late_click_auc(ranker: str) -> float:
+def _late_click_auc(ranker: RankerName) -> float:
     shape = plain({"experts.num": 8, "num_shared": 1, "num_adaptive": 1, "encoder_dims": (32,), "experts.dims": (16,)})
     model = ModelConfig(ranker=ranker, embedding_dim=8, embedding_scale=0.5, head_dim=0, smes=shape)
     learner = _learner(model, learning_rate=1e-2, embedding_learning_rate=0.2)
@@ -205,7 +205,7 @@ def test_a_linear_model_learns_what_adds_up() -> None:
 
 
 @pytest.mark.parametrize("ranker", sorted(RANKERS.keys() - {"linear"}))
-def test_it_learns_tastes_that_a_linear_model_cannot(ranker: str) -> None:
+def test_it_learns_tastes_that_a_linear_model_cannot(ranker: RankerName) -> None:
     assert _late_click_auc(ranker) > _late_click_auc("linear") + 0.08, "user taste times item taste"
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig, RankerName
 from smes.model.features import FeatureInputs, FeatureLayer, TargetAttention
 from smes.model.ids import pool_weights
 from smes.model.learner import Learner
@@ -99,7 +99,7 @@ def test_places_without_an_entry_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("ranker", ["smes", "linear"])
-def test_the_history_is_learned_from_and_served(ranker: str) -> None:
+def test_the_history_is_learned_from_and_served(ranker: RankerName) -> None:
     """Clicks follow whether the item's kind was liked before, which no single feature tells."""
     schema, blocks = history_stream(batches=120, size=256)
     learner = Learner(
