@@ -1,7 +1,9 @@
-"""The science and the shared vocabulary: pure, no broker, store, HTTP, files or clock.
+"""SMES Online's model as a library: no broker, no store, no HTTP, no files, no clock.
 
-The names below are the library's front door. They are loaded on first use: whoever only reads a schema or moves events
-(``import smes.schema``) does not wait for torch.
+The names below are the public surface. They are loaded on first use, so a program that only reads a schema or moves
+events (``import smes.schema``) does not wait for torch.
+
+One training step, then scoring with the trained weights:
 
 >>> import numpy as np, torch
 >>> from smes import Learner, ModelConfig, OptimizerConfig, Schema, ServingModel, Task
@@ -9,9 +11,9 @@ The names below are the library's front door. They are loaded on first use: whoe
 >>> schema = Schema("shop", tasks=(Task("click"), Task("buy")))
 >>> learner = Learner(schema, ModelConfig(), OptimizerConfig(), device=torch.device("cpu"))
 >>> examples = ExampleBlock.empty(schema, 4)
->>> examples.ids[:] = [[1, 10], [1, 11], [2, 10], [2, 12]]
->>> examples.labels[:, 0] = [1, 0, 1, 0]
->>> result = learner.step(learner.prepare(examples))  # scored with the weights as they were, then one step
+>>> examples.ids[:] = [[1, 10], [1, 11], [2, 10], [2, 12]]  # user, item
+>>> examples.labels[:, 0] = [1, 0, 1, 0]  # clicks
+>>> result = learner.step(learner.prepare(examples))  # the scores are those before the step
 >>> result.scores.shape, learner.step_number
 (torch.Size([4, 2]), 1)
 >>> model = ServingModel(schema, ModelConfig(), learner.serving_state())
@@ -23,41 +25,65 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from smes.model.config import ModelConfig, OptimizerConfig
+    from smes.model.config import ModelConfig, OptimizerConfig, model_preset
     from smes.model.learner import Learner, StepResult
     from smes.model.serving import ServingModel
-    from smes.rankers.sparse.config import SmesConfig
+    from smes.rankers.sparse.config import (
+        BalanceConfig,
+        EarlyConfig,
+        ExpertsConfig,
+        GroupsConfig,
+        RouterConfig,
+        SmesConfig,
+        smes_default,
+        smes_large,
+        smes_paper,
+    )
     from smes.rankers.sparse.ranker import SMES
-    from smes.schema import Feature, Schema, Task
+    from smes.schema import Feature, History, Schema, Task
 
 __all__ = [
     "SMES",
+    "BalanceConfig",
+    "EarlyConfig",
+    "ExpertsConfig",
     "Feature",
+    "GroupsConfig",
+    "History",
     "Learner",
     "ModelConfig",
     "OptimizerConfig",
+    "RouterConfig",
     "Schema",
     "ServingModel",
     "SmesConfig",
     "StepResult",
     "Task",
+    "model_preset",
+    "smes_default",
+    "smes_large",
+    "smes_paper",
 ]
 
-_HOME = {
-    "SMES": "smes.rankers.sparse.ranker",
-    "Feature": "smes.schema",
-    "Learner": "smes.model.learner",
-    "ModelConfig": "smes.model.config",
-    "OptimizerConfig": "smes.model.config",
-    "Schema": "smes.schema",
-    "ServingModel": "smes.model.serving",
-    "SmesConfig": "smes.rankers.sparse.config",
-    "StepResult": "smes.model.learner",
-    "Task": "smes.schema",
+_MODULES = {
+    "smes.model.config": ("ModelConfig", "OptimizerConfig", "model_preset"),
+    "smes.model.learner": ("Learner", "StepResult"),
+    "smes.model.serving": ("ServingModel",),
+    "smes.rankers.sparse.config": (
+        *("BalanceConfig", "EarlyConfig", "ExpertsConfig", "GroupsConfig", "RouterConfig", "SmesConfig"),
+        *("smes_default", "smes_large", "smes_paper"),
+    ),
+    "smes.rankers.sparse.ranker": ("SMES",),
+    "smes.schema": ("Feature", "History", "Schema", "Task"),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'smes' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

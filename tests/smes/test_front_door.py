@@ -1,14 +1,37 @@
-"""What a library user copies first runs as it stands: the package's doctest and README's Python blocks."""
+"""The public surface of the library, and that its examples run: the package's doctest and README's Python block."""
 
 import doctest
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import smes
 
-_README = Path(__file__).parents[2] / "README.md"
+_ROOT = Path(__file__).parents[2]
+
+
+def test_dir_shows_the_public_names_only() -> None:
+    assert dir(smes) == sorted(smes.__all__)
+
+
+@pytest.mark.parametrize("name", smes.__all__)
+def test_a_public_name_can_be_loaded(name: str) -> None:
+    assert getattr(smes, name).__name__ == name
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'smes' has no attribute 'Lerner'"):
+        smes.Lerner  # noqa: B018  # the access is the point
+
+
+@pytest.mark.parametrize("module", ["smes", "smes.schema", "smes.events", "smes.metrics", "smes.model.config"])
+def test_the_vocabulary_is_imported_without_torch(module: str) -> None:
+    program = f"import sys, {module}; dir(sys.modules['smes']); assert 'torch' not in sys.modules"
+
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=_ROOT)
 
 
 def test_the_packages_docstring_runs() -> None:
@@ -17,10 +40,12 @@ def test_the_packages_docstring_runs() -> None:
 
 
 def test_readmes_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", _README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) == 1
-    exec(compile(blocks[0], str(_README), "exec"), {})
-    said = re.fullmatch(r"loss ([\d.]+); ([\d.]+) of 64 experts run for an instance\n", capsys.readouterr().out)
-    assert said is not None
-    assert 0 < float(said[1]) < 5
-    assert 1 <= float(said[2]) <= 64
+    readme = _ROOT / "README.md"
+    (block,) = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+    exec(compile(block, str(readme), "exec"), {})
+
+    printed = re.fullmatch(r"loss ([\d.]+); ([\d.]+) of 64 experts run for an instance\n", capsys.readouterr().out)
+    assert printed is not None
+    assert 0 < float(printed[1]) < 5
+    assert 1 <= float(printed[2]) <= 64
