@@ -1,55 +1,58 @@
-"""When the outcomes of impressions arrive: logged outcomes become feedback events after seeded delays.
+"""Turns logged outcomes into feedback events that happen after random delays.
 
-Every draw is a pure function of (seed, impression id, task name): a restart, another limit, another block size or
-another order of the tasks changes no delay. Letters: N impressions, T tasks, M feedback events.
+A delay is a pure function of (seed, impression id, task name). So it does not change with a restart, the number of
+impressions, the block size or the order of the tasks.
+
+Letters: N impressions, T tasks, M feedback events of one task.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simulators.logs.reader import LogBlock
-from smes.arrays import I64
+from smes.arrays import F64, I64
 from smes.events import FeedbackBlock
 from smes.hashing import splitmix64, stable_id
+from smes.ranges import Share, check_ranges
 from smes.schema import MISSING, Schema, Task
 from smes_io.log_spec import Delay, LogSpec
-
-F64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class FeedbackTimes:
-    """Turns outcomes into feedback events.
+    """Decides when the feedback to each impression happens.
 
-    A positive binary outcome and every present regression value become one event each; a negative outcome sends
-    nothing. An outcome with a logged time keeps it. For the others the delay is lognormal, at least 1 ms and at least
-    the ``at_least`` task's value, and cut just inside the task's window. A value longer than the window comes after
-    it, and is late as it would be in life.
+    Every positive binary outcome and every regression value becomes one event. Negative outcomes send nothing.
+
+    An outcome with a logged time keeps that time. For the others, a delay is drawn from a lognormal distribution and
+    cut just below the end of the task's attribution window. It is at least 1 ms and at least the value of the task that
+    the delay's ``at_least`` names. If that value is longer than the window, the feedback is late, as in real life.
 
     Attributes:
         schema: Tasks and their windows.
-        spec: Delays per task.
-        seed: Of all draws.
-        late_share: Share of the drawn delays, 0 … 1, that are made to miss their window, to see late feedback.
+        spec: The delay of each task.
+        seed: Seed of all draws.
+        late_share: Share of the drawn delays that are made longer than their window, to test late feedback.
+
+    Raises:
+        ValueError: ``late_share`` is not a share.
     """
 
     schema: Schema
     spec: LogSpec
     seed: int = 0
-    late_share: float = 0.0
+    late_share: Share = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.late_share <= 1:
-            raise ValueError(f"late_share {self.late_share}, expected 0 … 1")
+        check_ranges(self)
 
     def feedback(self, block: LogBlock) -> FeedbackBlock:
-        """The feedback of a block's impressions, in event-time order."""
+        """Make the feedback to a block's impressions, in event-time order."""
         return self.events(block, self.times(block))
 
     def times(self, block: LogBlock) -> I64:
-        """When the feedback of each impression to each task comes, ``MISSING`` where none does. int64 [N, T]."""
+        """Draw when the feedback to each impression happens, by task; ``MISSING`` for no feedback. int64 [N, T]."""
         times_NT = np.full(block.outcomes.shape, MISSING, np.int64)
         for index, task in enumerate(self.schema.tasks):
             outcomes = block.outcomes[:, index]
@@ -58,7 +61,7 @@ class FeedbackTimes:
         return times_NT
 
     def events(self, block: LogBlock, times_NT: I64) -> FeedbackBlock:
-        """The feedback of a block's impressions at the given :meth:`times`, in event-time order."""
+        """Make the feedback to a block's impressions that happens at the given :meth:`times`, in event-time order."""
         tasks, rows = np.nonzero(times_NT.T != MISSING)  # equal times: in the order of the tasks
         event_time_ms = times_NT[rows, tasks]
         order = np.argsort(event_time_ms, kind="stable")
@@ -75,7 +78,7 @@ class FeedbackTimes:
         )
 
     def _times(self, block: LogBlock, index: int, task: Task, rows: I64) -> I64:
-        """Event times, int64 [M], of the task's feedback to the impressions ``rows``."""
+        """Event times of a task's feedback to the impressions ``rows``. int64 [M] → int64 [M]."""
         delay = self.spec.labels[task.name].delay
         floor_ms = np.ones(len(rows))
         if delay.at_least is not None:
@@ -98,7 +101,7 @@ class FeedbackTimes:
         return np.rint(delay_ms).astype(np.int64)
 
     def _normal(self, impression_id: I64, task: Task) -> F64:
-        """Standard normal, by Box and Muller's transform of two uniforms."""
+        """Standard normal draws, by the Box-Muller transform of two uniform ones."""
         radius = np.sqrt(-2 * np.log(self._uniform(impression_id, task, "radius")))
         normal: F64 = radius * np.cos(2 * np.pi * self._uniform(impression_id, task, "angle"))
         return normal
@@ -108,11 +111,11 @@ class FeedbackTimes:
 
 
 def counter_uniform(counters: I64, stream: str) -> F64:
-    """Uniform draws in the open interval (0, 1), one per counter, that depend on counter and stream name only.
+    """Draw uniform numbers from the open interval (0, 1). A draw depends only on its counter and the stream's name.
 
     Args:
         counters: int64 [N].
-        stream: Draws of different streams are independent.
+        stream: Name of a stream of draws. Draws of different streams are independent.
 
     Returns:
         float64 [N].

@@ -1,6 +1,8 @@
-"""Writes a synthetic log: impressions with outcomes as Parquet, and the true probabilities in a file beside it.
+"""Writes a synthetic log: one Parquet file with impressions and outcomes, and one with the true probabilities.
 
-A log of N impressions is the beginning of every longer log with the same seed and configuration.
+A log of N impressions equals the first N impressions of every longer log with the same seed and configuration.
+
+Letters: N impressions, T binary tasks, L entries of a list.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,13 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from simulators.world import COUNTRIES, OUTCOME_TASKS, TASK_NAMES, World, WorldConfig
+from smes.arrays import F32, F64, I64, Bool
 from smes.errors import LogError
 
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
 Columns = dict[str, Any]
 
 CHUNK_REQUESTS = 1024
@@ -29,12 +29,12 @@ class SyntheticSummary:
     """What was written.
 
     Attributes:
-        log: The impressions; the built-in schema ``synthetic`` describes the file.
-        truth: ``impression_id`` and the true probability of every binary task.
-        impressions: Rows in each of them.
-        users, items: Distinct ones shown.
-        span_s: Event time from the first to the last impression.
-        positives: Binary task → positive outcomes.
+        log: File with the impressions. The built-in schema ``synthetic`` describes it.
+        truth: File with ``impression_id`` and the true probability of every binary task.
+        impressions: Number of rows in each file.
+        users, items: Number of distinct users and items.
+        span_s: Event time from the first impression to the last.
+        positives: Name of each binary task → number of positive outcomes.
     """
 
     log: Path
@@ -47,7 +47,7 @@ class SyntheticSummary:
 
 
 def truth_path(log: Path) -> Path:
-    """Where the probabilities of a synthetic log lie: ``x.parquet`` → ``x.truth.parquet``."""
+    """The file with the true probabilities of a synthetic log: ``x.parquet`` → ``x.truth.parquet``."""
     return log.with_suffix(".truth.parquet")
 
 
@@ -59,14 +59,16 @@ def synthesize(
     config: WorldConfig | None = None,
     on_progress: Callable[[int], None] = lambda written: None,
 ) -> SyntheticSummary:
-    """Write a synthetic log and its truth, in bounded memory; existing files are replaced once both are complete.
+    """Write a synthetic log and its true probabilities, in bounded memory.
+
+    Files that exist already are replaced, but only when both new files are complete.
 
     Args:
         out: A file name that ends in ``.parquet``.
-        impressions: How many, at least 1.
-        seed: Of the world and everything that happens in it, at least 0.
+        impressions: How many impressions, at least 1.
+        seed: Seed of the world and of everything that happens in it, at least 0.
         config: Size and pace of the world.
-        on_progress: Called with the impressions written so far.
+        on_progress: Called with the number of impressions written so far.
 
     Raises:
         ValueError: An argument is out of range.
@@ -95,7 +97,7 @@ def synthesize(
 
 
 class _Tally:
-    """Running totals of what is written."""
+    """Running totals of what was written."""
 
     def __init__(self) -> None:
         self.users: set[int] = set()
@@ -139,7 +141,7 @@ _TALLIED = ("user_id", "item_id", "event_time_ms", *TASK_NAMES)
 
 
 def _row_groups(world: World, impressions: int) -> Iterator[list[tuple[Any, Any]]]:
-    """Lists of (log, truth) record batches."""
+    """The (log, truth) record batches of each Parquet row group."""
     group: list[tuple[Any, Any]] = []
     for log, truth in _chunks(world, impressions):
         group.append((pa.RecordBatch.from_pydict(log), pa.RecordBatch.from_pydict(truth)))
@@ -151,7 +153,7 @@ def _row_groups(world: World, impressions: int) -> Iterator[list[tuple[Any, Any]
 
 
 def _chunks(world: World, impressions: int) -> Iterator[tuple[Columns, Columns]]:
-    """Columns of the log and of its truth; each chunk is drawn from (seed, chunk) alone but for its start time."""
+    """The columns of log and truth, chunk by chunk. A chunk depends only on (seed, chunk number) and its start time."""
     c = world.config
     rows = CHUNK_REQUESTS * c.candidates
     start_ms = float(c.start_ms)
@@ -204,8 +206,8 @@ def _chunk(world: World, rng: np.random.Generator, first: int, request_ms: F64) 
     }
 
 
-def _sample(rng: np.random.Generator, truth: F64) -> NDArray[np.bool_]:
-    """Outcomes, bool [N, T], in which a task happens with its probability and only where its parent does."""
+def _sample(rng: np.random.Generator, truth: F64) -> Bool:
+    """Draw outcomes with the given probabilities, bool [N, T]. A task's is positive only where its parent's is."""
     draws = rng.random(truth.shape)
     happened = np.empty(truth.shape, np.bool_)
     for t, task in enumerate(OUTCOME_TASKS):
@@ -217,8 +219,8 @@ def _sample(rng: np.random.Generator, truth: F64) -> NDArray[np.bool_]:
     return happened
 
 
-def _watch_time_s(rng: np.random.Generator, happened: NDArray[np.bool_], duration_s: F64) -> NDArray[np.float32]:
-    """Less than a third of the item without a click, most of it when viewed long."""
+def _watch_time_s(rng: np.random.Generator, happened: Bool, duration_s: F64) -> F32:
+    """Draw watch times [N]: below 0.3 of the duration without a click, above 0.7 for a long view, else in between."""
     click, long_view = (happened[:, TASK_NAMES.index(name)] for name in ("click", "long_view"))
     low = np.where(long_view, 0.7, np.where(click, 0.3, 0.02))
     high = np.where(long_view, 1.0, np.where(click, 0.7, 0.3))
@@ -226,7 +228,7 @@ def _watch_time_s(rng: np.random.Generator, happened: NDArray[np.bool_], duratio
 
 
 def _draw(rng: np.random.Generator, weights: F64, shape: tuple[int, ...]) -> I64:
-    """Indices with probability proportional to their weights."""
+    """Draw indices with probabilities proportional to their weights."""
     upto = np.cumsum(weights)
     drawn = np.searchsorted(upto, rng.random(shape) * upto[-1], side="right")
     indices: I64 = np.minimum(drawn, len(weights) - 1)
@@ -234,7 +236,7 @@ def _draw(rng: np.random.Generator, weights: F64, shape: tuple[int, ...]) -> I64
 
 
 def _draw_distinct(rng: np.random.Generator, weights: F64, shape: tuple[int, int]) -> I64:
-    """As :func:`_draw`, with the entries of a row redrawn until they differ."""
+    """Like :func:`_draw`, but entries of a row that occur twice are drawn again until all differ."""
     drawn = _draw(rng, weights, shape)
     while True:
         order = np.argsort(drawn, axis=1, kind="stable")
@@ -247,6 +249,6 @@ def _draw_distinct(rng: np.random.Generator, weights: F64, shape: tuple[int, int
 
 
 def _lists(values: I64) -> Any:
-    """An Arrow array of lists, one per row of [N, L]."""
+    """Make an Arrow array with one list per row. [N, L] → N lists."""
     n, length = values.shape
     return pa.ListArray.from_arrays(pa.array(np.arange(n + 1, dtype=np.int32) * length), pa.array(values.ravel()))

@@ -1,15 +1,17 @@
-"""A world of users and items with latent tastes, whose outcome probabilities are known.
+"""A simulated world of users and items with latent tastes, in which the probability of every outcome is known.
 
-What is observable of it (segment, interests, category, tags, author …) is categorical and noisy; the latent vectors
-themselves are never written. What makes it worth a non-linear, sparse and *online* model:
+A log shows only categorical, noisy features of the entities (segment, interests, category, tags, author …), never the
+latent vectors. The world has properties that call for a non-linear, sparse, *online* model:
 
-- the taste for an item is ``w[s,t] · tanh(V[s,t] (a_u ⊙ b_i))``, with maps of its own for each user segment s and
-  task t: nothing that a sum of per-field weights could express;
-- each segment's liking for each category drifts, and so does the categories' exposure;
-- items and users keep appearing, and new items are shown more often than their popularity says.
+- The taste of user u for item i is ``w[s,t] · tanh(V[s,t] (a_u ⊙ b_i))``, with maps w and V for each user segment s and
+  task t. A sum of weights per feature cannot express it.
+- Each segment's liking for each category drifts, and so does each category's exposure.
+- New users and items keep appearing. New items are shown more often than their popularity suggests.
 
-Entities are made in blocks from (seed, kind, block), so an entity is the same however long the log is.
-Letters: N impressions, D latent dimensions, S segments, C categories, T binary tasks.
+Entities are made in blocks. A block depends only on (seed, kind, block number), so an entity is the same however long
+the log is.
+
+Letters: N impressions, U users, I items, D latent dimensions, S segments, C categories, T binary tasks.
 """
 
 from collections.abc import Callable
@@ -17,10 +19,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
+from smes.arrays import F64, I64
 
 COUNTRIES = ("br", "cn", "de", "fr", "id", "in", "jp", "mx", "ng", "us")
 AUTHORS_PER_CATEGORY = 40
@@ -33,7 +33,13 @@ NEW_ITEM_BOOST, NEW_ITEM_S = 4.0, 120.0
 
 @dataclass(frozen=True)
 class OutcomeTask:
-    """A binary task of the world: it can only happen when its parent has, and happens at ``rate`` overall."""
+    """A binary task of the world.
+
+    Attributes:
+        name: Name of the task.
+        parent: The outcome can only be positive if this task's is; None for no condition.
+        rate: Share of positive outcomes among all impressions at the start of the world.
+    """
 
     name: str
     parent: str | None
@@ -58,9 +64,9 @@ class WorldConfig:
 
     Attributes:
         users, items: How many there are at the start.
-        impressions_per_new_user, impressions_per_new_item: One more appears every so many impressions.
-        impressions_per_s: Mean pace in event time.
-        candidates: Items shown together, in one request.
+        impressions_per_new_user, impressions_per_new_item: How many impressions pass until one more appears.
+        impressions_per_s: Mean number of impressions per second of event time.
+        candidates: How many items a request shows.
         latent_dim: D.
         segments: S.
         categories: C.
@@ -81,7 +87,7 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class Users:
-    """Users by id; ``latent`` float64 [U, D], ``interests`` int64 [U, 3], everything else [U]."""
+    """Users, in the order of their ids. ``latent`` is float64 [U, D], ``interests`` int64 [U, 3], all others [U]."""
 
     segment: I64
     latent: F64
@@ -95,7 +101,7 @@ class Users:
 
 @dataclass(frozen=True)
 class Items:
-    """Items by id; ``latent`` float64 [I, D], ``tags`` int64 [I, 3], everything else [I]."""
+    """Items, in the order of their ids. ``latent`` is float64 [I, D], ``tags`` int64 [I, 3], all others [I]."""
 
     category: I64
     latent: F64
@@ -110,10 +116,10 @@ E = TypeVar("E", bound=Users | Items)
 
 
 class World:
-    """The laws of the world and its growing population.
+    """The growing population, and the probabilities of exposure and outcomes.
 
     Args:
-        seed: Of everything.
+        seed: Seed of all random draws.
         config: Size and pace.
     """
 
@@ -138,15 +144,18 @@ class World:
         self._bias = self._find_bias()
 
     def alive_users(self, impression: int) -> int:
-        """How many users there are when an impression (by number) is shown."""
+        """How many users there are at the time of an impression, given by its number."""
         return self.config.users + impression // self.config.impressions_per_new_user
 
     def alive_items(self, impression: int) -> int:
-        """How many items there are when an impression (by number) is shown."""
+        """How many items there are at the time of an impression, given by its number."""
         return self.config.items + impression // self.config.impressions_per_new_item
 
     def exposure(self, impression: int) -> F64:
-        """Unnormalised chance of each living item to be shown, float64 [I]: popularity, trend, and novelty."""
+        """Weight with which each item is shown at the time of an impression, float64 [I].
+
+        It is the product of the item's popularity, the trend of its category and its novelty.
+        """
         c, alive = self.config, self.alive_items(impression)
         items = self.items.first(alive)
         born = np.maximum(np.arange(alive) - c.items, -1) * c.impressions_per_new_item
@@ -158,7 +167,7 @@ class World:
         return weights
 
     def probabilities(self, user: I64, item: I64, device: I64, time_s: F64) -> F64:
-        """True probability of every task, float64 [N, T], given all that is known but the other outcomes."""
+        """True probability of a positive outcome for each impression and task. float64 [N, T]."""
         conditional = _sigmoid(self._logits(user, item, device, time_s) + self._bias)
         return _chain(conditional)
 
@@ -178,7 +187,7 @@ class World:
         return logits
 
     def _find_bias(self) -> F64:
-        """Biases, float64 [T], at which each task happens at its rate among pairs drawn at the start of the world."""
+        """Find the biases with which each task has its rate at the start of the world, by bisection. float64 [T]."""
         rng = np.random.default_rng([self.seed, 3])
         n = 20_000
         user = rng.choice(self.config.users, n, p=_normalised(self.users.first(self.config.users).activity))
@@ -216,15 +225,15 @@ class World:
         category = rng.choice(c.categories, n, p=_normalised(1 / np.arange(3, c.categories + 3)))
         latent = self._category_centre[category] + rng.normal(0, 0.35, (n, c.latent_dim))
         author = category * AUTHORS_PER_CATEGORY + np.minimum(rng.zipf(1.5, n) - 1, AUTHORS_PER_CATEGORY - 1)
-        # A tag says of one dimension where the item lies: the three that stand out most, seen through noise.
-        seen = latent + rng.normal(0, 0.5, latent.shape)
-        strongest = np.argsort(-np.abs(seen), axis=1)[:, :TAGS_PER_ITEM]
-        tags = 2 * strongest + (np.take_along_axis(seen, strongest, axis=1) > 0)
+        # A tag gives the sign of one latent dimension. An item has the tags of its three strongest ones, with noise.
+        noisy = latent + rng.normal(0, 0.5, latent.shape)
+        strongest = np.argsort(-np.abs(noisy), axis=1)[:, :TAGS_PER_ITEM]
+        tags = 2 * strongest + (np.take_along_axis(noisy, strongest, axis=1) > 0)
         return Items(
             category=category,
             latent=latent,
             quality=self._author_quality[author] + rng.normal(0, 0.4, n),
-            popularity=1 / (rng.random(n) + 1e-3),  # Zipf's law with exponent 1, cut at 1,000 times the least popular
+            popularity=1 / (rng.random(n) + 1e-3),  # Zipf's law with exponent 1, cut at 1,000 times the smallest
             author=author,
             tags=tags,
             duration_s=np.clip(rng.lognormal(0.7, 0.5, n), 0.5, 4.5),
@@ -232,11 +241,11 @@ class World:
 
 
 class Population(Generic[E]):
-    """Entities in the order of their ids, made when they are first needed.
+    """Entities in the order of their ids. They are made when they are first needed.
 
     Args:
-        make: Block number → its ``ENTITY_BLOCK`` entities.
-        expected: How many will be needed at least.
+        make: Block number → the ``ENTITY_BLOCK`` entities of that block.
+        expected: How many entities to make at once.
     """
 
     def __init__(self, make: Callable[[int], E], expected: int) -> None:
@@ -246,9 +255,9 @@ class Population(Generic[E]):
         self.first(expected)
 
     def first(self, count: int) -> E:
-        """At least the first ``count`` entities, as columns of exactly ``count`` rows."""
+        """The first ``count`` entities."""
         if self._all is None or self._blocks * ENTITY_BLOCK < count:
-            # Grow by half, so that the copying stays in proportion to the population.
+            # Growing by half keeps the cost of copying proportional to the population.
             wanted = max(-(-count // ENTITY_BLOCK), self._blocks * 3 // 2)
             made = [self._make(block) for block in range(self._blocks, wanted)]
             parts = made if self._all is None else [self._all, *made]
@@ -264,7 +273,7 @@ def _joined(parts: list[E]) -> E:
 
 
 def _chain(conditional: F64) -> F64:
-    """Probabilities given the parent, [N, T] → probabilities as such; parents come before their children."""
+    """From probabilities given a positive parent to unconditional ones, [N, T]. Parents come before their children."""
     marginal = conditional.copy()
     for t, task in enumerate(OUTCOME_TASKS):
         if task.parent is not None:

@@ -1,4 +1,4 @@
-"""Properties of the seeded delays between impression and feedback."""
+"""Properties of the random delays between impressions and their feedback."""
 
 from dataclasses import replace
 
@@ -122,7 +122,7 @@ def test_a_share_can_be_made_late() -> None:
         if task == 0
     ]
     assert abs(np.mean(late) - 0.3) < 0.03
-    with pytest.raises(ValueError, match="late_share 2"):
+    with pytest.raises(ValueError, match="late_share: 2, expected at least 0, at most 1"):
         FeedbackTimes(SCHEMA, SPEC, late_share=2)
 
 
