@@ -210,7 +210,8 @@ def _answer_structs(schema: Schema) -> tuple[type[Any], type[Any], type[Any]]:
         [
             ("lineage", described(str, "Lineage of the weights.")),
             ("version", described(int, "Version of the weights within the lineage.")),
-            ("items", described(list[item_scores], "Items in the order of the request.")),  # type: ignore[valid-type]  # made here
+            # mypy knows no types made at run time.
+            ("items", described(list[item_scores], "Items in the order of the request.")),  # type: ignore[valid-type]
             (
                 "ranking",
                 described(list[int], "Item ids, best first; items with equal scores in the order of the request."),

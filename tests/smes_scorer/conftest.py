@@ -121,7 +121,8 @@ def make_app(redis_url: str, namespace: str) -> Callable[..., FastAPI]:
 
     def make_app(url: str = redis_url, load: Load = _load, **config: object) -> FastAPI:
         fast: dict[str, object] = {"poll_s": 0.05, **config}
-        return create_app(ScorerConfig(**fast), SCHEMA, redis_url=url, namespace=namespace, load=load)  # type: ignore[arg-type]  # tests name the fields
+        scorer_config = ScorerConfig(**fast)  # type: ignore[arg-type]  # tests name the fields
+        return create_app(scorer_config, SCHEMA, redis_url=url, namespace=namespace, load=load)
 
     return make_app
 

@@ -10,12 +10,10 @@ import httpx
 import numpy as np
 import pytest
 import redis
-from fastapi import FastAPI
 
 from feature_store.entities import EntityStore
 from feature_store.snapshots import SnapshotStore
 from smes.schema import Schema
-from smes_scorer.config import ScorerConfig, fusion_weights
 
 Ready = Callable[..., AbstractContextManager[httpx.Client]]
 
@@ -208,48 +206,6 @@ def test_another_content_type_is_refused(http: httpx.Client, headers: dict[str, 
     assert "expected application/json" in answer.json()["detail"][0]["msg"]
 
 
-def schemas(make_app: Callable[..., FastAPI]) -> dict[str, Any]:
-    """The named schemas of the OpenAPI document."""
-    found: dict[str, Any] = make_app(max_items=5).openapi()["components"]["schemas"]
-    return found
-
-
-def test_openapi_shows_every_context_feature_with_type_and_description(
-    make_app: Callable[..., FastAPI], schema: Schema
-) -> None:
-    context = schemas(make_app)["Context"]["properties"]
-
-    types = {name: [option["type"] for option in field["anyOf"]] for name, field in context.items()}
-    assert types == {
-        "hour": ["integer", "null"],
-        "tags": ["array", "null"],
-        "battery": ["number", "null"],
-        "seen": ["array", "null"],
-        "outcomes": ["array", "null"],
-    }
-    assert all(field["description"] for field in context.values())
-
-
-def test_openapi_shows_the_limits_of_a_request(make_app: Callable[..., FastAPI]) -> None:
-    request = schemas(make_app)["ScoreRequest"]
-
-    assert request["required"] == ["user_id", "items"]
-    assert (request["properties"]["items"]["minItems"], request["properties"]["items"]["maxItems"]) == (1, 5)
-
-
-def test_openapi_shows_the_tasks_of_an_answer(make_app: Callable[..., FastAPI]) -> None:
-    assert schemas(make_app)["Scores"]["required"] == ["click", "like", "watch_s"]
-
-
-def test_openapi_describes_every_endpoint(make_app: Callable[..., FastAPI]) -> None:
-    document = make_app().openapi()
-
-    assert set(document["paths"]) == {"/v1/score", "/v1/stats", "/health/live", "/health/ready", "/metrics"}
-    bodies = document["paths"]["/v1/score"]["post"]
-    assert bodies["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ScoreRequest")
-    assert bodies["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Answer")
-
-
 def test_not_ready_before_the_first_snapshot(starting: Ready) -> None:
     with starting() as http:
         alive = http.get("/health/live")
@@ -339,28 +295,3 @@ def test_a_body_of_the_largest_size_is_read(starting: Ready, chunked: bool) -> N
         answer = http.post("/v1/score", content=content, headers={"content-type": "application/json"})
 
     assert answer.status_code == 422  # read, and refused for what it says
-
-
-def test_an_unknown_task_in_the_fusion_weights_is_named(make_app: Callable[..., FastAPI]) -> None:
-    message = r"ScorerConfig\.fusion_weights: 'clik', expected one of the tasks click, like, watch_s"
-
-    with pytest.raises(ValueError, match=message):
-        make_app(fusion_weights={"clik": 1.0})
-
-
-def test_default_fusion_weights(schema: Schema) -> None:
-    assert fusion_weights(ScorerConfig(), schema).tolist() == [1, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"max_items": 0}, "ScorerConfig.max_items: 0, expected at least 1"),
-        ({"poll_s": 0.0}, "ScorerConfig.poll_s: 0.0, expected more than 0"),
-        ({"port": 70_000}, "ScorerConfig.port: 70000, expected at least 0, at most 65535"),
-        ({"fusion_weights": {"click": float("inf")}}, "ScorerConfig.fusion_weights.click: inf, expected a finite"),
-    ],
-)
-def test_config_is_checked(config: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ScorerConfig(**config)  # type: ignore[arg-type]  # wrong on purpose

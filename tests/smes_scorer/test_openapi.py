@@ -1,0 +1,50 @@
+"""What the scorer's OpenAPI document says of requests and answers."""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+
+from smes.schema import Schema
+
+
+def schemas(make_app: Callable[..., FastAPI]) -> dict[str, Any]:
+    """The named schemas of the OpenAPI document."""
+    found: dict[str, Any] = make_app(max_items=5).openapi()["components"]["schemas"]
+    return found
+
+
+def test_openapi_shows_every_context_feature_with_type_and_description(
+    make_app: Callable[..., FastAPI], schema: Schema
+) -> None:
+    context = schemas(make_app)["Context"]["properties"]
+
+    types = {name: [option["type"] for option in field["anyOf"]] for name, field in context.items()}
+    assert types == {
+        "hour": ["integer", "null"],
+        "tags": ["array", "null"],
+        "battery": ["number", "null"],
+        "seen": ["array", "null"],
+        "outcomes": ["array", "null"],
+    }
+    assert all(field["description"] for field in context.values())
+
+
+def test_openapi_shows_the_limits_of_a_request(make_app: Callable[..., FastAPI]) -> None:
+    request = schemas(make_app)["ScoreRequest"]
+
+    assert request["required"] == ["user_id", "items"]
+    assert (request["properties"]["items"]["minItems"], request["properties"]["items"]["maxItems"]) == (1, 5)
+
+
+def test_openapi_shows_the_tasks_of_an_answer(make_app: Callable[..., FastAPI]) -> None:
+    assert schemas(make_app)["Scores"]["required"] == ["click", "like", "watch_s"]
+
+
+def test_openapi_describes_every_endpoint(make_app: Callable[..., FastAPI]) -> None:
+    document = make_app().openapi()
+
+    assert set(document["paths"]) == {"/v1/score", "/v1/stats", "/health/live", "/health/ready", "/metrics"}
+    bodies = document["paths"]["/v1/score"]["post"]
+    assert bodies["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ScoreRequest")
+    assert bodies["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Answer")
