@@ -143,16 +143,7 @@ class Publisher:
 
     def _publish(self, cut: Cut) -> bool:
         started_s = time.monotonic()
-        payload = encode(
-            cut.tensors,
-            {
-                "schema": json.dumps(self._schema.to_dict()),
-                "schema_hash": self._schema.hash,
-                "model": json.dumps(self._model),
-                "lineage": self.lineage,
-                "version": str(cut.step),
-            },
-        )
+        payload = snapshot_payload(cut, self._schema, self._model, self.lineage)
         try:
             self._store.publish(
                 payload,
@@ -178,6 +169,27 @@ class Publisher:
         self.bytes_last = len(payload)
         _logger.debug("published %s:%d in %.0f ms", self.lineage, cut.step, 1000 * (time.monotonic() - started_s))
         return True
+
+
+def snapshot_payload(cut: Cut, schema: Schema, model: dict[str, Any], lineage: str) -> bytes:
+    """The bytes that serving loads; see :mod:`feature_store.payload`.
+
+    Args:
+        cut: Weights and version.
+        schema: The schema trained with.
+        model: Model configuration as plain data.
+        lineage: The lineage that the weights belong to.
+    """
+    return encode(
+        cut.tensors,
+        {
+            "schema": json.dumps(schema.to_dict()),
+            "schema_hash": schema.hash,
+            "model": json.dumps(model),
+            "lineage": lineage,
+            "version": str(cut.step),
+        },
+    )
 
 
 def lineage_to_publish(lineage: str, step: int, served: Manifest | None) -> str:

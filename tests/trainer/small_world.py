@@ -34,15 +34,36 @@ SCHEMA = Schema(
 MODEL = ModelConfig(
     embedding_dim=8, smes=plain({"experts.num": 4, "num_shared": 1, "num_adaptive": 1, "encoder_dims": (16,)})
 )
+# No partition may count as idle because the machine is slow.
+STREAM = StreamConfig(
+    join=JoinConfig(allowed_lateness_s=0.5), batch=MiniBatchConfig(size=64), events_per_read=300, idle_after_s=3600
+)
 START_MS = 1_700_000_000_000
 
 
-def fill(log: EventLog, n: int, seed: int = 0, partitions: int = 2) -> None:
-    """``n`` impressions, 10 ms apart, and feedback that depends on user, item and tab."""
+def fill(log: EventLog, n: int, seed: int = 0, partitions: int = 2, *, first: int = 0) -> None:
+    """``n`` impressions, 10 ms apart, and feedback that depends on user, item and tab.
+
+    Args:
+        log: Both topics have at least ``partitions`` partitions.
+        n: Impressions.
+        seed: Seed of everything random.
+        partitions: Partitions that the events go to.
+        first: The first impression's id, which also sets when it was.
+    """
+    impressions, feedback = events(n, seed, first)
+    log.append(IMPRESSIONS, encode_impressions(impressions, SCHEMA, "json", partitions))
+    log.append(FEEDBACK, encode_feedback(feedback, SCHEMA, "json", partitions))
+
+
+def events(
+    n: int, seed: int = 0, first: int = 0, *, longest_delay_ms: int = 4000
+) -> tuple[ImpressionBlock, FeedbackBlock]:
+    """What :func:`fill` appends, each in event-time order; feedback comes at most ``longest_delay_ms`` later."""
     rng = np.random.default_rng(seed)
     impressions = ImpressionBlock.empty(SCHEMA, n)
-    impressions.impression_id[:] = np.arange(n)
-    impressions.event_time_ms[:] = START_MS + 10 * np.arange(n)
+    impressions.impression_id[:] = first + np.arange(n)
+    impressions.event_time_ms[:] = START_MS + 10 * (first + np.arange(n))
     impressions.ids[:, 0] = rng.integers(0, 40, n)
     impressions.ids[:, 1] = rng.integers(0, 60, n)
     impressions.ids[:, 2] = rng.integers(0, 3, n)
@@ -52,13 +73,11 @@ def fill(log: EventLog, n: int, seed: int = 0, partitions: int = 2) -> None:
     positive = rng.random((n, 2)) < (1 / (1 + np.exp(-logit)))[:, None] * np.array([1, 0.3])
     rows, tasks = np.nonzero(np.c_[positive, rng.random(n) < 0.8])
     feedback = FeedbackBlock.empty(len(rows))
-    feedback.impression_id[:] = rows
+    feedback.impression_id[:] = impressions.impression_id[rows]
     feedback.task[:] = tasks
     feedback.value[:] = np.where(tasks == 2, rng.exponential(9, len(rows)), 1)
-    feedback.event_time_ms[:] = impressions.event_time_ms[rows] + rng.integers(1, 4000, len(rows))
-    feedback = feedback.take(np.argsort(feedback.event_time_ms, kind="stable"))
-    log.append(IMPRESSIONS, encode_impressions(impressions, SCHEMA, "json", partitions))
-    log.append(FEEDBACK, encode_feedback(feedback, SCHEMA, "json", partitions))
+    feedback.event_time_ms[:] = impressions.event_time_ms[rows] + rng.integers(1, longest_delay_ms, len(rows))
+    return impressions, feedback.take(np.argsort(feedback.event_time_ms, kind="stable"))
 
 
 def open_log(partitions: int = 2) -> InMemoryLog:
@@ -85,10 +104,9 @@ def make_trainer(
 ) -> Trainer:
     """A trainer that has trained on nothing yet; ``learner`` replaces the one of :func:`make_learner`."""
     learner = learner or make_learner()
-    config = StreamConfig(join=JoinConfig(allowed_lateness_s=0.5), batch=MiniBatchConfig(size=64), events_per_read=300)
     return Trainer(
         learner,
-        ExampleStream(SCHEMA, config, log, DeadLetterWriter(log)),
+        ExampleStream(SCHEMA, STREAM, log, DeadLetterWriter(log)),
         ProgressiveEvaluation(
             SCHEMA,
             EvaluationConfig(window_s=10),
