@@ -25,8 +25,8 @@ WORKDIR /app
 # The dependencies in a layer of their own, which a change of the code does not rebuild: what pyproject.toml asks for at
 # run time, in the versions of the lock file (which also pins the tools of development).
 COPY pyproject.toml requirements.lock ./
-RUN python -P -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > runtime.txt \
+RUN python -P -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+            print(*project['dependencies'], sep='\n')" > runtime.txt \
     && pip install --extra-index-url "$TORCH_INDEX" --requirement runtime.txt --constraint requirements.lock
 
 COPY README.md LICENSE ./

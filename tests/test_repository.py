@@ -46,33 +46,65 @@ def fenced(text: str, language: str) -> list[str]:
 # ---- README and documentation
 
 
-def files_in_readme() -> list[str]:
-    """Paths in the README's list: a heading names the folder, each line below it one file."""
-    folder, paths = "", []
-    for line in section((ROOT / "README.md").read_text(), "## Files").splitlines():
-        if heading := re.match(r"### `(.+)/`", line):
-            folder = "" if heading[1] == "." else f"{heading[1]}/"
-        elif entry := re.match(r"- `([^`]+)` – \S", line):
-            paths.append(folder + entry[1])
-    return paths
+def test_readme_is_short_and_its_map_is_true() -> None:
+    readme = (ROOT / "README.md").read_text()
+
+    [tree_map] = fenced(section(readme, "## Map"), "")
+    paths = [line.split()[0] for line in tree_map.splitlines()]
+
+    assert len(readme.splitlines()) <= 150
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
-def test_readme_names_every_file_once() -> None:
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the repository that match one of the patterns."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: which files belong to the tree is not known")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    tracked = [name for name in listed.split("\0") if name and (ROOT / name).exists()]
-    named = files_in_readme()
-    assert sorted(set(tracked) - set(named)) == [], "missing in the README's list"
-    assert sorted(name for name in named if not (ROOT / name).exists()) == [], "named in the README, but not there"
-    assert len(named) == len(set(named))
+    command = ["git", "ls-files", "-z", "--", *patterns]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).exists()]
+
+
+def test_no_line_is_longer_than_120_columns() -> None:
+    files = tracked("*.md", "*.yml", "*.yaml", "*.toml", "*.py", "Makefile", "Dockerfile", ".ci/*")
+
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
+
+    assert len(files) > 100
+    assert long == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_named_in_the_documentation_exist(path: Path) -> None:
+    if path.name == "CHANGELOG.md":
+        return  # tells of files that were
+    folders = {p.name for p in ROOT.iterdir() if p.is_dir()}
+
+    named = re.findall(r"`([a-z_./]+/[a-z_./]+\.(?:py|yaml|yml|md))`", path.read_text())
+
+    assert [name for name in named if name.split("/")[0] in folders and not (ROOT / name).exists()] == []
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
-        if not target.startswith(("http://", "https://", "#")):
-            assert (path.parent / target.partition("#")[0]).exists(), f"{path.name}: {target}"
+        if not target.startswith(("http://", "https://")):
+            name, _, anchor = target.partition("#")
+            page = path.parent / name if name else path
+            assert page.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(page), f"{path.name}: {target}"
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
