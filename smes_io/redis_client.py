@@ -135,7 +135,7 @@ def masked(url: str) -> str:
         parts = urlsplit(url)
         if parts.password is None:
             return url
-    except ValueError:  # not a URL, so there is no telling where a password is
+    except ValueError:  # not a URL, so a password may be anywhere in it
         return "(unreadable)"
     place = parts.netloc.rpartition("@")[2]
     return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{place}"))

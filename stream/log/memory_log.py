@@ -60,11 +60,11 @@ class InMemoryLog:
             raise EventLogError(f"topic {topic!r} has {existing} partitions, expected {partitions}")
 
     def add_partitions(self, topic: str, partitions: int) -> None:
-        """Grow a topic to ``partitions`` partitions, as an operator does; the new ones are empty."""
+        """Grow a topic to ``partitions`` partitions, as an operator may; the new ones are empty."""
         with self._changed:
             parts = self._parts(topic)
             if partitions < len(parts):
-                raise ValueError(f"topic {topic!r}: partitions {partitions}, expected at least the present {len(parts)}")
+                raise ValueError(f"topic {topic!r}: partitions {partitions}, expected at least {len(parts)}")
             parts.extend(_Partition() for _ in range(partitions - len(parts)))
 
     def partitions(self, topic: str) -> int:

@@ -46,7 +46,7 @@ def under_test(request: pytest.FixtureRequest, namespace: str) -> Iterator[LogUn
         url: str = request.getfixturevalue("redis_url")
 
         def open_redis() -> EventLog:
-            return keep(RedisStreamsLog(connect_log(url, timeout_s=5), namespace, now_ms=lambda: NOW_MS))
+            return keep(RedisStreamsLog(connect_log(url, timeout_s=30), namespace, now_ms=lambda: NOW_MS))
 
         def trim_redis(at: TopicPartition, offset: int) -> None:
             with redis.Redis.from_url(url) as client:

@@ -30,7 +30,7 @@ SCHEMA_HASH = "0123456789abcdef"
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
-    client = connect(redis_url, 5.0)
+    client = connect(redis_url, 30.0)
     yield client
     client.close()
 
@@ -251,7 +251,7 @@ from feature_store.config import SnapshotStoreConfig
 from feature_store.snapshots import SnapshotStore
 from smes_io.redis_client import connect
 from tests.feature_store.test_snapshots import InterruptedClient
-client = InterruptedClient(connect(sys.argv[1], 5.0), 4, lambda key: os.kill(os.getpid(), signal.SIGKILL))
+client = InterruptedClient(connect(sys.argv[1], 30.0), 4, lambda key: os.kill(os.getpid(), signal.SIGKILL))
 store = SnapshotStore(client, sys.argv[2], SnapshotStoreConfig(chunk_bytes=1000))
 store.publish(bytes(5000), lineage="a", version=2, schema_hash="h", step=2, created_ms=1)
 """
@@ -315,7 +315,7 @@ def test_an_upload_that_lost_a_chunk_is_not_committed(client: redis.Redis, names
 
 def test_a_full_redis_is_a_clear_error_and_keeps_the_current_snapshot() -> None:
     with ValkeyServer(maxmemory="8mb") as server:
-        client = connect(server.connection_url, 5.0)
+        client = connect(server.connection_url, 30.0)
         store = SnapshotStore(client, "full", SnapshotStoreConfig(chunk_bytes=1_000_000))
         first = publish(store, 1, os.urandom(1_000_000))
         with pytest.raises(FeatureStoreError, match=r"no memory left while snapshot a:2 was published.*maxmemory"):
@@ -342,7 +342,7 @@ def test_redis_away_is_a_clear_error_and_back_again_works() -> None:
     again = ValkeyServer(port=port)
     again.start()
     try:
-        assert store.current() is None  # it came back empty: no persistence here
+        assert store.current() is None  # this server keeps nothing on disk
         assert publish(store, 2, b"two") == store.current()
     finally:
         client.close()

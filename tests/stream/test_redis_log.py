@@ -17,7 +17,7 @@ from stream.log.event_log import OutRecord, Positions, TopicPartition
 from stream.log.redis_log import RedisLogConfig, RedisStreamsLog, connect_log
 
 AT = TopicPartition("t", 0)
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 HANG_S = 30.0  # longer than any load makes these waits, shorter than what would end them otherwise
 
 
@@ -37,7 +37,7 @@ def closing() -> Iterator[ExitStack]:
 def open_log(
     closing: ExitStack, url: str, namespace: str = "ns", config: RedisLogConfig | None = None
 ) -> RedisStreamsLog:
-    log = RedisStreamsLog(connect_log(url, timeout_s=5), namespace, config)
+    log = RedisStreamsLog(connect_log(url, timeout_s=30), namespace, config)
     closing.callback(log.close)
     return log
 
