@@ -63,7 +63,7 @@ def attributes(cls: type) -> dict[str, str]:
     """The ``Attributes`` section of a class docstring: field → meaning, as Markdown in one line."""
     _, _, section = (inspect.getdoc(cls) or "").partition("Attributes:\n")
     body = textwrap.dedent(re.split(r"\n(?=\S)", section, maxsplit=1)[0])
-    meanings = {}
+    meanings: dict[str, str] = {}
     for entry in re.split(r"\n(?=\S)", body):
         names, _, text = entry.partition(": ")
         markdown = _ROLE.sub(r"`\1`", " ".join(text.split())).replace("``", "`")

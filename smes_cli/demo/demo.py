@@ -15,7 +15,7 @@ import numpy as np
 import redis
 
 from simulators.synthetic import synthesize
-from smes_cli.building import compile_loops
+from smes_cli.compile_loops import compile_loops
 from smes_cli.config import Config
 from smes_cli.console import console, read_report
 from smes_cli.demo.local_servers import start_kafka, start_valkey

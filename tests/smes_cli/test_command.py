@@ -1,7 +1,7 @@
-"""The ``smes`` command as its user meets it: exit codes, one-line errors, plain output, and serving from start to stop.
+"""The ``smes`` command as users see it: exit codes, one-line errors, plain output, and serving from start to stop.
 
-Guarantee shown: whatever is wrong is said in one line that names it, within a bounded time, with the documented exit
-code; and a scorer that is started before anything was trained becomes ready, swaps, and stops cleanly.
+Every error is one line that names the cause, within a bounded time and with the documented exit code. A scorer that is
+started before anything was trained becomes ready, swaps snapshots, and stops cleanly.
 """
 
 import json
@@ -26,6 +26,7 @@ from simulators.synthetic import synthesize
 from smes.schema import MISSING
 from smes_cli.__main__ import run
 from smes_cli.config import Config
+from smes_cli.console import console
 from smes_cli.demo.processes import spawn, stop
 from smes_io.schema_file import builtin_path, load_builtin, load_schema_file
 from smes_scorer.served import load_serving_model
@@ -47,9 +48,7 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command sets up logging, quietness and threads for its process, which here is pytest's."""
-    from smes_cli.console import console
-
+    """Restore what the command sets for its process, which is pytest's here: logging, quietness and threads."""
     for name in [name for name in os.environ if name.startswith("SMES_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
@@ -79,7 +78,7 @@ def nobody() -> str:
 
 
 def error_line(captured: Captured) -> str:
-    """What the command said on standard error: one line, without colours, and no traceback."""
+    """The output of the command on standard error: one line without colours and without a traceback."""
     err = captured.readouterr().err
     assert err.count("\n") == 1, err
     assert "\x1b" not in err
@@ -119,11 +118,8 @@ def test_wrong_arguments_are_status_2(capsys: Captured, arguments: list[str], me
     ("text", "message"),
     [
         ("event_log: {kin: kafka}", "event_log.kin: 'kafka' is an unknown key, expected one of kind, "),
-        ("trainer: {snapshot_interval_s: 0}", "snapshot_interval_s 0.0, expected more than 0 seconds"),
-        (
-            "trainer: {device: tpu}",
-            "trainer.device: 'tpu', expected otherwise: input should be 'auto', 'cpu' or 'cuda'",
-        ),
+        ("trainer: {snapshot_interval_s: 0}", "trainer.snapshot_interval_s: 0, expected more than 0"),
+        ("trainer: {device: tpu}", "trainer.device: 'tpu', expected one of auto, cpu, cuda"),
         ("stream: {events_per_read: many}", "stream.events_per_read: 'many'"),
         ("schema: nowhere.yaml", "nowhere.yaml: expected a readable"),
         ("{", "expected YAML"),
@@ -176,9 +172,9 @@ def test_a_log_that_is_not_as_described_is_status_1_and_named(
     ("options", "message"),
     [
         (["--speed", "abc"], "--speed 'abc': expected a number or max"),
-        (["--speed", "0"], "replay speed 0.0, expected more than 0, or max"),
-        (["--rate", "0"], "replay rate 0.0, expected more than 0 events per second"),
-        (["--rate", "5", "--speed", "2"], "replay rate 5.0 and speed 2.0: expected one of them"),
+        (["--speed", "0"], "ReplayConfig.speed: 0.0, expected more than 0 or max"),
+        (["--rate", "0"], "ReplayConfig.rate: 0.0, expected more than 0, or null"),
+        (["--rate", "5", "--speed", "2"], "ReplayConfig.rate: 5.0 beside speed 2.0, expected one of them"),
     ],
 )
 def test_a_wrong_pace_is_status_2(
@@ -203,7 +199,7 @@ def test_a_redis_that_is_away_is_named_within_a_bounded_wait(
     path = write_config(tmp_path, f"redis://:secret@{nobody}/0", "away", **short)
     started_s = time.monotonic()
     assert run(["-c", str(path), *(str(world) if word == "WORLD" else word for word in command)]) == 1
-    assert time.monotonic() - started_s < 30
+    assert time.monotonic() - started_s < DEADLINE_S
     line = error_line(capsys)
     assert nobody in line
     assert "within 0.5 s" in line
@@ -226,7 +222,7 @@ def test_a_kafka_that_is_away_is_named_within_a_bounded_wait(
     path = write_config(tmp_path, redis_url, "away", kafka=nobody, event_log={"connect_timeout_s": 0.5})
     started_s = time.monotonic()
     assert run(["-c", str(path), *(str(world) if word == "WORLD" else word for word in command)]) == 1
-    assert time.monotonic() - started_s < 30
+    assert time.monotonic() - started_s < DEADLINE_S
     line = error_line(capsys)
     assert f"Kafka at {nobody}" in line
     assert "within 0.5 s" in line
@@ -243,11 +239,12 @@ def test_kafka_for_the_demo_has_to_be_somewhere(
 
 
 def test_an_interrupt_is_status_130_and_leaves_no_half_written_file(tmp_path: Path) -> None:
-    # Whoever runs the tests in the background has SIGINT ignored, and children inherit that.
+    # If the tests run in the background, SIGINT is ignored, and children inherit that.
     code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cli.__main__ import main; main()"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from smes_cli.__main__ import main; main()"
     )
-    argv = [sys.executable, "-c", code, "synthesize", str(tmp_path / "big.parquet"), "--impressions", "900000000"]
+    argv = [sys.executable, "-P", "-c", code, "synthesize", str(tmp_path / "big.parquet"), "--impressions", "900000000"]
     process = spawn(argv, log=tmp_path / "log", env=environment(), cwd=tmp_path)
     partial = tmp_path / "big.parquet.partial"
     until(lambda: process.poll() is not None or (partial.exists() and partial.stat().st_size > 0), "the first rows")
@@ -267,7 +264,7 @@ def test_init_writes_a_configuration_that_works_and_replaces_none(
     assert yaml.safe_load(Path("smes.yaml").read_text())["schema"] == "synthetic"
     Path("smes.yaml").write_text("mine")
     assert run(["init"]) == 2
-    assert "smes.yaml: is there already, expected a new file (or --force)" in error_line(capsys)
+    assert "smes.yaml: exists already, expected a new file (or --force)" in error_line(capsys)
     assert Path("smes.yaml").read_text() == "mine"
     assert run(["init", "--force"]) == 0
     assert Path("smes.yaml").read_text() != "mine"
@@ -276,7 +273,7 @@ def test_init_writes_a_configuration_that_works_and_replaces_none(
     assert "no/such/folder.yaml: cannot be written: No such file or directory" in error_line(capsys)
 
 
-def test_backtest_speaks_plainly_when_piped_and_not_at_all_when_quiet(
+def test_backtest_prints_plain_text_when_piped_and_nothing_when_quiet(
     capsys: Captured, tmp_path: Path, world: Path
 ) -> None:
     path = write_config(tmp_path, "redis://unused:1/0", "unused")
@@ -309,18 +306,18 @@ def test_replay_reports_what_it_appended(
     report = tmp_path / "replay.json"
     arguments = ["replay", str(world), "--limit", "400", "--codec", "json", "--seed", "4", "--report", str(report)]
     assert run(["-c", str(path), *arguments]) == 0
-    told = read_json(report)
-    shown, came = 400, sum(len(came) for _, came in limited(read_pairs(read_config(path), world), 400))
-    assert (told["impressions"], told["feedback"], told["finished"]) == (shown, came, True)
-    assert f"400 impressions and {came:,} feedback events appended" in capsys.readouterr().out
+    reported = read_json(report)
+    feedback = sum(len(received) for _, received in limited(read_pairs(read_config(path), world), 400))
+    assert (reported["impressions"], reported["feedback"], reported["finished"]) == (400, feedback, True)
+    assert f"400 impressions and {feedback:,} feedback events appended" in capsys.readouterr().out
     trained = drain(read_config(path))
-    assert (trained["events"]["impressions"], trained["feedback"]["received"]) == (400, came)
+    assert (trained["events"]["impressions"], trained["feedback"]["received"]) == (400, feedback)
 
 
 def limited(pairs: Pairs, impressions: int) -> Pairs:
     """The first so many impressions (a multiple of the pairs' size) and all feedback on them."""
-    kept = np.concatenate([shown.impression_id for shown, _ in pairs])[:impressions]
-    return [(s.take(np.isin(s.impression_id, kept)), c.take(np.isin(c.impression_id, kept))) for s, c in pairs]
+    kept = np.concatenate([block.impression_id for block, _ in pairs])[:impressions]
+    return [(i.take(np.isin(i.impression_id, kept)), f.take(np.isin(f.impression_id, kept))) for i, f in pairs]
 
 
 def test_snapshots_none_yet_then_real_ones(
@@ -369,8 +366,8 @@ def test_serve_from_before_the_first_snapshot_to_sigterm(
         assert run(["-c", str(path), "features", "load", str(world)]) == 0
         assert "users and" in capsys.readouterr().out
         versions = []
-        for stretch in (pairs[:8], pairs[8:]):
-            fill_servers(config, stretch, "arrow")
+        for segment in (pairs[:8], pairs[8:]):
+            fill_servers(config, segment, "arrow")
             trained = drain(config)
             versions.append(trained["version"])
             until(lambda: http.get("/v1/stats").json()["version"] == versions[-1], "the swap")
@@ -384,7 +381,7 @@ def test_serve_from_before_the_first_snapshot_to_sigterm(
 def assert_answers_with_stored_features(
     config: Config, world: Path, pairs: Pairs, http: httpx.Client, version: int
 ) -> None:
-    """An answer is what the snapshot says for the features in the log's own entity tables."""
+    """The answer holds the snapshot's scores for the features in the log's own entity tables."""
     schema = config.schema_file().schema
     user = int(pairs[0][0].user_id[0])
     items = [*np.unique(pairs[0][0].item_id)[:20].tolist(), 987_654_321]

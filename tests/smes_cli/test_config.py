@@ -1,12 +1,14 @@
-"""The configuration file: its defaults, what it refuses, and variables over it."""
+"""The configuration file: its defaults, its errors, presets, and the variables that override it."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from smes.rankers.sparse.config import SmesConfig
-from smes_cli.config import STARTER, Config, load_config
+from smes.model.config import ModelConfig, model_preset
+from smes.rankers.sparse.config import smes_paper
+from smes_cli.config import Config, load_config
+from smes_cli.starter import STARTER
 
 
 def write(folder: Path, text: str) -> Path:
@@ -15,8 +17,13 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+def model_of(folder: Path, text: str) -> ModelConfig:
+    return load_config(write(folder, text), {}).model
+
+
 def test_the_starter_is_the_defaults(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, STARTER), {})
+
     assert config.schema == "synthetic"
     assert config.trainer.checkpoint.directory == Path("checkpoints")
     checkpoint = replace(config.trainer.checkpoint, directory=None)
@@ -25,6 +32,7 @@ def test_the_starter_is_the_defaults(tmp_path: Path) -> None:
 
 def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
     assert load_config(None, {}) == Config()
     assert load_config(write(tmp_path, ""), {}) == Config()
 
@@ -32,6 +40,7 @@ def test_an_empty_file_and_no_file_are_the_defaults(tmp_path: Path, monkeypatch:
 def test_smes_yaml_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path, "schema: kuairand")
+
     assert load_config(None, {}).schema == "kuairand"
 
 
@@ -39,66 +48,120 @@ def test_variables_override_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "event_log: {kind: redis, partitions: 3}")
     variables = {
         "SMES_EVENT_LOG__KIND": "kafka",
-        "SMES_MODEL__SMES__NUM_EXPERTS": "8",
+        "SMES_MODEL__SMES__EXPERTS__NUM": "8",
         "SMES_SCORER__FUSION_WEIGHTS": "{click: 2}",
         "PATH": "elsewhere",
     }
+
     config = load_config(path, variables)
+
     assert (config.event_log.kind, config.event_log.partitions) == ("kafka", 3)
-    assert config.model.smes.num_experts == 8
+    assert config.model.smes.experts.num == 8
     assert config.scorer.fusion_weights == {"click": 2}
 
 
-def test_the_papers_form_alone_is_enough(tmp_path: Path) -> None:
-    smes = load_config(write(tmp_path, "model: {smes: {form: paper}}"), {}).model.smes
-    assert smes == SmesConfig(form="paper")
-    assert (smes.num_experts, smes.num_shared, smes.num_group, smes.num_adaptive) == (16, 2, 0, 1)
-    assert (smes.expert_dims, smes.router_rank, smes.router_input, smes.router_norm) == ((64,), None, "encoder", "none")
-    given = load_config(write(tmp_path, "model: {smes: {form: paper, num_experts: 256, expert_dims: [32]}}"), {})
-    assert given.model.smes == SmesConfig(form="paper", num_experts=256, expert_dims=(32,))
+@pytest.mark.parametrize("name", ["default", "paper", "large"])
+def test_a_preset_alone_is_that_model(tmp_path: Path, name: str) -> None:
+    model = model_of(tmp_path, f"model: {{preset: {name}}}")
+
+    assert model == model_preset(name)  # type: ignore[arg-type]  # one of its names
+
+
+def test_the_preset_default_is_the_default() -> None:
+    assert model_preset("default") == Config().model
+
+
+def test_other_keys_change_a_preset_one_by_one(tmp_path: Path) -> None:
+    text = "model: {preset: paper, embedding_dim: 4, smes: {num_adaptive: 2, experts: {num: 256, dims: [32]}}}"
+
+    model = model_of(tmp_path, text)
+
+    paper = smes_paper()
+    experts = replace(paper.experts, num=256, dims=(32,))
+    smes = replace(paper, num_adaptive=2, experts=experts)
+    assert model == replace(model_preset("paper"), embedding_dim=4, smes=smes)
+
+
+def test_a_mapping_of_names_replaces_that_of_the_preset(tmp_path: Path) -> None:
+    text = "model: {preset: default, smes: {groups: {declared: {watching: [click, like]}}}}"
+
+    assert model_of(tmp_path, text).smes.groups.declared == {"watching": ("click", "like")}
+
+
+def test_a_variable_chooses_the_preset(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "model: {preset: default}"), {"SMES_MODEL__PRESET": "paper"})
+
+    assert config.model == model_preset("paper")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("event_log: {kin: kafka}", r"smes\.yaml: event_log\.kin: 'kafka' is an unknown key, expected one of kind, "),
-        ("event_log: {kind: pulsar}", r"event_log\.kind: 'pulsar', expected otherwise: input should be 'redis' or"),
-        ("trainer: {checkpoint: {keep: 0}}", r"trainer\.checkpoint: keep 0, expected at least 1"),
-        ("trainer: {seed: soon}", r"trainer\.seed: 'soon', expected otherwise: input should be a valid integer"),
-        (
-            "model: {smes: {num_experts: 1}}",
-            r"model\.smes: .*num_shared 0, num_group 4 and .*at most num_experts \(1\)",
-        ),
-        (
-            "model: {smes: {form: paper, num_group: 4}}",
-            r"model\.smes: smes\.num_group: 4, expected 0 in the paper's form",
-        ),
-        ("model: {ranker: magic}", r"ranker: 'magic', expected one of"),
-        ("- 1", r"expected a mapping of keys to values, got list"),
-        ("a: [", r"expected YAML"),
+        ("event_log: {kin: kafka}", "event_log.kin: 'kafka' is an unknown key, expected one of kind, "),
+        ("model: {preset: paper, smes: {width: 1}}", "model.smes.width: 1 is an unknown key, expected one of encoder_"),
+        ("event_log: {kind: pulsar}", "event_log.kind: 'pulsar', expected one of redis, kafka"),
+        ("trainer: {checkpoint: {keep: 0}}", "trainer.checkpoint.keep: 0, expected at least 1"),
+        ("trainer: {checkpoint: {interval_s: 0}}", "trainer.checkpoint.interval_s: 0, expected more than 0"),
+        ("trainer: {seed: soon}", "trainer.seed: 'soon', expected an integer"),
+        ("trainer: {threads: some}", "trainer.threads: 'some', expected an integer, at least 1, or null"),
+        ("model: {wide: often}", "model.wide: 'often', expected true or false"),
+        ("model: {smes: {experts: {dims: [12]}}}", "model.smes.experts.dims.0: 12, expected at least 8, a multiple of"),
+        ("model: {smes: 3}", "model.smes: 3, expected a mapping with the keys encoder_dims, "),
+        ("scorer: {fusion_weights: {click: high}}", "scorer.fusion_weights.click: 'high', expected a number"),
+        ("replay: {speed: fast}", "replay.speed: 'fast', expected a number, more than 0 or max"),
+        ("replay: {rate: 5, speed: 2}", "replay.rate: 5.0 beside speed 2.0, expected one of them"),
+        ("model: {preset: huge}", "model.preset: 'huge', expected one of default, paper, large"),
+        ("model: {preset: [paper]}", "model.preset: "),
+        ("model: {ranker: magic}", "model.ranker: 'magic', expected one of smes, home"),
+        ("model: {ranker: magic, head_dim: -1}", "expected one of smes, home, mmoe, ple, shared_bottom, linear (and 1"),
+        ("- 1", "expected a mapping of keys to values, got list"),
+        ("a: [", "expected YAML"),
     ],
 )
-def test_refuses_in_one_line_with_file_key_value_and_what_was_expected(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+def test_a_mistake_is_one_line_with_file_key_value_and_what_was_expected(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
         load_config(write(tmp_path, text), {})
-    assert "\n" not in str(caught.value)
-    assert "smes.yaml" in str(caught.value)
+
+    line = str(caught.value)
+    assert message in line
+    assert "\n" not in line
+    assert line.startswith(str(tmp_path / "smes.yaml"))
+
+
+def test_a_value_that_does_not_fit_another_is_named_by_its_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"smes\.yaml: model\.smes\.\w+.*: .*expected"):
+        load_config(write(tmp_path, "model: {smes: {experts: {num: 1}}}"), {})
 
 
 def test_a_bad_variable_is_named() -> None:
-    with pytest.raises(ValueError, match=r"with SMES_TRAINER__SEED: trainer\.seed: 'x', expected otherwise"):
+    with pytest.raises(ValueError, match=r"with SMES_TRAINER__SEED: trainer\.seed: 'x', expected an integer"):
         load_config(None, {"SMES_TRAINER__SEED": "x"})
+
+
+def test_a_variable_below_a_value_is_refused() -> None:
     with pytest.raises(ValueError, match="SMES_SCHEMA__X: 'schema' is a value, expected a section"):
         load_config(None, {"SMES_SCHEMA": "kuairand", "SMES_SCHEMA__X": "1"})
 
 
-def test_which_schema(tmp_path: Path) -> None:
+def test_the_configured_schema_is_read() -> None:
+    assert Config(schema="kuairand").schema_file().name == "kuairand"
+
+
+def test_a_log_of_a_built_in_schema_is_recognized(tmp_path: Path) -> None:
+    (tmp_path / "log_standard_x.csv").touch()
+    (tmp_path / "w.truth.parquet").touch()
+
+    assert Config().schema_file(tmp_path).name == "kuairand"
+    assert Config().schema_file(tmp_path / "w.parquet").name == "synthetic"
+
+
+def test_a_log_of_another_schema_needs_a_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a schema file: name one with --schema"):
         Config().schema_file(tmp_path)
-    assert Config(schema="kuairand").schema_file().name == "kuairand"
-    (tmp_path / "log_standard_x.csv").touch()
-    assert Config().schema_file(tmp_path).name == "kuairand"
-    (tmp_path / "w.truth.parquet").touch()
-    assert Config().schema_file(tmp_path / "w.parquet").name == "synthetic"
+
+
+def test_a_missing_schema_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"missing\.yaml: expected a readable file"):
         Config(schema=str(tmp_path / "missing.yaml")).schema_file()

@@ -1,8 +1,7 @@
-"""The demo's own servers: what they keep, where they listen, and how they say that they cannot start."""
+"""The demo's own servers: what they keep, where they listen, and their errors when they cannot start."""
 
 import os
 import signal
-import time
 import uuid
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import psutil
 import pytest
 import redis
 
-from smes_cli.demo import local_servers
-from smes_cli.demo.local_servers import LocalServerError, start_kafka, start_valkey
+from smes_cli.demo.local_servers import LocalServerError, cluster_id, start_kafka, start_valkey
 
 
 def test_valkey_keeps_what_it_acknowledged_when_it_is_killed(tmp_path: Path) -> None:
@@ -32,12 +30,12 @@ def test_valkey_listens_on_loopback_only_and_is_gone_after_the_block(tmp_path: P
     server.stop()
 
 
-def test_a_valkey_that_cannot_start_shows_its_own_words(tmp_path: Path) -> None:
-    with start_valkey(tmp_path / "one") as server:
-        started = time.monotonic()
-        with pytest.raises(LocalServerError, match=r"Valkey did not start: exited with status 1(.|\n)*in use"):
-            start_valkey(tmp_path / "two", port=server.port)
-        assert time.monotonic() - started < 20
+def test_the_error_of_a_valkey_that_cannot_start_holds_its_output(tmp_path: Path) -> None:
+    with (
+        start_valkey(tmp_path / "one") as server,
+        pytest.raises(LocalServerError, match=r"Valkey did not start: exited with status 1(.|\n)*in use"),
+    ):
+        start_valkey(tmp_path / "two", port=server.port, timeout_s=300)
 
 
 def test_a_folder_without_kafka_is_named(tmp_path: Path) -> None:
@@ -45,7 +43,7 @@ def test_a_folder_without_kafka_is_named(tmp_path: Path) -> None:
         start_kafka(tmp_path, tmp_path / "data")
 
 
-def test_a_broken_distribution_shows_its_own_words(tmp_path: Path, kafka_home: Path) -> None:
+def test_the_error_of_a_broken_distribution_holds_its_output(tmp_path: Path, kafka_home: Path) -> None:
     assert kafka_home
     (tmp_path / "home" / "libs").mkdir(parents=True)
     with pytest.raises(LocalServerError, match=r"formatting its storage ended with status 1(.|\n)*StorageTool"):
@@ -54,6 +52,6 @@ def test_a_broken_distribution_shows_its_own_words(tmp_path: Path, kafka_home: P
 
 def test_no_cluster_id_looks_like_an_option() -> None:
     # as base64, the bytes 0xf8 … 0xfb at the front start with "-": one random id in 64
-    ids = [local_servers._cluster_id(uuid.UUID(bytes=bytes((first, *range(15))))) for first in range(256)]
+    ids = [cluster_id(uuid.UUID(bytes=bytes((first, *range(15))))) for first in range(256)]
     assert not [cluster for cluster in ids if cluster.startswith("-")]
     assert {len(cluster) for cluster in ids} == {22}

@@ -15,8 +15,7 @@ import pytest
 from smes_cli.demo import bound_child
 from smes_cli.demo.processes import log_tail, spawn, stop, stop_all
 
-ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
@@ -40,7 +39,7 @@ def runs(pid: int) -> bool:
 
 
 def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+    return [sys.executable, "-P", "-c", code]
 
 
 def test_output_and_errors_go_to_the_log_and_the_status_comes_back(tmp_path: Path) -> None:
@@ -53,7 +52,7 @@ def test_output_and_errors_go_to_the_log_and_the_status_comes_back(tmp_path: Pat
     assert log_tail(tmp_path / "none") == ""
 
 
-def test_stop_is_gentle_first_and_idempotent(tmp_path: Path) -> None:
+def test_stop_sends_sigterm_first_and_is_idempotent(tmp_path: Path) -> None:
     child = spawn(python(SLEEPER), log=tmp_path / "log")
     assert eventually(lambda: log_tail(tmp_path / "log") == "up")
     assert stop(child) == -signal.SIGTERM
@@ -63,9 +62,10 @@ def test_stop_is_gentle_first_and_idempotent(tmp_path: Path) -> None:
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     children = [spawn(python(STUBBORN), log=tmp_path / f"{i}") for i in range(2)]
     assert eventually(lambda: all(log_tail(tmp_path / f"{i}") == "up" for i in range(2)))
-    started = time.monotonic()
-    assert stop_all(children, timeout_s=0.2) == [-signal.SIGKILL] * 2
-    assert time.monotonic() - started < 10
+
+    statuses = stop_all(children, timeout_s=0.2)
+
+    assert statuses == [-signal.SIGKILL] * 2
 
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_child(tmp_path: Path) -> None:
@@ -97,11 +97,11 @@ def test_only_the_main_thread_may_spawn(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_valkey_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from cli.local_servers import start_valkey;"
+        "import sys, pathlib; from smes_cli.demo.local_servers import start_valkey;"
         "server = start_valkey(pathlib.Path(sys.argv[1])); print(server.pid, flush=True); sys.stdin.read()"
     )
     argv = [*python(code), str(tmp_path)]
-    with subprocess.Popen(argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         server_pid = int(parent.stdout.readline())
         assert runs(server_pid)
@@ -112,7 +112,7 @@ def test_valkey_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 def test_a_child_whose_parent_is_gone_already_does_not_start() -> None:
     not_the_parent = os.getppid()
-    argv = [sys.executable, str(bound_child.__file__), str(not_the_parent), "echo", "started"]
+    argv = [sys.executable, "-I", str(bound_child.__file__), str(not_the_parent), "echo", "started"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert f"parent {not_the_parent} is gone" in done.stderr

@@ -1,6 +1,6 @@
-"""How the command starts: without torch where no weights are touched, and with every loop compiled that it will need.
+"""How a command starts: without torch unless it trains or scores, and with every compiled loop ready.
 
-Guarantee shown: the import of torch, which takes longer than such a command runs, is left to those that train or score.
+The import of torch takes longer than most other commands run.
 """
 
 import json
@@ -19,13 +19,21 @@ for expected, *arguments in commands:
     assert run(["-c", config, *arguments]) == expected, arguments
     assert "torch" not in sys.modules, arguments
 
-# The demo's own process: what it imports, and what it does before its workers start.
+# The imports of the demo's own process, and its work before the workers start.
 import smes_cli.demo.demo
-from smes_cli.building import compile_loops
+from smes_cli.compile_loops import compile_loops
 from smes_cli.config import Config
 from smes_io.schema_file import load_builtin
 compile_loops(Config(), load_builtin("synthetic").schema)
 assert "torch" not in sys.modules, "demo"
+"""
+
+_WITHOUT_SIMULATORS = """
+import sys
+import smes_cli.train, smes_scorer.service
+simulators = {name for name in sys.modules if name.partition(".")[0] == "simulators"}
+assert simulators <= {"simulators", "simulators.config"}, simulators
+assert "duckdb" not in sys.modules
 """
 
 _COMPILED = """
@@ -33,7 +41,7 @@ import sys
 from pathlib import Path
 from numba.core.dispatcher import Dispatcher
 from smes_cli.backtest import run_backtest
-from smes_cli.building import compile_loops
+from smes_cli.compile_loops import compile_loops
 from smes_cli.config import Config
 from smes_io.schema_file import load_builtin
 
@@ -48,19 +56,20 @@ before = compiled()
 assert sum(map(len, before.values())) > 8, before
 log = Path(sys.argv[1])
 result = run_backtest(config, log, limit=None, seed=0, baseline=None, should_stop=lambda: False)
-assert result.report["events"]["trained"] == 600
-assert compiled() == before
+assert result.report.events.trained == 600
+after = compiled()
+assert after == before, {name: types for name, types in after.items() if types != before.get(name)}
 """
 
 
 def _python(script: str, *arguments: str, folder: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", script, *arguments], cwd=folder, env=environment(), capture_output=True, text=True
+        [sys.executable, "-P", "-c", script, *arguments], cwd=folder, env=environment(), capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
 
 
-def test_what_touches_no_weights_does_without_torch(redis_url: str, namespace: str, tmp_path: Path) -> None:
+def test_commands_that_touch_no_weights_import_no_torch(redis_url: str, namespace: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, redis_url, namespace)
     log = str(tmp_path / "world.parquet")
     commands = [
@@ -75,7 +84,11 @@ def test_what_touches_no_weights_does_without_torch(redis_url: str, namespace: s
     _python(_WITHOUT_TORCH, str(config), json.dumps(commands), folder=tmp_path)
 
 
-def test_what_is_compiled_at_the_start_is_all_that_training_runs(tmp_path: Path) -> None:
+def test_train_and_serve_import_the_configuration_of_the_replay_but_no_simulator(tmp_path: Path) -> None:
+    _python(_WITHOUT_SIMULATORS, folder=tmp_path)
+
+
+def test_training_compiles_nothing_after_the_start(tmp_path: Path) -> None:
     log = tmp_path / "world.parquet"
     synthesize(log, 600, seed=2)
     _python(_COMPILED, str(log), folder=tmp_path)
