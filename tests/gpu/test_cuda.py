@@ -1,6 +1,7 @@
-"""The CUDA path against the CPU. Needs a CUDA GPU, torch ≥ 2.11 and pytest; nothing of the stream or the services.
+"""The same results on a CUDA GPU as on the CPU.
 
-On a machine with only those (and numpy, numba, safetensors), from the repository's root:
+Needs a CUDA GPU, torch 2.11 or later, numpy, numba, annotated-types and pytest; no broker, store or service. To run it
+on a machine that has only those, from the repository's root:
 
     PYTHONPATH=. python -m pytest -c /dev/null --rootdir=. --noconftest --import-mode=importlib tests/gpu
 """
@@ -23,7 +24,7 @@ def cuda() -> torch.device:
 
 @pytest.fixture
 def sync_is_an_error() -> Iterator[None]:
-    """Puts back what the test switches on: any operation that makes the host wait for the GPU raises."""
+    """Reset, after the test, the debug mode in which an operation that makes the host wait for the GPU is an error."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 

@@ -1,6 +1,6 @@
-"""Sequences under target attention on a CUDA GPU: as on the CPU, and without waiting for the GPU.
+"""Target attention on a CUDA GPU: the same results as on the CPU, and no step waits for the GPU.
 
-Runs like ``test_cuda.py``.
+Needs what ``test_cuda.py`` needs.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture
 def sync_is_an_error() -> Iterator[None]:
-    """Puts back what the test switches on: any operation that makes the host wait for the GPU raises."""
+    """Reset, after the test, the debug mode in which an operation that makes the host wait for the GPU is an error."""
     yield
     torch.cuda.set_sync_debug_mode("default")
 

@@ -1,6 +1,7 @@
-"""What must hold on any device; run on the CPU by ``tests/smes`` and on a GPU by ``tests/gpu``.
+"""Checks that must pass on every device. ``tests/smes`` runs them on the CPU, ``tests/gpu`` on a GPU.
 
-Imports nothing but the package, what the package imports, the test stream and the plain configuration.
+This module imports only the package, what the package imports, and two modules of ``tests/smes``: the streams and the
+plain configuration. So it runs on a machine that has nothing else.
 """
 
 from collections.abc import Callable
@@ -70,26 +71,26 @@ RANKERS = {
     "smes-default": replace(MODEL, smes=SmesConfig()),
     "linear": replace(MODEL, ranker="linear"),
 }
-"""What is checked on every device, by name."""
+"""Models by name; :func:`check_choices` takes these."""
 STEPPED = {
     **RANKERS,
-    # What it would choose at last is not what it sends to experts now, so its choices are checked elsewhere.
+    # Its final choices differ from those that it makes early in the stream, so check_choices does not apply.
     "smes-searching": replace(
         MODEL, smes=changed(SmesConfig(), {"groups.found": 2, "early.num_group": 8, "early.until": 256})
     ),
 }
-"""What steps are checked of."""
+"""Models by name; :func:`check_steps_follow_the_cpu` takes these."""
 
 
 def make_learner(device: torch.device, ranker: str = "smes") -> Learner:
-    """A learner of the rich schema, the same first weights on every device."""
+    """Make a learner of the rich schema, with the same first weights on every device."""
     return Learner(RICH_SCHEMA, STEPPED[ranker], OptimizerConfig(), device=device, seed=1)
 
 
 def check_grouped_execution(device: torch.device) -> None:
-    """Grouped experts on ``device``, in its precision, against a dense float32 loop on the CPU: values and gradients.
+    """Grouped experts have the values and gradients of a dense float32 loop on the CPU, within the device's precision.
 
-    The routing is given, so that rounding cannot choose other experts.
+    The routing is fixed, so rounding cannot lead to other experts.
     """
     torch.manual_seed(0)
     experts = FullExperts(8, 32, (32, 16))
@@ -115,7 +116,7 @@ def check_grouped_execution(device: torch.device) -> None:
 
 
 def check_steps_follow_the_cpu(device: torch.device, ranker: str) -> None:
-    """The same stream on ``device`` and on the CPU gives nearly the same scores, losses and tables."""
+    """One stream on the device and on the CPU gives nearly the same scores, losses and tables."""
     blocks = stream(RICH_SCHEMA, batches=20, size=128)
     reference, learner = make_learner(CPU, ranker), make_learner(device, ranker)
     for block in blocks:
@@ -133,7 +134,7 @@ def check_steps_follow_the_cpu(device: torch.device, ranker: str) -> None:
 
 
 def check_a_replayed_step(device: torch.device) -> None:
-    """A restart goes on with the same scores and, up to the order of sums, the same weights."""
+    """After a restart, the next step gives the same scores and, up to the order of sums, the same weights."""
     blocks = stream(RICH_SCHEMA, batches=6, size=128, items=4000)
     whole, restarted = make_learner(device), make_learner(device)
     for block in blocks[:5]:
@@ -144,13 +145,13 @@ def check_a_replayed_step(device: torch.device) -> None:
     a, b = restarted.state(), whole.state()
     assert a.keys() == b.keys()
     for name in a:
-        # A GPU adds up gradients in no fixed order, and AdamW's first steps turn that into up to a step's width.
+        # A GPU sums gradients in no fixed order. AdamW's first steps turn such differences into up to a whole step.
         tolerance = 0.0 if device.type == "cpu" else 5e-3
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
 
 
 def check_snapshot_served_on_cpu(device: torch.device) -> None:
-    """What ``device`` trained is served on the CPU with the scores that ``device`` would give."""
+    """A snapshot of weights trained on the device gives the same scores on the CPU as on the device."""
     blocks = stream(RICH_SCHEMA, batches=21, size=128)
     learner = make_learner(device)
     for block in blocks[:20]:
@@ -165,7 +166,7 @@ def check_snapshot_served_on_cpu(device: torch.device) -> None:
 
 
 def check_prefetch(device: torch.device) -> None:
-    """Preparing the next batch while a step may still run changes nothing, also when the tables grow."""
+    """Preparing the next batch while a step runs changes no scores, even when the tables grow."""
     blocks = stream(RICH_SCHEMA, batches=12, size=128, items=4000)
     plain, ahead = make_learner(device), make_learner(device)
     expected = [plain.step(plain.prepare(block)).scores for block in blocks]
@@ -180,7 +181,7 @@ def check_prefetch(device: torch.device) -> None:
 
 
 def check_choices(device: torch.device, ranker: str) -> None:
-    """What the learner says it would choose is what its next step chooses; near-ties may fall otherwise on a GPU."""
+    """``choices`` returns what the next step chooses. On a GPU, near-ties may be decided otherwise."""
     blocks = stream(RICH_SCHEMA, batches=6, size=128)
     learner = make_learner(device, ranker)
     for block in blocks[:5]:

@@ -1,4 +1,4 @@
-"""The feature layer and the running moments, against NumPy."""
+"""The feature layer and the running moments compared with NumPy."""
 
 import numpy as np
 import pytest

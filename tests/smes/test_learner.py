@@ -1,4 +1,4 @@
-"""The learner against plain torch, its own restart, and the serving model made from it."""
+"""The learner: restarts, the serving model made from it, and what it learns."""
 
 import json
 import threading
@@ -101,17 +101,17 @@ def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> Non
 
 
 @pytest.mark.parametrize("name", _MODELS)
-def test_a_restart_goes_on_bit_for_bit_also_when_the_table_grows(name: str) -> None:
+def test_a_restart_continues_bit_for_bit_also_when_the_table_grows(name: str) -> None:
     blocks = stream(RICH_SCHEMA, batches=12, size=64, items=4000)
     whole, first = _learner(_MODELS[name]), _learner(_MODELS[name])
     results = [whole.step(whole.prepare(block)) for block in blocks]
     for block in blocks[:5]:
         first.step(first.prepare(block))
-    # Prepared, not trained on: its new ids are in the state already, and that must make no difference.
+    # This batch is prepared but not trained on. Its new ids are in the state already; that must make no difference.
     first.prepare(blocks[5])
     state = first.state()
     rows = first.num_rows
-    second = _learner(_MODELS[name])  # of the same seed, as a restart is: new ids start by it
+    second = _learner(_MODELS[name])  # with the same seed, as after a restart: it decides the first weights of new ids
     second.step(second.prepare(blocks[-1]))
     second.load_state(state)
     assert second.step_number == 5
@@ -136,7 +136,7 @@ def test_the_serving_model_scores_as_the_next_step_does(name: str) -> None:
     np.testing.assert_allclose(serving.score(known.ids, known.numerics), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_what_routers_know_of_the_stream_is_in_the_snapshot() -> None:
+def test_the_routers_running_moments_are_in_the_snapshot() -> None:
     blocks = stream(RICH_SCHEMA, batches=6, size=64, items=50)
     learner = _learner(_MODELS["smes-default"])
     for block in blocks[:5]:
@@ -149,7 +149,7 @@ def test_what_routers_know_of_the_stream_is_in_the_snapshot() -> None:
     np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-6)
     tensors["dense.ranker.router.moments.mean_C"] += 1
     other = ServingModel(RICH_SCHEMA, _MODELS["smes-default"], tensors).score(blocks[4].ids, blocks[4].numerics)
-    assert not np.allclose(other, served, rtol=1e-5, atol=1e-6), "they decide what is chosen"
+    assert not np.allclose(other, served, rtol=1e-5, atol=1e-6), "they change the routing"
 
 
 def test_a_step_changes_the_learner_but_no_copy_taken_before() -> None:
@@ -201,12 +201,12 @@ def _late_click_auc(ranker: RankerName) -> float:
 
 
 def test_a_linear_model_learns_what_adds_up() -> None:
-    assert _late_click_auc("linear") > 0.64, "the tags and the numeric"
+    assert _late_click_auc("linear") > 0.64, "from the tags and the number"
 
 
 @pytest.mark.parametrize("ranker", sorted(RANKERS.keys() - {"linear"}))
 def test_it_learns_tastes_that_a_linear_model_cannot(ranker: RankerName) -> None:
-    assert _late_click_auc(ranker) > _late_click_auc("linear") + 0.08, "user taste times item taste"
+    assert _late_click_auc(ranker) > _late_click_auc("linear") + 0.08, "from user taste times item taste"
 
 
 def test_masked_rows_train_nothing() -> None:
@@ -272,41 +272,75 @@ def test_threads_score_alike() -> None:
 
 def test_results_report_the_routing() -> None:
     block = stream(RICH_SCHEMA, batches=1, size=64)[0]
-    result = _learner(_MODELS["smes"]).step(_learner(_MODELS["smes"]).prepare(block))
+    learner = _learner(_MODELS["smes"])
+
+    result = learner.step(learner.prepare(block))
+
     assert result.active_experts is not None
     assert result.expert_load is not None
     assert result.expert_load.sum(dim=1).tolist() == [2 * 64] * RICH_SCHEMA.num_tasks
     assert 2 <= int(result.active_experts.min()) <= int(result.active_experts.max()) <= 1 + RICH_SCHEMA.num_tasks
-    linear = _learner(_MODELS["linear"]).step(_learner(_MODELS["linear"]).prepare(block))
-    assert linear.active_experts is None
-    assert linear.expert_load is None
 
 
-def test_the_global_random_state_is_left_alone_and_the_seed_decides() -> None:
+def test_a_ranker_without_experts_reports_no_routing() -> None:
+    block = stream(RICH_SCHEMA, batches=1, size=64)[0]
+    learner = _learner(_MODELS["linear"])
+
+    result = learner.step(learner.prepare(block))
+
+    assert result.active_experts is None
+    assert result.expert_load is None
+
+
+def test_making_a_learner_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    a, b, c = (_learner(_MODELS["smes"], seed=s).serving_state() for s in (1, 1, 2))
+
+    _learner(_MODELS["smes"], seed=1)
+
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_seed_decides_the_first_weights() -> None:
+    a, b, c = (_learner(_MODELS["smes"], seed=s).serving_state() for s in (1, 1, 2))
+
     _assert_equal(a, b)
     assert not torch.equal(a["dense.ranker.router.up.weight"], c["dense.ranker.router.up.weight"])
 
 
-def test_states_of_something_else_are_refused() -> None:
-    learner = _learner(_MODELS["smes"])
-    other = _learner(ModelConfig(embedding_dim=4, smes=_SMALL))
-    with pytest.raises(ValueError, match="another schema or model"):
-        learner.load_state(_learner(_MODELS["linear"]).state())
-    with pytest.raises(ValueError, match="expected 8"):
-        learner.load_state(other.state())
+_NARROW = ModelConfig(embedding_dim=4, smes=_SMALL)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"), [(_MODELS["linear"], "another schema or model"), (_NARROW, "of 4 columns, expected 8")]
+)
+def test_the_state_of_another_model_is_refused(other: ModelConfig, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        _learner(_MODELS["smes"]).load_state(_learner(other).state())
+
+
+def test_a_serving_model_refuses_the_tensors_of_another_model() -> None:
     with pytest.raises(ValueError, match=r"expected \[3, 8\]"):
-        ServingModel(RICH_SCHEMA, _MODELS["smes"], other.serving_state())
-    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], learner.serving_state())
-    with pytest.raises(ValueError, match="ids: shape \\[2, 3\\]"):
+        ServingModel(RICH_SCHEMA, _MODELS["smes"], _learner(_NARROW).serving_state())
+
+
+def test_a_serving_model_refuses_the_columns_of_another_schema() -> None:
+    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], _learner(_MODELS["smes"]).serving_state())
+
+    with pytest.raises(ValueError, match=r"ids: shape \[2, 3\]"):
         serving.score(np.zeros((2, 3), np.int64), np.zeros((2, 2), np.float32))
+
+
+def test_a_serving_model_scores_no_instances() -> None:
+    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], _learner(_MODELS["smes"]).serving_state())
+
     assert serving.score(np.zeros((0, 6), np.int64), np.zeros((0, 2), np.float32)).shape == (0, 3)
-    with pytest.raises(ValueError, match="at least 1"):
-        learner.prepare(ExampleBlock.empty(RICH_SCHEMA))
+
+
+def test_a_batch_without_examples_is_refused() -> None:
+    with pytest.raises(ValueError, match="examples: 0 rows, expected at least 1"):
+        _learner(_MODELS["smes"]).prepare(ExampleBlock.empty(RICH_SCHEMA))
 
 
 def test_read_only_columns_are_accepted() -> None:

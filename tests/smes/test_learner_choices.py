@@ -1,4 +1,4 @@
-"""What a learner says that its routing would choose: the very choices of the next step, and nothing is changed."""
+"""``Learner.choices``: it returns what the next step chooses, and changes nothing."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_choices_are_those_of_the_next_step_and_change_nothing(form: str) -> Non
     assert result.expert_load.tolist() == counted.tolist()
 
 
-def test_an_unknown_id_is_asked_about_without_getting_a_row() -> None:
+def test_an_unknown_id_gets_no_row() -> None:
     learner = Learner(
         RICH_SCHEMA, ModelConfig(embedding_dim=8, smes=_SMALL), OptimizerConfig(), device=torch.device("cpu")
     )
@@ -61,7 +61,7 @@ def test_an_unknown_id_is_asked_about_without_getting_a_row() -> None:
 
 
 def test_the_pools_lie_one_after_the_other() -> None:
-    """Each task uses the always-on experts and those of one pool; which, the limits tell."""
+    """Each task uses the always-on experts and those of one pool, in the layout that the limits give."""
     config = ModelConfig(embedding_dim=8, embedding_scale=1.0, smes=_FORMS["own-pools"])
     learner = Learner(RICH_SCHEMA, config, OptimizerConfig(), device=torch.device("cpu"))
     (examples,) = stream(RICH_SCHEMA, batches=1, size=200)

@@ -1,4 +1,4 @@
-"""Losses, scores and base rates against formulas written out in NumPy."""
+"""Losses, scores and base rates compared with the documented formulas in NumPy."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Freed memory stays with a process that asked for it, and goes back from one that did not."""
+"""A process that calls ``keep_freed_memory`` keeps freed memory; another one returns it to the system."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(how: str) -> int:
-    """Pages that the system had to give in five steps after the first."""
+    """How many pages the system had to provide in the five steps after the first."""
     return int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
 
 
