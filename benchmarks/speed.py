@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +29,7 @@ import torch
 import yaml
 
 from benchmarks.speed_ours import our_contender
-from benchmarks.speed_peers import deepctr_mmoe, missing_peers, rechub_mmoe, rechub_ple
+from benchmarks.speed_peers import PEER_MODULES, deepctr_mmoe, missing_peers, rechub_mmoe, rechub_ple
 from benchmarks.speed_report import draw, table
 from benchmarks.speed_setting import Contender, Data, Setting, make_data
 from benchmarks.step_breakdown import breakdown, count_flop, gemm_flop_per_s
@@ -141,12 +141,12 @@ def run(contenders: Sequence[Contender], setting: Setting, effort: Effort) -> di
     for name in [c.name for c in contenders]:
         shares = zip(rounds[f"{name}_gflop_per_s"], rounds["gemm_gflop_per_s"], strict=True)
         rounds[f"{name}_share_of_gemm"] = [own / machine for own, machine in shares]
-    rounds.update(_ratios(rounds))
+    rounds.update(ratios_of_rounds(rounds))
     return figures | _summary(rounds)
 
 
-def _ratios(rounds: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Of each round by itself; those whose contenders took part."""
+def ratios_of_rounds(rounds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The ratios of each round by itself, of the contenders that took part."""
     ratios = {}
     for ratio, (figure, above, below) in RATIOS.items():
         pair = rounds.get(f"{above}_{figure}"), rounds.get(f"{below}_{figure}")
@@ -202,10 +202,10 @@ def smes_config(overrides: Sequence[str], preset: Preset = "default") -> SmesCon
     return ModelConfig.from_dict(model).smes
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 where a peer is not installed or an option is wrong."""
+def main(arguments: list[str] | None = None, *, peers: Mapping[str, str] = PEER_MODULES) -> int:
+    """Exit status: 0, or 2 if a peer is not installed or an option is wrong. ``peers``: module → package."""
     options = _parser().parse_args(arguments)
-    if (missing := missing_peers()) and set(options.contenders) & set(PEERS):
+    if (missing := missing_peers(peers)) and set(options.contenders) & set(PEERS):
         print(f"benchmarks/speed.py: {', '.join(missing)} not installed; `make bench` installs what is compared with,\n"
               "or: pip install --no-deps -r requirements-bench.lock. "
               "To measure without: --contenders smes64 dense64 …", file=sys.stderr)  # fmt: skip

@@ -11,7 +11,7 @@ deepctr-torch asks PyPI for its newest version when it is imported, in a thread,
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from benchmarks.speed_setting import Contender, Data, Setting
 
 PEER_MODULES = {"torch_rechub": "torch-rechub", "deepctr_torch": "deepctr-torch"}
-LEARNING_RATE = 1e-3
 
 
-def missing_peers() -> list[str]:
-    """Names, on the package index, of the peers that are not installed."""
-    return [package for module, package in PEER_MODULES.items() if importlib.util.find_spec(module) is None]
+def missing_peers(peers: Mapping[str, str] = PEER_MODULES) -> list[str]:
+    """Names, on the package index, of the peers (module → package) that are not installed."""
+    return [package for module, package in peers.items() if importlib.util.find_spec(module) is None]
 
 
 def rechub_mmoe(num_experts: int, setting: Setting, data: Data) -> Contender:
@@ -73,7 +72,8 @@ def deepctr_mmoe(num_experts: int, setting: Setting, data: Data) -> Contender:
         return torch.stack(losses).sum()
 
     name, what = f"deepctr_mmoe{num_experts}", f"deepctr-torch MMoE, {num_experts} experts"
-    return _contender(name, what, model, loss, torch.from_numpy(data.candidates).float(), len(batches))
+    candidates = torch.from_numpy(data.candidates).float()
+    return _contender(name, what, model, loss, candidates, len(batches), setting)
 
 
 def _rechub_arguments(setting: Setting) -> dict[str, Any]:
@@ -101,13 +101,19 @@ def _rechub_contender(name: str, what: str, model: Any, setting: Setting, data: 
         losses = [F.binary_cross_entropy(scores_BT[:, i], labels[n][:, i]) for i in range(setting.num_tasks)]
         return torch.stack(losses).sum() / setting.num_tasks
 
-    return _contender(name, what, model, loss, columns(data.candidates), len(batches))
+    return _contender(name, what, model, loss, columns(data.candidates), len(batches), setting)
 
 
 def _contender(
-    name: str, what: str, model: nn.Module, loss: Callable[[int], Tensor], candidates: object, num_batches: int
+    name: str,
+    what: str,
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    candidates: object,
+    num_batches: int,
+    setting: Setting,
 ) -> Contender:
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=setting.peer_learning_rate, fused=True)
 
     def train(n: int) -> float:
         model.train()

@@ -24,6 +24,7 @@ class Setting:
             at every step, ours only the rows that a batch touches, so that a realistic one would decide the comparison.
         num_batches: Distinct batches, cycled through.
         seed: Of the data.
+        peer_learning_rate: Of the peers' Adam.
     """
 
     num_fields: int = 33
@@ -35,6 +36,7 @@ class Setting:
     vocabulary: int = 1000
     num_batches: int = 8
     seed: int = 0
+    peer_learning_rate: float = 1e-3
 
     @property
     def schema(self) -> Schema:

@@ -24,6 +24,7 @@ from smes.rankers.sparse.routing import route
 SMALL = Setting(
     num_fields=4, embedding_dim=4, num_tasks=3, expert_dims=(8, 8), batch_size=16, candidates=5, vocabulary=20
 )
+FAST = replace(SMALL, peer_learning_rate=0.01)
 SMES_SMALL = SmesConfig(
     num_group=2, encoder_dims=(8,), router=RouterConfig(rank=8), experts=ExpertsConfig(num=16, dims=(8,))
 )
@@ -127,7 +128,7 @@ def test_a_run_gives_flat_figures_table_and_plot(data: Data, tmp_path: Path) -> 
 
 def test_a_ratio_is_that_of_the_rounds() -> None:
     rounds = {"smes256_step_ms": [2.0, 9.0, 4.0], "smes16_step_ms": [1.0, 3.0, 4.0]}
-    assert speed._ratios(rounds) == {"step_e256_vs_e16": [2.0, 3.0, 1.0]}
+    assert speed.ratios_of_rounds(rounds) == {"step_e256_vs_e16": [2.0, 3.0, 1.0]}
 
 
 def test_overrides_are_read_as_yaml() -> None:
@@ -143,11 +144,9 @@ def test_a_wrong_override_is_refused(wrong: str, capsys: pytest.CaptureFixture[s
     assert "expected" in capsys.readouterr().err
 
 
-def test_a_missing_peer_is_an_error_that_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(speed_peers, "PEER_MODULES", {"no_such_module": "no-such-package"})
-    assert speed.main([]) == 2
+def test_a_missing_peer_is_an_error_that_says_how_to_install_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert speed.main([], peers={"no_such_module": "no-such-package"}) == 2
+
     message = capsys.readouterr().err
     assert "no-such-package" in message
     assert "make bench" in message
@@ -156,18 +155,15 @@ def test_a_missing_peer_is_an_error_that_says_how_to_install_it(
 @pytest.mark.parametrize(
     ("module", "build"),
     [
-        ("torch_rechub", lambda data: speed_peers.rechub_mmoe(2, SMALL, data)),
-        ("torch_rechub", lambda data: speed_peers.rechub_ple(SMALL, data)),
-        ("deepctr_torch", lambda data: speed_peers.deepctr_mmoe(2, SMALL, data)),
+        ("torch_rechub", lambda data: speed_peers.rechub_mmoe(2, FAST, data)),
+        ("torch_rechub", lambda data: speed_peers.rechub_ple(FAST, data)),
+        ("deepctr_torch", lambda data: speed_peers.deepctr_mmoe(2, FAST, data)),
     ],
     ids=["rechub_mmoe", "rechub_ple", "deepctr_mmoe"],
 )
-def test_a_peer_learns_and_scores(
-    module: str, build: Callable[[Data], Contender], data: Data, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_learns_and_scores(module: str, build: Callable[[Data], Contender], data: Data) -> None:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{speed_peers.PEER_MODULES[module]} is not installed")
-    monkeypatch.setattr(speed_peers, "LEARNING_RATE", 0.01)
     torch.manual_seed(0)
     contender = build(replace(data, batches=data.batches[:1]))
     losses = [contender.train(n) for n in range(60)]

@@ -5,7 +5,7 @@ A task reads a router when it uses the output of the experts that this router ch
 Letters: B instances, T tasks, R routers, G task groups, E experts, K experts of one router, H width of an output.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import product
 
@@ -17,7 +17,7 @@ from smes.rankers.sparse.config import SmesConfig
 from smes.rankers.sparse.groups import GroupFinder
 
 
-class TaskReads(nn.Module):
+class TaskReads(nn.Module, ABC):
     """Attributes figures of routers to tasks.
 
     Args:
