@@ -1,8 +1,8 @@
 """State by topic and partition: the names under which the stream's parts save what belongs to one partition.
 
-Every array that belongs to a partition is named ``{topic}/{partition}/{what}``; a row of a table is saved with the
-partition that it belongs to. So the state of one partition can be told apart from the others', and read by a stream
-that has more partitions:
+Every array that belongs to a partition is named ``{topic}/{partition}/{what}``, and a row of a table is saved with the
+partition that it belongs to. So the state of one partition can be separated from that of the others, and a stream that
+has more partitions can load it:
 
 ============================ ===========================================================================================
 ``*/p/position``             the next record to read
@@ -12,14 +12,15 @@ that has more partitions:
 ``feedback/p/entry.*``       feedback that was read before its impression
 ``impressions/p/entry.*``    impression ids that wait or are remembered, with the labels attached so far
 ``impressions/p/waiting.*``  the features of the impressions that wait
-``impressions/p/queued.*``   examples that no batch has been taken with yet, and their order
+``impressions/p/queued.*``   examples in batches that were not taken yet, and their order
 ============================ ===========================================================================================
 
 Two arrays belong to the whole stream: ``watermark_ms``, and ``ready_sizes``, the sizes of the batches that are ready.
 
-A partition's state makes sense without the other partitions' as long as an impression and its feedback have the same
-partition number, which :func:`stream.topics.partition_of` sees to. After the number of partitions has grown, this holds
-again once the attribution window of the last impression before has passed.
+One partition's state is enough to go on with that partition alone, in another process for example, if an impression and
+its feedback have the same partition number. :func:`stream.topics.partition_of` gives them the same. When the number of
+partitions has grown, feedback on impressions from before can be in another partition; wait until their attribution
+windows have passed.
 """
 
 from collections.abc import Iterable

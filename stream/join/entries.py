@@ -5,7 +5,7 @@ what waits and is remembered. Features are kept for impressions that wait only. 
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -54,10 +54,10 @@ class EntryTable:
         for name, column in block.arrays().items():
             self._features.arrays[name][rows] = column
 
-    def take_features(self, entries: I64) -> Arrays:
-        """The columns of these entries' impressions, which are kept no longer."""
+    def take_features(self, entries: I64, names: Iterable[str]) -> Arrays:
+        """Columns of these entries' impressions, which are kept no longer."""
         rows = self._feature_rows.remove(entries)
-        return {name: column[rows] for name, column in self._features.arrays.items()}
+        return {name: self._features.arrays[name][rows] for name in names}
 
     def state(self, partitions: Sequence[int]) -> Arrays:
         """Arrays per partition; see :mod:`stream.partition_state`."""

@@ -70,6 +70,7 @@ from stream.topics import FEEDBACK, IMPRESSIONS
 
 END_OF_TIME = int(np.iinfo(np.int64).max)
 _START_OF_TIME = int(np.iinfo(np.int64).min) // 2  # room to subtract windows from
+_FEATURES = {f.name for f in fields(ExampleBlock)} & {f.name for f in fields(ImpressionBlock)}
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,9 @@ class Joiner:
             topic: np.full(partitions, _START_OF_TIME + self._lateness_ms, np.int64)
             for topic in (IMPRESSIONS, FEEDBACK)
         }
+        self._own = {topic: np.zeros(partitions, np.bool_) for topic in (IMPRESSIONS, FEEDBACK)}
+        for source in self.sources:
+            self._own[source.topic][source.partition] = True
         shape = (partitions, len(COLUMNS))
         self._ledgers = Ledgers(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
         self._entries = EntryTable(schema)
@@ -151,8 +155,7 @@ class Joiner:
         return self._emit()
 
     def _watermarks_before(self, topic: str, partition: I32, event_time_ms: I64, floor_ms: int) -> I64:
-        own = [source.partition for source in self.sources if source.topic == topic]
-        assert np.isin(partition, own).all(), "an event came from a partition that is none of the join's sources"
+        assert self._own[topic][partition].all(), "an event is from a partition that is none of the join's sources"
         before_ms: I64 = watermarks_before(
             partition, event_time_ms, self._latest_ms[topic], self._lateness_ms, floor_ms
         )
@@ -200,12 +203,12 @@ class Joiner:
         columns = self._entries.columns
         order = np.lexsort((columns.impression_id[entries], columns.event_time_ms[entries]))
         entries = entries[order]
-        features = self._entries.take_features(entries)
+        features = self._entries.take_features(entries, _FEATURES)
         bits = np.uint64(1) << np.arange(self.schema.num_tasks, dtype=np.uint64)
         attached = (columns.attached[entries][:, None] & bits) != 0
         binary = np.array([t.kind == "binary" for t in self.schema.tasks])
         return ExampleBlock(
-            **{f.name: features[f.name] for f in fields(ExampleBlock) if f.name in features},
+            **features,
             labels=np.where(attached, columns.labels[entries], np.float32(0)),
             label_mask=attached | binary,
             weight=np.ones(len(entries), np.float32),

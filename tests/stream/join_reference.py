@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from hypothesis import strategies as st
 
+from smes.arrays import Arrays
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
 from stream.join.joiner import JoinConfig, Joiner, join_sources
@@ -119,7 +120,7 @@ def as_rows(block: ExampleBlock) -> list[Row]:
     return rows
 
 
-def assert_same_arrays(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:  # type: ignore[type-arg] # of any dtype
+def assert_same_arrays(got: Arrays, expected: Arrays) -> None:
     """Same names, same dtypes, same values."""
     assert got.keys() == expected.keys()
     for name, array in expected.items():

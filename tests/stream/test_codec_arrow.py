@@ -66,7 +66,9 @@ def test_impressions_survive_the_round_trip_in_their_partitions(
     codec: Any, n: int, wire_schema: Schema, as_record: MakeRecord
 ) -> None:
     block = _random_impressions(wire_schema, n, seed=3)
+
     outs = encode_impressions(block, wire_schema, codec, 3)
+
     assert len(outs) == (n if codec == "json" else len(set(partition_of(block.impression_id, 3).tolist())))
     records = [
         as_record("impressions", out.value, offset, out.headers, out.partition) for offset, out in enumerate(outs)
@@ -95,7 +97,9 @@ def test_feedback_survives_the_round_trip_and_follows_its_impression(
         (as_record("feedback", out.value, i, out.headers, out.partition) for i, out in enumerate(outs)),
         key=lambda record: record.partition,
     )
+
     decoded = decode(records, wire_schema)
+
     assert decoded.dead == []
     _assert_same_events(decoded.feedback, block.take(np.argsort(partition_of(block.impression_id, 4), kind="stable")))
     np.testing.assert_array_equal(decoded.feedback.partition, partition_of(decoded.feedback.impression_id, 4))
@@ -109,6 +113,7 @@ def test_rows_come_in_record_order_when_codecs_alternate(wire_schema: Schema, as
         expected += block.impression_id.tolist()
         for out in encode_impressions(block, wire_schema, "json" if codec == "json" else "arrow", 1):
             records.append(as_record("impressions", out.value, len(records), out.headers))
+
     assert decode(records, wire_schema).impressions.impression_id.tolist() == expected
 
 
@@ -127,7 +132,9 @@ def test_id_columns_of_any_integer_type_are_read(
     column: Any, expected: list[int], wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
     value = _ipc(_required(3) | {"features.tab": column})
+
     decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+
     assert decoded.impressions.ids[:, 2].tolist() == expected
     assert decoded.dead == []
 
@@ -147,7 +154,9 @@ def test_bags_are_cut_and_null_bags_are_empty(
     column: Any, wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
     value = _ipc(_required(3) | {"features.tags": column})
+
     decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+
     assert decoded.dead == []
     assert decoded.impressions.ids[:, 3:6].tolist() == [[1, 2, 3], [MISSING] * 3, [MISSING] * 3]
 
@@ -166,7 +175,9 @@ def test_served_scores_are_read_from_any_list_of_numbers(
     value = _ipc(_required(2) | {"served_scores": column, "served_version": pa.array([4, None])})
     block = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema).impressions
     nan = np.nan
+
     np.testing.assert_array_equal(block.served_scores, np.array([[0.5, 0.25, nan], [nan, nan, nan]], np.float32))
+
     assert block.served_version.tolist() == [4, MISSING]
 
 
@@ -217,7 +228,9 @@ def test_a_bad_row_is_refused_alone_and_says_why(
     arrow_headers: Headers,
 ) -> None:
     value = _ipc(_required(3) | {name: column}, batch_rows=batch_rows)
+
     decoded = decode([as_record("impressions", value, offset=6, headers=arrow_headers)], wire_schema)
+
     assert decoded.impressions.impression_id.tolist() == [1, 3]
     [letter] = decoded.dead
     assert (letter.offset, letter.row, letter.code, letter.field, letter.events) == (6, 1, code, field, 1)
@@ -260,7 +273,9 @@ def test_a_bad_feedback_row_is_refused_alone_and_says_why(
     arrow_headers: Headers,
 ) -> None:
     value = _ipc(_feedback(3) | {name: column})
+
     decoded = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema)
+
     assert decoded.feedback.impression_id.tolist() == [1, 3]
     [letter] = decoded.dead
     assert (letter.row, letter.code, letter.field) == (1, code, name)
@@ -268,13 +283,15 @@ def test_a_bad_feedback_row_is_refused_alone_and_says_why(
     assert decoded.dead_feedback == 1
 
 
-def test_tasks_are_told_by_name_whatever_the_producers_numbering(
+def test_tasks_are_found_by_name_whatever_the_producers_numbering(
     wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
     names = pa.array(["rating", "click", "like"])
     task = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 0], pa.uint8()), names)
     value = _ipc(_feedback(4) | {"task": task})
+
     decoded = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema)
+
     assert decoded.feedback.task.tolist() == [2, 0, 1, 2]
 
 
@@ -283,6 +300,7 @@ def test_a_regression_label_at_a_bound_that_float32_cannot_hold(as_record: MakeR
     block = FeedbackBlock.empty(1)
     block.event_time_ms[:] = ARRIVAL_MS
     block.value[:] = 0.1
+
     assert float(block.value[0]) > 0.1
     for out in encode_feedback(block, schema, "arrow", 1) + encode_feedback(block, schema, "json", 1):
         assert len(decode([as_record("feedback", out.value, headers=out.headers)], schema).feedback) == 1
@@ -309,6 +327,7 @@ def test_a_required_column_that_no_row_can_use_refuses_the_record_with_all_its_r
     value = _ipc(columns, batch_rows=2)
     decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
     [letter] = decoded.dead
+
     assert (letter.code, letter.row, letter.events, letter.payload) == (code, None, 5, value)
     assert words in letter.reason
     assert decoded.dead_impressions == 5
@@ -319,7 +338,9 @@ def test_a_row_count_that_the_bytes_cannot_hold_counts_as_one(
     wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
     value = _ipc({"impression_id": pa.nulls(10**9)}, batch_rows=10**9)
+
     decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+
     assert decoded.dead_impressions == 1
 
 
@@ -328,7 +349,9 @@ def test_unknown_columns_are_kept_out_and_counted_per_good_row(
 ) -> None:
     columns = _required(3) | {"features.colour": pa.array([1, 2, 3]), "x": pa.array(["a", "b", None])}
     columns["event_time_ms"] = pa.array([1, 0, 1])
+
     decoded = decode([as_record("impressions", _ipc(columns), headers=arrow_headers)], wire_schema)
+
     assert decoded.unknown_fields == 4
     assert decoded.impressions.impression_id.tolist() == [1, 3]
 
@@ -353,6 +376,7 @@ def test_a_damaged_stream_is_one_letter_and_counts_as_one(
     records = [as_record("impressions", v, i, arrow_headers) for i, v in enumerate([spoil(good), good])]
     decoded = decode(records, wire_schema)
     [letter] = decoded.dead
+
     assert (letter.code, letter.offset, letter.row) == ("unparsable", 0, None)
     assert words in letter.reason
     assert decoded.dead_impressions == 1
@@ -369,6 +393,7 @@ def test_a_compressed_stream_is_refused(
         columns["task"] = columns["task"].dictionary_encode()
     value = _ipc(columns, compression=compression)
     [letter] = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema).dead
+
     assert "uncompressed" in letter.reason
 
 
@@ -377,6 +402,7 @@ def test_offsets_that_leave_their_buffer_are_damage(
 ) -> None:
     good = _ipc(_required(3) | {"features.tags": pa.array([[1], [2], [3]])})
     offsets, beyond = np.array([0, 1, 2, 3], np.int32).tobytes(), np.array([0, 4_000_000, 2, 3], np.int32).tobytes()
+
     assert good.count(offsets) == 1
     value = good.replace(offsets, beyond)
     decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
@@ -390,7 +416,9 @@ def test_letters_stay_small_when_one_long_string_is_repeated_in_every_row(
     rows, text = 2_000, "x" * 500_000
     task = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([text]))
     value = _ipc(_feedback(rows) | {"task": task}, batch_rows=rows)
+
     decoded = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema)
+
     assert decoded.dead_feedback == len(decoded.dead) == rows
     assert sum(len(letter.payload) + len(letter.reason) for letter in decoded.dead) < 6 * len(value)
 
@@ -475,9 +503,11 @@ def test_json_and_arrow_agree_on_impressions(
 ) -> None:
     rows = [_json_event(row) for row in pa.table(columns).to_pylist()]
     by_arrow = decode([as_record("impressions", _ipc(columns), headers=arrow_headers)], wire_schema)
+
     by_json = decode(
         [as_record("impressions", json.dumps(row).encode(), offset) for offset, row in enumerate(rows)], wire_schema
     )
+
     assert _fates(by_json.dead, arrow=False) == _fates(by_arrow.dead, arrow=True)
     assert by_json.unknown_fields == by_arrow.unknown_fields
     assert len(by_json.impressions) + by_json.dead_impressions == len(rows)
@@ -501,9 +531,11 @@ def test_json_and_arrow_agree_on_feedback(
     if data.draw(st.booleans()):
         columns["task"] = columns["task"].dictionary_encode()
     by_arrow = decode([as_record("feedback", _ipc(columns), headers=arrow_headers)], wire_schema)
+
     by_json = decode(
         [as_record("feedback", json.dumps(row).encode(), offset) for offset, row in enumerate(rows)], wire_schema
     )
+
     assert _fates(by_json.dead, arrow=False) == _fates(by_arrow.dead, arrow=True)
     assert len(by_json.feedback) + by_json.dead_feedback == n
     _assert_same_events(by_arrow.feedback, by_json.feedback)
@@ -520,4 +552,5 @@ def test_a_schema_without_features_or_numbers(as_record: MakeRecord) -> None:
     json_records = [
         as_record("impressions", o.value, headers=o.headers) for o in encode_impressions(block, schema, "json", 1)
     ]
+
     assert decode(json_records, schema).impressions.ids.tolist() == [[1, 2], [3, 4]]

@@ -87,7 +87,9 @@ def test_arbitrary_bytes_under_arbitrary_headers(
 def test_arbitrary_json(events: list[Any], topic: str, wire_schema: Schema, as_record: MakeRecord) -> None:
     merged = [GOOD | event if isinstance(event, dict) else event for event in events]
     values = [_json(event) for event in events + merged]
+
     decoded = decode([as_record(topic, value, i) for i, value in enumerate(values)], wire_schema)
+
     assert _accounted(decoded, topic) == len(values)
     assert all(len(letter.reason) < 1_000 for letter in decoded.dead)
 
@@ -128,6 +130,7 @@ def test_damaged_arrow_records(
     decoded = decode([as_record(topic, bytes(value), 0, arrow_headers)], wire_schema)
     # A patch may change the claimed number of rows, or mark a record as one of no rows; whatever is read is accounted.
     rows = len(decoded.impressions) + len(decoded.feedback)
+
     assert _accounted(decoded, topic) == rows + sum(letter.events for letter in decoded.dead)
     assert all(letter.offset == 0 for letter in decoded.dead)
     if any(letter.row is None for letter in decoded.dead):

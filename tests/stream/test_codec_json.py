@@ -47,6 +47,7 @@ def test_a_full_impression_becomes_one_row(wire_schema: Schema, as_record: MakeR
     record = as_record("impressions", json.dumps(IMPRESSION).encode(), offset=41, partition=3)
     decoded = decode([record], wire_schema)
     block = decoded.impressions
+
     assert decoded.dead == []
     assert decoded.unknown_fields == 0
     assert len(decoded.feedback) == 0
@@ -77,6 +78,7 @@ def test_what_is_optional_may_be_absent_null_or_empty(
     full = as_record("impressions", json.dumps(IMPRESSION).encode())
     bare = as_record("impressions", json.dumps(required | optional).encode())
     block = decode([full, bare, full], wire_schema).impressions
+
     assert block.ids[1].tolist() == [7, 9, MISSING, MISSING, MISSING, MISSING, MISSING]
     assert np.isnan(block.numerics[1]).all()
     assert np.isnan(block.served_scores[1]).all()
@@ -87,6 +89,7 @@ def test_what_is_optional_may_be_absent_null_or_empty(
 
 def test_a_long_bag_is_cut_not_refused(wire_schema: Schema, as_record: MakeRecord) -> None:
     decoded = decode([as_record("impressions", _with(IMPRESSION, "features.tags", [5, 4, 3, 2, 1]))], wire_schema)
+
     assert decoded.impressions.ids[0, 3:6].tolist() == [5, 4, 3]
     assert decoded.dead == []
 
@@ -143,7 +146,9 @@ def test_a_bad_impression_is_refused_alone_and_says_why(
 ) -> None:
     good = json.dumps(IMPRESSION).encode()
     records = [as_record("impressions", v, offset) for offset, v in enumerate([good, value, good])]
+
     decoded = decode(records, wire_schema)
+
     assert decoded.impressions.offset.tolist() == [0, 2]
     [letter] = decoded.dead
     assert (letter.topic, letter.partition, letter.offset, letter.row) == ("impressions", 2, 1, None)
@@ -176,7 +181,9 @@ def test_bad_feedback_is_refused_alone_and_says_why(
     value: bytes, code: str, field: str | None, words: str, wire_schema: Schema, as_record: MakeRecord
 ) -> None:
     good = json.dumps(FEEDBACK).encode()
+
     decoded = decode([as_record("feedback", v, i) for i, v in enumerate([value, good])], wire_schema)
+
     assert decoded.feedback.offset.tolist() == [1]
     [letter] = decoded.dead
     assert (letter.topic, letter.offset, letter.code, letter.field) == ("feedback", 0, code, field)
@@ -190,6 +197,7 @@ def test_labels_on_the_edge_of_their_range_are_good(wire_schema: Schema, as_reco
         as_record("feedback", json.dumps(FEEDBACK | {"task": task, "value": value}).encode()) for task, value in edges
     ]
     block = decode(records, wire_schema).feedback
+
     assert block.task.tolist() == [0, 1, 0, 2, 2, 2]
     np.testing.assert_array_equal(block.value, np.array([v for _, v in edges], np.float32))
 
@@ -198,6 +206,7 @@ def test_event_time_may_be_as_late_as_the_limit_and_the_limit_is_the_callers(
     wire_schema: Schema, as_record: MakeRecord
 ) -> None:
     record = as_record("impressions", _with(IMPRESSION, "event_time_ms", ARRIVAL_MS + 300_000))
+
     assert len(decode([record], wire_schema).impressions) == 1
     assert [letter.code for letter in decode([record], wire_schema, max_future_ms=299_999).dead] == ["future_time"]
 
@@ -216,7 +225,9 @@ def test_unknown_fields_are_kept_out_and_counted_in_good_events_only(
     wire = [json.dumps(v).replace('"HUGE"', "1e999").encode() for v in values]
     records = [as_record("impressions", value, offset) for offset, value in enumerate(wire)]
     records.append(as_record("feedback", json.dumps(FEEDBACK | {"who": 1, "why": None}).encode()))
+
     decoded = decode(records, wire_schema)
+
     assert decoded.unknown_fields == 5 + 2
     assert decoded.impressions.ids[1].tolist() == decoded.impressions.ids[0].tolist()
     assert decoded.impressions.offset.tolist() == [0, 1, 4]
@@ -238,6 +249,7 @@ def test_headers_are_checked_before_the_payload(
 ) -> None:
     decoded = decode([as_record("impressions", json.dumps(IMPRESSION).encode(), headers=headers)], wire_schema)
     [letter] = decoded.dead
+
     assert letter.code == code
     if code == "schema_mismatch":
         assert wire_schema.hash in letter.reason
@@ -248,6 +260,7 @@ def test_a_schema_mismatch_names_both_hashes(wire_schema: Schema, as_record: Mak
     other = Schema("other", wire_schema.tasks, wire_schema.features)
     [out] = encode_impressions(decode([], wire_schema).impressions.empty(wire_schema, 1), other, "json", 1)
     [letter] = decode([as_record("impressions", out.value, headers=out.headers)], wire_schema).dead
+
     assert wire_schema.hash in letter.reason
     assert other.hash in letter.reason
 
@@ -261,7 +274,9 @@ def test_encoded_json_is_the_documented_form(wire_schema: Schema, as_record: Mak
     impressions = decode([as_record("impressions", json.dumps(IMPRESSION).encode())], wire_schema).impressions
     feedback = decode([as_record("feedback", json.dumps(FEEDBACK).encode())], wire_schema).feedback
     [impression_out] = encode_impressions(impressions, wire_schema, "json", 1)
+
     [feedback_out] = encode_feedback(feedback, wire_schema, "json", 1)
+
     assert json.loads(impression_out.value) == IMPRESSION
     assert json.loads(feedback_out.value) == FEEDBACK
     assert dict(impression_out.headers) == {"codec": b"json", "schema": wire_schema.hash.encode()}
@@ -271,5 +286,6 @@ def test_encoded_json_is_the_documented_form(wire_schema: Schema, as_record: Mak
 def test_an_infinity_is_refused_by_the_encoder(codec: Any, wire_schema: Schema, as_record: MakeRecord) -> None:
     block = decode([as_record("impressions", json.dumps(IMPRESSION).encode())] * 3, wire_schema).impressions
     block.numerics[1, 0] = np.inf
+
     with pytest.raises(ValueError, match=r"numerics: expected finite .* row 1"):
         encode_impressions(block, wire_schema, codec, 1)

@@ -33,6 +33,7 @@ def test_a_refused_record_can_be_found_again_from_its_letter(wire_schema: Schema
     read = log.read({TopicPartition(IMPRESSIONS, 1): 0}, max_records=10, timeout_s=1.0).records
     writer.write(decode(read, wire_schema).dead)
     first, second = (json.loads(record.value) for record in _written(log))
+
     assert {key: first[key] for key in ("topic", "partition", "offset", "row", "code", "field", "events")} == {
         "topic": "impressions",
         "partition": 1,
@@ -50,13 +51,16 @@ def test_a_refused_record_can_be_found_again_from_its_letter(wire_schema: Schema
 @pytest.mark.parametrize(("extra", "truncated"), [(0, False), (1, True)])
 def test_a_payload_beyond_the_limit_is_cut_and_flagged(extra: int, truncated: bool) -> None:
     payload = bytes(range(256)) * (MAX_PAYLOAD_BYTES // 256) + b"y" * extra
+
     written = json.loads(_letter(payload).to_json())
+
     assert base64.b64decode(written["payload"]) == payload[:MAX_PAYLOAD_BYTES]
     assert (written["payload_bytes"], written["payload_truncated"]) == (len(payload), truncated)
 
 
 def test_events_are_counted_by_topic_and_code() -> None:
     writer = DeadLetterWriter(InMemoryLog())
+
     assert dict(writer.counts) == {}
     writer.write([_letter(), _letter(events=40), _letter(code="unparsable")])
     writer.write([])
@@ -67,7 +71,9 @@ def test_events_are_counted_by_topic_and_code() -> None:
 def test_letters_are_spread_by_the_partition_of_their_events() -> None:
     log = InMemoryLog()
     writer = DeadLetterWriter(log, partitions=2)
+
     writer.write([_letter(partition=p) for p in range(5)])
+
     assert [json.loads(r.value)["partition"] for r in _written(log, 0)] == [0, 2, 4]
     assert [json.loads(r.value)["partition"] for r in _written(log, 1)] == [1, 3]
     assert _written(log, 0)[0].headers == (("codec", b"json"),)
@@ -79,6 +85,7 @@ def test_nothing_is_counted_that_the_log_did_not_take() -> None:
             raise EventLogError(f"{topic}: no")
 
     writer = DeadLetterWriter(Refusing())
+
     with pytest.raises(EventLogError):
         writer.write([_letter()])
     assert dict(writer.counts) == {}

@@ -1,4 +1,4 @@
-"""From an event log to mini-batches: which partitions hold time back, when positions move, how much a read brings.
+"""From an event log to mini-batches: which partitions hold time back, when positions move, how much a read returns.
 
 Guarantee shown: a position never moves past an event that is not in the join or in the dead-letter topic, a restart
 goes on with the very next batch, and catching up on full Arrow records stays within bounds.
@@ -95,7 +95,9 @@ def test_an_idle_partition_holds_time_back_only_for_so_long() -> None:
     log, clock = open_log(), Clock()
     stream = open_stream(log, clock=clock)
     append(log, range(300), partition=0)
+
     read_all(stream)
+
     assert ready_ids(stream) == []  # partition 1 of both topics may still bring older events
     clock.now_s += 29.9
     stream.poll(0)
@@ -118,7 +120,9 @@ def test_a_partition_that_was_idle_counts_again_as_soon_as_it_has_news() -> None
     read_all(stream)
     append(log, range(160, 400), partition=0)
     clock.now_s += 1
+
     read_all(stream)
+
     # Partition 1 is at impression 120 (START + 12 s): only what is before START + 2 s is complete.
     assert ready_ids(stream) == list(range(20))
 
@@ -132,6 +136,7 @@ def test_a_partition_with_records_left_to_read_is_never_idle() -> None:
         stream.poll(0)
     # Nothing but idleness could have moved the watermark past a source that has hardly been read.
     feedback_read = stream.positions[TopicPartition(FEEDBACK, 0)]
+
     assert stream.assembler.watermark_ms <= START_MS + 100 * max(feedback_read - 1, 0) + 1000
 
 
@@ -165,7 +170,9 @@ def test_positions_move_only_once_the_dead_letters_are_written() -> None:
         assert log.end(DEAD_LETTERS) == {TopicPartition(DEAD_LETTERS, 0): 0}
     log.away = False
     read_all(stream)
+
     after = stream.ledger()
+
     assert (after.impressions, after.dead_lettered, after.feedback) == (32, 1, 31)
     assert log.end(DEAD_LETTERS) == {TopicPartition(DEAD_LETTERS, 0): 1}
     assert stream.has_reached(stream.end())
@@ -182,6 +189,7 @@ def test_catching_up_stays_within_events_per_read(events_per_record: int, total:
     sizes = []
     while not stream.has_reached(stream.end()):
         sizes.append(stream.poll(0))
+
     assert sum(sizes) == 2 * total
     # The first read does not know yet how many events a record holds; it takes few records.
     assert max(sizes[1:]) <= bound + events_per_record
@@ -199,6 +207,7 @@ def test_full_records_after_many_tiny_ones_do_not_flood() -> None:
     sizes = []
     while not stream.has_reached(stream.end()):
         sizes.append(stream.poll(0))
+
     assert sum(sizes) == 2 * 20_200
     # The reads that meet the change may be surprised; those after it may not.
     assert len(sizes) > 20
@@ -209,6 +218,7 @@ def test_topics_with_different_numbers_of_partitions_are_refused() -> None:
     log = InMemoryLog()
     log.ensure_topic(IMPRESSIONS, 2)
     log.ensure_topic(FEEDBACK, 3)
+
     with pytest.raises(ValueError, match=r"topic 'feedback' has 3 partitions, expected 2 as 'impressions'"):
         open_stream(log)
 
@@ -232,7 +242,9 @@ def test_a_restart_goes_on_with_the_very_next_batch(codec: Literal["json", "arro
     read_all(first)
     second = open_stream(log, config)
     second.load_state(saved)
+
     read_all(second)
+
     assert second.positions == whole.positions
     assert second.positions_by_topic() == whole.positions_by_topic()
     assert second.ledger() == whole.ledger()
@@ -241,9 +253,9 @@ def test_a_restart_goes_on_with_the_very_next_batch(codec: Literal["json", "arro
     # Which row of the join's tables an entry has depends on which rows were free; a restart packs them.
     for name in (n for n in wanted if "/entry." not in n and "/waiting." not in n):
         np.testing.assert_array_equal(got[name], wanted[name], err_msg=name)
-    first = whole.next_batch()
-    assert first is not None
-    assert first.labels[:, 0].tolist() == [1.0] * len(first)
+    batch = whole.next_batch()
+    assert batch is not None
+    assert batch.labels[:, 0].tolist() == [1.0] * len(batch)
 
 
 def test_upcoming_is_the_batch_that_comes_next() -> None:
@@ -277,6 +289,7 @@ def test_refused_events_and_unknown_fields_are_counted_by_partition() -> None:
     state = stream.state()
 
     refused = {name: array.tolist() for name, array in state.items() if name.endswith("/refused")}
+
     assert refused == {
         "impressions/0/refused": [1, 0],
         "impressions/1/refused": [2, 0],
@@ -289,7 +302,9 @@ def test_positions_are_given_by_topic() -> None:
     log = open_log()
     append(log, [1], partition=1)
     stream = open_stream(log)
+
     read_all(stream)
+
     assert stream.positions_by_topic() == {FEEDBACK: {"0": 0, "1": 1}, IMPRESSIONS: {"0": 0, "1": 1}}
 
 

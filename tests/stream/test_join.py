@@ -39,14 +39,14 @@ def slices(
     reads = []
     while any(shown) or any(outcomes):
         read: tuple[list[Impression], list[Feedback]] = ([], [])
-        for queue in shown:
+        for impression_queue in shown:
             size = random.randint(0, 4)
-            read[0].extend(queue[:size])
-            del queue[:size]
-        for queue in outcomes:
+            read[0].extend(impression_queue[:size])
+            del impression_queue[:size]
+        for feedback_queue in outcomes:
             size = random.randint(0, 4)
-            read[1].extend(queue[:size])
-            del queue[:size]
+            read[1].extend(feedback_queue[:size])
+            del feedback_queue[:size]
         reads.append(read)
     return reads
 
@@ -79,7 +79,8 @@ def test_equals_the_reference_however_reads_are_sliced(events, random, lateness_
 @pytest.mark.timeout(600)  # bounds hangs only
 def test_the_ledgers_of_the_partitions_balance_and_add_up(events, random):  # type: ignore[no-untyped-def] # hypothesis passes plain data
     join = joiner()
-    for shown, outcomes in slices(*events, random):
+    impressions, feedback = events
+    for shown, outcomes in slices(impressions, feedback, random):
         join.push(impression_block(shown), feedback_block(outcomes))
 
         parts = [join.partition_ledger(p) for p in range(PARTITIONS)]
@@ -95,7 +96,8 @@ def test_the_ledgers_of_the_partitions_balance_and_add_up(events, random):  # ty
 @pytest.mark.timeout(600)  # bounds hangs only
 def test_a_state_that_was_loaded_is_saved_as_it_was(events, random):  # type: ignore[no-untyped-def] # hypothesis passes plain data
     join = joiner()
-    for shown, outcomes in slices(*events, random):
+    impressions, feedback = events
+    for shown, outcomes in slices(impressions, feedback, random):
         join.push(impression_block(shown), feedback_block(outcomes))
         restored = joiner()
         restored.load_state(join.state())

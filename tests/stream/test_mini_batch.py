@@ -1,5 +1,7 @@
 """Where batches end, against one example at a time, under every slicing of the input."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -49,20 +51,27 @@ def test_equals_the_reference(times_ms: list[int], size: int, max_age_ms: int, d
         assert len(batcher) + sum(len(b) for b in got) == min(stop, len(times_ms))
         start = stop
     got += batcher.flush()
+
     assert [b.impression_id.tolist() for b in got] == reference(times_ms, size, max_age_ms)
     assert batcher.flush() == []
 
 
 def test_an_old_batch_does_not_wait_to_be_full() -> None:
     batcher = MiniBatcher(SCHEMA, MiniBatchConfig(size=100, max_age_s=2))
+
     assert batcher.push(block([1000, 1500]), watermark_ms=6600) == []
     assert batcher.push(block([]), watermark_ms=8000) == []
     (batch,) = batcher.push(block([]), watermark_ms=8001)
     assert batch.event_time_ms.tolist() == [1000, 1500]
 
 
-def test_refuses_bad_bounds() -> None:
-    with pytest.raises(ValueError, match="MiniBatchConfig.size: 0, expected at least 1"):
-        MiniBatchConfig(size=0)
-    with pytest.raises(ValueError, match="MiniBatchConfig.max_age_s: 0, expected more than 0"):
-        MiniBatchConfig(max_age_s=0)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"size": 0}, r"MiniBatchConfig\.size: 0, expected at least 1"),
+        ({"max_age_s": 0.0}, r"MiniBatchConfig\.max_age_s: 0\.0, expected more than 0"),
+    ],
+)
+def test_refuses_bad_bounds(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MiniBatchConfig(**wrong)

@@ -74,7 +74,8 @@ def test_a_restart_anywhere_changes_no_batch_and_no_array(events, random, size):
         return Assembler(SCHEMA, JoinConfig(1.0, 1e6), MiniBatchConfig(size, max_age_s=20), 2)
 
     never_stopped, restarted = assembler(), assembler()
-    for read in reads(*events, 2, random):
+    impressions, feedback = events
+    for read in reads(impressions, feedback, 2, random):
         for each in (never_stopped, restarted):
             each.push(*read)
         never_stopped.count_refused({TopicPartition(FEEDBACK, 1): 1}, {TopicPartition(IMPRESSIONS, 0): 2})
@@ -109,7 +110,8 @@ def grown(events: tuple[list[Impression], list[Feedback]], at_ms: int) -> tuple[
 @pytest.mark.timeout(600)  # bounds hangs only
 def test_a_join_that_grows_gives_what_one_with_all_partitions_gives(events, random, at_ms, lateness_ms):  # type: ignore[no-untyped-def] # hypothesis passes plain data
     before, after = grown(events, at_ms)
-    old, new = reads(*before, 2, random), reads(*after, 4, random)
+    old = reads(before[0], before[1], 2, random)
+    new = reads(after[0], after[1], 4, random)
     stop = random.randint(0, len(old))
     expected = joiner(lateness_ms / 1000, partitions=4)
     wanted = push_all(expected, old + new) + as_rows(expected.flush())
@@ -171,8 +173,8 @@ def test_an_entry_moves_to_the_partition_of_its_impression() -> None:
 
 
 def test_the_state_of_one_partition_goes_on_without_the_others() -> None:
-    events = ([(key, 100 * key) for key in range(200)], [(key, 100 * key + 500, 0, 1.0) for key in range(200)])
-    blocks = reads(*events, 2, Random(0))
+    shown_at = [(key, 100 * key) for key in range(200)]
+    blocks = reads(shown_at, [(key, time + 500, 0, 1.0) for key, time in shown_at], 2, Random(0))
     both = joiner()
     rows = push_all(both, blocks[:20])
     state = both.state()

@@ -18,7 +18,7 @@ from stream.log.event_log import Record
 MakeRecord = Callable[..., Record]
 NOW_MS = 1_700_000_000_000
 SCHEMA = Schema(
-    "told",
+    "sequences",
     tasks=(Task("click"),),
     features=(
         Feature("tab"),
@@ -40,7 +40,9 @@ def test_sequences_survive_the_round_trip(codec: Literal["json", "arrow"], as_re
             start = SCHEMA.id_slices[name].start
             block.ids[row, start : start + length] = rng.integers(-3, 3, length)
     records = encode_impressions(block, SCHEMA, codec, 1)
+
     decoded = decode([as_record("impressions", r.value, i, r.headers) for i, r in enumerate(records)], SCHEMA)
+
     assert not decoded.dead
     np.testing.assert_array_equal(decoded.impressions.ids, block.ids)
 
@@ -79,4 +81,5 @@ def test_a_sequence_as_long_as_its_companion_is_kept_any_other_refused(
             for name, values in zip(("seen", "outcomes"), pairs[i], strict=True):
                 expected = ([*(values or []), MISSING, MISSING, MISSING])[:3]
                 assert decoded.impressions.ids[row, SCHEMA.id_slices[name]].tolist() == expected
+
     assert [d.reason for d in from_json.dead] == [d.reason for d in from_arrow.dead]
