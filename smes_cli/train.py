@@ -38,13 +38,13 @@ _LINE_EVERY_S = 5.0
 def run_train(
     config: Config, *, report: Path | None, drain: bool, skip_lost: bool, should_stop: Callable[[], bool]
 ) -> TrainingReport:
-    """Train until told to stop; returns the report, which is also written to ``report``.
+    """Train until ``should_stop``; returns the report, which is also written to ``report``.
 
     Args:
         config: What to train, from where, to where.
         report: Where to write the report, if anywhere.
-        drain: When told to stop, first train on everything that is in the log by then.
-        skip_lost: If the log no longer holds the checkpoint's position, go on at the oldest record it has.
+        drain: Before stopping, train on everything that is in the log by then.
+        skip_lost: If the log no longer holds the checkpoint's position, continue at the oldest record that it has.
         should_stop: Asked between two steps.
 
     Raises:

@@ -179,7 +179,7 @@ class ProgressiveEvaluation(Observer):
         return metrics
 
     def state(self) -> Arrays:
-        """Arrays from which :meth:`load_state` goes on, with the open window and its frozen weights."""
+        """Arrays from which :meth:`load_state` continues, with the open window and its frozen weights."""
         state: Arrays = {"group_auc": self._group_auc, "window": np.array([self._period, self._before_window])}
         for t, tally in enumerate(self._tallies):
             state |= prefixed(f"{t}.", tally.state())

@@ -92,7 +92,7 @@ class ExpertTally:
         return self._summarised[1]
 
     def state(self) -> Arrays:
-        """Arrays from which :meth:`load_state` goes on."""
+        """Arrays from which :meth:`load_state` continues."""
         return {
             "counts": self._counts.copy(),
             "load": self._load_TE,

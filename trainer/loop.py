@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from feature_store.manifest import Manifest
+from feature_store.publication import Manifest
 from smes.arrays import Arrays, prefixed, under
 from smes.errors import CheckpointError, SnapshotNotFound
 from smes.events import ExampleBlock
@@ -60,7 +60,7 @@ class Stream(Protocol):
         """Topic → partition → next record to read."""
 
     def state(self) -> Arrays:
-        """Arrays from which ``load_state`` goes on."""
+        """Arrays from which ``load_state`` continues."""
 
     def load_state(self, state: Arrays) -> None:
         """The inverse of ``state``."""
@@ -120,7 +120,7 @@ class Trainer:
         self._observers.append(observer)
 
     def restore(self) -> int | None:
-        """Go on from the newest checkpoint and return its step; None if there is no checkpoint.
+        """Continue from the newest checkpoint and return its step; None if there is no checkpoint.
 
         Raises:
             CheckpointError, SchemaMismatch: See :meth:`CheckpointDirectory.newest`.
@@ -162,11 +162,11 @@ class Trainer:
             self.cut()
 
     def run(self, should_stop: Callable[[], bool], *, drain: bool = False) -> None:
-        """Read and train until told to stop, then cut, publish and checkpoint.
+        """Read and train until ``should_stop``, then cut, publish and checkpoint.
 
         Args:
             should_stop: Asked between two steps.
-            drain: When told to stop, first read and train on everything that is in the log by then.
+            drain: Before stopping, read and train on everything that is in the log by then.
 
         Raises:
             EventLogError: The log could not be read within its bounded wait; the last checkpoint stays valid.

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from feature_store.manifest import Manifest
 from feature_store.payload import encode
+from feature_store.publication import Manifest
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError, SnapshotStale
 from smes.schema import Schema
@@ -161,7 +161,7 @@ class Publisher:
             _logger.info("%s", error)
             return True
         except SmesError as error:
-            # Serving keeps what it has; the next cut stands for this one too.
+            # Serving keeps what it has; the next cut contains this one's training.
             self.failures += 1
             _logger.warning("snapshot of step %d not published, trying again: %s", cut.step, error)
             return False
@@ -219,7 +219,7 @@ def lineage_to_publish(lineage: str, step: int, served: Manifest | None) -> str:
         return lineage
     forked = new_lineage(lineage)
     _logger.warning(
-        "version %d of lineage %s is served but the checkpoint is of step %d: going on as lineage %s",
+        "version %d of lineage %s is served but the checkpoint is of step %d: continuing as lineage %s",
         served.version,
         lineage,
         step,

@@ -118,7 +118,7 @@ class RoutingHistory:
             self._steps *= 2
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Arrays from which :meth:`load_state` goes on."""
+        """Arrays from which :meth:`load_state` continues."""
         state: dict[str, NDArray[Any]] = {
             "steps": np.array([self._steps, *(segment.steps for segment in self.segments)]),
             "instances": np.array([segment.instances for segment in self.segments], np.int64),

@@ -16,7 +16,7 @@ import pytest
 from smes_cli.backtest import run_backtest
 from smes_cli.config import Config, load_config
 
-USERS, ROUNDS, SHOWN = 1000, 8, 4
+USERS, ROUNDS, ITEMS = 1000, 8, 4
 ROUND_S = 1000
 SCHEMA = """
 name: kinds
@@ -31,10 +31,10 @@ log: {user_id: user, item_id: item, event_time: at, REQUEST labels: {click: {col
 
 
 def write_log(folder: Path) -> Path:
-    """Every user is shown four items in every round of 1,000 s, each time at a moment of their own."""
+    """Every user sees four items in every round of 1,000 s, each user at another moment of the round."""
     rng = np.random.default_rng(0)
-    n = USERS * ROUNDS * SHOWN
-    visit = np.repeat(np.arange(USERS * ROUNDS), SHOWN)
+    n = USERS * ROUNDS * ITEMS
+    visit = np.repeat(np.arange(USERS * ROUNDS), ITEMS)
     user = visit % USERS
     started_s = visit // USERS * ROUND_S + rng.permuted(np.arange(USERS * ROUNDS) % USERS)[visit] * 0.7
     item = rng.integers(0, 40, n)
@@ -45,7 +45,7 @@ def write_log(folder: Path) -> Path:
         "item": item,
         "kind": item % 2,
         "visit": visit,
-        "at": ((1_000_000 + started_s + 0.01 * (np.arange(n) % SHOWN)) * 1000).astype(np.int64),
+        "at": ((1_000_000 + started_s + 0.01 * (np.arange(n) % ITEMS)) * 1000).astype(np.int64),
         "clicked": rng.random(n) < likely,
     }
     path = folder / "kinds.parquet"
@@ -60,7 +60,7 @@ def click_of(folder: Path, log: Path, *, history: str, request: str) -> tuple[fl
     (folder / "smes.yaml").write_text(json.dumps({"schema": str(schema), "trainer": {"device": "cpu"}}))
     config: Config = load_config(folder / "smes.yaml", {})
     result = run_backtest(config, log, limit=None, seed=0, baseline=None, should_stop=lambda: False)
-    assert result.report.events.trained == USERS * ROUNDS * SHOWN
+    assert result.report.events.trained == USERS * ROUNDS * ITEMS
     click = result.report.tasks["click"]
     assert click.auc is not None
     assert click.gauc_windowed is not None

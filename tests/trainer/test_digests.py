@@ -1,6 +1,6 @@
 """The weights that a small stream gives: the same every time, by either loop, and as they were recorded.
 
-Guarantee shown: a change of the code that changes a bit of the weights is noticed, on the recorded kind of machine.
+Guarantee shown: on the recorded kind of machine, a change of the code that changes a bit of the weights is noticed.
 """
 
 from functools import cache

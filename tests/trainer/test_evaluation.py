@@ -251,7 +251,7 @@ def test_a_restart_in_mid_window_changes_nothing(at: int) -> None:
     first = evaluation(config, weights)
     run(first, weights, stream[:at])
     saved = {name: array.copy() for name, array in first.state().items()}
-    run(first, Weights(), stream[at:])  # what the old process goes on to do must not reach the saved state
+    run(first, Weights(), stream[at:])  # the old process must not change the saved state any more
     second = evaluation(config, weights)
     second.load_state(saved)
     run(second, weights, stream[at:])

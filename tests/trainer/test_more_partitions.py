@@ -1,4 +1,4 @@
-"""A checkpoint written with two partitions goes on with four: nothing is lost, and the weights are the same.
+"""A checkpoint written with two partitions is continued with four: nothing is lost, and the weights are the same.
 
 Guarantee shown: the ledger is kept and balances. The weights are, bit for bit, those of a trainer that read four
 partitions from the beginning.

@@ -1,7 +1,7 @@
 """Publishing to a real Redis that is slow, goes away and comes back.
 
-Guarantee shown: the trainer is never held up, the newest cut is what gets published, the feedback that a superseded or
-failed cut stood for is counted by the one that replaces it, and a clean close leaves nothing behind.
+Guarantee shown: the trainer never waits, and the newest cut is the one that is published. Feedback counted for a cut
+that was replaced or failed is counted by the cut that replaces it. A clean close leaves nothing behind.
 """
 
 import os
@@ -88,13 +88,12 @@ def test_what_is_offered_is_what_serving_loads(client: redis.Redis, namespace: s
 def test_cuts_that_come_while_one_is_uploaded_coalesce_into_the_newest(client: redis.Redis, namespace: str) -> None:
     store = SnapshotStore(client, namespace)
     publishing = publisher(store)
-    client.client_pause(10_000)  # ms; the server takes commands and answers none
+    client.client_pause(round(1000 * DEADLINE_S))  # the server takes commands and answers none
     publishing.offer(cut(1, {100: 1}))
     until(lambda: not publishing.has_waiting)  # the thread has the first in hand
-    began_s = time.monotonic()
     for step in (2, 3, 4):
         publishing.offer(cut(step, {100: 10, 100 + step: step}))
-    assert time.monotonic() - began_s < 1  # offering waits for nobody
+    assert publishing.published == 0  # offering did not wait for the server
     client.client_unpause()
     assert publishing.close(DEADLINE_S)
     assert [m.version for m in store.list()] == [1, 4]
@@ -153,7 +152,7 @@ def test_closing_without_a_redis_ends_in_bounded_time_and_says_so(tmp_path: Path
     publishing.offer(cut(1))
     began_s = time.monotonic()
     assert not publishing.close(2.0)
-    assert time.monotonic() - began_s < 20
+    assert time.monotonic() - began_s < DEADLINE_S
     until(lambda: not publishing.is_running)
 
 

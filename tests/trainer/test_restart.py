@@ -115,14 +115,23 @@ def test_a_clean_stop_loses_nothing(log: InMemoryLog, tmp_path: Path) -> None:
     assert_same(second, never_stopped)
 
 
-def test_learns_and_routes(log: InMemoryLog) -> None:
+@pytest.fixture
+def well_trained(log: InMemoryLog) -> Trainer:
     fill(log, 6000)
     trainer = trainer_of(log, None)
     train_to_the_end(trainer)
     trainer.settle()
-    click = trainer.evaluation.report()["click"]
+    return trainer
+
+
+def test_it_learns(well_trained: Trainer) -> None:
+    click = well_trained.evaluation.report()["click"]
     assert click.auc is not None
     assert click.auc > 0.6
+
+
+def test_every_example_executes_experts_within_the_bound(well_trained: Trainer) -> None:
+    trainer = well_trained
     assert trainer.experts.instances == trainer.trained
     bound = MODEL.smes.num_shared + 3 * MODEL.smes.num_adaptive
     assert trainer.experts.max is not None

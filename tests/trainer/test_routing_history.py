@@ -17,7 +17,7 @@ SHORT = RoutingHistoryConfig(first_steps=2, most_segments=4, probe=8)
 
 
 def batch(step: int) -> ExampleBlock:
-    """Ten examples that can be told from all others."""
+    """Ten examples that differ from all others."""
     block = ExampleBlock.empty(SCHEMA, BATCH)
     ids = np.broadcast_to(np.arange(BATCH)[:, None] + 100 * step, block.ids.shape).copy()
     return replace(block, ids=ids, numerics=(ids[:, :1] / 2).astype(np.float32))

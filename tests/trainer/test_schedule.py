@@ -46,7 +46,7 @@ def test_flags_are_raised_again_and_again_while_open_and_not_after() -> None:
     assert not comes_true(lambda: flags.take("often"), within_s=0.3)  # fifteen intervals
 
 
-def test_a_flag_that_nobody_takes_is_one_flag() -> None:
+def test_a_flag_raised_many_times_is_taken_once() -> None:
     flags, other = Flags(), Flags()
     with Schedule(flags, {"cut": 0.01}), Schedule(other, {"clock": 0.01}):
         for _ in range(10):

@@ -12,7 +12,7 @@ import torch
 
 from smes.errors import CheckpointError
 from smes.model.serving import ServingModel
-from smes_scorer.served import load_serving_model
+from smes_scorer.hot_swap import load_serving_model
 from tests.fixtures.stored import (
     CHECKPOINT,
     CHECKPOINT_OF_FORMAT_1,
