@@ -1,4 +1,4 @@
-"""The Arrow wire form: round trips, routing, columns of every make, bad rows, damage; and agreement with JSON."""
+"""The Arrow wire form: round trips, routing, columns of every make, bad rows, damage."""
 
 import json
 from collections.abc import Callable
@@ -7,26 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
 from stream.codec.codec import decode, encode_feedback, encode_impressions
 from stream.log.event_log import Headers, Record
 from stream.topics import partition_of
-
-ARRIVAL_MS = 1_700_000_000_000
-MakeRecord = Callable[..., Record]
-
-
-def _ipc(columns: dict[str, Any], *, batch_rows: int = 1000, **options: Any) -> bytes:
-    table = pa.table(columns)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table, max_chunksize=batch_rows)
-    encoded: bytes = sink.getvalue().to_pybytes()
-    return encoded
+from tests.stream.wire import ARRIVAL_MS, MakeRecord, assert_same_events, ipc
 
 
 def _required(n: int) -> dict[str, Any]:
@@ -54,12 +41,6 @@ def _random_impressions(schema: Schema, n: int, seed: int) -> ImpressionBlock:
     return block
 
 
-def _assert_same_events(got: Any, expected: Any) -> None:
-    for name, column in expected.arrays().items():
-        if name not in ("partition", "offset", "arrival_ms"):
-            np.testing.assert_array_equal(got.arrays()[name], column, err_msg=name)
-
-
 @pytest.mark.parametrize("codec", ["json", "arrow"])
 @pytest.mark.parametrize("n", [0, 1, 200])
 def test_impressions_survive_the_round_trip_in_their_partitions(
@@ -78,7 +59,7 @@ def test_impressions_survive_the_round_trip_in_their_partitions(
     assert decoded.dead == []
     assert decoded.unknown_fields == 0
     expected = block.take(np.argsort(partition_of(block.impression_id, 3), kind="stable"))
-    _assert_same_events(decoded.impressions, expected)
+    assert_same_events(decoded.impressions, expected)
     np.testing.assert_array_equal(decoded.impressions.partition, partition_of(expected.impression_id, 3))
 
 
@@ -101,7 +82,7 @@ def test_feedback_survives_the_round_trip_and_follows_its_impression(
     decoded = decode(records, wire_schema)
 
     assert decoded.dead == []
-    _assert_same_events(decoded.feedback, block.take(np.argsort(partition_of(block.impression_id, 4), kind="stable")))
+    assert_same_events(decoded.feedback, block.take(np.argsort(partition_of(block.impression_id, 4), kind="stable")))
     np.testing.assert_array_equal(decoded.feedback.partition, partition_of(decoded.feedback.impression_id, 4))
 
 
@@ -131,7 +112,7 @@ def test_rows_come_in_record_order_when_codecs_alternate(wire_schema: Schema, as
 def test_id_columns_of_any_integer_type_are_read(
     column: Any, expected: list[int], wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
-    value = _ipc(_required(3) | {"features.tab": column})
+    value = ipc(_required(3) | {"features.tab": column})
 
     decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
 
@@ -153,7 +134,7 @@ def test_id_columns_of_any_integer_type_are_read(
 def test_bags_are_cut_and_null_bags_are_empty(
     column: Any, wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
-    value = _ipc(_required(3) | {"features.tags": column})
+    value = ipc(_required(3) | {"features.tags": column})
 
     decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
 
@@ -172,7 +153,7 @@ def test_bags_are_cut_and_null_bags_are_empty(
 def test_served_scores_are_read_from_any_list_of_numbers(
     column: Any, wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
-    value = _ipc(_required(2) | {"served_scores": column, "served_version": pa.array([4, None])})
+    value = ipc(_required(2) | {"served_scores": column, "served_version": pa.array([4, None])})
     block = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema).impressions
     nan = np.nan
 
@@ -227,7 +208,7 @@ def test_a_bad_row_is_refused_alone_and_says_why(
     as_record: MakeRecord,
     arrow_headers: Headers,
 ) -> None:
-    value = _ipc(_required(3) | {name: column}, batch_rows=batch_rows)
+    value = ipc(_required(3) | {name: column}, batch_rows=batch_rows)
 
     decoded = decode([as_record("impressions", value, offset=6, headers=arrow_headers)], wire_schema)
 
@@ -272,7 +253,7 @@ def test_a_bad_feedback_row_is_refused_alone_and_says_why(
     as_record: MakeRecord,
     arrow_headers: Headers,
 ) -> None:
-    value = _ipc(_feedback(3) | {name: column})
+    value = ipc(_feedback(3) | {name: column})
 
     decoded = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema)
 
@@ -288,7 +269,7 @@ def test_tasks_are_found_by_name_whatever_the_producers_numbering(
 ) -> None:
     names = pa.array(["rating", "click", "like"])
     task = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 0], pa.uint8()), names)
-    value = _ipc(_feedback(4) | {"task": task})
+    value = ipc(_feedback(4) | {"task": task})
 
     decoded = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema)
 
@@ -324,7 +305,7 @@ def test_a_required_column_that_no_row_can_use_refuses_the_record_with_all_its_r
     arrow_headers: Headers,
 ) -> None:
     columns = {name: column for name, column in (_required(5) | change).items() if column is not None}
-    value = _ipc(columns, batch_rows=2)
+    value = ipc(columns, batch_rows=2)
     decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
     [letter] = decoded.dead
 
@@ -337,7 +318,7 @@ def test_a_required_column_that_no_row_can_use_refuses_the_record_with_all_its_r
 def test_a_row_count_that_the_bytes_cannot_hold_counts_as_one(
     wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
-    value = _ipc({"impression_id": pa.nulls(10**9)}, batch_rows=10**9)
+    value = ipc({"impression_id": pa.nulls(10**9)}, batch_rows=10**9)
 
     decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
 
@@ -350,7 +331,7 @@ def test_unknown_columns_are_kept_out_and_counted_per_good_row(
     columns = _required(3) | {"features.colour": pa.array([1, 2, 3]), "x": pa.array(["a", "b", None])}
     columns["event_time_ms"] = pa.array([1, 0, 1])
 
-    decoded = decode([as_record("impressions", _ipc(columns), headers=arrow_headers)], wire_schema)
+    decoded = decode([as_record("impressions", ipc(columns), headers=arrow_headers)], wire_schema)
 
     assert decoded.unknown_fields == 4
     assert decoded.impressions.impression_id.tolist() == [1, 3]
@@ -372,7 +353,7 @@ def test_a_damaged_stream_is_one_letter_and_counts_as_one(
     as_record: MakeRecord,
     arrow_headers: Headers,
 ) -> None:
-    good = _ipc(_required(3))
+    good = ipc(_required(3))
     records = [as_record("impressions", v, i, arrow_headers) for i, v in enumerate([spoil(good), good])]
     decoded = decode(records, wire_schema)
     [letter] = decoded.dead
@@ -391,7 +372,7 @@ def test_a_compressed_stream_is_refused(
     columns = _feedback(100)
     if dictionary:
         columns["task"] = columns["task"].dictionary_encode()
-    value = _ipc(columns, compression=compression)
+    value = ipc(columns, compression=compression)
     [letter] = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema).dead
 
     assert "uncompressed" in letter.reason
@@ -400,7 +381,7 @@ def test_a_compressed_stream_is_refused(
 def test_offsets_that_leave_their_buffer_are_damage(
     wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
-    good = _ipc(_required(3) | {"features.tags": pa.array([[1], [2], [3]])})
+    good = ipc(_required(3) | {"features.tags": pa.array([[1], [2], [3]])})
     offsets, beyond = np.array([0, 1, 2, 3], np.int32).tobytes(), np.array([0, 4_000_000, 2, 3], np.int32).tobytes()
 
     assert good.count(offsets) == 1
@@ -415,130 +396,12 @@ def test_letters_stay_small_when_one_long_string_is_repeated_in_every_row(
 ) -> None:
     rows, text = 2_000, "x" * 500_000
     task = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([text]))
-    value = _ipc(_feedback(rows) | {"task": task}, batch_rows=rows)
+    value = ipc(_feedback(rows) | {"task": task}, batch_rows=rows)
 
     decoded = decode([as_record("feedback", value, headers=arrow_headers)], wire_schema)
 
     assert decoded.dead_feedback == len(decoded.dead) == rows
     assert sum(len(letter.payload) + len(letter.reason) for letter in decoded.dead) < 6 * len(value)
-
-
-# Agreement: the same rows, once as JSON and once as Arrow, have the same fate.
-
-IDS = st.none() | st.integers(-5, 5) | st.sampled_from([MISSING, 2**63 - 1])
-FLOATS = st.none() | st.floats(-10, 10, width=32) | st.sampled_from([1e39, -3.4e38, 0.0])
-OPTIONAL_IDS = st.sampled_from(
-    [
-        (pa.int64(), IDS),
-        (pa.uint64(), st.none() | st.sampled_from([0, 2**63 - 1, 2**63])),
-        (pa.float64(), st.none() | st.sampled_from([1.0, 2.5])),
-        (pa.string(), st.none() | st.sampled_from(["", "1", "x"])),
-        (pa.bool_(), st.none() | st.booleans()),
-    ]
-)
-NUMBERS = st.sampled_from([(pa.float64(), FLOATS), (pa.int32(), st.none() | st.integers(-9, 9)), (pa.string(), IDS)])
-BAGS = st.sampled_from(
-    [
-        (pa.list_(pa.int64()), st.none() | st.lists(IDS, max_size=5)),
-        (pa.list_(pa.float64()), st.none() | st.lists(st.just(1.5), max_size=2)),
-        (pa.int64(), IDS),
-    ]
-)
-TIMES = st.none() | st.sampled_from([0, -1, 1, ARRIVAL_MS, ARRIVAL_MS + 300_000, ARRIVAL_MS + 300_001])
-
-
-@st.composite
-def _column(draw: st.DrawFn, kinds: st.SearchStrategy[Any], n: int) -> Any:
-    kind, values = draw(kinds)
-    column = draw(st.lists(values, min_size=n, max_size=n))
-    if kind == pa.string():
-        column = [None if v is None else str(v) for v in column]
-    return pa.array(column, kind)
-
-
-@st.composite
-def impression_columns(draw: st.DrawFn) -> dict[str, Any]:
-    n = draw(st.integers(1, 6))
-    required = {name: (pa.int64(), IDS) for name in ("impression_id", "user_id", "item_id")}
-    required["event_time_ms"] = (pa.int64(), TIMES)
-    optional = {
-        "request_id": OPTIONAL_IDS,
-        "features.tab": OPTIONAL_IDS,
-        "features.tags": BAGS,
-        "features.price": NUMBERS,
-        "served_version": OPTIONAL_IDS,
-        "features.unknown": OPTIONAL_IDS,
-    }
-    columns = {name: draw(_column(st.just(kind), n)) for name, kind in required.items()}
-    for name, kinds in optional.items():
-        if draw(st.booleans()):
-            columns[name] = draw(_column(kinds, n))
-    return columns
-
-
-def _json_event(row: dict[str, Any]) -> dict[str, Any]:
-    event = {name: value for name, value in row.items() if not name.startswith(("features.", "served_"))}
-    event["features"] = {name[9:]: value for name, value in row.items() if name.startswith("features.")}
-    event["served"] = {"version": row.get("served_version")}
-    return event
-
-
-def _fates(letters: list[Any], *, arrow: bool) -> list[tuple[Any, ...]]:
-    return sorted(
-        (letter.row if arrow else letter.offset, letter.code, letter.field or "", letter.reason) for letter in letters
-    )
-
-
-def _naive_ids(event: dict[str, Any]) -> list[int]:
-    """One row of ``ids`` for ``wire_schema``, by hand."""
-    features = event["features"]
-    bag = (features.get("tags") or [])[:3]
-    values = [event["user_id"], event["item_id"], features.get("tab"), *bag, *[None] * (3 - len(bag)), None]
-    return [MISSING if v is None else v for v in values]
-
-
-@given(columns=impression_columns())
-def test_json_and_arrow_agree_on_impressions(
-    columns: dict[str, Any], wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
-) -> None:
-    rows = [_json_event(row) for row in pa.table(columns).to_pylist()]
-    by_arrow = decode([as_record("impressions", _ipc(columns), headers=arrow_headers)], wire_schema)
-
-    by_json = decode(
-        [as_record("impressions", json.dumps(row).encode(), offset) for offset, row in enumerate(rows)], wire_schema
-    )
-
-    assert _fates(by_json.dead, arrow=False) == _fates(by_arrow.dead, arrow=True)
-    assert by_json.unknown_fields == by_arrow.unknown_fields
-    assert len(by_json.impressions) + by_json.dead_impressions == len(rows)
-    _assert_same_events(by_arrow.impressions, by_json.impressions)
-    survivors = [rows[offset] for offset in by_json.impressions.offset.tolist()]
-    assert by_json.impressions.ids.tolist() == [_naive_ids(row) for row in survivors]
-
-
-@given(data=st.data(), n=st.integers(1, 8))
-def test_json_and_arrow_agree_on_feedback(
-    data: st.DataObject, n: int, wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
-) -> None:
-    kinds = {
-        "impression_id": (pa.int64(), IDS),
-        "event_time_ms": (pa.int64(), TIMES),
-        "task": (pa.string(), st.none() | st.sampled_from(["click", "like", "rating", "klick", ""])),
-        "value": (pa.float64(), st.none() | st.sampled_from([0.0, 1.0, 0.5, 5.0, 5.1, -0.1, 1e39, 1 + 1e-12])),
-    }
-    columns = {name: data.draw(_column(st.just(kind), n)) for name, kind in kinds.items()}
-    rows = pa.table(columns).to_pylist()
-    if data.draw(st.booleans()):
-        columns["task"] = columns["task"].dictionary_encode()
-    by_arrow = decode([as_record("feedback", _ipc(columns), headers=arrow_headers)], wire_schema)
-
-    by_json = decode(
-        [as_record("feedback", json.dumps(row).encode(), offset) for offset, row in enumerate(rows)], wire_schema
-    )
-
-    assert _fates(by_json.dead, arrow=False) == _fates(by_arrow.dead, arrow=True)
-    assert len(by_json.feedback) + by_json.dead_feedback == n
-    _assert_same_events(by_arrow.feedback, by_json.feedback)
 
 
 def test_a_schema_without_features_or_numbers(as_record: MakeRecord) -> None:

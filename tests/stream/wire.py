@@ -1,0 +1,29 @@
+"""Records of the Arrow wire form out of any columns, and what two decoders must agree on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from stream.log.event_log import Record
+
+ARRIVAL_MS = 1_700_000_000_000
+MakeRecord = Callable[..., Record]
+
+
+def ipc(columns: dict[str, Any], *, batch_rows: int = 1000, **options: Any) -> bytes:
+    """An IPC stream of the columns."""
+    table = pa.table(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table, max_chunksize=batch_rows)
+    encoded: bytes = sink.getvalue().to_pybytes()
+    return encoded
+
+
+def assert_same_events(got: Any, expected: Any) -> None:
+    """Equal but for where they were read from."""
+    for name, column in expected.arrays().items():
+        if name not in ("partition", "offset", "arrival_ms"):
+            np.testing.assert_array_equal(got.arrays()[name], column, err_msg=name)
