@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -120,7 +121,8 @@ def run(contenders: Sequence[Contender], setting: Setting, effort: Effort) -> di
 
     figures: dict[str, float] = {}
     for contender in contenders:  # warms up, too
-        figures[f"{contender.name}_step_gflop"] = count_flop(lambda c=contender: c.train(0)) / 1e9  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+        flop = count_flop(partial(contender.train, 0))
+        figures[f"{contender.name}_step_gflop"] = flop / 1e9
         figures[f"{contender.name}_parameters"] = float(contender.parameters)
         _step_seconds(contender, 3)
         _score_seconds(contender, 3)

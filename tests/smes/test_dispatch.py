@@ -53,7 +53,9 @@ def test_rubbish_in_unused_rows_reaches_neither_values_nor_gradients() -> None:
     for trim in (True, False):
         plan = dispatch(routing, trim=trim)
         x_BD = h_BD.clone().requires_grad_()
-        y_PH = _Rubbish.apply(pack(x_BD, plan), int(plan.offsets_E[-1]))  # type: ignore[no-untyped-call]  # torch ships no type for it
+        y_PH = _Rubbish.apply(  # type: ignore[no-untyped-call]  # torch ships no type for it
+            pack(x_BD, plan), int(plan.offsets_E[-1])
+        )
         out_BRH = combine(neutralise(y_PH, plan).tanh(), routing.weights_BRK, plan)
         out_BRH.square().sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
         results.append((out_BRH.detach(), x_BD.grad))

@@ -161,7 +161,9 @@ def combine_rows(y_PH: Tensor, weights_BRK: Tensor, row_BU: Tensor, slot_P: Tens
         slot_P: int64, the inverse permutation: for each row its place in ``row_BU`` viewed as [P].
     """
     B, R, K = weights_BRK.shape
-    combined_NH: Tensor = _Combine.apply(y_PH, weights_BRK.view(B * R, K), row_BU.view(B * R, K), slot_P)  # type: ignore[no-untyped-call]  # torch has no type
+    combined_NH: Tensor = _Combine.apply(  # type: ignore[no-untyped-call]  # torch has no type
+        y_PH, weights_BRK.view(B * R, K), row_BU.view(B * R, K), slot_P
+    )
     return combined_NH.view(B, R, -1)
 
 

@@ -213,7 +213,9 @@ def mean_and_chosen(z_BRC: Tensor, probs_BRL: Tensor, columns_BRK: Tensor) -> tu
     Returns:
         The mean of the softmax over the instances [R, L], and the chosen logits [B, R, K].
     """
-    mean_RL, chosen_BRK = _MeanAndChosen.apply(z_BRC, probs_BRL, columns_BRK)  # type: ignore[no-untyped-call]  # torch has no type
+    mean_RL, chosen_BRK = _MeanAndChosen.apply(  # type: ignore[no-untyped-call]  # torch has no type
+        z_BRC, probs_BRL, columns_BRK
+    )
     return mean_RL, chosen_BRK
 
 
