@@ -52,7 +52,7 @@ class HistoryBuilder:
         self._requests_kept = requests_kept
         # The impressions of the latest event time. They are not in the rings yet: the next block may begin with
         # impressions of the same time, and those must not see them.
-        self._latest: _Shown | None = None
+        self._latest: _Impressions | None = None
 
     @property
     def nbytes(self) -> int:
@@ -66,20 +66,20 @@ class HistoryBuilder:
             impressions: The next N ≥ 1 impressions; their ``ids`` are written to.
             times_NT: int64 [N, T], when positive feedback to each impression happens, ``MISSING`` where it does not.
         """
-        shown = _Shown.of(self._users.insert(impressions.user_id), impressions, times_NT[:, self._tasks])
+        rows = _Impressions.of(self._users.insert(impressions.user_id), impressions, times_NT[:, self._tasks])
         if self._latest is not None:
-            shown = self._latest.then(shown)
+            rows = self._latest.then(rows)
         self._rings.reserve(self._users.num_rows)
         cutoffs = self._cutoffs(impressions)
         _fill(
-            shown,
+            rows,
             cutoffs,
             _Rings(**self._rings.arrays),
             _Kept(**self._kept.arrays),
             impressions.ids[:, self._items],
             impressions.ids[:, self._outcomes],
         )
-        self._latest = shown.latest()
+        self._latest = rows.latest()
 
     def _cutoffs(self, impressions: ImpressionBlock) -> "_Cutoffs":
         """Find the cutoff of each impression, and the slot of the history as of that cutoff."""
@@ -110,7 +110,11 @@ class HistoryBuilder:
             self._num_requests -= len(oldest)
 
 
-class _Shown(NamedTuple):
+# The kernels take these named tuples. Numba's cache files refer to them by name: rename a kernel together with its
+# tuple, or a cache from before the renaming cannot be read.
+
+
+class _Impressions(NamedTuple):
     """Impressions in the order of their times.
 
     Attributes:
@@ -160,13 +164,13 @@ class _Rings(NamedTuple):
     """Each user's last L impressions in a ring buffer: the k-th impression is at place k modulo L.
 
     Attributes:
-        shown: int64 [U], how many impressions the user has had.
+        count: int64 [U], how many impressions the user has had.
         time: int64 [U, L].
         item: int64 [U, L].
         delay: int32 [U, L, K].
     """
 
-    shown: I64
+    count: I64
     time: I64
     item: I64
     delay: I32
@@ -202,29 +206,29 @@ class _Kept(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def _fill(
-    shown: _Shown, cutoffs: _Cutoffs, rings: _Rings, kept: _Kept, out_items: I64, out_outcomes: I64
+    impressions: _Impressions, cutoffs: _Cutoffs, rings: _Rings, kept: _Kept, out_items: I64, out_outcomes: I64
 ) -> None:  # pragma: no cover - compiled
     """Write the histories of the last N of M impressions, and move all but those of the latest time into the rings."""
     num_impressions = len(cutoffs.slot)
-    carried = len(shown.time) - num_impressions
+    carried = len(impressions.time) - num_impressions
     pushed = 0
     for n in range(num_impressions + 1):
         # An impression belongs to the past of impressions with a later time only.
-        until = shown.time[carried + n] if n < num_impressions else shown.time[-1]
-        while shown.time[pushed] < until:
-            u = shown.user[pushed]
-            place = rings.shown[u] % rings.time.shape[1]
-            rings.time[u, place] = shown.time[pushed]
-            rings.item[u, place] = shown.item[pushed]
-            rings.delay[u, place] = shown.delay[pushed]
-            rings.shown[u] += 1
+        until = impressions.time[carried + n] if n < num_impressions else impressions.time[-1]
+        while impressions.time[pushed] < until:
+            u = impressions.user[pushed]
+            place = rings.count[u] % rings.time.shape[1]
+            rings.time[u, place] = impressions.time[pushed]
+            rings.item[u, place] = impressions.item[pushed]
+            rings.delay[u, place] = impressions.delay[pushed]
+            rings.count[u] += 1
             pushed += 1
         if n == num_impressions:
             break
         s = cutoffs.slot[n]
         if kept.as_of[s] != cutoffs.as_of[n]:
             kept.as_of[s] = cutoffs.as_of[n]
-            _keep(rings, shown.user[carried + n], cutoffs.time[n], kept.items[s], kept.outcomes[s])
+            _keep(rings, impressions.user[carried + n], cutoffs.time[n], kept.items[s], kept.outcomes[s])
         out_items[n] = kept.items[s]
         out_outcomes[n] = kept.outcomes[s]
 
@@ -232,18 +236,18 @@ def _fill(
 @njit(cache=True, nogil=True)
 def _keep(rings: _Rings, user: int, cutoff: int, items: I64, outcomes: I64) -> None:  # pragma: no cover - compiled
     """Write a user's impressions before the cutoff, newest first, with the outcomes that were known by then."""
-    shown, length = rings.shown[user], rings.time.shape[1]
-    count = 0
-    for back in range(1, min(shown, length) + 1):
-        place = (shown - back) % length
+    total, length = rings.count[user], rings.time.shape[1]
+    kept = 0
+    for back in range(1, min(total, length) + 1):
+        place = (total - back) % length
         time = rings.time[user, place]
         if time < cutoff:
             outcome = 0
             for k in range(rings.delay.shape[2]):
                 if rings.delay[user, place, k] != _NEVER and rings.delay[user, place, k] < cutoff - time:
                     outcome |= 1 << k
-            items[count] = rings.item[user, place]
-            outcomes[count] = outcome
-            count += 1
-    items[count:] = MISSING
-    outcomes[count:] = MISSING
+            items[kept] = rings.item[user, place]
+            outcomes[kept] = outcome
+            kept += 1
+    items[kept:] = MISSING
+    outcomes[kept:] = MISSING

@@ -47,8 +47,8 @@ def check_ranges(config: object, where: str | None = None) -> None:
         value = getattr(config, name)
         wanted = expected(hint)
         if wanted and not _fits(value, hint):
-            shown = list(value) if isinstance(value, tuple) else value
-            raise ValueError(f"{where or type(config).__name__}.{name}: {shown!r}, expected {wanted}")
+            quoted = list(value) if isinstance(value, tuple) else value
+            raise ValueError(f"{where or type(config).__name__}.{name}: {quoted!r}, expected {wanted}")
 
 
 def expected(hint: Any) -> str:
