@@ -1,4 +1,4 @@
-"""Real servers for the tests, started once a session, and names that keep tests apart."""
+"""Real servers for the tests, started once per session, and a namespace for each test."""
 
 import os
 import shutil
@@ -14,15 +14,15 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def _missing(reason: str) -> None:
-    """Skip; under continuous integration fail, so that a server that is absent there is noticed."""
+    """Skip the test. Under continuous integration fail instead, so that a missing server is noticed."""
     if os.environ.get("CI"):
-        pytest.fail(f"CI is set, so this is no reason to skip: {reason}", pytrace=False)
+        pytest.fail(f"with CI set this is a failure: {reason}", pytrace=False)
     pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Redis or Valkey: the one at ``REDIS_URL``, else one started for the session."""
+    """A real Redis or Valkey: the one at ``REDIS_URL``, or one that is started for the session."""
     if url := os.environ.get("REDIS_URL"):
         yield url
         return
@@ -43,7 +43,7 @@ def kafka_home() -> Path:
 
 @pytest.fixture(scope="session")
 def kafka_bootstrap(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Apache Kafka: the one at ``KAFKA_BOOTSTRAP``, else a single node started for the session."""
+    """A real Apache Kafka: the one at ``KAFKA_BOOTSTRAP``, or a single node that is started for the session."""
     if bootstrap := os.environ.get("KAFKA_BOOTSTRAP"):
         yield bootstrap
         return
@@ -54,7 +54,7 @@ def kafka_bootstrap(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
 @pytest.fixture
 def namespace() -> str:
-    """A name no other test uses: first part of Redis keys and Kafka topics."""
+    """A unique name: the prefix of the test's Redis keys and Kafka topics."""
     return f"test-{uuid.uuid4().hex[:12]}"
 
 
@@ -63,5 +63,5 @@ def kuairand_dir() -> Path:
     """A KuaiRand folder: ``KUAIRAND_HOME``, else ``../shared/kuairand_pure``."""
     folder = Path(os.environ.get("KUAIRAND_HOME", _ROOT.parent / "shared" / "kuairand_pure"))
     if not folder.is_dir():
-        _missing(f"no KuaiRand data: {folder} (KUAIRAND_HOME) is not there")
+        _missing(f"no KuaiRand data: {folder} (KUAIRAND_HOME) does not exist")
     return folder

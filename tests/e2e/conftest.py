@@ -1,4 +1,4 @@
-"""Nothing that a test of the whole starts stays behind, and its settings stay its own."""
+"""Each end-to-end test stops the processes that it started and restores the settings that it changed."""
 
 import logging
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tests.running import stop_started
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
+def _restored() -> Iterator[None]:
     root = logging.getLogger()
     level, handlers, quiet = root.level, root.handlers[:], console.quiet
     with one_thread():
@@ -25,5 +25,5 @@ def _as_it_was() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """A log in another schema than the built-in ones."""
+    """A log in a schema that is not built in."""
     return write_shop(tmp_path_factory.mktemp("shop"))

@@ -16,6 +16,7 @@ SECTIONS = {
     "routing": {"segment_steps", "dead", "load_skew", "drift", "overlap"},
     "tasks": None,
 }
+SYNTHETIC_TASKS = {"click", "long_view", "watch_time", "like", "profile_enter", "comment", "follow", "forward"}
 OF_A_TASK = {"positives", "auc", "gauc_windowed", "ne", "ece", "xauc", "mae", "mean_bias"}
 
 

@@ -1,4 +1,4 @@
-"""A log in a schema of its own, two binary tasks and a rating: CSV files, and the schema file that describes them."""
+"""A log in its own schema, with two binary tasks and a rating: CSV files and the schema file that describes them."""
 
 import csv
 from dataclasses import dataclass
@@ -35,8 +35,15 @@ log:
 
 @dataclass(frozen=True)
 class Shop:
-    """Attributes: folder, of the CSV files; schema, the schema file; visits, rows without the doubled one; feedback,
-    what they bring in all; positives per task."""
+    """A written log.
+
+    Attributes:
+        folder: Folder of the CSV files.
+        schema: The schema file.
+        visits: Rows without the duplicate.
+        feedback: Feedback events of all visits.
+        positives: Task name → feedback events.
+    """
 
     folder: Path
     schema: Path
@@ -46,7 +53,10 @@ class Shop:
 
 
 def write_shop(root: Path, visits: int = 1500) -> Shop:
-    """Visits half a second apart; who opens depends on the brand, who buys on the customer's plan; one row twice."""
+    """Write visits half a second apart, one of them twice.
+
+    Opening depends on the brand, and buying on the customer's plan.
+    """
     rng = np.random.default_rng(0)
     folder = root / "shop"
     folder.mkdir()
@@ -59,7 +69,7 @@ def write_shop(root: Path, visits: int = 1500) -> Shop:
         [f"c{c}", p, 1_700_000_000 + i // 2, page, int(o), int(s), star or ""]
         for i, (c, p, page, o, s, star) in enumerate(zip(customer, product, pages, opened, sold, stars, strict=True))
     ]
-    # Rows of one second must differ, or they would be exact duplicates of each other.
+    # Equal rows of one second would be exact duplicates.
     assert len({tuple(row) for row in rows}) == visits
     names = ["customer", "product", "shown_at", "page_name", "is_open", "sold", "stars"]
     _write(folder / "visits.csv", names, [*rows, rows[7]])

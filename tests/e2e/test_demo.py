@@ -1,8 +1,8 @@
-"""``smes demo`` as a user runs it: everything as separate processes on real servers.
+"""``smes demo`` as a user runs it: every part as a process of its own, on real servers.
 
-Guarantees shown: the report has the documented keys, every event is accounted for, no request fails and no answer
-mixes versions, with either event log, either codec and a log of any schema; and however the demo ends, be it by
-Ctrl-C or SIGKILL, nothing that it started is left running.
+With either event log, either codec and a log of any schema, the report has the documented keys, every event is
+accounted for, no request fails, and no answer mixes versions. However the demo ends, by itself, by Ctrl-C or by
+SIGKILL, none of its processes is left running.
 """
 
 import os
@@ -19,32 +19,31 @@ from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from simulators.synthetic import synthesize
 from smes_io.schema_file import load_builtin
-from tests.e2e.reports import assert_documented
+from tests.e2e.reports import SYNTHETIC_TASKS, assert_documented
 from tests.e2e.shop import Shop
 from tests.running import MARKER, environment, read_json, running, start_smes, until, until_log_says
 
 ENDS_WITHIN_S = 300.0
-SYNTHETIC_TASKS = {"click", "long_view", "watch_time", "like", "profile_enter", "comment", "follow", "forward"}
 KUAIRAND_TASKS = {task.name for task in load_builtin("kuairand").tasks}
 pytestmark = pytest.mark.timeout(400)
 
 
 class Demo:
-    """A demo under way, in a folder for temporary files of its own, marked so that its processes can be found."""
+    """A running demo with its own folder for temporary files and a mark by which its processes can be found."""
 
     def __init__(self, folder: Path, *arguments: str, **env: str) -> None:
         self.marker, self.log, self.temporary = uuid.uuid4().hex, folder / "demo.log", folder / "tmp"
         self._report = folder / "report.json"
         self.temporary.mkdir()
         inherited = environment(**env)
-        for given in ("REDIS_URL", "KAFKA_BOOTSTRAP"):  # the demo's own servers are what is tested
-            inherited.pop(given, None)
+        for variable in ("REDIS_URL", "KAFKA_BOOTSTRAP"):  # the demo shall start its own servers
+            inherited.pop(variable, None)
         inherited |= {MARKER: self.marker, "TMPDIR": str(self.temporary)}
         arguments = ("demo", "--report", str(self._report), *arguments)
         self.process: subprocess.Popen[bytes] = start_smes(self.log, *arguments, env=inherited)
 
-    def ends(self) -> int:
-        """Its exit code; nothing is left running, and no temporary file."""
+    def exit_code(self) -> int:
+        """Wait for the end. No process and no temporary file may be left."""
         status = self.process.wait(ENDS_WITHIN_S)
         until(lambda: not self.processes(), "the end of all its processes", 30)
         left = [path.name for path in self.temporary.iterdir()]
@@ -52,14 +51,14 @@ class Demo:
         return status
 
     def processes(self) -> list[psutil.Process]:
-        """Everything of it that runs now."""
+        """All its running processes."""
         return running(self.marker, self.temporary)
 
     def report(self) -> dict[str, Any]:
         return read_json(self._report)
 
     def runs(self, *words: str) -> bool:
-        """Whether a process of its runs with each of these words among its arguments."""
+        """Whether, for each of these words, one of its processes has it in its command line."""
         lines = [" ".join(_command_line(process)) for process in self.processes()]
         return all(any(word in line for line in lines) for word in words)
 
@@ -89,17 +88,17 @@ def assert_served(report: dict[str, Any]) -> None:
 def test_everything_on_one_machine(event_log: str, codec: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     env = {"KAFKA_HOME": str(request.getfixturevalue("kafka_home"))} if event_log == "kafka" else {}
     demo = Demo(tmp_path, "--limit", "3000", "--rate", "2000", "--eventlog", event_log, "--codec", codec, **env)
-    assert demo.ends() == 0, demo.log.read_text()
+    assert demo.exit_code() == 0, demo.log.read_text()
     text = demo.log.read_text()
     assert "\x1b" not in text  # plain when piped
     assert "conservation: every event that was appended is accounted for" in text
     report = demo.report()
     assert_documented(report, SYNTHETIC_TASKS)
     assert_served(report)
-    # The same world, counted without any of the processes.
+    # The events of the same world, counted without the processes.
     synthesize(tmp_path / "again.parquet", 3000, 0)
     with open_log(tmp_path / "again.parquet", load_builtin("synthetic")) as reader:
-        feedback = sum(len(came) for _, came in replay_blocks(reader, seed=0))
+        feedback = sum(len(received) for _, received in replay_blocks(reader, seed=0))
     assert (report["events"]["impressions"], report["feedback"]["received"]) == (3000, feedback)
     assert report["events"]["trained"] > 1000
     assert report["throughput"]["trained_per_s"] > 0
@@ -108,7 +107,7 @@ def test_everything_on_one_machine(event_log: str, codec: str, tmp_path: Path, r
 @pytest.mark.kuairand
 def test_a_kuairand_folder(kuairand_dir: Path, tmp_path: Path) -> None:
     demo = Demo(tmp_path, "--log", str(kuairand_dir), "--limit", "3000", "--rate", "2000")
-    assert demo.ends() == 0, demo.log.read_text()
+    assert demo.exit_code() == 0, demo.log.read_text()
     report = demo.report()
     assert_documented(report, KUAIRAND_TASKS)
     assert report["events"]["impressions"] == 3000
@@ -120,7 +119,7 @@ def test_a_kuairand_folder(kuairand_dir: Path, tmp_path: Path) -> None:
 def test_a_log_of_another_schema_by_its_schema_file_alone(shop: Shop, tmp_path: Path) -> None:
     arguments = ("--log", str(shop.folder), "--schema", str(shop.schema), "--limit", "5000", "--codec", "json")
     demo = Demo(tmp_path, *arguments)
-    assert demo.ends() == 0, demo.log.read_text()
+    assert demo.exit_code() == 0, demo.log.read_text()
     report = demo.report()
     assert_documented(report, {"opened", "bought", "rating"})
     assert report["events"]["impressions"] == shop.visits
@@ -129,9 +128,9 @@ def test_a_log_of_another_schema_by_its_schema_file_alone(shop: Shop, tmp_path: 
 
 
 def test_failed_requests_are_status_3(tmp_path: Path) -> None:
-    # The scorer refuses more than 10 items; the demo asks for 50.
+    # The scorer refuses more than 10 items, and the demo asks for 50.
     demo = Demo(tmp_path, "--limit", "300", SMES_SCORER__MAX_ITEMS="10")
-    assert demo.ends() == 3, demo.log.read_text()
+    assert demo.exit_code() == 3, demo.log.read_text()
     assert "failed: scorer: " in demo.log.read_text()
     report = demo.report()
     assert report["scorer"]["errors"] == report["scorer"]["requests"] > 0
@@ -145,17 +144,17 @@ def long_demo(folder: Path) -> Demo:
     return demo
 
 
-def test_ctrl_c_ends_it_cleanly_with_a_report(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_demo_cleanly_with_a_report(tmp_path: Path) -> None:
     demo = long_demo(tmp_path)
     demo.process.send_signal(signal.SIGINT)
-    assert demo.ends() == 0, demo.log.read_text()
+    assert demo.exit_code() == 0, demo.log.read_text()
     report = demo.report()
     assert_documented(report, SYNTHETIC_TASKS)
     assert 0 < report["events"]["impressions"] < 100_000
     assert report["scorer"]["errors"] == 0
 
 
-def test_killed_it_takes_everything_with_it(tmp_path: Path) -> None:
+def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
     demo = long_demo(tmp_path)
     assert len(demo.processes()) >= 5  # the demo, Valkey, trainer, scorer, replay
     os.kill(demo.process.pid, signal.SIGKILL)
