@@ -1,4 +1,4 @@
-"""A snapshot's weights as bytes. :mod:`feature_store.manifest` describes those bytes.
+"""A snapshot's weights as bytes. :mod:`feature_store.publication` describes those bytes.
 
 The payload is safetensors: named tensors and text metadata; reading it runs no code. Its metadata:
 

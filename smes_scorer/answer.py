@@ -22,10 +22,9 @@ from smes.events import fill_elapsed
 from smes.schema import Schema
 from smes_io.clock import wall_clock_ms
 from smes_scorer.config import ScorerConfig, fusion_weights
-from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.request import RequestReader, described
-from smes_scorer.telemetry import Telemetry
+from smes_scorer.telemetry import FirstAnswers, Telemetry
 
 
 class NotReady(SmesError):
@@ -172,7 +171,7 @@ class Answerer:
         request.write_context(rows)
         served = self._swap.served  # read once: everything below is of this version
         answer = self.writer.write(served.key, request.items, served.model.score(rows.ids, rows.numerics))
-        first = self._first_answers.answered(served, self._now_ms())
+        first = self._first_answers.answered(served.key, self._now_ms())
         if first is not None:
             self._telemetry.first_answer(first)
         return answer

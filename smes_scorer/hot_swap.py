@@ -1,22 +1,74 @@
-"""Hot swap: a thread loads each new snapshot in the background and puts it into service by one assignment."""
+"""Hot swap: a thread loads each new snapshot in the background and puts it into service by one assignment.
 
+A request reads one :class:`ServedModel` and answers with it alone, so that its answer is of one version.
+"""
+
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from feature_store.entities import blank_rows
-from feature_store.manifest import Manifest
-from feature_store.payload import decode_metadata
-from feature_store.snapshots import SnapshotStore
-from feature_store.watcher import SnapshotWatcher
+from feature_store.payload import decode, decode_metadata
+from feature_store.publication import Manifest
+from feature_store.snapshots import SnapshotStore, SnapshotWatcher
+from smes.arrays import F32, I64
 from smes.errors import FeatureStoreError, SchemaMismatch, SmesError, SnapshotError, SnapshotNotFound
+from smes.model.config import ModelConfig
+from smes.model.serving import ServingModel
 from smes.schema import Schema
-from smes_scorer.first_answers import Arrivals, FirstAnswers
-from smes_scorer.served import Load, Scorable, ServedModel
-from smes_scorer.telemetry import Telemetry
+from smes_scorer.telemetry import Arrivals, FirstAnswers, Telemetry
+
+
+class Scorable(Protocol):
+    """Scores instances; never changes, so any number of threads may call it."""
+
+    def score(self, ids: I64, numerics: F32) -> F32:
+        """float32 [N, T] for int64 [N, W] and float32 [N, F]."""
+        ...
+
+
+Load = Callable[[bytes, Schema], Scorable]
+"""Builds a model from a snapshot's payload for the configured schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A snapshot that was loaded and warmed up: the model together with the version it is. Immutable."""
+
+    model: Scorable
+    manifest: Manifest
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Lineage and version."""
+        return self.manifest.lineage, self.manifest.version
+
+
+def load_serving_model(payload: bytes, schema: Schema) -> ServingModel:
+    """The :class:`smes.model.serving.ServingModel` of a payload.
+
+    Raises:
+        SnapshotError: The payload is of another format or damaged, or its tensors do not fit its model configuration.
+        SchemaMismatch: It was trained with another schema.
+    """
+    tensors, metadata = decode(payload)
+    if metadata.get("schema_hash") != schema.hash:
+        raise SchemaMismatch("snapshot payload", expected=schema.hash, got=str(metadata.get("schema_hash")))
+    try:
+        config = ModelConfig.from_dict(json.loads(metadata["model"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SnapshotError(f"snapshot payload: model configuration: {error}") from error
+    try:
+        return ServingModel(schema, config, tensors)
+    except ValueError as error:
+        raise SnapshotError(f"snapshot payload: {error}") from error
+
 
 _WARM_UP_ITEMS = (1, 100)
 _RETRY_REFUSED_S = 5.0

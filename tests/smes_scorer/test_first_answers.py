@@ -3,10 +3,8 @@
 import numpy as np
 from msgspec.structs import replace
 
-from feature_store.manifest import Chunk, Manifest
-from smes.arrays import F32, I64
-from smes_scorer.first_answers import Arrivals, FirstAnswer, FirstAnswers
-from smes_scorer.served import ServedModel
+from feature_store.publication import Chunk, Manifest
+from smes_scorer.telemetry import Arrivals, FirstAnswer, FirstAnswers
 
 MANIFEST = Manifest(
     lineage="a",
@@ -26,13 +24,8 @@ MANIFEST = Manifest(
 )
 
 
-class NoModel:
-    def score(self, ids: I64, numerics: F32) -> F32:
-        raise AssertionError("freshness needs no scores")
-
-
-def served(version: int, lineage: str = "a") -> ServedModel:
-    return ServedModel(NoModel(), replace(MANIFEST, version=version, lineage=lineage))
+def served(version: int, lineage: str = "a") -> tuple[str, int]:
+    return lineage, version
 
 
 def arrivals(*pairs: tuple[int, int]) -> Arrivals:

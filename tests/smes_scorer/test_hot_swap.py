@@ -11,19 +11,16 @@ from safetensors.torch import save
 
 from feature_store.config import SnapshotStoreConfig
 from feature_store.entities import EntityStore
-from feature_store.manifest import Manifest
 from feature_store.payload import PAYLOAD_FORMAT, encode
-from feature_store.snapshots import SnapshotStore
-from feature_store.watcher import SnapshotWatcher
+from feature_store.publication import Manifest
+from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.arrays import F32, I64
 from smes.errors import SnapshotNotFound
 from smes.schema import Schema
 from smes_scorer.answer import Answerer, FeatureLookup
 from smes_scorer.config import ScorerConfig
-from smes_scorer.first_answers import FirstAnswers
-from smes_scorer.hot_swap import HotSwap
-from smes_scorer.served import Load, Scorable
-from smes_scorer.telemetry import Telemetry
+from smes_scorer.hot_swap import HotSwap, Load, Scorable
+from smes_scorer.telemetry import FirstAnswers, Telemetry
 
 Publish = Callable[..., Manifest]
 MakeSwap = Callable[..., HotSwap]

@@ -30,7 +30,7 @@ from smes.model.serving import ServingModel
 from smes.rankers.sparse.config import SmesConfig
 from smes.schema import MISSING, Feature, Schema, Task
 from smes_scorer.config import ScorerConfig
-from smes_scorer.served import load_serving_model
+from smes_scorer.hot_swap import load_serving_model
 from smes_scorer.service import serve
 
 Until = Callable[[Callable[[], object]], None]

