@@ -1,6 +1,5 @@
 """What surrounds the code says what the code does: README, documentation, compose file, image, lock file."""
 
-import dataclasses
 import importlib.util
 import json
 import re
@@ -22,8 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from smes_cli.__main__ import run
 from smes_cli.app import app
-from smes_cli.config import Config, load_config
-from smes_cli.configuration_docs import generated
+from smes_cli.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -128,34 +126,6 @@ def test_changelog_has_the_version_and_the_lock_fits_the_requirements() -> None:
     for text in [*project["dependencies"], *extras["dev"], *extras["bench"]]:
         needed = Requirement(text)
         assert needed.specifier.contains(pinned[canonicalize_name(needed.name)]), text
-
-
-# ---- configuration.md
-
-
-def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(value):
-        below = getattr(value, field.name)
-        if dataclasses.is_dataclass(below):
-            yield from leaves(below, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, list(below) if isinstance(below, tuple) else below
-
-
-def test_every_key_is_documented_with_its_default() -> None:
-    page = (ROOT / "docs/configuration.md").read_text()
-
-    entries = re.findall(r"^- `([a-z_.]+)`: `([^`]*)`", page, re.MULTILINE)
-    documented = {key: yaml.safe_load(default) for key, default in entries}
-
-    assert len(documented) == len(entries)
-    assert documented == dict(leaves(Config()))
-
-
-def test_the_lists_of_keys_are_those_that_the_program_writes() -> None:
-    page = (ROOT / "docs/configuration.md").read_text()
-
-    assert generated(page) == page, "run `make docs`"
 
 
 # ---- operations.md and every command line shown
@@ -308,7 +278,8 @@ def test_compose_runs_commands_and_keys_that_exist(
 def test_compose_health_checks_look_where_the_processes_are() -> None:
     config = load_config(None, environment("scorer"))
     scorer, trainer = COMPOSE["services"]["scorer"], COMPOSE["services"]["trainer"]
-    *_, code = scorer["healthcheck"]["test"]
+    *_, keep_off_the_path, option, code = scorer["healthcheck"]["test"]
+    assert (keep_off_the_path, option) == ("-P", "-c")
     compile(code, "healthcheck", "exec")
     assert f":{config.scorer.port}/health/ready" in code
     assert scorer["ports"] == [f"127.0.0.1:{config.scorer.port}:{config.scorer.port}"]
