@@ -164,13 +164,13 @@ class _Rings(NamedTuple):
     """Each user's last L impressions in a ring buffer: the k-th impression is at place k modulo L.
 
     Attributes:
-        count: int64 [U], how many impressions the user has had.
+        seen: int64 [U], how many impressions the user has had.
         time: int64 [U, L].
         item: int64 [U, L].
         delay: int32 [U, L, K].
     """
 
-    count: I64
+    seen: I64
     time: I64
     item: I64
     delay: I32
@@ -217,11 +217,11 @@ def _fill(
         until = impressions.time[carried + n] if n < num_impressions else impressions.time[-1]
         while impressions.time[pushed] < until:
             u = impressions.user[pushed]
-            place = rings.count[u] % rings.time.shape[1]
+            place = rings.seen[u] % rings.time.shape[1]
             rings.time[u, place] = impressions.time[pushed]
             rings.item[u, place] = impressions.item[pushed]
             rings.delay[u, place] = impressions.delay[pushed]
-            rings.count[u] += 1
+            rings.seen[u] += 1
             pushed += 1
         if n == num_impressions:
             break
@@ -236,7 +236,7 @@ def _fill(
 @njit(cache=True, nogil=True)
 def _keep(rings: _Rings, user: int, cutoff: int, items: I64, outcomes: I64) -> None:  # pragma: no cover - compiled
     """Write a user's impressions before the cutoff, newest first, with the outcomes that were known by then."""
-    total, length = rings.count[user], rings.time.shape[1]
+    total, length = rings.seen[user], rings.time.shape[1]
     kept = 0
     for back in range(1, min(total, length) + 1):
         place = (total - back) % length
