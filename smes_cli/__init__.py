@@ -1,1 +1,1 @@
-"""The smes command: reads the configuration and wires the processes."""
+"""The ``smes`` command: it reads the configuration and connects the parts of the system to processes."""

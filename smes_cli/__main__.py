@@ -1,4 +1,4 @@
-"""Entry point: runs the command and turns errors into one line and an exit code."""
+"""Entry point: run the command, and turn errors into one line and an exit code."""
 
 import sys
 
@@ -15,9 +15,9 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> int:
-    """Run ``smes`` with arguments; its exit code (see ``smes --help``)."""
+    """Run ``smes`` with the given arguments; returns its exit code (see ``smes --help``)."""
     try:
-        # Typer shows wrong arguments itself (status 2), and makes 130 of an interrupt; always by SystemExit.
+        # Typer reports wrong arguments (status 2) and interrupts (status 130) itself. It always raises SystemExit.
         app(args=arguments, prog_name="smes")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0

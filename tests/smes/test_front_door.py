@@ -31,7 +31,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_vocabulary_is_imported_without_torch(module: str) -> None:
     program = f"import sys, {module}; dir(sys.modules['smes']); assert 'torch' not in sys.modules"
 
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=_ROOT)
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=_ROOT)
 
 
 def test_the_packages_docstring_runs() -> None:

@@ -25,7 +25,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def faults(how: str) -> int:
     """How many pages the system had to provide in the five steps after the first."""
-    return int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+    argv = [sys.executable, "-P", "-c", FAULTS, how]
+    return int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
 
 
 def test_a_step_asks_the_system_for_its_memory_once() -> None:

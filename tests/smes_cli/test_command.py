@@ -29,7 +29,7 @@ from smes_cli.config import Config
 from smes_cli.console import console
 from smes_cli.demo.processes import spawn, stop
 from smes_io.schema_file import builtin_path, load_builtin, load_schema_file
-from smes_scorer.served import load_serving_model
+from smes_scorer.hot_swap import load_serving_model
 from tests.integration.training import Pairs, drain, fill_servers, one_thread, read_pairs, snapshots_of
 from tests.running import (
     DEADLINE_S,
@@ -134,35 +134,58 @@ def test_a_wrong_configuration_is_one_line_and_status_2(
     assert message in error_line(capsys)
 
 
-def test_a_missing_configuration_and_a_wrong_variable_are_named(
-    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_configuration_is_named(capsys: Captured, tmp_path: Path) -> None:
     assert run(["-c", str(tmp_path / "none.yaml"), "train"]) == 2
+
     assert "none.yaml" in error_line(capsys)
+
+
+def test_a_wrong_variable_is_named(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMES_TRAINER__SEED", "soon")
     monkeypatch.chdir(tmp_path)
+
     assert run(["train"]) == 2
-    assert "SMES_TRAINER__SEED: trainer.seed: 'soon'" in error_line(capsys)
+
+    assert "SMES_TRAINER__SEED: trainer.seed: 'soon', expected an integer" in error_line(capsys)
 
 
-def test_no_schema_and_no_log_are_told_apart(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_log_is_status_1(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
     assert run(["backtest", str(tmp_path / "nowhere")]) == 1
+
     assert f"{tmp_path / 'nowhere'}: no such file or folder, expected a log" in error_line(capsys)
+
+
+def test_a_log_without_a_schema_is_status_2(capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
     assert run(["backtest", str(tmp_path)]) == 2
+
     assert "expected a schema file: name one with --schema" in error_line(capsys)
 
 
 @pytest.mark.parametrize("command", ["backtest", "replay"])
-def test_a_log_that_is_not_as_described_is_status_1_and_named(
+def test_a_log_that_is_not_there_is_status_1_and_named(
     capsys: Captured, tmp_path: Path, redis_url: str, namespace: str, command: str
 ) -> None:
     path = write_config(tmp_path, redis_url, namespace)
+
     assert run(["-c", str(path), command, str(tmp_path / "none.parquet")]) == 1
+
     assert "none.parquet: no such file" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["backtest", "replay"])
+def test_a_log_without_a_column_is_status_1_and_named(
+    capsys: Captured, tmp_path: Path, redis_url: str, namespace: str, command: str
+) -> None:
+    path = write_config(tmp_path, redis_url, namespace)
     log = tmp_path / "log.csv"
     log.write_text("user_id,item_id\n1,2\n")
+
     assert run(["-c", str(path), command, str(log)]) == 1
+
     line = error_line(capsys)
     assert "log.csv" in line
     assert "event_time_ms" in line or "impression_id" in line
@@ -254,39 +277,71 @@ def test_an_interrupt_is_status_130_and_leaves_no_half_written_file(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
-def test_init_writes_a_configuration_that_works_and_replaces_none(
+def test_init_writes_a_configuration_that_works(
     capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+
     assert run(["init"]) == 0
+
     assert capsys.readouterr().out == "wrote smes.yaml\n"
     assert isinstance(read_config(Path("smes.yaml")), Config)
     assert yaml.safe_load(Path("smes.yaml").read_text())["schema"] == "synthetic"
-    Path("smes.yaml").write_text("mine")
-    assert run(["init"]) == 2
+
+
+def test_init_replaces_no_file(capsys: Captured, tmp_path: Path) -> None:
+    path = tmp_path / "smes.yaml"
+    path.write_text("mine")
+
+    assert run(["init", str(path)]) == 2
+
     assert "smes.yaml: exists already, expected a new file (or --force)" in error_line(capsys)
-    assert Path("smes.yaml").read_text() == "mine"
-    assert run(["init", "--force"]) == 0
-    assert Path("smes.yaml").read_text() != "mine"
-    capsys.readouterr()
-    assert run(["init", "no/such/folder.yaml"]) == 1
-    assert "no/such/folder.yaml: cannot be written: No such file or directory" in error_line(capsys)
+    assert path.read_text() == "mine"
 
 
-def test_backtest_prints_plain_text_when_piped_and_nothing_when_quiet(
-    capsys: Captured, tmp_path: Path, world: Path
-) -> None:
+def test_init_replaces_a_file_by_force(tmp_path: Path) -> None:
+    path = tmp_path / "smes.yaml"
+    path.write_text("mine")
+
+    assert run(["init", str(path), "--force"]) == 0
+
+    assert isinstance(read_config(path), Config)
+
+
+def test_init_where_no_file_can_be_written_is_status_1(capsys: Captured, tmp_path: Path) -> None:
+    path = tmp_path / "no" / "folder.yaml"
+
+    assert run(["init", str(path)]) == 1
+
+    assert f"{path}: cannot be written: No such file or directory" in error_line(capsys)
+
+
+def test_backtest_prints_plain_text_when_piped(capsys: Captured, tmp_path: Path, world: Path) -> None:
     path = write_config(tmp_path, "redis://unused:1/0", "unused")
     report = tmp_path / "report.json"
+
     assert run(["-c", str(path), "backtest", str(world), "--limit", "300", "--report", str(report)]) == 0
-    shown = capsys.readouterr()
-    assert "\x1b" not in shown.out + shown.err
-    assert "long_view" in shown.out
-    assert "impressions 300" in shown.out
+
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert "long_view" in printed.out
+    assert "impressions 300" in printed.out
     assert read_json(report)["events"]["impressions"] == 300
+
+
+def test_backtest_prints_nothing_when_quiet(capsys: Captured, tmp_path: Path, world: Path) -> None:
+    path = write_config(tmp_path, "redis://unused:1/0", "unused")
+
     assert run(["-q", "-c", str(path), "backtest", str(world), "--limit", "300"]) == 0
+
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_report_that_cannot_be_written_is_status_1(capsys: Captured, tmp_path: Path, world: Path) -> None:
+    path = write_config(tmp_path, "redis://unused:1/0", "unused")
+
     assert run(["-c", str(path), "backtest", str(world), "--limit", "5", "--report", "/no/such/folder/r.json"]) == 1
+
     assert "report /no/such/folder/r.json: cannot be written" in error_line(capsys)
 
 
@@ -339,9 +394,9 @@ def test_snapshots_none_yet_then_real_ones(
     assert newest[:2] == [trained["lineage"], f"{trained['version']:,}"]
     assert newest[-1] == "current"
     assert run(["-c", str(path), "snapshots", "show"]) == 0
-    shown: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert (shown["lineage"], shown["version"]) == (trained["lineage"], trained["version"])
-    assert shown["schema_hash"] == trained["schema"]
+    manifest: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert (manifest["lineage"], manifest["version"]) == (trained["lineage"], trained["version"])
+    assert manifest["schema_hash"] == trained["schema"]
     assert run(["-c", str(path), "snapshots", "show", "999999"]) == 1
     assert f"snapshot {trained['lineage']}:999999: not in Redis" in error_line(capsys)
 
