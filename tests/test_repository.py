@@ -208,7 +208,7 @@ def test_command_lines_in_the_documentation_parse(path: Path) -> None:
 def test_bring_your_own_log_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "docs/bring-your-own-log.md").read_text()
     monkeypatch.chdir(tmp_path)
-    subprocess.run([sys.executable, "-c", fenced(text, "python")[0]], check=True)
+    subprocess.run([sys.executable, "-P", "-c", fenced(text, "python")[0]], check=True)
     Path("shop.yaml").write_text(fenced(text, "yaml")[0])
     assert run(["backtest", "shop.parquet", "--schema", "shop.yaml", "--limit", "2000", "--report", "report.json"]) == 0
     report = json.loads(Path("report.json").read_text())
