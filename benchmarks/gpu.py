@@ -27,8 +27,7 @@ from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.rankers.sparse.config import ExpertsConfig, SmesConfig
-from smes.rankers.sparse.dispatch import Dispatch
-from smes.rankers.sparse.experts import EXPERT_FORMS, FullExperts
+from smes.rankers.sparse.experts import EXPERT_FORMS, Dispatch, FullExperts
 from smes.schema import Feature, Schema, Task
 
 _SCHEMA = Schema(

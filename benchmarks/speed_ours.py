@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from benchmarks.speed_setting import Contender, Data, Setting
 from smes.events import ExampleBlock
-from smes.model.build import RANKERS
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
+from smes.model.rank_model import RANKERS
 from smes.model.serving import ServingModel
 from smes.rankers.ranker import Ranker
-from smes.rankers.sparse.dispatch import Dispatch
-from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
+from smes.rankers.sparse.experts import Dispatch, FullExperts, LowRankExperts, ResidualExperts
 from smes.rankers.sparse.ranker import SMES
 from smes.schema import Schema
 

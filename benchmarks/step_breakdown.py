@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smes.model.batch import RankBatch
 from smes.model.features import FeatureLayer
-from smes.model.heads import TaskHeads, TaskOutputs
 from smes.model.learner import Learner
+from smes.model.rank_model import TaskHeads, TaskOutputs
 from smes.model.table import RowTable
 from smes.rankers.ranker import Encoder
-from smes.rankers.sparse import dispatch, experts, routing
+from smes.rankers.sparse import experts, routing
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.rankers.sparse.ranker import SMES
 
@@ -42,10 +42,10 @@ PARTS = (
 
 _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
     ("route", routing, "expert_load"),
-    ("pack", dispatch, "dispatch"),
-    ("pack", dispatch, "pack"),
+    ("pack", experts, "dispatch"),
+    ("pack", experts, "pack"),
     ("gemm", experts, "grouped_linear"),
-    ("combine", dispatch, "combine"),
+    ("combine", experts, "combine"),
 )
 _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("prepare", Learner, "prepare"),

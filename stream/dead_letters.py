@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from stream.codec.rules import Code, Problem
+from stream.codec.validation import Code, Problem
 from stream.log.event_log import EventLog, OutRecord, Record
 from stream.topics import DEAD_LETTERS
 

@@ -15,7 +15,7 @@ from smes.rankers.sparse.config import SmesConfig, smes_default, smes_large, sme
 
 RankerName = Literal["smes", "home", "mmoe", "ple", "shared_bottom", "linear"]
 RANKER_NAMES: tuple[RankerName, ...] = get_args(RankerName)
-"""The rankers; their builders are in :data:`smes.model.build.RANKERS`."""
+"""The rankers; their builders are in :data:`smes.model.rank_model.RANKERS`."""
 
 Preset = Literal["default", "paper", "large"]
 

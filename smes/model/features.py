@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from smes.model.ids import per_column
-from smes.rankers.moments import RunningMoments
+from smes.rankers.ranker import RunningMoments
 from smes.schema import Feature, Schema
 
 _EPSILON = 1e-6

@@ -1,20 +1,146 @@
-"""The model around a ranker: feature layer, linear part, ranker, task heads, base rates.
+"""The model around a ranker: feature layer, linear part, ranker, task heads, losses, base rates.
 
-Letters: B instances, T tasks.
+Letters: B instances, T tasks, H width of a task's representation.
 """
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smes.model.build import RANKERS
-from smes.model.config import ModelConfig
+from smes.model.config import ModelConfig, RankerName
 from smes.model.features import FeatureInputs, FeatureLayer
-from smes.model.heads import TaskHeads, TaskOutputs
-from smes.rankers.ranker import RankerOutput, RoutedRanker
+from smes.rankers.config import task_groups
+from smes.rankers.home import HoME
+from smes.rankers.linear import LinearRanker
+from smes.rankers.mmoe import MMoE
+from smes.rankers.ple import PLE
+from smes.rankers.ranker import Ranker, RankerOutput, RoutedRanker, RunningMoments
+from smes.rankers.shared_bottom import SharedBottom
+from smes.rankers.sparse.ranker import SMES
 from smes.schema import Schema
+
+
+class TaskOutputs(nn.Module):
+    """From logits to scores and to the loss, by kind of task; and the base rate of every task.
+
+    - Binary task: the score is the probability ``sigmoid(logit)``; the loss is binary cross-entropy.
+    - Regression task: the score is ``expm1(logit)``, clipped to 0 … ``max_value``; the loss is the Huber loss (δ = 1)
+      of the logit against ``log1p(label)``. Watch times differ by orders of magnitude, and a few long ones must not
+      dominate the gradient.
+
+    The base rate is the running mean label, as a logit. The model adds it to every logit of the task. It is counted and
+    not learned: otherwise a task with one positive in a thousand would spend its first thousand steps on learning it.
+
+    Args:
+        schema: Its tasks.
+    """
+
+    is_binary_T: Tensor
+    loss_weight_T: Tensor
+    max_logit_T: Tensor
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__()
+        tasks = schema.tasks
+        self.register_buffer("is_binary_T", torch.tensor([t.kind == "binary" for t in tasks]), persistent=False)
+        self.register_buffer("loss_weight_T", torch.tensor([t.loss_weight for t in tasks]), persistent=False)
+        max_logit = [math.log1p(t.max_value) for t in tasks]
+        self.register_buffer("max_logit_T", torch.tensor(max_logit), persistent=False)
+        self.labels = RunningMoments(len(tasks))
+
+    def base_logits(self) -> Tensor:
+        """Base rate of every task as a logit; 0 for a task without any label so far. float32 [T]."""
+        seen_T = self.labels.count_C
+        # Half a positive and half a negative are added. Otherwise a rare task's first batch would give an infinity.
+        rate_T = (self.labels.mean_C * seen_T + 0.5) / (seen_T + 1.0)
+        return torch.where(self.is_binary_T, torch.logit(rate_T, eps=1e-9), self.labels.mean_C).float()
+
+    def scores(self, logits_BT: Tensor) -> Tensor:
+        """Probabilities of binary tasks, values in the label's unit of regression tasks. [B, T] → float32 [B, T]."""
+        values_BT = torch.minimum(logits_BT.clamp(min=0.0), self.max_logit_T).expm1()
+        return torch.where(self.is_binary_T, logits_BT.sigmoid(), values_BT)
+
+    def loss(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
+        """The loss over all tasks, a scalar: ``Σ_t λ_t Σ_b w_b m_bt l_bt / Σ_b w_b``.
+
+        λ are the tasks' loss weights, w the sample weights and m the mask. The divisor does not depend on the mask, so
+        every label counts the same, however many labels the batch has. A task without labels adds 0.
+
+        Args:
+            logits_BT: float32, base rates included.
+            labels_BT: float32, any value where masked.
+            mask_BT: bool, true where there is a label.
+            weight_B: Sample weights ≥ 0.
+        """
+        target_BT = self._targets(labels_BT, mask_BT)
+        cross_entropy_BT = F.binary_cross_entropy_with_logits(logits_BT, target_BT, reduction="none")
+        huber_BT = F.huber_loss(logits_BT, target_BT, reduction="none")
+        weight_BT = mask_BT * weight_B.unsqueeze(1)
+        sum_T = (torch.where(self.is_binary_T, cross_entropy_BT, huber_BT) * weight_BT).sum(dim=0)
+        return torch.dot(sum_T, self.loss_weight_T) / weight_B.sum().clamp(min=1e-12)
+
+    def residuals(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
+        """Label minus prediction, times the sample weight; 0 where there is no label. float32 [B, T].
+
+        For a regression task, label and prediction are ``log1p`` of the values.
+        """
+        target_BT = self._targets(labels_BT, mask_BT)
+        predicted_BT = torch.where(self.is_binary_T, logits_BT.sigmoid(), logits_BT)
+        return (target_BT - predicted_BT) * (mask_BT * weight_B.unsqueeze(1))
+
+    def observe(self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> None:
+        """Update the base rates with a batch. Call it after the batch was scored."""
+        self.labels.observe(self._targets(labels_BT, mask_BT), mask_BT * weight_B.unsqueeze(1))
+
+    def _targets(self, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        labels_BT = torch.where(mask_BT, labels_BT, 0.0)
+        return torch.where(self.is_binary_T, labels_BT, labels_BT.clamp(min=0.0).log1p())
+
+
+class TaskHeads(nn.Module):
+    """A small MLP per task, ``logit = SiLU(h_t V_t + c_t) · w_t + b_t``. [B, T, H] → [B, T].
+
+    Args:
+        num_tasks: T.
+        input_dim: H.
+        hidden_dim: Width of the hidden layer; 0 for linear heads.
+    """
+
+    def __init__(self, num_tasks: int, input_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(_uniform(num_tasks, input_dim, hidden_dim)) if hidden_dim else None
+        self.hidden_bias = nn.Parameter(torch.zeros(num_tasks, 1, hidden_dim)) if hidden_dim else None
+        self.out = nn.Parameter(_uniform(num_tasks, hidden_dim or input_dim, 1).squeeze(2))
+        self.out_bias = nn.Parameter(torch.zeros(num_tasks))
+
+    def forward(self, h_BTH: Tensor) -> Tensor:
+        if self.hidden is not None and self.hidden_bias is not None:
+            h_BTH = F.silu(torch.baddbmm(self.hidden_bias, h_BTH.transpose(0, 1), self.hidden)).transpose(0, 1)
+        # Multiply and sum: on the CPU a batch of matrix-vector products is several times slower.
+        return (h_BTH.float() * self.out).sum(dim=2) + self.out_bias
+
+
+def _uniform(num_tasks: int, d_in: int, d_out: int) -> Tensor:
+    bound = 1 / math.sqrt(d_in)
+    return torch.empty(num_tasks, d_in, d_out).uniform_(-bound, bound)
+
+
+RANKERS: dict[RankerName, Callable[[int, Schema, ModelConfig], Ranker]] = {
+    "home": lambda i, s, c: HoME(i, task_groups("HomeConfig.groups", s, c.home.groups), c.home),
+    "linear": lambda i, s, c: LinearRanker(),
+    "mmoe": lambda i, s, c: MMoE(i, s.num_tasks, c.mmoe),
+    "ple": lambda i, s, c: PLE(i, s.num_tasks, c.ple),
+    "shared_bottom": lambda i, s, c: SharedBottom(i, s.num_tasks, c.shared_bottom),
+    "smes": lambda i, s, c: SMES(
+        i, s.num_tasks, c.smes, task_groups("GroupsConfig.declared", s, c.smes.groups.declared)
+    ),
+}
+"""Ranker name → (input width, schema, configuration) → a module that is a :class:`smes.rankers.ranker.Ranker`."""
 
 
 @dataclass(frozen=True, slots=True)

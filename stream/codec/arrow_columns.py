@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from smes.arrays import I32, I64, Bool
 from smes.schema import MISSING
-from stream.codec.rules import MAX_FLOAT, MAX_ID
+from stream.codec.validation import MAX_FLOAT, MAX_ID
 
 Array = Any  # a pyarrow.Array; pyarrow ships no types
 

@@ -19,8 +19,7 @@ from smes.events import FeedbackBlock, ImpressionBlock, misaligned, scatter_bags
 from smes.schema import ITEM_ID, USER_ID, Schema
 from stream.codec import arrow_columns
 from stream.codec.arrow_stream import Part, placed, record_parts
-from stream.codec.rules import Code, Problem, bad_labels, bad_times
-from stream.codec.validation import feedback_problem, impression_problem
+from stream.codec.validation import Code, Problem, bad_labels, bad_times, feedback_problem, impression_problem
 from stream.dead_letters import DeadLetter
 from stream.log.event_log import Record, TopicPartition
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stream.codec.rules import Code, Problem
+from stream.codec.validation import Code, Problem
 from stream.dead_letters import DeadLetter
 from stream.log.event_log import Record
 

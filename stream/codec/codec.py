@@ -8,8 +8,8 @@ schema   ``Schema.hash`` of the producer; must match when present, and must be p
 ======== ==============================================================================================
 
 The topic says which kind of event it holds. The wire forms are described in :mod:`stream.codec.json_form` and
-:mod:`stream.codec.arrow_form`, what a good event is in :mod:`stream.codec.rules`. Impressions and feedback are both
-keyed by impression id, so that a join sees both sides of a key in partitions of the same number.
+:mod:`stream.codec.arrow_form`, what a good event is in :mod:`stream.codec.validation`. Impressions and feedback are
+both keyed by impression id, so that a join sees both sides of a key in partitions of the same number.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from smes.arrays import I64
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
 from stream.codec import arrow_form, encoders, json_form
-from stream.codec.rules import Problem, quoted
+from stream.codec.validation import Problem, quoted
 from stream.dead_letters import DeadLetter
 from stream.log.event_log import Headers, OutRecord, Record, TopicPartition
 from stream.topics import FEEDBACK, IMPRESSIONS, partition_of

@@ -52,9 +52,10 @@ from smes.arrays import I32, I64, Arrays
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.ranges import NonNegativeFloat, check_ranges
 from smes.schema import MISSING, Schema
-from stream.join.entries import DueTimes, EntryTable
 from stream.join.kernels import (
     FREE,
+    DueTimes,
+    EntryTable,
     Feedback,
     Impressions,
     Ledgers,

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from smes.rankers.sparse.dispatch import dispatch
-from smes.rankers.sparse.experts import FullExperts
+from smes.rankers.sparse.experts import FullExperts, dispatch
 from smes.rankers.sparse.routing import route
 
 

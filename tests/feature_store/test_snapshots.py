@@ -259,7 +259,7 @@ store.publish(bytes(5000), lineage="a", version=2, schema_hash="h", step=2, crea
 def chunks_of_a_killed_publisher(client: redis.Redis, redis_url: str, namespace: str) -> set[bytes]:
     """Start a publisher of ``a:2`` that is killed after its last chunk; the keys of its 5 chunks."""
     before = chunk_keys(client, namespace)
-    argv = [sys.executable, "-c", _DYING_PUBLISHER, redis_url, namespace]
+    argv = [sys.executable, "-P", "-c", _DYING_PUBLISHER, redis_url, namespace]
     died = subprocess.run(argv, cwd=Path(__file__).parents[2], check=False)
     assert died.returncode == -signal.SIGKILL
     return chunk_keys(client, namespace) - before

@@ -16,8 +16,7 @@ from smes.model.devices import open_device
 from smes.model.learner import Learner, StepResult
 from smes.model.serving import ServingModel
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.dispatch import combine, dispatch
-from smes.rankers.sparse.experts import FullExperts
+from smes.rankers.sparse.experts import FullExperts, combine, dispatch
 from smes.rankers.sparse.routing import Routing, route
 from tests.smes.plain_smes import changed, plain
 from tests.smes.streams import RICH_SCHEMA, loss_of, stream

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
-from smes.rankers.sparse.balance import global_loss, mutual_information_loss, per_gate_loss
+from smes.rankers.sparse.router import global_loss, mutual_information_loss, per_gate_loss
 from smes.rankers.sparse.routing import Routing, expert_load, route
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from smes.model.build import RANKERS
 from smes.model.config import ModelConfig
+from smes.model.rank_model import RANKERS
 from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig, task_groups
 from smes.rankers.dense_experts import BatchNorm, DenseExperts
 from smes.rankers.home import FeatureGates, HoME

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smes.rankers.sparse.dispatch import combine, dispatch, neutralise, pack
+from smes.rankers.sparse.experts import combine, dispatch, neutralise, pack
 from smes.rankers.sparse.routing import Selection, route
 from smes.rankers.sparse.stages import Stages
 

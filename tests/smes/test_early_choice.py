@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import smes.rankers.sparse.early
+import smes.rankers.sparse.routing
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
@@ -55,7 +55,7 @@ def test_half_as_many_each_time_the_stream_has_doubled() -> None:
     limits = learner().expert_limits
     assert limits is not None
     assert limits.bound == 16
-    assert doctest.testmod(smes.rankers.sparse.early).failed == 0
+    assert doctest.testmod(smes.rankers.sparse.routing).failed == 0
 
 
 def test_a_restart_and_a_server_go_on_where_the_stream_is() -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from smes.model.features import FeatureInputs, FeatureLayer
-from smes.rankers.moments import RunningMoments
+from smes.rankers.ranker import RunningMoments
 from smes.schema import Feature, Schema, Task
 
 _SCHEMA = Schema(

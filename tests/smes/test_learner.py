@@ -14,9 +14,9 @@ from sklearn.metrics import roc_auc_score
 
 from feature_store.payload import decode, encode
 from smes.events import ExampleBlock
-from smes.model.build import RANKERS
 from smes.model.config import ModelConfig, OptimizerConfig, RankerName
 from smes.model.learner import Learner
+from smes.model.rank_model import RANKERS
 from smes.model.serving import ServingModel
 from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig
 from smes.rankers.sparse.config import SmesConfig

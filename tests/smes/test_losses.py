@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from smes.model.heads import TaskHeads, TaskOutputs
+from smes.model.rank_model import TaskHeads, TaskOutputs
 from smes.schema import Schema, Task
 
 _SCHEMA = Schema(

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smes.model.build import RANKERS
 from smes.model.config import RANKER_NAMES
+from smes.model.rank_model import RANKERS
 from smes.rankers.config import DenseNorm
 from smes.rankers.dense_experts import NORMS
-from smes.rankers.sparse.balance import BALANCE_LOSSES
 from smes.rankers.sparse.config import BalanceLoss, ExpertForm, ExpertNorm
 from smes.rankers.sparse.experts import EXPERT_FORMS, EXPERT_NORMS
 from smes.rankers.sparse.ranker import SMES
+from smes.rankers.sparse.router import BALANCE_LOSSES
 from smes.rankers.sparse.routing import expert_load
 from tests.smes.dense_reference import dense_smes
 from tests.smes.plain_smes import plain

@@ -63,7 +63,7 @@ serve(ScorerConfig(port=0, poll_s=0.05), schema, redis_url=sys.argv[2], namespac
 @contextmanager
 def scorer_process(redis_url: str, namespace: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """(process, URL) of a scorer, started as a user starts one."""
-    arguments = [sys.executable, "-c", _SERVE, json.dumps(SCHEMA.to_dict()), redis_url, namespace]
+    arguments = [sys.executable, "-P", "-c", _SERVE, json.dumps(SCHEMA.to_dict()), redis_url, namespace]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(arguments, cwd=_ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:

@@ -8,7 +8,7 @@ import pytest
 from smes.errors import EventLogError
 from smes.schema import Schema
 from stream.codec.codec import decode
-from stream.codec.rules import Problem
+from stream.codec.validation import Problem
 from stream.dead_letters import MAX_PAYLOAD_BYTES, DeadLetter, DeadLetterWriter
 from stream.log.event_log import OutRecord, Record, TopicPartition
 from stream.log.memory_log import InMemoryLog

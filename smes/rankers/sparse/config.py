@@ -19,7 +19,7 @@ ExpertNorm = Literal["layer", "rms", "none"]
 RouterNorm = Literal["batch", "layer", "none"]
 """Norms of a router's input; :class:`smes.rankers.sparse.router.Router` implements them."""
 BalanceLoss = Literal["global", "per_gate", "mutual_information", "none"]
-"""Balance losses; the functions are in :data:`smes.rankers.sparse.balance.BALANCE_LOSSES`."""
+"""Balance losses; the functions are in :data:`smes.rankers.sparse.router.BALANCE_LOSSES`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class EarlyConfig:
     Attributes:
         num_group: K_g at first, more than the later ``num_group``; 0 for the same K_g throughout.
         until: The first K_g holds for this many instances, half of it up to twice as many, and so on down to the later
-            K_g (:mod:`smes.rankers.sparse.early`).
+            K_g (:mod:`smes.rankers.sparse.routing`).
     """
 
     num_group: NonNegativeInt = 0
@@ -130,7 +130,7 @@ class BalanceConfig:
     Attributes:
         weight: β, the weight of the loss.
         loss: ``global`` over all tasks (the paper's), ``per_gate``, ``mutual_information`` or ``none``
-            (:mod:`smes.rankers.sparse.balance`).
+            (:mod:`smes.rankers.sparse.router`).
     """
 
     weight: NonNegativeFloat = 1e-2

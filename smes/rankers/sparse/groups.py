@@ -13,8 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from smes.rankers.moments import RunningMoments
-from smes.rankers.ranker import Clusters
+from smes.rankers.ranker import Clusters, RunningMoments
 
 _GROUPED_AT = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 """When the tasks are grouped, as shares of the search."""

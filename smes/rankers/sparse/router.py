@@ -1,17 +1,25 @@
-"""Routers: from an instance to the logits of the experts that each task, or task group, may choose.
+"""Routers, and the losses that spread their traffic over the experts.
+
+A router maps an instance to the logits of the experts that a task, or a task group, may choose. A balance loss takes
+two figures of a mini-batch:
+
+- ``traffic_NE``: the share of each expert in a gate's choices; sums to 1 over E, no gradient;
+- ``probs_NE``: the mean probability before selection; sums to 1 over E.
 
 Letters: B instances, I width of the ranker's input, D width of the encoder's output, V width of what routers read,
-R routers, C columns of one router's logits, Q rank of a low-rank map.
+R routers, C columns of one router's logits, Q rank of a low-rank map, N gates to balance (one per task; one per router
+if the task groups are found from the stream), E experts without the fixed ones.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smes.rankers.moments import RunningMoments
-from smes.rankers.sparse.config import RouterConfig
+from smes.rankers.ranker import RunningMoments
+from smes.rankers.sparse.config import BalanceLoss, RouterConfig
 
 _HORIZON = 1e5  # the encoder's output drifts as it learns, so the moments look back over about this many instances
 _CLIP = 8.0  # as in the feature layer's numerics
@@ -91,3 +99,43 @@ class OwnMaps(nn.Module):
     def forward(self, q: Tensor) -> Tensor:
         q_RBQ = q.view(len(q), *self.weight.shape[:2]).transpose(0, 1)
         return torch.bmm(q_RBQ, self.weight).transpose(0, 1).reshape(len(q), -1)
+
+
+def global_loss(traffic_NE: Tensor, probs_NE: Tensor) -> Tensor:
+    """Global multi-gate load balancing (SMES, arXiv 2602.09386): ``L_lb = (E/K) Σ_e f̄_e p̄_e``, a scalar.
+
+    ``f̄_e / K`` is the traffic and ``p̄_e`` the mean probability over all gates and instances. An even load gives 1, or
+    somewhat more if the groups have own pools and differ in their number of tasks.
+    """
+    return traffic_NE.shape[1] * torch.dot(traffic_NE.mean(dim=0), probs_NE.mean(dim=0))
+
+
+def per_gate_loss(traffic_NE: Tensor, probs_NE: Tensor) -> Tensor:
+    """Every gate balanced by itself: ``(E/K) · mean_n Σ_e f̄_ne p̄_ne``. An even load of each gate gives 1.
+
+    The SMES paper compares its global loss with this one, which keeps tasks from specialising on experts.
+    """
+    return traffic_NE.shape[1] * (traffic_NE * probs_NE).sum(dim=1).mean()
+
+
+def mutual_information_loss(traffic_NE: Tensor, probs_NE: Tensor) -> Tensor:
+    """``−I(N; E) = H(E|N) − H(E)`` of the mean probabilities (Mod-Squad, arXiv 2212.08066), in nats; −log N … 0.
+
+    It is least when all gates together use all experts equally, and each gate uses few of them.
+    """
+    return _entropy(probs_NE).mean() - _entropy(probs_NE.mean(dim=0))
+
+
+def _entropy(probs: Tensor) -> Tensor:
+    # A probability of 0 (by underflow) adds nothing to the entropy, but its slope is infinite.
+    probs = probs.clamp(min=1e-12)
+    return -(probs * probs.log()).sum(dim=-1)
+
+
+BALANCE_LOSSES: dict[BalanceLoss, Callable[[Tensor, Tensor], Tensor] | None] = {
+    "global": global_loss,
+    "per_gate": per_gate_loss,
+    "mutual_information": mutual_information_loss,
+    "none": None,
+}
+"""Balance losses of (traffic, mean probabilities) by their name in the configuration."""
