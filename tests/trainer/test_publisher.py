@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -85,17 +85,28 @@ def test_what_is_offered_is_what_serving_loads(client: redis.Redis, namespace: s
     assert metadata["schema_hash"] == SCHEMA.hash
 
 
-def test_cuts_that_come_while_one_is_uploaded_coalesce_into_the_newest(client: redis.Redis, namespace: str) -> None:
+@contextmanager
+def paused_writes(client: redis.Redis) -> Iterator[None]:
+    """The server answers no command that writes, until the end of the context."""
+    client.client_pause(round(1000 * DEADLINE_S), all=False)
+    try:
+        yield
+    finally:
+        client.client_unpause()
+
+
+def test_cuts_offered_during_an_upload_coalesce_into_the_newest(client: redis.Redis, namespace: str) -> None:
     store = SnapshotStore(client, namespace)
     publishing = publisher(store)
-    client.client_pause(round(1000 * DEADLINE_S))  # the server takes commands and answers none
-    publishing.offer(cut(1, {100: 1}))
-    until(lambda: not publishing.has_waiting)  # the thread has the first in hand
-    for step in (2, 3, 4):
-        publishing.offer(cut(step, {100: 10, 100 + step: step}))
-    assert publishing.published == 0  # offering did not wait for the server
-    client.client_unpause()
+
+    with paused_writes(client):
+        publishing.offer(cut(1, {100: 1}))
+        until(lambda: not publishing.has_waiting)  # the thread uploads the first
+        for step in (2, 3, 4):
+            publishing.offer(cut(step, {100: 10, 100 + step: step}))
+        assert publishing.published == 0  # offering did not wait for the server
     assert publishing.close(DEADLINE_S)
+
     assert [m.version for m in store.list()] == [1, 4]
     assert publishing.published == 2
     newest = store.current()
