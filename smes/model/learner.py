@@ -14,13 +14,11 @@ from torch import Tensor
 
 from smes.arrays import F32, I64, prefixed, under
 from smes.events import ExampleBlock
-from smes.model.batch import RankBatch, send_batch
 from smes.model.config import ModelConfig, OptimizerConfig
-from smes.model.devices import open_device
+from smes.model.devices import RankBatch, open_device, send_batch
 from smes.model.features import FeatureInputs
-from smes.model.ids import DistinctRows, IdRows, pool_weights, uniform_rows
 from smes.model.rank_model import ModelOutput, RankModel, build_model
-from smes.model.table import RowTable
+from smes.model.table import DistinctRows, IdRows, RowTable, pool_weights, uniform_rows
 from smes.rankers.ranker import ExpertLimits, GroupingRanker, GroupSearch
 from smes.schema import Schema
 

@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from smes.model.config import AdagradConfig
-from smes.model.ids import readers
-from smes.model.table import Readers, RowTable, read_cells
+from smes.model.table import Readers, RowTable, read_cells, readers
 
 _CPU = torch.device("cpu")
 

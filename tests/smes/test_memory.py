@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from smes.model.memory import keep_freed_memory
+from smes.model.devices import keep_freed_memory
 
 FAULTS = """
 import resource, sys
 import numpy as np
-from smes.model.memory import keep_freed_memory
+from smes.model.devices import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def step():
