@@ -35,7 +35,7 @@ from benchmarks.speed_report import draw, table
 from benchmarks.speed_setting import Contender, Data, Setting, make_data
 from benchmarks.step_breakdown import breakdown, count_flop, gemm_flop_per_s
 from smes.model.config import ModelConfig, Preset, model_preset
-from smes.model.memory import keep_freed_memory
+from smes.model.devices import keep_freed_memory
 from smes.rankers.config import MmoeConfig
 from smes.rankers.sparse.config import SmesConfig, smes_paper
 

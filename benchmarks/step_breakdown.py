@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from smes.model.batch import RankBatch
+from smes.model.devices import RankBatch
 from smes.model.features import FeatureLayer
 from smes.model.learner import Learner
 from smes.model.rank_model import TaskHeads, TaskOutputs

@@ -11,8 +11,8 @@ from typing import Any
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from smes.events import ExampleBlock
+from smes.model.devices import keep_freed_memory
 from smes.model.learner import Learner
-from smes.model.memory import keep_freed_memory
 from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config

@@ -11,7 +11,7 @@ from rich.live import Live
 
 from feature_store.snapshots import SnapshotStore
 from smes.events import ExampleBlock
-from smes.model.memory import keep_freed_memory
+from smes.model.devices import keep_freed_memory
 from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_learner, warm_up
 from smes_cli.config import Config

@@ -9,7 +9,7 @@ import torch
 import uvicorn
 
 from smes.errors import SmesError
-from smes.model.memory import keep_freed_memory
+from smes.model.devices import keep_freed_memory
 from smes.schema import Schema
 from smes_io.redis_client import connect
 from smes_scorer.app import create_app

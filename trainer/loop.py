@@ -19,12 +19,11 @@ from smes.events import ExampleBlock
 from smes.model.learner import Learner
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import Positions
-from trainer.arrivals import FeedbackArrivals
 from trainer.checkpoints import Checkpoint, CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
-from trainer.expert_tally import ExpertTally, RoutingObserver
 from trainer.observers import BatchSender, DelayedResults, Observer
-from trainer.publisher import Cut, Publisher, lineage_to_publish, new_lineage
+from trainer.publisher import Cut, FeedbackArrivals, Publisher, lineage_to_publish, new_lineage
+from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from smes.arrays import F32, I64
 from smes.events import ExampleBlock
-from smes.model.batch import RankBatch
+from smes.model.devices import RankBatch
 from smes.model.learner import Learner, StepResult
 
 

@@ -2,7 +2,7 @@
 
 The trainer's thread copies the weights (the cut); the publishing thread works on that copy. A new cut replaces one that
 still waits in the mailbox, because serving wants the newest. The feedback counted for the older cut is added to the new
-one.
+one: :class:`FeedbackArrivals` counts when the feedback in each cut arrived, and the scorer measures freshness by it.
 """
 
 import json
@@ -15,14 +15,56 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from feature_store.payload import encode
 from feature_store.publication import Manifest
 from feature_store.snapshots import SnapshotStore
+from smes.arrays import I64
 from smes.errors import SmesError, SnapshotStale
-from smes.schema import Schema
-from trainer.arrivals import summarise_arrivals
+from smes.events import ExampleBlock
+from smes.schema import MISSING, Schema
+from trainer.observers import Observer, StepFigures
+
+_MAX_ARRIVALS = 512
+
+
+class FeedbackArrivals(Observer):
+    """Counts the feedback events trained on since the last cut, by their arrival time."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
+        """Count the batch's feedback events."""
+        arrival_ms = examples.feedback_arrival_ms
+        self._counts.update(count_arrivals(arrival_ms[arrival_ms != MISSING]))
+
+    def take(self) -> Counter[int]:
+        """The counts since the last call: arrival (Unix milliseconds) → feedback events."""
+        counts, self._counts = self._counts, Counter()
+        return counts
+
+
+def count_arrivals(arrival_ms: I64) -> Counter[int]:
+    """How many feedback events arrived at each millisecond. int64, any shape, no ``MISSING``."""
+    values, counts = np.unique(arrival_ms, return_counts=True)
+    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+
+def summarise_arrivals(arrivals: Counter[int]) -> tuple[tuple[int, int], ...]:
+    """(arrival in Unix milliseconds, count) pairs, at most 512; if there are more, neighbours are merged by mean."""
+    pairs = sorted(arrivals.items())
+    if len(pairs) <= _MAX_ARRIVALS:
+        return tuple(pairs)
+    summary = []
+    for part in np.array_split(np.array(pairs, np.int64), _MAX_ARRIVALS):
+        count = int(part[:, 1].sum())
+        offset = (part[:, 0] - part[0, 0]) * part[:, 1]
+        summary.append((int(part[0, 0]) + round(int(offset.sum()) / count), count))
+    return tuple(summary)
+
 
 _logger = logging.getLogger(__name__)
 _RETRY_S = 1.0

@@ -21,7 +21,7 @@ from smes.model.serving import ServingModel
 from smes_cli.config import Config
 from smes_cli.demo.local_servers import start_kafka, start_valkey
 from smes_cli.demo.processes import stop
-from smes_scorer.served import load_serving_model
+from smes_scorer.hot_swap import load_serving_model
 from stream.codec.codec import Codec
 from tests.integration.training import (
     Pairs,

@@ -8,7 +8,7 @@ import pytest
 from smes.events import ExampleBlock
 from smes.rankers.ranker import ExpertLimits
 from tests.trainer.small_world import SCHEMA
-from trainer.expert_tally import ExpertTally
+from trainer.routing_figures import ExpertTally
 
 TASKS, EXPERTS = 3, 5
 LIMITS = ExpertLimits(bound=4, num_experts=EXPERTS)

@@ -25,8 +25,7 @@ from smes.schema import Schema, Task
 from smes_cli.demo.local_servers import ValkeyServer, start_valkey
 from smes_io.redis_client import connect
 from tests.trainer.small_world import fill, make_trainer, open_log, train_to_the_end
-from trainer.arrivals import count_arrivals, summarise_arrivals
-from trainer.publisher import Cut, Publisher
+from trainer.publisher import Cut, Publisher, count_arrivals, summarise_arrivals
 
 SCHEMA = Schema("published", tasks=(Task("click"),))
 DEADLINE_S = 60.0

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from smes.events import ExampleBlock
-from smes.model.batch import RankBatch
 from smes.model.config import OptimizerConfig
+from smes.model.devices import RankBatch
 from smes.model.learner import Learner, StepResult
 from tests.trainer.small_world import MODEL, SCHEMA, fill, make_trainer, open_log
 from trainer.loop import CHECKPOINT, SNAPSHOT
