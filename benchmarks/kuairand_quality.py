@@ -29,7 +29,7 @@ class LogRanker:
     Attributes:
         seeds_ST: GAUC by seed and task, of every seed by itself.
         auc_ST: AUC by seed and task.
-        positives_T: How many there are to be told from the rest.
+        positives_T: How many positives there are of each task.
         cost: What an instance costs.
         impressions_per_s: Of the whole backtest, one thread, beside whatever else ran.
     """

@@ -250,7 +250,7 @@ class _Columns:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The backtest's own progress says nothing: many runs are under way."""
+    """Suppress the backtest's own progress output: many runs are under way."""
     before, console.quiet = console.quiet, True
     try:
         yield

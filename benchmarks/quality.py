@@ -7,9 +7,9 @@
 
 Rankers and their settings are in ``quality.yaml``; what --tune chose is in ``quality_chosen.yaml``. Without --log and
 --world: the folder that KUAIRAND_HOME names. Runs are kept in --cache, so that an interrupted comparison goes on where
-it was. Their keys say everything that a run was told, but not which code ran it: after a change of the code, take
-another folder. Intervals are of 95 %, by a paired bootstrap over users; they do not hold what another world seed or
-another stream would change.
+it was. A run's key holds all its settings, but not the version of the code: use another folder after a code change.
+Intervals are of 95 %, by a paired bootstrap over users. They do not cover what another world seed or another stream
+would change.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """Runs that are done once: results on disk under what they depend on, the missing ones spread over processes.
 
-The key of a run says everything that it was told, not which code ran it: after a change of the code, take another
-folder.
+The key of a run holds all its settings, but not the version of the code: use another folder after a code change.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Figures of the routing: running counts, and from its history load, dead experts, skew, overlap, drift.
 
-:class:`RoutingObserver` keeps the counts and the history. Letters: B instances of a batch, T tasks, E experts, K experts
-that a task chooses, P instances of the probe, L experts of a pool, N anything.
+:class:`RoutingObserver` keeps the counts and the history. Letters: B instances of a batch, T tasks, E experts, K
+experts that a task chooses, P instances of the probe, L experts of a pool, N anything.
 """
 
 from collections.abc import Callable

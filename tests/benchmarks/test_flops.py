@@ -1,6 +1,5 @@
 """Operations and parameters against formulas written out by hand, one for each ranker."""
 
-
 import pytest
 import torch
 
