@@ -45,8 +45,10 @@ known ways to deal with delayed feedback this is the simplest: wait for the wind
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from smes.arrays import I32, I64, Arrays
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
@@ -71,6 +73,7 @@ from stream.topics import FEEDBACK, IMPRESSIONS
 
 END_OF_TIME = int(np.iinfo(np.int64).max)
 _START_OF_TIME = int(np.iinfo(np.int64).min) // 2  # room to subtract windows from
+_Array = TypeVar("_Array", bound=NDArray[Any])
 _FEATURES = {f.name for f in fields(ExampleBlock)} & {f.name for f in fields(ImpressionBlock)}
 
 
@@ -109,18 +112,27 @@ class Joiner:
         self._lateness_ms = round(config.allowed_lateness_s * 1000)
         self._remember_ms = round(config.remember_s * 1000)
         self._window_ms = np.array([t.window_ms for t in schema.tasks], np.int64)
-        partitions = 1 + max((source.partition for source in self.sources), default=0)
-        self._latest_ms = {
-            topic: np.full(partitions, _START_OF_TIME + self._lateness_ms, np.int64)
-            for topic in (IMPRESSIONS, FEEDBACK)
-        }
-        self._own = {topic: np.zeros(partitions, np.bool_) for topic in (IMPRESSIONS, FEEDBACK)}
-        for source in self.sources:
-            self._own[source.topic][source.partition] = True
-        shape = (partitions, len(COLUMNS))
-        self._ledgers = Ledgers(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+        self._latest_ms = {topic: np.zeros(0, np.int64) for topic in (IMPRESSIONS, FEEDBACK)}
+        self._own = {topic: np.zeros(0, np.bool_) for topic in (IMPRESSIONS, FEEDBACK)}
+        self._ledgers = Ledgers(*(np.zeros((0, len(COLUMNS)), np.int64) for _ in range(2)))
         self._entries = EntryTable(schema)
         self._due = DueTimes()
+        self.add_partitions(self.sources)
+
+    def add_partitions(self, sources: Iterable[TopicPartition]) -> None:
+        """Take events from these partitions, too, from now on; those that it has already stay as they are.
+
+        Nothing has been read of a new partition, so the watermark waits for it, where it is, as at the start.
+        """
+        self.sources = tuple(sorted({*self.sources, *sources}))
+        partitions = 1 + max((source.partition for source in self.sources), default=0)
+        before_first_ms = _START_OF_TIME + self._lateness_ms
+        for topic in (IMPRESSIONS, FEEDBACK):
+            self._latest_ms[topic] = _longer(self._latest_ms[topic], partitions, before_first_ms)
+            self._own[topic] = _longer(self._own[topic], partitions, False)
+        self._ledgers = Ledgers(*(_longer(counts, partitions, 0) for counts in self._ledgers))
+        for source in self.sources:
+            self._own[source.topic][source.partition] = True
 
     @property
     def ledger(self) -> JoinLedger:
@@ -242,14 +254,21 @@ class Joiner:
             self._latest_ms[topic][:] = _START_OF_TIME + self._lateness_ms
             self._counts(topic)[:] = 0
             for partition in saved_partitions(state, topic):
-                self._latest_ms[topic][partition] = state[state_name(topic, partition, "latest_ms")][0]
-                self._counts(topic)[partition] = state[state_name(topic, partition, "ledger")]
+                if state_name(topic, partition, "ledger") in state:  # not where only the other topic had grown
+                    self._latest_ms[topic][partition] = state[state_name(topic, partition, "latest_ms")][0]
+                    self._counts(topic)[partition] = state[state_name(topic, partition, "ledger")]
         entries = self._entries.load_state(state)
         self._due = DueTimes()
         self._note_due(entries)
 
     def _counts(self, topic: str) -> I64:
         return self._ledgers.impressions if topic == IMPRESSIONS else self._ledgers.feedback
+
+
+def _longer(array: _Array, rows: int, fill: int) -> _Array:
+    """The array with ``rows`` rows, the new ones ``fill``."""
+    added = np.full((rows - len(array), *array.shape[1:]), fill, array.dtype)
+    return cast(_Array, np.concatenate([array, added]))
 
 
 def join_sources(partitions: int) -> Sequence[TopicPartition]:
