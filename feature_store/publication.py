@@ -12,6 +12,8 @@ The keys are :class:`SnapshotKeys`, all under ``{namespace}:snapshots:``
 ``sequence``       integer number of publications so far
 ``uploads``        hash    upload → lineage, chunks and begin (JSON) of an unfinished upload
 ``chunk:{u}:{i}``  string  chunk i of upload u; expires unless its upload is committed
+``lease``          string  who may publish (:mod:`feature_store.lease`)
+``fencing``        string  the last fencing number given out
 ================== ======= ==========================================================================
 
 The channel ``published`` announces every ``lineage:version``.
@@ -32,6 +34,7 @@ import numpy as np
 import redis
 from msgspec import Meta
 
+from feature_store.lease import LEASE_FUNCTIONS, Leases
 from smes.errors import SnapshotError, SnapshotStale
 
 LARGEST_INTEGER = 2**53 - 1
@@ -139,16 +142,19 @@ def _plain(value: Any) -> Any:
 
 # Commits an upload in one atomic step.
 #
-# KEYS: current, manifests, index, history, sequence, uploads.
-# ARGV: lineage, version, manifest JSON, upload, number of chunks, prefix of the chunk keys, channel.
+# KEYS: current, manifests, index, history, sequence, uploads, lease, fencing.
+# ARGV: lineage, version, manifest JSON, upload, number of chunks, prefix of the chunk keys, channel, fencing number.
 # Returns
 #   'ok'         committed, now or by an earlier call whose answer the client lost;
+#   'fenced …'   another publisher holds or held the lease (as taken() has it), nothing was changed;
 #   'stale V'    the lineage's current version V is this one or a later one, nothing was changed;
 #   'lost I'     chunk I (or, with I = 0, the whole upload) is gone, nothing was announced.
-_COMMIT = """
-local current, manifests, index, history, sequence, uploads = unpack(KEYS)
-local lineage, version, manifest, upload, chunks, prefix, channel = unpack(ARGV)
+_COMMIT = f"""{LEASE_FUNCTIONS}
+local current, manifests, index, history, sequence, uploads, lease, fencing = unpack(KEYS)
+local lineage, version, manifest, upload, chunks, prefix, channel, number = unpack(ARGV)
 local member = lineage .. ':' .. version
+local other = taken(lease, fencing, number)
+if other then return 'fenced ' .. other end
 if redis.call('HEXISTS', uploads, upload) == 0 then
     if redis.call('HGET', manifests, member) == manifest then return 'ok' end
     return 'lost 0'
@@ -226,12 +232,16 @@ class Publication:
         client: A client that returns bytes.
         keys: Names of the keys.
         upload_ttl_s: When the chunks of an unfinished upload expire.
+        outage_timeout_s: How long an operation on the lease is tried while the server is away.
     """
 
-    def __init__(self, client: redis.Redis, keys: SnapshotKeys, upload_ttl_s: int) -> None:
+    def __init__(
+        self, client: redis.Redis, keys: SnapshotKeys, upload_ttl_s: int, outage_timeout_s: float = 2.0
+    ) -> None:
         self._client = client
         self._keys = keys
         self._upload_ttl_s = upload_ttl_s
+        self.leases = Leases(client, keys.key(""), outage_timeout_s)
         self._commit_script = client.register_script(_COMMIT)
         self._remove_script = client.register_script(_REMOVE_UPLOAD)
 
@@ -244,20 +254,28 @@ class Publication:
             self._client.set(key, view[start : start + chunk.bytes], ex=self._upload_ttl_s)
             start += chunk.bytes
 
-    def commit(self, manifest: Manifest) -> None:
+    def commit(self, manifest: Manifest, fencing: int | None = None) -> None:
         """Make an upload the current snapshot, atomically.
 
+        Args:
+            manifest: What was uploaded.
+            fencing: The number of the publisher's lease; None is allowed while nobody holds one.
+
         Raises:
+            LeaseHeld, LeaseLost: As :meth:`feature_store.lease.Leases.check`.
             SnapshotStale: The lineage's current version is this one or a later one.
             SnapshotError: A chunk is gone.
         """
         cut: list[str | int | bytes] = [manifest.lineage, manifest.version, manifest.to_json(), manifest.upload]
-        names = ("current", "manifests", "index", "history", "sequence", "uploads")
+        names = ("current", "manifests", "index", "history", "sequence", "uploads", "lease", "fencing")
+        number = "" if fencing is None else str(fencing)
         answer = self._commit_script(
             keys=[self._keys.key(name) for name in names],
-            args=[*cut, len(manifest.chunks), self._keys.key("chunk:"), self._keys.key("published")],
+            args=[*cut, len(manifest.chunks), self._keys.key("chunk:"), self._keys.key("published"), number],
         )
-        outcome, _, detail = answer.decode().partition(" ")
+        outcome, _, detail = answer.decode(errors="replace").partition(" ")
+        if outcome == "fenced":
+            raise self.leases.refused(fencing, detail)
         if outcome == "stale":
             raise stale(manifest.lineage, manifest.version, int(detail))
         if outcome != "ok":

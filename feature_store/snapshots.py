@@ -17,6 +17,7 @@ import redis
 from redis.client import PubSub
 
 from feature_store.config import SnapshotStoreConfig
+from feature_store.lease import Lease
 from feature_store.publication import (
     LARGEST_INTEGER,
     Chunk,
@@ -40,13 +41,22 @@ class SnapshotStore:
         client: A client that returns bytes (see :func:`smes_io.redis_client.connect`).
         namespace: Prefix of every key.
         config: Sizes and retention.
+        outage_timeout_s: How long a publication and the lease are tried while the server is away or is a replica.
     """
 
-    def __init__(self, client: redis.Redis, namespace: str = "smes", config: SnapshotStoreConfig | None = None) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        namespace: str = "smes",
+        config: SnapshotStoreConfig | None = None,
+        *,
+        outage_timeout_s: float = 2.0,
+    ) -> None:
         self._client = client
+        self._outage_timeout_s = outage_timeout_s
         self._config = config or SnapshotStoreConfig()
         self._keys = SnapshotKeys(namespace)
-        self._publication = Publication(client, self._keys, self._config.upload_ttl_s)
+        self._publication = Publication(client, self._keys, self._config.upload_ttl_s, outage_timeout_s)
 
     def publish(
         self,
@@ -61,6 +71,7 @@ class SnapshotStore:
         positions: Mapping[str, Mapping[str, int]] | None = None,
         metrics: Mapping[str, Any] | None = None,
         feedback_arrivals: tuple[tuple[int, int], ...] = (),
+        fencing: int | None = None,
     ) -> Manifest:
         """Store a payload and make it the current snapshot; readers see all of it or nothing.
 
@@ -68,15 +79,20 @@ class SnapshotStore:
             payload: Bytes of :func:`feature_store.payload.encode`.
             lineage, version, schema_hash, step, created_ms, event_time_ms, positions, metrics, feedback_arrivals:
                 As in :class:`feature_store.publication.Manifest`. The lineage's current version becomes its ``parent``.
+            fencing: :attr:`feature_store.lease.Lease.number` of the publisher's lease; None is allowed while nobody
+                holds one.
 
         Raises:
             ValueError: The payload is empty, or lineage or version have the wrong form.
+            LeaseHeld: No fencing number was given, and somebody holds the lease; nothing was changed.
+            LeaseLost: Another publisher took the lease over; nothing was changed.
             SnapshotStale: The lineage's current version is this one or a later one; nothing was changed.
             SnapshotError: Another publisher of the lineage removed this upload.
             FeatureStoreError: Redis refused, for instance because its memory is full.
             FeatureStoreUnavailable: Redis gave no answer in time.
         """
         _check_cut(payload, lineage, version)
+        self._publication.leases.check(fencing)
         manifest = Manifest(
             lineage=lineage,
             version=version,
@@ -98,11 +114,25 @@ class SnapshotStore:
             self._make_room(len(payload))
             try:
                 self._publication.upload(manifest, payload)
-                self._publication.commit(manifest)
+                self._publication.commit(manifest, fencing)
             except BaseException:
                 self._publication.abandon(manifest)
                 raise
         return manifest
+
+    def acquire(self, holder: str, ttl_s: float) -> Lease:
+        """Take the right to publish in this namespace. While it runs, nobody else can publish.
+
+        Args:
+            holder: Names the holder to others, for instance host and process; 1 … 200 characters.
+            ttl_s: The lease ends so long after it was last renewed, at most an hour.
+
+        Raises:
+            ValueError: An argument is out of range.
+            LeaseHeld: Somebody else holds it; the message says who, since when and until when.
+            FeatureStoreUnavailable: Redis gave no answer in time.
+        """
+        return self._publication.leases.acquire(holder, ttl_s)
 
     def pointer(self) -> str | None:
         """``lineage:version`` of the current snapshot, None before the first. One small read."""

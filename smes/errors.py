@@ -5,6 +5,8 @@
     ├── SnapshotError             a snapshot is incomplete, damaged or unreadable
     │   ├── SnapshotNotFound      nothing was published yet, or retention removed it
     │   └── SnapshotStale         its lineage has already published this version or a later one
+    ├── LeaseHeld                 another trainer holds the right to publish
+    ├── LeaseLost                 this trainer's right to publish was taken over
     ├── CheckpointError           a checkpoint on disk cannot be restored
     ├── EventLogError             the event log refused or lost something
     │   ├── EventLogUnavailable   no answer within the bounded wait
@@ -40,6 +42,26 @@ class SnapshotNotFound(SnapshotError):
 
 class SnapshotStale(SnapshotError):
     """The lineage's current snapshot has this version or a later one. Serving never goes back to an older version."""
+
+
+class LeaseHeld(SmesError):
+    """Another publisher holds the namespace's lease. The message says who, since when and until when.
+
+    Attributes:
+        holder: What it calls itself.
+        since_ms: When it took the lease, Unix milliseconds by the server's clock.
+        until_ms: When the lease ends unless it is renewed, likewise.
+    """
+
+    def __init__(self, message: str, *, holder: str, since_ms: int, until_ms: int) -> None:
+        super().__init__(message)
+        self.holder = holder
+        self.since_ms = since_ms
+        self.until_ms = until_ms
+
+
+class LeaseLost(SmesError):
+    """The lease expired and another publisher took it; nothing was changed. Publishing again cannot succeed."""
 
 
 class CheckpointError(SmesError):
