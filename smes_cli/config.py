@@ -22,6 +22,7 @@ from simulators.config import ReplayConfig
 from smes.errors import LogError
 from smes.model.config import ModelConfig, OptimizerConfig, Preset, model_preset
 from smes_io.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file
+from smes_io.secrets import shown
 from smes_io.yaml_file import STRICT, read_mapping, validated
 from smes_scorer.config import ScorerConfig
 from stream.example_stream import StreamConfig
@@ -108,7 +109,7 @@ def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) 
     where = str(path) if path is not None else "configuration"
     if variables:
         where += f" with {', '.join(variables)}"
-    return validated(Config, _with_preset(data, where), where)
+    return validated(Config, _with_preset(data, where), where, also={"model": ("preset",)})
 
 
 def _override(data: dict[str, Any], environment: Mapping[str, str]) -> list[str]:
@@ -125,7 +126,8 @@ def _override(data: dict[str, Any], environment: Mapping[str, str]) -> list[str]
         try:
             section[key] = yaml.safe_load(environment[name])
         except yaml.YAMLError as error:
-            raise ValueError(f"environment variable {name}: {environment[name]!r}, expected a YAML value") from error
+            value = shown(name, environment[name])
+            raise ValueError(f"environment variable {name}: {value}, expected a YAML value") from error
     return names
 
 

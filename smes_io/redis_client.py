@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -13,6 +12,7 @@ from redis.retry import Retry
 
 from smes.errors import EventLogError, EventLogUnavailable, FeatureStoreError, FeatureStoreUnavailable, SmesError
 from smes_io.clock import retry
+from smes_io.secrets import masked_text
 
 _T = TypeVar("_T")
 _OUTAGE = (redis.ConnectionError, redis.TimeoutError)
@@ -63,7 +63,10 @@ def open_client(url: str, timeout_s: float, *, answer_timeout_s: float | None = 
             retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
         )
     except ValueError as error:
-        raise ValueError(f"Redis URL {masked(url)!r}: {error}") from error
+        # The client's own message may quote a part of the password.
+        why = "" if "@" in url else f" ({error})"
+        wanted = "redis://[user[:password]@]host:port[/database], special characters of the password as %XX"
+        raise ValueError(f"Redis URL {masked(url)!r}{why}, expected {wanted}") from error
 
 
 def connect(
@@ -130,15 +133,8 @@ def translated(
 
 
 def masked(url: str) -> str:
-    """The URL with its password replaced by ``***``."""
-    try:
-        parts = urlsplit(url)
-        if parts.password is None:
-            return url
-    except ValueError:  # not a URL, so a password may be anywhere in it
-        return "(unreadable)"
-    place = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{place}"))
+    """The URL with its password replaced by ``***``, wherever it stands and whatever it holds."""
+    return masked_text(url) if "://" in url else "(unreadable)"
 
 
 def address(client: redis.Redis) -> str:

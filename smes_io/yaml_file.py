@@ -1,7 +1,7 @@
 """Read YAML files into plain frozen dataclasses.
 
 Unknown keys are refused at every level. Every error is one line that names the file, the key, the value and what was
-expected, in the words of :mod:`smes.ranges`.
+expected, in the words of :mod:`smes.ranges`. A value that may hold a password is shown without it.
 """
 
 import re
@@ -15,6 +15,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from smes.ranges import expected
+from smes_io.secrets import shown
 
 _T = TypeVar("_T")
 STRICT = ConfigDict(extra="forbid")
@@ -55,7 +56,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: expected a readable file ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path}: expected YAML ({_parse_error(error)})") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -63,13 +64,24 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-def validated(cls: type[_T], data: Mapping[str, Any], where: str | Path) -> _T:
+def _parse_error(error: Exception) -> str:
+    """What the parser says, without the lines of the file that it quotes: they may hold a password."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def validated(
+    cls: type[_T], data: Mapping[str, Any], where: str | Path, also: Mapping[str, tuple[str, ...]] | None = None
+) -> _T:
     """Build a frozen dataclass whose ``__pydantic_config__`` is :data:`STRICT` from plain data.
 
     Args:
         cls: The dataclass.
         data: As read from the file.
         where: Start of the error message, such as the file's path.
+        also: Section → keys that the file may have there and that are no fields; messages list them.
 
     Raises:
         ValueError: An entry is missing, unknown, of a wrong type or out of range.
@@ -77,21 +89,23 @@ def validated(cls: type[_T], data: Mapping[str, Any], where: str | Path) -> _T:
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
-        raise ValueError(f"{where}: {_one_line(cls, error)}") from error
+        raise ValueError(f"{where}: {_one_line(cls, error, also or {})}") from error
 
 
-def _one_line(cls: type, error: ValidationError) -> str:
+def _one_line(cls: type, error: ValidationError, also: Mapping[str, tuple[str, ...]]) -> str:
     """Describe the first mistake, and say how many more there are."""
     mistakes = error.errors(include_url=False)
     others = len({_place(cls, mistake["loc"])[1] for mistake in mistakes}) - 1  # a union reports each of its branches
-    return _describe(cls, mistakes[0]) + (f" (and {others} more)" if others else "")
+    return _describe(cls, mistakes[0], also) + (f" (and {others} more)" if others else "")
 
 
-def _describe(cls: type, mistake: Any) -> str:
+def _describe(cls: type, mistake: Any, also: Mapping[str, tuple[str, ...]]) -> str:
     kind, value = mistake["type"], mistake["input"]
     if kind in _UNKNOWN_KEY:
-        allowed = ", ".join(_keys(_place(cls, mistake["loc"][:-1])[0]))
-        return f"{_dotted(mistake['loc'])}: {value!r} is an unknown key, expected one of {allowed}"
+        section = mistake["loc"][:-1]
+        allowed = ", ".join([*also.get(_dotted(section), ()), *_keys(_place(cls, section)[0])])
+        key = _dotted(mistake["loc"])
+        return f"{key}: {shown(key, value)} is an unknown key, expected one of {allowed}"
     if kind in _MISSING_KEY:
         return f"{_dotted(mistake['loc'])}: missing, expected a value"
     hint, place = _place(cls, mistake["loc"])
@@ -99,8 +113,9 @@ def _describe(cls: type, mistake: Any) -> str:
     if kind == "value_error":
         return _under(key, hint, str(mistake["ctx"]["error"]))
     if kind in _OUT_OF_RANGE and expected(hint):
-        return f"{key}: {value!r}, expected {expected(hint)}"
-    return f"{key}: {value!r}, expected {_type_words(hint)}"
+        return f"{key}: {shown(key, value)}, expected {expected(hint)}"
+    more = f"{', '.join(also[key])}, " if key in also else ""
+    return f"{key}: {shown(key, value)}, expected {_type_words(hint, more)}"
 
 
 def _under(key: str, cls: Any, message: str) -> str:
@@ -149,7 +164,7 @@ def _keys(hint: Any) -> list[str]:
     return next((keys for branch in get_args(hint) if (keys := _keys(branch))), [])
 
 
-def _type_words(hint: Any) -> str:
+def _type_words(hint: Any, more_keys: str = "") -> str:
     """An annotation in words: its type, then its range."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -160,7 +175,7 @@ def _type_words(hint: Any) -> str:
         words = " or ".join(_type_words(branch) for branch in arguments if branch is not NoneType)
         return f"{words}, or null" if NoneType in arguments else words
     if is_dataclass(hint):
-        return f"a mapping with the keys {', '.join(_keys(hint))}"
+        return f"a mapping with the keys {more_keys}{', '.join(_keys(hint))}"
     words = _TYPE_NAMES.get(origin or hint, "a value of another type")
     return f"{words}, {expected(hint)}" if expected(hint) else words
 
