@@ -5,7 +5,7 @@ A module of its own because it imports no torch: the demo's process compiles bef
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.hashing import splitmix64
-from smes.model.table import DistinctRows, IdRows, readers, uniform_rows
+from smes.model.ids import DistinctRows, IdRows, readers, uniform_rows
 from smes.schema import Schema
 from smes_cli.config import Config
 from stream.block_stream import BlockStream

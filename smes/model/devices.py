@@ -21,7 +21,8 @@ from torch import Tensor
 from smes.arrays import I64
 from smes.events import ExampleBlock
 from smes.model.features import FeatureInputs
-from smes.model.table import Readers, pool_weights, read_cells, readers
+from smes.model.ids import pool_weights, readers
+from smes.model.table import Readers, read_cells
 from smes.schema import Schema
 
 

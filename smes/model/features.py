@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smes.model.table import per_column
+from smes.model.ids import per_column
 from smes.rankers.ranker import RunningMoments
 from smes.schema import Feature, Schema
 
@@ -27,7 +27,7 @@ class FeatureInputs:
     Attributes:
         embedding_BWD: Embedding of every id; None for a ranker that reads no embeddings.
         wide_BWT: Weight of every id for every task in the linear part; None without a linear part.
-        pool_BW: :func:`smes.model.table.pool_weights`; None for a schema without bags and sequences.
+        pool_BW: :func:`smes.model.ids.pool_weights`; None for a schema without bags and sequences.
         numerics_BF: float32, NaN where missing.
     """
 

@@ -17,8 +17,9 @@ from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.devices import RankBatch, open_device, send_batch
 from smes.model.features import FeatureInputs
+from smes.model.ids import DistinctRows, IdRows, pool_weights, uniform_rows
 from smes.model.rank_model import ModelOutput, RankModel, build_model
-from smes.model.table import DistinctRows, IdRows, RowTable, pool_weights, uniform_rows
+from smes.model.table import RowTable
 from smes.rankers.ranker import ExpertLimits, GroupingRanker, GroupSearch
 from smes.schema import Schema
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from smes.arrays import F32, I64, under
 from smes.model.config import ModelConfig
 from smes.model.features import FeatureInputs
+from smes.model.ids import IdRows, pool_weights
 from smes.model.rank_model import RankModel
-from smes.model.table import IdRows, pool_weights
 from smes.schema import Schema
 
 _CPU = torch.device("cpu")

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from smes.model.config import AdagradConfig
-from smes.model.table import Readers, RowTable, read_cells, readers
+from smes.model.ids import readers
+from smes.model.table import Readers, RowTable, read_cells
 
 _CPU = torch.device("cpu")
 

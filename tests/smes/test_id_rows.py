@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smes.model.table import DistinctRows, IdRows, pool_weights, readers, uniform_rows
+from smes.model.ids import DistinctRows, IdRows, pool_weights, readers, uniform_rows
 from smes.schema import MISSING, Feature, Schema, Task
 
 _SCHEMA = Schema(

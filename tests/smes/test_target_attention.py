@@ -6,9 +6,9 @@ import torch
 
 from smes.model.config import ModelConfig, OptimizerConfig, RankerName
 from smes.model.features import FeatureInputs, FeatureLayer, TargetAttention
+from smes.model.ids import pool_weights
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
-from smes.model.table import pool_weights
 from smes.schema import MISSING, Feature, Schema, Task
 from tests.smes.streams import history_stream, loss_of
 
