@@ -13,7 +13,8 @@
     │   └── PositionOutOfRange    the records at a position were trimmed away
     ├── FeatureStoreError         Redis refused a command (memory full) or holds data of another schema
     │   └── FeatureStoreUnavailable   no answer within the bounded wait
-    └── LogError                  a logged-impressions file cannot be read as described
+    ├── LogError                  a logged-impressions file cannot be read as described
+    └── Stopped                   a wait ended early because a stop was asked for
 
 A wrong argument raises ``ValueError``. An ``assert`` states what can only be false if our own code is wrong.
 """
@@ -90,3 +91,7 @@ class FeatureStoreUnavailable(FeatureStoreError):
 
 class LogError(SmesError):
     """A logged-impressions file cannot be read as its schema file describes it."""
+
+
+class Stopped(SmesError):
+    """A wait for a server ended early because a stop was asked for. The message names what was waited for."""

@@ -1,12 +1,15 @@
 """The event log as the rest of the project sees it: append records, read from positions, ask for begin and end.
 
 A *position* is the offset of the next record to read in one partition. Offsets are integers that grow with every
-record (by one in Redis Streams and in memory; Kafka may leave gaps). Positions are kept with the weights, in the
-checkpoint. Every adapter passes ``tests/contract/test_event_log.py``.
+record, not always by one: Kafka leaves offsets out, and so does Redis after an entry of another program. Positions are
+kept with the weights, in the checkpoint. They belong to one *incarnation* of a partition: a topic that is deleted and
+made again has other records under the same name and the same offsets. Every adapter passes
+``tests/contract/test_event_log.py``.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from smes.errors import PositionOutOfRange
@@ -45,7 +48,8 @@ class Record:
     Attributes:
         topic, partition, offset: Its place in the log.
         value, headers: As appended.
-        arrival_ms: When it reached the log, Unix milliseconds of the producer's clock.
+        arrival_ms: When it reached the log, Unix milliseconds of the producer's clock. The time of reading where the
+            record says nothing.
     """
 
     topic: str
@@ -57,6 +61,27 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadableRecord:
+    """Something in the log that is no record of ours, or that the client cannot decode. The read has passed it.
+
+    Attributes:
+        topic, partition, offset: Where it is; of several records that are unreadable together, the first.
+        place: The server's own name of it, such as a Redis entry id or a range of Kafka offsets.
+        reason: What was expected and what was found.
+        payload: Its bytes, as far as they are known.
+        records: How many records it stands for: those of a damaged Kafka batch, else 1.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    place: str
+    reason: str
+    payload: bytes
+    records: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Fetch:
     """The result of one read.
 
@@ -64,18 +89,31 @@ class Fetch:
         records: One partition after the other, each in the order of its offsets.
         positions: Next record to read, for every partition asked for.
         at_end: Partitions that had no more records when the read returned.
+        gaps: Partition → records passed over because somebody deleted them. Only partitions with any.
+        unreadable: What the read has passed because it is no record of ours.
     """
 
     records: list[Record]
     positions: Positions
     at_end: frozenset[TopicPartition]
+    gaps: Mapping[TopicPartition, int] = field(default_factory=dict)
+    unreadable: Sequence[UnreadableRecord] = ()
 
 
 class EventLog(Protocol):
-    """An append-only, partitioned log of records."""
+    """An append-only, partitioned log of records.
 
-    def ensure_topic(self, topic: str, partitions: int) -> None:
-        """Create the topic if it does not exist.
+    Every call that needs a server tries again while the server is away, for a bounded time. It raises ``Stopped`` if
+    :meth:`set_stop`'s event is set while it waits.
+    """
+
+    def ensure_topic(self, topic: str, partitions: int, *, exact: bool = True) -> None:
+        """Create the topic if it does not exist, and return when it can be used.
+
+        Args:
+            topic: Its name.
+            partitions: Its number of partitions where it is created.
+            exact: Whether an existing topic must have this number. With False, any number will do.
 
         Raises:
             ValueError: ``partitions`` is less than 1.
@@ -83,7 +121,16 @@ class EventLog(Protocol):
         """
 
     def partitions(self, topic: str) -> int:
-        """Number of partitions.
+        """Number of partitions now, as the server says; the answer is at most a second old.
+
+        Raises:
+            EventLogError: The topic does not exist; the message names it.
+        """
+
+    def incarnations(self, topic: str) -> dict[TopicPartition, str]:
+        """A text for each partition that stays the same as long as its records do.
+
+        It is another one after the topic was deleted and made again, or when the server came back empty.
 
         Raises:
             EventLogError: The topic does not exist; the message names it.
@@ -104,22 +151,32 @@ class EventLog(Protocol):
         Args:
             positions: Next record to read, per partition; at least one.
             max_records: At least 1.
-            timeout_s: Longest wait for the first record.
+            timeout_s: Longest wait for the first record. A stop ends this wait early, without an error.
 
         Raises:
             ValueError: No position, no record, or a partition that the topic does not have.
             PositionOutOfRange: A position was trimmed away, or it lies past the end.
             EventLogUnavailable: The log cannot be reached.
+            Stopped: The log cannot be reached, and a stop was asked for.
         """
 
     def begin(self, topic: str) -> Positions:
         """Position of the oldest record kept, per partition."""
 
     def end(self, topic: str) -> Positions:
-        """Position after the newest record, per partition."""
+        """Position after the newest record that can be read, per partition.
+
+        Records of a transaction that is still open cannot be read yet.
+        """
+
+    def set_stop(self, event: threading.Event | None) -> None:
+        """End waits early from now on when ``event`` is set; None: no longer.
+
+        While it is set, a call still gets its answer from a server that answers within a second.
+        """
 
     def close(self) -> None:
-        """Release connections; idempotent."""
+        """Release connections, within about a second; idempotent. Errors on the way are logged, not raised."""
 
 
 def check_partition_count(topic: str, partitions: int) -> None:

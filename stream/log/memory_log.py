@@ -1,7 +1,11 @@
-"""An event log in memory, for tests and for runs in one process. Tests can make it end, fail and pause."""
+"""An event log in memory, for tests and for runs in one process.
+
+Tests can make it end, fail and pause, delete records, put in what is no record, and make a topic anew.
+"""
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,18 +17,23 @@ from stream.log.event_log import (
     Positions,
     Record,
     TopicPartition,
+    UnreadableRecord,
     check_partition,
     check_partition_count,
     check_read,
 )
 
 
+_LONGEST_WAIT_S = 0.05  # between two looks at the stop event
+
+
 @dataclass(slots=True)
 class _Partition:
-    """Records ``first … first + len(records) - 1``, and the failures that a test asked for."""
+    """Offsets ``first … first + len(records) - 1``, None where one was deleted, and the failures a test asked for."""
 
     first: int = 0
-    records: list[Record] = field(default_factory=list)
+    records: list[Record | UnreadableRecord | None] = field(default_factory=list)
+    incarnation: str = field(default_factory=lambda: uuid.uuid4().hex)
     end_at: int | None = None
     aborts: dict[int, BaseException] = field(default_factory=dict)
 
@@ -32,6 +41,11 @@ class _Partition:
     def end(self) -> int:
         """Position after the newest record, whether or not ``set_end`` hides it."""
         return self.first + len(self.records)
+
+    @property
+    def begin(self) -> int:
+        """Position of the oldest record that is there."""
+        return next((self.first + i for i, each in enumerate(self.records) if each is not None), self.end)
 
     @property
     def visible_end(self) -> int:
@@ -50,13 +64,14 @@ class InMemoryLog:
         self._topics: dict[str, list[_Partition]] = {}
         self._changed = threading.Condition()
         self._paused = False
+        self._stop: threading.Event | None = None
 
-    def ensure_topic(self, topic: str, partitions: int) -> None:
+    def ensure_topic(self, topic: str, partitions: int, *, exact: bool = True) -> None:
         """See :meth:`stream.log.event_log.EventLog.ensure_topic`."""
         check_partition_count(topic, partitions)
         with self._changed:
             existing = len(self._topics.setdefault(topic, [_Partition() for _ in range(partitions)]))
-        if existing != partitions:
+        if exact and existing != partitions:
             raise EventLogError(f"topic {topic!r} has {existing} partitions, expected {partitions}")
 
     def add_partitions(self, topic: str, partitions: int) -> None:
@@ -71,6 +86,11 @@ class InMemoryLog:
         """See :meth:`stream.log.event_log.EventLog.partitions`."""
         with self._changed:
             return len(self._parts(topic))
+
+    def incarnations(self, topic: str) -> dict[TopicPartition, str]:
+        """See :meth:`stream.log.event_log.EventLog.incarnations`."""
+        with self._changed:
+            return {TopicPartition(topic, i): part.incarnation for i, part in enumerate(self._parts(topic))}
 
     def append(self, topic: str, records: Sequence[OutRecord]) -> None:
         """See :meth:`stream.log.event_log.EventLog.append`. After an error, no record was appended."""
@@ -94,19 +114,26 @@ class InMemoryLog:
             while True:
                 fetch = self._take(positions, max_records)
                 remaining_s = deadline_s - time.monotonic()
-                if fetch.records or remaining_s <= 0:
+                stopped = self._stop is not None and self._stop.is_set()
+                if fetch.records or fetch.unreadable or fetch.gaps or remaining_s <= 0 or stopped:
                     return fetch
-                self._changed.wait(remaining_s)
+                self._changed.wait(remaining_s if self._stop is None else min(remaining_s, _LONGEST_WAIT_S))
 
     def begin(self, topic: str) -> Positions:
         """See :meth:`stream.log.event_log.EventLog.begin`."""
         with self._changed:
-            return {TopicPartition(topic, i): part.first for i, part in enumerate(self._parts(topic))}
+            return {TopicPartition(topic, i): part.begin for i, part in enumerate(self._parts(topic))}
 
     def end(self, topic: str) -> Positions:
         """See :meth:`stream.log.event_log.EventLog.end`; records hidden by ``set_end`` do not count."""
         with self._changed:
             return {TopicPartition(topic, i): part.visible_end for i, part in enumerate(self._parts(topic))}
+
+    def set_stop(self, event: threading.Event | None) -> None:
+        """See :meth:`stream.log.event_log.EventLog.set_stop`."""
+        with self._changed:
+            self._stop = event
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Nothing to release."""
@@ -146,6 +173,29 @@ class InMemoryLog:
             del part.records[: offset - part.first]
             part.first = offset
 
+    def delete(self, at: TopicPartition, offset: int) -> None:
+        """Delete one record, as ``XDEL`` would; reads pass it as a gap."""
+        with self._changed:
+            part = self._part(at)
+            if not part.first <= offset < part.end:
+                raise ValueError(f"{at}: offset {offset}, expected {part.first} … {part.end - 1}")
+            part.records[offset - part.first] = None
+
+    def append_unreadable(self, at: TopicPartition, payload: bytes, reason: str = "no record of ours") -> None:
+        """Append something that is no record, as a foreign producer may; reads pass and report it."""
+        with self._changed:
+            part = self._part(at)
+            place = f"entry {part.end}"
+            part.records.append(UnreadableRecord(at.topic, at.partition, part.end, place, reason, payload))
+            self._changed.notify_all()
+
+    def make_anew(self, topic: str, partitions: int | None = None) -> None:
+        """Delete the topic and create it again: empty, of another incarnation, by default as wide as before."""
+        with self._changed:
+            count = len(self._parts(topic)) if partitions is None else partitions
+            self._topics[topic] = [_Partition() for _ in range(count)]
+            self._changed.notify_all()
+
     def _parts(self, topic: str) -> list[_Partition]:
         try:
             return self._topics[topic]
@@ -166,6 +216,8 @@ class InMemoryLog:
 
     def _take(self, positions: Mapping[TopicPartition, int], max_records: int) -> Fetch:
         records: list[Record] = []
+        unreadable: list[UnreadableRecord] = []
+        gaps: dict[TopicPartition, int] = {}
         after = dict(positions)
         if self._paused:
             return Fetch(records, after, frozenset())
@@ -175,6 +227,10 @@ class InMemoryLog:
                 raise part.aborts.pop(start)
             stop = min(part.visible_end, start + max_records - len(records), *(o for o in part.aborts if o > start))
             after[at] = max(stop, start)
-            records += part.records[start - part.first : after[at] - part.first]
+            found = part.records[start - part.first : after[at] - part.first]
+            records += [each for each in found if isinstance(each, Record)]
+            unreadable += [each for each in found if isinstance(each, UnreadableRecord)]
+            if deleted := found.count(None):
+                gaps[at] = deleted
         at_end = frozenset(at for at, position in after.items() if position >= self._part(at).visible_end)
-        return Fetch(records, after, at_end)
+        return Fetch(records, after, at_end, gaps, unreadable)

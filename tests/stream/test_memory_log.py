@@ -90,3 +90,33 @@ def test_truncate_is_bounded_by_what_is_there(log: InMemoryLog) -> None:
     assert read(log, 3) == [3, 4, 5, 6, 7, 8, 9]
     with pytest.raises(ValueError, match="offset 2, expected 3 … 10"):
         log.truncate(AT, 2)
+
+
+def test_a_deleted_record_is_a_gap(log: InMemoryLog) -> None:
+    log.delete(AT, 0)
+    log.delete(AT, 4)
+
+    fetch = log.read({AT: 0}, max_records=100, timeout_s=0)
+
+    assert [r.offset for r in fetch.records] == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert (fetch.gaps, fetch.positions) == ({AT: 2}, {AT: 10})
+    assert log.begin("t")[AT] == 1
+
+
+def test_what_is_no_record_is_passed_and_reported(log: InMemoryLog) -> None:
+    log.append_unreadable(AT, b"junk", "no record")
+
+    fetch = log.read({AT: 9}, max_records=100, timeout_s=0)
+
+    (bad,) = fetch.unreadable
+    assert (bad.topic, bad.partition, bad.offset, bad.payload, bad.reason) == ("t", 0, 10, b"junk", "no record")
+    assert ([r.offset for r in fetch.records], fetch.positions) == ([9], {AT: 11})
+
+
+def test_a_topic_made_anew_is_empty_and_another_incarnation(log: InMemoryLog) -> None:
+    before = log.incarnations("t")
+
+    log.make_anew("t")
+
+    assert log.end("t") == dict.fromkeys(before, 0)
+    assert not set(before.values()) & set(log.incarnations("t").values())
