@@ -24,7 +24,9 @@ def ids(column: Array) -> tuple[I64, Bool | None]:
 
     An integer column of any width is read; the value ``MISSING`` itself is no id. Zero-copy for int64 without nulls.
     """
-    if pa.types.is_dictionary(column.type):
+    if pa.types.is_dictionary(column.type) and not pa.types.is_null(column.type.value_type):
+        if not _holds_integers(column.type):  # not decoded: one long text may stand in every row
+            return np.full(len(column), MISSING, np.int64), _valid(column)
         column = column.dictionary_decode()
     if pa.types.is_null(column.type):
         return np.full(len(column), MISSING, np.int64), None
@@ -88,27 +90,41 @@ class Bags:
 
 
 def bags(column: Array) -> Bags:
-    """A list column of integers; a null element is not an id."""
+    """A list column of integers; a null element is not an id.
+
+    Elements that can be no ids are never made: a list of nulls claims two billion of them in no bytes at all.
+    """
     n = len(column)
-    if pa.types.is_fixed_size_list(column.type):
-        column = column.cast(pa.list_(column.type.value_type))
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        bad = None if pa.types.is_null(column.type) else _valid(column)
-        return Bags(np.zeros(0, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), bad)
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    lengths = np.where(_valid(column), np.diff(offsets), 0) if column.null_count else np.diff(offsets)
+    kind = column.type
+    no_ids = np.zeros(0, np.int64)
+    if pa.types.is_fixed_size_list(kind):
+        size = kind.list_size
+        starts = (column.offset + np.arange(n, dtype=np.int64)) * size
+        lengths = np.where(_valid(column), size, 0).astype(np.int64)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        offsets = column.offsets.to_numpy().astype(np.int64)
+        starts, lengths = offsets[:-1], np.diff(offsets)
+        if column.null_count:
+            lengths = np.where(_valid(column), lengths, 0)
+    else:
+        bad = None if pa.types.is_null(kind) else _valid(column)
+        return Bags(no_ids, np.zeros(n, np.int64), np.zeros(n, np.int64), bad)
+    if not _holds_integers(kind.value_type):
+        filled = lengths > 0
+        return Bags(no_ids, np.zeros(n, np.int64), np.zeros(n, np.int64), filled if filled.any() else None)
     values, bad_elements = ids(column.values)
     null_elements = values == MISSING
     bad_elements = null_elements if bad_elements is None else bad_elements | null_elements
     if not bad_elements.any():
-        return Bags(values, offsets[:-1], lengths, None)
-    # The last row that begins at or before an element owns it: empty rows before it begin there too.
-    owners = np.searchsorted(offsets, np.flatnonzero(bad_elements), side="right") - 1
-    owners = owners[(owners >= 0) & (owners < n)]
-    bad_rows = np.zeros(n, np.bool_)
-    bad_rows[owners] = True
-    bad_rows &= lengths > 0  # a null bag may still own elements
-    return Bags(values, offsets[:-1], lengths, bad_rows if bad_rows.any() else None)
+        return Bags(values, starts, lengths, None)
+    # How many bad elements lie before each: a bag is bad if there are more before its end than before its start.
+    before = np.concatenate([[0], np.cumsum(bad_elements)])
+    bad_rows: Bool = before[starts + lengths] > before[starts]
+    return Bags(values, starts, lengths, bad_rows if bad_rows.any() else None)
+
+
+def _holds_integers(kind: Any) -> bool:
+    return bool(pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind))
 
 
 def scores(column: Array, num_tasks: int) -> tuple[NDArray[np.float32], Bool | None]:
@@ -143,9 +159,13 @@ def task_indices(column: Array, index: dict[str, int]) -> I32:
         if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
             return np.full(len(column), -1, np.int32)
         column = column.dictionary_encode()
-    names = column.dictionary.to_pylist()
-    task_of = np.array([*(index.get(name, -1) if isinstance(name, str) else -1 for name in names), -1], np.int32)
-    return task_of[column.indices.fill_null(len(names)).to_numpy()] if len(column) else np.zeros(0, np.int32)
+    names = column.dictionary
+    if not (pa.types.is_string(names.type) or pa.types.is_large_string(names.type)):
+        return np.full(len(column), -1, np.int32)
+    tasks = pc.index_in(names, value_set=pa.array(index, names.type))  # the tasks' names, in their order
+    task_of = np.append(tasks.fill_null(-1).to_numpy().astype(np.int32), np.int32(-1))
+    indices = column.indices.cast(pa.int64()).fill_null(-1)  # in their own type, no other value may be left for null
+    return task_of[indices.to_numpy()] if len(column) else np.zeros(0, np.int32)
 
 
 def _valid(column: Array) -> Bool:

@@ -18,8 +18,8 @@ from smes.arrays import Bool
 from smes.events import FeedbackBlock, ImpressionBlock, misaligned, scatter_bags
 from smes.schema import ITEM_ID, USER_ID, Schema
 from stream.codec import arrow_columns
-from stream.codec.arrow_stream import Part, placed, record_parts
-from stream.codec.validation import Code, Problem, bad_labels, bad_times, feedback_problem, impression_problem
+from stream.codec.arrow_stream import MAX_ROWS, Part, placed, record_parts
+from stream.codec.validation import Code, Problem, TimeBounds, bad_labels, feedback_problem, impression_problem
 from stream.dead_letters import DeadLetter
 from stream.log.event_log import Record, TopicPartition
 
@@ -40,27 +40,32 @@ _FEEDBACK_REQUIRED: dict[str, Code] = {
 
 # Least payload that a refused row may take in its letter, whatever else the record holds.
 _MIN_ROW_PAYLOAD = 512
+# Elements of lists that all letters of a batch show together, and the least that each list shows: a list of nulls
+# takes no bytes on the wire, however long it is.
+_LETTERS_ELEMENTS, _MIN_ELEMENTS = 1_000_000, 16
+# Most bytes that one record's impressions take as a block.
+_MAX_BLOCK_BYTES = 128 * 1024 * 1024
 
 
 def decode_impressions(
     records: Sequence[Record],
     schema: Schema,
-    max_future_ms: int,
+    bounds: TimeBounds,
     dead: list[DeadLetter],
     unknown: Counter[TopicPartition],
 ) -> ImpressionBlock:
     """The good impressions in record order; ``dead`` gets letters for the others, ``unknown`` the unknown fields."""
-    known = impression_columns(schema)
-    parts = [part for record in records for part in record_parts(record, known, _IMPRESSION_REQUIRED, dead)]
+    known, most = impression_columns(schema), max_rows(schema)
+    parts = [part for record in records for part in record_parts(record, known, _IMPRESSION_REQUIRED, dead, most)]
     block = ImpressionBlock.empty(schema, sum(part.num_rows for part in parts))
     bad = np.zeros(len(block), np.bool_)
     for part, rows in placed(parts):
         _fill_impressions(part, block.take(rows), bad[rows], schema)
         _fill_origin(part.record, block, rows)
-    bad |= bad_times(block.event_time_ms, block.arrival_ms, max_future_ms)
+    bad |= bounds.bad(block.event_time_ms, block.arrival_ms)
 
     def explain(event: object, arrival_ms: int) -> Problem | None:
-        return impression_problem(event, schema, arrival_ms, max_future_ms)
+        return impression_problem(event, schema, arrival_ms, bounds)
 
     _count_unknown(parts, bad, unknown)
     dead += _dead_letters(parts, bad, lambda columns: _impression_event(columns, schema), explain)
@@ -70,7 +75,7 @@ def decode_impressions(
 def decode_feedback(
     records: Sequence[Record],
     schema: Schema,
-    max_future_ms: int,
+    bounds: TimeBounds,
     dead: list[DeadLetter],
     unknown: Counter[TopicPartition],
 ) -> FeedbackBlock:
@@ -82,10 +87,10 @@ def decode_feedback(
     for part, rows in placed(parts):
         _fill_feedback(part, block.take(rows), bad[rows], schema)
         _fill_origin(part.record, block, rows)
-    bad |= bad_times(block.event_time_ms, block.arrival_ms, max_future_ms)
+    bad |= bounds.bad(block.event_time_ms, block.arrival_ms)
 
     def explain(event: object, arrival_ms: int) -> Problem | None:
-        return feedback_problem(event, schema, arrival_ms, max_future_ms)
+        return feedback_problem(event, schema, arrival_ms, bounds)
 
     _count_unknown(parts, bad, unknown)
     dead += _dead_letters(parts, bad, lambda columns: columns, explain)
@@ -96,6 +101,12 @@ def impression_columns(schema: Schema) -> tuple[str, ...]:
     """The names of all columns that an impression record may have."""
     features = (FEATURE_PREFIX + f.name for f in schema.features if f.name not in (USER_ID, ITEM_ID))
     return (*_IMPRESSION_REQUIRED, "request_id", *features, "served_version", "served_scores")
+
+
+def max_rows(schema: Schema) -> int:
+    """Most impressions of one record: so many that their block stays small, whatever the record's own size."""
+    row_bytes = sum(column.nbytes for column in ImpressionBlock.empty(schema, 1).arrays().values())
+    return max(1, min(MAX_ROWS, _MAX_BLOCK_BYTES // row_bytes))
 
 
 def _fill_origin(record: Record, block: ImpressionBlock | FeedbackBlock, rows: slice) -> None:
@@ -181,7 +192,9 @@ def _dead_letters(
         # A dictionary can repeat one long string in every row: all letters of a record together take at most a few
         # times its size.
         payload_bytes = max(_MIN_ROW_PAYLOAD, 4 * len(part.record.value) // len(bad_rows))
-        for row, event in zip(bad_rows.tolist(), part.events(bad_rows.tolist(), to_event), strict=True):
+        max_elements = max(_MIN_ELEMENTS, _LETTERS_ELEMENTS // (len(bad_rows) * len(part.columns)))
+        events = part.events(bad_rows.tolist(), to_event, max_elements)
+        for row, event in zip(bad_rows.tolist(), events, strict=True):
             problem = explain(event, part.record.arrival_ms)
             problem = problem or Problem("unparsable", "expected an event as the schema describes it")
             payload = json.dumps(event, default=repr)[:payload_bytes].encode()

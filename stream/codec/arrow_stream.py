@@ -1,7 +1,8 @@
 """Arrow records from the event log, opened without trusting them.
 
 Whatever the bytes are, nothing outside them is read and no more memory is taken than they could fill; a record that is
-damaged, compressed or without a required column becomes a dead letter.
+damaged, compressed, without a required column or with too many rows becomes a dead letter. What costs no bytes on the
+wire but memory here is refused or never made: columns of nulls, runs, dictionaries that grow from batch to batch.
 """
 
 import struct
@@ -20,6 +21,10 @@ RecordBatch = Any  # a pyarrow.RecordBatch; pyarrow ships no types
 # Most characters of a text that a refused row's letter keeps: no good row holds more than the name of a task.
 _MAX_TEXT = 1_000
 
+MAX_ROWS = 65_536
+"""Most events of one record: a column that is absent costs no bytes on the wire, but its full width in memory."""
+
+_MAX_MESSAGES = 2_048  # batches and dictionaries of a record; each costs as much work as thousands of rows
 
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 # What pyarrow raises for bytes that are no valid stream: its exceptions derive from many built-in ones.
@@ -28,7 +33,7 @@ _DAMAGED = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexEr
 # Slots of the flatbuffer tables in Arrow's Message.fbs.
 _MESSAGE_HEADER_TYPE, _MESSAGE_HEADER = 1, 2
 _RECORD_BATCH_COMPRESSION = 3
-_DICTIONARY_BATCH_DATA = 1
+_DICTIONARY_BATCH_DATA, _DICTIONARY_BATCH_DELTA = 1, 2
 _DICTIONARY_BATCH, _RECORD_BATCH = 2, 3
 
 
@@ -50,13 +55,21 @@ class Part:
     num_columns: int
     columns: dict[str, Any]
 
-    def events(self, rows: Iterable[int], to_event: Callable[[dict[str, Any]], object]) -> Iterator[object]:
-        """The given rows as plain data."""
+    def events(
+        self, rows: Iterable[int], to_event: Callable[[dict[str, Any]], object], max_elements: int
+    ) -> Iterator[object]:
+        """The given rows as plain data; of a list, the first ``max_elements``."""
         for row in rows:
-            yield to_event({name: _plain(column[row]) for name, column in self.columns.items()})
+            yield to_event({name: _plain(column[row], max_elements) for name, column in self.columns.items()})
 
 
-def record_parts(record: Record, known: Sequence[str], required: dict[str, Code], dead: list[DeadLetter]) -> list[Part]:
+def record_parts(
+    record: Record,
+    known: Sequence[str],
+    required: dict[str, Code],
+    dead: list[DeadLetter],
+    max_rows: int = MAX_ROWS,
+) -> list[Part]:
     """The record's batches that have rows; a record that cannot be read at all goes to ``dead``.
 
     Args:
@@ -64,10 +77,15 @@ def record_parts(record: Record, known: Sequence[str], required: dict[str, Code]
         known: Names of the columns to keep.
         required: Column that every batch must have → the reason code where its type is wrong.
         dead: Where the letter goes.
+        max_rows: Most rows of a good record.
     """
     batches = _read_batches(record.value)
     if isinstance(batches, Problem):
         dead.append(DeadLetter.of_record(record, batches))
+        return []
+    if (rows := sum(batch.num_rows for batch in batches)) > max_rows:
+        too_large = Problem("too_large", f"record: {rows} rows, expected at most {max_rows} with this schema")
+        dead.append(DeadLetter.of_record(record, too_large, events=_credible_rows(batches, record)))
         return []
     parts: list[Part] = []
     first_row = 0
@@ -128,16 +146,21 @@ def placed(parts: Sequence[Part]) -> Iterator[tuple[Part, slice]]:
 def _read_batches(value: bytes) -> list[RecordBatch] | Problem:
     """The record batches of a stream, zero-copy over ``value``.
 
-    A stream without its end marker is refused, since rows may be missing, and so is a compressed one: a small record
-    could claim any amount of memory (let the broker compress). Columns that are read must still pass
-    :func:`_column_problem`.
+    A stream without its end marker is refused, since rows may be missing. So is a compressed one, and one with delta
+    dictionaries, of which every batch keeps its own copy: a small record could claim any amount of memory (let the
+    broker compress). Columns that are read must still pass :func:`_column_problem`.
     """
     if not value.endswith(_END_OF_STREAM):
         return Problem("unparsable", "expected an Arrow IPC stream that ends with its end-of-stream marker")
     try:
-        for message in pa.ipc.MessageReader.open_stream(pa.py_buffer(value)):
-            if _is_compressed(message.metadata.to_pybytes()):
+        for count, message in enumerate(pa.ipc.MessageReader.open_stream(pa.py_buffer(value))):
+            if count > _MAX_MESSAGES:
+                return Problem("too_large", f"record: more than {_MAX_MESSAGES} Arrow messages, expected fewer")
+            metadata = message.metadata.to_pybytes()
+            if _is_compressed(metadata):
                 return Problem("unparsable", "expected an uncompressed Arrow IPC stream, got a compressed one")
+            if _is_delta(metadata):
+                return Problem("unparsable", "expected whole dictionaries in an Arrow IPC stream, got a delta")
         with pa.ipc.open_stream(pa.py_buffer(value)) as reader:
             batches = list(reader)
             assert all(isinstance(name, str) for name in reader.schema.names)  # names that are no UTF-8 raise here
@@ -169,6 +192,15 @@ def _is_compressed(metadata: bytes) -> bool:
     return _slot(metadata, batch, _RECORD_BATCH_COMPRESSION) != 0
 
 
+def _is_delta(metadata: bytes) -> bool:
+    message = struct.unpack_from("<I", metadata)[0]
+    kind_at = _slot(metadata, message, _MESSAGE_HEADER_TYPE)
+    if not kind_at or metadata[kind_at] != _DICTIONARY_BATCH:
+        return False
+    delta_at = _slot(metadata, _table(metadata, message, _MESSAGE_HEADER), _DICTIONARY_BATCH_DELTA)
+    return delta_at != 0 and metadata[delta_at] != 0
+
+
 def _slot(data: bytes, table: int, slot: int) -> int:
     """Position of a field of a flatbuffer table; 0 where it is absent."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
@@ -184,10 +216,22 @@ def _table(data: bytes, table: int, slot: int) -> int:
     return at + int(struct.unpack_from("<I", data, at)[0])
 
 
-def _plain(scalar: Any) -> Any:
-    """A cell as plain data, long text cut; a type that has no plain form as text."""
+def _plain(scalar: Any, max_elements: int, depth: int = 4) -> Any:
+    """A cell as plain data, long text and lists cut before they are made; a type that has no plain form as text."""
+    kind = scalar.type
+    if not scalar.is_valid or depth == 0:
+        return None if not scalar.is_valid else f"<{kind!s:.60}>"
     try:
-        value = scalar.as_py()
+        if pa.types.is_dictionary(kind):
+            return _plain(scalar.value, max_elements, depth - 1)
+        if isinstance(scalar, pa.ListScalar):
+            return [_plain(element, max_elements, depth - 1) for element in scalar.values[:max_elements]]
+        if isinstance(scalar, pa.BinaryScalar):  # texts, too
+            start = memoryview(scalar.as_buffer())[: 4 * _MAX_TEXT].tobytes()
+            is_text = isinstance(scalar, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar)
+            return start.decode(errors="ignore")[:_MAX_TEXT] if is_text else start[:_MAX_TEXT]
+        if pa.types.is_primitive(kind) or pa.types.is_decimal(kind):
+            return scalar.as_py()
     except (pa.ArrowException, ValueError, OverflowError, TypeError):
-        return f"<{scalar.type!s:.60}>"
-    return value[:_MAX_TEXT] if isinstance(value, str | bytes) else value
+        pass
+    return f"<{kind!s:.60}>"

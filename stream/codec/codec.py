@@ -22,13 +22,18 @@ import numpy as np
 from smes.arrays import I64
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
+from smes_io.clock import wall_clock_ms
 from stream.codec import arrow_form, encoders, json_form
-from stream.codec.validation import Problem, quoted
+from stream.codec.arrow_stream import MAX_ROWS
+from stream.codec.validation import Problem, TimeBounds, quoted
 from stream.dead_letters import DeadLetter
 from stream.log.event_log import Headers, OutRecord, Record, TopicPartition
 from stream.topics import FEEDBACK, IMPRESSIONS, partition_of
 
 Codec = Literal["json", "arrow"]
+
+MAX_BYTES: dict[Codec, int] = {"json": 1024 * 1024, "arrow": 64 * 1024 * 1024}
+"""Largest record: one event in JSON, which takes many times its size as Python objects; a batch of events in Arrow."""
 
 _CODECS: dict[bytes, Codec] = {b"json": "json", b"arrow": "arrow"}
 
@@ -73,27 +78,32 @@ class Decoded:
         return sum(letter.events for letter in self.dead if letter.topic == FEEDBACK)
 
 
-def decode(records: Sequence[Record], schema: Schema, *, max_future_ms: int = 300_000) -> Decoded:
+def decode(
+    records: Sequence[Record], schema: Schema, *, max_future_ms: int = 300_000, now_ms: int | None = None
+) -> Decoded:
     """Decode records of the topics ``impressions`` and ``feedback``. Bad input never raises: it becomes a letter.
 
     Args:
         records: As read from the log, the topics in any mixture.
         schema: What the events must fit.
-        max_future_ms: How far an event's time may lie after its record's arrival.
+        max_future_ms: How far an event's time may lie after the later of its record's arrival and ``now_ms``.
+        now_ms: The reader's clock, Unix milliseconds; None asks the wall clock. No event's time lies more than a day
+            after it.
 
     Raises:
         ValueError: A record is from another topic.
     """
+    bounds = TimeBounds(max_future_ms, wall_clock_ms() if now_ms is None else now_ms)
     dead: list[DeadLetter] = []
     runs = _runs(records, schema, dead)
     impressions, feedback = [ImpressionBlock.empty(schema)], [FeedbackBlock.empty()]
     unknown: Counter[TopicPartition] = Counter()
     for codec, run in runs[IMPRESSIONS]:
         decode_impressions = json_form.decode_impressions if codec == "json" else arrow_form.decode_impressions
-        impressions.append(decode_impressions(run, schema, max_future_ms, dead, unknown))
+        impressions.append(decode_impressions(run, schema, bounds, dead, unknown))
     for codec, run in runs[FEEDBACK]:
         decode_feedback = json_form.decode_feedback if codec == "json" else arrow_form.decode_feedback
-        feedback.append(decode_feedback(run, schema, max_future_ms, dead, unknown))
+        feedback.append(decode_feedback(run, schema, bounds, dead, unknown))
     return Decoded(
         impressions=ImpressionBlock.concat(impressions[1:] or impressions),
         feedback=FeedbackBlock.concat(feedback[1:] or feedback),
@@ -106,7 +116,8 @@ def encode_impressions(block: ImpressionBlock, schema: Schema, codec: Codec, par
     """Records that :func:`decode` turns back into ``block``, each row in the partition of its impression id.
 
     Rows keep their order within a partition. Arrow makes one record per partition that has rows, so the caller's
-    block size is the record size; JSON one record per row. ``partition``, ``offset`` and ``arrival_ms`` are not sent.
+    block size is the record size (or several, where one would be larger than :func:`decode` takes); JSON one record
+    per row. ``partition``, ``offset`` and ``arrival_ms`` are not sent.
 
     Raises:
         ValueError: A numeric feature or a score is infinite.
@@ -116,7 +127,11 @@ def encode_impressions(block: ImpressionBlock, schema: Schema, codec: Codec, par
     if codec == "json":
         return _json_records(block.impression_id, encoders.json_impressions(block, schema), schema, partitions)
     return _arrow_records(
-        block.impression_id, lambda rows: encoders.arrow_impressions(block.take(rows), schema), schema, partitions
+        block.impression_id,
+        lambda rows: encoders.arrow_impressions(block.take(rows), schema),
+        schema,
+        partitions,
+        arrow_form.max_rows(schema),
     )
 
 
@@ -130,7 +145,11 @@ def encode_feedback(block: FeedbackBlock, schema: Schema, codec: Codec, partitio
     if codec == "json":
         return _json_records(block.impression_id, encoders.json_feedback(block, schema), schema, partitions)
     return _arrow_records(
-        block.impression_id, lambda rows: encoders.arrow_feedback(block.take(rows), schema), schema, partitions
+        block.impression_id,
+        lambda rows: encoders.arrow_feedback(block.take(rows), schema),
+        schema,
+        partitions,
+        MAX_ROWS,
     )
 
 
@@ -145,13 +164,17 @@ def _json_records(keys: I64, values: Iterable[bytes], schema: Schema, partitions
     return [OutRecord(value, head, partition) for value, partition in routed]
 
 
-def _arrow_records(keys: I64, encode_rows: Callable[[I64], bytes], schema: Schema, partitions: int) -> list[OutRecord]:
+def _arrow_records(
+    keys: I64, encode_rows: Callable[[I64], bytes], schema: Schema, partitions: int, max_rows: int
+) -> list[OutRecord]:
     head = headers("arrow", schema)
     routed = partition_of(keys, partitions)
-    return [
-        OutRecord(encode_rows(np.flatnonzero(routed == partition)), head, partition)
-        for partition in np.unique(routed).tolist()
-    ]
+    out: list[OutRecord] = []
+    for partition in np.unique(routed).tolist():
+        rows = np.flatnonzero(routed == partition)
+        parts = [rows[start : start + max_rows] for start in range(0, len(rows), max_rows)]
+        out += [OutRecord(encode_rows(part), head, partition) for part in parts]
+    return out
 
 
 def _runs(
@@ -166,6 +189,9 @@ def _runs(
             verdict = verdicts[record.headers] = _codec_of(record.headers, schema)
         if record.topic not in runs:
             raise ValueError(f"topic {record.topic!r}: expected {IMPRESSIONS!r} or {FEEDBACK!r}")
+        if not isinstance(verdict, Problem) and len(record.value) > MAX_BYTES[verdict]:
+            size = f"{len(record.value)} bytes, expected at most {MAX_BYTES[verdict]} with codec {verdict!r}"
+            verdict = Problem("too_large", f"record: {size}")
         if isinstance(verdict, Problem):
             dead.append(DeadLetter.of_record(record, verdict))
             continue
@@ -184,8 +210,13 @@ def _codec_of(record_headers: Headers, schema: Schema) -> Codec | Problem:
         return Problem("unknown_codec", f"header codec: expected 'json' or 'arrow', got {quoted(name)}", "codec")
     expected, got = schema.hash, by_name.get("schema")
     if got is None and codec == "arrow":
-        return Problem("schema_mismatch", f"header schema: expected {expected}, got none with codec 'arrow'", "schema")
+        reason = f"header schema: expected {expected} (schema {schema.name!r}), got none with codec 'arrow'"
+        return Problem("schema_mismatch", reason, "schema")
     if got is not None and got != expected.encode():
         quoted_hash = got[:64].decode("ascii", "backslashreplace")
-        return Problem("schema_mismatch", f"header schema: expected {expected}, got {quoted_hash}", "schema")
+        reason = (
+            f"header schema: expected {expected} (schema {schema.name!r}), got {quoted_hash}; a header holds only the "
+            "hash: compare the producer's schema file to see which features or tasks differ"
+        )
+        return Problem("schema_mismatch", reason, "schema")
     return codec

@@ -31,7 +31,8 @@ def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
         block.served_scores.tolist(),
     )
     encode = msgspec.json.Encoder().encode
-    for (impression_id, time_ms), request_id, entities, ids, id_bags, numbers, version, scores in zip(*columns):  # noqa: B905  # without bags one of the columns has no end
+    rows = zip(*columns, strict=False)  # without bags one of the columns has no end
+    for (impression_id, time_ms), request_id, entities, ids, id_bags, numbers, version, scores in rows:
         event: dict[str, Any] = {"impression_id": impression_id, **_ids((USER_ID, ITEM_ID), entities)}
         event["event_time_ms"] = time_ms
         event |= _ids(("request_id",), (request_id,))

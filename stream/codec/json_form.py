@@ -33,8 +33,8 @@ from stream.codec.validation import (
     MAX_ID,
     MIN_ID,
     Problem,
+    TimeBounds,
     bad_labels,
-    bad_times,
     feedback_problem,
     impression_problem,
     unknown_feedback_fields,
@@ -113,13 +113,13 @@ lenient_feedback = msgspec.json.Decoder(_Feedback)
 # What decoding a record's bytes may raise: msgspec's own, plus strings that are no UTF-8 and nesting without end.
 _REFUSED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
-Explain = Callable[[object, Schema, int, int], Problem | None]
+Explain = Callable[[object, Schema, int, TimeBounds], Problem | None]
 
 
 def decode_impressions(
     records: Sequence[Record],
     schema: Schema,
-    max_future_ms: int,
+    bounds: TimeBounds,
     dead: list[DeadLetter],
     unknown: Counter[TopicPartition],
 ) -> ImpressionBlock:
@@ -130,13 +130,13 @@ def decode_impressions(
         wire.strict.decode,
         wire.lenient.decode,
         wire.count_unknown,
-        lambda record, error: _dead_letter(record, schema, max_future_ms, impression_problem, dead, error),
+        lambda record, error: _dead_letter(record, schema, bounds, impression_problem, dead, error),
     )
     block = _impression_columns(events, kept, schema, wire)
-    bad = bad_times(block.event_time_ms, block.arrival_ms, max_future_ms) | misaligned(block.ids, schema)
+    bad = bounds.bad(block.event_time_ms, block.arrival_ms) | misaligned(block.ids, schema)
     if bad.any():
         for record in compress(kept, bad):
-            _dead_letter(record, schema, max_future_ms, impression_problem, dead)
+            _dead_letter(record, schema, bounds, impression_problem, dead)
         block = block.take(~bad)
     _count_unknown(surplus, bad, kept, unknown)
     return block
@@ -145,7 +145,7 @@ def decode_impressions(
 def decode_feedback(
     records: Sequence[Record],
     schema: Schema,
-    max_future_ms: int,
+    bounds: TimeBounds,
     dead: list[DeadLetter],
     unknown: Counter[TopicPartition],
 ) -> FeedbackBlock:
@@ -155,7 +155,7 @@ def decode_feedback(
         strict_feedback.decode,
         lenient_feedback.decode,
         unknown_feedback_fields,
-        lambda record, error: _dead_letter(record, schema, max_future_ms, feedback_problem, dead, error),
+        lambda record, error: _dead_letter(record, schema, bounds, feedback_problem, dead, error),
     )
     index, n = schema.task_index, len(events)
     value = np.fromiter(map(attrgetter("value"), events), np.float64, n)
@@ -163,13 +163,13 @@ def decode_feedback(
     impression_id = np.fromiter(map(attrgetter("impression_id"), events), np.int64, n)
     event_time_ms = np.fromiter(map(attrgetter("event_time_ms"), events), np.int64, n)
     partition, offset, arrival_ms = _origin(kept)
-    bad = (task < 0) | bad_labels(task, value, schema) | bad_times(event_time_ms, arrival_ms, max_future_ms)
+    bad = (task < 0) | bad_labels(task, value, schema) | bounds.bad(event_time_ms, arrival_ms)
     with np.errstate(over="ignore"):  # a label beyond float32 is among the bad ones
         value_f32 = value.astype(np.float32)
     block = FeedbackBlock(impression_id, event_time_ms, task, value_f32, partition, offset, arrival_ms)
     if bad.any():
         for record in compress(kept, bad):
-            _dead_letter(record, schema, max_future_ms, feedback_problem, dead)
+            _dead_letter(record, schema, bounds, feedback_problem, dead)
         block = block.take(~bad)
     _count_unknown(surplus, bad, kept, unknown)
     return block
@@ -231,14 +231,14 @@ def _bounded_int(digits: str) -> int | float:
 def _dead_letter(
     record: Record,
     schema: Schema,
-    max_future_ms: int,
+    bounds: TimeBounds,
     explain: Explain,
     dead: list[DeadLetter],
     error: Exception | None = None,
 ) -> None:
     """Write the letter of a record that was refused; ``error`` is what its decoder raised."""
     try:
-        problem = explain(parse(record.value), schema, record.arrival_ms, max_future_ms)
+        problem = explain(parse(record.value), schema, record.arrival_ms, bounds)
     except (*_REFUSED, ValueError) as not_json:
         problem = Problem("unparsable", f"expected a JSON object: {str(not_json)[:200]}")
     # Without a problem only the decoder knows: a repeated key, say, whose first value is bad and whose last is good.

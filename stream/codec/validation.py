@@ -23,13 +23,15 @@ Code = Literal[
     "schema_mismatch",  # the schema header differs, or is absent where it is required
     "missing_field",  # a required field is absent or null
     "bad_id",  # not an integer, outside int64, or the null sentinel
-    "bad_time",  # event_time_ms is not a positive int64
-    "future_time",  # event_time_ms lies too far after the record's arrival
+    "bad_time",  # event_time_ms is no integer, or lies outside the year 2000 … the reader's clock + 1 day
+    "future_time",  # event_time_ms lies too far after both the record's arrival and the reader's clock
     "bad_number",  # a numeric feature or a score is no finite float32
     "bad_type",  # another value of the wrong type
     "misaligned",  # a sequence of another length than the one it accompanies
     "unknown_task",  # feedback of a task that the schema does not have
     "label_range",  # a label outside its task's range
+    "too_large",  # the record is larger, or would become larger when decoded, than one record may
+    "unreadable",  # in the log, but no record of ours
 ]
 
 MAX_ID = int(np.iinfo(np.int64).max)
@@ -38,6 +40,13 @@ MIN_ID = -MAX_ID
 
 MAX_FLOAT = float(np.finfo(np.float32).max)
 """Largest number: all are finite as float32."""
+
+EARLIEST_MS = 946_684_800_000
+"""No event is older than 2000-01-01 UTC: what is, is most likely in another unit."""
+
+DAY_MS = 86_400_000
+
+_OTHER_UNITS = {"seconds": 1000.0, "microseconds": 1e-3, "nanoseconds": 1e-6}  # unit → milliseconds in one
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel = 2
@@ -59,16 +68,60 @@ class Problem:
     field: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TimeBounds:
+    """Which event times are believed.
+
+    An event's own time is what counts. It is compared with two clocks, the producer's, which stamped the record's
+    arrival, and the reader's, so that one clock that is off loses nothing. The reader's clock alone bounds both: a
+    producer whose clock is broken cannot bring events from next year.
+
+    Attributes:
+        max_future_ms: How far an event may lie after the later of its record's arrival and ``now_ms``.
+        now_ms: The reader's clock, Unix milliseconds.
+    """
+
+    max_future_ms: int
+    now_ms: int
+
+    @property
+    def latest_ms(self) -> int:
+        """No event is later than a day after the reader's clock, whatever its record's arrival."""
+        return min(self.now_ms + DAY_MS, MAX_ID)
+
+    def bad(self, event_time_ms: I64, arrival_ms: I64) -> Bool:
+        """Rows whose time is not believed. int64 [N] → bool [N]."""
+        # Each is at most a day after now before it is used in a sum, so nothing overflows.
+        limit_ms = np.clip(arrival_ms, self.now_ms, self.latest_ms) + min(self.max_future_ms, DAY_MS)
+        bad: Bool = (event_time_ms < EARLIEST_MS) | (event_time_ms > np.minimum(limit_ms, self.latest_ms))
+        return bad
+
+    def problem(self, event_time_ms: int, arrival_ms: int, name: str) -> Problem | None:
+        """What :meth:`bad` finds wrong with one time, in words."""
+        if not EARLIEST_MS <= event_time_ms <= self.latest_ms:
+            return Problem("bad_time", f"{name}: expected {self._expected()}, {self._got(event_time_ms)}", name)
+        later_ms = max(arrival_ms, self.now_ms)
+        if event_time_ms - later_ms <= self.max_future_ms:
+            return None
+        reason = (
+            f"{name}: expected at most {self.max_future_ms} ms after the record's arrival at {arrival_ms} or the "
+            f"reader's clock at {self.now_ms}, got {event_time_ms}, {event_time_ms - later_ms} ms after the later one"
+        )
+        return Problem("future_time", reason, name)
+
+    def _expected(self) -> str:
+        return f"Unix milliseconds from {EARLIEST_MS} (2000-01-01) to {self.latest_ms} (the reader's clock + 1 day)"
+
+    def _got(self, value: int) -> str:
+        for unit, factor in _OTHER_UNITS.items():
+            if EARLIEST_MS <= value * factor <= self.latest_ms:
+                return f"got {value}, which looks like {unit}"
+        return f"got {value}"
+
+
 def quoted(value: object) -> str:
     """``value`` as a reason quotes it: its representation, cut to about 60 characters."""
     return _REPR.repr(value)
-
-
-def bad_times(event_time_ms: I64, arrival_ms: I64, max_future_ms: int) -> Bool:
-    """Rows whose time is not positive or more than ``max_future_ms`` after the record's arrival. bool [N]."""
-    # Not arrival + max_future: that overflows for an absurd arrival; for a positive time the difference cannot.
-    bad: Bool = (event_time_ms <= 0) | (event_time_ms - max_future_ms > arrival_ms)
-    return bad
 
 
 def bad_labels(task: I32, value: NDArray[np.float32] | NDArray[np.float64], schema: Schema) -> Bool:
@@ -90,7 +143,7 @@ def bad_labels(task: I32, value: NDArray[np.float32] | NDArray[np.float64], sche
 _JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
-def impression_problem(event: object, schema: Schema, arrival_ms: int, max_future_ms: int) -> Problem | None:
+def impression_problem(event: object, schema: Schema, arrival_ms: int, bounds: TimeBounds) -> Problem | None:
     """The first fault of an impression in its JSON form, in the order of the fields; None when there is none."""
     if not isinstance(event, dict):
         return _no_object(event)
@@ -98,20 +151,20 @@ def impression_problem(event: object, schema: Schema, arrival_ms: int, max_futur
         _required_id(event, "impression_id")
         or _required_id(event, USER_ID)
         or _required_id(event, ITEM_ID)
-        or _time_problem(event, arrival_ms, max_future_ms)
+        or _time_problem(event, arrival_ms, bounds)
         or _id_problem(event.get("request_id"), "request_id")
         or _features_problem(event.get("features"), schema)
         or _served_problem(event.get("served"), schema)
     )
 
 
-def feedback_problem(event: object, schema: Schema, arrival_ms: int, max_future_ms: int) -> Problem | None:
+def feedback_problem(event: object, schema: Schema, arrival_ms: int, bounds: TimeBounds) -> Problem | None:
     """The first fault of a feedback event in its JSON form, in the order of the fields; None when there is none."""
     if not isinstance(event, dict):
         return _no_object(event)
     return (
         _required_id(event, "impression_id")
-        or _time_problem(event, arrival_ms, max_future_ms)
+        or _time_problem(event, arrival_ms, bounds)
         or _task_problem(event, schema)
         or _label_problem(event, schema)
     )
@@ -169,21 +222,15 @@ def _id_problem(value: object, name: str) -> Problem | None:
     return None
 
 
-def _time_problem(event: dict[str, object], arrival_ms: int, max_future_ms: int) -> Problem | None:
+def _time_problem(event: dict[str, object], arrival_ms: int, bounds: TimeBounds) -> Problem | None:
     name = "event_time_ms"
     missing = _missing(event, name, "Unix milliseconds")
     if missing:
         return missing
     value = event[name]
-    if type(value) is not int or not 0 < value <= MAX_ID:
-        return Problem("bad_time", f"{name}: expected positive Unix milliseconds, got {quoted(value)}", name)
-    if value - arrival_ms > max_future_ms:
-        reason = (
-            f"{name}: expected at most {max_future_ms} ms after the record's arrival at {arrival_ms}, "
-            f"got {value}, {value - arrival_ms} ms after"
-        )
-        return Problem("future_time", reason, name)
-    return None
+    if type(value) is not int or not MIN_ID <= value <= MAX_ID:
+        return Problem("bad_time", f"{name}: expected integer Unix milliseconds, got {quoted(value)}", name)
+    return bounds.problem(value, arrival_ms, name)
 
 
 def _number_problem(value: object, name: str) -> Problem | None:
@@ -209,7 +256,8 @@ def _alignment_problem(features: dict[str, object], schema: Schema) -> Problem |
     """Lengths are compared as kept: what lies beyond ``max_length`` is cut of both."""
     for name, companions in schema.companions.items():
         for feature in companions:
-            expected, got = (len(features.get(n) or ()) for n in (name, feature.name))  # type: ignore[arg-type]  # lists, or refused before
+            values = (features.get(name) or (), features.get(feature.name) or ())
+            expected, got = map(len, values)  # type: ignore[arg-type]  # lists, or refused before
             if min(expected, feature.max_length) != min(got, feature.max_length):
                 where = f"features.{feature.name}"
                 reason = f"{where}: expected as many ids as features.{name} has, {expected}, got {got}"

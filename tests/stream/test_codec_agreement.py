@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smes.schema import MISSING, Schema
-from stream.codec.codec import decode
 from stream.log.event_log import Headers
-from tests.stream.wire import ARRIVAL_MS, MakeRecord, assert_same_events, ipc
+from tests.stream.wire import ARRIVAL_MS, MakeRecord, assert_same_events, decode, ipc
 
 IDS = st.none() | st.integers(-5, 5) | st.sampled_from([MISSING, 2**63 - 1])
 FLOATS = st.none() | st.floats(-10, 10, width=32) | st.sampled_from([1e39, -3.4e38, 0.0])

@@ -10,10 +10,10 @@ import pytest
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
-from stream.codec.codec import decode, encode_feedback, encode_impressions
+from stream.codec.codec import encode_feedback, encode_impressions
 from stream.log.event_log import Headers, Record
 from stream.topics import partition_of
-from tests.stream.wire import ARRIVAL_MS, MakeRecord, assert_same_events, ipc
+from tests.stream.wire import ARRIVAL_MS, MakeRecord, assert_same_events, decode, ipc
 
 
 def _required(n: int) -> dict[str, Any]:
@@ -39,6 +39,11 @@ def _random_impressions(schema: Schema, n: int, seed: int) -> ImpressionBlock:
     block.served_scores[served] = rng.random((served.sum(), schema.num_tasks))
     block.served_scores[rng.random(block.served_scores.shape) < 0.2] = np.nan
     return block
+
+
+def _times(second: int | None) -> Any:
+    """A column of three times of which only the second one may be bad."""
+    return pa.array([ARRIVAL_MS, second, ARRIVAL_MS])
 
 
 @pytest.mark.parametrize("codec", ["json", "arrow"])
@@ -190,10 +195,11 @@ def test_served_scores_are_read_from_any_list_of_numbers(
         (pa.array([None, [0.5], None]), "served_scores", "bad_type", "served.scores", "a score per task, got [0.5]"),
         (pa.array([1, None, 3]), "user_id", "missing_field", "user_id", "expected an integer, got null"),
         (pa.array([1, MISSING, 3]), "item_id", "bad_id", "item_id", "null sentinel"),
-        (pa.array([1, 0, 3]), "event_time_ms", "bad_time", "event_time_ms", "got 0"),
-        (pa.array([1, MISSING, 3]), "event_time_ms", "bad_time", "event_time_ms", "positive"),
-        (pa.array([1, None, 3]), "event_time_ms", "missing_field", "event_time_ms", "got null"),
-        (pa.array([1, ARRIVAL_MS + 300_001, 3]), "event_time_ms", "future_time", "event_time_ms", "300001 ms after"),
+        (_times(0), "event_time_ms", "bad_time", "event_time_ms", "got 0"),
+        (_times(MISSING), "event_time_ms", "bad_time", "event_time_ms", "integer Unix milliseconds"),
+        (_times(ARRIVAL_MS // 1000), "event_time_ms", "bad_time", "event_time_ms", "which looks like seconds"),
+        (_times(None), "event_time_ms", "missing_field", "event_time_ms", "got null"),
+        (_times(ARRIVAL_MS + 300_001), "event_time_ms", "future_time", "event_time_ms", "300001 ms after"),
     ],
 )
 @pytest.mark.parametrize("batch_rows", [1, 1000])
@@ -329,7 +335,7 @@ def test_unknown_columns_are_kept_out_and_counted_per_good_row(
     wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
 ) -> None:
     columns = _required(3) | {"features.colour": pa.array([1, 2, 3]), "x": pa.array(["a", "b", None])}
-    columns["event_time_ms"] = pa.array([1, 0, 1])
+    columns["event_time_ms"] = _times(0)
 
     decoded = decode([as_record("impressions", ipc(columns), headers=arrow_headers)], wire_schema)
 

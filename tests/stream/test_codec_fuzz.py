@@ -48,7 +48,7 @@ LEAVES = (
     | st.sampled_from(["click", "rating", "", "\ud800", MISSING, 2**63 - 1, 10**4200, ARRIVAL_MS])
 )
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=6))
-GOOD = {"impression_id": 1, "user_id": 1, "item_id": 1, "event_time_ms": 1, "task": "click", "value": 1}
+GOOD = {"impression_id": 1, "user_id": 1, "item_id": 1, "event_time_ms": ARRIVAL_MS, "task": "click", "value": 1}
 
 
 def _accounted(decoded: Decoded, topic: str) -> int:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from smes.schema import MISSING, Schema
-from stream.codec.codec import decode, encode_feedback, encode_impressions
+from stream.codec.codec import encode_feedback, encode_impressions
 from stream.log.event_log import Record
+from tests.stream.wire import decode
 
 ARRIVAL_MS = 1_700_000_000_000
 MakeRecord = Callable[..., Record]
@@ -133,11 +134,11 @@ def test_a_long_bag_is_cut_not_refused(wire_schema: Schema, as_record: MakeRecor
         (_with(IMPRESSION, "served.version", 1.5), "bad_id", "served.version", "got 1.5"),
         (_with(IMPRESSION, "served.scores", [0.1]), "bad_type", "served.scores", "score per task"),
         (_with(IMPRESSION, "served.scores.click", "hi"), "bad_number", "served.scores.click", "got 'hi'"),
-        (_with(IMPRESSION, "event_time_ms", 0), "bad_time", "event_time_ms", "positive Unix milliseconds, got 0"),
-        (_with(IMPRESSION, "event_time_ms", -(2**63)), "bad_time", "event_time_ms", "positive"),
+        (_with(IMPRESSION, "event_time_ms", 0), "bad_time", "event_time_ms", "got 0"),
+        (_with(IMPRESSION, "event_time_ms", -(2**63)), "bad_time", "event_time_ms", "integer Unix milliseconds"),
         (_with(IMPRESSION, "event_time_ms", "now"), "bad_time", "event_time_ms", "got 'now'"),
         (_with(IMPRESSION, "event_time_ms", ARRIVAL_MS + 300_001), "future_time", "event_time_ms", "300001 ms after"),
-        (_with(IMPRESSION, "event_time_ms", 2**63 - 1), "future_time", "event_time_ms", "at most 300000 ms"),
+        (_with(IMPRESSION, "event_time_ms", 2**63 - 1), "bad_time", "event_time_ms", "got 9223372036854775807"),
         (b'{"impression_id":"x",' + json.dumps(IMPRESSION).encode()[1:], "unparsable", None, "Expected `int`"),
     ],
 )
