@@ -6,7 +6,8 @@ has more partitions can load it:
 
 ============================ ===========================================================================================
 ``*/p/position``             the next record to read
-``*/p/latest_ms``            the latest event time read
+``*/p/vouched_ms``           the event time that enough of the last events have reached (:mod:`stream.join.watermarks`)
+``*/p/recent_*``             those last events
 ``*/p/ledger``               counts of events (:data:`stream.join.ledgers.COLUMNS`)
 ``*/p/refused``              events dead-lettered, and unknown fields of the others
 ``feedback/p/entry.*``       feedback that was read before its impression

@@ -11,14 +11,17 @@ The example comes out when the stream has passed 12:01:00: only then is it known
 An impression without any feedback becomes an example, too, with all binary labels 0.
 
 How far the stream is. Event time is what counts, never the clock on the wall. The *watermark* of a partition is the
-latest event time read from it, less ``allowed_lateness_s``. The watermark of the stream is the smallest watermark of
-its partitions, except for those that are idle. It never goes back.
+latest event time that ``vouchers`` of its last events have reached, less ``allowed_lateness_s``: one wrong clock moves
+it by no more than one event (:mod:`stream.join.watermarks` has an example). The watermark of the stream is the smallest
+watermark of its partitions, except for those that are idle. It never goes back.
 
 What becomes of an impression:
 
 - It waits until the stream's watermark has passed its event time plus the longest attribution window of all tasks. Then
   it is *emitted* as an example.
 - It is *late* if its own partition's watermark had already passed that time when it was read. It is dropped.
+
+An impression whose time lies ahead of all others by a wrong clock waits, too, until the stream comes there or ends.
 
 What becomes of feedback:
 
@@ -45,12 +48,12 @@ known ways to deal with delayed feedback this is the simplest: wait for the wind
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar, cast
+from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
+from annotated_types import Ge, Le
 
-from smes.arrays import I32, I64, Arrays
+from smes.arrays import I64, Arrays
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.ranges import NonNegativeFloat, check_ranges
 from smes.schema import MISSING, Schema
@@ -64,16 +67,14 @@ from stream.join.kernels import (
     admit_impressions,
     attach_feedback,
     settle_due,
-    watermarks_before,
 )
 from stream.join.ledgers import COLUMNS, HELD, LATE, JoinLedger
+from stream.join.watermarks import START_OF_TIME, Watermarks, longer
 from stream.log.event_log import TopicPartition
 from stream.partition_state import require_partitions, saved_partitions, state_name
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 END_OF_TIME = int(np.iinfo(np.int64).max)
-_START_OF_TIME = int(np.iinfo(np.int64).min) // 2  # room to subtract windows from
-_Array = TypeVar("_Array", bound=NDArray[Any])
 _FEATURES = {f.name for f in fields(ExampleBlock)} & {f.name for f in fields(ImpressionBlock)}
 
 
@@ -82,14 +83,18 @@ class JoinConfig:
     """How long the join waits and remembers.
 
     Attributes:
-        allowed_lateness_s: How far an event may lie behind the newest event of its partition and still be in time,
-            seconds of event time. Every example is delayed by as much.
+        allowed_lateness_s: How far an event may lie behind the others of its partition and still be in time, seconds of
+            event time. Every example is delayed by as much.
         remember_s: How long an impression id is remembered after its emission, seconds of event time. Within that time
             a second copy is a duplicate and feedback is late. After it a copy is late and feedback is orphaned.
+        vouchers: A partition has reached a time when so many of its last ``2 * vouchers - 1`` events have, each of
+            another impression: fewer events with a wrong clock do nothing. Every example waits until each partition has
+            had ``vouchers - 1`` more events, or is idle. With 1, the latest event counts alone.
     """
 
     allowed_lateness_s: NonNegativeFloat = 1.0
     remember_s: NonNegativeFloat = 600.0
+    vouchers: Annotated[int, Ge(1), Le(64)] = 4
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -102,17 +107,17 @@ class Joiner:
         schema: Features and tasks.
         config: How long to wait and to remember.
         sources: Every partition of the impressions and feedback topics that events will come from. The watermark stands
-            still until each has been read from, or is declared idle.
+            still until each has brought enough events, or is declared idle.
     """
 
     def __init__(self, schema: Schema, config: JoinConfig, sources: Iterable[TopicPartition]) -> None:
         self.schema = schema
         self.sources = tuple(sorted(sources))
-        self.watermark_ms = _START_OF_TIME
+        self.watermark_ms = START_OF_TIME
         self._lateness_ms = round(config.allowed_lateness_s * 1000)
         self._remember_ms = round(config.remember_s * 1000)
         self._window_ms = np.array([t.window_ms for t in schema.tasks], np.int64)
-        self._latest_ms = {topic: np.zeros(0, np.int64) for topic in (IMPRESSIONS, FEEDBACK)}
+        self._watermarks = {t: Watermarks(self._lateness_ms, config.vouchers) for t in (IMPRESSIONS, FEEDBACK)}
         self._own = {topic: np.zeros(0, np.bool_) for topic in (IMPRESSIONS, FEEDBACK)}
         self._ledgers = Ledgers(*(np.zeros((0, len(COLUMNS)), np.int64) for _ in range(2)))
         self._entries = EntryTable(schema)
@@ -126,11 +131,10 @@ class Joiner:
         """
         self.sources = tuple(sorted({*self.sources, *sources}))
         partitions = 1 + max((source.partition for source in self.sources), default=0)
-        before_first_ms = _START_OF_TIME + self._lateness_ms
         for topic in (IMPRESSIONS, FEEDBACK):
-            self._latest_ms[topic] = _longer(self._latest_ms[topic], partitions, before_first_ms)
-            self._own[topic] = _longer(self._own[topic], partitions, False)
-        self._ledgers = Ledgers(*(_longer(counts, partitions, 0) for counts in self._ledgers))
+            self._watermarks[topic].grow(partitions)
+            self._own[topic] = longer(self._own[topic], partitions, False)
+        self._ledgers = Ledgers(*(longer(counts, partitions, 0) for counts in self._ledgers))
         for source in self.sources:
             self._own[source.topic][source.partition] = True
 
@@ -157,9 +161,9 @@ class Joiner:
         self._admit(impressions, floor_ms)
         self._attach(feedback, floor_ms)
         idle = set(idle)
-        active_ms = [int(self._latest_ms[s.topic][s.partition]) for s in self.sources if s not in idle]
+        active_ms = [self._watermarks[s.topic].of(s.partition) for s in self.sources if s not in idle]
         if active_ms:
-            self.watermark_ms = max(self.watermark_ms, min(active_ms) - self._lateness_ms)
+            self.watermark_ms = max(self.watermark_ms, min(active_ms))
         return self._emit()
 
     def flush(self) -> ExampleBlock:
@@ -167,17 +171,15 @@ class Joiner:
         self.watermark_ms = END_OF_TIME
         return self._emit()
 
-    def _watermarks_before(self, topic: str, partition: I32, event_time_ms: I64, floor_ms: int) -> I64:
-        assert self._own[topic][partition].all(), "an event is from a partition that is none of the join's sources"
-        before_ms: I64 = watermarks_before(
-            partition, event_time_ms, self._latest_ms[topic], self._lateness_ms, floor_ms
-        )
-        return before_ms
+    def _watermarks_before(self, topic: str, block: ImpressionBlock | FeedbackBlock, floor_ms: int) -> I64:
+        own = self._own[topic][block.partition]
+        assert own.all(), "an event is from a partition that is none of the join's sources"
+        return self._watermarks[topic].before(block.partition, block.event_time_ms, block.impression_id, floor_ms)
 
     def _admit(self, block: ImpressionBlock, floor_ms: int) -> None:
         if len(block) == 0:
             return
-        before_ms = self._watermarks_before(IMPRESSIONS, block.partition, block.event_time_ms, floor_ms)
+        before_ms = self._watermarks_before(IMPRESSIONS, block, floor_ms)
         entry = self._entries.insert(block.impression_id)
         events = Impressions(entry, block.partition, block.event_time_ms, before_ms)
         columns = self._entries.columns
@@ -190,7 +192,7 @@ class Joiner:
     def _attach(self, block: FeedbackBlock, floor_ms: int) -> None:
         if len(block) == 0:
             return
-        before_ms = self._watermarks_before(FEEDBACK, block.partition, block.event_time_ms, floor_ms)
+        before_ms = self._watermarks_before(FEEDBACK, block, floor_ms)
         entry = self._entries.insert(block.impression_id)
         events = Feedback(
             entry, block.partition, block.event_time_ms, before_ms, block.task, block.value, block.arrival_ms
@@ -235,7 +237,7 @@ class Joiner:
         """
         state: Arrays = {"watermark_ms": np.array([self.watermark_ms])}
         for topic, partition in ((s.topic, s.partition) for s in self.sources):
-            state[state_name(topic, partition, "latest_ms")] = self._latest_ms[topic][[partition]]
+            state |= self._watermarks[topic].state(topic, partition)
             state[state_name(topic, partition, "ledger")] = self._counts(topic)[partition].copy()
         partitions = sorted({source.partition for source in self.sources})
         return state | self._entries.state(partitions)
@@ -251,24 +253,18 @@ class Joiner:
         require_partitions(state, (IMPRESSIONS, FEEDBACK), len(self._ledgers.impressions))
         self.watermark_ms = int(state["watermark_ms"][0])
         for topic in (IMPRESSIONS, FEEDBACK):
-            self._latest_ms[topic][:] = _START_OF_TIME + self._lateness_ms
+            # Where only one topic has grown, the other's partition has nothing but rows of a table.
+            saved = [p for p in saved_partitions(state, topic) if state_name(topic, p, "ledger") in state]
+            self._watermarks[topic].load_state(topic, saved, state)
             self._counts(topic)[:] = 0
-            for partition in saved_partitions(state, topic):
-                if state_name(topic, partition, "ledger") in state:  # not where only the other topic had grown
-                    self._latest_ms[topic][partition] = state[state_name(topic, partition, "latest_ms")][0]
-                    self._counts(topic)[partition] = state[state_name(topic, partition, "ledger")]
+            for partition in saved:
+                self._counts(topic)[partition] = state[state_name(topic, partition, "ledger")]
         entries = self._entries.load_state(state)
         self._due = DueTimes()
         self._note_due(entries)
 
     def _counts(self, topic: str) -> I64:
         return self._ledgers.impressions if topic == IMPRESSIONS else self._ledgers.feedback
-
-
-def _longer(array: _Array, rows: int, fill: int) -> _Array:
-    """The array with ``rows`` rows, the new ones ``fill``."""
-    added = np.full((rows - len(array), *array.shape[1:]), fill, array.dtype)
-    return cast(_Array, np.concatenate([array, added]))
 
 
 def join_sources(partitions: int) -> Sequence[TopicPartition]:

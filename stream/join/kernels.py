@@ -60,7 +60,7 @@ class Entries(NamedTuple):
 
 
 class Impressions(NamedTuple):
-    """A block of impressions, [N] each: entry, partition, event time, own watermark (:func:`watermarks_before`)."""
+    """A block of impressions, [N] each: entry, partition, event time, own watermark just before it."""
 
     entry: I64
     partition: I32
@@ -85,23 +85,6 @@ class Ledgers(NamedTuple):
 
     impressions: I64
     feedback: I64
-
-
-@njit(cache=True)
-def watermarks_before(
-    partition: I32, event_time_ms: I64, latest_ms: I64, lateness_ms: int, floor_ms: int
-) -> I64:  # pragma: no cover - compiled
-    """Watermark of each event's own partition just before it. int64 [N]; advances ``latest_ms`` [P] in place.
-
-    Lateness is judged by the event's own partition, never by how far others were read. So the join's outcome does not
-    depend on how reads interleave.
-    """
-    before = np.empty(len(partition), np.int64)
-    for i in range(len(partition)):
-        p = partition[i]
-        before[i] = max(latest_ms[p] - lateness_ms, floor_ms)
-        latest_ms[p] = max(latest_ms[p], event_time_ms[i])
-    return before
 
 
 @njit(cache=True)

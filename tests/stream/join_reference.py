@@ -61,34 +61,51 @@ def feedback_block(rows: list[Feedback], partition_of: PartitionOf = by_id) -> F
     return block
 
 
-def joiner(lateness_s: float = 1.0, remember_s: float = 1e6, partitions: int = PARTITIONS) -> Joiner:
-    """A join of all partitions."""
-    return Joiner(SCHEMA, JoinConfig(lateness_s, remember_s), join_sources(partitions))
+def joiner(lateness_s: float = 1.0, remember_s: float = 1e6, partitions: int = PARTITIONS, vouchers: int = 1) -> Joiner:
+    """A join of all partitions. With one voucher, a single event says how far its partition is."""
+    return Joiner(SCHEMA, JoinConfig(lateness_s, remember_s, vouchers), join_sources(partitions))
+
+
+def watermarks_before(events: list[Impression], lateness_ms: int, vouchers: int) -> list[int]:
+    """The watermark of one partition before each of its events, as :mod:`stream.join.watermarks` says."""
+    before, vouched, recent = [], -(2**60), dict[int, int]()
+    for key, time in events:
+        before.append(vouched - lateness_ms)
+        if time < before[-1]:
+            continue
+        recent[key] = max(time, recent.get(key, time))
+        recent = dict(list(recent.items())[-(2 * vouchers - 1) :])
+        if len(recent) >= vouchers:
+            vouched = max(vouched, sorted(recent.values())[-vouchers])
+    return before
+
+
+def by_partition_before(events: list[Impression], lateness_ms: int, vouchers: int) -> list[int]:
+    """The same for the events of all partitions, in their order."""
+    parts = [[e for e in events if e[0] % PARTITIONS == p] for p in range(PARTITIONS)]
+    before = [iter(watermarks_before(part, lateness_ms, vouchers)) for part in parts]
+    return [next(before[key % PARTITIONS]) for key, _ in events]
 
 
 def reference(
-    impressions: list[Impression], feedback: list[Feedback], lateness_ms: int
+    impressions: list[Impression], feedback: list[Feedback], lateness_ms: int, vouchers: int = 1
 ) -> tuple[list[Row], JoinLedger]:
     """What the docstring of :mod:`stream.join.joiner` says."""
     ledger = JoinLedger(impressions=len(impressions), feedback=len(feedback))
     windows = [t.window_ms for t in SCHEMA.tasks]
-    latest = [-(2**60)] * PARTITIONS
     kept: dict[int, int] = {}
-    for key, time in impressions:
-        before = latest[key % PARTITIONS] - lateness_ms
-        latest[key % PARTITIONS] = max(latest[key % PARTITIONS], time)
+    own = by_partition_before(impressions, lateness_ms, vouchers)
+    for (key, time), before in zip(impressions, own, strict=True):
         if key in kept:
             ledger.impressions_duplicate += 1
         elif time + max(windows) < before:
             ledger.impressions_late += 1
         else:
             kept[key] = time
-    latest = [-(2**60)] * PARTITIONS
     seen: set[tuple[int, int]] = set()
     labels: dict[tuple[int, int], float] = {}
-    for key, time, task, value in feedback:
-        before = latest[key % PARTITIONS] - lateness_ms
-        latest[key % PARTITIONS] = max(latest[key % PARTITIONS], time)
+    own = by_partition_before([(key, time) for key, time, _, _ in feedback], lateness_ms, vouchers)
+    for (key, time, task, value), before in zip(feedback, own, strict=True):
         if (key, task) in seen:
             ledger.feedback_duplicate += 1
             continue

@@ -25,7 +25,10 @@ from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 
 SCHEMA = Schema("example", tasks=(Task("click", window_s=5), Task("like", window_s=10)), features=(Feature("tab"),))
 START_MS = 1_700_000_000_000
-CONFIG = StreamConfig(join=JoinConfig(allowed_lateness_s=0), batch=MiniBatchConfig(size=10), idle_after_s=30)
+# With one voucher, a single event says how far its partition is.
+CONFIG = StreamConfig(
+    join=JoinConfig(allowed_lateness_s=0, vouchers=1), batch=MiniBatchConfig(size=10), idle_after_s=30
+)
 
 
 class Clock:

@@ -3,6 +3,7 @@
 import tracemalloc
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,21 +52,33 @@ def slices(
     return reads
 
 
-@given(EVENTS, st.randoms(use_true_random=False), st.sampled_from([0, 1000, 20_000]), st.booleans())
-@settings(max_examples=100, deadline=None)
+@given(
+    EVENTS,
+    st.randoms(use_true_random=False),
+    st.sampled_from([0, 1000, 20_000]),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
 @pytest.mark.timeout(600)  # takes seconds on an idle machine; bounds hangs only
-def test_equals_the_reference_however_reads_are_sliced(events, random, lateness_ms, in_order):  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_equals_the_reference_however_reads_are_sliced(  # type: ignore[no-untyped-def] # hypothesis passes plain data
+    events,
+    random,
+    lateness_ms,
+    vouchers,
+    in_order,
+):
     impressions, feedback = events
     if in_order:
         impressions, feedback = sorted(impressions, key=lambda r: r[1]), sorted(feedback, key=lambda r: r[1])
-    expected, expected_ledger = reference(impressions, feedback, lateness_ms)
+    expected, expected_ledger = reference(impressions, feedback, lateness_ms, vouchers)
 
-    join, rows = joiner(lateness_ms / 1000), []
+    join, rows = joiner(lateness_ms / 1000, vouchers=vouchers), []
     for shown, outcomes in slices(impressions, feedback, random):
         rows += as_rows(join.push(impression_block(shown), feedback_block(outcomes)))
         join.ledger.check()
         if random.random() < 0.2:
-            restored = joiner(lateness_ms / 1000)
+            restored = joiner(lateness_ms / 1000, vouchers=vouchers)
             restored.load_state(join.state())
             join = restored
     rows += as_rows(join.flush())
@@ -77,7 +90,10 @@ def test_equals_the_reference_however_reads_are_sliced(events, random, lateness_
 @given(EVENTS, st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
 @pytest.mark.timeout(600)  # bounds hangs only
-def test_the_ledgers_of_the_partitions_balance_and_add_up(events, random):  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_the_ledgers_of_the_partitions_balance_and_add_up(  # type: ignore[no-untyped-def] # hypothesis passes plain data
+    events,
+    random,
+):
     join = joiner()
     impressions, feedback = events
     for shown, outcomes in slices(impressions, feedback, random):
@@ -94,7 +110,10 @@ def test_the_ledgers_of_the_partitions_balance_and_add_up(events, random):  # ty
 @given(EVENTS, st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
 @pytest.mark.timeout(600)  # bounds hangs only
-def test_a_state_that_was_loaded_is_saved_as_it_was(events, random):  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_a_state_that_was_loaded_is_saved_as_it_was(  # type: ignore[no-untyped-def] # hypothesis passes plain data
+    events,
+    random,
+):
     join = joiner()
     impressions, feedback = events
     for shown, outcomes in slices(impressions, feedback, random):
@@ -226,8 +245,9 @@ def test_memory_is_bounded_by_what_waits() -> None:
     [
         ({"allowed_lateness_s": -1.0}, "JoinConfig.allowed_lateness_s: -1.0, expected at least 0"),
         ({"remember_s": -0.5}, "JoinConfig.remember_s: -0.5, expected at least 0"),
+        ({"vouchers": 0}, "JoinConfig.vouchers: 0, expected at least 1, at most 64"),
     ],
 )
-def test_times_below_zero_are_refused(wrong: dict[str, float], message: str) -> None:
+def test_values_out_of_range_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         JoinConfig(**wrong)
