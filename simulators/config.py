@@ -21,6 +21,9 @@ class ReplayConfig:
         codec: Wire form of the events.
         slice_s: Wall time that one append covers, in seconds, unless the speed is ``max``.
         max_slice_events: Most events of one append.
+        max_slice_bytes: Most bytes of one append, as the events lie in memory; at least one event is appended.
+        outage_timeout_s: How long an append is tried while the event log is away, if the event log's own
+            ``outage_timeout_s`` is not longer: a replay that ends has to begin anew.
     """
 
     speed: PositiveFloat | Literal["max"] = "max"
@@ -30,6 +33,8 @@ class ReplayConfig:
     codec: Literal["json", "arrow"] = "arrow"
     slice_s: Annotated[float, Gt(0), Le(1)] = 0.05
     max_slice_events: PositiveInt = 8192
+    max_slice_bytes: PositiveInt = 4 * 2**20
+    outage_timeout_s: PositiveFloat = 600.0
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -73,6 +73,15 @@ def merge(
         yield ImpressionBlock.empty(schema), pending.due(np.iinfo(np.int64).max)
 
 
+MAX_BLOCK_BYTES = 32 * 2**20
+"""Most bytes of the impressions of one pair: what bounds the memory of everything that goes through the pairs."""
+
+
+def row_bytes(schema: Schema) -> int:
+    """Bytes of an impression with its outcomes in memory."""
+    return 8 * (schema.id_width + 4) + 4 * (schema.num_numerics + schema.num_tasks)
+
+
 def replay_blocks(
     reader: LogReader, seed: int = 0, *, rows_per_block: int = 8192, late_share: float = 0.0
 ) -> Iterator[tuple[ImpressionBlock, FeedbackBlock]]:
@@ -81,8 +90,9 @@ def replay_blocks(
     Args:
         reader: The log.
         seed: Seed of the feedback delays. The same seed gives the same delays in :class:`simulators.replay.Replayer`.
-        rows_per_block: Impressions of each pair.
+        rows_per_block: Impressions of each pair; fewer where they would be more than ``MAX_BLOCK_BYTES``.
         late_share: Share of the feedback that misses its attribution window on purpose.
     """
     times = FeedbackTimes(reader.schema, reader.spec, seed, late_share)
-    return merge(reader.blocks(rows_per_block), times, reader.schema)
+    rows = max(min(rows_per_block, MAX_BLOCK_BYTES // row_bytes(reader.schema)), 1)
+    return merge(reader.blocks(rows), times, reader.schema)

@@ -8,8 +8,9 @@ import numpy as np
 
 from simulators.config import ReplayConfig
 from simulators.logs.reader import LogReader
-from simulators.merge import replay_blocks
+from simulators.merge import replay_blocks, row_bytes
 from smes.arrays import I64
+from smes.errors import Stopped
 from smes.events import FeedbackBlock, ImpressionBlock
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.log.event_log import EventLog, OutRecord
@@ -75,7 +76,8 @@ class Replayer:
         self._sleep = sleep
         self._impressions = self._feedback = self._bytes = 0
         self._event_time_ms: int | None = None
-        self._start_s = 0.0
+        self._start_s: float | None = None
+        self._finished = False
 
     def run(
         self,
@@ -91,26 +93,37 @@ class Replayer:
 
         Raises:
             LogError: The log cannot be read.
-            EventLogError, EventLogUnavailable: An append failed. Its events may or may not have been appended.
+            EventLogError, EventLogUnavailable: An append failed. Its events may or may not have been appended;
+                :meth:`report` does not count them.
         """
         partitions = {topic: self._log.partitions(topic) for topic in (IMPRESSIONS, FEEDBACK)}
         pairs = replay_blocks(self._reader, self._config.seed, late_share=self._config.late_share)
         pace: _Pace | None = None
+        most = self._most_events()
         for impressions, feedback in pairs:
             merged = _Merged(impressions, feedback)
-            pace = pace or self._pace(merged)
+            pace = pace or self._pace(merged, most)
             while merged.left:
                 count = self._wait(pace, merged, stop)
                 if count is None:
-                    return self._report(finished=False)
-                self._append(*merged.next(count), partitions)
-                on_progress(self._report(finished=False))
-        return self._report(finished=True)
+                    return self.report()
+                try:
+                    self._append(*merged.next(count), partitions)
+                except Stopped:
+                    return self.report()
+                on_progress(self.report())
+        self._finished = True
+        return self.report()
 
-    def _pace(self, first: "_Merged") -> "_Pace":
+    def _most_events(self) -> int:
+        """Most events of one append: both limits of the configuration, whichever is reached first."""
+        schema, config = self._reader.schema, self._config
+        return max(min(config.max_slice_events, config.max_slice_bytes // row_bytes(schema)), 1)
+
+    def _pace(self, first: "_Merged", most: int) -> "_Pace":
         # The clock starts when the first block is ready: the time to sort the log does not count.
         self._start_s = self._now_s()
-        return _Pace(self._config, self._start_s, int(first.times[0]))
+        return _Pace(self._config, self._start_s, int(first.times[0]), most)
 
     def _wait(self, pace: "_Pace", merged: "_Merged", stop: Callable[[], bool]) -> int | None:
         """Wait until the next append is due.
@@ -140,7 +153,8 @@ class Replayer:
         self._log.append(topic, records)
         self._bytes += sum(len(record.value) for record in records)
 
-    def _report(self, *, finished: bool) -> ReplayReport:
+    def report(self) -> ReplayReport:
+        """What has been appended so far."""
         return ReplayReport(
             impressions=self._impressions,
             feedback=self._feedback,
@@ -149,8 +163,8 @@ class Replayer:
             rejected=sum(self._reader.rejected.values()),
             bytes=self._bytes,
             event_time_ms=self._event_time_ms,
-            elapsed_s=self._now_s() - self._start_s,
-            finished=finished,
+            elapsed_s=0.0 if self._start_s is None else self._now_s() - self._start_s,
+            finished=self._finished,
         )
 
 
@@ -185,8 +199,8 @@ class _Merged:
 class _Pace:
     """Computes how many events are due at a given wall time."""
 
-    def __init__(self, config: ReplayConfig, start_s: float, first_event_ms: int) -> None:
-        self._config = config
+    def __init__(self, config: ReplayConfig, start_s: float, first_event_ms: int, most: int) -> None:
+        self._config, self._most = config, most
         self._start_s = start_s
         self._first_event_ms = first_event_ms
         self._not_before_s = start_s
@@ -206,7 +220,7 @@ class _Pace:
             The number of events due, and the seconds to wait if it is 0.
         """
         config, elapsed_s = self._config, now_s - self._start_s
-        most = min(len(times), config.max_slice_events)
+        most = min(len(times), self._most)
         if config.rate is not None:
             wanted = min(max(int(config.rate * config.slice_s), 1), most)
             # The slice is due when its last event is.
@@ -222,6 +236,6 @@ class _Pace:
             return 0, wait_s
         reached_ms = self._first_event_ms + elapsed_s * 1000 * config.speed
         count = max(int(np.searchsorted(times[:most], reached_ms, side="right")), 1)
-        if count < config.max_slice_events:  # otherwise there is a backlog: append again at once
+        if count < self._most:  # otherwise there is a backlog: append again at once
             self._not_before_s = now_s + config.slice_s
         return count, 0.0

@@ -21,13 +21,18 @@ def run(arguments: list[str]) -> int:
         app(args=arguments, prog_name="smes")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
-    except SmesError as error:
-        errors.print(f"smes: {error}", highlight=False, markup=False, soft_wrap=True)
+    except (SmesError, OSError) as error:  # OSError: a full disk, a folder without rights
+        _print(error)
         return EXIT_FAILED
     except ValueError as error:
-        errors.print(f"smes: {error}", highlight=False, markup=False, soft_wrap=True)
+        _print(error)
         return EXIT_USAGE
     return 0
+
+
+def _print(error: Exception) -> None:
+    """Print an error, and what was noted on its way, as one line."""
+    errors.print("smes: " + "; ".join([str(error), *getattr(error, "__notes__", [])]), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,23 @@
 """The ``smes`` command: every subcommand reads the configuration, calls one function and shows its result."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from smes.errors import SmesError
-from smes_cli.command_line import Limit, LogPath, ReportPath, SchemaName, Seed, config_of, stop_signals
+from smes_cli.command_line import (
+    Limit,
+    LogPath,
+    ReportPath,
+    SchemaName,
+    SchemaOfEvents,
+    Seed,
+    config_of,
+    stop_signals,
+    writable,
+)
 from smes_cli.console import (
     console,
     errors,
@@ -23,8 +33,6 @@ from smes_cli.snapshots import snapshots_app
 
 # Each command imports what it runs inside its function: `smes --help` should not wait for all of it, and commands that
 # touch no weights should not wait for torch.
-if TYPE_CHECKING:
-    from simulators.replay import ReplayReport
 
 EXIT_CHECK_FAILED = 3
 
@@ -49,7 +57,7 @@ def common(
     config: Annotated[
         Path | None, typer.Option("-c", "--config", help="Configuration file; default: smes.yaml if it is there.")
     ] = None,
-    verbose: Annotated[int, typer.Option("-v", count=True, help="Print more.")] = 0,
+    verbose: Annotated[int, typer.Option("-v", count=True, help="Also print what is logged for debugging.")] = 0,
     quiet: Annotated[bool, typer.Option("-q", help="Print errors only.")] = False,
 ) -> None:
     """Options that every subcommand takes."""
@@ -80,11 +88,11 @@ def demo(
     log: Annotated[Path | None, typer.Option(help="Log to replay; default: a new synthetic one.")] = None,
     schema: SchemaName = None,
     limit: Annotated[int, typer.Option(help="Impressions to replay.", min=1)] = 50_000,
-    rate: Annotated[float, typer.Option(help="Events per second of the replay.", min=1)] = 2000.0,
+    rate: Annotated[float, typer.Option(help="Impressions and feedback per second of the replay.", min=1)] = 2000.0,
     eventlog: Annotated[Literal["redis", "kafka"], typer.Option(help="Event log to run on.")] = "redis",
     codec: Annotated[Literal["json", "arrow"], typer.Option(help="Wire form of the events.")] = "arrow",
     requests_per_s: Annotated[float, typer.Option(help="Scoring requests per second.", min=0.1)] = 20.0,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic log and of the feedback delays.")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Keep the run's files and logs in this folder.")] = None,
     report: ReportPath = None,
 ) -> None:
@@ -107,7 +115,7 @@ def demo(
     console.print(task_table(result.report["tasks"]))
     console.print(report_table(result.report))
     for failure in result.failures:
-        errors.print(f"[bold red]failed:[/] {failure}", highlight=False)
+        errors.print(f"failed: {failure}", style="bold red", highlight=False)
     if result.failures:
         raise typer.Exit(EXIT_CHECK_FAILED)
     console.print("conservation: every event that was appended is accounted for", highlight=False)
@@ -119,17 +127,28 @@ def backtest(
     log: LogPath,
     schema: SchemaName = None,
     limit: Limit = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     baseline: Annotated[
-        str | None, typer.Option(help="A second ranker on the same batches, for comparison: linear.")
+        str | None,
+        typer.Option(
+            help="A second ranker that learns from the same batches, shown beside the first: linear, shared_bottom, "
+            "mmoe, ple, home or smes."
+        ),
     ] = None,
     routing: Annotated[
-        Path | None, typer.Option(help="Write the routing over time here, as JSON; benchmarks.routing plots it.")
+        Path | None,
+        typer.Option(help="Write the routing over time here, as JSON; benchmarks.routing plots it.", callback=writable),
     ] = None,
     report: ReportPath = None,
 ) -> None:
     """Join, evaluate and train on a log in one process at full speed, without broker or Redis."""
+    from smes.model.config import RANKER_NAMES
+
     config = config_of(context, schema)  # a mistake in it is reported before torch is imported
+    if baseline is not None and baseline not in RANKER_NAMES:
+        raise ValueError(f"--baseline {baseline!r}: expected one of {', '.join(RANKER_NAMES)}")
+    if seed is None:
+        seed = config.replay.seed
     from smes_cli.backtest import run_backtest
 
     with stop_signals() as should_stop:
@@ -137,7 +156,7 @@ def backtest(
     figures = result.report.to_dict()
     write_report(figures, report)
     write_report(result.routing, routing, indent=None)
-    console.print(task_table(figures["tasks"], result.baseline))
+    console.print(task_table(figures["tasks"], result.baseline, named=baseline or ""))
     console.print(report_table(figures))
     if result.expert_load:
         console.print(result.expert_load, highlight=False)
@@ -154,51 +173,31 @@ def replay(
     log: LogPath,
     schema: SchemaName = None,
     speed: Annotated[
-        str | None, typer.Option(help="Event time per wall time: 1 is real time, max is as fast as possible.")
+        str | None,
+        typer.Option(
+            help="Event time per wall time: 1 is real time, max is as fast as possible; default: replay.speed of the "
+            "configuration."
+        ),
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Events per second, instead of --speed.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Impressions and feedback per second, instead of --speed.")] = None,
     limit: Limit = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the feedback delays.")] = None,
-    codec: Annotated[Literal["json", "arrow"] | None, typer.Option(help="Wire form of the events.")] = None,
+    seed: Seed = None,
+    codec: Annotated[
+        Literal["json", "arrow"] | None,
+        typer.Option(help="Wire form of the events; default: replay.codec of the configuration."),
+    ] = None,
     report: ReportPath = None,
 ) -> None:
     """Replay a log into the event log in time order: impressions, and each feedback after its delay."""
-    from simulators.logs.reader import open_log
-    from simulators.replay import Replayer
-    from stream.log.open_log import open_event_log
-    from stream.topics import FEEDBACK, IMPRESSIONS
+    from smes_cli.replay import run_replay
 
     config = config_of(context, schema)
     changes: dict[str, Any] = {"speed": _speed(speed), "rate": rate, "seed": seed, "codec": codec}
     if rate is not None and speed is None:
         changes["speed"] = "max"  # whatever the configuration says
-    replay_config = replace(config.replay, **{name: value for name, value in changes.items() if value is not None})
-    schema_file = config.schema_file(log)
-    event_log = open_event_log(config.event_log)
-    try:
-        for topic in (IMPRESSIONS, FEEDBACK):
-            event_log.ensure_topic(topic, config.event_log.partitions)
-        with (
-            stop_signals() as should_stop,
-            open_log(log, schema_file, limit=limit) as reader,
-            progress("replay", reader.total) as advance,
-        ):
-
-            def show(so_far: "ReplayReport") -> None:
-                sent = so_far.impressions + so_far.feedback
-                advance(so_far.impressions, f"{sent / max(so_far.elapsed_s, 1e-9):,.0f} events/s")
-
-            result = Replayer(reader, event_log, replay_config).run(on_progress=show, stop=should_stop)
-            for reason, count in reader.rejected.items():
-                errors.print(f"{count:,} rows of the log cannot be used: {reason}", highlight=False)
-    finally:
-        event_log.close()
-    write_report(asdict(result), report)
-    console.print(
-        f"{result.impressions:,} impressions and {result.feedback:,} feedback events appended in "
-        f"{result.elapsed_s:,.1f} s; {result.duplicates:,} exact duplicates dropped",
-        highlight=False,
-    )
+    pace = replace(config.replay, **{name: value for name, value in changes.items() if value is not None})
+    with stop_signals() as should_stop:
+        run_replay(replace(config, replay=pace), log, limit=limit, report=report, should_stop=should_stop)
 
 
 def _speed(text: str | None) -> float | Literal["max"] | None:
@@ -219,6 +218,8 @@ def synthesize(
     """Write a synthetic log, and the true probabilities in a file beside it."""
     from simulators.synthetic import synthesize as write_synthetic
 
+    if out.suffix != ".parquet":
+        raise ValueError(f"{out}: expected a file that ends in .parquet, as `smes synthesize` writes it")
     with progress("synthesize", impressions) as advance:
         summary = write_synthetic(out, impressions, seed, on_progress=lambda written: advance(written))
     rates = ", ".join(f"{task} {count / summary.impressions:.2%}" for task, count in summary.positives.items())
@@ -232,7 +233,7 @@ def synthesize(
 @app.command()
 def train(
     context: typer.Context,
-    schema: SchemaName = None,
+    schema: SchemaOfEvents = None,
     drain: Annotated[
         bool, typer.Option("--drain", help="After a stop signal, first train on everything that is in the log by then.")
     ] = False,
@@ -259,7 +260,7 @@ def train(
 @app.command()
 def serve(
     context: typer.Context,
-    schema: SchemaName = None,
+    schema: SchemaOfEvents = None,
     port: Annotated[int | None, typer.Option(help="TCP port; 0 for any free one.", min=0, max=65535)] = None,
 ) -> None:
     """Score over HTTP until stopped, always with the newest snapshot."""

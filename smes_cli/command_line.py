@@ -3,8 +3,10 @@
 Nothing here imports what a command runs: ``smes --help`` must be quick.
 """
 
+import errno
+import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,16 +16,55 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smes.errors import SmesError
+
 if TYPE_CHECKING:
     from smes_cli.config import Config
 
-LogPath = Annotated[Path, typer.Argument(help="A KuaiRand folder, or a folder or file that the schema file describes.")]
+
+def writable(path: Path | None) -> Path | None:
+    """Check before a run that its report can be written after it.
+
+    Raises:
+        SmesError: It cannot.
+    """
+    if path is None:
+        return None
+    folder, problem = path.parent, None
+    if path.is_dir():
+        problem = errno.EISDIR
+    elif not folder.is_dir():
+        problem = errno.ENOENT
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        problem = errno.EACCES
+    if problem is not None:
+        raise SmesError(f"report {path}: cannot be written: {os.strerror(problem)}")
+    return path
+
+
+LogPath = Annotated[
+    Path,
+    typer.Argument(
+        help="The log: a folder or a file as its schema file describes. Logs of KuaiRand and of `smes "
+        "synthesize` need no --schema."
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="Use only the first so many impressions in time order.", min=0)]
-Seed = Annotated[int, typer.Option(help="Seed of the feedback delays.")]
-ReportPath = Annotated[Path | None, typer.Option("--report", help="Write the report here, as JSON.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of the feedback delays; default: replay.seed of the configuration.")
+]
+ReportPath = Annotated[Path | None, typer.Option("--report", help="Write the report here, as JSON.", callback=writable)]
 SchemaName = Annotated[
     str | None,
-    typer.Option("--schema", help="Schema file, or kuairand or synthetic; default: recognized by the log's files."),
+    typer.Option(
+        "--schema",
+        help="Schema file, or kuairand or synthetic; default: that of the configuration, else recognized by the log's "
+        "files.",
+    ),
+]
+SchemaOfEvents = Annotated[
+    str | None,
+    typer.Option("--schema", help="Schema file, or kuairand or synthetic; default: that of the configuration."),
 ]
 
 
@@ -43,13 +84,21 @@ def config_of(context: typer.Context, schema: str | None = None) -> "Config":
     return config if schema is None else replace(config, schema=schema)
 
 
+class StopRequest(threading.Event):
+    """An event that is set by a stop signal; called, it answers "should I stop?"."""
+
+    def __call__(self) -> bool:
+        """Whether a stop was asked for."""
+        return self.is_set()
+
+
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into the answer to "should I stop?" within the block.
+def stop_signals() -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request to stop within the block.
 
     A second SIGINT raises :class:`KeyboardInterrupt` as usual.
     """
-    stopped = threading.Event()
+    stopped = StopRequest()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if stopped.is_set() and number == SIGINT:
@@ -58,7 +107,7 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     before = {number: signal(number, stop) for number in (SIGINT, SIGTERM)}
     try:
-        yield stopped.is_set
+        yield stopped
     finally:
         for number, handler in before.items():
             signal(number, handler)

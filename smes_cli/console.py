@@ -4,7 +4,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,10 +17,19 @@ from rich.table import Table
 
 from smes.errors import SmesError
 
-_PIPED_WIDTH = 132  # a pipe has no width, and rich would cut tables at 80 columns
-console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH)
-errors = Console(stderr=True)
+_PIPED_WIDTH = 10_000  # a pipe has no width, and rich would cut tables and lines at 80 columns
+
+
+def _console(*, stderr: bool) -> Console:
+    """A console that prints what it is given: brackets and colons in names and messages are no markup."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else _PIPED_WIDTH
+    return Console(stderr=stderr, width=width, markup=False, emoji=False)
+
+
+console = _console(stderr=False)
+errors = _console(stderr=True)
 _PLAIN_EVERY_S = 5.0
+_RATE_OVER_S = 5.0
 
 
 def set_up_logging(verbosity: int) -> None:
@@ -44,6 +54,28 @@ class Advance(Protocol):
 
     def __call__(self, done: int, note: str = "") -> None:
         """Show that ``done`` units are done in total, with ``note`` beside the bar."""
+
+
+class RecentRate:
+    """A rate over the last seconds: unlike one over the whole run, it shows a pause and does not decay for ever.
+
+    Args:
+        over_s: How far back it looks.
+        monotonic_s: A monotonic clock in seconds.
+    """
+
+    def __init__(self, over_s: float = _RATE_OVER_S, *, monotonic_s: Callable[[], float] = time.monotonic) -> None:
+        self._over_s, self._now_s = over_s, monotonic_s
+        self._samples: deque[tuple[float, int]] = deque([(monotonic_s(), 0)])
+
+    def __call__(self, done: int) -> float:
+        """Units per second lately; ``done`` is how many are done in total."""
+        now_s = self._now_s()
+        self._samples.append((now_s, done))
+        while len(self._samples) > 2 and self._samples[1][0] <= now_s - self._over_s:
+            self._samples.popleft()
+        then_s, then = self._samples[0]
+        return (done - then) / (now_s - then_s) if now_s > then_s else 0.0
 
 
 @contextmanager
@@ -76,28 +108,30 @@ def number(value: float | int | None, digits: int = 4) -> str:
 
 _FOR_ALL_TASKS = {"positives": "positives"}
 _FOR_BINARY_TASKS = {"auc": "AUC", "gauc_windowed": "GAUC (windowed)", "ne": "NE", "ece": "ECE"}
+_OF_A_BASELINE = {"auc": "AUC", "gauc_windowed": "GAUC"}
 _FOR_REGRESSION_TASKS = {"xauc": "XAUC", "mae": "MAE", "mean_bias": "mean bias"}
 
 
-def task_table(tasks: dict[str, dict[str, Any]], baseline: dict[str, dict[str, Any]] | None = None) -> Table:
-    """Metrics per task; beside them those of a baseline trained on the same batches.
+def task_table(
+    tasks: dict[str, dict[str, Any]], baseline: dict[str, dict[str, Any]] | None = None, *, named: str = "baseline"
+) -> Table:
+    """Metrics per task; beside them those of a baseline trained on the same batches, under its name.
 
     The figures of regression tasks are shown only if there is such a task.
     """
-    columns = {**_FOR_ALL_TASKS, **_FOR_BINARY_TASKS}
+    columns, beside = {**_FOR_ALL_TASKS, **_FOR_BINARY_TASKS}, dict(_OF_A_BASELINE)
     if any(m[key] is not None for m in tasks.values() for key in _FOR_REGRESSION_TASKS):
         columns |= _FOR_REGRESSION_TASKS
+        beside |= {"xauc": "XAUC"}
     table = Table(title="Progressive evaluation: every example scored before it is trained on", title_justify="left")
-    table.add_column("task")
-    for title in columns.values():
-        table.add_column(title, justify="right")
-    if baseline is not None:
-        table.add_column("linear AUC", justify="right")
-        table.add_column("linear GAUC", justify="right")
+    table.add_column("task", overflow="fold")
+    titles = [*columns.values(), *(f"{named} {title}" for title in beside.values() if baseline is not None)]
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold")
     for name, m in tasks.items():
         cells = [number(m[key]) for key in columns]
         if baseline is not None:
-            cells += [number(baseline[name][key]) for key in ("auc", "gauc_windowed")]
+            cells += [number(baseline[name][key]) for key in beside]
         table.add_row(name, *cells)
     return table
 
@@ -106,8 +140,8 @@ def report_table(report: dict[str, Any]) -> Table:
     """The other sections of the report, one row each."""
     table = Table(show_header=False, title=f"lineage {report['lineage']}, version {report['version']}")
     table.title_justify = "left"
-    table.add_column(style="bold")
-    table.add_column()
+    table.add_column(style="bold", overflow="fold")
+    table.add_column(overflow="fold")
     for section in ("events", "feedback", "throughput", "freshness_ms", "snapshots", "scorer", "active_experts"):
         parts = [f"{key} {number(value, 1)}" for key, value in report[section].items() if value is not None]
         if parts:

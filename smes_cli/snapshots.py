@@ -27,10 +27,14 @@ def snapshots_list(context: typer.Context) -> None:
     manifests = store.list()
     if not manifests:
         raise _none_published(config)
-    table = Table("lineage", "version", "parent", "bytes", "event time (UTC)", "cut at (UTC)", "", box=None)
+    table = Table(box=None)
+    for title in ("lineage", "version", "parent", "bytes", "event time (UTC)", "cut at (UTC)", ""):
+        table.add_column(title, overflow="fold")
     for manifest in manifests:
         mark = "current" if current == f"{manifest.lineage}:{manifest.version}" else ""
-        cells = [number(manifest.version), number(manifest.parent), number(manifest.total_bytes)]
+        # Versions without separators: they are typed again, for `show`.
+        parent = "–" if manifest.parent is None else str(manifest.parent)
+        cells = [str(manifest.version), parent, number(manifest.total_bytes)]
         table.add_row(manifest.lineage, *cells, _utc(manifest.event_time_ms), _utc(manifest.created_ms), mark)
     console.print(table)
 
@@ -38,20 +42,34 @@ def snapshots_list(context: typer.Context) -> None:
 @snapshots_app.command("show")
 def snapshots_show(
     context: typer.Context,
-    version: Annotated[int | None, typer.Argument(help="Version; default: the current one.")] = None,
+    version: Annotated[
+        int | None, typer.Argument(help="Version; default: the current one, with --lineage the newest of that lineage.")
+    ] = None,
     lineage: Annotated[str | None, typer.Option(help="Lineage; default: the current one's.")] = None,
 ) -> None:
     """Show a snapshot's manifest as JSON."""
     config = config_of(context)
     store = _snapshot_store(config)
-    current = store.current()
-    if version is not None and (lineage or current):
-        manifest = store.get(lineage or (current.lineage if current else ""), version)
-    elif current is not None:
-        manifest = current
+    if lineage is not None:
+        manifest = store.get(lineage, _newest(config, store, lineage) if version is None else version)
     else:
-        raise _none_published(config)
+        current = store.current()
+        if current is None:
+            raise _none_published(config)
+        manifest = current if version is None else store.get(current.lineage, version)
     console.print_json(json.dumps(json.loads(manifest.to_json())))
+
+
+def _newest(config: "Config", store: "SnapshotStore", lineage: str) -> int:
+    """The newest version of a lineage that can be loaded."""
+    kept = store.list()
+    if not kept:
+        raise _none_published(config)
+    versions = [manifest.version for manifest in kept if manifest.lineage == lineage]
+    if not versions:
+        there = ", ".join(sorted({manifest.lineage for manifest in kept}))
+        raise SnapshotNotFound(f"--lineage {lineage}: no snapshot of that lineage, expected one of {there}")
+    return max(versions)
 
 
 def _snapshot_store(config: "Config") -> "SnapshotStore":

@@ -35,7 +35,7 @@ stream:
 
 model:
   preset: default                            # default, paper or large: the values that the other keys change
-  ranker: smes                               # smes, or a dense ranker to compare with: home, mmoe, ple, …
+  ranker: smes                               # smes, home, mmoe, ple, shared_bottom or linear
   embedding_dim: 16
   wide: true                                 # a linear part beside the ranker
 
