@@ -6,7 +6,7 @@ from itertools import chain, repeat
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
-_Errors = type[Exception] | tuple[type[Exception], ...]
+Errors = type[Exception] | tuple[type[Exception], ...]
 
 PAUSES_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 """Pauses between tries: short at first, because most outages are; the last one repeats."""
@@ -21,8 +21,8 @@ def retry(
     call: Callable[[], _T],
     *,
     timeout_s: float,
-    retriable: _Errors,
-    fatal: _Errors = (),
+    retriable: Errors,
+    fatal: Errors = (),
     pauses_s: Iterable[float] = PAUSES_S,
     monotonic: Callable[[], float] = time.monotonic,
     wait: Callable[[float], object] = time.sleep,

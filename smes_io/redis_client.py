@@ -1,4 +1,9 @@
-"""Connections to Redis with every wait bounded, and its errors in the project's terms."""
+"""Connections to Redis with every wait bounded, and its errors in the project's terms.
+
+Some of Redis' error answers say "not here" or "not now": a primary that became a replica, a server that loads its data
+or is busy with a script. These are treated as a lost connection. The client's connections are dropped, so that the next
+try resolves the address again and finds the server that is the primary now.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +16,36 @@ from redis.exceptions import AuthenticationError, AuthorizationError
 from redis.retry import Retry
 
 from smes.errors import EventLogError, EventLogUnavailable, FeatureStoreError, FeatureStoreUnavailable, SmesError
-from smes_io.clock import retry
 from smes_io.secrets import masked_text
+from smes_io.stopping import StoppableCalls
 
 _T = TypeVar("_T")
 _OUTAGE = (redis.ConnectionError, redis.TimeoutError)
 _DENIED = (AuthenticationError, AuthorizationError)  # to redis, kinds of ConnectionError
+
+_NOT_NOW = frozenset(
+    {
+        "BUSY",  # a script or function runs for longer than busy-reply-threshold
+        "CLUSTERDOWN",  # the cluster has no primary for the key at the moment
+        "LOADING",  # the server reads its file
+        "MASTERDOWN",  # a replica without a link to its primary that must not serve old data
+        "MISCONF",  # the server's disk refuses its file, as when it is full; it goes on when there is room
+        "MOVED",  # another server of the cluster has the key; so an address that names that one again may help
+        "ASK",
+        "NOREPLICAS",  # fewer replicas than min-replicas-to-write
+        "READONLY",  # a primary that became a replica
+        "REDIRECT",  # the same, as Valkey says it during a failover
+        "TRYAGAIN",  # the cluster moves the key
+        "UNBLOCKED",  # a blocking command was ended because the primary became a replica
+    }
+)
+"""First words of the answers of a server that will, or another server that does, serve the same command later."""
+
+_IN_PIPELINE = "of pipeline caused error: "  # the client puts this, and the command, before an answer in a pipeline
+
+
+class NotNow(redis.ConnectionError):
+    """Redis answered "not here" or "not now": to be treated as a lost connection."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +95,7 @@ def open_client(url: str, timeout_s: float, *, answer_timeout_s: float | None = 
         # The client's own message may quote a part of the password.
         why = "" if "@" in url else f" ({error})"
         wanted = "redis://[user[:password]@]host:port[/database], special characters of the password as %XX"
-        raise ValueError(f"Redis URL {masked(url)!r}{why}, expected {wanted}") from error
+        raise ValueError(f"Redis URL {masked(url)!r}{why}, expected {wanted}") from None
 
 
 def connect(
@@ -94,11 +123,58 @@ def connect(
 
 
 def retry_during_outage(
-    client: redis.Redis, doing: str, call: Callable[[], _T], errors: RedisErrors, timeout_s: float
+    client: redis.Redis,
+    doing: str,
+    call: Callable[[], _T],
+    errors: RedisErrors,
+    timeout_s: float,
+    calls: StoppableCalls | None = None,
 ) -> _T:
-    """Call until the server answers, for up to ``timeout_s``; errors as :func:`translated`."""
+    """Call until the server answers, for up to ``timeout_s``; errors as :func:`translated`.
+
+    Every answer of the kind "not here" or "not now" is tried again too, on a new connection.
+
+    Args:
+        client, doing, errors: As :func:`translated`.
+        call: What to try. If it collects error answers itself, it raises :func:`not_now`'s.
+        timeout_s: How long to try.
+        calls: Hears a stop; None: nothing does.
+
+    Raises:
+        Stopped: A try failed, and a stop was asked for.
+    """
+
+    def attempt() -> _T:
+        try:
+            return call()
+        except redis.RedisError as error:
+            if (later := not_now(error)) is None:
+                raise
+            drop_connections(client)
+            raise later from error
+
+    what = f"Redis at {address(client)}: {doing}"
     with translated(client, doing, errors, tried_s=timeout_s):
-        return retry(call, timeout_s=timeout_s, retriable=_OUTAGE, fatal=_DENIED)
+        tries = calls or StoppableCalls()
+        return tries.retry(what, attempt, timeout_s=timeout_s, retriable=_OUTAGE, fatal=_DENIED)
+
+
+def not_now(error: Exception) -> NotNow | None:
+    """The error as :class:`NotNow` if it is an answer of the kind "not here" or "not now", else None."""
+    if isinstance(error, NotNow):
+        return error
+    if not isinstance(error, redis.ResponseError | redis.exceptions.BusyLoadingError):
+        return None
+    text = str(error).rpartition(_IN_PIPELINE)[2]
+    code = error.status_code or text.partition(" ")[0]
+    if code not in _NOT_NOW:
+        return None
+    return NotNow(text if text.startswith(code) else f"{code} {text}")
+
+
+def drop_connections(client: redis.Redis) -> None:
+    """Close the connections that nobody uses at the moment; the next command resolves the address again."""
+    client.connection_pool.disconnect(inuse_connections=False)
 
 
 @contextmanager
@@ -106,6 +182,9 @@ def translated(
     client: redis.Redis, doing: str, errors: RedisErrors = FEATURE_STORE, *, tried_s: float | None = None
 ) -> Iterator[None]:
     """Turn Redis' errors into ours; the message names the server without its password.
+
+    After an answer of the kind "not here" or "not now" the client's connections are dropped, so that a later call may
+    find the server that is the primary by then.
 
     Args:
         client: Whose server to name.
@@ -117,18 +196,20 @@ def translated(
         SmesError: See :class:`RedisErrors`.
     """
     where = f"Redis at {address(client)}"
+    within = "" if tried_s is None else f" within {tried_s:g} s"
     try:
         yield
     except _DENIED as error:
         raise errors.denied(f"{where} refused the credentials while {doing}: {error}") from error
-    except _OUTAGE as error:
-        within = "" if tried_s is None else f" within {tried_s:g} s"
-        raise errors.unavailable(f"{where} gave no answer{within} while {doing}: {error}") from error
-    except redis.OutOfMemoryError as error:
-        raise errors.refused(
-            f"{where} has no memory left while {doing}: raise its maxmemory or keep less ({errors.size_key}): {error}"
-        ) from error
     except redis.RedisError as error:
+        if (later := not_now(error)) is not None:
+            drop_connections(client)
+            raise errors.unavailable(f"{where} could not serve{within} while {doing}: {later}") from error
+        if isinstance(error, _OUTAGE):
+            raise errors.unavailable(f"{where} gave no answer{within} while {doing}: {error}") from error
+        if isinstance(error, redis.OutOfMemoryError):
+            more = f"raise its maxmemory or keep less ({errors.size_key})"
+            raise errors.refused(f"{where} has no memory left while {doing}: {more}: {error}") from error
         raise errors.refused(f"{where} refused while {doing}: {error}") from error
 
 
