@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Le
 
 from smes.ranges import PositiveFloat, PositiveInt, check_ranges
 
@@ -18,12 +18,16 @@ class CheckpointConfig:
 
     Attributes:
         directory: Folder of the checkpoints, created if missing. None: the trainer keeps none and starts anew.
-        interval_s: Seconds between checkpoints, > 0; a clean stop always writes one.
-        keep: How many of the newest are kept, ≥ 1.
+        interval_s: Seconds between checkpoints, > 0, on the monotonic clock; a clean stop always writes one.
+        first_interval_s: A process writes its first checkpoint after its first step, the next one so many seconds after
+            the start, > 0, and each later one after twice as long, until ``interval_s`` is reached. So a trainer that
+            dies again and again keeps about half of what it did each time.
+        keep: How many of the newest are kept, ≥ 1. Damaged ones do not count.
     """
 
     directory: Path | None = None
     interval_s: PositiveFloat = 30.0
+    first_interval_s: PositiveFloat = 1.0
     keep: PositiveInt = 2
 
     def __post_init__(self) -> None:
@@ -56,17 +60,26 @@ class TrainerConfig:
     Attributes:
         device: ``auto`` takes CUDA if it is usable, else the CPU.
         seed: Seed of the first weights, dense ones and embedding rows.
-        threads: Threads of torch on the CPU, ≥ 1; None leaves torch's choice. A restart is the same bit for bit only
-            with the same number.
-        snapshot_interval_s: Seconds between cuts for serving, > 0.
+        threads: Threads of torch on the CPU, ≥ 1. One is the default: where other processes use the cores, a second
+            thread makes a step many times slower (docs/experiments/speed.md). None leaves torch's choice, one thread
+            per core. A restart is the same bit for bit only with the same number.
+        snapshot_interval_s: Seconds between cuts for serving, > 0, on the monotonic clock.
+        lease_s: The lease that lets one trainer publish in a namespace ends so many seconds after it was last renewed,
+            0.5 … 3600. A trainer that takes the place of a killed one waits so long at most.
+        max_failed_steps: So many steps in a row whose loss or gradients are not finite stop the trainer, ≥ 1. Such a
+            step changes nothing; its examples are dead-lettered.
+        steps_before_replacing: Steps of weights that were started anew before they replace a model in service, ≥ 1.
         checkpoint: Checkpoints on disk.
         evaluation: Windows of frozen weights.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
-    threads: PositiveInt | None = None
+    threads: PositiveInt | None = 1
     snapshot_interval_s: PositiveFloat = 1.0
+    lease_s: Annotated[float, Ge(0.5), Le(3600)] = 5.0
+    max_failed_steps: PositiveInt = 5
+    steps_before_replacing: PositiveInt = 1
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
