@@ -7,10 +7,13 @@
     │   └── SnapshotStale         its lineage has already published this version or a later one
     ├── LeaseHeld                 another trainer holds the right to publish
     ├── LeaseLost                 this trainer's right to publish was taken over
-    ├── CheckpointError           a checkpoint on disk cannot be restored
+    ├── CheckpointError           a checkpoint on disk cannot be restored, or another trainer holds their folder
+    ├── ServingWithoutCheckpoint  a model is in service, but the trainer has no checkpoint to go on from
+    ├── StepsNotFinite            several steps in a row had a loss or gradients that are not finite
     ├── EventLogError             the event log refused or lost something
     │   ├── EventLogUnavailable   no answer within the bounded wait
-    │   └── PositionOutOfRange    the records at a position were trimmed away
+    │   ├── PositionOutOfRange    the records at a position were trimmed away
+    │   └── LogReplaced           a position belongs to another log of the same name
     ├── FeatureStoreError         Redis refused a command (memory full) or holds data of another schema
     │   └── FeatureStoreUnavailable   no answer within the bounded wait
     ├── LogError                  a logged-impressions file cannot be read as described
@@ -66,7 +69,15 @@ class LeaseLost(SmesError):
 
 
 class CheckpointError(SmesError):
-    """A checkpoint on disk cannot be restored."""
+    """A checkpoint on disk cannot be written or restored, or another trainer holds the folder of checkpoints."""
+
+
+class ServingWithoutCheckpoint(SmesError):
+    """A model is in service, but the trainer has no checkpoint. The message says what to ask for."""
+
+
+class StepsNotFinite(SmesError):
+    """Several training steps in a row had a loss or gradients that are not finite."""
 
 
 class EventLogError(SmesError):
@@ -79,6 +90,13 @@ class EventLogUnavailable(EventLogError):
 
 class PositionOutOfRange(EventLogError):
     """The records at a requested position are no longer (or not yet) in the log."""
+
+
+class LogReplaced(EventLogError):
+    """A position belongs to another incarnation of the log: the topic was deleted and made again, or came back empty.
+
+    The message names both incarnations.
+    """
 
 
 class FeatureStoreError(SmesError):

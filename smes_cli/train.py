@@ -64,8 +64,8 @@ def run_train(
         flags = Flags()
         stream = ExampleStream(schema, config.stream, log, DeadLetterWriter(log))
         trainer = _restored_trainer(config, schema, stream, flags)
-        for source, (before, now) in (stream.skip_lost() if skip_lost else {}).items():
-            _logger.error("%s partition %d: going on at %d, not %d", source.topic, source.partition, now, before)
+        for skipped in (stream.skip_lost() if skip_lost else {}).values():
+            _logger.error("%s", skipped)
         warm_up(config, schema)
 
         def publisher(lineage: str) -> Publisher:

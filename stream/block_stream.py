@@ -58,6 +58,10 @@ class BlockStream:
         """Look at the next complete mini-batch without taking it: the object that :meth:`next_batch` will return."""
         return self.assembler.upcoming()
 
+    def flush(self) -> None:
+        """Close the windows that are open. After the last pair that has happened already."""
+        self.assembler.flush()
+
     def ledger(self) -> StreamLedger:
         """Where every event read so far is now."""
         return self.assembler.ledger()

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 
 import msgspec
 
+from smes.errors import EventLogError, EventLogUnavailable
 from stream.codec.validation import Code, Problem
-from stream.log.event_log import EventLog, OutRecord, Record
+from stream.log.event_log import EventLog, OutRecord, Record, UnreadableRecord
 from stream.topics import DEAD_LETTERS
 
 MAX_PAYLOAD_BYTES = 65_536
 """Most payload bytes that a letter in the log carries; longer payloads are cut and flagged ``payload_truncated``."""
+
+SHORT_PAYLOAD_BYTES = 512
+"""Most payload bytes of a letter where the log refused the longer ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class DeadLetter:
         reason: For people: what was expected and what the event had.
         field: Dotted name of the field at fault, None where it is the event as a whole.
         payload: The record's value; for a row, that row as JSON.
+        place: The server's own name of the record, such as a Redis entry id, where it is unreadable; else None.
         events: How many events it stands for: the rows of an Arrow record refused as a whole, else 1.
     """
 
@@ -44,6 +49,7 @@ class DeadLetter:
     field: str | None
     payload: bytes
     events: int = 1
+    place: str | None = None
 
     @classmethod
     def of_record(cls, record: Record, problem: Problem, *, events: int = 1) -> "DeadLetter":
@@ -74,11 +80,27 @@ class DeadLetter:
             payload=payload,
         )
 
-    def to_json(self) -> bytes:
+    @classmethod
+    def of_unreadable(cls, record: UnreadableRecord) -> "DeadLetter":
+        """The letter for what is in the log but is no record of ours."""
+        return cls(
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            row=None,
+            code="unreadable",
+            reason=record.reason,
+            field=None,
+            payload=record.payload,
+            events=record.records,
+            place=record.place,
+        )
+
+    def to_json(self, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> bytes:
         """The letter as it stands in the log: its fields, with ``payload`` in base64.
 
         ``payload_bytes`` is the payload's full size; ``payload_truncated`` says that only the first
-        ``MAX_PAYLOAD_BYTES`` of it are here.
+        ``max_payload_bytes`` of it are here.
         """
         return msgspec.json.encode(
             {
@@ -89,10 +111,11 @@ class DeadLetter:
                 "code": self.code,
                 "reason": self.reason,
                 "field": self.field,
+                "place": self.place,
                 "events": self.events,
-                "payload": base64.b64encode(self.payload[:MAX_PAYLOAD_BYTES]).decode("ascii"),
+                "payload": base64.b64encode(self.payload[:max_payload_bytes]).decode("ascii"),
                 "payload_bytes": len(self.payload),
-                "payload_truncated": len(self.payload) > MAX_PAYLOAD_BYTES,
+                "payload_truncated": len(self.payload) > max_payload_bytes,
             }
         )
 
@@ -103,15 +126,15 @@ class DeadLetterWriter:
     Args:
         log: Where to append.
         topic: The dead-letter topic; created when it is not there yet.
-        partitions: Its number of partitions; a letter goes to the partition that its event was read from, modulo this.
-
-    Raises:
-        EventLogError: The topic exists with another number of partitions.
+        partitions: Its number of partitions where it is created. One that exists may have any number. A letter goes to
+            the partition that its event was read from, modulo the number that there are.
     """
 
     def __init__(self, log: EventLog, topic: str = DEAD_LETTERS, *, partitions: int = 1) -> None:
-        log.ensure_topic(topic, partitions)
-        self._partitions = partitions
+        try:
+            log.ensure_topic(topic, partitions, exact=False)
+        except TypeError:  # SHIM
+            log.ensure_topic(topic, partitions)
         self._log = log
         self._topic = topic
         self._counts: Counter[tuple[str, Code]] = Counter()
@@ -124,14 +147,28 @@ class DeadLetterWriter:
     def write(self, letters: Sequence[DeadLetter]) -> None:
         """Append the letters, then count them; returns when the log has them.
 
+        Where the log refuses them, their payloads are cut to ``SHORT_PAYLOAD_BYTES`` and they are appended again: a
+        topic that takes only small records must not stop the pipeline. Those that it took the first time are there
+        twice then.
+
         Raises:
-            EventLogError: The log refused them; nothing is counted.
+            EventLogError: The log refused them again; nothing is counted.
             EventLogUnavailable: No acknowledgement within the log's bounded wait; nothing is counted.
         """
         if not letters:
             return
-        headers = (("codec", b"json"),)
-        records = [OutRecord(letter.to_json(), headers, letter.partition % self._partitions) for letter in letters]
-        self._log.append(self._topic, records)
+        try:
+            self._append(letters, MAX_PAYLOAD_BYTES)
+        except EventLogUnavailable:
+            raise
+        except EventLogError:
+            if all(len(letter.payload) <= SHORT_PAYLOAD_BYTES for letter in letters):
+                raise
+            self._append(letters, SHORT_PAYLOAD_BYTES)
         for letter in letters:
             self._counts[letter.topic, letter.code] += letter.events
+
+    def _append(self, letters: Sequence[DeadLetter], max_payload_bytes: int) -> None:
+        headers, partitions = (("codec", b"json"),), self._log.partitions(self._topic)
+        records = [OutRecord(le.to_json(max_payload_bytes), headers, le.partition % partitions) for le in letters]
+        self._log.append(self._topic, records)

@@ -1,24 +1,25 @@
 """From the event log to mini-batches: read by position → decode → dead-letter → join → batch."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from smes.arrays import Arrays
+from smes.errors import PositionOutOfRange
 from smes.events import ExampleBlock
 from smes.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
 from smes.schema import Schema
+from smes_io.clock import wall_clock_ms
 from stream.codec.codec import decode
-from stream.dead_letters import DeadLetterWriter
+from stream.dead_letters import DeadLetter, DeadLetterWriter
 from stream.join.joiner import JoinConfig
 from stream.join.ledgers import StreamLedger
-from stream.log.event_log import EventLog, Positions, TopicPartition
+from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
 from stream.mini_batches import Assembler, MiniBatchConfig
-from stream.partition_state import state_name
-from stream.topics import FEEDBACK, IMPRESSIONS
+from stream.sources import Skipped, Sources
 
+_logger = logging.getLogger(__name__)
 _FIRST_READ_RECORDS = 8  # an Arrow record may hold thousands of events: only reading tells
 
 
@@ -31,7 +32,10 @@ class StreamConfig:
         batch: Bounds of a mini-batch.
         events_per_read: About how many events one read returns; bounds memory when catching up.
         idle_after_s: The watermark no longer waits for a partition that has had nothing new for this long, wall clock.
-        max_future_s: An event is refused if its time lies more than this after its arrival in the log, seconds.
+        max_future_s: An event is refused if its time lies more than this after both its arrival in the log and the
+            reader's clock, seconds; one more than a day after the reader's clock is refused in any case.
+        metadata_refresh_s: How often the log is asked what may have changed: partitions that were added, which are then
+            read from their beginning, and topics that were made anew.
     """
 
     join: JoinConfig = field(default_factory=JoinConfig)
@@ -39,6 +43,7 @@ class StreamConfig:
     events_per_read: PositiveInt = 16_384
     idle_after_s: PositiveFloat = 10.0
     max_future_s: NonNegativeFloat = 300.0
+    metadata_refresh_s: PositiveFloat = 5.0
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -50,12 +55,14 @@ class ExampleStream:
     Args:
         schema: Features and tasks.
         config: Join, batch and read bounds.
-        log: Where impressions and feedback are read; both topics must exist with the same number of partitions.
+        log: Where impressions and feedback are read; both topics must exist.
         dead_letters: Where refused events go.
-        monotonic: Seconds of a clock that never goes back; it decides only which partitions are idle.
+        monotonic: Seconds of a clock that never goes back; it decides only which partitions are idle, and when the log
+            is asked for new ones.
+        now_ms: The reader's clock, Unix milliseconds; it decides only which events are from the future.
 
     Raises:
-        ValueError: The two topics have different numbers of partitions.
+        EventLogError: The feedback topic has fewer partitions than the impressions topic; the message names both.
     """
 
     def __init__(
@@ -66,16 +73,19 @@ class ExampleStream:
         dead_letters: DeadLetterWriter,
         *,
         monotonic: Callable[[], float] = time.monotonic,
+        now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._schema, self._config, self._log, self._dead_letters = schema, config, log, dead_letters
-        self._monotonic = monotonic
-        partitions = log.partitions(IMPRESSIONS)
-        if (got := log.partitions(FEEDBACK)) != partitions:
-            raise ValueError(f"topic {FEEDBACK!r} has {got} partitions, expected {partitions} as {IMPRESSIONS!r}")
-        self.assembler = Assembler(schema, config.join, config.batch, partitions)
-        self.positions: Positions = {**log.begin(IMPRESSIONS), **log.begin(FEEDBACK)}
+        self._monotonic, self._now_ms = monotonic, now_ms
+        self._sources = Sources(log, config.metadata_refresh_s, monotonic)
+        self.assembler = Assembler(schema, config.join, config.batch, self._sources.positions)
         self._last_news_s = dict.fromkeys(self.assembler.sources, monotonic())
         self._events_per_record = config.events_per_read / _FIRST_READ_RECORDS
+
+    @property
+    def positions(self) -> Positions:
+        """Next record to read of every partition."""
+        return self._sources.positions
 
     def poll(self, timeout_s: float) -> int:
         """Read once, join what was read and queue the batches that are complete; the number of events read.
@@ -86,22 +96,43 @@ class ExampleStream:
             timeout_s: Longest wait for the first record, seconds.
 
         Raises:
-            EventLogUnavailable, PositionOutOfRange: As the log raises them; the state is as before the call.
+            EventLogUnavailable, PositionOutOfRange, Stopped: As the log raises them.
+            LogReplaced: A position belongs to another incarnation of the log.
+            EventLogError: The feedback topic has fewer partitions than the impressions topic.
+
+            After any of them the state is as before the call.
         """
-        max_records = max(1, round(self._config.events_per_read / self._events_per_record))
-        fetch = self._log.read(self.positions, max_records=max_records, timeout_s=timeout_s)
-        decoded = decode(fetch.records, self._schema, max_future_ms=round(self._config.max_future_s * 1000))
-        self._dead_letters.write(decoded.dead)
+        self._add(self._sources.refresh_if_due())
+        fetch = self._read(timeout_s)
+        now_ms, max_future_ms = self._now_ms(), round(self._config.max_future_s * 1000)
+        decoded = decode(fetch.records, self._schema, max_future_ms=max_future_ms, now_ms=now_ms)
+        self._dead_letters.write([*decoded.dead, *map(DeadLetter.of_unreadable, fetch.unreadable)])
         self.assembler.count_refused(decoded.dead_by_source, decoded.unknown_by_source)
+        self.assembler.count_passed(fetch.gaps, fetch.unreadable)
         events = len(decoded.impressions) + len(decoded.feedback)
         if fetch.records:
             # Grows at once and shrinks slowly: unexpectedly full records cost memory, the reverse a few small reads.
             self._events_per_record = max(1.0, events / len(fetch.records), 0.5 * self._events_per_record)
-        news = {TopicPartition(r.topic, r.partition) for r in fetch.records}
         behind = set(self.assembler.sources) - fetch.at_end
-        self.assembler.push(decoded.impressions, decoded.feedback, self._idle(news | behind))
-        self.positions = dict(fetch.positions)
+        self.assembler.push(decoded.impressions, decoded.feedback, self._idle(_passed(fetch) | behind))
+        self.positions.update(fetch.positions)
         return events
+
+    def _read(self, timeout_s: float) -> Fetch:
+        max_records = max(1, round(self._config.events_per_read / self._events_per_record))
+        try:
+            fetch = self._log.read(self.positions, max_records=max_records, timeout_s=timeout_s)
+        except PositionOutOfRange:
+            self._sources.refresh()  # is it another log? That says more.
+            raise
+        self._sources.identify(_passed(fetch))
+        return fetch
+
+    def _add(self, sources: list[TopicPartition]) -> None:
+        if sources:
+            _logger.warning("partitions were added: %s", ", ".join(f"{s.topic}/{s.partition}" for s in sources))
+            self.assembler.add_partitions(sources)
+            self._last_news_s.update(dict.fromkeys(sources, self._monotonic()))
 
     def _idle(self, news: set[TopicPartition]) -> list[TopicPartition]:
         now_s = self._monotonic()
@@ -121,26 +152,33 @@ class ExampleStream:
         return self.assembler.ledger()
 
     def end(self) -> Positions:
-        """Where both topics end now."""
-        return {**self._log.end(IMPRESSIONS), **self._log.end(FEEDBACK)}
+        """Where both topics end now, with partitions that were added a moment ago."""
+        self._add(self._sources.refresh())
+        return self._sources.end()
 
     def has_reached(self, end: Positions) -> bool:
         """Whether everything before ``end`` has been read."""
-        return all(self.positions[source] >= position for source, position in end.items())
+        return all(self.positions.get(source, 0) >= position for source, position in end.items())
 
-    def skip_lost(self) -> dict[TopicPartition, tuple[int, int]]:
-        """Move positions that the log does not hold to its oldest record.
+    def flush(self) -> None:
+        """Close the open windows, as at the end of a finite log: every impression that waits becomes an example.
 
-        These are positions of trimmed records, and positions past the end of a log that is empty after a restart.
-        Training never sees the events that are skipped, so only an operator should ask for this.
+        Feedback that waits for its impression is orphaned. The ledger has nothing waiting once the batches that this
+        makes were taken. The stream may go on: what is read later is judged by the watermark that it had before.
+        """
+        self.assembler.flush()
+
+    def skip_lost(self) -> dict[TopicPartition, Skipped]:
+        """Move positions that the log does not hold to its oldest record, and accept the log that is there now.
+
+        These are positions of trimmed records, positions past the end of a log that is empty after a restart, and
+        those of another incarnation of the log. Training never sees the events that are skipped, so only an operator
+        should ask for this.
 
         Returns:
-            Source → (position before, position now), of those that moved.
+            Source → what that costs, of those that moved.
         """
-        begin, end = {**self._log.begin(IMPRESSIONS), **self._log.begin(FEEDBACK)}, self.end()
-        moved = {s: (p, begin[s]) for s, p in self.positions.items() if not begin[s] <= p <= end[s]}
-        self.positions.update({source: now for source, (_, now) in moved.items()})
-        return moved
+        return self._sources.skip_lost()
 
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition (decimal digits) → next record to read."""
@@ -150,23 +188,25 @@ class ExampleStream:
         return topics
 
     def state(self) -> Arrays:
-        """Arrays from which :meth:`load_state` goes on: positions and the assembler's state.
+        """Arrays from which :meth:`load_state` goes on: positions, the log's incarnations, the assembler's state.
 
         Their names are those of :mod:`stream.partition_state`.
         """
-        state = self.assembler.state()
-        for source, position in self.positions.items():
-            state[state_name(source.topic, source.partition, "position")] = np.array([position], np.int64)
-        return state
+        return {**self.assembler.state(), **self._sources.state()}
 
     def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`. Partitions that were added since are read from the log's beginning.
+
+        Positions in another incarnation of the log stop the next :meth:`poll`, unless :meth:`skip_lost` comes before.
 
         Raises:
             ValueError: The state has more partitions than the log.
         """
         self.assembler.load_state(state)
-        for source in self.positions:
-            saved = state.get(state_name(source.topic, source.partition, "position"))
-            if saved is not None:
-                self.positions[source] = int(saved[0])
+        self._sources.load_state(state)
+
+
+def _passed(fetch: Fetch) -> set[TopicPartition]:
+    """The partitions in which something was read or passed over."""
+    records = {TopicPartition(record.topic, record.partition) for record in fetch.records}
+    return records | {TopicPartition(each.topic, each.partition) for each in fetch.unreadable} | set(fetch.gaps)

@@ -17,7 +17,7 @@ from smes.ranges import PositiveFloat, PositiveInt, check_ranges
 from smes.schema import Schema
 from stream.join.joiner import JoinConfig, Joiner, join_sources
 from stream.join.ledgers import StreamLedger
-from stream.log.event_log import TopicPartition
+from stream.log.event_log import TopicPartition, UnreadableRecord
 from stream.partition_state import load_rows, save_rows, state_name
 from stream.topics import FEEDBACK, IMPRESSIONS
 
@@ -115,17 +115,25 @@ class Assembler:
         schema: Features and tasks.
         join: How long to wait and to remember.
         batch: Bounds of a mini-batch.
-        partitions: Partitions of the impressions and of the feedback topic.
+        partitions: Partitions of the impressions and of the feedback topic, by number where both have as many.
     """
 
-    def __init__(self, schema: Schema, join: JoinConfig, batch: MiniBatchConfig, partitions: int) -> None:
+    def __init__(
+        self, schema: Schema, join: JoinConfig, batch: MiniBatchConfig, partitions: int | Iterable[TopicPartition]
+    ) -> None:
         self._schema = schema
-        self._partitions = range(partitions)
-        self._join = Joiner(schema, join, join_sources(partitions))
+        self._join = Joiner(schema, join, join_sources(partitions) if isinstance(partitions, int) else partitions)
         self._batcher = MiniBatcher(schema, batch)
         self._dead: Counter[TopicPartition] = Counter()
         self._unknown_fields: Counter[TopicPartition] = Counter()
+        self._gaps: Counter[TopicPartition] = Counter()
+        self._unreadable: Counter[TopicPartition] = Counter()
         self._ready: deque[ExampleBlock] = deque()
+
+    @property
+    def _counts_refused(self) -> tuple[Counter[TopicPartition], ...]:
+        """The counts of the array ``refused``, in its order."""
+        return self._dead, self._unknown_fields, self._gaps, self._unreadable
 
     @property
     def sources(self) -> tuple[TopicPartition, ...]:
@@ -147,11 +155,28 @@ class Assembler:
         self._dead.update(dead)
         self._unknown_fields.update(unknown_fields)
 
+    def count_passed(self, gaps: Mapping[TopicPartition, int], unreadable: Iterable[UnreadableRecord]) -> None:
+        """Count records that are no longer in the log, and those in it that are no records of ours: dead letters."""
+        self._gaps.update(gaps)
+        for record in unreadable:
+            source = TopicPartition(record.topic, record.partition)
+            self._dead[source] += record.records
+            self._unreadable[source] += record.records
+
+    def add_partitions(self, sources: Iterable[TopicPartition]) -> None:
+        """Take events from these, too, from now on (see :meth:`stream.join.joiner.Joiner.add_partitions`)."""
+        self._join.add_partitions(sources)
+
     def flush(self) -> None:
-        """End the stream: everything that waits joins the queue."""
+        """End the stream: everything that waits joins the queue.
+
+        Should more come, it is judged by the watermark from before: the end of the stream makes nothing late.
+        """
+        watermark_ms = self._join.watermark_ms
         examples = self._join.flush()
         self._ready.extend(self._batcher.push(examples, self._join.watermark_ms))
         self._ready.extend(self._batcher.flush())
+        self._join.watermark_ms = watermark_ms
 
     def next_batch(self) -> ExampleBlock | None:
         """Take the next complete batch out of the queue; None when none is ready."""
@@ -166,7 +191,7 @@ class Assembler:
         join = self._join.ledger
         join.check()
         queued = len(self._batcher) + sum(len(batch) for batch in self._ready)
-        dead = {t: sum(n for s, n in self._dead.items() if s.topic == t) for t in (IMPRESSIONS, FEEDBACK)}
+        dead, gaps, unreadable = (_by_topic(c) for c in (self._dead, self._gaps, self._unreadable))
         return StreamLedger(
             impressions=join.impressions + dead[IMPRESSIONS],
             handed_out=join.emitted - queued,
@@ -182,6 +207,10 @@ class Assembler:
             feedback_duplicate=join.feedback_duplicate,
             feedback_dead_lettered=dead[FEEDBACK],
             unknown_fields=self._unknown_fields.total(),
+            gaps=gaps[IMPRESSIONS],
+            feedback_gaps=gaps[FEEDBACK],
+            unreadable=unreadable[IMPRESSIONS],
+            feedback_unreadable=unreadable[FEEDBACK],
         )
 
     def state(self) -> Arrays:
@@ -191,12 +220,13 @@ class Assembler:
         """
         state = self._join.state()
         for source in self.sources:
-            refused = [self._dead[source], self._unknown_fields[source]]
+            refused = [counts[source] for counts in self._counts_refused]
             state[state_name(source.topic, source.partition, "refused")] = np.array(refused, np.int64)
         queued = ExampleBlock.concat([*self._ready, self._batcher.pending]).arrays()
         queued["order"] = np.arange(len(queued["partition"]))
         state["ready_sizes"] = np.array([len(batch) for batch in self._ready], np.int64)
-        return state | save_rows(IMPRESSIONS, "queued", queued, self._partitions)
+        partitions = sorted({source.partition for source in self.sources})
+        return state | save_rows(IMPRESSIONS, "queued", queued, partitions)
 
     def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`; partitions that the state does not have start with nothing read.
@@ -206,8 +236,9 @@ class Assembler:
         """
         self._join.load_state(state)
         for source in self.sources:
-            refused = state.get(state_name(source.topic, source.partition, "refused"), (0, 0))
-            self._dead[source], self._unknown_fields[source] = map(int, refused)
+            refused = state.get(state_name(source.topic, source.partition, "refused"), np.zeros(0, np.int64)).tolist()
+            for i, counts in enumerate(self._counts_refused):
+                counts[source] = refused[i] if i < len(refused) else 0  # a state from before it was counted
         columns = load_rows(IMPRESSIONS, "queued", state)
         order = np.argsort(columns.pop("order"))
         queued, start = ExampleBlock(**columns).take(order), 0
@@ -216,3 +247,11 @@ class Assembler:
             self._ready.append(queued.take(slice(start, start + size)))
             start += size
         self._batcher.pending = queued.take(slice(start, None))
+
+
+def _by_topic(counts: Counter[TopicPartition]) -> Counter[str]:
+    """The counts of all partitions of a topic together."""
+    totals: Counter[str] = Counter()
+    for source, count in counts.items():
+        totals[source.topic] += count
+    return totals

@@ -6,10 +6,11 @@ has more partitions can load it:
 
 ============================ ===========================================================================================
 ``*/p/position``             the next record to read
+``*/p/incarnation``          which log that is, as UTF-8 (:meth:`stream.log.event_log.EventLog.incarnations`)
 ``*/p/vouched_ms``           the event time that enough of the last events have reached (:mod:`stream.join.watermarks`)
 ``*/p/recent_*``             those last events
 ``*/p/ledger``               counts of events (:data:`stream.join.ledgers.COLUMNS`)
-``*/p/refused``              events dead-lettered, and unknown fields of the others
+``*/p/refused``              events dead-lettered, unknown fields of the others, gaps, unreadable records
 ``feedback/p/entry.*``       feedback that was read before its impression
 ``impressions/p/entry.*``    impression ids that wait or are remembered, with the labels attached so far
 ``impressions/p/waiting.*``  the features of the impressions that wait

@@ -62,6 +62,22 @@ class StreamLedger:
 
     impressions = handed_out + waiting + late + duplicate + dead_lettered
     feedback = attached + feedback_waiting + feedback_late + orphaned + feedback_duplicate + feedback_dead_lettered
+
+    Gaps are records that the log no longer holds: they were not read, so they are in neither equation. Unreadable
+    records are what the log holds but nobody can read as one of ours; each was read and dead-lettered. So each topic's
+    positions, where it has JSON alone and no transactions, have moved on by ``impressions + gaps`` and
+    ``feedback + feedback_gaps``.
+
+    Attributes:
+        impressions, feedback: Events read. A record that is unreadable, or that is refused as a whole, counts as one
+            event, or as its rows where they can be counted.
+        handed_out: Examples that were taken.
+        waiting, feedback_waiting: Impressions in the join or in a batch not yet taken; feedback without impression yet.
+        late, feedback_late, duplicate, feedback_duplicate, orphaned, attached: See :mod:`stream.join.joiner`.
+        dead_lettered, feedback_dead_lettered: Refused, with a letter each; the unreadable ones are among them.
+        unknown_fields: Fields of good events that the schema does not know; they were kept out.
+        gaps, feedback_gaps: Records passed over because somebody deleted them.
+        unreadable, feedback_unreadable: Records in the log that are none of ours.
     """
 
     impressions: int
@@ -78,3 +94,7 @@ class StreamLedger:
     feedback_duplicate: int
     feedback_dead_lettered: int
     unknown_fields: int
+    gaps: int
+    feedback_gaps: int
+    unreadable: int
+    feedback_unreadable: int

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from smes.errors import EventLogUnavailable
+from smes.errors import EventLogError, EventLogUnavailable
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Feature, Schema, Task
 from stream.codec.codec import encode_feedback, encode_impressions
@@ -217,12 +217,12 @@ def test_full_records_after_many_tiny_ones_do_not_flood() -> None:
     assert max(sizes[-10:]) <= bound + 100
 
 
-def test_topics_with_different_numbers_of_partitions_are_refused() -> None:
+def test_feedback_with_fewer_partitions_than_impressions_is_refused() -> None:
     log = InMemoryLog()
-    log.ensure_topic(IMPRESSIONS, 2)
-    log.ensure_topic(FEEDBACK, 3)
+    log.ensure_topic(IMPRESSIONS, 3)
+    log.ensure_topic(FEEDBACK, 2)
 
-    with pytest.raises(ValueError, match=r"topic 'feedback' has 3 partitions, expected 2 as 'impressions'"):
+    with pytest.raises(EventLogError, match=r"topic 'feedback': 2 partitions, expected at least 3 as topic 'impr"):
         open_stream(log)
 
 
@@ -294,10 +294,10 @@ def test_refused_events_and_unknown_fields_are_counted_by_partition() -> None:
     refused = {name: array.tolist() for name, array in state.items() if name.endswith("/refused")}
 
     assert refused == {
-        "impressions/0/refused": [1, 0],
-        "impressions/1/refused": [2, 0],
-        "feedback/0/refused": [0, 0],
-        "feedback/1/refused": [0, 2],
+        "impressions/0/refused": [1, 0, 0, 0],
+        "impressions/1/refused": [2, 0, 0, 0],
+        "feedback/0/refused": [0, 0, 0, 0],
+        "feedback/1/refused": [0, 2, 0, 0],
     }
 
 

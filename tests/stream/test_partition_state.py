@@ -69,7 +69,11 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
 @given(EVENTS, RANDOMS, st.integers(1, 7))
 @settings(max_examples=60, deadline=None)
 @pytest.mark.timeout(600)  # bounds hangs only
-def test_a_restart_anywhere_changes_no_batch_and_no_array(events, random, size):  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_a_restart_anywhere_changes_no_batch_and_no_array(  # type: ignore[no-untyped-def] # plain data
+    events,
+    random,
+    size,
+):
     def assembler() -> Assembler:
         return Assembler(SCHEMA, JoinConfig(1.0, 1e6), MiniBatchConfig(size, max_age_s=20), 2)
 
@@ -108,7 +112,12 @@ def grown(events: tuple[list[Impression], list[Feedback]], at_ms: int) -> tuple[
 @given(EVENTS, RANDOMS, st.integers(1, 50_000), st.sampled_from([0, 1000, 20_000]))
 @settings(max_examples=100, deadline=None)
 @pytest.mark.timeout(600)  # bounds hangs only
-def test_a_join_that_grows_gives_what_one_with_all_partitions_gives(events, random, at_ms, lateness_ms):  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_a_join_that_grows_gives_what_one_with_all_partitions_gives(  # type: ignore[no-untyped-def] # plain data
+    events,
+    random,
+    at_ms,
+    lateness_ms,
+):
     before, after = grown(events, at_ms)
     old = reads(before[0], before[1], 2, random)
     new = reads(after[0], after[1], 4, random)
@@ -220,6 +229,15 @@ def log_of(partitions: int, *parts: dict[str, list[OutRecord]]) -> InMemoryLog:
     return log
 
 
+def grow(log: InMemoryLog, *parts: dict[str, list[OutRecord]]) -> InMemoryLog:
+    """The same log with four partitions, and more events in them."""
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.add_partitions(topic, 4)
+        for part in parts:
+            log.append(topic, part[topic])
+    return log
+
+
 def open_stream(log: InMemoryLog) -> ExampleStream:
     return ExampleStream(SCHEMA, CONFIG, log, DeadLetterWriter(log))
 
@@ -250,9 +268,15 @@ def after() -> dict[str, list[OutRecord]]:
 
 
 @pytest.fixture
-def two(before: dict[str, list[OutRecord]]) -> tuple[list[ExampleBlock], dict[str, Any]]:
+def log(before: dict[str, list[OutRecord]]) -> InMemoryLog:
+    """A log of two partitions that may grow."""
+    return log_of(2, before)
+
+
+@pytest.fixture
+def two(log: InMemoryLog) -> tuple[list[ExampleBlock], dict[str, Any]]:
     """Three batches of a stream of two partitions, and its state then: more are ready, and more is left to read."""
-    stream = open_stream(log_of(2, before))
+    stream = open_stream(log)
     while stream.upcoming() is None:
         stream.poll(0)
     taken = [batch for _ in range(3) if (batch := stream.next_batch()) is not None]
@@ -263,12 +287,12 @@ def two(before: dict[str, list[OutRecord]]) -> tuple[list[ExampleBlock], dict[st
 
 
 def test_a_stream_that_grows_accounts_for_every_event(
+    log: InMemoryLog,
     two: tuple[list[ExampleBlock], dict[str, Any]],
-    before: dict[str, list[OutRecord]],
     after: dict[str, list[OutRecord]],
 ) -> None:
     taken, state = two
-    four = open_stream(log_of(4, before, after))
+    four = open_stream(grow(log, after))
     four.load_state(state)
 
     batches = taken + take_all(four)
@@ -282,12 +306,12 @@ def test_a_stream_that_grows_accounts_for_every_event(
 
 
 def test_a_stream_that_grows_gives_the_batches_of_one_that_always_had_all_partitions(
+    log: InMemoryLog,
     two: tuple[list[ExampleBlock], dict[str, Any]],
-    before: dict[str, list[OutRecord]],
     after: dict[str, list[OutRecord]],
 ) -> None:
     taken, state = two
-    log = log_of(4, before, after)
+    grow(log, after)
     wanted = take_all(open_stream(log))
     four = open_stream(log)
     four.load_state(state)
@@ -303,12 +327,12 @@ def test_a_stream_that_grows_gives_the_batches_of_one_that_always_had_all_partit
 
 
 def test_a_stream_that_grows_trains_on_nothing_twice(
+    log: InMemoryLog,
     two: tuple[list[ExampleBlock], dict[str, Any]],
-    before: dict[str, list[OutRecord]],
     after: dict[str, list[OutRecord]],
 ) -> None:
     taken, state = two
-    four = open_stream(log_of(4, before, after))
+    four = open_stream(grow(log, after))
     four.load_state(state)
 
     ids = np.concatenate([batch.impression_id for batch in taken + take_all(four)])
@@ -318,12 +342,12 @@ def test_a_stream_that_grows_trains_on_nothing_twice(
 
 
 def test_new_partitions_are_read_from_the_beginning_of_the_log(
+    log: InMemoryLog,
     two: tuple[list[ExampleBlock], dict[str, Any]],
-    before: dict[str, list[OutRecord]],
     after: dict[str, list[OutRecord]],
 ) -> None:
     _, state = two
-    log = log_of(4, before, after)
+    grow(log, after)
     log.truncate(TopicPartition(IMPRESSIONS, 3), 5)
     four = open_stream(log)
 

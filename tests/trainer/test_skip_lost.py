@@ -2,7 +2,7 @@
 
 import pytest
 
-from smes.errors import PositionOutOfRange
+from smes.errors import LogReplaced, PositionOutOfRange
 from stream.example_stream import ExampleStream
 from stream.log.event_log import TopicPartition
 from stream.topics import FEEDBACK, IMPRESSIONS
@@ -18,7 +18,9 @@ def test_lost_records_are_refused_then_skipped_on_demand() -> None:
     log.truncate(source, 30)
     with pytest.raises(PositionOutOfRange, match=IMPRESSIONS):
         stream.poll(0)
-    assert stream.skip_lost() == {source: (0, 30)}
+    [(moved, skipped)] = stream.skip_lost().items()
+    assert (moved, skipped.before, skipped.now) == (source, 0, 30)
+    assert str(skipped).startswith("impressions partition 1: going on at 30, not 0: the 30 records between")
     assert stream.skip_lost() == {}
     while stream.poll(0):
         pass
@@ -28,17 +30,17 @@ def test_lost_records_are_refused_then_skipped_on_demand() -> None:
 
 
 def test_a_log_that_came_back_empty_is_read_from_its_beginning() -> None:
-    full = make_trainer(open_log(), None)
-    filled = open_log()
-    fill(filled, 400)
-    before = make_trainer(filled, None).stream
+    log = open_log()
+    fill(log, 400)
+    before = make_trainer(log, None).stream
     while before.poll(0):
         pass
-    stream = full.stream
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.make_anew(topic)
+    stream = make_trainer(log, None).stream
     assert isinstance(stream, ExampleStream)
     stream.load_state(before.state())
-    with pytest.raises(PositionOutOfRange):
+    with pytest.raises(LogReplaced):
         stream.poll(0)
-    moved = stream.skip_lost()
-    assert {now for _, now in moved.values()} == {0}
+    assert {skipped.now for skipped in stream.skip_lost().values()} == {0}
     assert stream.poll(0) == 0

@@ -1,0 +1,191 @@
+"""Where the stream is in its topics, and which log that is: partitions may be added, and a topic may be another one.
+
+What the broker can change is asked again every few seconds:
+
+- A partition that was added is read from its beginning.
+- ``feedback`` may have more partitions than ``impressions``, as while an operator lets both grow. With fewer, feedback
+  could not have the partition number of its impression: that is an error at once.
+- A topic that was deleted and made again, or a server that came back empty, is another *incarnation* of the log
+  (:meth:`stream.log.event_log.EventLog.incarnations`). A position in one says nothing about the other.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from smes.arrays import Arrays
+from smes.errors import EventLogError, LogReplaced
+from stream.log.event_log import EventLog, Positions, TopicPartition
+from stream.partition_state import state_name
+from stream.topics import FEEDBACK, IMPRESSIONS
+
+_UNKNOWN = ""  # incarnation of a partition that never had a record, or of a state from before they were kept
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """What going on at another position costs.
+
+    Attributes:
+        source: The partition.
+        before: Next record to read by the state, which the log does not hold.
+        now: Where reading goes on: at the oldest record.
+        end: Where the partition ends.
+        was: Incarnation of the log that ``before`` belongs to; None where that is the present one.
+        incarnation: The present one.
+    """
+
+    source: TopicPartition
+    before: int
+    now: int
+    end: int
+    was: str | None
+    incarnation: str
+
+    def __str__(self) -> str:
+        where = f"{self.source.topic} partition {self.source.partition}: going on at {self.now}, not {self.before}"
+        rest = f"{self.end - self.now} records from there to the end"
+        if self.was is not None:
+            lost = f"what the old log held from {self.before} on is lost"
+            return f"{where}: the log is another one ({_named(self.incarnation)}, was {self.was}): {rest}; {lost}"
+        if self.before < self.now:
+            return f"{where}: the {self.now - self.before} records between were trimmed unread; {rest}"
+        return f"{where}: the log ended before that position; {rest}"
+
+
+class Sources:
+    """The partitions of impressions and feedback, and the next record to read of each.
+
+    Attributes:
+        positions: Next record to read of every partition known.
+
+    Args:
+        log: Where both topics exist.
+        refresh_s: Seconds between two looks at what the broker may have changed.
+        monotonic: Seconds of a clock that never goes back.
+
+    Raises:
+        EventLogError: ``feedback`` has fewer partitions than ``impressions``.
+    """
+
+    def __init__(self, log: EventLog, refresh_s: float, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.positions: Positions = {}
+        self._log, self._refresh_s, self._monotonic = log, refresh_s, monotonic
+        self._incarnations: dict[TopicPartition, str] = {}
+        self._due_s = monotonic()
+        self.refresh()
+
+    def refresh_if_due(self) -> list[TopicPartition]:
+        """:meth:`refresh`, if the last one is long enough ago."""
+        return self.refresh() if self._monotonic() >= self._due_s else []
+
+    def refresh(self) -> list[TopicPartition]:
+        """Ask the log what it is now. Partitions that were added have a position from then on.
+
+        Returns:
+            The partitions added.
+
+        Raises:
+            EventLogError: ``feedback`` has fewer partitions than ``impressions``; the message names both numbers.
+            LogReplaced: Positions belong to another incarnation; the message names both.
+            EventLogUnavailable: No answer within the log's bounded wait. After any error, nothing has changed.
+        """
+        present = self._present()
+        self._require_same_log(present)
+        added = sorted(source for source in present if source not in self.positions)
+        if added:
+            begin = self._begin()
+            self.positions.update({source: begin[source] for source in added})
+        self._incarnations.update(present)
+        self._due_s = self._monotonic() + self._refresh_s
+        return added
+
+    def identify(self, read: set[TopicPartition]) -> None:
+        """Ask for the incarnations of partitions whose first records were read now: an empty one may have had none."""
+        if any(self._incarnations.get(source, _UNKNOWN) == _UNKNOWN for source in read):
+            present = self._present()
+            self._require_same_log(present)
+            self._incarnations.update({s: present[s] for s in self.positions if s in present})
+
+    def skip_lost(self) -> dict[TopicPartition, Skipped]:
+        """Move positions that the log does not hold to its oldest record, and take it for the log from now on.
+
+        Returns:
+            What moved.
+        """
+        present = self._present()
+        begin, end = self._begin(), self.end()
+        skipped = {}
+        for source, position in self.positions.items():
+            was = self._incarnations.get(source, _UNKNOWN)
+            replaced = was not in (_UNKNOWN, present.get(source, _UNKNOWN))
+            if replaced or not begin[source] <= position <= end[source]:
+                skipped[source] = Skipped(
+                    source, position, begin[source], end[source], was if replaced else None, present[source]
+                )
+        self.positions.update({source: each.now for source, each in skipped.items()})
+        self._incarnations.update(present)
+        return skipped
+
+    def end(self) -> Positions:
+        """Where both topics end now."""
+        return {**self._log.end(IMPRESSIONS), **self._log.end(FEEDBACK)}
+
+    def state(self) -> Arrays:
+        """Positions and incarnations by partition; see :mod:`stream.partition_state`."""
+        state: Arrays = {}
+        for source, position in self.positions.items():
+            state[state_name(source.topic, source.partition, "position")] = np.array([position], np.int64)
+            text = self._incarnations.get(source, _UNKNOWN).encode()
+            state[state_name(source.topic, source.partition, "incarnation")] = np.frombuffer(text, np.uint8)
+        return state
+
+    def load_state(self, state: Arrays) -> None:
+        """The inverse of :meth:`state`. Partitions that were added since keep the position of their beginning.
+
+        Whether the positions belong to the present log is found by the next refresh, which is due at once.
+        """
+        for source in self.positions:
+            position = state.get(state_name(source.topic, source.partition, "position"))
+            if position is not None:
+                self.positions[source] = int(position[0])
+                incarnation = state.get(state_name(source.topic, source.partition, "incarnation"))
+                text = b"" if incarnation is None else incarnation.tobytes()
+                self._incarnations[source] = text.decode(errors="replace")
+        self._due_s = self._monotonic()
+
+    def _present(self) -> dict[TopicPartition, str]:
+        """Every partition that there is now → its incarnation."""
+        partitions = {topic: self._log.partitions(topic) for topic in (IMPRESSIONS, FEEDBACK)}
+        if partitions[FEEDBACK] < partitions[IMPRESSIONS]:
+            raise EventLogError(
+                f"topic {FEEDBACK!r}: {partitions[FEEDBACK]} partitions, expected at least {partitions[IMPRESSIONS]} "
+                f"as topic {IMPRESSIONS!r} has: let {FEEDBACK!r} grow first"
+            )
+        ask = getattr(self._log, "incarnations", lambda topic: {})  # SHIM
+        known = {**ask(IMPRESSIONS), **ask(FEEDBACK)}
+        sources = (TopicPartition(topic, p) for topic, count in partitions.items() for p in range(count))
+        return {source: known.get(source, _UNKNOWN) for source in sources}
+
+    def _require_same_log(self, present: Mapping[TopicPartition, str]) -> None:
+        other = {
+            source: (was, present.get(source, _UNKNOWN))
+            for source, was in sorted(self._incarnations.items())
+            if was not in (_UNKNOWN, present.get(source, _UNKNOWN))
+        }
+        if other:
+            source, (was, now) = next(iter(other.items()))
+            partitions = ", ".join(f"{s.topic}/{s.partition}" for s in other)
+            raise LogReplaced(
+                f"{source.topic}/{source.partition}: position {self.positions[source]} of log {was}, expected the same "
+                f"log, found {_named(now)}: the topic was made anew; positions that no longer hold: {partitions}"
+            )
+
+    def _begin(self) -> Positions:
+        return {**self._log.begin(IMPRESSIONS), **self._log.begin(FEEDBACK)}
+
+
+def _named(incarnation: str) -> str:
+    return incarnation or "an empty one"
