@@ -5,6 +5,9 @@ Letters: N examples, G groups.
 AUC comes from a histogram of logits with 8,192 bins of width 0.004 from -16 to 16. Scores in one bin count as ties, so
 AUC is wrong by at most half of the pairs that lie within one bin.
 
+A score that is not finite is no score. It is counted, and the metrics of examples with such a score among them are
+undefined (NaN): whatever was left out or put in its place would look like a figure of the model.
+
 Sources. Normalised entropy: He et al., "Practical Lessons from Predicting Clicks on Ads at Facebook" (2014). GAUC
 weighted by impressions: HoME (arXiv 2408.05430). XAUC: Zhan et al., "Deconfounding Duration Bias in Watch-time
 Prediction for Video Recommendation" (2022). Our ECE uses bins of equal mass, because bins of equal width would put
@@ -27,7 +30,9 @@ _ECE_BINS = 20
 
 @dataclass(frozen=True, slots=True)
 class BinaryReport:
-    """Metrics of one binary task. NaN where a metric is undefined: a class is missing, or there are no examples.
+    """Metrics of one binary task.
+
+    A metric is NaN where it is undefined: a class is missing, there are no examples, or some were not scored.
 
     Attributes:
         examples: Number of labelled examples.
@@ -37,6 +42,7 @@ class BinaryReport:
             always predicting the base rate.
         ece: Expected calibration error over 20 bins of equal mass, 0 … 1.
         calibration: Mean prediction divided by mean label; 1 is calibrated.
+        not_scored: How many of the examples had no finite score.
     """
 
     examples: int
@@ -45,6 +51,7 @@ class BinaryReport:
     ne: float
     ece: float
     calibration: float
+    not_scored: int = 0
 
 
 class BinaryTally:
@@ -54,9 +61,14 @@ class BinaryTally:
         self._counts = np.zeros((2, _BINS), np.int64)  # negatives, positives by logit bin
         self._predicted = np.zeros(_BINS, np.float64)  # sum of predictions by logit bin
         self._log_loss = 0.0
+        self._not_scored = np.zeros(2, np.int64)  # negatives, positives
 
     def add(self, probability: F32, label: F32) -> None:
-        """Add scored examples. float [N] in 0 … 1, float [N] of 0 or 1."""
+        """Add scored examples. float [N] in 0 … 1 (not finite: not scored), float [N] of 0 or 1."""
+        scored = np.isfinite(probability)
+        if not scored.all():
+            self._not_scored += np.bincount((label[~scored] > 0.5).astype(np.int64), minlength=2)
+            probability, label = probability[scored], label[scored]
         if len(label) == 0:
             return
         p = np.clip(probability.astype(np.float64), _EPSILON, 1 - _EPSILON)
@@ -70,11 +82,11 @@ class BinaryTally:
 
     def report(self) -> BinaryReport:
         """Compute the metrics of all examples added so far."""
-        negatives, positives = (int(n) for n in self._counts.sum(axis=1))
-        examples = negatives + positives
+        negatives, positives = (int(n) for n in self._counts.sum(axis=1) + self._not_scored)
+        examples, not_scored = negatives + positives, int(self._not_scored.sum())
         nan = float("nan")
-        if examples == 0:
-            return BinaryReport(0, 0, nan, nan, nan, nan)
+        if examples == 0 or not_scored:
+            return BinaryReport(examples, positives, nan, nan, nan, nan, not_scored)
         rate = positives / examples
         entropy = -sum(r * np.log(r) for r in (rate, 1 - rate) if r > 0)
         return BinaryReport(
@@ -104,12 +116,15 @@ class BinaryTally:
     def state(self) -> dict[str, NDArray[Any]]:
         """Copies of the arrays from which :meth:`load_state` continues."""
         log_loss = np.array([self._log_loss])
-        return {"counts": self._counts.copy(), "predicted": self._predicted.copy(), "log_loss": log_loss}
+        arrays = {"counts": self._counts, "predicted": self._predicted, "not_scored": self._not_scored}
+        return {name: array.copy() for name, array in arrays.items()} | {"log_loss": log_loss}
 
     def load_state(self, state: dict[str, NDArray[Any]]) -> None:
         """Replace everything added so far with a :meth:`state`."""
         self._counts, self._predicted = state["counts"].copy(), state["predicted"].copy()
         self._log_loss = float(state["log_loss"][0])
+        # A state of before scores were looked at has none.
+        self._not_scored = state.get("not_scored", np.zeros(2, np.int64)).copy()
 
 
 class RegressionTally:
@@ -122,9 +137,14 @@ class RegressionTally:
     def __init__(self) -> None:
         # Examples, examples with a label above 0, sum of absolute errors, concordant pairs, pairs, sum of errors.
         self._sums = np.zeros(6, np.float64)
+        self._not_scored = np.zeros(2, np.int64)  # with label 0, with a label above 0
 
     def add(self, value: F32, label: F32) -> None:
-        """Add scored examples. float [N], float [N], both in the label's unit."""
+        """Add scored examples. float [N] (not finite: not scored), float [N], both in the label's unit."""
+        scored = np.isfinite(value)
+        if not scored.all():
+            self._not_scored += np.bincount((label[~scored] > 0).astype(np.int64), minlength=2)
+            value, label = value[scored], label[scored]
         n = len(label)
         if n == 0:
             return
@@ -142,39 +162,51 @@ class RegressionTally:
     @property
     def examples(self) -> int:
         """Number of labelled examples."""
-        return int(self._sums[0])
+        return int(self._sums[0]) + self.not_scored
 
     @property
     def positives(self) -> int:
         """Number of examples with a label above 0."""
-        return int(self._sums[1])
+        return int(self._sums[1] + self._not_scored[1])
+
+    @property
+    def not_scored(self) -> int:
+        """How many of the examples had no finite score."""
+        return int(self._not_scored.sum())
 
     @property
     def mean_absolute_error(self) -> float:
-        """In the label's unit; NaN before the first example."""
-        return float(self._sums[2] / self._sums[0]) if self._sums[0] else float("nan")
+        """In the label's unit; NaN before the first example, and where some were not scored."""
+        return self._ratio(2, 0)
 
     @property
     def mean_bias(self) -> float:
-        """Mean prediction minus mean label, in the label's unit; NaN before the first example."""
-        return float(self._sums[5] / self._sums[0]) if self._sums[0] else float("nan")
+        """Mean prediction minus mean label, in the label's unit; NaN as for the error."""
+        return self._ratio(5, 0)
 
     @property
     def xauc(self) -> float:
-        """0 … 1; NaN before the first comparable pair."""
-        return float(self._sums[3] / self._sums[4]) if self._sums[4] else float("nan")
+        """0 … 1; NaN before the first comparable pair, and where some examples were not scored."""
+        return self._ratio(3, 4)
+
+    def _ratio(self, above: int, below: int) -> float:
+        defined = self._sums[below] > 0 and not self.not_scored
+        return float(self._sums[above] / self._sums[below]) if defined else float("nan")
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Copies of the arrays from which :meth:`load_state` continues."""
-        return {"sums": self._sums.copy()}
+        return {"sums": self._sums.copy(), "not_scored": self._not_scored.copy()}
 
     def load_state(self, state: dict[str, NDArray[Any]]) -> None:
         """Replace everything added so far with a :meth:`state`."""
         self._sums = state["sums"].copy()
+        self._not_scored = state.get("not_scored", np.zeros(2, np.int64)).copy()
 
 
 def group_auc(group: I64, score: F32, label: F32) -> tuple[F64, I64, I64]:
     """Compute AUC within each group. Ties count half. Groups without both classes are left out.
+
+    The AUC of a group with a score that is not finite is NaN.
 
     Args:
         group: int64 [N], the id of each example's group.
@@ -200,4 +232,5 @@ def group_auc(group: I64, score: F32, label: F32) -> tuple[F64, I64, I64]:
     negatives = examples - positives
     both = (positives > 0) & (negatives > 0)
     auc = (rank_sum[both] - positives[both] * (positives[both] + 1) / 2) / (positives[both] * negatives[both])
+    auc[np.add.reduceat(~np.isfinite(score), new_group, dtype=np.int64)[both] > 0] = np.nan
     return auc, examples[both].astype(np.int64), group[new_group][both]

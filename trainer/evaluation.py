@@ -43,6 +43,7 @@ class TaskMetrics:
         gauc_windowed: AUC within (request or user, window), averaged with impressions as weights; binary tasks only.
         xauc, mae, mean_bias: See :class:`smes.metrics.RegressionTally`: share of pairs ordered as their labels, mean
             absolute error, mean prediction minus mean label, both in the label's unit; regression tasks only.
+        not_scored: Examples without a finite score. One of them makes the metrics that it belongs to undefined.
     """
 
     examples: int
@@ -55,6 +56,7 @@ class TaskMetrics:
     xauc: float | None = None
     mae: float | None = None
     mean_bias: float | None = None
+    not_scored: int = 0
 
 
 class FrozenModel(Protocol):
@@ -156,6 +158,7 @@ class ProgressiveEvaluation(Observer):
                     xauc=_defined(tally.xauc),
                     mae=_defined(tally.mean_absolute_error),
                     mean_bias=_defined(tally.mean_bias),
+                    not_scored=tally.not_scored,
                 )
                 continue
             report = tally.report()
@@ -166,6 +169,7 @@ class ProgressiveEvaluation(Observer):
                 ne=_defined(report.ne),
                 ece=_defined(report.ece),
                 calibration=_defined(report.calibration),
+                not_scored=report.not_scored,
             )
         return metrics
 
@@ -175,7 +179,7 @@ class ProgressiveEvaluation(Observer):
         group_auc_T2 = self._group_auc + self._counted()
         for task, (weighted, weight) in zip(self._schema.tasks, group_auc_T2, strict=True):
             if task.kind == "binary" and weight:
-                metrics[task.name] = replace(metrics[task.name], gauc_windowed=float(weighted / weight))
+                metrics[task.name] = replace(metrics[task.name], gauc_windowed=_defined(weighted / weight))
         return metrics
 
     def state(self) -> Arrays:
@@ -216,7 +220,7 @@ class _Window:
         return sum(len(part["group"]) for part in self._parts)
 
     def add(self, examples: ExampleBlock, scores: F32) -> None:
-        """Add scored examples."""
+        """Add scored examples. A score that is not finite makes the AUC of its group undefined."""
         has_request = examples.request_id != MISSING
         group = np.stack([has_request, np.where(has_request, examples.request_id, examples.user_id)], axis=1)
         mask: Bool = examples.label_mask

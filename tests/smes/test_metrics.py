@@ -71,6 +71,42 @@ def test_metrics_that_need_both_classes_are_nan_where_one_is_missing() -> None:
     assert report.ece == pytest.approx(0.4, abs=1e-3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["one", "every positive", "every negative", "all"])
+def test_metrics_of_scores_that_are_not_finite_are_undefined(where: str, value: float) -> None:
+    probability, label = draw(400, 0.3)
+    rows = {"one": np.arange(400) == 7, "every positive": label > 0, "every negative": label == 0, "all": label >= 0}
+    probability[rows[where]] = value
+    binary, regression = BinaryTally(), RegressionTally()
+
+    for part in np.array_split(np.arange(400), 7):
+        binary.add(probability[part], label[part])
+        regression.add(probability[part], label[part])
+
+    report = binary.report()
+    figures = (report.auc, report.ne, report.ece, report.calibration)
+    assert np.isnan([*figures, regression.xauc, regression.mean_absolute_error, regression.mean_bias]).all()
+    for counts in (report, regression):
+        assert (counts.examples, counts.positives, counts.not_scored) == (400, label.sum(), rows[where].sum())
+    restored = BinaryTally()
+    restored.load_state(binary.state())
+    assert np.isnan(restored.report().auc)
+    assert restored.report().not_scored == rows[where].sum()
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_groups_auc_is_undefined_where_a_score_is_not_finite(positive: bool) -> None:
+    group, label = np.array([1, 1, 1, 2, 2, 3]), np.array([1, 0, 0, 1, 0, 1], np.float32)
+    score = np.array([0.3, 0.2, 0.1, 0.9, 0.1, 0.5], np.float32)
+    score[0 if positive else 1] = np.nan
+
+    auc, examples, ids = group_auc(group, score, label)
+
+    assert np.isnan(auc).tolist() == [True, False]
+    assert auc[1] == 1.0
+    assert (examples.tolist(), ids.tolist()) == ([3, 2], [1, 2])
+
+
 def test_a_binary_tally_continues_from_its_state() -> None:
     probability, label = draw(2000, 0.3)
     whole, first, second = BinaryTally(), BinaryTally(), BinaryTally()

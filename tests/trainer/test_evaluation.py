@@ -191,6 +191,39 @@ def test_xauc_is_the_share_of_pairs_in_order() -> None:
     assert report.auc is None
 
 
+class _BrokenFrozen(_Frozen):
+    """Gives some items no score."""
+
+    def score(self, ids: I64, numerics: F32) -> F32:
+        return np.where(ids[:, 1:2] % 3 == 0, np.nan, super().score(ids, numerics)).astype(np.float32)
+
+
+def test_metrics_of_scores_that_are_not_finite_are_none_and_counted() -> None:
+    stream, weights = batches(3000), Weights()
+    evaluated = ProgressiveEvaluation(
+        SCHEMA,
+        EvaluationConfig(),
+        freeze=weights.freeze,
+        build=lambda tensors: _BrokenFrozen(int(tensors["version"][0])),
+    )
+    missed = np.zeros(3, np.int64)
+    for batch in stream:
+        evaluated.before_step(batch)
+        scores = _BrokenFrozen(weights.version).score(batch.ids, batch.numerics)
+        weights.version += 1
+        evaluated.after_step(batch, StepFigures(scores))
+        missed += (np.isnan(scores) & batch.label_mask).sum(axis=0)
+
+    report = evaluated.report()
+
+    for t, name in enumerate(("click", "like", "watch")):
+        figures = report[name]
+        assert {figures.auc, figures.ne, figures.ece, figures.calibration, figures.gauc_windowed} == {None}
+        assert {figures.xauc, figures.mae, figures.mean_bias} == {None}
+        assert figures.not_scored == missed[t] > 0
+        assert figures.examples > figures.not_scored
+
+
 def test_mae_and_bias_are_of_the_scores_before_each_step() -> None:
     stream, weights = batches(900), Weights()
     evaluated = evaluation(EvaluationConfig(), weights)
