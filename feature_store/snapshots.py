@@ -6,32 +6,38 @@
 """
 
 import hashlib
-import re
+import logging
 import secrets
-import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import redis
-from redis.client import PubSub
 
 from feature_store.config import SnapshotStoreConfig
+from feature_store.damage import Damage, shown
 from feature_store.lease import Lease
-from feature_store.publication import (
+from feature_store.manifest import (
     LARGEST_INTEGER,
+    LATEST_MS,
+    MAX_CHUNKS,
     Chunk,
     Manifest,
-    Publication,
     SnapshotKeys,
     member,
     split_member,
     stale,
+    storable_metrics,
 )
-from smes.errors import SnapshotError, SnapshotNotFound
-from smes_io.redis_client import address, translated
+from feature_store.publication import Publication
+from feature_store.reading import SnapshotReader, is_wrong_type
+from feature_store.watcher import SnapshotWatcher
+from smes.errors import FeatureStoreUnavailable, SnapshotError, SnapshotNotFound
+from smes_io.redis_client import translated
 
-_LINEAGE = re.compile(r"[A-Za-z0-9._-]{1,128}")
+__all__ = ["SnapshotStore", "SnapshotWatcher"]
+
+_MAX_SEARCHES = 3  # for the chunks of broken snapshots, before one publication
+_logger = logging.getLogger(__name__)
 
 
 class SnapshotStore:
@@ -53,10 +59,12 @@ class SnapshotStore:
         outage_timeout_s: float = 2.0,
     ) -> None:
         self._client = client
-        self._outage_timeout_s = outage_timeout_s
         self._config = config or SnapshotStoreConfig()
         self._keys = SnapshotKeys(namespace)
-        self._publication = Publication(client, self._keys, self._config.upload_ttl_s, outage_timeout_s)
+        self.damage = Damage()
+        """What was found broken in the store."""
+        self._reader = SnapshotReader(client, self._keys, self.damage)
+        self._publication = Publication(client, self._keys, self._config.upload_ttl_s, outage_timeout_s, self.damage)
 
     def publish(
         self,
@@ -93,25 +101,27 @@ class SnapshotStore:
         """
         _check_cut(payload, lineage, version)
         self._publication.leases.check(fencing)
-        manifest = Manifest(
-            lineage=lineage,
-            version=version,
-            parent=self._parent(lineage, version),
-            schema_hash=schema_hash,
-            step=step,
-            created_ms=created_ms,
-            total_bytes=len(payload),
-            chunks=_chunks_of(payload, self._config.chunk_bytes),
-            upload=f"{member(lineage, version)}:{secrets.token_hex(4)}",
-            event_time_ms=event_time_ms,
-            kind="full",
-            positions={topic: dict(partitions) for topic, partitions in (positions or {}).items()},
-            metrics=dict(metrics or {}),
-            feedback_arrivals=feedback_arrivals,
-        )
         with translated(self._client, f"snapshot {member(lineage, version)} was published"):
-            self._publication.remove_abandoned(lineage)
-            self._make_room(len(payload))
+            self._bookkeeping("the keys were mended", self._publication.mend)
+            manifest = Manifest(
+                lineage=lineage,
+                version=version,
+                parent=self._parent(lineage, version),
+                schema_hash=schema_hash,
+                step=step,
+                created_ms=min(max(created_ms, 0), LATEST_MS),
+                total_bytes=len(payload),
+                chunks=_chunks_of(payload, self._config.chunk_bytes),
+                upload=f"{member(lineage, version)}:{secrets.token_hex(4)}",
+                event_time_ms=event_time_ms if event_time_ms is None or 0 <= event_time_ms <= LATEST_MS else None,
+                kind="full",
+                positions={topic: dict(partitions) for topic, partitions in (positions or {}).items()},
+                metrics=storable_metrics(metrics or {}),
+                feedback_arrivals=_storable_arrivals(feedback_arrivals),
+            )
+            Manifest.from_json(manifest.to_json())  # what no reader would accept is not published
+            self._bookkeeping("abandoned uploads were removed", lambda: self._publication.remove_abandoned(lineage))
+            self._bookkeeping("room was made", lambda: self._make_room(len(payload)))
             try:
                 self._publication.upload(manifest, payload)
                 self._publication.commit(manifest, fencing)
@@ -134,44 +144,54 @@ class SnapshotStore:
         """
         return self._publication.leases.acquire(holder, ttl_s)
 
+    @property
+    def pointer_problem(self) -> str | None:
+        """What was wrong with the pointer to the current snapshot when it was last read, None when nothing was."""
+        return self._reader.pointer_problem
+
     def pointer(self) -> str | None:
-        """``lineage:version`` of the current snapshot, None before the first. One small read."""
+        """``lineage:version`` of the current snapshot, None before the first or if it is broken. One small read."""
         with translated(self._client, "the current snapshot was looked up"):
-            pointer = self._client.get(self._keys.key("current"))
-        return None if pointer is None else _text(pointer)
+            return self._reader.pointer()
 
     def current(self) -> Manifest | None:
         """Manifest of the current snapshot, None before the first.
 
+        If the pointer or the manifest that it names is broken, it is the newest that can be read, and
+        :attr:`pointer_problem` says what is broken. The next publication mends it.
+
         Raises:
-            SnapshotNotFound: The pointer names a snapshot whose manifest is gone.
-            SnapshotError: The manifest is damaged.
+            SnapshotNotFound: Something was published, but no manifest can be read.
         """
-        pointer = self.pointer()
-        return None if pointer is None else self._manifest(pointer)
+        with translated(self._client, "the current snapshot was looked up"):
+            return self._reader.current()
 
     def get(self, lineage: str, version: int) -> Manifest:
         """Manifest of one snapshot. Its payload may be removed already.
 
         Raises:
             SnapshotNotFound: There is no such manifest.
+            SnapshotError: It is broken.
         """
-        return self._manifest(member(lineage, version))
+        name = member(lineage, version)
+        with translated(self._client, f"the manifest of snapshot {name} was read"):
+            return self._reader.manifest(name)
 
     def list(self) -> tuple[Manifest, ...]:
-        """Manifests of the snapshots that can be loaded, in order of publication."""
+        """Manifests of the snapshots that can be loaded, in order of publication. Broken ones are left out."""
         with translated(self._client, "snapshots were listed"):
-            return self._manifests([_text(name) for name in self._client.zrange(self._keys.key("index"), 0, -1)])
+            return self._reader.manifests(self._reader.names("index"))
 
     def manifests_between(self, lineage: str, after_version: int, up_to: int) -> tuple[Manifest, ...]:
         """Manifests of a lineage with ``after_version < version <= up_to``, ascending.
 
-        Manifests older than ``max_manifests`` publications are gone. ``parent`` shows where one is missing.
+        Manifests older than ``max_manifests`` publications are gone, and broken ones are left out. ``parent`` shows
+        where one is missing.
         """
         with translated(self._client, f"manifests of {lineage} were read"):
-            kept = (split_member(_text(name)) for name in self._client.zrange(self._keys.key("history"), 0, -1))
-            versions = sorted(v for name, v in kept if name == lineage and after_version < v <= up_to)
-            return self._manifests([member(lineage, version) for version in versions])
+            kept = (split_member(name) for name in self._reader.names("history"))
+            versions = sorted(v for name, v in filter(None, kept) if name == lineage and after_version < v <= up_to)
+            return self._reader.manifests([member(lineage, version) for version in versions])
 
     def load(self, manifest: Manifest) -> bytes:
         """The payload of a snapshot, every chunk verified against the manifest.
@@ -183,13 +203,14 @@ class SnapshotStore:
         name = f"snapshot {member(manifest.lineage, manifest.version)}"
         pieces = []
         for i, (key, chunk) in enumerate(zip(self._keys.chunks(manifest), manifest.chunks, strict=True)):
-            with translated(self._client, f"{name} was loaded"):
-                piece = self._client.get(key)
             which = f"{name}: chunk {i} of {len(manifest.chunks)}"
-            if not isinstance(piece, bytes):
+            with translated(self._client, f"{name} was loaded"):
+                piece = self._chunk(key, chunk.bytes, which)
+            if not piece:
                 raise self._missing(manifest, which)
             if len(piece) != chunk.bytes:
-                raise SnapshotError(f"{which}: {len(piece)} bytes, expected {chunk.bytes}")
+                more = "at least " if len(piece) > chunk.bytes else ""
+                raise SnapshotError(f"{which}: {more}{len(piece)} bytes, expected {chunk.bytes}")
             digest = hashlib.sha256(piece).hexdigest()
             if digest != chunk.sha256:
                 raise SnapshotError(f"{which}: SHA-256 {digest[:12]}…, expected {chunk.sha256[:12]}…")
@@ -197,36 +218,60 @@ class SnapshotStore:
         return b"".join(pieces)
 
     def _parent(self, lineage: str, version: int) -> int | None:
-        pointer = self.pointer()
-        if pointer is None:
+        try:
+            served = self._reader.current()
+        except SnapshotNotFound:  # noted; this publication mends it
             return None
-        served_lineage, served_version = split_member(pointer)
-        if served_lineage != lineage:
+        if served is None or served.lineage != lineage:
             return None
-        if served_version >= version:
-            raise stale(lineage, version, served_version)
-        return served_version
+        if served.version >= version:
+            raise stale(lineage, version, served.version)
+        return served.version
 
     def _make_room(self, new_bytes: int) -> None:
         """Remove the oldest snapshots until one more of ``new_bytes`` fits. The current one always stays."""
-        kept = self.list()
-        current = self.pointer()
+        pointer = self._reader.raw_pointer()
+        listed = self._reader.raw_names("index")
+        kept = self._reader.manifests([name.decode() for name in listed if split_member(name) is not None])
+        whole = {member(m.lineage, m.version).encode() for m in kept}
+        self._forget([name for name in listed if name not in whole and name != pointer])
         oldest = kept[: len(kept) - max(1, self._config.min_retained - 1)]
-        removable = [m for m in oldest if member(m.lineage, m.version) != current]
+        removable = [m for m in oldest if member(m.lineage, m.version).encode() != pointer]
         surplus_bytes = sum(m.total_bytes for m in kept) + new_bytes - self._config.retain_bytes
         self._publication.trim(removable, surplus_bytes)
-        self._publication.trim_history(self._config.max_manifests)
+        junk = [name for name in self._reader.raw_names("history") if split_member(name) is None]
+        self._publication.forget("history", junk)
+        self._publication.trim_history(self._config.max_manifests, self._reader.raw_names("index"))
 
-    def _manifests(self, names: Sequence[str]) -> tuple[Manifest, ...]:
-        texts = self._client.hmget(self._keys.key("manifests"), list(names)) if names else []
-        return tuple(Manifest.from_json(text) for text in texts if text is not None)
+    def _forget(self, broken: Sequence[bytes]) -> None:
+        """Remove what is no name, and snapshots whose manifest is gone or broken, which nobody can load."""
+        self._publication.forget("index", broken)
+        for name in broken[:_MAX_SEARCHES]:
+            if split_member(name) is None:
+                self.damage.note(f"Redis key {self._keys.key('index')}: {shown(name)}, expected lineage:version")
+            else:
+                self._publication.remove_chunks_of(name)
 
-    def _manifest(self, name: str) -> Manifest:
-        with translated(self._client, f"the manifest of snapshot {name} was read"):
-            text = self._client.hget(self._keys.key("manifests"), name)
-        if text is None:
-            raise SnapshotNotFound(f"snapshot {name}: not in Redis at {address(self._client)}")
-        return Manifest.from_json(text)
+    def _bookkeeping(self, doing: str, call: Callable[[], None]) -> None:
+        """Do what a publication can go on without. An outage is not that."""
+        try:
+            call()
+        except (redis.ConnectionError, redis.TimeoutError, FeatureStoreUnavailable):
+            raise
+        except Exception as error:
+            self.damage.note(f"Redis keys {self._keys.key('*')}: {error}, expected no error while {doing}")
+            _logger.debug("bookkeeping failed", exc_info=True)
+
+    def _chunk(self, key: str, expected_bytes: int, which: str) -> bytes:
+        """A chunk, one byte more of it if it is too long, nothing if it is gone."""
+        try:
+            piece = self._client.getrange(key, 0, expected_bytes)
+        except redis.ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            raise SnapshotError(f"{which}: another kind of value, expected {expected_bytes} bytes") from error
+        assert isinstance(piece, bytes), "the client must return bytes (decode_responses=False)"
+        return piece
 
     def _missing(self, manifest: Manifest, which: str) -> SnapshotError:
         name = member(manifest.lineage, manifest.version)
@@ -240,7 +285,7 @@ class SnapshotStore:
 def _check_cut(payload: bytes, lineage: str, version: int) -> None:
     if not payload:
         raise ValueError("snapshot payload: expected at least one byte")
-    if not _LINEAGE.fullmatch(lineage):
+    if split_member(member(lineage, 0)) is None:
         raise ValueError(f"lineage {lineage!r}, expected 1 … 128 letters, digits, dots, underscores or hyphens")
     if not 0 <= version <= LARGEST_INTEGER:
         raise ValueError(f"version {version}, expected 0 … {LARGEST_INTEGER}")
@@ -248,99 +293,11 @@ def _check_cut(payload: bytes, lineage: str, version: int) -> None:
 
 def _chunks_of(payload: bytes, chunk_bytes: int) -> tuple[Chunk, ...]:
     view = memoryview(payload)
-    pieces = (view[start : start + chunk_bytes] for start in range(0, len(view), chunk_bytes))
+    size = max(chunk_bytes, -(-len(view) // MAX_CHUNKS))
+    pieces = (view[start : start + size] for start in range(0, len(view), size))
     return tuple(Chunk(len(piece), hashlib.sha256(piece).hexdigest()) for piece in pieces)
 
 
-def _text(value: object) -> str:
-    assert isinstance(value, bytes), "the client must return bytes (decode_responses=False)"
-    return value.decode()
-
-
-class SnapshotWatcher:
-    """Notices when the ``current`` pointer moves. For one thread; only :meth:`close` may be called from another.
-
-    Redis may restart or be away at any time. The watcher then subscribes again. It also reads the pointer at least
-    every ``poll_s``, so it sees a publication whose notification was lost.
-
-    Args:
-        client: A client that returns bytes.
-        namespace: As of the :class:`feature_store.snapshots.SnapshotStore`.
-        poll_s: Longest time between two reads of the pointer.
-    """
-
-    def __init__(self, client: redis.Redis, namespace: str = "smes", poll_s: float = 1.0) -> None:
-        if not poll_s > 0:
-            raise ValueError(f"poll_s: {poll_s}, expected more than 0")
-        self._client = client
-        self._keys = SnapshotKeys(namespace)
-        self._poll_s = poll_s
-        self._seen: bytes | None = None
-        self._pubsub: PubSub | None = None
-        self._closed = threading.Event()
-        self.problem: str | None = None
-        """Why Redis did not answer the last time, None when it did."""
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait up to ``timeout_s`` for the pointer to move; whether it moved since this last returned True.
-
-        The first call returns True at once if anything is published.
-        """
-        deadline_s = time.monotonic() + timeout_s
-        while not self._closed.is_set():
-            if self._moved():
-                return True
-            remaining_s = deadline_s - time.monotonic()
-            if remaining_s <= 0:
-                break
-            self._listen(min(remaining_s, self._poll_s))
-        if self._closed.is_set():
-            self._unsubscribe()
-        return False
-
-    def close(self) -> None:
-        """Make a running :meth:`wait` return within ``poll_s``; idempotent."""
-        self._closed.set()
-
-    def _moved(self) -> bool:
-        try:
-            # Subscribe before reading the pointer, so that a publication after the read is announced.
-            self._subscribe()
-            pointer = self._client.get(self._keys.key("current"))
-        except redis.RedisError as error:
-            self._lost(error)
-            return False
-        self.problem = None
-        assert pointer is None or isinstance(pointer, bytes)
-        if pointer is None or pointer == self._seen:
-            return False
-        self._seen = pointer
-        return True
-
-    def _subscribe(self) -> PubSub:
-        if self._pubsub is None:
-            pubsub: PubSub = self._client.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call] # redis has no types here
-            pubsub.subscribe(self._keys.key("published"))
-            self._pubsub = pubsub
-        return self._pubsub
-
-    def _listen(self, timeout_s: float) -> None:
-        """Return when a notification arrives, or after ``timeout_s``."""
-        deadline_s = time.monotonic() + timeout_s
-        while self._pubsub is not None and (remaining_s := deadline_s - time.monotonic()) > 0:
-            try:
-                if self._pubsub.get_message(timeout=remaining_s) is not None:
-                    return
-            except redis.RedisError as error:
-                self._lost(error)
-        # There is time left only if the connection was lost. Waiting spares a server that is away.
-        self._closed.wait(max(0.0, deadline_s - time.monotonic()))
-
-    def _lost(self, error: redis.RedisError) -> None:
-        self.problem = f"Redis at {address(self._client)} gave no answer: {error}"
-        self._unsubscribe()
-
-    def _unsubscribe(self) -> None:
-        pubsub, self._pubsub = self._pubsub, None
-        if pubsub is not None:
-            pubsub.close()
+def _storable_arrivals(arrivals: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The arrivals that a manifest can hold: freshness leaves times out that are none."""
+    return tuple((ms, count) for ms, count in arrivals if 0 <= ms <= LATEST_MS and 0 <= count <= LARGEST_INTEGER)

@@ -1,0 +1,210 @@
+"""A snapshot's manifest, and the names of a snapshot and of its keys.
+
+What is read from a store is not trusted: every field has bounds, so that no number of a manifest overflows later, and
+no text of one fills the memory.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from smes.errors import SnapshotError, SnapshotStale
+
+LARGEST_INTEGER = 2**53 - 1
+"""JSON readers and Lua keep integers exactly up to here."""
+
+LATEST_MS = 7_258_118_400_000
+"""The year 2200. A time beyond it is none."""
+
+MAX_CHUNKS = 4096
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+MAX_METRICS_BYTES = 1024 * 1024
+_MAX_CHUNK_BYTES = 512 * 1024 * 1024  # Redis' own limit for a value
+_MAX_DEPTH = 16
+
+Count = Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)]
+Milliseconds = Annotated[int, Meta(ge=0, le=LATEST_MS)]
+Text = Annotated[str, Meta(min_length=1, max_length=300)]
+Lineage = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]*\Z")]
+Partitions = Annotated[dict[Annotated[str, Meta(pattern=r"^[0-9]{1,10}\Z")], Count], Meta(max_length=65_536)]
+
+
+class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One piece of a payload: its length and the SHA-256 of its bytes in lower-case hex."""
+
+    bytes: Annotated[int, Meta(ge=1, le=_MAX_CHUNK_BYTES)]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a published snapshot is and how to verify it. In JSON, every field is present.
+
+    Attributes:
+        lineage: One uninterrupted history of weights.
+        version: Number of the step after which the weights were cut, growing within a lineage.
+        parent: The version published before it in the lineage, None for the first.
+        schema_hash: :attr:`smes.schema.Schema.hash` of the schema it was trained with.
+        step: Optimiser steps behind the weights.
+        created_ms: Wall time of the cut, Unix milliseconds.
+        total_bytes: Length of the payload, the sum of the chunks.
+        chunks: The pieces in order.
+        upload: Names the upload that wrote these chunks, so that the uploads of two writers never mix.
+        event_time_ms: Event time reached, Unix milliseconds; None before the first example.
+        kind: ``full``: the payload holds every weight.
+        positions: Topic → partition (decimal digits) → next record to read, at the moment of the cut.
+        metrics: What the trainer measured: plain JSON values (NaN becomes null).
+        feedback_arrivals: (arrival at the log in Unix milliseconds, number of events) of the feedback trained since
+            the parent. The scorer computes freshness from it.
+    """
+
+    lineage: Lineage
+    version: Count
+    parent: Count | None
+    schema_hash: Text
+    step: Count
+    created_ms: Milliseconds
+    total_bytes: Count
+    chunks: Annotated[tuple[Chunk, ...], Meta(min_length=1, max_length=MAX_CHUNKS)]
+    upload: Text
+    event_time_ms: Milliseconds | None
+    kind: Literal["full"]
+    positions: Annotated[dict[str, Partitions], Meta(max_length=64)]
+    metrics: dict[str, Any]
+    feedback_arrivals: Annotated[tuple[tuple[Milliseconds, Count], ...], Meta(max_length=16_384)]
+
+    def to_json(self) -> bytes:
+        """Compact JSON from which :meth:`from_json` builds an equal manifest (NaN metrics come back as None)."""
+        # Not msgspec's encoder: it writes floats and non-ASCII text in another way.
+        return json.dumps(_plain(self), separators=(",", ":"), allow_nan=False).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> "Manifest":
+        """Read a manifest strictly: every field is present, of its type and within bounds; there is no other field.
+
+        Raises:
+            SnapshotError: The message names the field and what was expected.
+        """
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise SnapshotError(f"snapshot manifest: {len(text)} bytes, expected at most {MAX_MANIFEST_BYTES}")
+        try:
+            manifest = _DECODER.decode(text)
+        except msgspec.ValidationError as error:
+            raise SnapshotError(f"snapshot manifest: {_by_field(str(error))}") from error
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise SnapshotError(f"snapshot manifest: expected JSON: {error}") from error
+        except RecursionError as error:
+            raise SnapshotError(f"snapshot manifest: expected values nested at most {_MAX_DEPTH} deep") from error
+        total_bytes = sum(chunk.bytes for chunk in manifest.chunks)
+        if manifest.total_bytes != total_bytes:
+            raise SnapshotError(
+                f"snapshot manifest: total_bytes: expected the sum of the chunks, {total_bytes}, "
+                f"got {manifest.total_bytes}"
+            )
+        name = member(manifest.lineage, manifest.version)
+        if not manifest.upload.startswith(f"{name}:"):
+            # Removing the snapshot would remove another one's chunks.
+            raise SnapshotError(f"snapshot manifest: upload: expected one of {name}, got {manifest.upload!r}")
+        if _depth(manifest.metrics) > _MAX_DEPTH:
+            raise SnapshotError(f"snapshot manifest: metrics: expected values nested at most {_MAX_DEPTH} deep")
+        return manifest
+
+
+_DECODER = msgspec.json.Decoder(Manifest)
+_DECODER_OF_METRICS = msgspec.json.Decoder(dict[str, Any])
+_NAME = re.compile(rb"([A-Za-z0-9._-]{1,128}):(0|[1-9][0-9]{0,15})")
+_logger = logging.getLogger(__name__)
+
+
+def storable_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics as a manifest keeps them; none if they are no JSON, nested too deep or too large."""
+    try:
+        if _depth(metrics) <= _MAX_DEPTH:
+            plain: dict[str, Any] = _plain(dict(metrics))
+            size = len(json.dumps(plain, allow_nan=False))
+            if size <= MAX_METRICS_BYTES and _DECODER_OF_METRICS.decode(json.dumps(plain)) is not None:
+                return plain
+            why = f"{size} bytes, expected at most {MAX_METRICS_BYTES}"
+        else:
+            why = f"expected values nested at most {_MAX_DEPTH} deep"
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        why = f"expected JSON: {error}"
+    _logger.warning("a snapshot is published without its metrics: metrics: %s", why)
+    return {}
+
+
+def _depth(value: object) -> int:
+    """How deep a value is nested, at most one more than is allowed."""
+    level, depth = [value], 0
+    while level and depth <= _MAX_DEPTH:
+        inner = [v for v in level if isinstance(v, Mapping | list | tuple)]
+        level = [e for v in inner for e in (v.values() if isinstance(v, Mapping) else v)]
+        depth += bool(inner)
+    return depth
+
+
+def _by_field(message: str) -> str:
+    """msgspec's message with the field first: ``Expected `int`, got `str` - at `$.step``` → ``step: expected …``."""
+    what, _, path = message.partition(" - at `")
+    what = what[:1].lower() + what[1:]
+    field = path.rstrip("`").removeprefix("$").removeprefix(".")
+    return f"{field}: {what}" if field else what
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: undefined figures (an AUC without positives) are null, NumPy scalars are Python's."""
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+@dataclass(frozen=True)
+class SnapshotKeys:
+    """Names of the keys in the module's table."""
+
+    namespace: str
+
+    def key(self, name: str) -> str:
+        """The key of this name in the table."""
+        return f"{self.namespace}:snapshots:{name}"
+
+    def chunk(self, upload: str, i: int) -> str:
+        """The key of chunk i of an upload."""
+        return self.key(f"chunk:{upload}:{i}")
+
+    def chunks(self, manifest: Manifest) -> list[str]:
+        """The keys of all chunks of a snapshot, in order."""
+        return [self.chunk(manifest.upload, i) for i in range(len(manifest.chunks))]
+
+
+def member(lineage: str, version: int) -> str:
+    """The name of a snapshot in Redis and in messages."""
+    return f"{lineage}:{version}"
+
+
+def split_member(name: bytes | str) -> tuple[str, int] | None:
+    """The inverse of :func:`member`; None for what is no name of a snapshot."""
+    match = _NAME.fullmatch(name.encode(errors="replace") if isinstance(name, str) else name)
+    if match is None or int(match[2]) > LARGEST_INTEGER:
+        return None
+    return match[1].decode(), int(match[2])
+
+
+def stale(lineage: str, version: int, served_version: int) -> SnapshotStale:
+    """The error for a version that the lineage's current version has reached already."""
+    return SnapshotStale(f"snapshot {member(lineage, version)}: version {served_version} is already published")

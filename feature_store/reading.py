@@ -1,0 +1,181 @@
+"""Reads the snapshots' keys within bounds. What is broken there is noted and stepped over.
+
+Only plain reading commands, so that a scorer can use a replica and needs no right to run scripts.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import redis
+
+from feature_store.damage import Damage, shown
+from feature_store.manifest import MAX_MANIFEST_BYTES, Manifest, SnapshotKeys, member, split_member
+from smes.errors import SnapshotError, SnapshotNotFound
+from smes_io.redis_client import address
+
+MAX_NAMES = 10_000
+_MAX_POINTER_BYTES = 200
+_MAX_READ_BYTES = 64 * 1024 * 1024  # manifests read at once
+_SLICE = 100
+
+
+def is_wrong_type(error: Exception) -> bool:
+    """Whether Redis refused because a key holds another kind of value."""
+    return isinstance(error, redis.ResponseError) and str(error).startswith("WRONGTYPE")
+
+
+class SnapshotReader:
+    """Reads pointer, names and manifests. Redis' errors pass through, but for keys of the wrong type.
+
+    Args:
+        client: A client that returns bytes.
+        keys: Names of the keys.
+        damage: Where what is broken is noted.
+    """
+
+    def __init__(self, client: redis.Redis, keys: SnapshotKeys, damage: Damage) -> None:
+        self._client = client
+        self._keys = keys
+        self._damage = damage
+        self.pointer_problem: str | None = None
+        """What was wrong with the pointer when it was last read, None when nothing was."""
+
+    def pointer(self) -> str | None:
+        """The name that the pointer holds, None if there is no pointer or if it is broken."""
+        self.pointer_problem = None
+        raw = self.raw_pointer()
+        if not raw:
+            return None
+        if split_member(raw) is None:
+            self._pointer_is_broken(f"{shown(raw)}, expected lineage:version")
+            return None
+        return raw.decode()
+
+    def raw_pointer(self) -> bytes:
+        """The beginning of what the pointer holds, empty if there is none. Its own length is not trusted."""
+        try:
+            raw = self._client.getrange(self._keys.key("current"), 0, _MAX_POINTER_BYTES)
+        except redis.ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            return b"(no string)"
+        assert isinstance(raw, bytes), "the client must return bytes (decode_responses=False)"
+        return raw
+
+    def current(self) -> Manifest | None:
+        """The manifest that the pointer names. If that is broken, the newest that can be read; None without any.
+
+        Raises:
+            SnapshotNotFound: There is a pointer, but no manifest that can be read.
+        """
+        pointer = self.pointer()
+        if pointer is not None:
+            try:
+                return self.manifest(pointer)
+            except SnapshotError as error:
+                self._pointer_is_broken(str(error))
+        for name in reversed(self.names("index")[-_SLICE:]):
+            for manifest in self.manifests([name]):
+                if self.pointer_problem is None:
+                    self._pointer_is_broken(f"missing, expected {name}, which was published last")
+                return manifest
+        if self.pointer_problem is not None:
+            raise SnapshotNotFound(self.pointer_problem)
+        return None
+
+    def names(self, key: str) -> list[str]:
+        """The newest names in ``index`` or ``history``, at most 10,000, in order of publication."""
+        kept = []
+        for raw in self.raw_names(key):
+            if split_member(raw) is None:
+                self._damage.note(f"Redis key {self._keys.key(key)}: {shown(raw)}, expected lineage:version")
+            else:
+                kept.append(raw.decode())
+        return kept
+
+    def raw_names(self, key: str) -> list[bytes]:
+        """As :meth:`names`, with what is broken among them."""
+        name = self._keys.key(key)
+        try:
+            return cast("list[bytes]", self._client.zrange(name, -MAX_NAMES, -1))
+        except redis.ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            self._damage.note(f"Redis key {name}: another kind of value, expected a sorted set")
+            return []
+
+    def manifests(self, names: Sequence[str]) -> tuple[Manifest, ...]:
+        """The manifests of these names, in their order, without those that are gone or broken."""
+        found: list[Manifest] = []
+        total_bytes = 0
+        for start in range(0, len(names), _SLICE):
+            some = names[start : start + _SLICE]
+            sizes = dict(zip(some, self._sizes(some), strict=True))
+            readable = [name for name in some if 0 < sizes[name] <= MAX_MANIFEST_BYTES]
+            for name in some:
+                if sizes[name] > MAX_MANIFEST_BYTES:
+                    self._damage.note(
+                        f"{self._place(name)}: {sizes[name]} bytes, expected at most {MAX_MANIFEST_BYTES}"
+                    )
+            total_bytes += sum(sizes[name] for name in readable)
+            if total_bytes > _MAX_READ_BYTES:
+                self._damage.note(
+                    f"Redis key {self._keys.key('manifests')}: over {_MAX_READ_BYTES} bytes in {len(names)} manifests, "
+                    f"expected less; keep fewer (max_manifests)"
+                )
+                break
+            found += self._read(readable)
+        return tuple(found)
+
+    def manifest(self, name: str) -> Manifest:
+        """The manifest of one name.
+
+        Raises:
+            SnapshotNotFound: There is none.
+            SnapshotError: It is broken; the message names key and field.
+        """
+        (size,) = self._sizes([name])
+        if size > MAX_MANIFEST_BYTES:
+            raise SnapshotError(f"{self._place(name)}: {size} bytes, expected at most {MAX_MANIFEST_BYTES}")
+        text = self._client.hget(self._keys.key("manifests"), name) if size else None
+        if text is None:
+            raise SnapshotNotFound(f"snapshot {name}: not in Redis at {address(self._client)}")
+        return self._parsed(name, text)
+
+    def _read(self, names: Sequence[str]) -> Iterator[Manifest]:
+        texts = self._client.hmget(self._keys.key("manifests"), list(names)) if names else []
+        for name, text in zip(names, texts, strict=True):
+            if text is not None:
+                try:
+                    yield self._parsed(name, text)
+                except SnapshotError as error:
+                    self._damage.note(str(error))
+
+    def _parsed(self, name: str, text: bytes | str) -> Manifest:
+        try:
+            manifest = Manifest.from_json(text)
+        except SnapshotError as error:
+            raise SnapshotError(f"{self._place(name)}: {error}") from error
+        if (found := member(manifest.lineage, manifest.version)) != name:
+            raise SnapshotError(f"{self._place(name)}: the manifest of {found}, expected that of {name}")
+        return manifest
+
+    def _sizes(self, names: Sequence[str]) -> list[int]:
+        """Bytes of these manifests, 0 where there is none."""
+        key = self._keys.key("manifests")
+        pipeline = self._client.pipeline(transaction=False)
+        for name in names:
+            pipeline.hstrlen(key, name)
+        try:
+            return [int(size) for size in pipeline.execute()]
+        except redis.ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            self._damage.note(f"Redis key {key}: another kind of value, expected a hash")
+            return [0] * len(names)
+
+    def _place(self, name: str) -> str:
+        return f"Redis key {self._keys.key('manifests')}, {name}"
+
+    def _pointer_is_broken(self, what: str) -> None:
+        self.pointer_problem = self._damage.note(f"Redis key {self._keys.key('current')}: {what}")
