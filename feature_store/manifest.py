@@ -29,6 +29,7 @@ MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_METRICS_BYTES = 1024 * 1024
 _MAX_CHUNK_BYTES = 512 * 1024 * 1024  # Redis' own limit for a value
 _MAX_DEPTH = 16
+_LARGEST_METRIC = 2**63 - 1
 
 Count = Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)]
 Milliseconds = Annotated[int, Meta(ge=0, le=LATEST_MS)]
@@ -112,8 +113,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if not manifest.upload.startswith(f"{name}:"):
             # Removing the snapshot would remove another one's chunks.
             raise SnapshotError(f"snapshot manifest: upload: expected one of {name}, got {manifest.upload!r}")
-        if _depth(manifest.metrics) > _MAX_DEPTH:
-            raise SnapshotError(f"snapshot manifest: metrics: expected values nested at most {_MAX_DEPTH} deep")
+        if wrong := _wrong_in(manifest.metrics):
+            raise SnapshotError(f"snapshot manifest: metrics: {wrong}")
         return manifest
 
 
@@ -125,29 +126,31 @@ _logger = logging.getLogger(__name__)
 
 def storable_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics as a manifest keeps them; none if they are no JSON, nested too deep or too large."""
+    why = _wrong_in(metrics)
     try:
-        if _depth(metrics) <= _MAX_DEPTH:
-            plain: dict[str, Any] = _plain(dict(metrics))
-            size = len(json.dumps(plain, allow_nan=False))
-            if size <= MAX_METRICS_BYTES and _DECODER_OF_METRICS.decode(json.dumps(plain)) is not None:
-                return plain
-            why = f"{size} bytes, expected at most {MAX_METRICS_BYTES}"
-        else:
-            why = f"expected values nested at most {_MAX_DEPTH} deep"
+        text = json.dumps(_plain(dict(metrics)), allow_nan=False) if why is None else ""
+        if why is None and len(text) > MAX_METRICS_BYTES:
+            why = f"{len(text)} bytes, expected at most {MAX_METRICS_BYTES}"
+        if why is None:
+            return _DECODER_OF_METRICS.decode(text)
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         why = f"expected JSON: {error}"
     _logger.warning("a snapshot is published without its metrics: metrics: %s", why)
     return {}
 
 
-def _depth(value: object) -> int:
-    """How deep a value is nested, at most one more than is allowed."""
-    level, depth = [value], 0
-    while level and depth <= _MAX_DEPTH:
+def _wrong_in(metrics: object) -> str | None:
+    """What a reader of these metrics could not hold: values nested too deep, integers too large."""
+    level, depth = [metrics], 0
+    while level:
+        if any(isinstance(v, int) and abs(v) > _LARGEST_METRIC for v in level):
+            return "expected integers of 64 bits"
         inner = [v for v in level if isinstance(v, Mapping | list | tuple)]
+        if depth == _MAX_DEPTH and inner:
+            return f"expected values nested at most {_MAX_DEPTH} deep"
         level = [e for v in inner for e in (v.values() if isinstance(v, Mapping) else v)]
-        depth += bool(inner)
-    return depth
+        depth += 1
+    return None
 
 
 def _by_field(message: str) -> str:

@@ -73,7 +73,7 @@ class SnapshotReader:
             try:
                 return self.manifest(pointer)
             except SnapshotError as error:
-                self._pointer_is_broken(str(error))
+                self._pointer_is_broken(f"{pointer}, expected a snapshot with a manifest: {error}")
         for name in reversed(self.names("index")[-_SLICE:]):
             for manifest in self.manifests([name]):
                 if self.pointer_problem is None:

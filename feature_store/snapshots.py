@@ -240,17 +240,19 @@ class SnapshotStore:
         surplus_bytes = sum(m.total_bytes for m in kept) + new_bytes - self._config.retain_bytes
         self._publication.trim(removable, surplus_bytes)
         junk = [name for name in self._reader.raw_names("history") if split_member(name) is None]
+        for name in junk[:_MAX_SEARCHES]:
+            self.damage.note(f"Redis key {self._keys.key('history')}: {shown(name)}, expected lineage:version")
         self._publication.forget("history", junk)
         self._publication.trim_history(self._config.max_manifests, self._reader.raw_names("index"))
 
     def _forget(self, broken: Sequence[bytes]) -> None:
         """Remove what is no name, and snapshots whose manifest is gone or broken, which nobody can load."""
-        self._publication.forget("index", broken)
         for name in broken[:_MAX_SEARCHES]:
-            if split_member(name) is None:
-                self.damage.note(f"Redis key {self._keys.key('index')}: {shown(name)}, expected lineage:version")
-            else:
+            place = f"Redis key {self._keys.key('index')}: {shown(name)}"
+            self.damage.note(f"{place}, expected the name of a snapshot whose manifest can be read")
+            if split_member(name) is not None:
                 self._publication.remove_chunks_of(name)
+        self._publication.forget("index", broken)
 
     def _bookkeeping(self, doing: str, call: Callable[[], None]) -> None:
         """Do what a publication can go on without. An outage is not that."""
