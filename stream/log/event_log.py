@@ -7,12 +7,16 @@ made again has other records under the same name and the same offsets. Every ada
 ``tests/contract/test_event_log.py``.
 """
 
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from smes.errors import PositionOutOfRange
+
+_MAX_AGE_S = 1.0  # of a number of partitions
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -191,12 +195,12 @@ def check_partition(topic: str, partition: int, partitions: int) -> None:
         raise ValueError(f"topic {topic!r}: partition {partition}, expected 0 … {partitions - 1}")
 
 
-def check_read(positions: Mapping[TopicPartition, int], max_records: int, partitions: Callable[[str], int]) -> None:
+def check_read(positions: Mapping[TopicPartition, int], max_records: int, check: Callable[[str, int], None]) -> None:
     """Check the arguments of a read, as far as that is possible without knowing the records.
 
     Args:
         positions, max_records: As :meth:`EventLog.read`.
-        partitions: Number of partitions of a topic.
+        check: Raises ValueError unless a topic has this partition.
 
     Raises:
         ValueError: As :meth:`EventLog.read`.
@@ -207,6 +211,38 @@ def check_read(positions: Mapping[TopicPartition, int], max_records: int, partit
     if not positions:
         raise ValueError("positions: expected at least one partition")
     for at, position in positions.items():
-        check_partition(at.topic, at.partition, partitions(at.topic))
+        check(at.topic, at.partition)
         if position < 0:
             raise PositionOutOfRange(f"{at.topic}/{at.partition}: position {position}, expected at least 0")
+
+
+class PartitionCounts:
+    """Numbers of partitions as a server says, asked again when they are older than a second.
+
+    Args:
+        ask: Asks the server; raises EventLogError if there is no such topic.
+    """
+
+    def __init__(self, ask: Callable[[str], int]) -> None:
+        self._ask = ask
+        self._known: dict[str, tuple[int, float]] = {}
+
+    def now(self, topic: str) -> int:
+        """As :meth:`EventLog.partitions`."""
+        count, asked_s = self._known.get(topic, (0, -math.inf))
+        if time.monotonic() - asked_s > _MAX_AGE_S:
+            self._known.pop(topic, None)
+            asked_s = time.monotonic()
+            count = self._ask(topic)
+            self._known[topic] = count, asked_s
+        return count
+
+    def check(self, topic: str, partition: int) -> None:
+        """Raise ValueError unless the topic has this partition. Asks only for one that it did not have before."""
+        count, _ = self._known.get(topic, (0, 0.0))
+        if not 0 <= partition < count:
+            check_partition(topic, partition, self.now(topic))
+
+    def forget(self, topic: str) -> None:
+        """Ask the next time."""
+        self._known.pop(topic, None)

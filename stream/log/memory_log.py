@@ -106,7 +106,7 @@ class InMemoryLog:
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
         """See :meth:`stream.log.event_log.EventLog.read`."""
-        check_read(positions, max_records, self.partitions)
+        check_read(positions, max_records, lambda topic, i: check_partition(topic, i, self.partitions(topic)))
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
             for at, position in positions.items():

@@ -7,58 +7,62 @@ Keys, all under ``{namespace}:log:``
 ``{topic}:{partition}`` stream the records; fields ``v`` (value), ``h`` (headers), ``t`` (arrival)
 ======================= ====== ==================================================================
 
-Entry ids are ``0-1, 0-2, …`` without gaps (``XADD 0-*``). So an offset is the sequence number - 1, and a trimmed
-position is recognised exactly.
+Entry ids are ``0-1, 0-2, …`` (``XADD 0-*``), and an offset is the sequence number - 1, as long as nobody else writes
+there; :mod:`stream.log.redis_ids` says what happens after a foreign entry. A trimmed position is an error, a deleted
+entry is a gap that is counted, and an entry that is no record of ours is reported and passed.
+
+A stream's incarnation is the name of a consumer group that nobody uses: it lives and dies with the stream itself.
 
 Appending is *at least once*: an append whose acknowledgement was lost with the connection is sent again. Consumers
 drop duplicates by event id (:mod:`stream.join.joiner`).
 """
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
-import msgspec
 import redis
-from redis.typing import EncodableT, FieldT, KeyT, StreamIdT
+from redis.typing import KeyT, StreamIdT
 
 from smes.errors import EventLogError, PositionOutOfRange
 from smes.ranges import NonNegativeFloat, PositiveInt, check_ranges
 from smes_io.clock import wall_clock_ms
 from smes_io.redis_client import EVENT_LOG, address, connect, retry_during_outage
+from smes_io.stopping import StoppableCalls
 from stream.log.event_log import (
     Fetch,
-    Headers,
     OutRecord,
+    PartitionCounts,
     Positions,
     Record,
     TopicPartition,
-    check_partition,
+    UnreadableRecord,
     check_partition_count,
     check_read,
 )
+from stream.log.redis_append import Appender
+from stream.log.redis_entries import Entry, record_of
+from stream.log.redis_ids import Bounds, Id, id_before, offset_of, parse_id, shown
 
 _T = TypeVar("_T")
-_Entry = tuple[bytes, dict[bytes, bytes]]
 
 _MAX_VALUE_BYTES = 512 * 1024 * 1024  # Redis' proto-max-bulk-len
 _RECORD_OVERHEAD_BYTES = 64  # fields and headers around a record's value
 _FIRST_READ_BYTES_PER_RECORD = 65_536  # a guess, until the first read shows the size of records
-_LONGEST_BLOCK_S = 1.0  # a blocking read asks again this often, well within the client's timeout
-_HEADERS = msgspec.msgpack.Decoder(tuple[tuple[str, bytes], ...])
+_LONGEST_BLOCK_S = 0.25  # a blocking read asks again this often, well within the client's timeout and a stop's
 
-# KEYS[1]: a stream. Returns its length and its newest entry id.
+# KEYS[1]: a stream; ARGV[1]: an id. Returns its length, four counters of XINFO, and whether an entry lies after the id.
 # XINFO also returns the first and the last entry, megabytes with Arrow records; the script leaves them in the server.
 _BOUNDS_LUA = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return {0, '0-0'} end
-local info, length, last = redis.call('XINFO', 'STREAM', KEYS[1]), 0, '0-0'
-for i = 1, #info, 2 do
-  if info[i] == 'length' then length = info[i + 1] end
-  if info[i] == 'last-generated-id' then last = info[i + 1] end
-end
-return {length, last}
+if redis.call('EXISTS', KEYS[1]) == 0 then return {0, '0-0', '0-0', '0-0', 0, 0} end
+local info, s = redis.call('XINFO', 'STREAM', KEYS[1]), {}
+for i = 1, #info, 2 do s[info[i]] = info[i + 1] end
+local after = 0
+if s['length'] > 0 and ARGV[1] ~= '' then after = #redis.call('XRANGE', KEYS[1], '(' .. ARGV[1], '+', 'COUNT', 1) end
+return {s['length'], s['recorded-first-entry-id'], s['last-generated-id'], s['max-deleted-entry-id'],
+        s['entries-added'], after}
 """
 
 
@@ -115,29 +119,33 @@ class RedisStreamsLog:
         self._namespace = namespace
         self._config = config or RedisLogConfig()
         self._now_ms = now_ms
-        self._partitions: dict[str, int] = {}
+        self._calls = StoppableCalls()
+        self._counts = PartitionCounts(self._ask_partitions)
+        self._appender = Appender(client, now_ms, self._config.max_entries_per_partition)
         self._bytes_per_record = float(_FIRST_READ_BYTES_PER_RECORD)
 
-    def ensure_topic(self, topic: str, partitions: int) -> None:
+    def ensure_topic(self, topic: str, partitions: int, *, exact: bool = True) -> None:
         """See :meth:`stream.log.event_log.EventLog.ensure_topic`."""
         check_partition_count(topic, partitions)
         key = self._topics_key()
         self._retry_during_outage(f"creating topic {topic}", lambda: self._client.hsetnx(key, topic, str(partitions)))
         existing = self.partitions(topic)
-        if existing != partitions:
+        if exact and existing != partitions:
             raise EventLogError(f"topic {topic!r} has {existing} partitions, expected {partitions}")
 
     def partitions(self, topic: str) -> int:
         """See :meth:`stream.log.event_log.EventLog.partitions`."""
-        known = self._partitions.get(topic)
-        if known is not None:
-            return known
-        key = self._topics_key()
-        count = self._retry_during_outage(f"looking up topic {topic}", lambda: self._client.hget(key, topic))
-        if count is None:
-            raise EventLogError(f"topic {topic!r} does not exist in {self._server()}, namespace {self._namespace}")
-        self._partitions[topic] = int(cast(bytes, count))
-        return self._partitions[topic]
+        return self._counts.now(topic)
+
+    def incarnations(self, topic: str) -> dict[TopicPartition, str]:
+        """See :meth:`stream.log.event_log.EventLog.incarnations`; a stream that has none gets one now."""
+        ats = self._all(topic)
+        names = self._retry_during_outage(
+            f"asking for incarnations of {topic}",
+            lambda: self._appender.incarnations([self._key(at) for at in ats]),
+            ats,
+        )
+        return dict(zip(ats, names, strict=True))
 
     def append(self, topic: str, records: Sequence[OutRecord]) -> None:
         """See :meth:`stream.log.event_log.EventLog.append`; returns once the server has accepted every record.
@@ -145,9 +153,8 @@ class RedisStreamsLog:
         Records are as durable as the server makes them. With ``appendonly yes`` and ``appendfsync always``, a killed
         server loses none.
         """
-        count = self.partitions(topic)
         for record in records:
-            check_partition(topic, record.partition, count)
+            self._counts.check(topic, record.partition)
             if len(record.value) > _MAX_VALUE_BYTES:
                 limit = _MAX_VALUE_BYTES
                 raise EventLogError(f"topic {topic!r}: a record of {len(record.value)} bytes, expected at most {limit}")
@@ -160,94 +167,91 @@ class RedisStreamsLog:
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
         """See :meth:`stream.log.event_log.EventLog.read`. Each partition gets an equal share of ``max_records``."""
-        check_read(positions, max_records, self.partitions)
+        check_read(positions, max_records, self._counts.check)
         count = self._count(max_records, len(positions))
-        streams: dict[KeyT, StreamIdT] = {self._key(at): f"0-{position}" for at, position in positions.items()}
+        streams: dict[KeyT, StreamIdT] = {self._key(at): shown(id_before(p)) for at, p in positions.items()}
         deadline_s = time.monotonic() + timeout_s
         while True:
             block_s = min(deadline_s - time.monotonic(), _LONGEST_BLOCK_S)
-            entries = self._xread(streams, count, block_s)
-            if entries or deadline_s <= time.monotonic():
+            entries = self._xread(list(positions), streams, count, block_s)
+            if entries or deadline_s <= time.monotonic() or self._calls.stopping:
                 return self._fetch(positions, entries, count)
 
     def begin(self, topic: str) -> Positions:
         """See :meth:`stream.log.event_log.EventLog.begin`."""
-        return {at: bounds[0] for at, bounds in self._bounds(self._all(topic)).items()}
+        return {at: bounds.begin for at, (bounds, _) in self._bounds(dict.fromkeys(self._all(topic))).items()}
 
     def end(self, topic: str) -> Positions:
         """See :meth:`stream.log.event_log.EventLog.end`."""
-        return {at: bounds[1] for at, bounds in self._bounds(self._all(topic)).items()}
+        return {at: bounds.end for at, (bounds, _) in self._bounds(dict.fromkeys(self._all(topic))).items()}
+
+    def set_stop(self, event: threading.Event | None) -> None:
+        """See :meth:`stream.log.event_log.EventLog.set_stop`."""
+        self._calls.set_stop(event)
 
     def close(self) -> None:
         """See :meth:`stream.log.event_log.EventLog.close`."""
+        self._calls.close()
         self._client.close()
 
     def _append_chunk(self, topic: str, records: Sequence[OutRecord]) -> None:
-        arrival_ms = self._now_ms()
-        keep = self._config.max_entries_per_partition
-        unsent = list(records)
-
-        def send() -> None:
-            nonlocal unsent
-            pipe = self._client.pipeline(transaction=False)
-            for record in unsent:
-                key, headers = self._key(TopicPartition(topic, record.partition)), pack_headers(record.headers)
-                fields: dict[FieldT, EncodableT] = {"v": record.value, "h": headers, "t": arrival_ms}
-                pipe.xadd(key, fields, id="0-*", maxlen=keep, approximate=True)
-            answers = pipe.execute(raise_on_error=False)
-            refused = [(r, a) for r, a in zip(unsent, answers, strict=True) if isinstance(a, Exception)]
-            unsent = [r for r, a in refused if isinstance(a, redis.ConnectionError)]  # the server is loading its file
-            for record, answer in refused:
-                if not isinstance(answer, redis.ConnectionError):
-                    where = f"{topic}/{record.partition} in {self._server()}"
-                    raise EventLogError(f"{where}: {len(refused)} of {len(answers)} records refused: {answer}")
-            if unsent:
-                raise refused[0][1]
-
-        self._retry_during_outage(f"appending to {topic}", send)
+        ats = [TopicPartition(topic, record.partition) for record in records]
+        placed = [(self._key(at), at, record) for at, record in zip(ats, records, strict=True)]
+        send = self._appender.sending(placed, self._server())
+        self._retry_during_outage(f"appending to {topic}", send, ats)
 
     def _count(self, max_records: int, partitions: int) -> int:
         """Entries to ask for per partition, at least 1: within the records wanted and the bytes allowed."""
         affordable = self._config.fetch_max_bytes / self._bytes_per_record
         return max(1, int(min(max_records, affordable) / partitions))
 
-    def _xread(self, streams: dict[KeyT, StreamIdT], count: int, block_s: float) -> dict[bytes, list[_Entry]]:
+    def _xread(
+        self, ats: Sequence[TopicPartition], streams: dict[KeyT, StreamIdT], count: int, block_s: float
+    ) -> dict[bytes, list[Entry]]:
         block_ms = max(1, round(block_s * 1000)) if block_s > 0 else None
-        answer: object = self._retry_during_outage("reading", lambda: self._client.xread(streams, count, block_ms))
+        answer: object = self._retry_during_outage("reading", lambda: self._client.xread(streams, count, block_ms), ats)
         if not answer:
             return {}
         if isinstance(answer, dict):  # RESP3
             return {key: lists[0] for key, lists in answer.items()}
-        return dict(cast(list[tuple[bytes, list[_Entry]]], answer))
+        return dict(cast(list[tuple[bytes, list[Entry]]], answer))
 
-    def _fetch(
-        self, positions: Mapping[TopicPartition, int], entries: Mapping[bytes, list[_Entry]], count: int
-    ) -> Fetch:
-        records: list[Record] = []
+    def _fetch(self, positions: Mapping[TopicPartition, int], entries: Mapping[bytes, list[Entry]], count: int) -> Fetch:
+        found = _Found(self._now_ms())
         after: Positions = {}
-        maybe_at_end = []
+        maybe_at_end: dict[TopicPartition, Id | None] = {}
         for at, position in positions.items():
-            found = entries.get(self._key(at).encode(), [])
-            new = [_record(at, entry) for entry in found]
-            if new and (new[0].offset != position or new[-1].offset != position + len(new) - 1):
-                begin = self._bounds([at])[at][0]
-                raise PositionOutOfRange(
-                    f"{at.topic}/{at.partition}: no record at position {position}: trimmed, the log begins at {begin}"
-                )
-            records += new
-            after[at] = position + len(new)
+            new = entries.get(self._key(at).encode(), [])
+            after[at] = self._take(at, position, new, found) if new else position
             if not new or len(new) >= count:
-                maybe_at_end.append(at)
-        self._learn_size(records)
+                maybe_at_end[at] = id_before(after[at])
+        self._learn_size(found.records)
         at_end = set(positions) - set(maybe_at_end)  # these gave fewer records than asked for: there were no more
-        for at, (begin, end) in self._bounds(maybe_at_end).items():
-            if not begin <= after[at] <= end:
-                raise PositionOutOfRange(
-                    f"{at.topic}/{at.partition}: position {after[at]}, the log holds {begin} … {end}"
-                )
-            if after[at] == end:
+        for at, (bounds, more) in self._bounds(maybe_at_end).items():
+            if after[at] > bounds.end:
+                what = f"position {after[at]}, the log holds {bounds.begin} … {bounds.end}"
+                raise PositionOutOfRange(f"{at.topic}/{at.partition}: {what}")
+            if not more and after[at] < bounds.end:  # the newest entries were deleted, or all were trimmed
+                found.add_gap(at, bounds.passed(after[at], None))
+                after[at] = bounds.end
+            if after[at] == bounds.end:
                 at_end.add(at)
-        return Fetch(records, after, frozenset(at_end))
+        return Fetch(found.records, after, frozenset(at_end), found.gaps, found.unreadable)
+
+    def _take(self, at: TopicPartition, position: int, entries: Sequence[Entry], found: "_Found") -> int:
+        """Sort the entries into ``found``; the position after them."""
+        expected: Id = (id_before(position)[0], id_before(position)[1] + 1)
+        bounds: Bounds | None = None
+        for name, fields in entries:
+            entry = parse_id(name)
+            if entry != expected:
+                bounds = bounds or self._bounds({at: None})[at][0]
+                found.add_gap(at, bounds.passed(position, entry))
+            position = offset_of(at, entry) + 1
+            expected = entry[0], entry[1] + 1
+            one = record_of(at, position - 1, name, fields, found.now_ms)
+            found.add(one)
+        return position
 
     def _learn_size(self, records: Sequence[Record]) -> None:
         """Raise the estimate at once and lower it slowly: too low an estimate costs memory, too high a one little."""
@@ -255,23 +259,52 @@ class RedisStreamsLog:
             mean = sum(len(r.value) for r in records) / len(records) + _RECORD_OVERHEAD_BYTES
             self._bytes_per_record = max(mean, 0.5 * self._bytes_per_record)
 
-    def _bounds(self, ats: Sequence[TopicPartition]) -> dict[TopicPartition, tuple[int, int]]:
-        """Begin and end position of each partition."""
+    def _bounds(self, ats: Mapping[TopicPartition, Id | None]) -> dict[TopicPartition, tuple[Bounds, bool]]:
+        """Each partition's bounds, and whether it has an entry after the given id."""
         if not ats:
             return {}
 
-        def ask() -> list[tuple[int, bytes]]:
+        def ask() -> list[tuple[int, bytes, bytes, bytes, int, int]]:
             pipe = self._client.pipeline(transaction=False)
-            for at in ats:
-                pipe.eval(_BOUNDS_LUA, 1, self._key(at))
-            return cast(list[tuple[int, bytes]], pipe.execute())
+            for at, before in ats.items():
+                pipe.eval(_BOUNDS_LUA, 1, self._key(at), shown(before) if before else "")
+            return cast(list[tuple[int, bytes, bytes, bytes, int, int]], pipe.execute())
 
-        answers = self._retry_during_outage("asking for begin and end", ask)
-        ends = [_sequence(last) for _, last in answers]
-        return {at: (end - length, end) for at, end, (length, _) in zip(ats, ends, answers, strict=True)}
+        answers = self._retry_during_outage("asking for begin and end", ask, list(ats))
+        return {
+            at: (Bounds(at, length, parse_id(first), parse_id(last), parse_id(deleted), added), bool(more))
+            for at, (length, first, last, deleted, added, more) in zip(ats, answers, strict=True)
+        }
 
-    def _retry_during_outage(self, doing: str, call: Callable[[], _T]) -> _T:
-        return retry_during_outage(self._client, doing, call, EVENT_LOG, self._config.outage_timeout_s)
+    def _retry_during_outage(self, doing: str, call: Callable[[], _T], ats: Sequence[TopicPartition] = ()) -> _T:
+        def attempt() -> _T:
+            try:
+                return call()
+            except redis.ResponseError as error:
+                if "WRONGTYPE" in str(error):
+                    self._name_wrong_key(ats, error)
+                raise
+
+        client, timeout_s = self._client, self._config.outage_timeout_s
+        return retry_during_outage(client, doing, attempt, EVENT_LOG, timeout_s, self._calls)
+
+    def _name_wrong_key(self, ats: Sequence[TopicPartition], error: redis.ResponseError) -> None:
+        """Raise an error that names the key of another type."""
+        for key, wanted in [*((self._key(at), "stream") for at in ats), (self._topics_key(), "hash")]:
+            kind = cast(bytes, self._client.type(key)).decode()
+            if kind not in (wanted, "none"):
+                what = f"key {key} in {self._server()}: holds a {kind}, expected a {wanted}"
+                raise EventLogError(f"{what}; another program may have written it, DEL removes it") from error
+
+    def _ask_partitions(self, topic: str) -> int:
+        key = self._topics_key()
+        answer = self._retry_during_outage(f"looking up topic {topic}", lambda: self._client.hget(key, topic))
+        if answer is None:
+            raise EventLogError(f"topic {topic!r} does not exist in {self._server()}, namespace {self._namespace}")
+        count = cast(bytes, answer)
+        if not (count.isdigit() and int(count) >= 1):
+            raise EventLogError(f"topic {topic!r} in {self._server()}, key {key}: {count!r}, expected a number above 0")
+        return int(count)
 
     def _server(self) -> str:
         return f"Redis at {address(self._client)}"
@@ -286,41 +319,21 @@ class RedisStreamsLog:
         return f"{self._namespace}:log:topics"
 
 
-def _sequence(entry_id: bytes) -> int:
-    milliseconds, _, sequence = entry_id.partition(b"-")
-    if milliseconds != b"0":
-        raise EventLogError(
-            f"stream entry {entry_id.decode()}: expected ids 0-1, 0-2, … (another program may write here)"
-        )
-    return int(sequence)
+@dataclass(slots=True)
+class _Found:
+    """What a read has found so far."""
 
+    now_ms: int
+    records: list[Record] = field(default_factory=list)
+    unreadable: list[UnreadableRecord] = field(default_factory=list)
+    gaps: dict[TopicPartition, int] = field(default_factory=dict)
 
-def _record(at: TopicPartition, entry: _Entry) -> Record:
-    entry_id, fields = entry
-    try:
-        value, headers, arrival_ms = fields[b"v"], unpack_headers(fields[b"h"]), int(fields[b"t"])
-    except (KeyError, ValueError) as error:
-        raise EventLogError(
-            f"{at.topic}/{at.partition}: entry {entry_id.decode()}, expected a record of the event log: {error!r}"
-        ) from error
-    return Record(at.topic, at.partition, _sequence(entry_id) - 1, value, headers, arrival_ms)
+    def add(self, one: Record | UnreadableRecord) -> None:
+        if isinstance(one, Record):
+            self.records.append(one)
+        else:
+            self.unreadable.append(one)
 
-
-# Cached, because every record has headers and few of them differ.
-@lru_cache(maxsize=256)
-def pack_headers(headers: Headers) -> bytes:
-    """Headers as the field ``h`` holds them: MessagePack, an array of [name, bytes] pairs."""
-    return msgspec.msgpack.encode(headers)
-
-
-@lru_cache(maxsize=256)
-def unpack_headers(data: bytes) -> Headers:
-    """The inverse of :func:`pack_headers`.
-
-    Raises:
-        ValueError: The bytes are not packed headers.
-    """
-    try:
-        return _HEADERS.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"headers of {len(data)} bytes: expected MessagePack [[name, bytes], …]: {error}") from error
+    def add_gap(self, at: TopicPartition, count: int) -> None:
+        if count:
+            self.gaps[at] = self.gaps.get(at, 0) + count

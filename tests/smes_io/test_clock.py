@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from itertools import repeat
 
 import pytest
 
@@ -33,7 +34,7 @@ class FakeClock:
 
 def fails(times: int, error: Exception) -> Callable[[], str]:
     """A call that fails so many times, then answers."""
-    errors = iter([error] * times)
+    errors = repeat(error, times)
 
     def call() -> str:
         for each in errors:

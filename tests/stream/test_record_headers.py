@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.log.redis_log import pack_headers, unpack_headers
+from stream.log.redis_entries import pack_headers, unpack_headers
 
 
 @given(st.lists(st.tuples(st.text(max_size=300), st.binary(max_size=300)), max_size=6))

@@ -87,27 +87,6 @@ def test_a_read_adapts_to_the_size_of_the_records(redis_url: str, namespace: str
     assert max(sizes[1:]) <= 4  # 4 x 256 KiB; the first read had to guess
 
 
-def test_a_deleted_entry_is_noticed(redis_url: str, namespace: str, closing: ExitStack) -> None:
-    log = open_log(closing, redis_url, namespace)
-    log.ensure_topic("t", 1)
-    log.append("t", [out(b"x") for _ in range(10)])
-    with redis.Redis.from_url(redis_url) as client:
-        client.xdel(f"{namespace}:log:t:0", "0-5")
-
-    with pytest.raises(PositionOutOfRange, match="t/0"):
-        log.read({AT: 0}, max_records=100, timeout_s=0)
-
-
-def test_an_entry_that_is_no_record_is_named(redis_url: str, namespace: str, closing: ExitStack) -> None:
-    log = open_log(closing, redis_url, namespace)
-    log.ensure_topic("t", 1)
-    with redis.Redis.from_url(redis_url) as client:
-        client.xadd(f"{namespace}:log:t:0", {"foo": "bar"}, id="0-*")
-
-    with pytest.raises(EventLogError, match=r"t/0: entry 0-1, expected a record of the event log"):
-        log.read({AT: 0}, max_records=100, timeout_s=0)
-
-
 def test_an_absent_server_is_an_error_in_bounded_time_without_the_password() -> None:
     started = time.monotonic()
 
