@@ -175,7 +175,7 @@ def _trainer(config: Config, schema: Schema, log: EventLog, stack: ExitStack) ->
     stack.callback(client.close)
     store = SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
     model = config.model.to_dict()
-    trainer.publish_to(lambda name: Publisher(store, schema, model, name, now_ms=wall_clock_ms), store.current)
+    trainer.publish_to(lambda name: Publisher(store, schema, model, name, now_ms=wall_clock_ms), store.current())
     stack.callback(trainer.finish)
     return trainer
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from smes.errors import SmesError
+from smes.errors import SmesError, Stopped
 from smes_cli.command_line import (
     Limit,
     LogPath,
@@ -244,14 +244,46 @@ def train(
             help="Continue at the oldest record of a partition that no longer holds the checkpoint's position.",
         ),
     ] = False,
+    flush: Annotated[
+        bool,
+        typer.Option(
+            "--flush",
+            help="After a stop signal, drain, then close the open windows and train on what still waits for feedback: "
+            "for the end of a finite log.",
+        ),
+    ] = False,
+    from_snapshot: Annotated[
+        bool,
+        typer.Option(
+            "--from-snapshot",
+            help="Without a checkpoint: go on from the snapshot in service, with optimisers that begin anew.",
+        ),
+    ] = False,
+    anew: Annotated[
+        bool, typer.Option("--anew", help="Without a checkpoint: start over, and replace the model in service.")
+    ] = False,
     report: ReportPath = None,
 ) -> None:
     """Train from the event log until stopped (Ctrl-C, SIGTERM); the last cut is then published and on disk."""
     config = config_of(context, schema)
+    from smes_cli.starting_point import WithoutCheckpoint
     from smes_cli.train import run_train
 
     with stop_signals() as should_stop:
-        result = run_train(config, report=report, drain=drain, skip_lost=skip_lost, should_stop=should_stop)
+        try:
+            result = run_train(
+                config,
+                report=report,
+                drain=drain,
+                skip_lost=skip_lost,
+                should_stop=should_stop,
+                stop_event=should_stop,
+                flush=flush,
+                without_checkpoint=WithoutCheckpoint(from_snapshot=from_snapshot, anew=anew),
+            )
+        except Stopped as stopped:
+            console.print(f"stopped before the training began: {stopped}", highlight=False)
+            return
     figures = result.to_dict()
     console.print(task_table(figures["tasks"]))
     console.print(report_table(figures))

@@ -87,9 +87,20 @@ def config_of(context: typer.Context, schema: str | None = None) -> "Config":
 class StopRequest(threading.Event):
     """An event that is set by a stop signal; called, it answers "should I stop?"."""
 
+    _asked = False
+
     def __call__(self) -> bool:
         """Whether a stop was asked for."""
-        return self.is_set()
+        return self._asked or self.is_set()
+
+    def ask(self) -> None:
+        """Ask for the stop, from a signal handler.
+
+        The handler interrupts its thread anywhere, also inside of this event's ``wait``, which holds the event's lock
+        for a moment: setting the event there would wait for that lock for ever. So another thread sets it.
+        """
+        self._asked = True
+        threading.Thread(target=self.set, name="stop-request", daemon=True).start()
 
 
 @contextmanager
@@ -101,9 +112,9 @@ def stop_signals() -> Iterator[StopRequest]:
     stopped = StopRequest()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if stopped.is_set() and number == SIGINT:
+        if stopped() and number == SIGINT:
             raise KeyboardInterrupt
-        stopped.set()
+        stopped.ask()
 
     before = {number: signal(number, stop) for number in (SIGINT, SIGTERM)}
     try:

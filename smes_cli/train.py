@@ -1,21 +1,20 @@
 """``smes train``: event log → join → progressive evaluation → training → snapshots and checkpoints."""
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-from rich.live import Live
-
 from feature_store.snapshots import SnapshotStore
-from smes.events import ExampleBlock
+from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
-from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_learner, warm_up
 from smes_cli.config import Config
-from smes_cli.console import console, number, task_table, write_report
+from smes_cli.console import console, write_report
+from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
+from smes_cli.train_progress import show_progress
 from smes_io.clock import wall_clock_ms
 from smes_io.redis_client import connect
 from stream.dead_letters import DeadLetterWriter
@@ -23,20 +22,27 @@ from stream.example_stream import ExampleStream
 from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.checkpoints import CheckpointDirectory
+from trainer.lease import LeaseKeeper
 from trainer.loop import CHECKPOINT, SNAPSHOT, Trainer
-from trainer.observers import Observer, StepFigures
 from trainer.publisher import Publisher
-from trainer.report import TrainingReport, ledger_line
-from trainer.run_report import task_figures, training_report
+from trainer.report import TrainingReport
+from trainer.run_report import training_report
 from trainer.schedule import Flags, Schedule
+from trainer.waits import WaitingLog, Waits
 
 _logger = logging.getLogger(__name__)
-_TABLE_EVERY_S = 1.0
-_LINE_EVERY_S = 5.0
 
 
 def run_train(
-    config: Config, *, report: Path | None, drain: bool, skip_lost: bool, should_stop: Callable[[], bool]
+    config: Config,
+    *,
+    report: Path | None,
+    drain: bool,
+    skip_lost: bool,
+    should_stop: Callable[[], bool],
+    stop_event: threading.Event | None = None,
+    flush: bool = False,
+    without_checkpoint: WithoutCheckpoint | None = None,
 ) -> TrainingReport:
     """Train until ``should_stop``; returns the report, which is also written to ``report``.
 
@@ -46,105 +52,154 @@ def run_train(
         drain: Before stopping, train on everything that is in the log by then.
         skip_lost: If the log no longer holds the checkpoint's position, continue at the oldest record that it has.
         should_stop: Asked between two steps.
+        stop_event: Set when a stop is asked for; waits inside the event log hear it.
+        flush: Drain, then train on what still waits for feedback, as at the end of a finite log.
+        without_checkpoint: What to do where there is no checkpoint but a model is in service; None: stop and ask.
 
     Raises:
         EventLogUnavailable, FeatureStoreUnavailable: Not reachable within the configured wait.
+        LeaseHeld, CheckpointError: Another trainer publishes in the namespace, or uses the folder of checkpoints.
+        Stopped: A stop was asked for before the training began.
         SmesError, ValueError: As the components raise them.
     """
     keep_freed_memory()
+    drain = drain or flush
     schema = config.schema_file().schema
     with ExitStack() as stack:
-        log = open_event_log(config.event_log)
-        stack.callback(log.close)
-        for topic in (IMPRESSIONS, FEEDBACK):
-            log.ensure_topic(topic, config.event_log.partitions)
-        redis_client = connect(config.feature_store.redis_url, config.feature_store.timeout_s)
-        stack.callback(redis_client.close)
-        store = SnapshotStore(redis_client, config.feature_store.namespace, config.feature_store.snapshots)
-        flags = Flags()
-        stream = ExampleStream(schema, config.stream, log, DeadLetterWriter(log))
-        trainer = _restored_trainer(config, schema, stream, flags)
-        for skipped in (stream.skip_lost() if skip_lost else {}).values():
+        checkpoints = _checkpoints(config, stack)
+        # With a drain, a stop is a wish to train on what is there: it does not end a wait.
+        waits = Waits(_never if drain else should_stop)
+        log = _event_log(config, waits, stack)
+        log.set_stop(None if drain else stop_event)
+        store = _store(config, waits, stack)
+        lease = stack.enter_context(LeaseKeeper(store, config.trainer.lease_s, should_stop=should_stop))
+        letters = DeadLetterWriter(log)
+        stream, flags = ExampleStream(schema, config.stream, log, letters), Flags()
+        trainer = _new_trainer(config, stream, flags, checkpoints, letters)
+        served = find_starting_point(trainer, stream, store, without_checkpoint or WithoutCheckpoint())
+        for skipped in stream.skip_lost().values() if skip_lost else ():
             _logger.error("%s", skipped)
         warm_up(config, schema)
 
         def publisher(lineage: str) -> Publisher:
-            return Publisher(store, schema, config.model.to_dict(), lineage, now_ms=wall_clock_ms)
+            return Publisher(store, schema, config.model.to_dict(), lineage, now_ms=wall_clock_ms, lease=lease)
 
-        trainer.publish_to(publisher, store.current)
-        started_s, trained_before = time.monotonic(), trainer.trained
-        intervals_s = {
-            SNAPSHOT: config.trainer.snapshot_interval_s,
-            CHECKPOINT: config.trainer.checkpoint.interval_s,
-        }
-        with Schedule(flags, intervals_s), _progress(trainer) as progress:
-            trainer.observe(progress)
-            console.print("training: waiting for events", highlight=False)
-            trainer.run(should_stop, drain=drain)
-        result = training_report(
-            trainer, seconds=time.monotonic() - started_s, trained=trainer.trained - trained_before
+        trainer.publish_to(publisher, served, steps_before_replacing=config.trainer.steps_before_replacing)
+        reporter = _Reporter(trainer, report)
+        waits.meanwhile = _duties(trainer, reporter, should_stop)
+        _run(config, trainer, flags, should_stop, drain=drain, flush=flush, reporter=reporter)
+        return reporter.write()
+
+
+def _new_trainer(
+    config: Config,
+    stream: ExampleStream,
+    flags: Flags,
+    checkpoints: CheckpointDirectory | None,
+    letters: DeadLetterWriter,
+) -> Trainer:
+    """A trainer that has trained on nothing yet."""
+    learner = build_learner(config, config.schema_file().schema)
+    return Trainer(
+        learner,
+        stream,
+        build_evaluation(config, learner),
+        flags,
+        checkpoints=checkpoints,
+        max_failed_steps=config.trainer.max_failed_steps,
+        dead_letters=letters.write,
+    )
+
+
+def _run(
+    config: Config,
+    trainer: Trainer,
+    flags: Flags,
+    should_stop: Callable[[], bool],
+    *,
+    drain: bool,
+    flush: bool,
+    reporter: "_Reporter",
+) -> None:
+    """Train with schedules and progress; whatever ends it, the report is written."""
+    checkpoint = config.trainer.checkpoint
+    intervals_s = {SNAPSHOT: config.trainer.snapshot_interval_s, CHECKPOINT: checkpoint.interval_s}
+    with (
+        Schedule(flags, intervals_s, first_s={CHECKPOINT: checkpoint.first_interval_s}),
+        show_progress(trainer) as progress,
+    ):
+        trainer.observe(progress)
+        console.print("training: waiting for events", highlight=False)
+        try:
+            trainer.run(should_stop, drain=drain, flush=flush, on_saved=reporter.write)
+        except SmesError:
+            reporter.write()
+            raise
+    waiting = trainer.stream.ledger().waiting
+    if waiting:
+        console.print(
+            f"{waiting:,} impressions are left waiting for feedback; the checkpoint holds them. At the end of a finite "
+            "log, smes train --flush closes the open windows and trains on them, too",
+            highlight=False,
         )
-    write_report(result.to_dict(), report)
-    return result
 
 
-def _restored_trainer(config: Config, schema: Schema, stream: ExampleStream, flags: Flags) -> Trainer:
-    """A trainer, restored from the newest checkpoint if there is one."""
-    learner = build_learner(config, schema)
+class _Reporter:
+    """Writes the report, as often as it is asked to: the last one stands."""
+
+    def __init__(self, trainer: Trainer, path: Path | None) -> None:
+        self._trainer, self._path = trainer, path
+        self._started_s, self._trained_before = time.monotonic(), trainer.trained
+
+    def write(self) -> TrainingReport:
+        """Write what the trainer knows now, and return it."""
+        seconds, trained = time.monotonic() - self._started_s, self._trainer.trained - self._trained_before
+        report = training_report(self._trainer, seconds=seconds, trained=trained)
+        write_report(report.to_dict(), self._path)
+        return report
+
+
+def _duties(trainer: Trainer, reporter: _Reporter, should_stop: Callable[[], bool]) -> Callable[[], None]:
+    """What is done while the event log is away: the schedules, and saving once a stop is asked for."""
+    saved = False
+
+    def duties() -> None:
+        nonlocal saved
+        trainer.run_requested()
+        if should_stop() and not saved:
+            saved = True
+            trainer.save()
+            reporter.write()
+            _logger.warning("the event log is away: checkpoint and report are written, and the drain waits for the log")
+
+    return duties
+
+
+def _never() -> bool:
+    return False
+
+
+def _checkpoints(config: Config, stack: ExitStack) -> CheckpointDirectory | None:
+    """The folder of checkpoints, locked."""
     directory = config.trainer.checkpoint.directory
-    checkpoints = CheckpointDirectory(directory, config.trainer.checkpoint.keep) if directory else None
-    if checkpoints is None:
-        _logger.warning("trainer.checkpoint.directory is not set: a restart will begin anew")
-    trainer = Trainer(learner, stream, build_evaluation(config, learner), flags, checkpoints=checkpoints)
-    step = trainer.restore()
-    if step is not None:
-        console.print(f"going on from the checkpoint of step {step} of lineage {trainer.lineage}", highlight=False)
-    return trainer
+    if directory is None:
+        _logger.warning("trainer.checkpoint.directory is not set: a restart will have nothing to go on from")
+        return None
+    checkpoints = CheckpointDirectory(directory, config.trainer.checkpoint.keep)
+    stack.enter_context(checkpoints.locked())
+    return checkpoints
 
 
-@contextmanager
-def _progress(trainer: Trainer) -> Iterator["_Progress"]:
-    """An observer that shows how the training goes: a table on a terminal, a line every few seconds otherwise."""
-    if not console.is_terminal or console.quiet:
-        yield _Progress(trainer, None)
-        return
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        yield _Progress(trainer, live)
+def _event_log(config: Config, waits: Waits, stack: ExitStack) -> WaitingLog:
+    log = WaitingLog(waits.run("event log", lambda: open_event_log(config.event_log)), waits)
+    stack.callback(log.close)
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, config.event_log.partitions)
+    return log
 
 
-class _Progress(Observer):
-    """Shows the counts and metrics so far, at most once in a while."""
-
-    def __init__(self, trainer: Trainer, live: Live | None) -> None:
-        self._trainer, self._live = trainer, live
-        self._every_s = _TABLE_EVERY_S if live else _LINE_EVERY_S
-        self._started_s = self._last_s = time.monotonic()
-        self._trained_before = trainer.trained
-
-    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
-        """Show if it is time to."""
-        self._show_if_due()
-
-    def after_read(self) -> None:
-        """Show if it is time to: reads change the counts, too."""
-        self._show_if_due()
-
-    def _show_if_due(self) -> None:
-        now_s = time.monotonic()
-        if now_s - self._last_s < self._every_s:
-            return
-        self._last_s = now_s
-        trainer = self._trainer
-        rate = (trainer.trained - self._trained_before) / (now_s - self._started_s)
-        head = (
-            f"step {trainer.learner.step_number:,} · {trainer.trained:,} trained ({rate:,.0f}/s) · "
-            f"{ledger_line(trainer.stream.ledger())}"
-        )
-        metrics = trainer.evaluation.report()
-        if self._live:
-            table = task_table({name: asdict(task) for name, task in task_figures(metrics).items()})
-            table.caption = head
-            self._live.update(table, refresh=True)
-            return
-        aucs = " ".join(f"{name} {number(task.auc, 3)}" for name, task in metrics.items() if task.auc is not None)
-        console.print(f"{head} · AUC {aucs}", highlight=False, soft_wrap=True)
+def _store(config: Config, waits: Waits, stack: ExitStack) -> SnapshotStore:
+    settings = config.feature_store
+    client = waits.run("feature store", lambda: connect(settings.redis_url, settings.timeout_s))
+    stack.callback(client.close)
+    return SnapshotStore(client, settings.namespace, settings.snapshots)

@@ -1,49 +1,38 @@
-"""Checkpoints on disk: everything that a restart needs, one safetensors file each.
+"""The checkpoints of a folder: their order, which are kept, and the lock that keeps a second trainer out.
 
-The order of a commit: write the file beside its final name and flush it to the disk, then rename it, then flush the
-folder. A file with the final name is whole; a crash in between leaves the previous checkpoint in force.
+A file with the final name is whole; a crash while it is written leaves the previous checkpoint in force. The order is
+that of the sequence numbers in the names, whatever the clock or the files' times say.
 """
 
+import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
-
-from smes.arrays import Arrays
-from smes.errors import CheckpointError, SchemaMismatch
+from smes.errors import CheckpointError
+from trainer.checkpoint_file import DAMAGED, Checkpoint, read_checkpoint, write_checkpoint
 
 _logger = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Number of the format: names and meaning of the arrays and of the metadata. Any other number is refused."""
+LOCK = "trainer.lock"
+"""Name of the file in the folder that a running trainer holds locked. Between trainers it lies there unlocked."""
 
-_NAME_OF_FORMAT_1 = "smes-checkpoint-1"  # what stood in the metadata before formats were numbers
+_NAME = re.compile(r"step-(\d{12})(?:-(\d{8,15}))?\.safetensors")
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The whole state of training at one moment between two steps.
+class _Entry(NamedTuple):
+    """A file of the folder. Sorted: by sequence number, then by step."""
 
-    Attributes:
-        lineage: The lineage that the weights belong to.
-        step: Steps taken.
-        schema_hash: Hash of the schema trained with.
-        model: Model configuration, plain data.
-        arrays: State of every part, names prefixed ``learner.``, ``stream.``, ``evaluation.``, ``experts.``,
-            ``trainer.``.
-    """
-
-    lineage: str
+    sequence: int
     step: int
-    schema_hash: str
-    model: dict[str, Any]
-    arrays: Arrays
+    path: Path
 
 
 class CheckpointDirectory:
@@ -51,37 +40,73 @@ class CheckpointDirectory:
 
     Args:
         directory: The folder; created if missing.
-        keep: How many of the newest are kept.
+        keep: How many of the newest readable ones are kept.
 
     Raises:
         CheckpointError: The folder cannot be created.
     """
 
     def __init__(self, directory: Path, keep: int) -> None:
-        self._directory, self._keep = directory, keep
+        self.directory, self._keep = directory, keep
+        self._damaged: set[Path] = set()
+        self._last_sequence = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"checkpoint folder {directory}: cannot be made: {error.strerror}") from error
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep every other trainer out of the folder, and remove what a killed one left half-written.
+
+        The lock is the operating system's: it ends with the process, however that ends. The file only says who it is.
+
+        Raises:
+            CheckpointError: Another trainer holds the folder; the message says who, and since when.
+        """
+        path = self.directory / LOCK
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        try:
+            self._lock(path, file)
+            for partial in self.directory.glob("*.partial"):
+                partial.unlink(missing_ok=True)
+            yield
+        finally:
+            os.close(file)  # and with it the lock
+
+    def _lock(self, path: Path, file: int) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"checkpoint folder {self.directory}: {_holder(path)}, expected a folder of its own for each trainer"
+            ) from None
+        except OSError as error:
+            _logger.warning(
+                "checkpoint folder %s: its file system has no locks (%s): make sure that no other trainer uses it",
+                self.directory,
+                error.strerror,
+            )
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat()}
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(holder).encode(), 0)
+
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint durably, then remove those beyond ``keep``.
+        """Write a checkpoint durably as the newest, then remove what is beyond ``keep``. The new one is never removed.
 
         Raises:
             CheckpointError: The disk refused it; earlier checkpoints stay valid.
         """
-        metadata = {
-            "format": str(FORMAT),
-            "lineage": checkpoint.lineage,
-            "step": str(checkpoint.step),
-            "schema_hash": checkpoint.schema_hash,
-            "model": json.dumps(checkpoint.model, sort_keys=True),
-        }
-        path = self._directory / f"step-{checkpoint.step:012d}.safetensors"
+        entries = self._entries()
+        self._last_sequence = max([self._last_sequence, *(entry.sequence for entry in entries)]) + 1
+        path = self.directory / f"step-{checkpoint.step:012d}-{self._last_sequence:08d}.safetensors"
         try:
-            _write_durably(path, save(checkpoint.arrays, metadata))
-            for old in self._paths()[self._keep :]:
-                old.unlink()
+            write_checkpoint(path, checkpoint, self._last_sequence)
+            for old in self._surplus(entries):
+                old.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"checkpoint {path}: not written: {error.strerror or error}") from error
         return path
@@ -95,90 +120,42 @@ class CheckpointDirectory:
                 are damaged.
         """
         damaged = []
-        for path in self._paths():
+        for entry in self._entries():
             try:
-                return read_checkpoint(path, schema_hash=schema_hash, model=model)
-            except (SafetensorError, KeyError, ValueError, OSError) as error:
-                _logger.warning("checkpoint %s cannot be read, trying the one before it: %s", path, error)
-                damaged.append(f"{path.name} ({error})")
+                return read_checkpoint(entry.path, entry.sequence, schema_hash=schema_hash, model=model)
+            except DAMAGED as error:
+                _logger.warning("checkpoint %s is damaged, trying the one before it: %s", entry.path, error)
+                damaged.append(f"{entry.path.name} ({error})")
+                self._damaged.add(entry.path)
         if damaged:
-            raise CheckpointError(f"checkpoint folder {self._directory}: none can be read: {'; '.join(damaged)}")
+            raise CheckpointError(
+                f"checkpoint folder {self.directory}: none can be read: {'; '.join(damaged)}; "
+                "expected a backup of one, or another folder and --from-snapshot or --anew"
+            )
         return None
 
-    def _paths(self) -> list[Path]:
-        """Newest first by time of modification: after a fork of the lineage a lower step may be the newer one."""
-        paths = self._directory.glob("step-*.safetensors")
-        return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    def _entries(self) -> list[_Entry]:
+        """Newest first. A name without a sequence number is of an earlier format; it comes after all others."""
+        found = []
+        for path in self.directory.glob("step-*.safetensors"):
+            if name := _NAME.fullmatch(path.name):
+                found.append(_Entry(int(name[2] or 0), int(name[1]), path))
+        return sorted(found, reverse=True)
+
+    def _surplus(self, before: list[_Entry]) -> list[Path]:
+        """The files to remove when one more was written: all after the newest ``keep - 1`` that are not damaged."""
+        readable = 0
+        for i, entry in enumerate(before):
+            if readable == self._keep - 1:
+                return [entry.path for entry in before[i:]]
+            readable += entry.path not in self._damaged
+        return []
 
 
-def read_checkpoint(path: Path, *, schema_hash: str, model: dict[str, Any]) -> Checkpoint:
-    """Read one checkpoint.
-
-    Args:
-        path: Its file.
-        schema_hash: Hash of the configured schema.
-        model: The configured model, plain data.
-
-    Raises:
-        SchemaMismatch: It was trained with another schema.
-        CheckpointError: It has another format, or was trained with another model configuration.
-        SafetensorError, KeyError, ValueError, OSError: The file is damaged or missing.
-    """
-    with safe_open(path, framework="np") as file:
-        metadata = file.metadata() or {}
-        if (written := _format(metadata)) != str(FORMAT):
-            raise CheckpointError(f"checkpoint {path}: format {written}, expected {FORMAT}")
-        if metadata["schema_hash"] != schema_hash:
-            raise SchemaMismatch(f"checkpoint {path}", expected=schema_hash, got=metadata["schema_hash"])
-        trained = json.loads(metadata["model"])
-        if changed := _differences(trained, json.loads(json.dumps(model))):
-            raise CheckpointError(
-                f"checkpoint {path}: trained with another model configuration (differs in: {', '.join(changed)}); "
-                "expected the same, or an empty checkpoint folder"
-            )
-        return Checkpoint(
-            lineage=metadata["lineage"],
-            step=int(metadata["step"]),
-            schema_hash=metadata["schema_hash"],
-            model=trained,
-            arrays={name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118 - no dict
-        )
-
-
-def _format(metadata: Mapping[str, str]) -> str:
-    """The format's number as it was written."""
-    written = metadata.get("format", "none")
-    return "1" if written == _NAME_OF_FORMAT_1 else written
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Dotted keys whose values differ, sorted."""
-    ours, theirs = dict(_leaves(one)), dict(_leaves(other))
-    missing = object()
-    return sorted(key for key in {*ours, *theirs} if ours.get(key, missing) != theirs.get(key, missing))
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
+def _holder(path: Path) -> str:
+    """Who holds a locked folder, from what its lock file says."""
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"held by process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "held by another process"

@@ -5,7 +5,8 @@ weights, optimiser state, id table, join state, positions and metrics are all of
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Protocol
 
@@ -14,15 +15,18 @@ import torch
 
 from feature_store.publication import Manifest
 from smes.arrays import Arrays, prefixed, under
-from smes.errors import CheckpointError, SnapshotNotFound
+from smes.errors import CheckpointError, FeatureStoreUnavailable, SmesError, StepsNotFinite, Stopped
 from smes.events import ExampleBlock
 from smes.model.learner import Learner
+from stream.dead_letters import DeadLetter
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import Positions
-from trainer.checkpoints import Checkpoint, CheckpointDirectory
+from trainer.checkpoint_file import Checkpoint
+from trainer.checkpoints import CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
+from trainer.failed_steps import DEFAULT_MAX_FAILED_STEPS, FailedSteps
 from trainer.observers import BatchSender, DelayedResults, Observer
-from trainer.publisher import Cut, FeedbackArrivals, Publisher, lineage_to_publish, new_lineage
+from trainer.publisher import Cut, FeedbackArrivals, Publisher, lineage_to_publish, new_lineage, root_of
 from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
@@ -45,6 +49,9 @@ class Stream(Protocol):
 
     def upcoming(self) -> ExampleBlock | None:
         """Look at the next complete mini-batch without taking it: the object that ``next_batch`` will return."""
+
+    def flush(self) -> None:
+        """End the stream: everything that waits becomes batches."""
 
     def ledger(self) -> StreamLedger:
         """Where every event read so far is now."""
@@ -70,6 +77,7 @@ class Trainer:
 
     Attributes:
         trained: Examples trained on, with those before a restart.
+        not_finite: Examples of steps that were not taken because loss or gradients were not finite, likewise.
         lineage: Name of this history of weights.
         experts: What the routing executed.
         publisher: Publishes cuts for serving; None until :meth:`publish_to`.
@@ -84,6 +92,8 @@ class Trainer:
         prefetch: Whether to send the next batch to the device while a step runs there. None: on a GPU only.
         routing: How finely the routing's history is kept; None for the default.
         observers: Further observers.
+        max_failed_steps: So many steps in a row that are not finite stop the trainer.
+        dead_letters: Where the examples of such steps go; None: they are only counted.
     """
 
     def __init__(
@@ -98,21 +108,25 @@ class Trainer:
         prefetch: bool | None = None,
         routing: RoutingHistoryConfig | None = None,
         observers: Sequence[Observer] = (),
+        max_failed_steps: int = DEFAULT_MAX_FAILED_STEPS,
+        dead_letters: Callable[[Sequence[DeadLetter]], None] | None = None,
     ) -> None:
         self.learner, self.stream, self.evaluation = learner, stream, evaluation
         self.lineage = lineage or new_lineage()
-        self.trained = 0
+        self.trained = self.not_finite = 0
         self.experts = ExpertTally(learner.expert_limits, routing)
         self._flags, self._checkpoints = flags, checkpoints
         self._sender = BatchSender(learner, ahead=learner.overlaps_copies if prefetch is None else prefetch)
         self._observers: list[Observer] = []
         self._results = DelayedResults(self._observers)
         self._routing = RoutingObserver(learner, self.experts, self._results.deliver)
-        self._observers += [self._routing, evaluation, *observers]
+        self._failed = FailedSteps(max_failed_steps, self._forget, dead_letters)
+        self._observers += [self._routing, evaluation, *observers, self._failed]
         self.publisher: Publisher | None = None
         self._arrivals = FeedbackArrivals()
         self._event_time_ms: int | None = None
         self._cut_step = -1
+        self._first_cut_step = 0
 
     def observe(self, observer: Observer) -> None:
         """Add an observer of the steps from now on."""
@@ -136,52 +150,114 @@ class Trainer:
             self.stream.load_state(under("stream.", checkpoint.arrays))
             self.evaluation.load_state(under("evaluation.", checkpoint.arrays))
             self.experts.load_state(under("experts.", checkpoint.arrays))
-            self.trained = int(checkpoint.arrays["trainer.trained"][0])
+            self.trained, self.not_finite = (int(n) for n in checkpoint.arrays["trainer.trained"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint of step {checkpoint.step}: {error}") from error
         self.lineage = checkpoint.lineage
         return checkpoint.step
 
-    def publish_to(self, open_publisher: Callable[[str], Publisher], current: Callable[[], Manifest | None]) -> None:
-        """Publish cuts from now on.
+    def start_from(self, tensors: Mapping[str, torch.Tensor], served: Manifest) -> None:
+        """Go on from the weights of a snapshot, as a fork of its lineage. The optimisers begin anew.
+
+        Args:
+            tensors: The snapshot's weights.
+            served: Its manifest.
+
+        Raises:
+            ValueError: They are of another schema or model configuration.
+        """
+        self.learner.load_serving_state(tensors, served.step)
+        self.lineage = new_lineage(served.lineage)
+
+    def publish_to(
+        self,
+        open_publisher: Callable[[str], Publisher],
+        served: Manifest | None,
+        *,
+        steps_before_replacing: int = 1,
+    ) -> None:
+        """Publish cuts from now on, and the present weights at once if they have learned anything.
 
         Args:
             open_publisher: Opens a publisher for a lineage.
-            current: Returns the manifest of the snapshot that is served; see
-                :func:`trainer.publisher.lineage_to_publish`.
+            served: Manifest of the snapshot that is served; see :func:`trainer.publisher.lineage_to_publish`.
+            steps_before_replacing: Steps before weights of this lineage replace those of a lineage that it does not
+                descend from, ≥ 1.
         """
-        try:
-            served = current()
-        except SnapshotNotFound:
-            served = None
         self.lineage = lineage_to_publish(self.lineage, self.learner.step_number, served)
+        if served is not None:
+            stranger = root_of(served.lineage) != root_of(self.lineage)
+            self._first_cut_step = steps_before_replacing if stranger else 1
         self.publisher = open_publisher(self.lineage)
         self.observe(self._arrivals)
         if self.learner.step_number:
             self.cut()
 
-    def run(self, should_stop: Callable[[], bool], *, drain: bool = False) -> None:
-        """Read and train until ``should_stop``, then cut, publish and checkpoint.
+    def run(
+        self,
+        should_stop: Callable[[], bool],
+        *,
+        drain: bool = False,
+        flush: bool = False,
+        on_saved: Callable[[], object] | None = None,
+    ) -> None:
+        """Read and train until ``should_stop``, then cut, checkpoint and publish.
+
+        The same is done after an error of the event log: nothing that was trained on is lost.
 
         Args:
             should_stop: Asked between two steps.
             drain: Before stopping, read and train on everything that is in the log by then.
+            flush: After that, end the stream: train on what still waits for feedback, too.
+            on_saved: Called when the last checkpoint is on disk, before the last snapshot is waited for.
 
         Raises:
-            EventLogError: The log could not be read within its bounded wait; the last checkpoint stays valid.
+            EventLogError: The log could not be read within its bounded wait.
+            StepsNotFinite: Several steps in a row were not finite. The last checkpoint stays the newest one.
+            LeaseLost: Another trainer publishes in this namespace.
             CheckpointError: The last checkpoint could not be written.
+            FeatureStoreUnavailable: The last snapshot could not be published. The checkpoint is on disk.
         """
+        try:
+            try:
+                self._train(should_stop, drain=drain, flush=flush)
+            except Stopped as stopped:
+                _logger.warning("%s", stopped)
+            self._deliver_last()
+        except StepsNotFinite:
+            self._close_publisher()
+            raise
+        except SmesError:
+            with suppress(SmesError):  # the first error is the one to tell; the second one is logged
+                self.finish(on_saved)
+            raise
+        self.finish(on_saved)
+
+    def _train(self, should_stop: Callable[[], bool], *, drain: bool, flush: bool) -> None:
+        before, is_first = self.learner.step_number, True
         while not should_stop():
             self._advance()
-        if drain:
+            if is_first and self.learner.step_number > before:
+                self._flags.request(CHECKPOINT)  # a trainer that dies again and again still goes forward
+                is_first = False
+        if drain or flush:
             end = self.stream.end()
             while self.stream.upcoming() is not None or not self.stream.has_reached(end):
                 self._advance()
-        self.finish()
+        if flush:
+            self.stream.flush()
+            while self.step():
+                self.run_requested()
+
+    def _deliver_last(self) -> None:
+        """Deliver the last step's result. If a stop keeps its dead letters from being written, the log says so."""
+        with suppress(Stopped):
+            self._results.deliver()
 
     def _advance(self) -> None:
         """Train on the next batch, or read once if none is ready; then do what the schedules requested."""
         if not self.step():
+            self._results.deliver()
             self.stream.poll(_POLL_S)
             for observer in self._observers:
                 observer.after_read()
@@ -203,27 +279,75 @@ class Trainer:
         return True
 
     def run_requested(self) -> None:
-        """Do what the schedules requested since the last step."""
+        """Do what the schedules requested since the last step.
+
+        Between two failed steps no checkpoint is written: the last good one must not be rotated away.
+
+        Raises:
+            LeaseLost: Another trainer publishes in this namespace.
+        """
+        if self.publisher is not None:
+            self.publisher.check()
         if self._flags.take(SNAPSHOT):
             self.cut()
-        if self._flags.take(CHECKPOINT):
+        if not self._failed.in_a_row and self._flags.take(CHECKPOINT):
             try:
                 self.checkpoint()
             except CheckpointError as error:
                 _logger.error("%s; the checkpoint before it stays valid", error)
 
-    def finish(self) -> None:
-        """Take the final cut and checkpoint; when this returns, both are published and on disk."""
-        self.cut()
+    def save(self) -> None:
+        """Offer the final cut and write the final checkpoint.
+
+        Raises:
+            CheckpointError: The disk refused it.
+        """
         try:
-            self.checkpoint()
+            self.cut()
+        except SmesError as error:
+            _logger.error("the last snapshot, of step %d, was not cut: %s", self.learner.step_number, error)
+        self.checkpoint()
+
+    def finish(self, on_saved: Callable[[], object] | None = None) -> None:
+        """Take the final cut and checkpoint; when this returns, both are published and on disk.
+
+        Args:
+            on_saved: See :meth:`run`.
+
+        Raises:
+            CheckpointError: The disk refused the checkpoint.
+            FeatureStoreUnavailable: The cut could not be published.
+        """
+        published = True
+        try:
+            self.save()
+            if on_saved is not None:
+                on_saved()
+        except CheckpointError as error:
+            _logger.error("%s", error)
+            raise
         finally:  # a full disk must not keep serving from what was learned
-            if self.publisher is not None and not self.publisher.close():
-                _logger.error("the last snapshot, of step %d, was not published", self.learner.step_number)
+            published = self._close_publisher()
+        if not published:
+            kept = "the checkpoint holds these weights" if self._checkpoints else "there is no checkpoint of it"
+            raise FeatureStoreUnavailable(
+                f"snapshot of step {self.learner.step_number}: not published, because the store did not take it; {kept}"
+            )
+
+    def _close_publisher(self) -> bool:
+        """Close the publisher, if any; whether everything was published."""
+        published = self.publisher is None or self.publisher.close()
+        if not published:
+            _logger.error("the last snapshot, of step %d, was not published", self.learner.step_number)
+        return published
 
     def cut(self) -> None:
-        """Offer the present weights to serving, unless the last cut has the same ones."""
-        if self.publisher is None or self.learner.step_number == self._cut_step:
+        """Offer the present weights to serving, unless the last cut has the same ones.
+
+        Weights without a step are offered only where nothing is in service yet.
+        """
+        step = self.learner.step_number
+        if self.publisher is None or step == self._cut_step or step < self._first_cut_step:
             return
         self._cut_step = self.learner.step_number
         self._results.deliver()
@@ -256,10 +380,15 @@ class Trainer:
             **prefixed("stream.", self.stream.state()),
             **prefixed("evaluation.", self.evaluation.state()),
             **prefixed("experts.", self.experts.state()),
-            "trainer.trained": np.array([self.trained]),
+            "trainer.trained": np.array([self.trained, self.not_finite]),
         }
         schema_hash, model = self.learner.schema.hash, self.learner.config.to_dict()
         self._checkpoints.save(Checkpoint(self.lineage, self.learner.step_number, schema_hash, model, arrays))
+
+    def _forget(self, examples: ExampleBlock) -> None:
+        """Count a batch whose step failed."""
+        self.trained -= len(examples)
+        self.not_finite += len(examples)
 
     def settle(self) -> None:
         """Give the last step's result to the observers, so that metrics cover every trained example."""

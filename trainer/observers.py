@@ -20,11 +20,13 @@ class StepFigures:
         scores: float32 [B, T], by the weights before the step: probabilities, or values in the label's unit.
         active_experts: int64 [B], experts executed for each instance; None for a ranker without experts.
         expert_load: int64 [T, E], instances that each task sent to each expert; None for a ranker without experts.
+        taken: False if the loss or the gradients were not finite: then the step changed nothing.
     """
 
     scores: F32
     active_experts: I64 | None = None
     expert_load: I64 | None = None
+    taken: bool = True
 
 
 def fetch(result: StepResult) -> StepFigures:
@@ -34,6 +36,7 @@ def fetch(result: StepResult) -> StepFigures:
         scores=result.scores.cpu().numpy(),
         active_experts=None if active_B is None else active_B.cpu().numpy(),
         expert_load=None if load_TE is None else load_TE.cpu().numpy(),
+        taken=bool(getattr(result, "taken", True)),
     )
 
 
@@ -45,6 +48,9 @@ class Observer:
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Called with each batch and its step's figures, in order, but possibly after the next step has started."""
+
+    def after_failed_step(self, examples: ExampleBlock) -> None:
+        """Called instead of :meth:`after_step` if the step's loss or gradients were not finite: it changed nothing."""
 
     def after_read(self) -> None:
         """Called after each read of the stream, whether or not it returned events."""
@@ -75,7 +81,10 @@ class DelayedResults:
         (examples, result), self._kept = self._kept, None
         figures = fetch(result)
         for observer in self._observers:
-            observer.after_step(examples, figures)
+            if figures.taken:
+                observer.after_step(examples, figures)
+            else:
+                observer.after_failed_step(examples)
 
 
 class BatchSender:

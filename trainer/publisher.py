@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from smes.arrays import I64
 from smes.errors import SmesError, SnapshotStale
 from smes.events import ExampleBlock
 from smes.schema import MISSING, Schema
+from trainer.lease import LeaseKeeper
 from trainer.observers import Observer, StepFigures
 
 _MAX_ARRIVALS = 512
@@ -68,6 +70,7 @@ def summarise_arrivals(arrivals: Counter[int]) -> tuple[tuple[int, int], ...]:
 
 _logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
+_ANSWER_S = 1.0  # a store that is there answers a small read in much less
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +108,21 @@ class Publisher:
         model: Model configuration as plain data; goes into the snapshot.
         lineage: The lineage that the weights belong to.
         now_ms: Wall clock, Unix milliseconds.
+        lease: The lease to publish with; None for none, which the store allows while nobody holds it.
     """
 
     def __init__(
-        self, store: SnapshotStore, schema: Schema, model: dict[str, Any], lineage: str, *, now_ms: Callable[[], int]
+        self,
+        store: SnapshotStore,
+        schema: Schema,
+        model: dict[str, Any],
+        lineage: str,
+        *,
+        now_ms: Callable[[], int],
+        lease: LeaseKeeper | None = None,
     ) -> None:
         self._store, self._schema, self._model, self.lineage, self._now_ms = store, schema, model, lineage, now_ms
+        self._lease = lease
         self._changed = threading.Condition()
         self._waiting: Cut | None = None
         self._closing = False
@@ -135,17 +147,45 @@ class Publisher:
             self._waiting = cut
             self._changed.notify_all()
 
+    def check(self) -> None:
+        """Check that this publisher may still publish.
+
+        Raises:
+            LeaseLost: Another trainer publishes in this namespace.
+        """
+        if self._lease is not None:
+            self._lease.check()
+
     def close(self, timeout_s: float = 30.0) -> bool:
         """Publish the waiting cut, then stop; True if everything was published within ``timeout_s``.
 
-        While the store does not answer, the publication is tried again until then.
+        A store that does not answer is not waited for: then this takes about two seconds.
         """
+        deadline_s = time.monotonic() + timeout_s
         with self._changed:
             self._closing = True
-            self._give_up_s = time.monotonic() + timeout_s
+            self._give_up_s = deadline_s
             self._changed.notify_all()
-        self._thread.join(timeout_s)
+        self._thread.join(min(timeout_s, _ANSWER_S))
+        while self._thread.is_alive() and time.monotonic() < deadline_s and self._store_answers():
+            self._thread.join(min(_ANSWER_S, max(0.0, deadline_s - time.monotonic())))
+        with self._changed:
+            self._give_up_s = 0.0
+            self._changed.notify_all()
         return not self._thread.is_alive() and self._waiting is None
+
+    def _store_answers(self) -> bool:
+        """Whether the store answers a small read. In a thread: a server that hangs would hold the caller for long."""
+        answers: list[str | None] = []
+
+        def ask() -> None:
+            with suppress(SmesError):
+                answers.append(self._store.pointer())
+
+        asking = threading.Thread(target=ask, name="publisher-probe", daemon=True)
+        asking.start()
+        asking.join(_ANSWER_S)
+        return bool(answers)
 
     @property
     def has_waiting(self) -> bool:
@@ -198,6 +238,7 @@ class Publisher:
                 positions=cut.positions,
                 metrics=cut.metrics,
                 feedback_arrivals=summarise_arrivals(cut.feedback_arrivals),
+                fencing=None if self._lease is None else self._lease.number,
             )
         except SnapshotStale as error:
             _logger.info("%s", error)
@@ -272,5 +313,9 @@ def lineage_to_publish(lineage: str, step: int, served: Manifest | None) -> str:
 
 def new_lineage(parent: str | None = None) -> str:
     """A name for a new history of weights; the name of a fork begins with the root of its parent's name."""
-    root = parent.partition(".")[0] if parent else uuid.uuid4().hex[:8]
-    return f"{root}.{uuid.uuid4().hex[:4]}" if parent else root
+    return f"{root_of(parent)}.{uuid.uuid4().hex[:4]}" if parent else uuid.uuid4().hex[:8]
+
+
+def root_of(lineage: str) -> str:
+    """The name that a lineage shares with all that it forked from."""
+    return lineage.partition(".")[0]

@@ -11,7 +11,15 @@ from stream.join.ledgers import StreamLedger
 
 @dataclass(frozen=True, slots=True)
 class EventCounts:
-    """Impressions read, and where each of them is: ``impressions`` is the sum of the others."""
+    """Impressions read, and where each of them is: ``impressions`` is the sum of the others, up to ``not_finite``.
+
+    Attributes:
+        impressions: Read from the log.
+        trained, waiting, late, duplicate, dead_lettered: Where they are.
+        not_finite: Handed to a training step whose loss or gradients were not finite; they have dead letters, too.
+        gaps: Records passed over because they are no longer in the log. They were never read.
+        unreadable: What was in the log but is no record of ours. They are among ``dead_lettered``.
+    """
 
     impressions: int
     trained: int
@@ -19,11 +27,17 @@ class EventCounts:
     late: int
     duplicate: int
     dead_lettered: int
+    not_finite: int
+    gaps: int
+    unreadable: int
 
 
 @dataclass(frozen=True, slots=True)
 class FeedbackCounts:
-    """Feedback events read, and where each of them is: ``received`` is the sum of the others."""
+    """Feedback events read, and where each of them is: ``received`` is the sum of the others, up to ``dead_lettered``.
+
+    ``gaps`` and ``unreadable`` are as in :class:`EventCounts`.
+    """
 
     received: int
     attached: int
@@ -32,6 +46,8 @@ class FeedbackCounts:
     orphaned: int
     duplicate: int
     dead_lettered: int
+    gaps: int
+    unreadable: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +166,14 @@ class TrainingReport:
         return asdict(self)
 
 
+_NOT_READ = ("gaps", "unreadable")  # counts beside the sum
+
+
 def conservation_errors(report: dict[str, Any]) -> list[str]:
     """Which of the two ledgers of a written report do not balance, in words; empty when nothing was lost."""
     errors = []
     for ledger, total in (("events", "impressions"), ("feedback", "received")):
-        counts = dict(report[ledger])
+        counts = {name: n for name, n in report[ledger].items() if name not in _NOT_READ}
         read = counts.pop(total)
         if (accounted := sum(counts.values())) != read:
             parts = " + ".join(f"{n} {name}" for name, n in counts.items())

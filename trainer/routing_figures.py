@@ -228,6 +228,10 @@ class RoutingObserver(Observer):
         if figures.active_experts is not None and figures.expert_load is not None:
             self._tally.add(examples, figures.active_experts, figures.expert_load)
 
+    def after_failed_step(self, examples: ExampleBlock) -> None:
+        """Count nothing: the step changed nothing."""
+        self._pending -= 1
+
     def close_full_segment(self) -> None:
         """End the open segment if it has all its steps, with what the present weights choose for the probe."""
         history = self._tally.history

@@ -37,6 +37,9 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
             late=ledger.late,
             duplicate=ledger.duplicate,
             dead_lettered=ledger.dead_lettered,
+            not_finite=trainer.not_finite,
+            gaps=ledger.gaps,
+            unreadable=ledger.unreadable,
         ),
         feedback=FeedbackCounts(
             received=ledger.feedback,
@@ -46,6 +49,8 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
             orphaned=ledger.orphaned,
             duplicate=ledger.feedback_duplicate,
             dead_lettered=ledger.feedback_dead_lettered,
+            gaps=ledger.feedback_gaps,
+            unreadable=ledger.feedback_unreadable,
         ),
         throughput=Throughput(trained / seconds if seconds > 0 else None),
         freshness_ms=Quantiles(),

@@ -214,6 +214,29 @@ class Learner:
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"learner state: of another schema or model configuration: {error}") from error
 
+    def load_serving_state(self, state: Mapping[str, Tensor], step_number: int) -> None:
+        """Continue from a :meth:`serving_state`: the weights as they serve, the optimisers as if nothing was seen.
+
+        A search for task groups that the serving state does not hold begins anew.
+
+        Args:
+            state: The copies.
+            step_number: Steps behind them.
+
+        Raises:
+            ValueError: As :meth:`load_state`.
+        """
+        fresh = self.state()
+        optimisers = {name: tensor for name, tensor in fresh.items() if name.startswith(("adam.", "groups."))}
+        try:
+            rows = state["table.keys"].shape[0]
+            accumulators = {
+                f"accumulators.{name}": table.initial_accumulators(rows) for name, table in self._tables.items()
+            }
+        except KeyError as error:
+            raise ValueError(f"learner state: of another schema or model configuration: {error}") from error
+        self.load_state({**optimisers, **accumulators, **state, "step_number": torch.tensor(step_number)})
+
     def _load_adam(self, state: Mapping[str, Tensor]) -> None:
         adam = {
             index: under(f"adam.{name}.", state)

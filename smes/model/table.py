@@ -44,6 +44,10 @@ class RowTable:
         """Adagrad's sums of squared gradients of the rows in use; a view. float32 [R, 1 or C]."""
         return self._accumulators[: self._rows]
 
+    def initial_accumulators(self, rows: int) -> Tensor:
+        """Adagrad's sums of so many rows before their first step, on the CPU. float32 [rows, 1 or C]."""
+        return torch.full((rows, self._accumulators.shape[1]), self._config.initial_accumulator)
+
     def append(self, weights_NC: Tensor) -> None:
         """Add rows with the given first weights, which may be on another device. float32 [N, C]."""
         start = len(self)

@@ -32,6 +32,7 @@ Code = Literal[
     "label_range",  # a label outside its task's range
     "too_large",  # the record is larger, or would become larger when decoded, than one record may
     "unreadable",  # in the log, but no record of ours
+    "not_finite",  # an example of a training step whose loss or gradients were not finite
 ]
 
 MAX_ID = int(np.iinfo(np.int64).max)

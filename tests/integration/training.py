@@ -89,14 +89,22 @@ def totals(pairs: Pairs) -> tuple[int, int]:
     return sum(len(block) for block, _ in pairs), sum(len(feedback) for _, feedback in pairs)
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest sequence number."""
+    return max(folder.glob("step-*.safetensors"), key=lambda path: path.stem.rpartition("-")[2], default=None)
+
+
 def newest_step(folder: Path) -> int:
     """Step of the newest checkpoint, -1 without one."""
-    return max((int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors")), default=-1)
+    newest = newest_checkpoint(folder)
+    return -1 if newest is None else int(newest.stem.split("-")[1])
 
 
 def learner_arrays(folder: Path) -> dict[str, NDArray[Any]]:
     """The learner's part of the newest checkpoint."""
-    with safe_open(folder / f"step-{newest_step(folder):012d}.safetensors", framework="np") as file:
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    with safe_open(newest, framework="np") as file:
         names = [name for name in file.keys() if name.startswith("learner.")]  # noqa: SIM118 - no dict
         return {name.removeprefix("learner."): file.get_tensor(name) for name in names}
 

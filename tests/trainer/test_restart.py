@@ -1,8 +1,6 @@
 """A trainer killed anywhere and started again ends with the weights, metrics and counts of one never killed."""
 
-import os
 import random
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -145,7 +143,7 @@ def test_a_damaged_checkpoint_yields_to_the_one_before(log: InMemoryLog, tmp_pat
     trainer.checkpoint()
     train_to_the_end(trainer)
     trainer.checkpoint()
-    newest = tmp_path / f"step-{trainer.learner.step_number:012d}.safetensors"
+    newest = max(tmp_path.glob("*.safetensors"), key=lambda path: path.stem[-8:])
     newest.write_bytes(newest.read_bytes()[:1000])
 
     assert trainer_of(log, tmp_path).restore() == 0
@@ -185,12 +183,10 @@ def test_another_format_is_refused_by_its_number_and_not_skipped(
 ) -> None:
     trainer = trainer_of(log, tmp_path)
     trainer.checkpoint()
-    older = next(tmp_path.iterdir())
-    newer = tmp_path / "step-000000000009.safetensors"
+    newer = tmp_path / "step-000000000009-00000002.safetensors"
     newer.write_bytes(save({"weights": np.zeros(3)}, {} if written is None else {"format": written}))
-    os.utime(newer, ns=(time.time_ns(), older.stat().st_mtime_ns + 10**9))
 
-    with pytest.raises(CheckpointError, match=rf"checkpoint .*000009\.safetensors: format {number}, expected 2"):
+    with pytest.raises(CheckpointError, match=rf"checkpoint .*000009-00000002\.safetensors: format {number}, expected 2"):
         trainer_of(log, tmp_path).restore()
 
 

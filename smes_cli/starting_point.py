@@ -1,0 +1,124 @@
+"""Where a trainer begins: at its newest checkpoint, at the snapshot in service, or anew.
+
+A trainer without a checkpoint does not simply begin anew where a model is in service: its first snapshots would replace
+a trained model by an untrained one. It stops and asks what is meant.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+
+from feature_store.payload import decode
+from feature_store.publication import Manifest
+from feature_store.snapshots import SnapshotStore
+from smes.errors import SchemaMismatch, ServingWithoutCheckpoint, SnapshotError, SnapshotNotFound
+from smes_cli.console import console
+from stream.example_stream import ExampleStream
+from stream.log.event_log import TopicPartition
+from trainer.checkpoint_file import differences
+from trainer.loop import Trainer
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutCheckpoint:
+    """What to do where there is no checkpoint but a model is in service. Neither: stop and ask.
+
+    Attributes:
+        from_snapshot: Go on from the snapshot in service.
+        anew: Start over, and replace it.
+    """
+
+    from_snapshot: bool = False
+    anew: bool = False
+
+    def __post_init__(self) -> None:
+        if self.from_snapshot and self.anew:
+            raise ValueError("--from-snapshot --anew: expected at most one of the two")
+
+
+def find_starting_point(
+    trainer: Trainer, stream: ExampleStream, store: SnapshotStore, otherwise: WithoutCheckpoint
+) -> Manifest | None:
+    """Bring a new trainer to where it begins.
+
+    Args:
+        trainer: Has trained on nothing yet.
+        stream: Its stream.
+        store: Where the model in service is.
+        otherwise: What to do without a checkpoint.
+
+    Returns:
+        The manifest of the snapshot in service; None if there is none that can be read.
+
+    Raises:
+        CheckpointError, SchemaMismatch: A checkpoint is there, but none that can be used.
+        ServingWithoutCheckpoint: There is no checkpoint, but a model is in service.
+        SnapshotError: The snapshot to go on from cannot be used.
+    """
+    served, problem = _in_service(store)
+    step = trainer.restore()
+    if step is not None:
+        console.print(f"going on from the checkpoint of step {step} of lineage {trainer.lineage}", highlight=False)
+        if otherwise.from_snapshot or otherwise.anew:
+            _logger.warning("--from-snapshot and --anew have no effect: there is a checkpoint, of step %d", step)
+        return served
+    if served is None and problem is None:
+        return None
+    what = f"version {served.version} of lineage {served.lineage}" if served else f"a snapshot ({problem})"
+    if otherwise.anew:
+        _logger.warning("starting anew: the first snapshot of this trainer replaces %s, which is in service", what)
+    elif not otherwise.from_snapshot:
+        raise ServingWithoutCheckpoint(
+            f"there is no checkpoint, but {what} is in service: expected the folder of its checkpoints "
+            "(trainer.checkpoint.directory), or --from-snapshot (go on from the snapshot: the optimisers begin anew, "
+            "and impressions that waited for feedback are lost), or --anew (start over and replace it)"
+        )
+    elif served is None:
+        raise SnapshotError(f"--from-snapshot: {problem}, expected a snapshot that can be read, or --anew")
+    else:
+        _go_on_from(served, trainer, stream, store)
+    trainer.checkpoint()  # so that the question is answered once
+    return served
+
+
+def _in_service(store: SnapshotStore) -> tuple[Manifest | None, str | None]:
+    """The manifest of the snapshot in service, and why it cannot be read, if that is so. Both None: there is none."""
+    try:
+        return store.current(), None
+    except SnapshotNotFound:
+        return None, None
+    except SnapshotError as error:
+        _logger.warning("the snapshot in service cannot be read: %s", error)
+        return None, str(error)
+
+
+def _go_on_from(served: Manifest, trainer: Trainer, stream: ExampleStream, store: SnapshotStore) -> None:
+    name, schema = f"snapshot {served.lineage}:{served.version}", trainer.learner.schema
+    tensors, metadata = decode(store.load(served))
+    if metadata.get("schema_hash") != schema.hash:
+        raise SchemaMismatch(name, expected=schema.hash, got=metadata.get("schema_hash", "none"))
+    configured = json.loads(json.dumps(trainer.learner.config.to_dict()))
+    if changed := differences(json.loads(metadata.get("model", "{}")), configured):
+        raise SnapshotError(
+            f"{name}: trained with another model configuration (differs in: {', '.join(changed)}), expected the same"
+        )
+    try:
+        trainer.start_from(tensors, served)
+    except ValueError as error:
+        raise SnapshotError(f"{name}: {error}") from error
+    found = {TopicPartition(t, int(p)): n for t, partitions in served.positions.items() for p, n in partitions.items()}
+    if unknown := sorted(found.keys() - stream.positions.keys()):
+        at = ", ".join(f"{source.topic}/{source.partition}" for source in unknown)
+        raise SnapshotError(f"{name}: positions in {at}, expected partitions that the event log has")
+    stream.positions.update(found)
+    _logger.warning(
+        "going on from %s as lineage %s at step %d, without a checkpoint. That costs: impressions that waited for "
+        "feedback at that moment are not trained on, up to %g s of event time, and feedback that is still to come for "
+        "them is orphaned; the optimisers begin anew; metrics and ledgers count from here",
+        name,
+        trainer.lineage,
+        served.step,
+        schema.max_window_ms / 1000,
+    )

@@ -1,0 +1,69 @@
+"""How a training goes: a table on a terminal, a line every few seconds otherwise."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from rich.live import Live
+
+from smes.events import ExampleBlock
+from smes_cli.console import console, number, task_table
+from trainer.loop import Trainer
+from trainer.observers import Observer, StepFigures
+from trainer.report import ledger_line
+from trainer.run_report import task_figures
+
+_TABLE_EVERY_S = 1.0
+_LINE_EVERY_S = 5.0
+
+
+@contextmanager
+def show_progress(trainer: Trainer) -> Iterator["TrainProgress"]:
+    """An observer that shows how the training goes."""
+    if not console.is_terminal or console.quiet:
+        yield TrainProgress(trainer, None)
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        yield TrainProgress(trainer, live)
+
+
+class TrainProgress(Observer):
+    """Shows the counts and metrics so far, at most once in a while.
+
+    Args:
+        trainer: Whose training.
+        live: Where the table is; None: lines are printed.
+    """
+
+    def __init__(self, trainer: Trainer, live: Live | None) -> None:
+        self._trainer, self._live = trainer, live
+        self._every_s = _TABLE_EVERY_S if live else _LINE_EVERY_S
+        self._last_s, self._last_trained = time.monotonic(), trainer.trained
+
+    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
+        """Show if it is time to."""
+        self._show_if_due()
+
+    def after_read(self) -> None:
+        """Show if it is time to: reads change the counts, too."""
+        self._show_if_due()
+
+    def _show_if_due(self) -> None:
+        now_s, trainer = time.monotonic(), self._trainer
+        if now_s - self._last_s < self._every_s:
+            return
+        rate = (trainer.trained - self._last_trained) / (now_s - self._last_s)  # since the last time it was shown
+        self._last_s, self._last_trained = now_s, trainer.trained
+        head = (
+            f"step {trainer.learner.step_number:,} · {trainer.trained:,} trained ({rate:,.0f}/s) · "
+            f"{ledger_line(trainer.stream.ledger())}"
+        )
+        metrics = trainer.evaluation.report()
+        if self._live:
+            table = task_table({name: asdict(task) for name, task in task_figures(metrics).items()})
+            table.caption = head
+            self._live.update(table, refresh=True)
+            return
+        aucs = " ".join(f"{name} {number(task.auc, 3)}" for name, task in metrics.items() if task.auc is not None)
+        console.print(f"{head} · AUC {aucs}", highlight=False, soft_wrap=True)
