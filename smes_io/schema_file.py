@@ -97,7 +97,11 @@ def _check_log(schema: Schema, log: LogSpec) -> None:
 
 
 def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
-    """Write out the short forms: ``x: name`` for ``x: {column: name}``, and one pattern for a list of patterns."""
+    """Write out the short forms.
+
+    ``x: name`` stands for ``x: {column: name}``, one pattern for a list of patterns, and ``delimiter: ";"`` for
+    ``csv: {delimiter: ";"}``.
+    """
     log = data.get("log")
     if not isinstance(log, dict):
         return data
@@ -107,6 +111,8 @@ def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
             log[section] = {k: {"column": v} if isinstance(v, str) else v for k, v in log[section].items()}
     if isinstance(log.get("files"), str):
         log["files"] = [log["files"]]
+    if "delimiter" in log and isinstance(log.get("csv", {}), dict) and "delimiter" not in log.get("csv", {}):
+        log["csv"] = {**log.get("csv", {}), "delimiter": log.pop("delimiter")}
     for section in ("user_features", "item_features"):
         table = log.get(section)
         if isinstance(table, dict) and isinstance(table.get("files"), str):

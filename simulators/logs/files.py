@@ -6,14 +6,22 @@ from pathlib import Path
 from smes.errors import LogError
 from smes_io.log_spec import LogSpec, SideTable
 
-EXTENSIONS = (".csv", ".parquet")
+TEXT_EXTENSIONS = (".csv", ".tsv", ".txt")
+PACKED_EXTENSIONS = (".gz", ".zst")
+_EXPECTED = "a file that ends in .parquet, or in .csv, .tsv or .txt with or without .gz or .zst behind it"
 _MOST_LISTED = 12
 
 
 @dataclass(frozen=True)
 class LogFiles:
-    """Absolute paths. Each list is in reading order, and all its files have one extension."""
+    """Absolute paths. Each list is in reading order, and all its files are text or all are Parquet.
 
+    Attributes:
+        folder: Where the log and its feature tables lie.
+        log, user, item: The files of the log and of its feature tables.
+    """
+
+    folder: str
     log: list[str]
     user: list[str]
     item: list[str]
@@ -27,7 +35,7 @@ def find_files(path: Path, spec: LogSpec) -> LogFiles:
         spec: Patterns of the files.
 
     Raises:
-        LogError: There is no such file or folder, a pattern matches nothing, or a file is neither CSV nor Parquet.
+        LogError: There is no such file or folder, a pattern matches nothing, or a file is neither text nor Parquet.
     """
     if not path.exists():
         raise LogError(f"{path}: no such file or folder, expected a log of impressions")
@@ -36,10 +44,16 @@ def find_files(path: Path, spec: LogSpec) -> LogFiles:
     else:
         folder, log = path.parent, [path]
     return LogFiles(
+        folder=str(folder.resolve()),
         log=_checked(log),
         user=_checked(_side_files(folder, spec.user_features, "log.user_features.files")),
         item=_checked(_side_files(folder, spec.item_features, "log.item_features.files")),
     )
+
+
+def is_text(path: str | Path) -> bool:
+    """Whether a file is CSV or of its kin, by its name."""
+    return _kind(Path(path)) == "text"
 
 
 def _side_files(folder: Path, table: SideTable | None, key: str) -> list[Path]:
@@ -55,12 +69,20 @@ def _match(folder: Path, patterns: tuple[str, ...], key: str) -> list[Path]:
     return found
 
 
+def _kind(file: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes[-1:] == [".parquet"]:
+        return "parquet"
+    if suffixes and suffixes[-1] in PACKED_EXTENSIONS:
+        suffixes.pop()
+    return "text" if suffixes and suffixes[-1] in TEXT_EXTENSIONS else None
+
+
 def _checked(files: list[Path]) -> list[str]:
-    extensions = {file.suffix.lower() for file in files}
     for file in files:
-        if file.suffix.lower() not in EXTENSIONS:
-            raise LogError(f"{file}: expected a file that ends in .csv or .parquet")
-    if len(extensions) > 1:
+        if _kind(file) is None:
+            raise LogError(f"{file}: expected {_EXPECTED}")
+    if len({_kind(file) for file in files}) > 1:
         names = ", ".join(file.name for file in files)
-        raise LogError(f"{files[0].parent}: expected CSV files or Parquet files only, got both: {names}")
+        raise LogError(f"{files[0].parent}: expected text files or Parquet files only, got both: {names}")
     return [str(file.resolve()) for file in files]

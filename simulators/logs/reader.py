@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulators.logs.files import LogFiles, find_files
+from simulators.logs.ledger import LogLedger
 from simulators.logs.store import LogStore
 from smes.arrays import F32, I64
 from smes.errors import LogError
@@ -128,6 +129,11 @@ class LogReader:
     def rejected(self) -> dict[str, int]:
         """Reason → number of unusable rows in the whole log. They are in no block."""
         return dict(self._store.prepared().rejected)
+
+    @property
+    def ledger(self) -> LogLedger:
+        """What was read, what was left out and why. Loads the feature tables too."""
+        return self._store.ledger()
 
     def blocks(self, rows_per_block: int = 8192) -> Iterator[LogBlock]:
         """Yield all impressions in event-time order. Rows of the same time keep their order in the files.

@@ -1,26 +1,54 @@
 """DuckDB SQL expressions that encode a column of any type as an event column.
 
-Ids become int64: integers (also the texts ``29`` and ``29.0``) are kept, any other text becomes
-:func:`smes.hashing.stable_id` of it, and nulls, empty texts and NaN become ``MISSING``. A value's id depends on the
-value only, not on the file or the column type it is stored in.
+Ids become int64 by the rule of :func:`smes.hashing.encode_id`. A value's id depends on the value only, not on the file
+or the column type that it is stored in. Nulls, NaN and the declared null words become ``MISSING``.
 """
 
-# ruff: noqa: S608 - names are quoted and texts escaped by the functions of sql.py; expressions are the operator's own.
-
+import ast
+import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
-from smes.hashing import stable_id
+from smes.hashing import EXACT_DOUBLE, stable_id
 from smes.schema import MISSING, Feature
 
 STABLE_ID_FUNCTION = "smes_stable_id"
+LIST_FUNCTION = "smes_list"
 MISSING_SQL = f"({MISSING + 1}::BIGINT - 1)"  # the literal does not parse: its absolute value exceeds int64
 NAN_SQL = "'nan'::FLOAT"
 
-_INTEGERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "BOOLEAN"}
+Family = Literal["integer", "wide", "float", "decimal", "text", "time", "bytes", "list", "other"]
+
+_FAMILIES: dict[Family, set[str]] = {
+    "integer": {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "BOOLEAN"},
+    "wide": {"UBIGINT", "HUGEINT", "UHUGEINT"},
+    "float": {"FLOAT", "DOUBLE"},
+    "text": {"VARCHAR", "JSON", "UUID"},
+    "bytes": {"BLOB"},
+}
+_EXACT = {"FLOAT": 2.0**24, "DOUBLE": EXACT_DOUBLE}  # from here on a neighbouring integer has the same value
 _CACHE_LIMIT = 1_000_000
+
+
+def family(sql_type: str) -> Family:
+    """What kind of values a type holds."""
+    if sql_type.endswith("]"):
+        return "list"
+    for name, types in _FAMILIES.items():
+        if sql_type in types:
+            return name
+    if sql_type.startswith("DECIMAL("):
+        return "decimal"
+    if sql_type.startswith("ENUM("):
+        return "text"
+    return "time" if sql_type.startswith(("DATE", "TIME")) else "other"
+
+
+def element_type(sql_type: str) -> str:
+    """The type of a list's elements."""
+    return sql_type[: sql_type.rindex("[")]
 
 
 def quote(name: str) -> str:
@@ -52,48 +80,180 @@ def stable_id_function() -> Callable[[Any], Any]:
     return encode
 
 
-def id_sql(expr: str, sql_type: str) -> str:
+def list_function(column: Any) -> Any:
+    """The elements of texts in brackets, as an Arrow array of lists of texts; null for a text that is no list."""
+    return pa.array([_elements(value) for value in column.to_pylist()], pa.list_(pa.string()))
+
+
+def _elements(value: str | None) -> list[str | None] | None:
+    """The elements of a list that is written as JSON, or as Python writes lists, as they are written there."""
+    if value is None:
+        return None
+    try:
+        found = json.loads(value, parse_int=str, parse_float=str, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        try:
+            found = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+    if not isinstance(found, list) or not all(isinstance(x, str | int | float | None) for x in found):
+        return None
+    return [x if x is None or isinstance(x, str) else str(x) for x in found]
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word}, expected a number")
+
+
+def no_value_sql(expr: str, sql_type: str, null_words: Sequence[str] = ()) -> str:
+    """True where there is nothing: null, NaN, a null word, a list without elements."""
+    match family(sql_type):
+        case "text":
+            value = _as_text(expr, sql_type)
+            words = "".join(f" OR {value} = {text(word)}" for word in dict.fromkeys(("", *null_words)))
+            return f"({expr} IS NULL{words})"
+        case "float":
+            return f"({expr} IS NULL OR isnan({expr}))"
+        case "list":
+            absent = no_value_sql("x", element_type(sql_type), null_words)
+            return f"(COALESCE(len(list_filter({_items(expr, sql_type, None)}, lambda x: NOT {absent})), 0) = 0)"
+    return f"({expr} IS NULL)"
+
+
+def id_sql(expr: str, sql_type: str, null_words: Sequence[str] = ()) -> str:
     """An id as BIGINT, never null."""
-    if sql_type in _INTEGERS:
-        return f"COALESCE(CAST({expr} AS BIGINT), {MISSING_SQL})"
-    value = f"CAST({expr} AS VARCHAR)"
-    integer, number = f"TRY_CAST({value} AS BIGINT)", f"TRY_CAST({value} AS DOUBLE)"
+    if sql_type == "BIGINT":
+        least = stable_id(str(MISSING))
+        return f"CASE WHEN {expr} IS NULL THEN {MISSING_SQL} WHEN {expr} = {MISSING_SQL} THEN {least} ELSE {expr} END"
+    absent = no_value_sql(expr, sql_type, null_words)
+    match family(sql_type):
+        case "integer":
+            return f"COALESCE(CAST({expr} AS BIGINT), {MISSING_SQL})"
+        case "float":
+            value, whole = f"CAST({expr} AS VARCHAR)", f"{expr} = trunc({expr}) AND abs({expr}) < {EXACT_DOUBLE!r}"
+            known = f"WHEN {whole} THEN CAST({expr} AS BIGINT)"
+            return f"CASE WHEN {absent} THEN {MISSING_SQL} {known} ELSE {STABLE_ID_FUNCTION}({value}) END"
+        case "decimal":
+            value = f"CAST({expr} AS VARCHAR)"
+            value = f"CASE WHEN contains({value}, '.') THEN rtrim(rtrim({value}, '0'), '.') ELSE {value} END"
+        case "bytes":
+            value = f"decode({expr})"
+        case _:
+            value = _as_text(expr, sql_type)
+    integer = f"TRY_CAST({value} AS BIGINT)"
+    # Written as an integer: digits without a leading zero or plus, with .0 behind them or not, within int64. TRY_CAST
+    # reads more than that, so the pattern decides and the cast tells whether it fits.
+    written = f"regexp_full_match({value}, '-?(0|[1-9][0-9]{{0,18}})(\\.0)?')"
     return (
-        f"CASE WHEN {expr} IS NULL OR trim({value}) = '' OR isnan({number}) THEN {MISSING_SQL} "
-        f"WHEN CAST({integer} AS DOUBLE) = {number} THEN {integer} "
+        f"CASE WHEN {absent} THEN {MISSING_SQL} "
+        f"WHEN {written} AND {integer} > {MISSING_SQL} THEN {integer} "
         f"ELSE {STABLE_ID_FUNCTION}({value}) END"
     )
 
 
-def bag_sql(expr: str, sql_type: str, feature: Feature, separator: str) -> str:
+def inexact_id_sql(expr: str, sql_type: str) -> str | None:
+    """True where an id is a float so large that another integer may have become it; None if none can be."""
+    if sql_type in _EXACT:
+        return f"COALESCE(NOT isnan({expr}) AND abs({expr}) >= {_EXACT[sql_type]!r}, false)"
+    if family(sql_type) == "list" and (inner := inexact_id_sql("x", element_type(sql_type))) is not None:
+        return f"COALESCE(list_bool_or(list_transform({expr}, lambda x: {inner})), false)"
+    return None
+
+
+def bag_sql(expr: str, sql_type: str, feature: Feature, separator: str | None, null_words: Sequence[str] = ()) -> str:
     """A bag or sequence as BIGINT[max_length], never null, padded with ``MISSING``."""
-    if sql_type.endswith("]"):
-        element_type = sql_type[: sql_type.rindex("[")]
-        items = f"CAST({expr} AS {element_type}[])"
-    else:
-        element_type = "VARCHAR"
-        items = f"string_split(CAST({expr} AS VARCHAR), {text(separator)})"
-    present = "x IS NOT NULL" if element_type in _INTEGERS else "trim(CAST(x AS VARCHAR)) <> ''"
-    items = f"list_filter({items}, lambda x: {present})"
+    items, inner = (
+        _items(expr, sql_type, separator),
+        element_type(sql_type) if family(sql_type) == "list" else "VARCHAR",
+    )
+    items = f"list_filter({items}, lambda x: NOT {no_value_sql('x', inner, null_words)})"
     kept = f"list_slice({items}, 1, {feature.max_length})"
-    ids = f"list_transform({kept}, lambda x: {id_sql('x', element_type)})"
+    ids = f"list_transform({kept}, lambda x: {id_sql('x', inner, null_words)})"
     padded = f"list_resize(COALESCE({ids}, []::BIGINT[]), {feature.max_length}, {MISSING_SQL})"
     return f"CAST({padded} AS BIGINT[{feature.max_length}])"
 
 
-def numeric_sql(expr: str) -> str:
-    """A number as FLOAT, never null; NaN if the value is absent or not finite."""
-    value = f"TRY_CAST({expr} AS FLOAT)"
+def _items(expr: str, sql_type: str, separator: str | None) -> str:
+    """The elements of a list, or of a text that holds one."""
+    if family(sql_type) == "list":
+        return f"CAST({expr} AS {element_type(sql_type)}[])"  # arrays of fixed size become lists
+    value = _as_text(expr, sql_type)
+    split = (
+        f"string_split(replace({value}, '|', ','), ',')"
+        if separator is None
+        else f"string_split({value}, {text(separator)})"
+    )
+    trimmed = f"list_transform({split}, lambda x: trim(x))"
+    return f"CASE WHEN {_in_brackets(value)} THEN {LIST_FUNCTION}({value}) ELSE {trimmed} END"
+
+
+def _in_brackets(value: str) -> str:
+    return f"(starts_with(ltrim({value}), '[') AND ends_with(rtrim({value}), ']'))"
+
+
+def numeric_sql(expr: str, sql_type: str) -> str:
+    """A number as FLOAT, never null; NaN if the value is absent or not finite. ``true`` and ``false`` are 1 and 0."""
+    value = _number(expr, sql_type, "FLOAT")
     return f"CASE WHEN isfinite({value}) THEN {value} ELSE {NAN_SQL} END"
 
 
-def feature_sql(feature: Feature, expr: str, sql_type: str, separator: str) -> str:
+def number_sql(expr: str, sql_type: str) -> str:
+    """A label as DOUBLE; null if the value is not a number. ``true`` and ``false`` are 1 and 0."""
+    return _number(expr, sql_type, "DOUBLE")
+
+
+def _number(expr: str, sql_type: str, target: str) -> str:
+    if family(sql_type) != "text":
+        return f"TRY_CAST({expr} AS {target})"
+    value = _as_text(expr, sql_type)
+    words = f"CASE lower(trim({value})) WHEN 'true' THEN 1::{target} WHEN 'false' THEN 0::{target} END"
+    return f"COALESCE(TRY_CAST({value} AS {target}), {words})"
+
+
+def _as_text(expr: str, sql_type: str) -> str:
+    return expr if sql_type == "VARCHAR" else f"CAST({expr} AS VARCHAR)"
+
+
+def no_number_sql(expr: str, sql_type: str, null_words: Sequence[str] = ()) -> str:
+    """True for a number that is not there: like :func:`no_value_sql`, and the text ``nan``."""
+    absent = no_value_sql(expr, sql_type, null_words)
+    if family(sql_type) != "text":
+        return absent
+    return (
+        f"({absent} OR trim({_as_text(expr, sql_type)}) = '' OR COALESCE(isnan({number_sql(expr, sql_type)}), false))"
+    )
+
+
+def feature_sql(
+    feature: Feature, expr: str, sql_type: str, separator: str | None, null_words: Sequence[str] = ()
+) -> str:
     """The encoding of one feature's values."""
     if feature.kind == "numeric":
-        return numeric_sql(expr)
+        absent = no_value_sql(expr, sql_type, null_words)
+        return f"CASE WHEN {absent} THEN {NAN_SQL} ELSE {numeric_sql(expr, sql_type)} END"
     if feature.is_list:
-        return bag_sql(expr, sql_type, feature, separator)
-    return id_sql(expr, sql_type)
+        return bag_sql(expr, sql_type, feature, separator, null_words)
+    return id_sql(expr, sql_type, null_words)
+
+
+def feature_no_value_sql(feature: Feature, expr: str, sql_type: str, null_words: Sequence[str] = ()) -> str:
+    """True where a feature has nothing."""
+    if feature.kind == "numeric":
+        return no_number_sql(expr, sql_type, null_words)
+    absent = no_value_sql(expr, sql_type, null_words)
+    empty_list = feature.is_list and family(sql_type) == "text"
+    return f"({absent} OR trim({_as_text(expr, sql_type)}) IN ('', '[]'))" if empty_list else absent
+
+
+def unreadable_sql(feature: Feature, expr: str, sql_type: str, null_words: Sequence[str] = ()) -> str | None:
+    """True where something is there that the feature's kind cannot read; None if that cannot be."""
+    if feature.kind == "numeric" and family(sql_type) in ("text", "float", "wide", "decimal"):
+        absent = no_number_sql(expr, sql_type, null_words)
+        return f"(NOT {absent} AND isnan({numeric_sql(expr, sql_type)}))"
+    if feature.is_list and family(sql_type) == "text":
+        value = _as_text(expr, sql_type)
+        return f"COALESCE({_in_brackets(value)} AND {LIST_FUNCTION}({value}) IS NULL, false)"
+    return None
 
 
 def absent_sql(feature: Feature) -> str:
@@ -113,29 +273,3 @@ def time_sql(expr: str, unit: str) -> str:
     exact = f"TRY_CAST({expr} AS BIGINT)"
     rounded = f"TRY_CAST(round(TRY_CAST({expr} AS DOUBLE) * {factor}) AS BIGINT)"
     return f"COALESCE({exact}, {rounded})" if unit == "ms" else rounded
-
-
-def number_sql(expr: str, sql_type: str) -> str:
-    """A label as DOUBLE; null if the value is not a number. ``true`` and ``false`` are 1 and 0."""
-    if sql_type == "VARCHAR":
-        words = f"CASE lower(trim({expr})) WHEN 'true' THEN 1.0 WHEN 'false' THEN 0.0 END"
-        return f"COALESCE(TRY_CAST({expr} AS DOUBLE), {words})"
-    return f"TRY_CAST({expr} AS DOUBLE)"
-
-
-def is_blank_sql(expr: str, sql_type: str) -> str:
-    """True for a label without a value, which is not the same as an unusable value."""
-    value = f"CAST({expr} AS VARCHAR)"
-    blank = f"{expr} IS NULL"
-    if sql_type == "VARCHAR":
-        blank += f" OR trim({value}) = ''"
-    return f"({blank} OR COALESCE(isnan({number_sql(expr, sql_type)}), false))"
-
-
-def scan_sql(files: Sequence[str], delimiter: str) -> str:
-    """A table expression over CSV (all columns as text) or Parquet files, in the given order."""
-    if files[0].lower().endswith(".parquet"):
-        return f"read_parquet([{', '.join(text(f) for f in files)}], union_by_name = true)"
-    options = f"all_varchar = true, header = true, delim = {text(delimiter)}, quote = '\"', store_rejects = true"
-    scans = [f"SELECT * FROM read_csv({text(f)}, {options})" for f in files]
-    return f"({' UNION ALL BY NAME '.join(scans)})"  # read_csv has no union_by_name together with store_rejects

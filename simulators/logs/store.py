@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from typing import Any
 import duckdb
 
 from simulators.logs import sql
+from simulators.logs.counts import TableCounts, count_rows
 from simulators.logs.files import LogFiles
+from simulators.logs.ledger import LogLedger, TableJoin
+from simulators.logs.parts import TableFiles
 from simulators.logs.table import TablePlan, plan_log, plan_side_table
 from smes.errors import LogError
 from smes.schema import Feature, Schema
@@ -31,12 +35,17 @@ class Prepared:
         rows_read: Rows in the files.
         duplicates: Exact duplicates that were dropped, in the whole log.
         rejected: Reason → number of unusable rows, in the whole log.
+        counts: What the files held.
+        first_event_ms, last_event_ms: Over all rows with a time; None without any.
     """
 
     total: int
     rows_read: int
     duplicates: int
     rejected: Mapping[str, int]
+    counts: TableCounts
+    first_event_ms: int | None
+    last_event_ms: int | None
 
 
 class LogStore:
@@ -53,6 +62,7 @@ class LogStore:
 
     def __init__(self, memory_limit: str, temp_dir: str | Path | None, threads: int | None) -> None:
         folder = tempfile.mkdtemp(prefix="smes-log-", dir=temp_dir)
+        self._folder = Path(folder)
         config: dict[str, Any] = {"memory_limit": memory_limit, "temp_directory": f"{folder}/spill"}
         if threads is not None:
             config["threads"] = threads
@@ -63,10 +73,18 @@ class LogStore:
             raise LogError(f"DuckDB with memory_limit {memory_limit!r}: {_first_line(error)}") from error
         self._release = weakref.finalize(self, _release, self._connection, folder)
         self._connection.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
-        self._connection.create_function(
-            sql.STABLE_ID_FUNCTION, sql.stable_id_function(), ["VARCHAR"], "BIGINT", type="arrow"
-        )
+        # Statistics in Parquet files leave NaN out. With them the optimiser turns isnan(x) into false, and x >= 4 into
+        # true, wherever they promise it.
+        self._connection.execute("SET disabled_optimizers = 'statistics_propagation'")
+        for name, function, result, nulls in (
+            (sql.STABLE_ID_FUNCTION, sql.stable_id_function(), "BIGINT", "default"),
+            (sql.LIST_FUNCTION, sql.list_function, "VARCHAR[]", "special"),
+        ):
+            self._connection.create_function(name, function, ["VARCHAR"], result, type="arrow", null_handling=nulls)
+        self._spec: LogSpec
+        self._files: LogFiles
         self._plans: dict[str, TablePlan] = {}
+        self._counts: dict[str, TableCounts] = {}
         self._limit: int | None = None
         self._prepared: Prepared | None = None
 
@@ -89,17 +107,22 @@ class LogStore:
         Raises:
             LogError: A column is missing or has an unusable type.
         """
-        connection = self._connection
+        connection, texts = self._connection, self._folder / "text"
 
         def features_of(table: str) -> list[Feature]:
             return [feature for feature in schema.features if tables.get(feature.name) == table]
 
-        self._limit = limit
-        self._plans = {"log": plan_log(connection, schema, spec, files.log, features_of("log"))}
-        if (users := spec.user_features) is not None:
-            self._plans["user"] = plan_side_table(connection, spec, users, files.user, features_of("user"))
-        if (items := spec.item_features) is not None:
-            self._plans["item"] = plan_side_table(connection, spec, items, files.item, features_of("item"))
+        self._limit, self._spec, self._files = limit, spec, files
+        log = TableFiles(connection, files.log, spec.csv, spec.null_words, texts)
+        self._plans = {"log": plan_log(connection, schema, spec, log, features_of("log"))}
+        for entity, side, found in (
+            ("user", spec.user_features, files.user),
+            ("item", spec.item_features, files.item),
+        ):
+            if side is not None:
+                csv = side.csv or spec.csv.of_another_table()
+                table = TableFiles(connection, found, csv, spec.null_words, texts)
+                self._plans[entity] = plan_side_table(connection, spec, side, table, features_of(entity), entity)
 
     def prepared(self) -> Prepared:
         """Sort the log on the first call; the counts."""
@@ -145,86 +168,130 @@ class LogStore:
         for start in range(0, count, ENTITY_ROWS):
             yield self._query(f"SELECT * FROM {table} WHERE rowid >= {start} AND rowid < {start + ENTITY_ROWS}")
 
+    def ledger(self) -> LogLedger:
+        """What was read, what was left out and why, of the log and of its feature tables."""
+        prepared, files = self.prepared(), self._files
+        joins = [self._join(entity) for entity in ("user", "item") if entity in self._plans]
+        columns = prepared.counts.columns
+        for entity in ("user", "item"):
+            columns += self._counts[entity].columns if entity in self._counts else ()
+        rejected = sum(rejection.rows for rejection in prepared.counts.rejections)
+        return LogLedger(
+            where=files.log[0] if len(files.log) == 1 else files.folder,
+            files=prepared.counts.files,
+            rows=prepared.rows_read,
+            usable=prepared.rows_read - prepared.duplicates - rejected,
+            used=prepared.total,
+            duplicates=prepared.duplicates,
+            outside=0,
+            rejections=prepared.counts.rejections,
+            columns=columns,
+            joins=tuple(joins),
+            first_event_ms=prepared.first_event_ms,
+            last_event_ms=prepared.last_event_ms,
+            time_column=self._spec.event_time,
+            time_unit=self._spec.time_unit,
+        )
+
+    def _join(self, entity: str) -> TableJoin:
+        """How a feature table fits the impressions within the limit."""
+        self._load_side_table(entity)
+        counts, key = self._counts[entity], sql.quote(entity)
+        ids, matched, impressions, found = self._rows(
+            f"SELECT count(*), count(key), COALESCE(sum(n), 0), COALESCE(sum(n) FILTER (key IS NOT NULL), 0) FROM "
+            f"(SELECT {key} AS id, count(*) AS n FROM impressions GROUP BY 1) LEFT JOIN {entity}_features ON key = id"
+        )[0]
+        rejected = sum(rejection.rows for rejection in counts.rejections)
+        different = self._scalar(f"SELECT count(*) FROM {entity}_features")
+        return TableJoin(
+            entity="user" if entity == "user" else "item",
+            rows=counts.rows,
+            repeated=counts.rows - rejected - different,
+            rejections=counts.rejections,
+            ids_in_log=ids,
+            ids_matched=matched,
+            impressions=int(impressions),
+            impressions_missed=int(impressions - found),
+        )
+
     def _load_side_table(self, entity: str) -> None:
         """Encode a feature table on the first call. If a key occurs twice, its last row counts."""
-        plan = self._plans[entity]
-        name = f"{entity}_features"
-        if self._scalar(f"SELECT count(*) FROM duckdb_tables() WHERE table_name = {sql.text(name)}"):
+        if entity in self._counts:
             return
+        plan, name = self._plans[entity], f"{entity}_features"
+        columns = ", ".join(map(sql.quote, plan.columns))
+        flags = "".join(f", {column}" for column in plan.flags)
+        self._execute(f"CREATE TABLE {name}_read AS SELECT {columns}, smes_row, smes_reason{flags} FROM ({plan.rows})")
+        kind: Any = entity
+        self._counts[entity] = count_rows(self._rows, plan, f"{name}_read", self._files.folder, kind)
         self._execute(
-            f"CREATE TABLE {name} AS SELECT * EXCLUDE (smes_row) FROM "
-            f"(SELECT {plan.columns}, smes_row FROM ({plan.rows})) WHERE key <> {sql.MISSING_SQL} "
+            f"CREATE TABLE {name} AS SELECT {columns} FROM {name}_read WHERE smes_reason IS NULL "
             "QUALIFY row_number() OVER (PARTITION BY key ORDER BY smes_row DESC) = 1"
         )
+        self._execute(f"DROP TABLE {name}_read")
 
     def _sort(self) -> Prepared:
         """Scan the log twice: once for duplicates and unusable rows, and once to sort the remaining rows."""
-        duplicates, parsed, rejected = self._exclude()
+        duplicates, counts, first, last = self._exclude()
         plan = self._plans["log"]
         self._execute(
-            f"CREATE TABLE impressions AS SELECT {plan.columns} FROM ({plan.rows}) "
+            f"CREATE TABLE impressions AS SELECT {', '.join(map(sql.quote, plan.columns))} FROM ({plan.rows}) "
             "WHERE smes_row NOT IN (SELECT row FROM excluded) ORDER BY event_time_ms, smes_row"
             + ("" if self._limit is None else f" LIMIT {self._limit}")
         )
         self._execute("DROP TABLE excluded")
-        unparsed = self._unparsed()
-        if unparsed:
-            rejected["line is no row of the CSV file: wrong number of fields or quotes"] = unparsed
+        rejected = {rejection.reason: rejection.rows for rejection in counts.rejections}
         total = self._scalar("SELECT count(*) FROM impressions")
-        return Prepared(total, parsed + unparsed, duplicates, rejected)
+        return Prepared(total, counts.rows, duplicates, rejected, counts, first, last)
 
-    def _exclude(self) -> tuple[int, int, dict[str, int]]:
+    def _exclude(self) -> tuple[int, TableCounts, int | None, int | None]:
         """Write the numbers of duplicate and unusable rows into the table ``excluded``.
 
         Duplicates are rows with the same time and the same 64-bit hash of all columns. Even in a log of 300 million
         rows, the chance that two different rows are taken for equal is below 1e-9.
 
         Returns:
-            Duplicates, rows that could be parsed, and reason → unusable rows.
+            Duplicates, what the files held, and the first and last time.
         """
         plan = self._plans["log"]
+        flags = "".join(f", {column}" for column in plan.flags)
         self._execute(
-            f"CREATE TABLE narrow AS "
-            "SELECT smes_row AS row, event_time_ms, smes_digest AS digest, smes_reason AS reason FROM "
-            f"(SELECT *, {plan.reason} AS smes_reason FROM ({plan.rows}))"
+            "CREATE TABLE narrow AS "
+            f"SELECT smes_row, event_time_ms, smes_digest AS digest, smes_reason{flags} FROM ({plan.rows})"
         )
+        counts = count_rows(self._rows, plan, "narrow", self._files.folder, "log")
         self._execute(
-            "CREATE TABLE excluded AS SELECT row, false AS duplicate FROM narrow WHERE reason IS NOT NULL UNION ALL "
-            "SELECT row, true FROM narrow JOIN (SELECT event_time_ms, digest, min(row) AS kept FROM narrow "
-            "WHERE reason IS NULL GROUP BY ALL HAVING count(*) > 1) USING (event_time_ms, digest) "
-            "WHERE reason IS NULL AND row <> kept"
+            "CREATE TABLE excluded AS SELECT smes_row AS row, false AS duplicate FROM narrow "
+            "WHERE smes_reason IS NOT NULL UNION ALL "
+            "SELECT smes_row, true FROM narrow JOIN (SELECT event_time_ms, digest, min(smes_row) AS kept FROM narrow "
+            "WHERE smes_reason IS NULL GROUP BY ALL HAVING count(*) > 1) USING (event_time_ms, digest) "
+            "WHERE smes_reason IS NULL AND smes_row <> kept"
         )
         duplicates = self._scalar("SELECT count(*) FROM excluded WHERE duplicate")
-        parsed = self._scalar("SELECT count(*) FROM narrow")
-        rejected = {str(r): int(n) for r, n in self._rows("SELECT reason, count(*) FROM narrow GROUP BY 1 ORDER BY 1")}
-        rejected.pop("None", None)
+        first, last = self._rows("SELECT min(event_time_ms), max(event_time_ms) FROM narrow")[0]
         self._execute("DROP TABLE narrow")
-        return duplicates, parsed, rejected
-
-    def _unparsed(self) -> int:
-        """Number of lines of the log's CSV files that DuckDB could not split, from a scan that read all of them."""
-        if not self._plans["log"].is_csv:
-            return 0
-        return self._scalar(
-            "SELECT COALESCE(max(lines), 0) FROM (SELECT scan_id, count(DISTINCT (file_id, line)) AS lines "
-            "FROM reject_errors GROUP BY scan_id)"
-        )
+        return duplicates, counts, first, last
 
     def _execute(self, query: str) -> None:
-        try:
+        with self._named():
             self._connection.execute(query)
-        except duckdb.Error as error:
-            raise LogError(f"{self._plans['log'].where}: {_first_line(error)}") from error
 
     def _query(self, query: str) -> Any:
-        try:
+        with self._named():
             return self._connection.sql(query).to_arrow_table()
-        except duckdb.Error as error:
-            raise LogError(f"{self._plans['log'].where}: {_first_line(error)}") from error
 
     def _rows(self, query: str) -> list[Any]:
-        rows: list[Any] = self._connection.execute(query).fetchall()
-        return rows
+        with self._named():
+            rows: list[Any] = self._connection.execute(query).fetchall()
+            return rows
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Turn DuckDB's errors into the log's."""
+        try:
+            yield
+        except duckdb.Error as error:
+            raise LogError(f"{self._plans['log'].files.where}: {_first_line(error)}") from error
 
     def _scalar(self, query: str) -> int:
         return int(self._rows(query)[0][0])
@@ -236,4 +303,5 @@ def _release(connection: Any, folder: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])

@@ -148,9 +148,9 @@ def test_a_bad_expression_is_named(shop_dir: Path, shop_yaml: Path, tmp_path: Pa
 
 
 def test_a_column_of_the_wrong_type_is_named(tmp_path: Path, shop_dir: Path, shop_schema: SchemaFile) -> None:
-    (tmp_path / "visits.txt").write_text("x")
-    with pytest.raises(LogError, match=r"visits\.txt: expected a file that ends in \.csv or \.parquet"):
-        open_log(tmp_path / "visits.txt", shop_schema)
+    (tmp_path / "visits.xlsx").write_text("x")
+    with pytest.raises(LogError, match=r"visits\.xlsx: expected a file that ends in \.parquet, or in \.csv, \.tsv or"):
+        open_log(tmp_path / "visits.xlsx", shop_schema)
     (shop_dir / "broken.parquet").write_text("no parquet")
     with pytest.raises(LogError, match=r"broken\.parquet: expected a table of Parquet"):
         open_log(shop_dir / "broken.parquet", shop_schema)
