@@ -13,6 +13,7 @@ from torch import Tensor
 from smes.arrays import F32, I64, under
 from smes.model.config import ModelConfig
 from smes.model.features import FeatureInputs
+from smes.model.fitting import OnlyAsLargeAs, check_finite, check_types
 from smes.model.ids import IdRows, pool_weights
 from smes.model.rank_model import RankModel
 from smes.schema import Schema
@@ -31,7 +32,8 @@ class ServingModel:
         device: Where to score.
 
     Raises:
-        ValueError: A tensor is missing, unknown or of another shape.
+        ValueError: A tensor is missing, unknown, of another shape or type, or not finite. Nothing larger than the
+            tensors was allocated.
     """
 
     def __init__(
@@ -40,11 +42,16 @@ class ServingModel:
         self.schema = schema
         self._device = device
         try:
-            self._rows = IdRows(schema, tensors["table.keys"].cpu().numpy())
-            self._embedding = self._table(tensors["table.embedding"], model.embedding_dim) if model.table_dim else None
-            self._wide = self._table(tensors["table.wide"], schema.num_tasks) if model.wide else None
-            self._model = RankModel(schema, model)
-            self._model.load_state_dict(under("dense.", tensors))
+            self._rows = IdRows(schema, _keys(tensors["table.keys"]))
+            self._embedding = self._table(tensors, "embedding", model.embedding_dim) if model.table_dim else None
+            self._wide = self._table(tensors, "wide", schema.num_tasks) if model.wide else None
+            dense = under("dense.", tensors)
+            with OnlyAsLargeAs(dense):
+                self._model = RankModel(schema, model)
+            check_types(self._model.state_dict(), dense)
+            self._model.load_state_dict(dense)
+            for name, tensor in dense.items():
+                check_finite(f"dense.{name}", tensor)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
         self._model.to(device).eval().requires_grad_(False)
@@ -90,7 +97,18 @@ class ServingModel:
             if matrix.shape != (len(ids), width):
                 raise ValueError(f"{name}: shape {list(matrix.shape)}, expected [{len(ids)}, {width}]")
 
-    def _table(self, weights: Tensor, columns: int) -> Tensor:
+    def _table(self, tensors: Mapping[str, Tensor], name: str, columns: int) -> Tensor:
+        weights = tensors[f"table.{name}"]
         if weights.shape != (len(self._rows), columns):
             raise ValueError(f"table of shape {list(weights.shape)}, expected [{len(self._rows)}, {columns}]")
+        if weights.dtype != torch.float32:
+            raise ValueError(f"tensor table.{name}: {weights.dtype}, expected {torch.float32}")
+        check_finite(f"table.{name}", weights)
         return weights.to(self._device)
+
+
+def _keys(tensor: Tensor) -> I64:
+    if tensor.dtype != torch.int64 or tensor.dim() != 1:
+        raise ValueError(f"tensor table.keys: {tensor.dtype} {list(tensor.shape)}, expected torch.int64 [R]")
+    keys: I64 = tensor.cpu().numpy()
+    return keys
