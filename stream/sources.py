@@ -17,10 +17,12 @@ import numpy as np
 
 from smes.arrays import Arrays
 from smes.errors import EventLogError, LogReplaced
+from smes_io.clock import wait_until
 from stream.log.event_log import EventLog, Positions, TopicPartition
 from stream.partition_state import state_name
 from stream.topics import FEEDBACK, IMPRESSIONS
 
+_OLD_S = 1.5  # a log's number of partitions is at most a second old
 _UNKNOWN = ""  # incarnation of a partition that never had a record, or of a state from before they were kept
 
 
@@ -159,6 +161,10 @@ class Sources:
     def _present(self) -> dict[TopicPartition, str]:
         """Every partition that there is now → its incarnation."""
         partitions = {topic: self._log.partitions(topic) for topic in (IMPRESSIONS, FEEDBACK)}
+        if partitions[FEEDBACK] < partitions[IMPRESSIONS]:
+            # Both may have grown a moment ago: the log may know one number anew and the other from before.
+            wait_until(lambda: self._log.partitions(FEEDBACK) >= partitions[IMPRESSIONS], timeout_s=_OLD_S)
+            partitions[FEEDBACK] = self._log.partitions(FEEDBACK)
         if partitions[FEEDBACK] < partitions[IMPRESSIONS]:
             raise EventLogError(
                 f"topic {FEEDBACK!r}: {partitions[FEEDBACK]} partitions, expected at least {partitions[IMPRESSIONS]} "
