@@ -1,16 +1,17 @@
-"""The scorer's HTTP interface, and the middleware around it: a limit on a request's body, and the time to its answer.
+"""The scorer's HTTP interface.
 
 ``POST /v1/score``, ``GET /v1/stats``, ``GET /health/live``, ``GET /health/ready``, ``GET /metrics``.
 """
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.message import Message
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -18,8 +19,6 @@ import redis
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as AsgiMessage
 
 from feature_store.entities import EntityStore
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
@@ -29,98 +28,15 @@ from smes_io.redis_client import open_client
 from smes_scorer.answer import Answerer, FeatureLookup, NotReady
 from smes_scorer.config import ScorerConfig
 from smes_scorer.hot_swap import HotSwap, Load, load_serving_model
+from smes_scorer.middleware import BodyLimit, EndsQuietly, Metered, RequestMeter
 from smes_scorer.request import FieldError, UnreadableBody
+from smes_scorer.scoring_queue import Busy, Dropped, ScoringQueue
 from smes_scorer.telemetry import FirstAnswers, Telemetry
 
-
-class BodyLimit:
-    """Answers 413 to a body over a limit without keeping it, with or without a ``Content-Length``.
-
-    Args:
-        app: The application behind it; it gets the body in one piece.
-        max_body_bytes: Largest body that is let through.
-    """
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        too_large = announced.isdigit() and int(announced) > self._max_body_bytes
-        body = None if too_large else await self._read(receive)
-        if body is None:
-            detail = f"request body over {self._max_body_bytes} bytes (max_body_bytes)"
-            # The rest of the body is not read, so the connection cannot be used again.
-            refusal = JSONResponse({"detail": detail}, status_code=413, headers={"connection": "close"})
-            await refusal(scope, receive, send)
-            return
-        if body["type"] == "http.disconnect":
-            return
-        pending: list[AsgiMessage] = [body]
-
-        async def replay() -> AsgiMessage:
-            return pending.pop() if pending else await receive()
-
-        await self._app(scope, replay, send)
-
-    async def _read(self, receive: Receive) -> AsgiMessage | None:
-        """The whole body as one message; None when it is too large; ``http.disconnect`` when the client left."""
-        pieces: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return message
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > self._max_body_bytes:
-                return None
-            if not message.get("more_body", False):
-                return {"type": "http.request", "body": b"".join(pieces), "more_body": False}
-
-
-class RequestMeter:
-    """Counts and times the answers to POST requests to one path.
-
-    Args:
-        app: The application behind it.
-        path: Requests to other paths are not metered.
-        telemetry: Where answers are counted.
-    """
-
-    def __init__(self, app: ASGIApp, path: str, telemetry: Telemetry) -> None:
-        self._app = app
-        self._path = path
-        self._telemetry = telemetry
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        started_s = time.perf_counter()
-        status: int | None = None
-
-        async def send_and_note(message: AsgiMessage) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        except BaseException:
-            status = status or 500  # what the server answers when the application fails
-            raise
-        finally:
-            if status is not None:  # None: the client left before its request was complete
-                self._telemetry.request(status, time.perf_counter() - started_s)
-
-
 SCORE_PATH = "/v1/score"
+
+CLOSING_SHARE = 0.2
+"""Of ``shutdown_s``: for the application's own end, after the requests in flight."""
 
 _logger = logging.getLogger(__name__)
 
@@ -134,13 +50,16 @@ class _Parts:
     swap: HotSwap
     features: FeatureLookup
     answerer: Answerer
-    pool: ThreadPoolExecutor
+    queue: ScoringQueue
     clients: tuple[redis.Redis, ...]
 
     def close(self) -> None:
-        """Stop the threads and close the connections."""
-        self.swap.stop()
-        self.pool.shutdown()
+        """Stop the threads and close the connections, in a part of ``shutdown_s``."""
+        # A snapshot that is being loaded cannot be interrupted, and nobody waits for it any more.
+        stopping = threading.Thread(target=self.swap.stop, daemon=True)
+        stopping.start()
+        self.queue.close()
+        stopping.join(CLOSING_SHARE * self.config.shutdown_s)
         for client in self.clients:
             client.close()
 
@@ -177,8 +96,10 @@ def create_app(
     _add_scoring(app, parts)
     _add_insight(app, parts)
     _describe_bodies(app, parts.answerer)
-    app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout_s=config.body_timeout_s)
+    app.add_middleware(EndsQuietly)
     app.add_middleware(RequestMeter, path=SCORE_PATH, telemetry=parts.telemetry)  # outermost: sees the 413s too
+    app.state.telemetry = parts.telemetry
     return app
 
 
@@ -198,9 +119,9 @@ def _assemble(config: ScorerConfig, schema: Schema, redis_url: str, namespace: s
     features = FeatureLookup(EntityStore(entities, schema, namespace), schema, telemetry, retry_s=config.entity_retry_s)
     answerer = Answerer(config, schema, swap, features, first_answers, telemetry)
     telemetry.snapshot_age_s.set_function(lambda: _age_s(swap) or 0.0)
-    # Few threads: more would only compete for the processor with each other and with the trainer.
-    pool = ThreadPoolExecutor(config.workers, thread_name_prefix="score")
-    return _Parts(config, telemetry, swap, features, answerer, pool, (snapshots, entities))
+    queue = ScoringQueue(config.workers, config.max_waiting, config.max_age_s)
+    telemetry.waiting.set_function(lambda: queue.depth)
+    return _Parts(config, telemetry, swap, features, answerer, queue, (snapshots, entities))
 
 
 def _add_scoring(app: FastAPI, parts: _Parts) -> None:
@@ -212,7 +133,7 @@ def _add_scoring(app: FastAPI, parts: _Parts) -> None:
         body = await request.body()
         try:
             _check_content_type(request, body)
-            answer = await asyncio.get_running_loop().run_in_executor(parts.pool, answerer.answer, body)
+            answer = await parts.queue.run(partial(answerer.answer, body), partial(_left, request))
         except FieldError as error:
             refusal = Refusal([FieldProblem(error.kind, list(error.loc), str(error))])
             return Response(msgspec.json.encode(refusal), 422, media_type="application/json")
@@ -220,12 +141,23 @@ def _add_scoring(app: FastAPI, parts: _Parts) -> None:
             raise HTTPException(400, detail=str(error)) from error
         except NotReady as error:
             raise HTTPException(503, detail=f"not ready: {error}", headers={"Retry-After": "1"}) from error
+        except (Busy, Dropped) as error:
+            left = isinstance(error, Dropped) and error.left
+            Metered.of(request.scope).outcome = "busy" if isinstance(error, Busy) else "dropped"
+            # 499 as nginx calls it: nobody reads it.
+            raise HTTPException(499 if left else 503, detail=f"busy: {error}", headers={"Retry-After": "1"}) from error
         except Exception as error:
             # Answered here: an exception that reaches the server would also cost the client its connection.
             _logger.exception("a request could not be scored")
             detail = str(error) if isinstance(error, SmesError) else "scoring failed; the scorer's log says why"
             raise HTTPException(500, detail=detail) from error
         return Response(answer, media_type="application/json")
+
+
+async def _left(request: Request) -> None:
+    """Wait until the caller of a request, whose body was read, leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class FieldProblem(msgspec.Struct):
@@ -253,9 +185,10 @@ def _documented(request: str, answer: str) -> dict[str, Any]:
         "responses": {
             200: content(answer),
             400: {"description": "The body cannot be parsed"},
+            408: {"description": "The body did not arrive within body_timeout_s"},
             413: {"description": "The body is larger than max_body_bytes"},
             422: {"description": "A field of the request is wrong", **content("Refusal")},
-            503: {"description": "No snapshot was loaded yet"},
+            503: {"description": "No snapshot was loaded yet, or too many requests wait"},
         },
     }
 

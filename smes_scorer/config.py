@@ -8,7 +8,7 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from smes.arrays import F32
-from smes.ranges import PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from smes.schema import Schema
 
 
@@ -24,12 +24,21 @@ class ScorerConfig:
         max_items: Most items of one request.
         max_body_bytes: Largest request body.
         workers: Requests scored at the same time.
+        max_waiting: Most requests that wait for one of these; one more is answered 503 with ``Retry-After``.
+        max_age_s: Longest wait for one of these, seconds; then the request is answered 503 and not scored. Nor is one
+            whose caller has left.
+        max_connections: Most open connections; one more is answered 503 and closed. Keep it below the process's limit
+            of open files.
+        header_timeout_s: Longest time until a request's headers are complete, seconds; then the connection is cut.
+        body_timeout_s: Longest time from there until its body is complete; then it is answered 408.
+        send_timeout_s: Longest time in which a caller may take its answer; then the connection is cut.
         torch_threads: Threads that score one request; 1 leaves the other cores to other requests and to the trainer.
         entity_timeout_ms: Longest wait for the stored features of a request; then it is scored without them.
         entity_retry_s: After such a failure, how long requests are scored without a look-up.
         poll_s: Longest time until a new snapshot is noticed, even when its notification was lost.
         redis_timeout_s: Longest wait for Redis at the start, and for each of its answers while a snapshot is loaded.
-        shutdown_s: Longest wait for the requests in flight when the service is stopped.
+        shutdown_s: Within this the service ends when it is stopped. The requests in flight have most of it; those that
+            are not answered by then get 503.
     """
 
     host: str = "127.0.0.1"
@@ -38,6 +47,12 @@ class ScorerConfig:
     max_items: PositiveInt = 1000
     max_body_bytes: PositiveInt = 1024 * 1024
     workers: PositiveInt = 2
+    max_waiting: NonNegativeInt = 200
+    max_age_s: PositiveFloat = 5.0
+    max_connections: PositiveInt = 512
+    header_timeout_s: PositiveFloat = 5.0
+    body_timeout_s: PositiveFloat = 10.0
+    send_timeout_s: PositiveFloat = 10.0
     torch_threads: PositiveInt = 1
     entity_timeout_ms: PositiveInt = 50
     entity_retry_s: PositiveFloat = 1.0

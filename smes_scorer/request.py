@@ -10,6 +10,10 @@ feature of the schema is ignored and counted.
 msgspec decodes a good request in one pass into a struct with one typed field per context feature. A request that it
 refuses is parsed again with the standard library. Either it is good but has names to ignore, or JSON that only the
 standard library reads (NaN in an ignored value, UTF-16); or it is wrong, and the answer says where and why.
+
+A body of more than 64 KiB that msgspec refuses is not parsed by the standard library, which would make an object of
+each of its values. It may have names to ignore, but must be JSON in UTF-8; and the answer says where it is wrong, and
+what was expected there, but not what it has. Only the first mistake is named, in a few words, whatever the body.
 """
 
 import json
@@ -24,6 +28,9 @@ import numpy as np
 
 from feature_store.entities import EntityRows
 from smes.schema import MISSING, Feature, Schema
+
+_LONGEST_EXPLAINED = 64 * 1024  # bytes of a body
+_LONGEST_SHOWN = 100  # characters of a name or of msgspec's words
 
 _LARGEST_ID = 2**63 - 1
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
@@ -105,6 +112,7 @@ class RequestReader:
         self.struct = _request_struct(self._features, max_items)
         """The struct of a request, from which its JSON schema is made."""
         self._decoder = msgspec.json.Decoder(self.struct)
+        self._ignoring_decoder = msgspec.json.Decoder(_request_struct(self._features, max_items, ignoring=True))
 
     def read(self, body: bytes) -> ScoreRequest:
         """Parse and check a request.
@@ -116,7 +124,7 @@ class RequestReader:
         try:
             return self._checked(self._decoder.decode(body))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return self._read_slowly(body)
+            return self._read_large(body) if len(body) > _LONGEST_EXPLAINED else self._read_slowly(body)
 
     def _read_slowly(self, body: bytes) -> ScoreRequest:
         """Take out the names to ignore and try again, or say what is wrong."""
@@ -126,6 +134,25 @@ class RequestReader:
         except (msgspec.ValidationError, UnicodeEncodeError) as error:  # the latter: a name with half a surrogate pair
             raise self._explained(data, error) from error
         return self._checked(request, ignored)
+
+    def _read_large(self, body: bytes) -> ScoreRequest:
+        """The same without an object for each value of the body."""
+        try:
+            values = _RAW_VALUES.decode(body)
+            context = values.get("context", msgspec.Raw(b"{}"))
+            try:
+                request = self._ignoring_decoder.decode(body)
+            except msgspec.ValidationError as error:
+                raise self._explained_briefly(values, error) from error
+            return self._checked(request, len(_RAW_VALUES.decode(context).keys() - self._names))
+        except msgspec.ValidationError as error:
+            raise FieldError(("body",), "expected an object with user_id and items") from error
+        except msgspec.DecodeError as error:
+            raise FieldError(("body",), f"no JSON: {_shortened(str(error))}", "json_invalid") from error
+        except UnicodeDecodeError as error:
+            raise UnreadableBody(f"body: {error}, expected text in UTF-8") from error
+        except RecursionError as error:
+            raise UnreadableBody("body: nested too deeply, expected a request") from error
 
     def _without_ignored(self, data: object) -> tuple[object, int]:
         """The data without the names of its context that are no context feature, and how many those were."""
@@ -161,20 +188,20 @@ class RequestReader:
         """What is wrong with data that msgspec refused, in the words of a caller who knows only JSON."""
         if not isinstance(data, dict):
             return FieldError(("body",), f"expected an object with user_id and items, got {_quoted(data)}")
-        for name in data:
-            if name not in _FIELDS:
-                printable = name.encode("utf-8", "backslashreplace").decode()
-                return FieldError(("body", printable), f"expected one of {', '.join(_FIELDS)}", "extra_forbidden")
-        for name in _REQUIRED:
-            if name not in data:
-                return FieldError(("body", name), "field required", "missing")
         path = self._path(str(error))
-        if not path:
-            return FieldError(("body",), f"no valid request: {error}")
+        if (wrong := _wrong_name(data)) or not path:
+            return wrong or FieldError(("body",), f"no valid request: {_shortened(str(error))}")
         value: Any = data
         for step in path:
             value = value[step]
         return FieldError(("body", *path), f"expected {self._expected(path, value)}, got {_quoted(value)}")
+
+    def _explained_briefly(self, names: Collection[str], error: Exception) -> FieldError:
+        """The same without the value, of which only the place is known."""
+        path = self._path(str(error))
+        if (wrong := _wrong_name(names)) or not path:
+            return wrong or FieldError(("body",), f"no valid request: {_shortened(str(error))}")
+        return FieldError(("body", *path), f"expected {self._expected(path, None)}")
 
     def _path(self, message: str) -> tuple[str | int, ...]:
         """The keys in msgspec's ``Expected … - at `$.context.tags[1]```: ``("context", "tags", 1)``."""
@@ -198,13 +225,23 @@ class RequestReader:
         return "an integer"
 
 
-def _request_struct(features: Sequence[Feature], max_items: int) -> type[msgspec.Struct]:
-    """The struct of a request; fields ``f0 …`` stand for features, whose names need be no identifiers."""
+_RAW_VALUES = msgspec.json.Decoder(dict[str, msgspec.Raw])
+"""Decodes an object without looking into its values."""
+
+
+def _request_struct(features: Sequence[Feature], max_items: int, *, ignoring: bool = False) -> type[msgspec.Struct]:
+    """The struct of a request; fields ``f0 …`` stand for features, whose names need be no identifiers.
+
+    Args:
+        features: The context features.
+        max_items: Most items, for the JSON schema.
+        ignoring: Whether other names in the context are passed over.
+    """
     context = msgspec.defstruct(
         "Context",
         [(f"f{i}", described(_TYPES[f.kind] | None, _description(f)), None) for i, f in enumerate(features)],
         rename={f"f{i}": f.name for i, f in enumerate(features)},
-        forbid_unknown_fields=True,
+        forbid_unknown_fields=not ignoring,
         gc=False,
     )
     items = msgspec.Meta(
@@ -250,6 +287,20 @@ def _indexed(text: str, names: Collection[str]) -> tuple[str | int, ...]:
     if match is None or match[1] not in names:
         return ()
     return match[1], int(match[2])
+
+
+def _wrong_name(names: Collection[str]) -> FieldError | None:
+    """A field that a request does not have, or that it lacks."""
+    for name in names:
+        if name not in _FIELDS:
+            printable = _shortened(name.encode("utf-8", "backslashreplace").decode())
+            return FieldError(("body", printable), f"expected one of {', '.join(_FIELDS)}", "extra_forbidden")
+    missing = next((name for name in _REQUIRED if name not in names), None)
+    return FieldError(("body", missing), "field required", "missing") if missing else None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]} …"
 
 
 def _quoted(value: object) -> str:

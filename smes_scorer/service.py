@@ -12,8 +12,9 @@ from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
 from smes.schema import Schema
 from smes_io.redis_client import connect
-from smes_scorer.app import create_app
+from smes_scorer.app import CLOSING_SHARE, create_app
 from smes_scorer.config import ScorerConfig
+from smes_scorer.connections import bounded_protocol
 from smes_scorer.hot_swap import Load, load_serving_model
 
 
@@ -48,7 +49,14 @@ def serve(
         on_listening(f"http://{host}:{listening.getsockname()[1]}")
         server = uvicorn.Server(
             uvicorn.Config(
-                app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=config.shutdown_s
+                app,
+                http=bounded_protocol(config, app.state.telemetry),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                # uvicorn says int, but waits for any number of seconds.
+                timeout_graceful_shutdown=(1 - 2 * CLOSING_SHARE) * config.shutdown_s,  # type: ignore[arg-type]
             )
         )
         with _repeated_signals_ignored():

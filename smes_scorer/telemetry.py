@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,8 +107,12 @@ _LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0,
 _FRESHNESS_BUCKETS_MS = (100, 250, 500, 1000, 1500, 2000, 3000, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
 _DAY_MS = 86_400_000.0
 
-OUTCOMES = ("ok", "rejected", "not_ready", "error")
-"""2xx; 4xx, a mistake of the caller; 503, before the first snapshot; any other 5xx."""
+OUTCOMES = ("ok", "rejected", "not_ready", "busy", "dropped", "error")
+"""2xx; 4xx, a mistake of the caller; 503, before the first snapshot; 503, too many wait; not scored because it waited
+too long or its caller left; any other 5xx."""
+
+Cut = Literal["limit", "headers", "unread"]
+"""Why the service ends a connection: too many of them; headers too slow or too long; an answer that is not read."""
 
 
 class QuantileSketch:
@@ -180,13 +185,22 @@ class Telemetry:
             return Counter(f"smes_scorer_{name}", what, registry=self.registry)
 
         self._requests = Counter(
-            "smes_scorer_requests", "Answers to POST /v1/score by outcome", ["outcome"], registry=self.registry
+            "smes_scorer_requests", "Requests to POST /v1/score by outcome", ["outcome"], registry=self.registry
         )
         for outcome in OUTCOMES:
             self._requests.labels(outcome)
+        self._cuts = Counter(
+            "smes_scorer_connections_cut",
+            "Connections that the service ended, by reason",
+            ["reason"],
+            registry=self.registry,
+        )
+        for reason in get_args(Cut):
+            self._cuts.labels(reason)
+        self.waiting = Gauge("smes_scorer_waiting", "Requests that wait to be scored", registry=self.registry)
         self._latency = Histogram(
             "smes_scorer_latency_seconds",
-            "From a scoring request's arrival to its answer",
+            "From a scoring request's arrival to its answer; busy and dropped ones are left out",
             buckets=_LATENCY_BUCKETS_S,
             registry=self.registry,
         )
@@ -218,13 +232,21 @@ class Telemetry:
         self._latency.observe(latency_s)
         self._latency_ms.add(np.array([latency_s * 1000]))
 
+    def unscored(self, outcome: Literal["busy", "dropped"]) -> None:
+        """Count a scoring request that was not scored because of the load. The latencies do not show it."""
+        self._requests.labels(outcome).inc()
+
+    def cut(self, reason: Cut) -> None:
+        """Count a connection that the service ended."""
+        self._cuts.labels(reason).inc()
+
     def first_answer(self, answer: FirstAnswer) -> None:
         """Count a version that answered for the first time, and the freshness of its feedback."""
         self.versions_answered.inc()
         self._freshness.add(answer.freshness_ms, answer.count)
 
     def requests(self) -> dict[str, int]:
-        """Outcome → number of answers."""
+        """Outcome → number of requests."""
         return {outcome: self.value("requests_total", {"outcome": outcome}) for outcome in OUTCOMES}
 
     def value(self, name: str, labels: dict[str, str] | None = None) -> int:
@@ -249,6 +271,7 @@ class Telemetry:
             "requests": sum(by_outcome.values()),
             "errors": by_outcome["error"],
             "outcomes": by_outcome,
+            "waiting": self.value("waiting"),
             "latency_ms": asdict(Quantiles.of(self._latency_ms)),
             "freshness_ms": asdict(Quantiles.of(self._freshness.sketch)),
             **{name: self.value(f"{name}_total") for name in counters},

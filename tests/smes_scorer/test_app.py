@@ -217,7 +217,7 @@ def test_not_ready_before_the_first_snapshot(starting: Ready) -> None:
     assert (ready.status_code, ready.json()["status"]) == (503, "not ready")
     assert refused.status_code == 503
     assert refused.json() == {"detail": "not ready: no snapshot was published yet"}
-    assert outcomes == {"ok": 0, "rejected": 0, "not_ready": 1, "error": 0}
+    assert outcomes == {"ok": 0, "rejected": 0, "not_ready": 1, "busy": 0, "dropped": 0, "error": 0}
 
 
 def test_ready_after_the_first_snapshot(
@@ -243,7 +243,7 @@ def used(http: httpx.Client) -> httpx.Client:
 def test_stats_count_the_requests(used: httpx.Client) -> None:
     counted = stats(used)
 
-    assert counted["outcomes"] == {"ok": 3, "rejected": 1, "not_ready": 0, "error": 0}
+    assert counted["outcomes"] == {"ok": 3, "rejected": 1, "not_ready": 0, "busy": 0, "dropped": 0, "error": 0}
     assert counted["requests"] == 4
     assert counted["versions_answered"] == 1
 
