@@ -3,6 +3,7 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +13,8 @@ from smes_io.clock import Errors, retry
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 _LOOK_S = 0.1  # between two looks at the stop event while a call runs
+
+_QUIET_S = 1.0  # an outage that is over sooner is not worth a warning
 
 GRACE_S = 1.0
 """How long a call may still take when a stop is asked for, seconds: a server that is there answers in much less."""
@@ -64,13 +67,15 @@ class StoppableCalls:
         self._idle.put(helper)
         return task.result()
 
-    def retry(self, what: str, call: Callable[[], _T], *, timeout_s: float, retriable: Errors, fatal: Errors = ()) -> _T:
+    def retry(
+        self, what: str, call: Callable[[], _T], *, timeout_s: float, retriable: Errors, fatal: Errors = ()
+    ) -> _T:
         """:func:`smes_io.clock.retry` with every try as :meth:`run`; one warning says that it is trying again.
 
         Raises:
             Stopped: A try failed, and a stop was asked for.
         """
-        warned = False
+        warned, started_s = False, time.monotonic()
 
         def attempt() -> _T:
             nonlocal warned
@@ -81,7 +86,7 @@ class StoppableCalls:
             except retriable as error:
                 if self.stopping:
                     raise Stopped(f"{what}: given up, because a stop was asked for: {error}") from error
-                if not warned and timeout_s > 0:
+                if not warned and _QUIET_S <= time.monotonic() - started_s < timeout_s:
                     _log.warning("%s: %s; trying again for up to %g s", what, error, timeout_s)
                     warned = True
                 raise

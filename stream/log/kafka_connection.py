@@ -2,20 +2,43 @@
 
 import logging
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
 
 from annotated_types import Ge
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
-from kafka.errors import KafkaError, RetriableError
+from kafka.errors import (
+    BrokerNotAvailableError,
+    KafkaConnectionError,
+    KafkaError,
+    RetriableError,
+    StaleBrokerEpochError,
+    StaleControllerEpochError,
+    UnknownBrokerIdError,
+)
 
 from smes.errors import EventLogError, EventLogUnavailable
 from smes.ranges import PositiveInt, check_ranges
-from smes_io.clock import retry
+from smes_io.secrets import masked_text
+from smes_io.stopping import StoppableCalls
 
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+NOT_NOW = (
+    RetriableError,  # what kafka-python itself calls so: no leader, no coordinator, not enough replicas, timed out, …
+    BrokerNotAvailableError,
+    UnknownBrokerIdError,  # the cluster no longer has a broker that the client knew
+    StaleBrokerEpochError,
+    StaleControllerEpochError,
+)
+"""Errors after which the same call may succeed later, perhaps at another broker."""
+
+_CLOSE_S = 1.0
+_LONGEST_BOOTSTRAP_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _MOST_RECONNECT_BACKOFF_MS = 1000  # the client's 30 s would outlast a restart by far
 
@@ -25,7 +48,8 @@ class KafkaLogConfig:
     """Limits of the event log on Kafka.
 
     Attributes:
-        compression: Codec of the producer's batches.
+        compression: Codec of the producer's batches. Dead letters are written with gzip instead of lz4 or zstd, because
+            every client can read that.
         max_record_bytes: Largest record; also the limit of the topics that this log creates.
         fetch_max_bytes: Most bytes of one fetch, and of one partition in it. A single larger record is still read.
         batch_bytes: Size of a producer batch.
@@ -60,22 +84,23 @@ class KafkaConnection:
 
     def __init__(self, bootstrap: str, config: KafkaLogConfig, connect_timeout_s: float) -> None:
         self.bootstrap = bootstrap
-        self._addresses = [_address(server) for server in bootstrap.split(",")]
+        self._addresses = _addresses(bootstrap)
         self.config = config
         self.connect_timeout_s = connect_timeout_s
+        self.calls = StoppableCalls()
         _quiet_client_logs()
 
     def admin(self) -> KafkaAdminClient:
         """A client for topics and offsets; its calls may come from any thread."""
         return self._connect(KafkaAdminClient, {})
 
-    def producer(self) -> KafkaProducer:
+    def producer(self, compression: str) -> KafkaProducer:
         """An idempotent producer that waits for all in-sync replicas."""
         config = self.config
         options: dict[str, object] = {
             "acks": "all",
             "enable_idempotence": True,
-            "compression_type": None if config.compression == "none" else config.compression,
+            "compression_type": None if compression == "none" else compression,
             "max_request_size": config.max_record_bytes + 65_536,
             "batch_size": config.batch_bytes,
             "delivery_timeout_ms": _ms(config.outage_timeout_s),
@@ -86,8 +111,12 @@ class KafkaConnection:
         return self._connect(KafkaProducer, options)
 
     def consumer(self) -> KafkaConsumer:
-        """A consumer without a group: it commits nothing, and raises where a position is out of range."""
+        """A consumer without a group: it commits nothing, and raises where a position is out of range.
+
+        It sees committed transactions only; records without a transaction count as committed.
+        """
         options: dict[str, object] = {
+            "isolation_level": "read_committed",
             "group_id": None,
             "enable_auto_commit": False,
             "auto_offset_reset": "none",
@@ -110,11 +139,13 @@ class KafkaConnection:
         Raises:
             EventLogUnavailable: No answer in time.
             EventLogError: The brokers answered with an error that trying again does not mend.
+            Stopped: No answer yet when a stop was asked for.
         """
         timeout_s = self.config.outage_timeout_s if timeout_s is None else timeout_s
+        where = f"Kafka at {self.bootstrap}: {what}"
         try:
-            return retry(call, timeout_s=timeout_s, retriable=RetriableError)
-        except RetriableError as error:
+            return self.calls.retry(where, call, timeout_s=timeout_s, retriable=NOT_NOW)
+        except NOT_NOW as error:
             raise self.unavailable(what, timeout_s, error) from error
         except KafkaError as error:
             raise self.refused(what, error) from error
@@ -128,42 +159,65 @@ class KafkaConnection:
         return EventLogError(f"Kafka at {self.bootstrap}: {what}: {error!r}")
 
     def _connect(self, kind: Callable[..., _T], options: dict[str, object]) -> _T:
-        deadline_s = time.monotonic() + self.connect_timeout_s
-        self._await_listener(deadline_s)
-        try:
-            return kind(
-                bootstrap_servers=self.bootstrap.split(","),
-                bootstrap_timeout_ms=_ms(deadline_s - time.monotonic()),
-                request_timeout_ms=_ms(min(_REQUEST_TIMEOUT_S, self.config.outage_timeout_s)),
-                reconnect_backoff_max_ms=_MOST_RECONNECT_BACKOFF_MS,
-                **options,
-            )
-        except RetriableError as error:
-            raise self.unavailable("connect", self.connect_timeout_s, error) from error
-        except KafkaError as error:
-            raise self.refused("connect", error) from error
+        """A client, or one of ``NOT_NOW`` where no broker answers; the addresses are resolved anew."""
+        self._find_listener()
+        bootstrap_s = min(self.connect_timeout_s, _LONGEST_BOOTSTRAP_S)
+        return kind(
+            bootstrap_servers=self.bootstrap.split(","),
+            bootstrap_timeout_ms=_ms(bootstrap_s),
+            request_timeout_ms=_ms(min(_REQUEST_TIMEOUT_S, self.config.outage_timeout_s)),
+            reconnect_backoff_max_ms=_MOST_RECONNECT_BACKOFF_MS,
+            **options,
+        )
 
-    def _await_listener(self, deadline_s: float) -> None:
-        """Wait until a bootstrap server accepts connections.
+    def _find_listener(self) -> None:
+        """Raise KafkaConnectionError unless a bootstrap server accepts connections.
 
         A client that finds none would fail too, but it would leave its thread and sockets behind.
         """
+        errors = []
+        for address in self._addresses:
+            try:
+                socket.create_connection(address, timeout=min(1.0, self.connect_timeout_s)).close()
+                return
+            except OSError as error:
+                errors.append(error)
+        raise KafkaConnectionError(str(errors[-1])) from errors[-1]
 
-        def find_listener() -> None:
-            errors = []
-            for address in self._addresses:
-                patience_s = min(1.0, max(0.1, deadline_s - time.monotonic()))
-                try:
-                    socket.create_connection(address, timeout=patience_s).close()
-                    return
-                except OSError as error:
-                    errors.append(error)
-            raise errors[-1]
 
+def close_all(clients: Mapping[str, Callable[[], object]]) -> None:
+    """Close clients side by side, within about a second; errors and clients that take longer are logged.
+
+    Args:
+        clients: What it is → how to close it.
+    """
+
+    def close(what: str, one: Callable[[], object]) -> None:
         try:
-            retry(find_listener, timeout_s=self.connect_timeout_s, retriable=OSError)
-        except OSError as error:
-            raise self.unavailable("connect", self.connect_timeout_s, error) from error
+            one()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other clients have to be closed
+            _log.warning("closing Kafka's %s: %r", what, error)
+
+    deadline_s = time.monotonic() + _CLOSE_S
+    threads = [
+        threading.Thread(target=close, args=each, daemon=True, name=f"close-{each[0]}") for each in clients.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline_s - time.monotonic()))
+    late = [what for what, thread in zip(clients, threads, strict=True) if thread.is_alive()]
+    if late:
+        _log.warning("closing Kafka's %s: not done after %g s, left behind", ", ".join(late), _CLOSE_S)
+
+
+def _addresses(bootstrap: str) -> list[tuple[str, int]]:
+    """Host and port of each server; the message of an error shows no credentials."""
+    if "@" in bootstrap:
+        shown = masked_text(bootstrap)
+        shown = shown if "***" in shown else f"***@{bootstrap.rpartition('@')[2]}"
+        raise ValueError(f"Kafka bootstrap server {shown!r}, expected host:port without credentials")
+    return [_address(server) for server in bootstrap.split(",")]
 
 
 def _address(server: str) -> tuple[str, int]:
@@ -178,11 +232,11 @@ def _ms(seconds: float) -> int:
 
 
 def _quiet_client_logs() -> None:
-    """Silence the client's reports of lost connections, unless somebody chose its log level.
+    """Silence the client's own reports, unless somebody asked for its debug or info messages.
 
-    The client logs every attempt to reach an absent broker as an error. The event log itself tries again, and raises
-    when it gives up.
+    The client logs every attempt to reach an absent broker as an error, and every step of its event loop that took
+    longer than 0.1 s as a warning. The event log itself says when it tries again, and raises when it gives up.
     """
     log = logging.getLogger("kafka")
-    if log.level == logging.NOTSET:
+    if log.level == logging.NOTSET or log.level > logging.INFO:
         log.setLevel(logging.CRITICAL)

@@ -2,31 +2,31 @@
 
 The caller keeps the positions: the log assigns partitions and seeks, and commits nothing. A position that the broker
 no longer holds is an error; the log never jumps to another one. A record's time is the producer's (``CreateTime``).
+Aborted transactions are not read, and the end of a partition is its last stable offset. A batch that cannot be decoded
+is reported and passed.
 
-There are three clients: a producer for ``append`` (any thread), a consumer for ``read`` (one thread at a time), and an
-admin client for topics and offsets. Producer and consumer are made when they are first needed. The admin client has a
-connection of its own because a broker answers the requests of one connection in order: behind a fetch that waits for
-data, every other request would wait too.
+There are three kinds of clients: producers for ``append`` (any thread), a consumer for ``read`` (one thread at a time),
+and an admin client for topics and offsets. Producers and consumer are made when they are first needed, and every client
+is made anew after an outage. The admin client has a connection of its own because a broker answers the requests of one
+connection in order: behind a fetch that waits for data, every other request would wait too.
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaConsumer
 from kafka import TopicPartition as KafkaPartition
 from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import (
-    KafkaError,
-    KafkaTimeoutError,
+    BrokerResponseError,
+    CorruptRecordError,
     LogTruncationError,
     OffsetOutOfRangeError,
-    TopicAlreadyExistsError,
-    UnknownTopicOrPartitionError,
-    for_code,
+    UnknownError,
 )
-from kafka.producer.future import FutureRecordMetadata
 from kafka.protocol.consumer import OffsetSpec
 
 from smes.errors import EventLogError, PositionOutOfRange
@@ -35,17 +35,24 @@ from stream.log.event_log import (
     Fetch,
     Headers,
     OutRecord,
+    PartitionCounts,
     Positions,
     Record,
     TopicPartition,
-    check_partition,
+    UnreadableRecord,
     check_partition_count,
     check_read,
 )
-from stream.log.kafka_connection import KafkaConnection, KafkaLogConfig
+from stream.log.kafka_append import Appender
+from stream.log.kafka_brokers import Brokers
+from stream.log.kafka_connection import NOT_NOW, KafkaConnection, KafkaLogConfig, close_all
+from stream.log.kafka_damage import damaged_at
 
-_NO_ERROR, _UNKNOWN_TOPIC = 0, int(UnknownTopicOrPartitionError.errno)
 _RECORD_OVERHEAD_BYTES = 65_536  # headers and batch framing around a record's value
+_LONGEST_POLL_S = 0.25  # between two looks at the stop event
+_PAUSE_S = 0.2  # after an error of the consumer that has no cause in the log
+
+_Batches = Mapping[KafkaPartition, list[ConsumerRecord]]
 
 
 class KafkaLog:
@@ -75,84 +82,63 @@ class KafkaLog:
         self._connection = KafkaConnection(bootstrap, config or KafkaLogConfig(), connect_timeout_s)
         self._namespace = namespace
         self._now_ms = now_ms
-        self._partitions: dict[str, int] = {}
-        self._producer: KafkaProducer | None = None
-        self._producer_lock = threading.Lock()
+        self._brokers = Brokers(self._connection)
+        self._appender = Appender(self._connection)
+        self._counts = PartitionCounts(lambda topic: len(self._describe(topic)["partitions"]))
         self._consumer: KafkaConsumer | None = None
+        self._consumer_generation = 0
         self._consumer_lock = threading.Lock()
         self._sought: Positions = {}
-        self._admin = self._connection.admin()
-        self._connection.retry_during_outage("list topics", self._admin.list_topics, connect_timeout_s)
+        self._trouble_since_s: float | None = None
+        self._brokers.ask("connect", lambda admin: admin.list_topics(), connect_timeout_s)
 
-    def ensure_topic(self, topic: str, partitions: int) -> None:
+    def ensure_topic(self, topic: str, partitions: int, *, exact: bool = True) -> None:
         """See :meth:`stream.log.event_log.EventLog.ensure_topic`."""
         check_partition_count(topic, partitions)
-        wanted = {
-            "num_partitions": partitions,
-            "replication_factor": self._connection.config.replication_factor,
-            "configs": {"max.message.bytes": str(self._connection.config.max_record_bytes + _RECORD_OVERHEAD_BYTES)},
-        }
-
-        def create() -> None:
-            with suppress(TopicAlreadyExistsError):  # another process was faster
-                self._admin.create_topics({self._name(topic): wanted}, wait_for_metadata=True)
-
-        if self._describe(topic) is None:
-            self._connection.retry_during_outage(f"create topic {self._name(topic)}", create)
-        existing = self.partitions(topic)
-        if existing != partitions:
+        limit = self._connection.config.max_record_bytes + _RECORD_OVERHEAD_BYTES
+        existing = self._brokers.ensure_topic(self._name(topic), partitions, {"max.message.bytes": str(limit)})
+        if exact and existing != partitions:
             raise EventLogError(f"topic {self._name(topic)!r} has {existing} partitions, expected {partitions}")
 
     def partitions(self, topic: str) -> int:
         """See :meth:`stream.log.event_log.EventLog.partitions`."""
-        known = self._partitions.get(topic)
-        if known is None:
-            known = self._describe(topic)
-            if known is None:
-                raise EventLogError(
-                    f"topic {self._name(topic)!r} does not exist on Kafka at {self._connection.bootstrap}"
-                )
-            self._partitions[topic] = known
-        return known
+        return self._counts.now(topic)
+
+    def incarnations(self, topic: str) -> dict[TopicPartition, str]:
+        """See :meth:`stream.log.event_log.EventLog.incarnations`: the topic's id."""
+        found = self._describe(topic)
+        return {TopicPartition(topic, i): str(found["topic_id"]) for i in range(len(found["partitions"]))}
 
     def append(self, topic: str, records: Sequence[OutRecord]) -> None:
         """See :meth:`stream.log.event_log.EventLog.append`: returns once all in-sync replicas hold every record."""
-        count = self.partitions(topic)
+        limit = self._connection.config.max_record_bytes
         for record in records:
-            check_partition(topic, record.partition, count)
-            if len(record.value) > self._connection.config.max_record_bytes:
-                limit = self._connection.config.max_record_bytes
+            self._counts.check(topic, record.partition)
+            if len(record.value) > limit:
                 raise EventLogError(f"topic {topic!r}: a record of {len(record.value)} bytes, expected at most {limit}")
-        name, arrival_ms = self._name(topic), self._now_ms()
-        producer = self._connected_producer()
-        sent = []
-        try:
-            for record in records:
-                headers = list(record.headers)
-                sent.append(producer.send(name, record.value, None, headers, record.partition, arrival_ms))
-            producer.flush(self._connection.config.outage_timeout_s)
-        except KafkaTimeoutError as error:
-            acknowledged = sum(future.succeeded() for future in sent)
-            what = f"append to {name}: {acknowledged} of {len(records)} records acknowledged"
-            raise self._connection.unavailable(what, self._connection.config.outage_timeout_s, error) from error
-        except KafkaError as error:
-            raise self._connection.refused(f"append to {name}", error) from error
-        self._raise_refused(name, sent)
+        if not records:
+            self._counts.check(topic, 0)
+            return
+        self._appender.append(topic, self._name(topic), records, self._now_ms())
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
         """See :meth:`stream.log.event_log.EventLog.read`."""
-        check_read(positions, max_records, self.partitions)
+        check_read(positions, max_records, self._counts.check)
         with self._consumer_lock:
             consumer = self._connected_consumer()
             self._seek(consumer, positions)
             try:
-                batches = consumer.poll(max(0, round(timeout_s * 1000)), max_records)
+                batches = self._poll(consumer, max_records, timeout_s)
             except (OffsetOutOfRangeError, LogTruncationError) as error:
-                self._sought = {}
+                self._drop_consumer()
                 raise self._out_of_range(positions) from error
-            except KafkaError as error:
-                self._sought = {}
-                raise self._connection.refused("read", error) from error
+            except NOT_NOW:
+                self._drop_consumer()
+                return self._fetch_nothing(positions)  # asks for the ends, and so waits for the brokers
+            except Exception as error:  # noqa: BLE001 - damaged bytes may raise anything inside a decoder
+                self._drop_consumer()
+                return self._pass_damage(positions, error)
+            self._trouble_since_s = None
             return self._fetch(consumer, positions, batches)
 
     def begin(self, topic: str) -> Positions:
@@ -163,47 +149,74 @@ class KafkaLog:
         """See :meth:`stream.log.event_log.EventLog.end`."""
         return self._offsets(self._all(topic), OffsetSpec.LATEST)
 
+    def set_stop(self, event: threading.Event | None) -> None:
+        """See :meth:`stream.log.event_log.EventLog.set_stop`."""
+        self._connection.calls.set_stop(event)
+
     def close(self) -> None:
         """See :meth:`stream.log.event_log.EventLog.close`."""
-        if self._producer is not None:
-            self._producer.close(timeout=self._connection.connect_timeout_s)
-        if self._consumer is not None:
-            self._consumer.close(autocommit=False)
-        self._admin.close()
+        close_all({"producers": self._appender.close, "consumer": self._drop_consumer, "admin": self._brokers.close})
+        self._connection.calls.close()
 
-    def _describe(self, topic: str) -> int | None:
-        """Number of partitions; ``None`` if there is no such topic."""
+    def _describe(self, topic: str) -> dict[str, Any]:
         name = self._name(topic)
-        answers = self._connection.retry_during_outage(
-            f"look up topic {name}", lambda: self._admin.describe_topics([name])
-        )
-        code = int(answers[0]["error_code"])
-        if code == _UNKNOWN_TOPIC:
-            return None
-        if code != _NO_ERROR:
-            raise EventLogError(f"Kafka at {self._connection.bootstrap}: topic {name!r}: {for_code(code).__name__}")
-        return len(answers[0]["partitions"])
-
-    def _connected_producer(self) -> KafkaProducer:
-        with self._producer_lock:
-            if self._producer is None:
-                self._producer = self._connection.producer()
-            return self._producer
+        found = self._brokers.describe(name)
+        if found is None:
+            raise EventLogError(f"topic {name!r} does not exist on Kafka at {self._connection.bootstrap}")
+        return found
 
     def _connected_consumer(self) -> KafkaConsumer:
+        if self._consumer_generation != self._brokers.generation:  # brokers were away, and may be elsewhere now
+            self._drop_consumer()
         if self._consumer is None:
-            self._consumer = self._connection.consumer()
+            self._consumer_generation = self._brokers.generation
+            self._consumer = self._connection.retry_during_outage("connect", self._connection.consumer)
         return self._consumer
 
-    def _raise_refused(self, name: str, sent: Sequence[FutureRecordMetadata]) -> None:
-        failed = [future for future in sent if not future.succeeded()]
-        if not failed:
-            return
-        error = failed[0].exception
-        what = f"append to {name}: {len(failed)} of {len(sent)} records not acknowledged"
-        if isinstance(error, KafkaTimeoutError):
-            raise self._connection.unavailable(what, self._connection.config.outage_timeout_s, error)
-        raise self._connection.refused(what, error)
+    def _drop_consumer(self) -> None:
+        """Close the consumer. After an error it must not be used again: it may return nothing for ever."""
+        consumer, self._consumer, self._sought = self._consumer, None, {}
+        if consumer is not None:
+            close_all({"consumer": lambda: consumer.close(autocommit=False, timeout_ms=500)})
+
+    def _poll(self, consumer: KafkaConsumer, max_records: int, timeout_s: float) -> _Batches:
+        """Poll until there are records, the time is over or a stop is asked for."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            remaining_s = max(0.0, deadline_s - time.monotonic())
+            batches: _Batches = consumer.poll(round(1000 * min(remaining_s, _LONGEST_POLL_S)), max_records)
+            if batches or time.monotonic() >= deadline_s or self._connection.calls.stopping:
+                return batches
+
+    def _fetch_nothing(self, positions: Mapping[TopicPartition, int]) -> Fetch:
+        ends = self._offsets(list(positions), OffsetSpec.LATEST)
+        return Fetch([], dict(positions), frozenset(at for at, end in ends.items() if positions[at] == end))
+
+    def _pass_damage(self, positions: Mapping[TopicPartition, int], error: Exception) -> Fetch:
+        """Pass the batches that the consumer cannot decode; other errors are raised, some after a while.
+
+        Raises:
+            EventLogError: The brokers refused, or no damage is found for ``outage_timeout_s``.
+        """
+        if isinstance(error, BrokerResponseError) and not isinstance(error, CorruptRecordError | UnknownError):
+            raise self._connection.refused("read", error) from error
+        unreadable: list[UnreadableRecord] = []
+        after = dict(positions)
+        ends = self._offsets(list(positions), OffsetSpec.LATEST)
+        max_bytes = self._connection.config.fetch_max_bytes
+        for at, position in positions.items():
+            fetch = partial(self._brokers.fetch_raw, self._kafka(at), max_bytes)
+            found = damaged_at(at, position, ends[at], fetch)
+            unreadable += found
+            after[at] = max([position, *(each.offset + each.records for each in found)])
+        now_s = time.monotonic()
+        self._trouble_since_s = None if unreadable else self._trouble_since_s or now_s
+        if self._trouble_since_s is not None:
+            if now_s - self._trouble_since_s >= self._connection.config.outage_timeout_s:
+                raise self._connection.refused("read", error) from error
+            self._connection.calls.wait(_PAUSE_S)
+        at_end = frozenset(at for at, end in ends.items() if after[at] >= end)
+        return Fetch([], after, at_end, unreadable=unreadable)
 
     def _seek(self, consumer: KafkaConsumer, positions: Mapping[TopicPartition, int]) -> None:
         """Point the consumer at ``positions``. A partition that is there already keeps the records fetched ahead."""
@@ -216,21 +229,19 @@ class KafkaLog:
                 consumer.seek(self._kafka(at), int(position))
                 self._sought[at] = position
 
-    def _fetch(
-        self,
-        consumer: KafkaConsumer,
-        positions: Mapping[TopicPartition, int],
-        batches: Mapping[KafkaPartition, list[ConsumerRecord]],
-    ) -> Fetch:
+    def _fetch(self, consumer: KafkaConsumer, positions: Mapping[TopicPartition, int], batches: _Batches) -> Fetch:
         records: list[Record] = []
         after: Positions = {}
         maybe_at_end = []
+        now_ms = self._now_ms()
         for at in positions:
             partition = self._kafka(at)
-            records += [_record(at, record) for record in batches.get(partition, ())]
+            new = batches.get(partition, ())
+            records += [_record(at, record, now_ms) for record in new]
             after[at] = consumer.position(partition)  # past gaps, such as transaction markers
             high_water = consumer.highwater(partition)
-            if high_water is None or after[at] >= high_water:
+            # Without records, too: behind an open transaction the high water mark is never reached.
+            if not new or high_water is None or after[at] >= high_water:
                 maybe_at_end.append(at)
         self._sought = dict(after)
         # The fetch's high water mark may be old by now. Asking also notices absent brokers: a poll returns nothing
@@ -239,13 +250,8 @@ class KafkaLog:
         return Fetch(records, after, frozenset(at for at, end in ends.items() if after[at] >= end))
 
     def _offsets(self, ats: Sequence[TopicPartition], which: OffsetSpec) -> Positions:
-        if not ats:
-            return {}
-        asked = {self._kafka(at): which for at in ats}
-        found = self._connection.retry_during_outage(
-            "ask for offsets", lambda: self._admin.list_partition_offsets(asked)
-        )
-        return {at: found[self._kafka(at)].offset for at in ats}
+        found = self._brokers.offsets([self._kafka(at) for at in ats], which)
+        return {at: found[self._kafka(at)] for at in ats}
 
     def _out_of_range(self, positions: Mapping[TopicPartition, int]) -> PositionOutOfRange:
         ats = list(positions)
@@ -268,9 +274,10 @@ class KafkaLog:
         return f"{self._namespace}.{topic}" if self._namespace else topic
 
 
-def _record(at: TopicPartition, record: ConsumerRecord) -> Record:
+def _record(at: TopicPartition, record: ConsumerRecord, now_ms: int) -> Record:
     headers = _headers(tuple(record.headers))
-    return Record(at.topic, at.partition, record.offset, record.value or b"", headers, record.timestamp)
+    arrival_ms = record.timestamp if record.timestamp > 0 else now_ms  # producers may write 0, or -1 for "none"
+    return Record(at.topic, at.partition, record.offset, record.value or b"", headers, arrival_ms)
 
 
 # Cached, because every record has headers and few of them differ.

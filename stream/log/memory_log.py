@@ -23,7 +23,6 @@ from stream.log.event_log import (
     check_read,
 )
 
-
 _LONGEST_WAIT_S = 0.05  # between two looks at the stop event
 
 

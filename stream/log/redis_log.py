@@ -216,7 +216,9 @@ class RedisStreamsLog:
             return {key: lists[0] for key, lists in answer.items()}
         return dict(cast(list[tuple[bytes, list[Entry]]], answer))
 
-    def _fetch(self, positions: Mapping[TopicPartition, int], entries: Mapping[bytes, list[Entry]], count: int) -> Fetch:
+    def _fetch(
+        self, positions: Mapping[TopicPartition, int], entries: Mapping[bytes, list[Entry]], count: int
+    ) -> Fetch:
         found = _Found(self._now_ms())
         after: Positions = {}
         maybe_at_end: dict[TopicPartition, Id | None] = {}

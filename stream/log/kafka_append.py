@@ -1,0 +1,150 @@
+"""Appending to Kafka: one idempotent producer per compression, made anew when it or its brokers fail."""
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+
+from kafka import KafkaProducer
+from kafka.errors import (
+    IllegalStateError,
+    InvalidProducerEpochError,
+    InvalidProducerIdMappingError,
+    KafkaError,
+    KafkaTimeoutError,
+    OutOfOrderSequenceNumberError,
+    ProducerFencedError,
+    UnknownProducerIdError,
+    UnknownTopicOrPartitionError,
+)
+
+from stream.log.event_log import OutRecord
+from stream.log.kafka_connection import NOT_NOW, KafkaConnection, close_all
+from stream.topics import DEAD_LETTERS
+
+# The producer's identity is spoiled, not the record: a new producer can send it.
+_NEW_PRODUCER = (
+    *NOT_NOW,
+    IllegalStateError,  # closed by another thread that met an error
+    InvalidProducerEpochError,
+    InvalidProducerIdMappingError,
+    OutOfOrderSequenceNumberError,
+    ProducerFencedError,
+    UnknownProducerIdError,
+)
+
+
+class Appender:
+    """Sends records and waits until all in-sync replicas hold them; thread-safe."""
+
+    def __init__(self, connection: KafkaConnection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._producers: dict[str, KafkaProducer] = {}
+
+    def append(self, topic: str, name: str, records: Sequence[OutRecord], arrival_ms: int) -> None:
+        """Send all records, again where a broker was away.
+
+        Args:
+            topic: Ours; it decides the compression.
+            name: Kafka's name of it.
+            records: What to send.
+            arrival_ms: Their timestamp.
+
+        Raises:
+            EventLogError, EventLogUnavailable, Stopped: As :meth:`stream.log.event_log.EventLog.append`.
+        """
+        connection = self._connection
+        timeout_s = connection.config.outage_timeout_s
+        sending = _Sending(self, self.compression(topic), name, records, arrival_ms)
+        where = f"Kafka at {connection.bootstrap}: append to {name}"
+        try:
+            connection.calls.retry(where, sending.attempt, timeout_s=timeout_s, retriable=NOT_NOW)
+        except NOT_NOW as error:
+            raise connection.unavailable(f"append to {name}: {sending.left}", timeout_s, error) from error
+        except KafkaError as error:
+            raise connection.refused(f"append to {name}: {sending.left}", error) from error
+
+    def compression(self, topic: str) -> str:
+        """Of a topic's batches. Dead letters are for people: gzip, because every client reads that."""
+        configured = self._connection.config.compression
+        return "gzip" if topic == DEAD_LETTERS and configured != "none" else configured
+
+    def producer(self, compression: str) -> KafkaProducer:
+        """The producer of a compression; made when it is first needed."""
+        with self._lock:
+            if compression not in self._producers:
+                self._producers[compression] = self._connection.producer(compression)
+            return self._producers[compression]
+
+    def give_up(self, producer: KafkaProducer, *, flush: bool) -> None:
+        """Make a new one the next time."""
+        with self._lock:
+            self._producers = {name: each for name, each in self._producers.items() if each is not producer}
+        close = partial(producer.close, timeout=1.0 if flush else 0.0)
+        threading.Thread(target=close_all, args=({"producer": close},), daemon=True).start()
+
+    @property
+    def flush_s(self) -> float:
+        """How long to wait for acknowledgements."""
+        return self._connection.config.outage_timeout_s
+
+    def close(self) -> None:
+        """Close the producers; nothing is on its way, since every append waits."""
+        with self._lock:
+            producers, self._producers = self._producers, {}
+        close_all({f"{name} producer": partial(each.close, timeout=1.0) for name, each in producers.items()})
+
+
+class _Sending:
+    """Records on their way, without those that were acknowledged."""
+
+    def __init__(
+        self, appender: Appender, compression: str, name: str, records: Sequence[OutRecord], arrival_ms: int
+    ) -> None:
+        self._appender, self._compression, self._name = appender, compression, name
+        self._count, self._unsent, self._arrival_ms = len(records), list(records), arrival_ms
+
+    @property
+    def left(self) -> str:
+        """What is left, in words."""
+        return f"{len(self._unsent)} of {self._count} records not acknowledged"
+
+    def attempt(self) -> None:
+        """Send what is left and wait.
+
+        Raises:
+            KafkaError: Something is left. One of ``NOT_NOW`` if sending it again may help.
+        """
+        producer = self._appender.producer(self._compression)
+        self._check_partitions(producer)
+        sent, stuck = [], None
+        try:
+            for record in self._unsent:
+                headers = list(record.headers)
+                sent.append(producer.send(self._name, record.value, None, headers, record.partition, self._arrival_ms))
+            producer.flush(self._appender.flush_s)
+        except KafkaTimeoutError as error:
+            stuck = error
+        failed = [future for future in sent if not future.succeeded()]
+        errors = [future.exception for future in failed]
+        unsent = [r for r, future in zip(self._unsent, sent, strict=False) if not future.succeeded()]
+        self._unsent = unsent + self._unsent[len(sent) :]
+        if stuck or errors:
+            self._raise(producer, stuck, errors)
+
+    def _check_partitions(self, producer: KafkaProducer) -> None:
+        """Give up a producer that does not know a partition yet; a new one asks the brokers."""
+        known = producer.partitions_for(self._name) or set()
+        if missing := {record.partition for record in self._unsent} - known:
+            self._appender.give_up(producer, flush=True)
+            raise UnknownTopicOrPartitionError(f"{self._name}: partitions {sorted(missing)}")
+
+    def _raise(self, producer: KafkaProducer, stuck: KafkaError | None, errors: list[KafkaError | None]) -> None:
+        self._appender.give_up(producer, flush=False)
+        error = stuck or next((each for each in errors if each), None) or KafkaTimeoutError("no acknowledgement")
+        refused = next((each for each in errors if each and not isinstance(each, _NEW_PRODUCER)), None)
+        if refused:
+            raise refused
+        if isinstance(error, NOT_NOW):
+            raise error
+        raise KafkaTimeoutError(repr(error)) from error  # one that a new producer mends
