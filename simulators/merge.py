@@ -7,7 +7,7 @@ import numpy as np
 
 from simulators.delays import FeedbackTimes
 from simulators.history import HistoryBuilder
-from simulators.logs.reader import LogBlock, LogReader
+from simulators.logs.reader import LogBlock, LogReader, row_bytes
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
 
@@ -75,11 +75,6 @@ def merge(
 
 MAX_BLOCK_BYTES = 32 * 2**20
 """Most bytes of the impressions of one pair: what bounds the memory of everything that goes through the pairs."""
-
-
-def row_bytes(schema: Schema) -> int:
-    """Bytes of an impression with its outcomes in memory."""
-    return 8 * (schema.id_width + 4) + 4 * (schema.num_numerics + schema.num_tasks)
 
 
 def replay_blocks(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from simulators.config import ReplayConfig
-from simulators.logs.reader import LogReader
-from simulators.merge import replay_blocks, row_bytes
+from simulators.logs.reader import LogReader, row_bytes
+from simulators.merge import replay_blocks
 from smes.arrays import I64
 from smes.errors import Stopped
 from smes.events import FeedbackBlock, ImpressionBlock

@@ -8,7 +8,7 @@ import codecs
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from smes.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_ranges
+from smes.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, Share, check_ranges
 
 TimeUnit = Literal["s", "ms", "us", "timestamp"]
 LOG_PATTERNS = ("*.parquet", *(f"*{name}{packed}" for name in (".csv", ".tsv") for packed in ("", ".gz", ".zst")))
@@ -169,6 +169,7 @@ class LogSpec:
         csv: How the text files are written.
         null_words: The texts that mean that there is no value: in ids, labels and features, and in bags. They are
             compared as they stand. The empty text always does.
+        max_rejected: Largest share of the log's rows that may be unusable; a log with more is refused.
     """
 
     user_id: str
@@ -184,6 +185,7 @@ class LogSpec:
     item_features: SideTable | None = None
     csv: CsvFormat = field(default_factory=CsvFormat)
     null_words: tuple[str, ...] = NULL_WORDS
+    max_rejected: Share = 0.01
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -150,12 +150,16 @@ class LogLedger:
     @property
     def counts_from_zero(self) -> bool:
         """Whether the times count from the log's own beginning instead of 1970."""
-        first, last = self.first_event_ms, self.last_event_ms
-        return first is not None and last is not None and first >= 0 and last < COUNTED_FROM_ZERO_MS
+        return counts_from_zero(self.first_event_ms, self.last_event_ms)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: the section ``log`` of a report."""
         return asdict(self) | {"rejected": self.rejected, "counts_from_zero": self.counts_from_zero}
+
+
+def counts_from_zero(first_ms: int | None, last_ms: int | None) -> bool:
+    """Whether times from ``first_ms`` to ``last_ms`` count from a log's own beginning instead of 1970."""
+    return first_ms is not None and last_ms is not None and first_ms >= 0 and last_ms < COUNTED_FROM_ZERO_MS
 
 
 def problems(ledger: LogLedger, *, max_rejected: float, now_ms: int) -> list[str]:
@@ -163,7 +167,7 @@ def problems(ledger: LogLedger, *, max_rejected: float, now_ms: int) -> list[str
 
     Args:
         ledger: Of the whole log.
-        max_rejected: Largest share of its rows that may be unusable.
+        max_rejected: Largest share of its rows that may be unusable, or outside the time.
         now_ms: Unix milliseconds; later times than a day from now are refused.
     """
     if ledger.rows == 0:
@@ -174,13 +178,13 @@ def problems(ledger: LogLedger, *, max_rejected: float, now_ms: int) -> list[str
         readable = column.rows - column.no_value - column.unreadable
         if column.kind == "label" and column.rows and column.no_value == column.rows:
             found.append(f"{place}: empty in all {column.rows:,} rows, expected outcomes")
-        elif column.unreadable and readable == 0:
+        elif column.kind == "feature" and readable == 0 and column.unreadable > max_rejected * column.rows:
             found.append(
                 f"{place}: {column.example!r} in {_at(column.file, column.line)}, and no readable value in all "
                 f"{column.rows:,} rows, expected values as the schema says"
             )
     for join in ledger.joins:
-        if join.ids_in_log and not join.ids_matched:
+        if join.ids_in_log and not join.ids_matched and ledger.used == ledger.usable:
             found.append(
                 f"{ledger.where}: 0 of {join.ids_in_log:,} {join.entity}s are in the table "
                 f"log.{join.entity}_features, expected keys that are {join.entity} ids of the log"

@@ -15,17 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulators.logs.files import LogFiles, find_files
-from simulators.logs.ledger import LogLedger
+from simulators.logs.ledger import LogLedger, check
 from simulators.logs.store import LogStore
 from smes.arrays import F32, I64
 from smes.errors import LogError
 from smes.events import ImpressionBlock, fill_elapsed, misaligned
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
+from smes_io.clock import wall_clock_ms
 from smes_io.schema_file import SchemaFile, feature_columns
 
 Entity = Literal["user", "item"]
 ENTITIES: tuple[Entity, ...] = ("user", "item")
 _CHUNK_ROWS = 65_536
+_CHUNK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def open_log(
     memory_limit: str = "1GB",
     temp_dir: str | Path | None = None,
     threads: int | None = None,
+    max_rejected: float | None = None,
 ) -> "LogReader":
     """Open a log: a folder with the files that the schema file describes, or a single CSV or Parquet file.
 
@@ -82,6 +85,7 @@ def open_log(
         memory_limit: Memory limit of DuckDB, such as ``1GB``.
         temp_dir: Where a folder for the sorted log is made, and removed on close. Default: the system's.
         threads: Threads of DuckDB. Default: all cores.
+        max_rejected: Largest share of unusable rows. Default: the schema file's ``log.max_rejected``.
 
     Raises:
         LogError: A file or column is missing, or a column has an unusable type. The message says what was expected.
@@ -92,14 +96,23 @@ def open_log(
     if limit is not None and limit < 0:
         raise ValueError(f"limit: {limit}, expected at least 0")
     files = find_files(Path(path), schema_file.log)
-    return LogReader(files, schema_file, limit, LogStore(memory_limit, temp_dir, threads))
+    return LogReader(files, schema_file, limit, LogStore(memory_limit, temp_dir, threads), max_rejected)
 
 
 class LogReader:
     """An opened log, to be used as a context manager. Made by :func:`open_log`."""
 
-    def __init__(self, files: LogFiles, schema_file: SchemaFile, limit: int | None, store: LogStore) -> None:
+    def __init__(
+        self,
+        files: LogFiles,
+        schema_file: SchemaFile,
+        limit: int | None,
+        store: LogStore,
+        max_rejected: float | None = None,
+    ) -> None:
         assert schema_file.log is not None
+        self.max_rejected = schema_file.log.max_rejected if max_rejected is None else max_rejected
+        self._checked = False
         self.schema: Schema = schema_file.schema
         self.spec = schema_file.log
         self._tables = feature_columns(self.schema, self.spec)
@@ -135,15 +148,28 @@ class LogReader:
         """What was read, what was left out and why. Loads the feature tables too."""
         return self._store.ledger()
 
+    def check(self) -> None:
+        """Refuse a log that is unfit to be trained on, as :func:`simulators.logs.ledger.check`. Done once.
+
+        Raises:
+            LogError: It is empty, too many of its rows are unusable, or a column has nothing that can be read.
+        """
+        if not self._checked:
+            check(self.ledger, max_rejected=self.max_rejected, now_ms=wall_clock_ms())
+            self._checked = True
+
     def blocks(self, rows_per_block: int = 8192) -> Iterator[LogBlock]:
         """Yield all impressions in event-time order. Rows of the same time keep their order in the files.
 
         Raises:
             ValueError: ``rows_per_block`` is below 1.
+            LogError: As :meth:`check`, which comes first.
         """
         if rows_per_block < 1:
             raise ValueError(f"rows_per_block: {rows_per_block}, expected at least 1")
-        chunk_rows = max(_CHUNK_ROWS // rows_per_block, 1) * rows_per_block
+        self.check()
+        affordable = min(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes(self.schema))
+        chunk_rows = max(affordable // rows_per_block, 1) * rows_per_block
         for start in range(0, self.total, chunk_rows):
             chunk = self._block(self._store.impressions(start, start + chunk_rows))
             for row in range(0, len(chunk), rows_per_block):
@@ -207,6 +233,11 @@ class LogReader:
                 "in each as in the sequence it accompanies"
             )
         return impressions
+
+
+def row_bytes(schema: Schema) -> int:
+    """Bytes of an impression with its outcomes in memory."""
+    return 8 * (schema.id_width + 4) + 4 * (schema.num_numerics + schema.num_tasks)
 
 
 def feature_array(table: Any, feature: Feature) -> NDArray[Any]:

@@ -16,11 +16,12 @@ import duckdb
 from simulators.logs import sql
 from simulators.logs.counts import TableCounts, count_rows
 from simulators.logs.files import LogFiles
-from simulators.logs.ledger import LogLedger, TableJoin
+from simulators.logs.ledger import DAY_MS, EARLIEST_MS, LogLedger, TableJoin, counts_from_zero
 from simulators.logs.parts import TableFiles
-from simulators.logs.table import TablePlan, plan_log, plan_side_table
+from simulators.logs.table import TablePlan, outside_reason, plan_log, plan_side_table
 from smes.errors import LogError
 from smes.schema import Feature, Schema
+from smes_io.clock import wall_clock_ms
 from smes_io.log_spec import LogSpec
 
 ENTITY_ROWS = 65_536
@@ -183,7 +184,7 @@ class LogStore:
             usable=prepared.rows_read - prepared.duplicates - rejected,
             used=prepared.total,
             duplicates=prepared.duplicates,
-            outside=0,
+            outside=prepared.rejected.get(outside_reason(self._spec), 0),
             rejections=prepared.counts.rejections,
             columns=columns,
             joins=tuple(joins),
@@ -259,6 +260,12 @@ class LogStore:
             "CREATE TABLE narrow AS "
             f"SELECT smes_row, event_time_ms, smes_digest AS digest, smes_reason{flags} FROM ({plan.rows})"
         )
+        first, last = self._rows("SELECT min(event_time_ms), max(event_time_ms) FROM narrow")[0]
+        if not counts_from_zero(first, last):
+            self._execute(
+                f"UPDATE narrow SET smes_reason = {plan.reasons.index(outside_reason(self._spec))} WHERE smes_reason "
+                f"IS NULL AND event_time_ms NOT BETWEEN {EARLIEST_MS} AND {wall_clock_ms() + DAY_MS}"
+            )
         counts = count_rows(self._rows, plan, "narrow", self._files.folder, "log")
         self._execute(
             "CREATE TABLE excluded AS SELECT smes_row AS row, false AS duplicate FROM narrow "
@@ -268,7 +275,6 @@ class LogStore:
             "WHERE smes_reason IS NULL AND smes_row <> kept"
         )
         duplicates = self._scalar("SELECT count(*) FROM excluded WHERE duplicate")
-        first, last = self._rows("SELECT min(event_time_ms), max(event_time_ms) FROM narrow")[0]
         self._execute("DROP TABLE narrow")
         return duplicates, counts, first, last
 

@@ -107,6 +107,11 @@ class _Encoded:
         return f"SELECT {', '.join(named)} FROM {source}"
 
 
+def outside_reason(spec: LogSpec) -> str:
+    """Why a row with a time that cannot be is unusable."""
+    return f"event_time ({spec.event_time}) is outside 2000 … a day from now"
+
+
 def example(letter: str, index: int) -> str:
     """The quoted column of what a reason (``r``) or a watch (``w``) is about."""
     return sql.quote(f"smes_example {letter}{index}")
@@ -203,7 +208,10 @@ class _PartPlanner:
         self.id("user", spec.user_id, "log.user_id", required=f"user_id ({spec.user_id}) is empty")
         self.id("item", spec.item_id, "log.item_id", required=f"item_id ({spec.item_id}) is empty")
         reason = f"event_time ({spec.event_time}) is no time in {spec.time_unit}"
-        self.out.reasons[reason] = ("event_time_ms IS NULL", f"CAST({sql.quote(spec.event_time)} AS VARCHAR)")
+        written = f"CAST({sql.quote(spec.event_time)} AS VARCHAR)"
+        self.out.reasons[reason] = ("event_time_ms IS NULL", written)
+        # Which times are outside is known when all have been seen; see LogStore.
+        self.out.reasons[outside_reason(spec)] = ("false", written)
         if (column := spec.impression_id) is not None:
             self.id("impression_id", column, "log.impression_id", required=f"impression_id ({column}) is empty")
         if spec.request_id is None:
@@ -240,7 +248,7 @@ class _PartPlanner:
             expr = part.column(column, key, _OPTIONAL.format(key=key))
             sql_type = part.types[column]
         self._feature_type(feature, named[1], sql_type, key)
-        words = part.null_words
+        words = self._spec.null_words if feature.is_list else part.null_words  # in bags they are part of a field
         self.out.columns[name] = sql.feature_sql(feature, expr, sql_type, source.separator, words)
         self.out.watch("no value", "feature", named, sql.feature_no_value_sql(feature, expr, sql_type, words))
         self.out.watch("unreadable", "feature", named, sql.unreadable_sql(feature, expr, sql_type, words), expr)
@@ -281,12 +289,19 @@ class _PartPlanner:
         describe(self._connection, f"DESCRIBE {query}", self._part.where, "readable columns")
 
     def _label_time(self, task: Task, name: str, *, optional: bool) -> None:
-        key = f"log.labels.{task.name}.time_column"
-        if optional and name not in self._part.types:
+        part, key = self._part, f"log.labels.{task.name}.time_column"
+        reason = f"{key} ({name}) is no time in {self._spec.time_unit}"
+        if optional and name not in part.types:
             self.out.columns[f"time {task.name}"] = sql.MISSING_SQL
+            self.out.reasons[reason] = ("false", "NULL::VARCHAR")
             return
-        time = sql.time_sql(self._part.column(name, key), self._spec.time_unit)
+        column = part.column(name, key)
+        time, blank = (
+            sql.time_sql(column, self._spec.time_unit),
+            sql.no_value_sql(column, part.types[name], part.null_words),
+        )
         self.out.columns[f"time {task.name}"] = f"COALESCE({time}, {sql.MISSING_SQL})"
+        self.out.reasons[reason] = (f"NOT {blank} AND {time} IS NULL", f"CAST({column} AS VARCHAR)")
 
     def _feature_type(self, feature: Feature, source: str, sql_type: str, key: str) -> None:
         if feature.kind == "numeric":

@@ -25,6 +25,7 @@ log:
   item_id: product
   event_time: shown_at
   time_unit: s
+  max_rejected: 0.5
   request_id: visit
   user_features: {files: customers.csv, key: id}
   item_features: {files: products.csv, key: sku}
