@@ -14,6 +14,7 @@ A row holds its entity's columns of :class:`smes.events.ImpressionBlock`, in sch
 Letters: N entities, W id columns, F numeric columns.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
+from feature_store.damage import Damage, shown
 from smes.arrays import F32, I64, Bool
 from smes.errors import FeatureStoreError, SchemaMismatch
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
@@ -30,6 +32,7 @@ from smes_io.redis_client import address, translated
 Entity = Literal["user", "item"]
 
 _BATCH = 1000
+_HASH = re.compile(rb"[0-9a-f]{8,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +44,14 @@ class EntityRows:
         numerics: float32 [N, F]; NaN where unknown.
         user_known: Whether the store has the user; true if the schema has no user features.
         items_known: bool [N], the same for each item.
+        problem: Which stored value is broken and counts as missing, None if none is.
     """
 
     ids: I64
     numerics: F32
     user_known: bool
     items_known: Bool
+    problem: str | None = None
 
 
 def blank_rows(schema: Schema, user_id: int, item_ids: I64) -> EntityRows:
@@ -68,6 +73,8 @@ class EntityStore:
     """
 
     def __init__(self, client: redis.Redis, schema: Schema, namespace: str = "smes") -> None:
+        self.damage = Damage()
+        """What was found broken in the store."""
         self._client = client
         self._schema = schema
         self._prefix = f"{namespace}:features:"
@@ -104,9 +111,12 @@ class EntityStore:
     def get(self, user_id: int, item_ids: I64) -> EntityRows:
         """The stored features of a user and N items, in one round trip. Unknown entities are not an error.
 
+        A value that is broken (of another length, or with infinite numbers) counts as missing, and is noted.
+
         Raises:
             SchemaMismatch: The store holds features of another schema.
-            FeatureStoreError, FeatureStoreUnavailable: Redis refused or holds other values, or gave no answer.
+            FeatureStoreError, FeatureStoreUnavailable: Redis refused, gave no answer, or holds features without the
+                mark of a schema.
         """
         user, item = self._layouts["user"], self._layouts["item"]
         keys = [f"{self._prefix}schema", f"{self._prefix}user:{user_id}"]
@@ -115,17 +125,23 @@ class EntityStore:
             found = self._client.mget(keys)
         values = cast("list[bytes | None]", found)
         self._guard(values[0])
+        if values[0] is None and any(value is not None for value in values[1:]):
+            raise FeatureStoreError(f"Redis key {keys[0]}: missing or no string, expected {self._schema.hash}")
         rows = blank_rows(self._schema, user_id, item_ids)
-        users_known, stored = user.unpack(keys[1:2], values[1:2])
+        broken: list[str] = []
+        users_known, stored = user.unpack(keys[1:2], values[1:2], broken)
         if len(stored):
             rows.ids[:, user.id_columns] = stored["ids"]
             rows.numerics[:, user.numeric_columns] = stored["numerics"]
-        items_known, stored = item.unpack(keys[2:], values[2:])
+        items_known, stored = item.unpack(keys[2:], values[2:], broken)
         if len(stored):
             found_N1 = np.flatnonzero(items_known)[:, None]
             rows.ids[found_N1, item.id_columns] = stored["ids"]
             rows.numerics[found_N1, item.numeric_columns] = stored["numerics"]
-        return EntityRows(rows.ids, rows.numerics, bool(users_known[0]), items_known)
+        for message in broken:
+            self.damage.note(message)
+        problem = broken[0] if broken else None
+        return EntityRows(rows.ids, rows.numerics, bool(users_known[0]), items_known, problem)
 
     def clear(self) -> int:
         """Remove every feature and the schema's mark; the number of entities removed."""
@@ -149,10 +165,13 @@ class EntityStore:
         self._guard(cast("bytes | None", self._client.get(key)))
 
     def _guard(self, mark: bytes | None) -> None:
-        if mark is not None and mark.decode() != self._schema.hash:
-            raise SchemaMismatch(
-                f"features in Redis at {address(self._client)}", expected=self._schema.hash, got=mark.decode()
-            )
+        if mark is None or mark == self._schema.hash.encode():
+            return
+        if not _HASH.fullmatch(mark):
+            raise FeatureStoreError(f"Redis key {self._prefix}schema: {shown(mark)}, expected {self._schema.hash}")
+        raise SchemaMismatch(
+            f"features in Redis at {address(self._client)}", expected=self._schema.hash, got=mark.decode()
+        )
 
 
 @dataclass(frozen=True)
@@ -196,16 +215,31 @@ class _Layout:
                 next_id += feature.width
         return rows
 
-    def unpack(self, keys: Sequence[str], values: Sequence[bytes | None]) -> tuple[Bool, NDArray[np.void]]:
-        """(bool [N], which values exist; their rows). Without features, every entity counts as existing."""
+    def unpack(
+        self, keys: Sequence[str], values: Sequence[bytes | None], broken: list[str]
+    ) -> tuple[Bool, NDArray[np.void]]:
+        """(bool [N], which values exist; their rows). Without features, every entity counts as existing.
+
+        What is broken is added to ``broken``. A value of another length does not exist; infinite numbers are missing.
+        """
         width = self.dtype.itemsize
         if width == 0:
             return np.ones(len(values), np.bool_), np.empty(0, self.dtype)
         for key, value in zip(keys, values, strict=True):
             if value is not None and len(value) != width:
-                raise FeatureStoreError(f"Redis key {key}: {len(value)} bytes, expected {width}")
-        present = [value for value in values if value is not None]
-        return np.array([value is not None for value in values], np.bool_), np.frombuffer(b"".join(present), self.dtype)
+                broken.append(f"Redis key {key}: {len(value)} bytes, expected {width}")
+        whole = [value is not None and len(value) == width for value in values]
+        present = [value for value, fits in zip(values, whole, strict=True) if fits and value is not None]
+        rows = np.frombuffer(b"".join(present), self.dtype)
+        if np.isinf(rows["numerics"]).any():
+            rows = rows.copy()
+            infinite_N = np.isinf(rows["numerics"]).any(axis=1)
+            named = [key for key, fits in zip(keys, whole, strict=True) if fits]
+            broken += [
+                f"Redis key {named[n]}: an infinite number, expected numbers" for n in np.flatnonzero(infinite_N)
+            ]
+            rows["numerics"][np.isinf(rows["numerics"])] = np.nan
+        return np.array(whole, np.bool_), rows
 
 
 def _check_column(feature: Feature, n: int, column: NDArray[Any]) -> None:

@@ -24,6 +24,7 @@ from smes.errors import SnapshotError
 PAYLOAD_FORMAT = 2
 """Format 2 holds a nested model configuration. Only this format is read."""
 
+_MAX_HEADER_BYTES = 8 * 1024 * 1024
 _LENGTH_BYTES = 8  # safetensors: little-endian uint64 length of the JSON header, the header, the tensors
 _METADATA = "__metadata__"
 _FORMAT = "format"
@@ -83,9 +84,11 @@ def _header_metadata(payload: bytes) -> object:
     length = int.from_bytes(payload[:_LENGTH_BYTES], "little")
     if len(payload) < _LENGTH_BYTES or length > len(payload) - _LENGTH_BYTES:
         raise SnapshotError(f"snapshot payload: header cut short ({len(payload)} bytes, header of {length} expected)")
+    if length > _MAX_HEADER_BYTES:
+        raise SnapshotError(f"snapshot payload: header of {length} bytes, expected at most {_MAX_HEADER_BYTES}")
     try:
         return json.loads(payload[_LENGTH_BYTES : _LENGTH_BYTES + length])[_METADATA]
     except KeyError:
         return {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise SnapshotError(f"snapshot payload: header: expected a JSON object: {error}") from error

@@ -60,7 +60,7 @@ class FeatureLookup:
         self._monotonic_s = monotonic_s
         self._next_try_s = float("-inf")
         self.problem: str | None = None
-        """Why the last look-up failed, None when it succeeded."""
+        """Why the last look-up failed or what it found broken, None when neither."""
 
     def rows(self, user_id: int, item_ids: I64) -> EntityRows:
         """The instances of a user with N items, with their stored features where they could be looked up."""
@@ -73,7 +73,7 @@ class FeatureLookup:
             self.problem = str(error)
             self._next_try_s = self._monotonic_s() + self._retry_s
             return self._without_features(user_id, item_ids)
-        self.problem = None
+        self.problem = rows.problem
         self._telemetry.unknown_users.inc(not rows.user_known)
         self._telemetry.unknown_items.inc(int((~rows.items_known).sum()))
         return rows

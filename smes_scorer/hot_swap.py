@@ -5,9 +5,11 @@ A request reads one :class:`ServedModel` and answers with it alone, so that its 
 
 import json
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.arrays import F32, I64
 from smes.errors import FeatureStoreError, SchemaMismatch, SmesError, SnapshotError, SnapshotNotFound
 from smes.model.config import ModelConfig
+from smes.model.fitting import fitting_config
 from smes.model.serving import ServingModel
 from smes.schema import Schema
 from smes_scorer.telemetry import Arrivals, FirstAnswers, Telemetry
@@ -61,8 +64,9 @@ def load_serving_model(payload: bytes, schema: Schema) -> ServingModel:
     if metadata.get("schema_hash") != schema.hash:
         raise SchemaMismatch("snapshot payload", expected=schema.hash, got=str(metadata.get("schema_hash")))
     try:
-        config = ModelConfig.from_dict(json.loads(metadata["model"]))
-    except (KeyError, TypeError, ValueError) as error:
+        # Checked before it is built: building a configuration of absurd size takes time and memory already.
+        config = ModelConfig.from_dict(fitting_config(json.loads(metadata["model"]), tensors))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise SnapshotError(f"snapshot payload: model configuration: {error}") from error
     try:
         return ServingModel(schema, config, tensors)
@@ -71,15 +75,33 @@ def load_serving_model(payload: bytes, schema: Schema) -> ServingModel:
 
 
 _WARM_UP_ITEMS = (1, 100)
-_RETRY_REFUSED_S = 5.0
+_RETRY_S = 5.0  # doubled after each failure
+_LONGEST_RETRY_S = 300.0
+_MAX_REFUSALS = 100
+_OLDER_TRIED = 3
 _logger = logging.getLogger(__name__)
+
+
+class _Unfit(Exception):
+    """The bytes are those that were published, and no model can be made of them: trying again is no use."""
+
+
+@dataclass(slots=True)
+class _Refusal:
+    """Why a snapshot was refused, how often, and when to try it again."""
+
+    reason: str
+    tries: int
+    again_s: float
 
 
 class HotSwap:
     """Keeps the ``current`` snapshot in service.
 
     When that fails (Redis is away, the snapshot is damaged or of another schema), the model in service stays, and
-    :attr:`problem` gives the reason until the failure is over. Requests never wait for loading.
+    :attr:`problem` gives the reason until the failure is over. A scorer without a model then serves the newest older
+    snapshot that it can. A snapshot whose verified bytes make no model is not tried again; one whose bytes are damaged
+    is, after longer and longer pauses. Requests never wait for loading.
 
     Args:
         store: Where snapshots come from; used by the loader thread alone.
@@ -114,7 +136,7 @@ class HotSwap:
         self._monotonic_s = monotonic_s
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="snapshot-loader", daemon=True)
-        self._refused: tuple[tuple[str, int], float] | None = None  # the version, and when to try it again
+        self._refusals: OrderedDict[Hashable, _Refusal] = OrderedDict()
         self.served: ServedModel | None = None
         """The model in service. A request reads this attribute once."""
         self.problem: str | None = None
@@ -143,71 +165,119 @@ class HotSwap:
             if self._is_new(manifest):
                 assert manifest is not None
                 self._swap(manifest)
+            self.problem = self._store.pointer_problem or self.problem
         except (FeatureStoreError, SnapshotNotFound) as error:
             # Redis is away or was restarted, or the snapshot was trimmed while it was read: look again next time.
             if self.problem is None:
                 _logger.warning("no newer snapshot can be loaded: %s", error)
             self.problem = str(error)
         except Exception as error:  # whatever a bad snapshot raises, the model in service stays
-            self._telemetry.load_failures.inc()
-            self.problem = str(error) if isinstance(error, SmesError) else repr(error)
-            _logger.warning("a snapshot was refused: %s", self.problem, exc_info=not isinstance(error, SmesError))
-            if manifest is not None:
-                self._refused = (_key(manifest), self._monotonic_s() + _RETRY_REFUSED_S)
+            _logger.debug("a snapshot was refused", exc_info=True)
+            self._refuse(manifest, error)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             self.refresh()
-            self._watcher.wait(self._poll_s)
+            try:
+                self._watcher.wait(self._poll_s)
+            except Exception:  # whatever the channel brings, the thread goes on
+                _logger.warning("waiting for a snapshot failed", exc_info=True)
+                self._stopping.wait(self._poll_s)
 
     def _is_new(self, manifest: Manifest | None) -> bool:
-        """Whether the current snapshot is to be loaded now; updates :attr:`problem` when it is not."""
-        if manifest is None:
+        """Whether the current snapshot is to be loaded now; sets :attr:`problem` when it is not."""
+        served = self.served
+        if manifest is None or (served is not None and served.key == _key(manifest)):
             self.problem = None
             return False
-        key, served = _key(manifest), self.served
-        if served is not None and served.key == key:
-            self.problem = None
-            return False
-        if served is not None and served.manifest.lineage == manifest.lineage and served.key > key:
+        if served is not None and served.manifest.lineage == manifest.lineage and served.key > _key(manifest):
             # Redis was restored from an older state; the trainer's next publication ends this.
             self.problem = (
                 f"version {manifest.version} is published, older than version {served.manifest.version} in service"
             )
             return False
-        refused_lately = (
-            self._refused is not None and self._refused[0] == key and self._monotonic_s() < self._refused[1]
-        )
-        return not refused_lately
+        refusal = self._refusals.get(_identity(manifest))
+        if refusal is None or self._monotonic_s() >= refusal.again_s:
+            return True
+        self.problem = refusal.reason
+        return False
+
+    def _refuse(self, manifest: Manifest | None, error: Exception) -> None:
+        """Note why a snapshot was refused. Without a model in service, serve an older one."""
+        unfit = isinstance(error, _Unfit)
+        cause = error.__cause__ if isinstance(error, _Unfit) else error
+        reason = str(cause) if isinstance(cause, SmesError) else repr(cause)
+        if manifest is not None or reason != self.problem:
+            self._telemetry.load_failures.inc()
+            _logger.warning("a snapshot was refused: %s", reason, exc_info=not isinstance(cause, SmesError))
+        self.problem = reason
+        if manifest is None:
+            return
+        before = self._refusals.pop(_identity(manifest), None)
+        tries = before.tries + 1 if before else 1
+        pause_s = math.inf if unfit else min(_RETRY_S * 2 ** (tries - 1), _LONGEST_RETRY_S)
+        self._refusals[_identity(manifest)] = _Refusal(reason, tries, self._monotonic_s() + pause_s)
+        if len(self._refusals) > _MAX_REFUSALS:
+            self._refusals.popitem(last=False)
+        if self.served is None:
+            self._serve_an_older(manifest)
+            self.problem = reason
+
+    def _serve_an_older(self, current: Manifest) -> None:
+        """Put the newest snapshot but the current one into service, if one can be loaded."""
+        try:
+            for manifest in [m for m in reversed(self._store.list()) if _key(m) != _key(current)][:_OLDER_TRIED]:
+                if _identity(manifest) not in self._refusals:
+                    try:
+                        self._swap(manifest)
+                        return
+                    except _Unfit as error:
+                        self._refusals[_identity(manifest)] = _Refusal(str(error.__cause__), 1, math.inf)
+                    except SnapshotError:
+                        continue
+        except Exception:
+            _logger.warning("no older snapshot could be served", exc_info=True)
 
     def _swap(self, manifest: Manifest) -> None:
         name = f"snapshot {manifest.lineage}:{manifest.version}"
         if manifest.schema_hash != self._schema.hash:
-            raise SchemaMismatch(name, expected=self._schema.hash, got=manifest.schema_hash)
-        arrivals, gaps = self._new_arrivals(manifest)
+            raise _Unfit from SchemaMismatch(name, expected=self._schema.hash, got=manifest.schema_hash)
         payload = self._store.load(manifest)
-        metadata = decode_metadata(payload)
-        if (metadata.get("lineage"), metadata.get("version")) != (manifest.lineage, str(manifest.version)):
-            raise SnapshotError(f"{name}: its payload says {metadata.get('lineage')}:{metadata.get('version')}")
-        model = self._load(payload, self._schema)
-        self._warm_up(name, model)
+        try:
+            model = self._built(name, manifest, payload)
+        except SmesError as error:
+            raise _Unfit from error
+        arrivals, gaps = self._new_arrivals(manifest)
         served = ServedModel(model, manifest)
         dropped = self._first_answers.loaded(served.key, arrivals)
         self._telemetry.freshness_uncounted.inc(gaps + dropped)
         self.served = served
         self.problem = None
-        self._refused = None
         self._telemetry.swaps.inc()
         self._telemetry.served_version.set(manifest.version)
         self._telemetry.served_step.set(manifest.step)
         _logger.debug("%s is in service", name)
+
+    def _built(self, name: str, manifest: Manifest, payload: bytes) -> Scorable:
+        """A model that was warmed up, from bytes that were verified."""
+        metadata = decode_metadata(payload)
+        if (metadata.get("lineage"), metadata.get("version")) != (manifest.lineage, str(manifest.version)):
+            raise SnapshotError(f"{name}: its payload says {metadata.get('lineage')}:{metadata.get('version')}")
+        model = self._load(payload, self._schema)
+        self._warm_up(name, model)
+        return model
 
     def _new_arrivals(self, manifest: Manifest) -> tuple[Arrivals, int]:
         """The feedback trained on since the version in service, and how many versions between have no manifest."""
         before = self.served
         if before is None or before.manifest.lineage != manifest.lineage:
             return Arrivals.of(()), 0
-        manifests = self._store.manifests_between(manifest.lineage, before.manifest.version, manifest.version)
+        try:
+            between = self._store.manifests_between(manifest.lineage, before.manifest.version, manifest.version - 1)
+        except SmesError as error:  # freshness is left out, and the swap goes on
+            _logger.warning("freshness leaves out what was published before %s: %s", manifest.version, error)
+            between = ()
+        manifests = [*between, manifest]
         parents = [before.manifest.version, *(m.version for m in manifests)]
         gaps = sum(m.parent != parent for m, parent in zip(manifests, parents, strict=False))
         return Arrivals.of(manifests), gaps
@@ -223,3 +293,8 @@ class HotSwap:
 
 def _key(manifest: Manifest) -> tuple[str, int]:
     return manifest.lineage, manifest.version
+
+
+def _identity(manifest: Manifest) -> Hashable:
+    """Equal for snapshots of the same bytes."""
+    return (*_key(manifest), manifest.schema_hash, manifest.chunks)

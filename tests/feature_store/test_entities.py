@@ -130,10 +130,61 @@ def test_another_schema_is_refused_with_both_hashes(store: EntityStore, client: 
     assert stranger.get(1, np.array([100])).user_known
 
 
-def test_a_value_of_another_width_is_named(store: EntityStore, client: redis.Redis, namespace: str) -> None:
-    client.set(f"{namespace}:features:item:100", b"short")
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b"short", "5 bytes, expected 36"),
+        (b"x" * 1_000_000, "1000000 bytes, expected 36"),
+        (b"", "0 bytes, expected 36"),
+        (bytes(32) + np.float32(np.inf).tobytes(), "an infinite number, expected numbers"),
+    ],
+    ids=["short", "long", "empty", "infinite"],
+)
+def test_a_broken_value_is_missing_and_named_and_the_others_are_read(
+    store: EntityStore, client: redis.Redis, namespace: str, value: bytes, message: str
+) -> None:
+    client.set(f"{namespace}:features:item:100", value)
 
-    with pytest.raises(FeatureStoreError, match=f"{namespace}:features:item:100: 5 bytes, expected 36"):
+    rows = store.get(7, np.array([100, 2**62]))
+
+    assert rows.problem == f"Redis key {namespace}:features:item:100: {message}"
+    assert store.damage.count == 1
+    assert np.isnan(rows.numerics[0, 1])
+    np.testing.assert_array_equal(rows.numerics[1], np.array([31.5, 0, np.nan], "f4"))
+    assert rows.ids[1].tolist() == [7, 2**62, MISSING, MISSING, MISSING, MISSING, 49, 6]
+    assert rows.user_known
+    assert bool(rows.items_known[1])
+    assert store.get(7, np.array([2**62])).problem is None
+
+
+def test_a_value_of_another_kind_is_missing(store: EntityStore, client: redis.Redis, namespace: str) -> None:
+    client.delete(f"{namespace}:features:item:100")
+    client.rpush(f"{namespace}:features:item:100", "a list")
+
+    assert store.get(7, np.array([100, 2**62])).items_known.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("mark", [b"junk", b"\xff\xfe", b"", b"x" * 5_000_000], ids=["text", "bytes", "empty", "5 MB"])
+def test_a_junk_mark_is_named(store: EntityStore, client: redis.Redis, namespace: str, mark: bytes) -> None:
+    client.set(f"{namespace}:features:schema", mark)
+
+    for attempt in (lambda: store.get(7, np.array([100])), lambda: store.put_many("user", np.array([1]), {})):
+        with pytest.raises(
+            FeatureStoreError, match=f"Redis key {namespace}:features:schema: .*, expected {SCHEMA.hash}"
+        ):
+            attempt()
+    assert store.clear() == 4
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_values_without_a_mark_are_not_taken_for_ours(
+    store: EntityStore, client: redis.Redis, namespace: str, listed: bool
+) -> None:
+    client.delete(f"{namespace}:features:schema")
+    if listed:
+        client.rpush(f"{namespace}:features:schema", "a list")
+
+    with pytest.raises(FeatureStoreError, match="features:schema: missing or no string, expected"):
         store.get(7, np.array([100]))
 
 
