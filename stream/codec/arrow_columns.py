@@ -24,7 +24,7 @@ def ids(column: Array) -> tuple[I64, Bool | None]:
 
     An integer column of any width is read; the value ``MISSING`` itself is no id. Zero-copy for int64 without nulls.
     """
-    if pa.types.is_dictionary(column.type) and not pa.types.is_null(column.type.value_type):
+    if pa.types.is_dictionary(column.type):
         if not _holds_integers(column.type):  # not decoded: one long text may stand in every row
             return np.full(len(column), MISSING, np.int64), _valid(column)
         column = column.dictionary_decode()
@@ -123,6 +123,14 @@ def bags(column: Array) -> Bags:
     return Bags(values, starts, lengths, bad_rows if bad_rows.any() else None)
 
 
+def _is_list(kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _holds_numbers(kind: Any) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
+
+
 def _holds_integers(kind: Any) -> bool:
     return bool(pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind))
 
@@ -134,11 +142,13 @@ def scores(column: Array, num_tasks: int) -> tuple[NDArray[np.float32], Bool | N
     if pa.types.is_null(column.type):
         return out, None
     valid = _valid(column)
+    if not _is_list(column.type) or not _holds_numbers(column.type.value_type):
+        return out, valid
     if pa.types.is_fixed_size_list(column.type) and column.type.list_size == num_tasks:
         values, bad = floats(column.values[column.offset * num_tasks : (column.offset + n) * num_tasks])
         out[valid] = values.reshape(n, num_tasks)[valid]
         return out, None if bad is None else bad.reshape(n, num_tasks).any(axis=1) & valid
-    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+    if pa.types.is_fixed_size_list(column.type):
         return out, valid
     lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
     right = valid & (lengths == num_tasks)

@@ -10,13 +10,14 @@ absent, as in JSON. Columns are found by name. Columns of other names are kept o
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 
 from smes.arrays import Bool
 from smes.events import FeedbackBlock, ImpressionBlock, misaligned, scatter_bags
-from smes.schema import ITEM_ID, USER_ID, Schema
+from smes.schema import ITEM_ID, MISSING, USER_ID, Schema
 from stream.codec import arrow_columns
 from stream.codec.arrow_stream import MAX_ROWS, Part, placed, record_parts
 from stream.codec.validation import Code, Problem, TimeBounds, bad_labels, feedback_problem, impression_problem
@@ -42,11 +43,48 @@ _FEEDBACK_REQUIRED: dict[str, Code] = {
 _MIN_ROW_PAYLOAD = 512
 # Elements of lists that all letters of a batch show together, and the least that each list shows: a list of nulls
 # takes no bytes on the wire, however long it is.
-_LETTERS_ELEMENTS, _MIN_ELEMENTS = 1_000_000, 16
+_LETTERS_ELEMENTS, _MIN_ELEMENTS = 100_000, 16
 # Most bytes that one record's impressions take as a block.
 _MAX_BLOCK_BYTES = 128 * 1024 * 1024
 
 
+_Block = TypeVar("_Block", ImpressionBlock, FeedbackBlock)
+_Decode = Callable[[Sequence[Record], Schema, TimeBounds, list[DeadLetter], Counter[TopicPartition]], _Block]
+
+
+def _each_alone(decode: _Decode[_Block]) -> _Decode[_Block]:
+    """Decode many records together, as one table; where Arrow refuses a column, one by one, to find the bad record.
+
+    Every type that is known to be wrong is found before it is read. This is for those that are not known.
+    """
+
+    def decode_all(
+        records: Sequence[Record],
+        schema: Schema,
+        bounds: TimeBounds,
+        dead: list[DeadLetter],
+        unknown: Counter[TopicPartition],
+    ) -> _Block:
+        letters: list[DeadLetter] = []
+        fields: Counter[TopicPartition] = Counter()
+        try:
+            block = decode(records, schema, bounds, letters, fields)
+        except pa.ArrowException as error:
+            if len(records) > 1:
+                blocks: list[_Block] = [decode_all([record], schema, bounds, dead, unknown) for record in records]
+                return blocks[0].concat(blocks)
+            problem = Problem("unparsable", f"expected columns that can be read: {str(error)[:200]}")
+            rows = sum(part.num_rows for part in record_parts(records[0], (), {}, []))
+            dead.append(DeadLetter.of_record(records[0], problem, events=max(1, rows)))
+            return decode([], schema, bounds, dead, unknown)
+        dead += letters
+        unknown.update(fields)
+        return block
+
+    return decode_all
+
+
+@_each_alone
 def decode_impressions(
     records: Sequence[Record],
     schema: Schema,
@@ -72,6 +110,7 @@ def decode_impressions(
     return block.take(~bad) if bad.any() else block
 
 
+@_each_alone
 def decode_feedback(
     records: Sequence[Record],
     schema: Schema,
@@ -159,8 +198,8 @@ def _fill_feedback(part: Part, out: FeedbackBlock, bad: Bool, schema: Schema) ->
 def _fill_ids(column: Any, target: Any, bad: Bool, *, required: bool = False) -> None:
     target[:], bad_rows = arrow_columns.ids(column)
     _mark(bad, bad_rows)
-    if required and column.null_count:
-        _mark(bad, column.is_null().to_numpy(zero_copy_only=False))
+    if required:  # also where an index is no null, but what it stands for is
+        _mark(bad, target == MISSING)
 
 
 def _mark(bad: Bool, rows: Bool | None) -> None:

@@ -26,6 +26,18 @@ MAX_ROWS = 65_536
 
 _MAX_MESSAGES = 2_048  # batches and dictionaries of a record; each costs as much work as thousands of rows
 
+_PLAIN = (
+    pa.types.is_null,
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_temporal,
+)
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 # What pyarrow raises for bytes that are no valid stream: its exceptions derive from many built-in ones.
 _DAMAGED = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, struct.error)
@@ -113,10 +125,26 @@ def _structure_problem(columns: dict[str, Any], required: dict[str, Code]) -> Pr
         if not good:
             return Problem(code, f"{name}: expected {expected} column, got {column.type!s:.60}", name)
     for name, column in columns.items():
+        if not _is_plain(column.type):
+            return Problem("bad_type", f"{name}: expected numbers or lists of them, got {column.type!s:.60}", name)
         problem = _column_problem(column, name)
         if problem:
             return problem
     return None
+
+
+def _is_plain(kind: Any, *, in_list: bool = False) -> bool:
+    """Whether a column of the type may be looked at row by row, if only to refuse its rows.
+
+    Views, runs, unions, structs and lists of lists have uses, but none in an event. On some types pyarrow raises; asked
+    which rows of a dictionary of nulls are valid, it ends the process.
+    """
+    if pa.types.is_dictionary(kind):
+        values = kind.value_type
+        return not (pa.types.is_null(values) or pa.types.is_nested(values)) and _is_plain(values)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return not in_list and _is_plain(kind.value_type, in_list=True)
+    return any(is_kind(kind) for is_kind in _PLAIN)
 
 
 def _expected_type(name: str, kind: Any) -> tuple[str, bool]:
@@ -216,19 +244,19 @@ def _table(data: bytes, table: int, slot: int) -> int:
     return at + int(struct.unpack_from("<I", data, at)[0])
 
 
-def _plain(scalar: Any, max_elements: int, depth: int = 4) -> Any:
-    """A cell as plain data, long text and lists cut before they are made; a type that has no plain form as text."""
+def _plain(scalar: Any, max_elements: int) -> Any:
+    """A cell as plain data, long text and lists cut before they are made; a type that no event has, as its name."""
     kind = scalar.type
-    if not scalar.is_valid or depth == 0:
-        return None if not scalar.is_valid else f"<{kind!s:.60}>"
+    if not scalar.is_valid:
+        return None
     try:
         if pa.types.is_dictionary(kind):
-            return _plain(scalar.value, max_elements, depth - 1)
-        if isinstance(scalar, pa.ListScalar):
-            return [_plain(element, max_elements, depth - 1) for element in scalar.values[:max_elements]]
+            return _plain(scalar.value, max_elements)
+        if isinstance(scalar, pa.ListScalar) and not pa.types.is_nested(kind.value_type):
+            return [_plain(element, max_elements) for element in scalar.values[:max_elements]]
         if isinstance(scalar, pa.BinaryScalar):  # texts, too
             start = memoryview(scalar.as_buffer())[: 4 * _MAX_TEXT].tobytes()
-            is_text = isinstance(scalar, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar)
+            is_text = isinstance(scalar, pa.StringScalar)
             return start.decode(errors="ignore")[:_MAX_TEXT] if is_text else start[:_MAX_TEXT]
         if pa.types.is_primitive(kind) or pa.types.is_decimal(kind):
             return scalar.as_py()
