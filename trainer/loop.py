@@ -228,8 +228,10 @@ class Trainer:
             self._close_publisher()
             raise
         except SmesError:
-            with suppress(SmesError):  # the first error is the one to tell; the second one is logged
+            try:
                 self.finish(on_saved)
+            except SmesError as second:
+                _logger.error("%s", second)
             raise
         self.finish(on_saved)
 
@@ -323,9 +325,6 @@ class Trainer:
             self.save()
             if on_saved is not None:
                 on_saved()
-        except CheckpointError as error:
-            _logger.error("%s", error)
-            raise
         finally:  # a full disk must not keep serving from what was learned
             published = self._close_publisher()
         if not published:
