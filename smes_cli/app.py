@@ -10,6 +10,7 @@ from smes.errors import SmesError, Stopped
 from smes_cli.command_line import (
     Limit,
     LogPath,
+    MaxRejected,
     ReportPath,
     SchemaName,
     SchemaOfEvents,
@@ -122,11 +123,27 @@ def demo(
 
 
 @app.command()
+def check(
+    context: typer.Context,
+    log: LogPath,
+    schema: SchemaName = None,
+    limit: Limit = None,
+    max_rejected: MaxRejected = None,
+    report: ReportPath = None,
+) -> None:
+    """Read a log once and print its ledger: rows, what was rejected and why, what each column had. Trains nothing."""
+    from smes_cli.check import run_check
+
+    run_check(config_of(context, schema), log, limit=limit, max_rejected=max_rejected, report=report)
+
+
+@app.command()
 def backtest(
     context: typer.Context,
     log: LogPath,
     schema: SchemaName = None,
     limit: Limit = None,
+    max_rejected: MaxRejected = None,
     seed: Seed = None,
     baseline: Annotated[
         str | None,
@@ -150,10 +167,19 @@ def backtest(
     if seed is None:
         seed = config.replay.seed
     from smes_cli.backtest import run_backtest
+    from smes_cli.log_tables import print_ledger
 
     with stop_signals() as should_stop:
-        result = run_backtest(config, log, limit=limit, seed=seed, baseline=baseline, should_stop=should_stop)
-    figures = result.report.to_dict()
+        result = run_backtest(
+            config,
+            log,
+            limit=limit,
+            seed=seed,
+            baseline=baseline,
+            max_rejected=max_rejected,
+            should_stop=should_stop,
+        )
+    figures = result.report.to_dict() | {"log": result.ledger.to_dict()}
     write_report(figures, report)
     write_report(result.routing, routing, indent=None)
     console.print(task_table(figures["tasks"], result.baseline, named=baseline or ""))
@@ -161,8 +187,7 @@ def backtest(
     if result.expert_load:
         console.print(result.expert_load, highlight=False)
         console.print(routing_line(figures["routing"]), highlight=False)
-    rejected = ", ".join(f"{count:,} rows: {reason}" for reason, count in result.rejected.items()) or "none"
-    console.print(f"log: {result.duplicates_dropped:,} exact duplicates dropped; rows rejected: {rejected}")
+    print_ledger(result.ledger)
     memory = ", ".join(f"{mib:,.0f} at {trained:,}" for trained, mib in result.memory_mib)
     console.print(f"resident MiB by impressions trained on: {memory}", highlight=False)
 
@@ -181,6 +206,7 @@ def replay(
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Impressions and feedback per second, instead of --speed.")] = None,
     limit: Limit = None,
+    max_rejected: MaxRejected = None,
     seed: Seed = None,
     codec: Annotated[
         Literal["json", "arrow"] | None,
@@ -197,7 +223,17 @@ def replay(
         changes["speed"] = "max"  # whatever the configuration says
     pace = replace(config.replay, **{name: value for name, value in changes.items() if value is not None})
     with stop_signals() as should_stop:
-        run_replay(replace(config, replay=pace), log, limit=limit, report=report, should_stop=should_stop)
+        try:
+            run_replay(
+                replace(config, replay=pace),
+                log,
+                limit=limit,
+                max_rejected=max_rejected,
+                report=report,
+                should_stop=should_stop,
+            )
+        except Stopped as stopped:
+            console.print(f"replay stopped before its first event: {stopped}", highlight=False)
 
 
 def _speed(text: str | None) -> float | Literal["max"] | None:

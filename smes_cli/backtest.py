@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simulators.logs.ledger import LogLedger
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from smes.events import ExampleBlock
@@ -40,6 +41,7 @@ class BacktestResult:
         memory_mib: (impressions trained on, resident MiB then) along the way.
         duplicates_dropped: Rows of the log that the reader dropped as exact duplicates.
         rejected: Reason → rows that the reader could not use.
+        ledger: What the reader found in the log.
         expert_load: The load on the experts, in one line for people.
         routing: The routing over time; see :func:`trainer.routing_figures.routing_report`.
     """
@@ -49,6 +51,7 @@ class BacktestResult:
     memory_mib: list[tuple[int, float]]
     duplicates_dropped: int
     rejected: dict[str, int]
+    ledger: LogLedger
     expert_load: str
     routing: dict[str, Any]
 
@@ -112,6 +115,7 @@ def run_backtest(
     seed: int,
     baseline: str | None,
     should_stop: Callable[[], bool],
+    max_rejected: float | None = None,
     evaluate: Callable[[Config, Learner], ProgressiveEvaluation] = build_evaluation,
     routing: RoutingHistoryConfig | None = None,
 ) -> BacktestResult:
@@ -124,6 +128,7 @@ def run_backtest(
         seed: Seed of the feedback delays.
         baseline: Name of a second ranker that trains on the same batches, for comparison.
         should_stop: Asked between two steps; a stopped backtest reports what it has done.
+        max_rejected: Largest share of unusable rows of the log; None for the schema file's.
         evaluate: Builds the evaluation of the configured ranker; a benchmark gives one that keeps the scores.
         routing: How finely the routing's history is kept; None for the default.
 
@@ -136,7 +141,7 @@ def run_backtest(
     schema = schema_file.schema
     learner = build_learner(config, schema)
     with ExitStack() as stack:
-        reader = stack.enter_context(open_log(log, schema_file, limit=limit))
+        reader = stack.enter_context(open_log(log, schema_file, limit=limit, max_rejected=max_rejected))
         stream = BlockStream(schema, config.stream.join, config.stream.batch, replay_blocks(reader, seed))
         evaluation = evaluate(config, learner)
         other = _Baseline(config, schema, baseline) if baseline else None
@@ -154,6 +159,7 @@ def run_backtest(
             memory.samples,
             reader.duplicates,
             reader.rejected,
+            reader.ledger,
             load_line(trainer.experts.load_share, trainer.experts.load_skew),
             routing_report(trainer.experts.history, learner.expert_limits, [task.name for task in schema.tasks]),
         )

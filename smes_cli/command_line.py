@@ -62,6 +62,14 @@ SchemaName = Annotated[
         "files.",
     ),
 ]
+MaxRejected = Annotated[
+    float | None,
+    typer.Option(
+        help="Largest share of the log's rows that may be unusable; default: log.max_rejected of the schema file.",
+        min=0,
+        max=1,
+    ),
+]
 SchemaOfEvents = Annotated[
     str | None,
     typer.Option("--schema", help="Schema file, or kuairand or synthetic; default: that of the configuration."),

@@ -9,13 +9,20 @@ from simulators.logs.reader import open_log
 from simulators.replay import Replayer, ReplayReport
 from smes_cli.command_line import StopRequest
 from smes_cli.config import Config
-from smes_cli.console import RecentRate, console, errors, progress, write_report
+from smes_cli.console import RecentRate, console, progress, write_report
+from smes_cli.log_tables import print_ledger
 from stream.log.open_log import EventLogConfig, open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 
 def run_replay(
-    config: Config, log: Path, *, limit: int | None, report: Path | None, should_stop: StopRequest
+    config: Config,
+    log: Path,
+    *,
+    limit: int | None,
+    max_rejected: float | None,
+    report: Path | None,
+    should_stop: StopRequest,
 ) -> ReplayReport:
     """Replay a log until its end or until ``should_stop``; says what was appended, also if it failed.
 
@@ -23,6 +30,7 @@ def run_replay(
         config: Its schema, event log and replay are used.
         log: A folder or file; see :func:`simulators.logs.reader.open_log`.
         limit: Only the first so many impressions.
+        max_rejected: Largest share of unusable rows; None: the schema file's.
         report: Where to write the report, if anywhere.
         should_stop: Asked between two appends, and within every wait.
 
@@ -32,20 +40,23 @@ def run_replay(
     """
     schema_file = config.schema_file(log)
     event_log = open_event_log(_patient(config.event_log, config.replay.outage_timeout_s))
+    event_log.set_stop(should_stop)
     try:
         for topic in (IMPRESSIONS, FEEDBACK):
             event_log.ensure_topic(topic, config.event_log.partitions)
-        with open_log(log, schema_file, limit=limit) as reader, progress("replay", reader.total) as advance:
+        with open_log(log, schema_file, limit=limit, max_rejected=max_rejected) as reader:
+            ledger = reader.ledger
+            print_ledger(ledger)
+            reader.check()
             replayer = Replayer(reader, event_log, config.replay)
             try:
-                replayer.run(on_progress=_shown(advance), stop=should_stop)
+                with progress("replay", reader.total) as advance:
+                    replayer.run(on_progress=_shown(advance), stop=should_stop)
             except BaseException as error:
                 error.add_note(where(replayer.report()))
                 raise
             finally:
-                write_report(asdict(replayer.report()), report)
-            for reason, count in reader.rejected.items():
-                errors.print(f"{count:,} rows of the log cannot be used: {reason}", highlight=False)
+                write_report(asdict(replayer.report()) | {"log": ledger.to_dict()}, report)
     finally:
         event_log.close()
     result = replayer.report()

@@ -68,6 +68,7 @@ class ColumnCounts:
             such a feature counts as missing.
         example: The first unreadable value, shortened.
         file, line: Where that is, as in :class:`Rejection`.
+        positives: For the label of a binary task: positive outcomes among the impressions within the limit.
     """
 
     kind: Literal["label", "feature"]
@@ -80,6 +81,7 @@ class ColumnCounts:
     example: str | None = None
     file: str | None = None
     line: int | None = None
+    positives: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class LogLedger:
         rows: Rows in all files: ``usable + duplicates +`` the rows of ``rejections``.
         usable: Rows that can be trained on.
         used: The same, within the limit that was asked for.
+        users, items: Different ones among the impressions within the limit.
         duplicates: Exact copies of other rows, dropped.
         outside: Rows with a time before 2000 or later than a day from now; they are among the rejections.
         rejections: Rows left out, most frequent reason first.
@@ -132,6 +135,8 @@ class LogLedger:
     rows: int
     usable: int
     used: int
+    users: int
+    items: int
     duplicates: int
     outside: int
     rejections: tuple[Rejection, ...]

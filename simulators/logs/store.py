@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,7 @@ class LogStore:
             self._connection.create_function(name, function, ["VARCHAR"], result, type="arrow", null_handling=nulls)
         self._spec: LogSpec
         self._files: LogFiles
+        self._binary: list[str] = []
         self._plans: dict[str, TablePlan] = {}
         self._counts: dict[str, TableCounts] = {}
         self._limit: int | None = None
@@ -114,6 +115,7 @@ class LogStore:
             return [feature for feature in schema.features if tables.get(feature.name) == table]
 
         self._limit, self._spec, self._files = limit, spec, files
+        self._binary = [task.name for task in schema.tasks if task.kind == "binary"]
         log = TableFiles(connection, files.log, spec.csv, spec.null_words, texts)
         self._plans = {"log": plan_log(connection, schema, spec, log, features_of("log"))}
         for entity, side, found in (
@@ -177,22 +179,36 @@ class LogStore:
         for entity in ("user", "item"):
             columns += self._counts[entity].columns if entity in self._counts else ()
         rejected = sum(rejection.rows for rejection in prepared.counts.rejections)
+        users, items, positives = self._impression_counts()
         return LogLedger(
             where=files.log[0] if len(files.log) == 1 else files.folder,
             files=prepared.counts.files,
             rows=prepared.rows_read,
             usable=prepared.rows_read - prepared.duplicates - rejected,
             used=prepared.total,
+            users=users,
+            items=items,
             duplicates=prepared.duplicates,
             outside=prepared.rejected.get(outside_reason(self._spec), 0),
             rejections=prepared.counts.rejections,
-            columns=columns,
+            columns=tuple(
+                replace(column, positives=positives.get(column.name)) if column.kind == "label" else column
+                for column in columns
+            ),
             joins=tuple(joins),
             first_event_ms=prepared.first_event_ms,
             last_event_ms=prepared.last_event_ms,
             time_column=self._spec.event_time,
             time_unit=self._spec.time_unit,
         )
+
+    def _impression_counts(self) -> tuple[int, int, dict[str, int]]:
+        """Different users, different items, and positives by binary task, of the impressions within the limit."""
+        counts = "".join(f", count(*) FILTER ({sql.quote(f'label {name}')} = 1)" for name in self._binary)
+        users, items, *positives = self._rows(
+            f"SELECT count(DISTINCT {sql.quote('user')}), count(DISTINCT {sql.quote('item')}){counts} FROM impressions"
+        )[0]
+        return users, items, dict(zip(self._binary, positives, strict=True))
 
     def _join(self, entity: str) -> TableJoin:
         """How a feature table fits the impressions within the limit."""

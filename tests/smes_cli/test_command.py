@@ -5,14 +5,11 @@ started before anything was trained becomes ready, swaps snapshots, and stops cl
 """
 
 import json
-import logging
-import os
 import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +23,22 @@ from simulators.synthetic import synthesize
 from smes.schema import MISSING
 from smes_cli.__main__ import run
 from smes_cli.config import Config
-from smes_cli.console import console
 from smes_cli.demo.processes import spawn, stop
 from smes_io.schema_file import builtin_path, load_builtin, load_schema_file
 from smes_scorer.hot_swap import load_serving_model
-from tests.integration.training import Pairs, drain, fill_servers, one_thread, read_pairs, snapshots_of
+from tests.integration.training import Pairs, drain, fill_servers, read_pairs, snapshots_of
 from tests.running import (
     DEADLINE_S,
     environment,
     read_config,
     read_json,
     start_smes,
-    stop_started,
     until,
     until_log_says,
     write_config,
 )
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore what the command sets for its process, which is pytest's here: logging, quietness and threads."""
-    for name in [name for name in os.environ if name.startswith("SMES_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("COLUMNS", "200")
-    root = logging.getLogger()
-    before = (root.level, root.handlers[:], console.quiet)
-    with one_thread():
-        yield
-    stop_started()
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    console.quiet = before[2]
 
 
 @pytest.fixture(scope="module")
@@ -78,18 +57,19 @@ def nobody() -> str:
 
 
 def error_line(captured: Captured) -> str:
-    """The output of the command on standard error: one line without colours and without a traceback."""
+    """The command's error: the only line on standard error beside warnings, without colours and traceback."""
     err = captured.readouterr().err
-    assert err.count("\n") == 1, err
+    *others, line = err.splitlines()
+    assert all(" WARNING " in other for other in others), err
     assert "\x1b" not in err
     assert "Traceback" not in err
-    return err
+    return line
 
 
 def test_help_is_a_success_and_names_every_command(capsys: Captured) -> None:
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("init", "demo", "backtest", "replay", "synthesize", "train", "serve", "features", "snapshots"):
+    for word in ("init", "demo", "check", "backtest", "replay", "synthesize", "train", "serve", "features", "snapshots"):
         assert word in text
     assert "Exit codes: 0" in text
     for command in (["demo"], ["replay"], ["features", "load"], ["snapshots", "show"]):
@@ -391,7 +371,7 @@ def test_snapshots_none_yet_then_real_ones(
     assert run(["-c", str(path), "snapshots", "list"]) == 0
     listed = capsys.readouterr().out
     newest = listed.splitlines()[-1].split()
-    assert newest[:2] == [trained["lineage"], f"{trained['version']:,}"]
+    assert newest[:2] == [trained["lineage"], str(trained["version"])]
     assert newest[-1] == "current"
     assert run(["-c", str(path), "snapshots", "show"]) == 0
     manifest: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -399,6 +379,13 @@ def test_snapshots_none_yet_then_real_ones(
     assert manifest["schema_hash"] == trained["schema"]
     assert run(["-c", str(path), "snapshots", "show", "999999"]) == 1
     assert f"snapshot {trained['lineage']}:999999: not in Redis" in error_line(capsys)
+    assert run(["-c", str(path), "snapshots", "show", "--lineage", trained["lineage"]]) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == trained["version"]
+    for version in ([], [str(trained["version"])]):
+        assert run(["-c", str(path), "snapshots", "show", *version, "--lineage", "zzz"]) == 1
+        line = error_line(capsys)
+        assert "zzz" in line
+        assert "not in Redis" in line or f"no snapshot of that lineage, expected one of {trained['lineage']}" in line
 
 
 @pytest.mark.timeout(300)
