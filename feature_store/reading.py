@@ -66,13 +66,15 @@ class SnapshotReader:
         """The manifest that the pointer names. If that is broken, the newest that can be read; None without any.
 
         Raises:
-            SnapshotNotFound: There is a pointer, but no manifest that can be read.
+            SnapshotNotFound: There is a pointer, but no manifest.
+            SnapshotError: There is something, but no manifest that can be read.
         """
-        pointer = self.pointer()
+        pointer, gone = self.pointer(), False
         if pointer is not None:
             try:
                 return self.manifest(pointer)
             except SnapshotError as error:
+                gone = isinstance(error, SnapshotNotFound)
                 self._pointer_is_broken(f"{pointer}, expected a snapshot with a manifest: {error}")
         for name in reversed(self.names("index")[-_SLICE:]):
             for manifest in self.manifests([name]):
@@ -80,7 +82,7 @@ class SnapshotReader:
                     self._pointer_is_broken(f"missing, expected {name}, which was published last")
                 return manifest
         if self.pointer_problem is not None:
-            raise SnapshotNotFound(self.pointer_problem)
+            raise (SnapshotNotFound if gone else SnapshotError)(self.pointer_problem)
         return None
 
     def names(self, key: str) -> list[str]:

@@ -32,7 +32,7 @@ from feature_store.publication import Publication
 from feature_store.reading import SnapshotReader, is_wrong_type
 from feature_store.watcher import SnapshotWatcher
 from smes.errors import FeatureStoreUnavailable, SnapshotError, SnapshotNotFound
-from smes_io.redis_client import translated
+from smes_io.redis_client import not_now, translated
 
 __all__ = ["SnapshotStore", "SnapshotWatcher"]
 
@@ -161,7 +161,8 @@ class SnapshotStore:
         :attr:`pointer_problem` says what is broken. The next publication mends it.
 
         Raises:
-            SnapshotNotFound: Something was published, but no manifest can be read.
+            SnapshotNotFound: There is a pointer, but no manifest.
+            SnapshotError: There is something, but no manifest that can be read.
         """
         with translated(self._client, "the current snapshot was looked up"):
             return self._reader.current()
@@ -220,7 +221,7 @@ class SnapshotStore:
     def _parent(self, lineage: str, version: int) -> int | None:
         try:
             served = self._reader.current()
-        except SnapshotNotFound:  # noted; this publication mends it
+        except SnapshotError:  # noted; this publication mends it
             return None
         if served is None or served.lineage != lineage:
             return None
@@ -261,6 +262,8 @@ class SnapshotStore:
         except (redis.ConnectionError, redis.TimeoutError, FeatureStoreUnavailable):
             raise
         except Exception as error:
+            if not_now(error):
+                raise
             self.damage.note(f"Redis keys {self._keys.key('*')}: {error}, expected no error while {doing}")
             _logger.debug("bookkeeping failed", exc_info=True)
 

@@ -203,6 +203,18 @@ def test_a_broken_pointer_is_replaced_by_the_newest_that_can_be_read(
     assert f"Redis key {namespace}:snapshots:current: " in str(store.pointer_problem)
 
 
+def test_where_nothing_can_be_read_that_is_no_empty_store(
+    client: redis.Redis, namespace: str, store: SnapshotStore
+) -> None:
+    client.set(f"{namespace}:snapshots:current", "junk")
+
+    with pytest.raises(SnapshotError, match="'junk', expected lineage:version") as error:
+        store.current()
+
+    assert not isinstance(error.value, SnapshotNotFound)
+    assert publish(store, 1) == store.current()
+
+
 @pytest.mark.parametrize("junk", POINTER.values(), ids=POINTER)
 def test_the_watcher_survives_a_broken_pointer(
     client: redis.Redis, namespace: str, store: SnapshotStore, junk: Junk

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,24 @@ def test_redis_away_is_a_clear_error_and_back_again_works() -> None:
     finally:
         client.close()
         again.stop()
+
+
+def test_a_failover_is_ridden_out_within_the_bound() -> None:
+    with ValkeyServer() as server:
+        client, admin = connect(server.connection_url, 30.0), connect(server.connection_url, 30.0)
+        first = publish(SnapshotStore(client, "moved"), 1, b"one")
+        admin.replicaof("127.0.0.1", 1)  # a replica, whose writes answer READONLY
+
+        with pytest.raises(FeatureStoreError, match=r"within 0.2 s while"):
+            publish(SnapshotStore(client, "moved", outage_timeout_s=0.2), 2, b"two")
+        promoting = threading.Timer(0.3, admin.replicaof, ("no", "one"))
+        promoting.start()
+        second = publish(SnapshotStore(client, "moved", outage_timeout_s=60), 3, b"three")
+
+        promoting.join()
+        assert SnapshotStore(client, "moved").list() == (first, second)
+        client.close()
+        admin.close()
 
 
 @pytest.mark.parametrize(
