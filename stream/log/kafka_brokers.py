@@ -150,11 +150,12 @@ class Brokers:
 
     def _give_up(self, admin: KafkaAdminClient) -> None:
         with self._lock:
-            if self._admin is not admin:
-                return  # another thread was faster
-            self._admin = None
-            self.generation += 1
-        close_all({"admin client": admin.close})
+            faster = self._admin is not admin  # another thread was
+            if not faster:
+                self._admin = None
+                self.generation += 1
+        if not faster:
+            close_all({"admin client": admin.close})
 
 
 def _described(admin: KafkaAdminClient, name: str) -> dict[str, Any]:
