@@ -131,10 +131,7 @@ class DeadLetterWriter:
     """
 
     def __init__(self, log: EventLog, topic: str = DEAD_LETTERS, *, partitions: int = 1) -> None:
-        try:
-            log.ensure_topic(topic, partitions, exact=False)
-        except TypeError:  # SHIM
-            log.ensure_topic(topic, partitions)
+        log.ensure_topic(topic, partitions, exact=False)
         self._log = log
         self._topic = topic
         self._counts: Counter[tuple[str, Code]] = Counter()

@@ -170,8 +170,7 @@ class Sources:
                 f"topic {FEEDBACK!r}: {partitions[FEEDBACK]} partitions, expected at least {partitions[IMPRESSIONS]} "
                 f"as topic {IMPRESSIONS!r} has: let {FEEDBACK!r} grow first"
             )
-        ask = getattr(self._log, "incarnations", lambda topic: {})  # SHIM
-        known = {**ask(IMPRESSIONS), **ask(FEEDBACK)}
+        known = {**self._log.incarnations(IMPRESSIONS), **self._log.incarnations(FEEDBACK)}
         sources = (TopicPartition(topic, p) for topic, count in partitions.items() for p in range(count))
         return {source: known.get(source, _UNKNOWN) for source in sources}
 

@@ -9,12 +9,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import redis
 
 from smes.errors import EventLogError
 from stream.dead_letters import MAX_PAYLOAD_BYTES, SHORT_PAYLOAD_BYTES, DeadLetterWriter
 from stream.example_stream import ExampleStream
-from stream.log.event_log import OutRecord, TopicPartition
+from stream.log.event_log import EventLog, OutRecord, TopicPartition
 from stream.log.memory_log import InMemoryLog
+from stream.log.redis_log import RedisStreamsLog, connect_log
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 from tests.stream.test_what_the_broker_changes import CONFIG, SCHEMA, accounted, append, open_stream, read
 
@@ -31,7 +33,7 @@ def log() -> InMemoryLog:
     return log
 
 
-def letters(log: InMemoryLog) -> list[dict[str, object]]:
+def letters(log: EventLog) -> list[dict[str, object]]:
     fetch = log.read({TopicPartition(DEAD_LETTERS, 0): 0}, max_records=100, timeout_s=0)
     return [json.loads(record.value) for record in fetch.records]
 
@@ -78,6 +80,28 @@ def test_what_is_no_record_of_ours_is_a_letter_that_names_its_place(log: InMemor
     assert letter["offset"] < offset
     assert letter["place"] == f"entry {letter['offset']}"
     assert base64.b64decode(str(letter["payload"])) == b"\x00foreign"
+
+
+def test_redis_streams_that_others_touched_are_read_on(redis_url: str, namespace: str) -> None:
+    log = RedisStreamsLog(connect_log(redis_url, timeout_s=30), namespace)
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, 1)
+    append(log, range(400))
+    stream = open_stream(log)
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.xdel(f"{namespace}:log:{IMPRESSIONS}:0", "0-101") == 1
+        foreign = client.xadd(f"{namespace}:log:{IMPRESSIONS}:0", {"who": "someone"}, id="0-*")
+
+    read(stream, 400, 200)  # 399 of ours and the foreign one
+
+    ledger = stream.ledger()
+    assert (ledger.gaps, ledger.unreadable, ledger.dead_lettered) == (1, 1, 1)
+    assert accounted(stream)
+    [letter] = letters(log)
+    assert (letter["code"], letter["place"]) == ("unreadable", f"entry {foreign.decode()}")
+    append(log, range(400, 410))
+    read(stream, 410, 205)
+    log.close()
 
 
 def test_gaps_and_unreadable_records_are_counted_by_partition_and_kept_in_the_state(log: InMemoryLog) -> None:
