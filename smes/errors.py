@@ -28,10 +28,18 @@ class SmesError(Exception):
 
 
 class SchemaMismatch(SmesError):
-    """Two parts were built from different schemas. The message names both hashes."""
+    """Two parts were built from different schemas. The message names both hashes, and what differs where that is known.
 
-    def __init__(self, where: str, *, expected: str, got: str) -> None:
-        super().__init__(f"{where}: schema hash {got} differs from the configured schema's {expected}")
+    Args:
+        where: What has the other schema.
+        expected: Hash of the configured schema.
+        got: The other hash.
+        difference: From :func:`smes.schema_difference.describe_difference`; empty where only the hash is known.
+    """
+
+    def __init__(self, where: str, *, expected: str, got: str, difference: str = "") -> None:
+        known = f"configured: {difference}" if difference else "what differs is not known here, for it holds no schema"
+        super().__init__(f"{where}: schema hash {got} differs from the configured schema's {expected}; {known}")
         self.expected = expected
         self.got = got
 
