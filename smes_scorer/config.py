@@ -37,8 +37,8 @@ class ScorerConfig:
         entity_retry_s: After such a failure, how long requests are scored without a look-up.
         poll_s: Longest time until a new snapshot is noticed, even when its notification was lost.
         redis_timeout_s: Longest wait for Redis at the start, and for each of its answers while a snapshot is loaded.
-        shutdown_s: Within this the service ends when it is stopped. The requests in flight have most of it; those that
-            are not answered by then get 503.
+        shutdown_s: Within this the service ends when it is stopped, seconds. The requests in flight have half of it;
+            those that are not answered by then get 503.
     """
 
     host: str = "127.0.0.1"

@@ -11,7 +11,7 @@ msgspec decodes a good request in one pass into a struct with one typed field pe
 refuses is parsed again with the standard library. Either it is good but has names to ignore, or JSON that only the
 standard library reads (NaN in an ignored value, UTF-16); or it is wrong, and the answer says where and why.
 
-A body of more than 64 KiB that msgspec refuses is not parsed by the standard library, which would make an object of
+A body of more than 32 KiB that msgspec refuses is not parsed by the standard library, which would make an object of
 each of its values. It may have names to ignore, but must be JSON in UTF-8; and the answer says where it is wrong, and
 what was expected there, but not what it has. Only the first mistake is named, in a few words, whatever the body.
 """
@@ -29,7 +29,7 @@ import numpy as np
 from feature_store.entities import EntityRows
 from smes.schema import MISSING, Feature, Schema
 
-_LONGEST_EXPLAINED = 64 * 1024  # bytes of a body
+_LONGEST_EXPLAINED = 32 * 1024  # bytes of a body
 _LONGEST_SHOWN = 100  # characters of a name or of msgspec's words
 
 _LARGEST_ID = 2**63 - 1

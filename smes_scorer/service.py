@@ -12,10 +12,13 @@ from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
 from smes.schema import Schema
 from smes_io.redis_client import connect
-from smes_scorer.app import CLOSING_SHARE, create_app
+from smes_scorer.app import create_app
 from smes_scorer.config import ScorerConfig
 from smes_scorer.connections import bounded_protocol
 from smes_scorer.hot_swap import Load, load_serving_model
+
+_ANSWERING_SHARE = 0.5
+"""Of ``shutdown_s``: for the requests in flight. The rest is for the application's end and that of the process."""
 
 
 def serve(
@@ -56,7 +59,7 @@ def serve(
                 log_config=None,
                 access_log=False,
                 # uvicorn says int, but waits for any number of seconds.
-                timeout_graceful_shutdown=(1 - 2 * CLOSING_SHARE) * config.shutdown_s,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=_ANSWERING_SHARE * config.shutdown_s,  # type: ignore[arg-type]
             )
         )
         with _repeated_signals_ignored():

@@ -1,6 +1,7 @@
 """Reading a request: what the fast path refuses, the slow one accepts or explains."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -163,3 +164,73 @@ def test_half_a_surrogate_pair_is_refused_in_a_printable_way(reader: RequestRead
     error = refusal(reader, b'{"user_id": 1, "items": [1], "\\ud800": 1}')
 
     assert error.loc == ("body", "\\ud800")
+
+
+# Large bodies: what is wrong is said in few words and little time, and what is right is read.
+
+MANY = 300_000
+LARGE = {
+    "strings": b'{"user_id":1,"items":[' + b",".join([b'""'] * MANY) + b"]}",
+    "lists": b'{"user_id":1,"items":[' + b",".join([b"[[]]"] * 180_000) + b"]}",
+    "objects": b'{"user_id":1,"items":[' + b",".join([b"{}"] * MANY) + b"]}",
+    "a wrong one at the end": b'{"user_id":1,"items":[' + b",".join([b"1"] * 400_000) + b',""]}',
+    "good ones, too many": b'{"user_id":1,"items":[' + b",".join([b"1"] * 450_000) + b"]}",
+    "a feature": b'{"user_id":1,"items":[1],"context":{"tags":[' + b",".join([b"{}"] * MANY) + b"]}}",
+    "names": b'{"user_id":1,"items":[1],' + b",".join(b'"%06x":1' % i for i in range(90_000)) + b"}",
+    "one name": b'{"user_id":1,"items":[1],"' + b"n" * 900_000 + b'":1}',
+    "half surrogates": b'{"user_id":1,"items":[1],"' + b"\\ud800" * 150_000 + b'":1}',
+    "nested": b'{"a":' * 150_000,
+    "a list": b"[" + b",".join([b"{}"] * MANY) + b"]",
+    "not closed": b'{"user_id":1,"items":[' + b",".join([b'""'] * MANY),
+    "digits": b'{"user_id":' + b"9" * 900_000 + b',"items":[1]}',
+    "no text": b"\xff" * 900_000,
+    "32 KiB of lists": b'{"user_id":1,"items":[' + b",".join([b"[[]]"] * 6500) + b"]}",
+}
+
+
+@pytest.mark.parametrize("body", LARGE.values(), ids=LARGE.keys())
+def test_a_large_wrong_body_is_refused_in_few_words_and_little_time(reader: RequestReader, body: bytes) -> None:
+    took_s, refusals = [], list[ValueError]()
+    for _ in range(5):
+        begun_s = time.thread_time()
+        with pytest.raises((FieldError, UnreadableBody)) as caught:
+            reader.read(body)
+        took_s.append(time.thread_time() - begun_s)
+        refusals.append(caught.value)
+
+    assert min(took_s) < 0.05  # of the processor, whatever else the machine does
+    assert len(str(refusals[0])) + len(str(getattr(refusals[0], "loc", ""))) < 400
+
+
+@pytest.mark.parametrize(
+    ("name", "loc", "message"),
+    [
+        ("strings", ("body", "items", 0), "expected an integer"),
+        ("a wrong one at the end", ("body", "items", 400_000), "expected an integer"),
+        ("good ones, too many", ("body", "items"), "450000 items, expected at most 5"),
+        ("a feature", ("body", "context", "tags", 0), "expected an integer"),
+        ("names", ("body", "000000"), "expected one of user_id, items, context"),
+        ("a list", ("body",), "expected an object with user_id and items"),
+    ],
+)
+def test_a_large_wrong_body_is_refused_with_the_place(
+    reader: RequestReader, name: str, loc: tuple[object, ...], message: str
+) -> None:
+    error = refusal(reader, LARGE[name])
+
+    assert (error.loc, str(error)) == (loc, message)
+
+
+def test_a_large_body_without_a_field_says_which(reader: RequestReader) -> None:
+    error = refusal(reader, b'{"user_id":1,"context":{"zz":"' + b"x" * 100_000 + b'"}}')
+
+    assert (error.loc, error.kind) == (("body", "items"), "missing")
+
+
+def test_a_large_good_request_with_names_to_ignore_is_read(reader: RequestReader) -> None:
+    ignored = b",".join(b'"n%06d":[{}]' % i for i in range(9000))
+
+    request = reader.read(b'{"user_id":1,"items":[13],"context":{"hour":7,' + ignored + b"}}")
+
+    assert (request.items, request.ignored_context) == ([13], 9000)
+    assert request.ids == read(reader, context={"hour": 7}).ids
