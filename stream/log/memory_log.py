@@ -188,12 +188,18 @@ class InMemoryLog:
             part.records.append(UnreadableRecord(at.topic, at.partition, part.end, place, reason, payload))
             self._changed.notify_all()
 
-    def make_anew(self, topic: str, partitions: int | None = None) -> None:
-        """Delete the topic and create it again: empty, of another incarnation, by default as wide as before."""
+    def remove(self, topic: str) -> None:
+        """Delete a topic with its records; :meth:`ensure_topic` makes another one, of another incarnation."""
         with self._changed:
-            count = len(self._parts(topic)) if partitions is None else partitions
-            self._topics[topic] = [_Partition() for _ in range(count)]
+            self._parts(topic)
+            del self._topics[topic]
             self._changed.notify_all()
+
+    def make_anew(self, topic: str, partitions: int | None = None) -> None:
+        """Delete a topic and create it again, by default as wide as before."""
+        count = self.partitions(topic) if partitions is None else partitions
+        self.remove(topic)
+        self.ensure_topic(topic, count)
 
     def _parts(self, topic: str) -> list[_Partition]:
         try:

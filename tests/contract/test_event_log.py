@@ -11,24 +11,39 @@ from kafka import KafkaAdminClient
 from kafka import TopicPartition as KafkaPartition
 
 from smes.errors import EventLogError, PositionOutOfRange
+from smes_io.clock import wall_clock_ms
 from stream.log.event_log import EventLog, OutRecord, Positions, Record, TopicPartition
 from stream.log.kafka_log import KafkaLog
 from stream.log.memory_log import InMemoryLog
 from stream.log.redis_log import RedisStreamsLog, connect_log
 
 TOPIC = "impressions"
-NOW_MS = 1_700_000_000_123
+NOW_MS = wall_clock_ms()  # Kafka's retention would remove records of another year
 DEADLINE_S = 30.0
 HANG_S = 30.0  # longer than any load makes these waits, shorter than what would end them otherwise
 
 
 @dataclass(frozen=True)
 class LogUnderTest:
-    """One adapter: the log, another client of the same log, and what retention does, on command."""
+    """One adapter: the log, another client of the same log, and what others may do to it, on command.
+
+    Attributes:
+        log: The log.
+        another: Opens another client of it.
+        trim: Removes the records before an offset, as retention does.
+        grow: Gives a topic so many partitions, as an operator may.
+        remove: Removes a topic with its records.
+        spoil: Appends something that is no record; None where everything is one.
+        delete: Deletes one record; None where nobody can.
+    """
 
     log: EventLog
     another: Callable[[], EventLog]
     trim: Callable[[TopicPartition, int], None]
+    grow: Callable[[str, int], None]
+    remove: Callable[[str], None]
+    spoil: Callable[[TopicPartition, bytes], None] | None = None
+    delete: Callable[[TopicPartition, int], None] | None = None
 
 
 @pytest.fixture(params=["memory", "redis", pytest.param("kafka", marks=pytest.mark.kafka)])
@@ -41,34 +56,66 @@ def under_test(request: pytest.FixtureRequest, namespace: str) -> Iterator[LogUn
 
     if request.param == "memory":
         memory = InMemoryLog(now_ms=lambda: NOW_MS)
-        yield LogUnderTest(keep(memory), lambda: memory, memory.truncate)
+        keep(memory)
+        yield LogUnderTest(
+            memory,
+            lambda: memory,
+            memory.truncate,
+            memory.add_partitions,
+            memory.remove,
+            memory.append_unreadable,
+            memory.delete,
+        )
     elif request.param == "redis":
-        url: str = request.getfixturevalue("redis_url")
-
-        def open_redis() -> EventLog:
-            return keep(RedisStreamsLog(connect_log(url, timeout_s=30), namespace, now_ms=lambda: NOW_MS))
-
-        def trim_redis(at: TopicPartition, offset: int) -> None:
-            with redis.Redis.from_url(url) as client:
-                client.xtrim(f"{namespace}:log:{at.topic}:{at.partition}", minid=f"0-{offset + 1}", approximate=False)
-
-        yield LogUnderTest(open_redis(), open_redis, trim_redis)
-        with redis.Redis.from_url(url) as client:
-            for key in client.scan_iter(f"{namespace}:*"):
-                client.delete(key)
+        yield from redis_under_test(request.getfixturevalue("redis_url"), namespace, keep)
     else:
-        bootstrap: str = request.getfixturevalue("kafka_bootstrap")
-
-        def open_kafka() -> EventLog:
-            return keep(KafkaLog(bootstrap, namespace, now_ms=lambda: NOW_MS))
-
-        def trim_kafka(at: TopicPartition, offset: int) -> None:
-            with KafkaAdminClient(bootstrap_servers=bootstrap) as admin:
-                admin.delete_records({KafkaPartition(f"{namespace}.{at.topic}", at.partition): offset})
-
-        yield LogUnderTest(open_kafka(), open_kafka, trim_kafka)
+        yield from kafka_under_test(request.getfixturevalue("kafka_bootstrap"), namespace, keep)
     for log in opened:
         log.close()
+
+
+def redis_under_test(url: str, namespace: str, keep: Callable[[EventLog], EventLog]) -> Iterator[LogUnderTest]:
+    def open_log() -> EventLog:
+        return keep(RedisStreamsLog(connect_log(url, timeout_s=30), namespace, now_ms=lambda: NOW_MS))
+
+    def key(at: TopicPartition) -> str:
+        return f"{namespace}:log:{at.topic}:{at.partition}"
+
+    def remove(topic: str) -> None:
+        client.hdel(f"{namespace}:log:topics", topic)
+        client.delete(*client.keys(f"{namespace}:log:{topic}:*"))
+
+    with redis.Redis.from_url(url) as client:
+        yield LogUnderTest(
+            open_log(),
+            open_log,
+            lambda at, offset: client.xtrim(key(at), minid=f"0-{offset + 1}", approximate=False),
+            lambda topic, partitions: client.hset(f"{namespace}:log:topics", topic, str(partitions)),
+            remove,
+            lambda at, payload: client.xadd(key(at), {"foo": payload}, id="0-*"),
+            lambda at, offset: client.xdel(key(at), f"0-{offset + 1}"),
+        )
+        for name in client.scan_iter(f"{namespace}:*"):
+            client.delete(name)
+
+
+def kafka_under_test(bootstrap: str, namespace: str, keep: Callable[[EventLog], EventLog]) -> Iterator[LogUnderTest]:
+    def open_log() -> EventLog:
+        return keep(KafkaLog(bootstrap, namespace, now_ms=lambda: NOW_MS))
+
+    def trim(at: TopicPartition, offset: int) -> None:
+        with KafkaAdminClient(bootstrap_servers=bootstrap) as admin:
+            admin.delete_records({KafkaPartition(f"{namespace}.{at.topic}", at.partition): offset})
+
+    def grow(topic: str, partitions: int) -> None:
+        with KafkaAdminClient(bootstrap_servers=bootstrap) as admin:
+            admin.create_partitions({f"{namespace}.{topic}": partitions})
+
+    def remove(topic: str) -> None:
+        with KafkaAdminClient(bootstrap_servers=bootstrap) as admin:
+            admin.delete_topics([f"{namespace}.{topic}"])
+
+    yield LogUnderTest(open_log(), open_log, trim, grow, remove)
 
 
 @pytest.fixture
@@ -491,3 +538,129 @@ def test_close_may_be_called_again(log: EventLog) -> None:
     drain(log, log.begin(TOPIC))
     log.close()
     log.close()
+
+
+def test_any_number_of_partitions_will_do_where_it_need_not_be_exact(under_test: LogUnderTest) -> None:
+    under_test.log.ensure_topic(TOPIC, 3)
+
+    under_test.another().ensure_topic(TOPIC, 1, exact=False)
+    under_test.log.ensure_topic("other", 2, exact=False)
+
+    assert (under_test.log.partitions(TOPIC), under_test.log.partitions("other")) == (3, 2)
+
+
+def await_partitions(log: EventLog, count: int) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while log.partitions(TOPIC) != count:
+        if time.monotonic() > deadline:
+            pytest.fail(f"{log.partitions(TOPIC)} partitions after {DEADLINE_S} s, expected {count}")
+
+
+def test_new_partitions_are_noticed_read_and_appended_to(under_test: LogUnderTest) -> None:
+    log, writer = under_test.log, under_test.another()
+    log.ensure_topic(TOPIC, 2)
+    writer.append(TOPIC, [out(str(i), partition=i % 2) for i in range(10)])
+    drain(log, log.begin(TOPIC))
+
+    under_test.grow(TOPIC, 4)
+    await_partitions(log, 4)
+    await_partitions(writer, 4)
+    writer.append(TOPIC, [out(str(i), partition=i % 4) for i in range(10, 30)])
+
+    records, after = drain(log, log.begin(TOPIC))
+
+    assert set(after) == set(log.incarnations(TOPIC)) == {TopicPartition(TOPIC, i) for i in range(4)}
+    assert sorted(int(r.value) for r in records) == list(range(30))
+
+
+def test_an_incarnation_stays_while_records_come_and_go(under_test: LogUnderTest) -> None:
+    log = under_test.log
+    log.ensure_topic(TOPIC, 2)
+    before = log.incarnations(TOPIC)
+    log.append(TOPIC, [out(str(i), partition=i % 2) for i in range(10)])
+    under_test.trim(TopicPartition(TOPIC, 0), 5)
+
+    assert log.incarnations(TOPIC) == before == under_test.another().incarnations(TOPIC)
+
+
+def test_a_topic_made_anew_is_another_incarnation(under_test: LogUnderTest) -> None:
+    log = under_test.log
+    log.ensure_topic(TOPIC, 2)
+    log.append(TOPIC, [out(str(i), partition=i % 2) for i in range(10)])
+    before = log.incarnations(TOPIC)
+
+    under_test.remove(TOPIC)
+    other = under_test.another()
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:  # a broker removes topics later than it says
+        other.ensure_topic(TOPIC, 2)
+        if other.end(TOPIC) == {TopicPartition(TOPIC, i): 0 for i in range(2)}:
+            break
+    other.append(TOPIC, [out("new", partition=i % 2) for i in range(20)])
+    after = log.incarnations(TOPIC)
+
+    assert after.keys() == before.keys()
+    assert not set(after.values()) & set(before.values())
+
+
+def test_a_stop_ends_a_wait_for_records(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 1)
+    begin, stop = log.begin(TOPIC), threading.Event()
+    log.set_stop(stop)
+    log.read(begin, max_records=1, timeout_s=0)
+    threading.Timer(0.2, stop.set).start()
+    started = time.monotonic()
+
+    fetch = log.read(begin, max_records=1, timeout_s=1000)
+
+    assert (fetch.records, fetch.positions) == ([], begin)
+    assert time.monotonic() - started < HANG_S
+
+
+def test_while_a_stop_is_set_a_log_that_is_there_still_answers(log: EventLog) -> None:
+    log.ensure_topic(TOPIC, 1)
+    stop = threading.Event()
+    stop.set()
+    log.set_stop(stop)
+    log.append(TOPIC, [out("last")])
+
+    records, after = drain(log, log.begin(TOPIC))
+
+    assert (values(records), after) == (["last"], log.end(TOPIC))
+
+
+def test_what_is_no_record_is_reported_and_passed(under_test: LogUnderTest) -> None:
+    if under_test.spoil is None:
+        pytest.skip("every record of such a log is one; damage is tried in test_kafka_foreign_records.py")
+    log, at = under_test.log, TopicPartition(TOPIC, 1)
+    log.ensure_topic(TOPIC, 2)
+    log.append(TOPIC, [out("before", partition=1)])
+    under_test.spoil(at, b"junk")
+    log.append(TOPIC, [out("behind", partition=1)])
+
+    fetch = log.read({at: 0}, max_records=10, timeout_s=0)
+
+    (bad,) = fetch.unreadable
+    assert (bad.topic, bad.partition, bad.offset, bad.records) == (TOPIC, 1, 1, 1)
+    assert b"junk" in bad.payload
+    assert values(fetch.records, 1) == ["before", "behind"]
+    assert (fetch.positions, fetch.at_end) == ({at: 3}, frozenset({at}))
+
+
+@pytest.mark.parametrize("offsets", [[0], [4], [9], [0, 1, 5, 8, 9]])
+def test_deleted_records_are_gaps(under_test: LogUnderTest, offsets: list[int]) -> None:
+    if under_test.delete is None:
+        pytest.skip("single records of such a log cannot be deleted")
+    log, at = under_test.log, TopicPartition(TOPIC, 0)
+    log.ensure_topic(TOPIC, 1)
+    log.append(TOPIC, [out(str(i)) for i in range(10)])
+    for offset in offsets:
+        under_test.delete(at, offset)
+    positions, gaps = {at: 0}, 0
+    records: list[Record] = []
+    while positions != log.end(TOPIC):
+        fetch = log.read(positions, max_records=3, timeout_s=0)
+        positions, records, gaps = fetch.positions, records + fetch.records, gaps + sum(fetch.gaps.values())
+
+    assert values(records) == [str(i) for i in range(10) if i not in offsets]
+    assert gaps == len(offsets)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from kafka import KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer
 from kafka.record.util import calc_crc32c
 
 from smes_cli.demo.local_servers import start_kafka
@@ -33,6 +33,8 @@ def closing() -> Iterator[ExitStack]:
 
 @pytest.fixture
 def log(kafka_bootstrap: str, namespace: str, closing: ExitStack) -> KafkaLog:
+    with KafkaAdminClient(bootstrap_servers=kafka_bootstrap) as admin:  # without retention, which goes by timestamps
+        admin.create_topics({f"{namespace}.t": {"num_partitions": 1, "configs": {"retention.ms": "-1"}}})
     log = KafkaLog(kafka_bootstrap, namespace, now_ms=lambda: 777)
     closing.callback(log.close)
     log.ensure_topic("t", 1)

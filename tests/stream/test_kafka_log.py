@@ -14,6 +14,7 @@ from kafka import KafkaProducer
 
 from smes.errors import EventLogError, EventLogUnavailable
 from smes_cli.demo.local_servers import start_kafka
+from smes_io.clock import wall_clock_ms
 from stream.log.event_log import OutRecord, Positions, TopicPartition
 from stream.log.kafka_connection import KafkaLogConfig
 from stream.log.kafka_log import KafkaLog
@@ -58,7 +59,8 @@ def test_a_malformed_server_is_named_with_what_was_expected(bootstrap: str) -> N
 def test_every_compression_is_read_back(
     kafka_bootstrap: str, namespace: str, closing: ExitStack, compression: str
 ) -> None:
-    log = open_log(closing, kafka_bootstrap, namespace, KafkaLogConfig(compression=compression))  # type: ignore[arg-type]  # parametrised literal
+    config = KafkaLogConfig(compression=compression)  # type: ignore[arg-type]  # parametrised literal
+    log = open_log(closing, kafka_bootstrap, namespace, config)
     log.ensure_topic("t", 1)
     log.append("t", [out(b"%d" % i * 50) for i in range(100)])
     seen: list[bytes] = []
@@ -98,9 +100,10 @@ def test_what_the_broker_refuses_raises(kafka_bootstrap: str, namespace: str, cl
 def test_records_of_other_producers_are_read(kafka_bootstrap: str, namespace: str, closing: ExitStack) -> None:
     log = open_log(closing, kafka_bootstrap, namespace)
     log.ensure_topic("t", 1)
+    now_ms = wall_clock_ms()
     producer = KafkaProducer(bootstrap_servers=kafka_bootstrap)
-    producer.send(f"{namespace}.t", None, b"a key, no value", partition=0, timestamp_ms=5)
-    producer.send(f"{namespace}.t", b"a value", partition=0, timestamp_ms=6)
+    producer.send(f"{namespace}.t", None, b"a key, no value", partition=0, timestamp_ms=now_ms)
+    producer.send(f"{namespace}.t", b"a value", partition=0, timestamp_ms=now_ms + 1)
     producer.close()
     seen: list[tuple[bytes, int]] = []
     positions, deadline = {AT: 0}, time.monotonic() + DEADLINE_S
@@ -109,7 +112,7 @@ def test_records_of_other_producers_are_read(kafka_bootstrap: str, namespace: st
         positions = fetch.positions
         seen += [(r.value, r.arrival_ms) for r in fetch.records]
 
-    assert seen == [(b"", 5), (b"a value", 6)]
+    assert seen == [(b"", now_ms), (b"a value", now_ms + 1)]
 
 
 @pytest.mark.kafka
