@@ -7,11 +7,13 @@ a trained model by an untrained one. It stops and asks what is meant.
 import json
 import logging
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from feature_store.payload import decode
 from feature_store.publication import Manifest
 from feature_store.snapshots import SnapshotStore
-from smes.errors import SchemaMismatch, ServingWithoutCheckpoint, SnapshotError, SnapshotNotFound
+from smes.errors import SchemaMismatch, ServingWithoutCheckpoint, SnapshotError
+from smes.schema_difference import describe_difference_from
 from smes_cli.console import console
 from stream.example_stream import ExampleStream
 from stream.log.event_log import TopicPartition
@@ -38,9 +40,16 @@ class WithoutCheckpoint:
             raise ValueError("--from-snapshot --anew: expected at most one of the two")
 
 
+class InService(NamedTuple):
+    """The snapshot in service: its manifest, or why it cannot be read. Both None: there is none."""
+
+    manifest: Manifest | None
+    problem: str | None
+
+
 def find_starting_point(
     trainer: Trainer, stream: ExampleStream, store: SnapshotStore, otherwise: WithoutCheckpoint
-) -> Manifest | None:
+) -> InService:
     """Bring a new trainer to where it begins.
 
     Args:
@@ -50,22 +59,23 @@ def find_starting_point(
         otherwise: What to do without a checkpoint.
 
     Returns:
-        The manifest of the snapshot in service; None if there is none that can be read.
+        The snapshot in service.
 
     Raises:
         CheckpointError, SchemaMismatch: A checkpoint is there, but none that can be used.
         ServingWithoutCheckpoint: There is no checkpoint, but a model is in service.
         SnapshotError: The snapshot to go on from cannot be used.
     """
-    served, problem = _in_service(store)
+    in_service = _in_service(store)
+    served, problem = in_service
     step = trainer.restore()
     if step is not None:
         console.print(f"going on from the checkpoint of step {step} of lineage {trainer.lineage}", highlight=False)
         if otherwise.from_snapshot or otherwise.anew:
             _logger.warning("--from-snapshot and --anew have no effect: there is a checkpoint, of step %d", step)
-        return served
+        return in_service
     if served is None and problem is None:
-        return None
+        return in_service
     what = f"version {served.version} of lineage {served.lineage}" if served else f"a snapshot ({problem})"
     if otherwise.anew:
         _logger.warning("starting anew: the first snapshot of this trainer replaces %s, which is in service", what)
@@ -80,25 +90,24 @@ def find_starting_point(
     else:
         _go_on_from(served, trainer, stream, store)
     trainer.checkpoint()  # so that the question is answered once
-    return served
+    return in_service
 
 
-def _in_service(store: SnapshotStore) -> tuple[Manifest | None, str | None]:
-    """The manifest of the snapshot in service, and why it cannot be read, if that is so. Both None: there is none."""
+def _in_service(store: SnapshotStore) -> InService:
     try:
-        return store.current(), None
-    except SnapshotNotFound:
-        return None, None
+        return InService(store.current(), None)
     except SnapshotError as error:
         _logger.warning("the snapshot in service cannot be read: %s", error)
-        return None, str(error)
+        return InService(None, str(error))
 
 
 def _go_on_from(served: Manifest, trainer: Trainer, stream: ExampleStream, store: SnapshotStore) -> None:
     name, schema = f"snapshot {served.lineage}:{served.version}", trainer.learner.schema
     tensors, metadata = decode(store.load(served))
     if metadata.get("schema_hash") != schema.hash:
-        raise SchemaMismatch(name, expected=schema.hash, got=metadata.get("schema_hash", "none"))
+        difference = describe_difference_from(metadata.get("schema"), schema)
+        got = metadata.get("schema_hash", "none")
+        raise SchemaMismatch(name, expected=schema.hash, got=got, difference=difference)
     configured = json.loads(json.dumps(trainer.learner.config.to_dict()))
     if changed := differences(json.loads(metadata.get("model", "{}")), configured):
         raise SnapshotError(

@@ -25,6 +25,7 @@ from smes.model.config import ModelConfig
 from smes.model.fitting import fitting_config
 from smes.model.serving import ServingModel
 from smes.schema import Schema
+from smes.schema_difference import describe_difference_from
 from smes_scorer.telemetry import Arrivals, FirstAnswers, Telemetry
 
 
@@ -62,7 +63,9 @@ def load_serving_model(payload: bytes, schema: Schema) -> ServingModel:
     """
     tensors, metadata = decode(payload)
     if metadata.get("schema_hash") != schema.hash:
-        raise SchemaMismatch("snapshot payload", expected=schema.hash, got=str(metadata.get("schema_hash")))
+        difference = describe_difference_from(metadata.get("schema"), schema)
+        got = str(metadata.get("schema_hash"))
+        raise SchemaMismatch("snapshot payload", expected=schema.hash, got=got, difference=difference)
     try:
         # Checked before it is built: building a configuration of absurd size takes time and memory already.
         config = ModelConfig.from_dict(fitting_config(json.loads(metadata["model"]), tensors))

@@ -8,6 +8,7 @@ The metadata, all of it text:
 ``lineage``     the lineage that the weights belong to
 ``step``        decimal digits of the steps taken
 ``schema_hash`` :attr:`smes.schema.Schema.hash`
+``schema``      JSON of :meth:`smes.schema.Schema.to_dict`, to say in what another schema differs
 ``model``       JSON of the model configuration
 ``arrays``      JSON: name of every array → SHA-256 of its type, shape and bytes
 ``checksum``    SHA-256 of all the other metadata
@@ -31,6 +32,8 @@ from safetensors.numpy import save
 
 from smes.arrays import Arrays
 from smes.errors import CheckpointError, SchemaMismatch
+from smes.schema import Schema
+from smes.schema_difference import describe_difference_from
 
 FORMAT = 2
 """Number of the format: names and meaning of the arrays and of the metadata. Any other number is refused."""
@@ -49,7 +52,8 @@ class Checkpoint:
     Attributes:
         lineage: The lineage that the weights belong to.
         step: Steps taken.
-        schema_hash: Hash of the schema trained with.
+        schema: The schema trained with, plain data.
+        schema_hash: Its hash.
         model: Model configuration, plain data.
         arrays: State of every part, names prefixed ``learner.``, ``stream.``, ``evaluation.``, ``experts.``,
             ``trainer.``.
@@ -57,6 +61,7 @@ class Checkpoint:
 
     lineage: str
     step: int
+    schema: dict[str, Any]
     schema_hash: str
     model: dict[str, Any]
     arrays: Arrays
@@ -74,6 +79,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, sequence: int) -> None:
         "lineage": checkpoint.lineage,
         "step": str(checkpoint.step),
         "schema_hash": checkpoint.schema_hash,
+        "schema": json.dumps(checkpoint.schema),
         "model": json.dumps(checkpoint.model, sort_keys=True),
         _ARRAYS: json.dumps({name: _digest(array) for name, array in sorted(checkpoint.arrays.items())}),
     }
@@ -81,13 +87,13 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint, sequence: int) -> None:
     _write_durably(path, save(checkpoint.arrays, metadata))
 
 
-def read_checkpoint(path: Path, sequence: int, *, schema_hash: str, model: dict[str, Any]) -> Checkpoint:
+def read_checkpoint(path: Path, sequence: int, *, schema: Schema, model: dict[str, Any]) -> Checkpoint:
     """Read one checkpoint, and verify every bit of it.
 
     Args:
         path: Its file.
         sequence: The sequence number in its name.
-        schema_hash: Hash of the configured schema.
+        schema: The configured schema.
         model: The configured model, plain data.
 
     Raises:
@@ -105,10 +111,11 @@ def read_checkpoint(path: Path, sequence: int, *, schema_hash: str, model: dict[
         if _CHECKSUM not in metadata:
             raise ValueError("checksum of the metadata: none, expected one")
         _expect("sequence number in the name", str(sequence), metadata["sequence"])
-        trained = _compatible_model(path, metadata, schema_hash, model)
+        trained = _compatible_model(path, metadata, schema, model)
         return Checkpoint(
             lineage=metadata["lineage"],
             step=int(metadata["step"]),
+            schema=schema.to_dict(),
             schema_hash=metadata["schema_hash"],
             model=trained,
             arrays=_verified_arrays(file, json.loads(metadata[_ARRAYS])),
@@ -122,12 +129,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in {*ours, *theirs} if ours.get(key, missing) != theirs.get(key, missing))
 
 
-def _compatible_model(
-    path: Path, metadata: Mapping[str, str], schema_hash: str, model: dict[str, Any]
-) -> dict[str, Any]:
+def _compatible_model(path: Path, metadata: Mapping[str, str], schema: Schema, model: dict[str, Any]) -> dict[str, Any]:
     """The model configuration in the metadata, if it is the configured one and the schema is."""
-    if metadata["schema_hash"] != schema_hash:
-        raise SchemaMismatch(f"checkpoint {path}", expected=schema_hash, got=metadata["schema_hash"])
+    if (got := metadata["schema_hash"]) != schema.hash:
+        difference = describe_difference_from(metadata.get("schema"), schema)
+        raise SchemaMismatch(f"checkpoint {path}", expected=schema.hash, got=got, difference=difference)
     trained: dict[str, Any] = json.loads(metadata["model"])
     if changed := differences(trained, json.loads(json.dumps(model))):
         raise CheckpointError(

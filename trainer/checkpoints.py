@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smes.errors import CheckpointError
+from smes.schema import Schema
 from trainer.checkpoint_file import DAMAGED, Checkpoint, read_checkpoint, write_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class CheckpointDirectory:
             raise CheckpointError(f"checkpoint {path}: not written: {error.strerror or error}") from error
         return path
 
-    def newest(self, *, schema_hash: str, model: dict[str, Any]) -> Checkpoint | None:
+    def newest(self, *, schema: Schema, model: dict[str, Any]) -> Checkpoint | None:
         """The newest checkpoint that is not damaged; None if the folder has no checkpoint.
 
         Raises:
@@ -122,7 +123,7 @@ class CheckpointDirectory:
         damaged = []
         for entry in self._entries():
             try:
-                return read_checkpoint(entry.path, entry.sequence, schema_hash=schema_hash, model=model)
+                return read_checkpoint(entry.path, entry.sequence, schema=schema, model=model)
             except DAMAGED as error:
                 _logger.warning("checkpoint %s is damaged, trying the one before it: %s", entry.path, error)
                 damaged.append(f"{entry.path.name} ({error})")

@@ -141,7 +141,7 @@ class Trainer:
         if self._checkpoints is None:
             return None
         model = self.learner.config.to_dict()
-        checkpoint = self._checkpoints.newest(schema_hash=self.learner.schema.hash, model=model)
+        checkpoint = self._checkpoints.newest(schema=self.learner.schema, model=model)
         if checkpoint is None:
             return None
         try:
@@ -174,6 +174,7 @@ class Trainer:
         open_publisher: Callable[[str], Publisher],
         served: Manifest | None,
         *,
+        unreadable: bool = False,
         steps_before_replacing: int = 1,
     ) -> None:
         """Publish cuts from now on, and the present weights at once if they have learned anything.
@@ -181,12 +182,13 @@ class Trainer:
         Args:
             open_publisher: Opens a publisher for a lineage.
             served: Manifest of the snapshot that is served; see :func:`trainer.publisher.lineage_to_publish`.
+            unreadable: Whether there is a snapshot whose manifest cannot be read.
             steps_before_replacing: Steps before weights of this lineage replace those of a lineage that it does not
                 descend from, ≥ 1.
         """
         self.lineage = lineage_to_publish(self.lineage, self.learner.step_number, served)
-        if served is not None:
-            stranger = root_of(served.lineage) != root_of(self.lineage)
+        if served is not None or unreadable:
+            stranger = served is None or root_of(served.lineage) != root_of(self.lineage)
             self._first_cut_step = steps_before_replacing if stranger else 1
         self.publisher = open_publisher(self.lineage)
         self.observe(self._arrivals)
@@ -381,8 +383,9 @@ class Trainer:
             **prefixed("experts.", self.experts.state()),
             "trainer.trained": np.array([self.trained, self.not_finite]),
         }
-        schema_hash, model = self.learner.schema.hash, self.learner.config.to_dict()
-        self._checkpoints.save(Checkpoint(self.lineage, self.learner.step_number, schema_hash, model, arrays))
+        schema, model = self.learner.schema, self.learner.config.to_dict()
+        step = self.learner.step_number
+        self._checkpoints.save(Checkpoint(self.lineage, step, schema.to_dict(), schema.hash, model, arrays))
 
     def _forget(self, examples: ExampleBlock) -> None:
         """Count a batch whose step failed."""

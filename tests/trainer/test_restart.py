@@ -161,10 +161,12 @@ def test_a_folder_of_damaged_checkpoints_is_refused(log: InMemoryLog, tmp_path: 
 def test_another_schema_is_refused(log: InMemoryLog, tmp_path: Path) -> None:
     trainer = trainer_of(log, tmp_path)
     trainer.checkpoint()
-    directory, schema_hash = CheckpointDirectory(tmp_path, 2), trainer.learner.schema.hash
+    directory, was = CheckpointDirectory(tmp_path, 2), trainer.learner.schema
+    now = replace(was, features=was.features[:-1])
+    hashes = f"{was.hash} differs from the configured schema's {now.hash}"
 
-    with pytest.raises(SchemaMismatch, match=f"{schema_hash} differs from the configured schema's feedfacecafe"):
-        directory.newest(schema_hash="feedfacecafe", model=MODEL.to_dict())
+    with pytest.raises(SchemaMismatch, match=f"{hashes}; configured: no feature '{was.features[-1].name}' any more"):
+        directory.newest(schema=now, model=MODEL.to_dict())
 
 
 def test_another_model_is_refused_with_the_keys_that_differ(log: InMemoryLog, tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_another_model_is_refused_with_the_keys_that_differ(log: InMemoryLog, tm
     other = replace(MODEL, embedding_dim=4, smes=smes)
 
     with pytest.raises(CheckpointError, match=r"differs in: embedding_dim, smes\.experts\.num, smes\.router\.rank\)"):
-        CheckpointDirectory(tmp_path, 2).newest(schema_hash=trainer.learner.schema.hash, model=other.to_dict())
+        CheckpointDirectory(tmp_path, 2).newest(schema=trainer.learner.schema, model=other.to_dict())
 
 
 @pytest.mark.parametrize(("written", "number"), [("smes-checkpoint-1", "1"), ("3", "3"), (None, "none")])
