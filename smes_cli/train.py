@@ -84,7 +84,12 @@ def run_train(
         def publisher(lineage: str) -> Publisher:
             return Publisher(store, schema, config.model.to_dict(), lineage, now_ms=wall_clock_ms, lease=lease)
 
-        trainer.publish_to(publisher, served, steps_before_replacing=config.trainer.steps_before_replacing)
+        trainer.publish_to(
+            publisher,
+            served.manifest,
+            unreadable=served.problem is not None,
+            steps_before_replacing=config.trainer.steps_before_replacing,
+        )
         reporter = _Reporter(trainer, report)
         waits.meanwhile = _duties(trainer, reporter, should_stop)
         _run(config, trainer, flags, should_stop, drain=drain, flush=flush, reporter=reporter)
@@ -194,7 +199,7 @@ def _event_log(config: Config, waits: Waits, stack: ExitStack) -> WaitingLog:
     log = WaitingLog(waits.run("event log", lambda: open_event_log(config.event_log)), waits)
     stack.callback(log.close)
     for topic in (IMPRESSIONS, FEEDBACK):
-        log.ensure_topic(topic, config.event_log.partitions)
+        log.ensure_topic(topic, config.event_log.partitions, exact=False)
     return log
 
 

@@ -16,6 +16,7 @@ from simulators.merge import replay_blocks
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config
+from smes_cli.starting_point import WithoutCheckpoint
 from smes_cli.train import run_train
 from smes_io.redis_client import connect
 from stream.codec.codec import Codec, encode_feedback, encode_impressions
@@ -79,9 +80,20 @@ def train_in_process(config: Config, pairs: Pairs) -> Trainer:
     return trainer
 
 
-def drain(config: Config) -> dict[str, Any]:
+def drain(
+    config: Config, without_checkpoint: WithoutCheckpoint | None = None, *, flush: bool = False
+) -> dict[str, Any]:
     """Train in this process, on the configured servers, on everything that is in the log; the report."""
-    return run_train(config, report=None, drain=True, skip_lost=False, should_stop=lambda: True).to_dict()
+    report = run_train(
+        config,
+        report=None,
+        drain=True,
+        skip_lost=False,
+        should_stop=lambda: True,
+        flush=flush,
+        without_checkpoint=without_checkpoint,
+    )
+    return report.to_dict()
 
 
 def totals(pairs: Pairs) -> tuple[int, int]:
