@@ -35,7 +35,7 @@ from smes_scorer.telemetry import FirstAnswers, Telemetry
 
 SCORE_PATH = "/v1/score"
 
-CLOSING_SHARE = 0.2
+_CLOSING_SHARE = 0.2
 """Of ``shutdown_s``: for the application's own end, after the requests in flight."""
 
 _logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class _Parts:
         stopping = threading.Thread(target=self.swap.stop, daemon=True)
         stopping.start()
         self.queue.close()
-        stopping.join(CLOSING_SHARE * self.config.shutdown_s)
+        stopping.join(_CLOSING_SHARE * self.config.shutdown_s)
         for client in self.clients:
             client.close()
 
@@ -107,8 +107,9 @@ def _assemble(config: ScorerConfig, schema: Schema, redis_url: str, namespace: s
     telemetry, first_answers = Telemetry(), FirstAnswers()
     snapshots = open_client(redis_url, config.redis_timeout_s)
     entities = open_client(redis_url, config.entity_timeout_ms / 1000)
+    store, entity_store = SnapshotStore(snapshots, namespace), EntityStore(entities, schema, namespace)
     swap = HotSwap(
-        SnapshotStore(snapshots, namespace),
+        store,
         SnapshotWatcher(snapshots, namespace, config.poll_s),
         schema,
         load,
@@ -116,9 +117,11 @@ def _assemble(config: ScorerConfig, schema: Schema, redis_url: str, namespace: s
         telemetry,
         poll_s=config.poll_s,
     )
-    features = FeatureLookup(EntityStore(entities, schema, namespace), schema, telemetry, retry_s=config.entity_retry_s)
+    features = FeatureLookup(entity_store, schema, telemetry, retry_s=config.entity_retry_s)
     answerer = Answerer(config, schema, swap, features, first_answers, telemetry)
     telemetry.snapshot_age_s.set_function(lambda: _age_s(swap) or 0.0)
+    telemetry.degraded.set_function(lambda: float(not swap.served or bool(swap.problem or features.problem)))
+    telemetry.store_damage.set_function(lambda: store.damage.count + entity_store.damage.count)
     queue = ScoringQueue(config.workers, config.max_waiting, config.max_age_s)
     telemetry.waiting.set_function(lambda: queue.depth)
     return _Parts(config, telemetry, swap, features, answerer, queue, (snapshots, entities))

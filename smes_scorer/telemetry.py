@@ -214,6 +214,12 @@ class Telemetry:
         self.snapshot_age_s = Gauge(
             "smes_scorer_snapshot_age_seconds", "Since the served snapshot was cut", registry=self.registry
         )
+        self.degraded = Gauge(
+            "smes_scorer_degraded", "1 while /health/ready is not ready or names a problem", registry=self.registry
+        )
+        self.store_damage = Gauge(
+            "smes_scorer_store_damage", "Different broken things found in the store", registry=self.registry
+        )
         self.swaps = counter("swaps", "Snapshots put into service")
         self.load_failures = counter("load_failures", "Attempts to load a snapshot that failed")
         self.versions_answered = counter("versions_answered", "Versions that have answered at least once")
@@ -284,14 +290,14 @@ class _FreshnessHistogram(Collector):
     def __init__(self) -> None:
         self.sketch = QuantileSketch(1.0, 30 * _DAY_MS)
         self._counts = np.zeros(len(_FRESHNESS_BUCKETS_MS) + 1, np.int64)
-        self._sum_ms = 0
+        self._sum_ms = 0.0
         self._lock = threading.Lock()
 
     def add(self, values_ms: I64, weights: I64) -> None:
         self.sketch.add(values_ms.astype(np.float64), weights)
         with self._lock:
             np.add.at(self._counts, np.searchsorted(_FRESHNESS_BUCKETS_MS, values_ms), weights)
-            self._sum_ms += int((values_ms * weights).sum())
+            self._sum_ms += float(values_ms.astype(np.float64) @ weights)  # a product may be beyond 64 bits
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         bounds = [*(str(float(bound)) for bound in _FRESHNESS_BUCKETS_MS), "+Inf"]
