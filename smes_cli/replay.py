@@ -43,7 +43,7 @@ def run_replay(
     event_log.set_stop(should_stop)
     try:
         for topic in (IMPRESSIONS, FEEDBACK):
-            event_log.ensure_topic(topic, config.event_log.partitions)
+            event_log.ensure_topic(topic, config.event_log.partitions, exact=False)
         with open_log(log, schema_file, limit=limit, max_rejected=max_rejected) as reader:
             ledger = reader.ledger
             print_ledger(ledger)
