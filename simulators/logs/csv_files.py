@@ -106,8 +106,9 @@ def _header(path: str, head: list[bytes], csv: CsvFormat, delimiter: str) -> lis
     folded = [name.casefold() for name in names]
     if twice := [name for name in names if name and folded.count(name.casefold()) > 1]:
         raise LogError(
-            f"{path}:{line}: columns {', '.join(twice)}, expected names that differ in more than upper and lower case "
-            f"(log.csv.names gives others; log.csv.skip_lines: {line} passes over the header then)"
+            f"{path}:{line}: columns {', '.join(twice)}, expected a header of names that differ in more than upper and "
+            f"lower case (log.csv.names gives others, or those of a file without a header; log.csv.skip_lines: {line} "
+            "passes over a header)"
         )
     return [name or f"column{i}" for i, name in enumerate(names)]
 

@@ -2,8 +2,8 @@
 
 The rule is RFC 4180's with what its readers agree on: a field that begins with the quote ends with the next single one,
 which a delimiter, a line end or the file's end must follow; a quote elsewhere is an ordinary character. A row has as
-many fields as the file has columns, and is UTF-8. A row whose quotes do not fit costs its first line only: the next
-line begins a new row, so one stray quote cannot swallow the rows behind it.
+many fields as the file has columns, and is UTF-8. Where quotes do not fit, only the row's first line is lost: the next
+line begins a new row, so one stray quote cannot swallow the rows behind it. Every lost line is counted.
 
 One compiled pass over the mapped bytes finds the lines that are no rows. Letters: K bad lines.
 """
@@ -76,20 +76,20 @@ def scan(data: Bytes, start: int, line: int, fields: int, csv: CsvFormat, delimi
     """
     marks = _marks(csv, delimiter)
     buffer = np.empty(0 if out is None else _BUFFER, np.uint8)
-    bad_K4 = np.empty((_PIECE, 4), np.int64)
+    bad_K5 = np.empty((_PIECE, 5), np.int64)
     rows, clean, counts, first = 0, True, dict[str, int](), dict[str, BadLine]()
     while start < len(data):
-        start, line, more, bad, written, returns = _scan(data, start, line, fields, *marks, -1, bad_K4, buffer)
+        start, line, more, bad, written, returns = _scan(data, start, line, fields, *marks, -1, bad_K5, buffer)
         rows += more
         clean &= not returns
         if out is not None:
             out.write(buffer[:written].tobytes())
-        for begin, end, at, reason in bad_K4[:bad].tolist() if bad else ():
+        for begin, end, at, reason, spanned in bad_K5[:bad].tolist() if bad else ():
             if reason == BLANK:
                 continue
             clean = False
             kind = _kind(reason, fields, csv)
-            counts[kind] = counts.get(kind, 0) + 1
+            counts[kind] = counts.get(kind, 0) + spanned
             if kind not in first:
                 first[kind] = BadLine(at, kind, _text(data, begin, end))
     return Scan(rows, tuple(first.values()), counts, clean)
@@ -98,12 +98,12 @@ def scan(data: Bytes, start: int, line: int, fields: int, csv: CsvFormat, delimi
 def line_of_row(data: Bytes, start: int, line: int, fields: int, csv: CsvFormat, delimiter: str, row: int) -> int:
     """The number of the line at which a row begins. The first row is number 0; bad lines are none."""
     marks = _marks(csv, delimiter)
-    bad_K4, nowhere = np.empty((_PIECE, 4), np.int64), np.empty(0, np.uint8)
+    bad_K5, nowhere = np.empty((_PIECE, 5), np.int64), np.empty(0, np.uint8)
     rows = 0
     while start < len(data):
         begins, left = line, row - rows
-        room_K4 = bad_K4 if left else bad_K4[:1]  # the wanted row, or the one line before it that is none
-        start, line, more, *_ = _scan(data, start, line, fields, *marks, max(left, 1), room_K4, nowhere)
+        room_K5 = bad_K5 if left else bad_K5[:1]  # the wanted row, or the one line before it that is none
+        start, line, more, *_ = _scan(data, start, line, fields, *marks, max(left, 1), room_K5, nowhere)
         if not left and more:
             return begins
         rows += more
@@ -257,17 +257,17 @@ def _scan(
     quote: int,
     escape: int,
     most_rows: int,
-    bad_K4: I64,
+    bad_K5: I64,
     out: Bytes,
 ) -> tuple[int, int, int, int, int, bool]:  # pragma: no cover - compiled
     """Go through rows until one of the buffers is full, ``most_rows`` are found (-1: all) or the data ends.
 
     Returns:
-        Where the next row begins, its line, rows, bad lines (begin, end, line, reason), bytes written, and
+        Where the next row begins, its line, rows, bad lines (begin, end, line, reason, lines), bytes written, and
         whether a row ended with CR.
     """
     rows, bad, written, returns = 0, 0, 0, False
-    while start < len(data) and bad < len(bad_K4) and rows != most_rows:
+    while start < len(data) and bad < len(bad_K5) and rows != most_rows:
         end, found, ends, reason = _row(data, start, delimiter, quote, escape)
         if len(out) > 0 and written + end - start + 1 > len(out):
             break
@@ -289,7 +289,7 @@ def _scan(
             elif not _is_utf8(data, start, end):
                 reason = ENCODING
         if reason:
-            bad_K4[bad] = start, after, line, reason
+            bad_K5[bad] = start, after, line, reason, 1 + ends
             bad += 1
         else:
             rows += 1
