@@ -1,10 +1,14 @@
 """Schedules only raise flags, and only while they are open; only one thread uses the learner."""
 
+import importlib
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
 from smes.events import ExampleBlock
@@ -55,6 +59,50 @@ def test_a_flag_raised_many_times_is_taken_once() -> None:
     assert not flags.take("cut")
 
 
+class Clock(datetime):
+    """What APScheduler takes for the time: the wall clock, moved."""
+
+    moved = timedelta()
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) + cls.moved
+
+
+@pytest.mark.parametrize("moved", [timedelta(seconds=-30), timedelta(hours=-1), timedelta(seconds=30)])
+def test_the_wall_clock_may_move_while_flags_are_raised(moved: timedelta, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("base", "background"):
+        name = f"apscheduler.schedulers.{module}"
+        if hasattr(importlib.import_module(name), "datetime"):
+            monkeypatch.setattr(f"{name}.datetime", Clock)
+    flags = Flags()
+    interval_s = 0.05
+    with Schedule(flags, {"often": interval_s}):
+        before_s = seconds_for(flags, "often", raises=20)
+        monkeypatch.setattr(Clock, "moved", moved)
+        after_s = seconds_for(flags, "often", raises=20)
+
+    # At the pace of the interval: no pause of half a minute, and no burst to make up for one.
+    for seconds in (before_s, after_s):
+        assert 18 * interval_s <= seconds < 20
+
+
+def seconds_for(flags: Flags, name: str, raises: int) -> float:
+    began_s = time.monotonic()
+    for _ in range(raises):
+        assert comes_true(lambda: flags.take(name))
+    return time.monotonic() - began_s
+
+
+def test_the_first_raises_come_sooner_and_each_later_one_after_twice_as_long() -> None:
+    flags = Flags()
+    with Schedule(flags, {"checkpoint": 0.8}, first_s={"checkpoint": 0.1}):
+        gaps_s = [seconds_for(flags, "checkpoint", raises=1) for _ in range(6)]
+
+    due_s = np.cumsum([0.1, 0.2, 0.4, 0.8, 0.8, 0.8])
+    assert (np.cumsum(gaps_s) > due_s - 0.02).all(), gaps_s
+
+
 class RecordingLearner(Learner):
     """Notes which threads call it."""
 
@@ -91,7 +139,7 @@ def test_no_second_thread_uses_the_learner(tmp_path: Path) -> None:
 
     def done() -> bool:
         assert time.monotonic() < deadline
-        checkpointed = len(list(tmp_path.iterdir())) == 2
+        checkpointed = len(list(tmp_path.glob("*.safetensors"))) == 2
         return trainer.stream.has_reached(end) and trainer.stream.upcoming() is None and checkpointed
 
     with Schedule(flags, {SNAPSHOT: 0.01, CHECKPOINT: 0.01}):
