@@ -1,4 +1,4 @@
-"""Compile the loops of the join, of the id table and of the hash, so that no event waits for them.
+"""Compile the loops of the join, of the id table, of the hash and of the moments, so that no event waits for them.
 
 A module of its own because it imports no torch: the demo's process compiles before it starts its workers.
 """
@@ -6,6 +6,7 @@ A module of its own because it imports no torch: the demo's process compiles bef
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.hashing import splitmix64
 from smes.model.ids import DistinctRows, IdRows, readers, uniform_rows
+from smes.model.numeric_moments import NumericMoments
 from smes.schema import Schema
 from smes_cli.config import Config
 from stream.block_stream import BlockStream
@@ -30,4 +31,5 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     readers(cells_BW, len(distinct_U))
     uniform_rows(table.keys(), 1, config.model.embedding_scale, config.trainer.seed)
     splitmix64(impressions.ids[0])
+    NumericMoments(schema).observe(examples.numerics)
     return examples

@@ -8,7 +8,7 @@ T tasks.
 
 import ctypes
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smes.arrays import I64
+from smes.arrays import F32, I64
 from smes.events import ExampleBlock
 from smes.model.features import FeatureInputs
 from smes.model.ids import pool_weights, readers
@@ -27,9 +27,14 @@ from smes.schema import Schema
 
 
 class Device(Protocol):
-    """A training device: :class:`HostDevice` or :class:`CudaDevice`."""
+    """A training device: :class:`HostDevice` or :class:`CudaDevice`.
+
+    Attributes:
+        tells_at_once: Whether the host can read a result without waiting for other work.
+    """
 
     device: torch.device
+    tells_at_once: bool
 
     def host(self, array: NDArray[Any]) -> Tensor:
         """Make a tensor on the host that can be copied to the device without blocking."""
@@ -52,6 +57,10 @@ class Device(Protocol):
         """
         ...
 
+    def read_later(self, flag: Tensor) -> Callable[[], bool]:
+        """Start to fetch a bool scalar. What is returned gives its value; it waits until the device has computed it."""
+        ...
+
     def autocast(self) -> AbstractContextManager[object]:
         """A context that sets the precision of the dense part."""
         ...
@@ -61,6 +70,7 @@ class HostDevice:
     """The CPU. Tensors share memory with the arrays; everything is float32."""
 
     device = torch.device("cpu")
+    tells_at_once = True
 
     def host(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))
@@ -74,6 +84,9 @@ class HostDevice:
     def receive(self, tensors: Iterable[Tensor], ticket: object) -> None:
         pass
 
+    def read_later(self, flag: Tensor) -> Callable[[], bool]:
+        return lambda: bool(flag)
+
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", enabled=False)
 
@@ -83,6 +96,8 @@ class CudaDevice:  # pragma: no cover - needs a GPU
 
     Weights are float32. Autocast computes the ranker and the heads in bfloat16, whose range needs no loss scaling.
     """
+
+    tells_at_once = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
@@ -106,6 +121,16 @@ class CudaDevice:  # pragma: no cover - needs a GPU
         for tensor in tensors:
             # It was allocated on the copying stream, which must not reuse its memory while a step still reads it.
             tensor.record_stream(compute)
+
+    def read_later(self, flag: Tensor) -> Callable[[], bool]:
+        copy = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
+        arrived = torch.cuda.current_stream(self.device).record_event()
+
+        def read() -> bool:
+            arrived.synchronize()
+            return bool(copy)
+
+        return read
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast("cuda", dtype=torch.bfloat16)
@@ -136,6 +161,7 @@ class RankBatch:
         readers: For each row in ``rows_U`` the cells that read it; None on a GPU.
         pool_BW: float32, weight of each id within its bag or sequence; None for a schema without them.
         numerics_BF: float32, NaN where missing.
+        numerics: The same on the host.
         labels_BT: float32.
         mask_BT: bool, true where there is a label.
         weight_B: float32, sample weights.
@@ -147,6 +173,7 @@ class RankBatch:
     readers: Readers | None
     pool_BW: Tensor | None
     numerics_BF: Tensor
+    numerics: F32
     labels_BT: Tensor
     mask_BT: Tensor
     weight_B: Tensor
@@ -189,6 +216,7 @@ def send_batch(examples: ExampleBlock, rows_U: I64, cells_BW: I64, schema: Schem
         readers=_readers(cells_BW, len(rows_U), device),
         pool_BW=None if pool_BW is None else send(pool_BW),
         numerics_BF=send(examples.numerics),
+        numerics=np.ascontiguousarray(examples.numerics),
         labels_BT=send(examples.labels),
         mask_BT=send(examples.label_mask),
         weight_B=send(examples.weight),

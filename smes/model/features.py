@@ -8,12 +8,14 @@ Letters: B instances, W id columns, L columns of a sequence, F numeric features,
 indicators), D embedding width, A width in which target and entries are compared, T tasks, I output width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from smes.model.ids import per_column
+from smes.model.numeric_moments import CLIP
 from smes.rankers.ranker import RunningMoments
 from smes.schema import Feature, Schema
 
@@ -44,8 +46,9 @@ class FeatureLayer(nn.Module):
     - Bag: the mean of its ids' embeddings, so that a long bag does not count more than a short one.
     - Sequence: the same mean. A sequence with a query also gives the output of :class:`TargetAttention`. There, the
       embedding of an entry is the sum of its own embedding and those of the sequences that accompany it.
-    - Numeric feature: transformed as the schema says, standardised by its running mean and deviation and clipped at
-      ±8; then 1 where the value is missing, else 0 (unless the schema turns this indicator off).
+    - Numeric feature: transformed as the schema says, standardised by its running mean and deviation
+      (:class:`smes.model.numeric_moments.NumericMoments`) and clipped at ±8; then 1 where the value is missing, else 0
+      (unless the schema turns this indicator off).
 
     The linear part sums one weight per id and task (for bags and sequences the mean) and a weighted sum of the numeric
     columns. Sequences with a query are left out of it: their ids would read the weights that the same items have as
@@ -93,10 +96,11 @@ class FeatureLayer(nn.Module):
             wide_BT = torch.einsum("bwt,bw->bt", inputs.wide_BWT, inputs.pool_BW * self.wide_W)
         return x_BI, wide_BT + numerics_BN @ self.wide_numerics
 
-    def observe(self, numerics_BF: Tensor) -> None:
-        """Update the running moments with a batch. Call it after the batch was scored."""
-        present_BF = ~numerics_BF.isnan()
-        self.moments.observe(self._squash(numerics_BF), present_BF)
+    def standardise_by(self, moments: Mapping[str, Tensor]) -> None:
+        """Standardise by these ``count``, ``mean`` and ``variance`` from now on. float64 [F] each."""
+        self.moments.count_C.copy_(moments["count"], non_blocking=True)
+        self.moments.mean_C.copy_(moments["mean"], non_blocking=True)
+        self.moments.variance_C.copy_(moments["variance"], non_blocking=True)
 
     def _embedded(self, inputs: FeatureInputs) -> list[Tensor]:
         embedding_BWD = inputs.embedding_BWD
@@ -110,7 +114,7 @@ class FeatureLayer(nn.Module):
 
     def _numerics(self, numerics_BF: Tensor) -> Tensor:
         missing_BF = numerics_BF.isnan()
-        x_BF = self.moments.standardise(self._squash(numerics_BF), clip=8.0)
+        x_BF = self.moments.standardise(self._squash(numerics_BF), clip=CLIP)
         return torch.cat(
             [x_BF.masked_fill(missing_BF, 0.0), missing_BF.index_select(1, self.indicated_F).float()], dim=1
         )

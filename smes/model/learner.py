@@ -1,11 +1,14 @@
 """The learner: it owns the weights, scores every batch with them, and then takes one training step on the batch.
 
+A step whose loss or gradients are not finite is not taken: everything stays as it was before it.
+
 Letters: B and N instances, W id columns, F numeric features, T tasks, E experts, K experts that a task chooses, R rows
 of the table, D embedding width.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +21,10 @@ from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.devices import RankBatch, open_device, send_batch
 from smes.model.features import FeatureInputs
 from smes.model.ids import DistinctRows, IdRows, pool_weights, uniform_rows
+from smes.model.numeric_moments import NumericMoments
 from smes.model.rank_model import ModelOutput, RankModel, build_model
 from smes.model.table import RowTable
-from smes.rankers.ranker import ExpertLimits, GroupingRanker, GroupSearch
+from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
 from smes.schema import Schema
 
 
@@ -34,11 +38,21 @@ class StepResult:
         active_experts: int64 [B], number of experts executed for each instance; None for a ranker without experts.
         expert_load: int64 [T, E], number of instances that each task sent to each expert; None for a ranker without
             experts.
+        finite: bool scalar, whether loss and gradients were finite.
     """
 
     scores: Tensor
     active_experts: Tensor | None
     expert_load: Tensor | None
+    finite: Tensor
+
+    @property
+    def taken(self) -> bool:
+        """Whether the step was taken. If not, nothing has changed, and the scores may not be finite.
+
+        On a GPU this waits until the step has ended: ask one step later.
+        """
+        return bool(self.finite)
 
 
 class Learner:
@@ -56,7 +70,6 @@ class Learner:
 
     Attributes:
         schema, config: As given.
-        step_number: How many steps were taken, those before a restart included.
     """
 
     def __init__(
@@ -70,11 +83,15 @@ class Learner:
     ) -> None:
         self.schema = schema
         self.config = model
-        self.step_number = 0
+        self._steps = 0
+        self._unsettled: deque[tuple[Callable[[], bool], int]] = deque()
         self._seed = seed
         self._device = open_device(device)
         self._model = build_model(schema, model, seed).to(self._device.device)
         self._dense, self._dense_names = _dense_optimizer(self._model, optimizer)
+        assert isinstance(self._model.ranker, torch.nn.Module), "every ranker is one"
+        self._undo = Undo(self._model.ranker)
+        self._numerics = NumericMoments(schema)
         self._rows = IdRows(schema)
         self._distinct = DistinctRows()
         self._finder = self._new_finder()
@@ -84,6 +101,12 @@ class Learner:
         if model.wide:
             self._tables["wide"] = RowTable(schema.num_tasks, optimizer.wide, self._device.device)
         self._append_rows(0)
+
+    @property
+    def step_number(self) -> int:
+        """How many steps were taken, those before a restart included. On a GPU, asking waits for the last step."""
+        self._settle(0)
+        return self._steps
 
     @property
     def num_rows(self) -> int:
@@ -119,32 +142,83 @@ class Learner:
         return send_batch(examples, rows_U, cells_BW, self.schema, self._device)
 
     def step(self, batch: RankBatch) -> StepResult:
-        """Score a batch with the current weights, then take one training step on it."""
+        """Score a batch with the current weights, then take one training step on it.
+
+        If loss or gradients are not finite, only the rows of new ids remain of the step. On a GPU the host does not
+        wait to learn whether they were: the device leaves its own state as it was, the host takes back what it counted
+        when the next step has started, and the moments of the numeric features count the batch all the same.
+        """
         batch.receive(self._device)
-        model = self._model
+        batch = _with_bounded_weights(batch)
+        model, total_weight = self._model, batch.weight_B.sum()
         leaves = {name: table.gather(batch.rows_U) for name, table in self._tables.items()}
+        self._undo.save()
         output = model(batch.inputs(leaves), self._device.autocast())
         scores = model.tasks.scores(output.logits_BT.detach())
         loss = model.tasks.loss(output.logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B)
         if output.ranker.auxiliary_loss is not None:
             loss = loss + output.ranker.auxiliary_loss
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
-        self._dense.step()
+        taken = self._is_finite(loss.detach(), leaves, total_weight)
+        known = self._device.tells_at_once
+        if not (known and taken):
+            self._undo.unless(taken)
+        if not known or taken:
+            self._learn(batch, output, leaves, None if known else taken)
         self._dense.zero_grad(set_to_none=True)
-        total_weight = batch.weight_B.sum()
-        for name, table in self._tables.items():
-            table.update(batch.rows_U, leaves[name], total_weight)
-        model.tasks.observe(batch.labels_BT, batch.mask_BT, batch.weight_B)
-        model.features.observe(batch.numerics_BF)
-        if self._finder is not None:
-            self._find_groups(self._finder, output, batch)
-        self.step_number += 1
+        self._steps += 1
+        self._unsettled.append((self._device.read_later(taken), len(batch)))
+        self._settle(0 if known else 1)
         stats = output.ranker.stats
         return StepResult(
             scores=scores,
             active_experts=stats.active_B if stats else None,
             expert_load=stats.load_TE if stats else None,
+            finite=taken,
         )
+
+    def _is_finite(self, loss: Tensor, leaves: Mapping[str, Tensor], total_weight: Tensor) -> Tensor:
+        """Whether the loss, and the squares of all gradients, which the optimisers add up, are finite. bool scalar."""
+        dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
+        sparse = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+        norms = [loss]
+        if dense:
+            norms.append(torch.nn.utils.get_total_norm(dense))
+        if sparse:
+            norms.append(torch.nn.utils.get_total_norm(sparse) * total_weight)
+        return torch.stack(norms).square().sum().isfinite()
+
+    def _learn(self, batch: RankBatch, output: ModelOutput, leaves: Mapping[str, Tensor], taken: Tensor | None) -> None:
+        """Change what a step changes; if ``taken`` is false, on the device nothing. None: it is true."""
+        total_weight = batch.weight_B.sum()
+        # As torch.amp.GradScaler tells a fused optimiser that its step is not to be taken.
+        self._dense.grad_scale = None  # type: ignore[attr-defined]
+        self._dense.found_inf = None if taken is None else (~taken).float()  # type: ignore[attr-defined]
+        self._dense.step()
+        for name, table in self._tables.items():
+            table.update(batch.rows_U, leaves[name], total_weight, taken)
+        mask_BT, weight_B = batch.mask_BT, batch.weight_B
+        if taken is not None:
+            mask_BT, weight_B = mask_BT & taken, torch.where(taken, weight_B, 0.0)
+        self._model.tasks.observe(batch.labels_BT, mask_BT, weight_B)
+        self._numerics.observe(batch.numerics)
+        self._model.features.standardise_by(
+            {name: self._device.host(array) for name, array in self._numerics.moments.items()}
+        )
+        if self._finder is not None:
+            self._find_groups(self._finder, output, batch, taken)
+
+    def _settle(self, left: int) -> None:
+        """Take back what was counted for steps that were not taken; the last ``left`` steps may wait."""
+        while len(self._unsettled) > left:
+            read, instances = self._unsettled.popleft()
+            if read():
+                continue
+            self._steps -= 1
+            if isinstance(self._model.ranker, CountingRanker):
+                self._model.ranker.forget(instances)
+            if self._finder is not None and not self._device.tells_at_once:
+                self._finder.forget(instances)
 
     def choices(self, ids: I64, numerics: F32) -> Tensor | None:
         """Find the experts that each task would choose for N ≥ 1 instances. Changes nothing.
@@ -183,12 +257,14 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of everything from which :meth:`load_state` continues exactly."""
+        self._settle(0)
         tensors = self.serving_state()
         tensors |= prefixed("accumulators.", _copies({n: table.accumulators for n, table in self._tables.items()}))
         for index, moments in self._dense.state_dict()["state"].items():
             tensors |= prefixed(f"adam.{self._dense_names[index]}.", _copies(moments))
         if self._finder is not None:
             tensors |= prefixed("groups.", self._finder.state())
+        tensors |= prefixed("numerics.", {name: torch.from_numpy(a) for name, a in self._numerics.state().items()})
         tensors["step_number"] = torch.tensor(self.step_number)
         return tensors
 
@@ -206,11 +282,13 @@ class Learner:
             for name, table in self._tables.items():
                 table.load(state[f"table.{name}"], state[f"accumulators.{name}"])
             self._model.load_state_dict(under("dense.", state))
+            self._load_numerics(state)
             self._load_adam(state)
             self._finder = self._new_finder() if "groups.seen" in state else None
             if self._finder is not None:
                 self._finder.load_state(under("groups.", state))
-            self.step_number = int(state["step_number"])
+            self._unsettled.clear()
+            self._steps = int(state["step_number"])
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"learner state: of another schema or model configuration: {error}") from error
 
@@ -237,6 +315,13 @@ class Learner:
             raise ValueError(f"learner state: of another schema or model configuration: {error}") from error
         self.load_state({**optimisers, **accumulators, **state, "step_number": torch.tensor(step_number)})
 
+    def _load_numerics(self, state: Mapping[str, Tensor]) -> None:
+        moments = ("count", "mean", "variance")
+        self._numerics.load(
+            {name: state[f"dense.features.moments.{name}_C"].numpy() for name in moments},
+            {name: tensor.numpy() for name, tensor in under("numerics.", state).items()},
+        )
+
     def _load_adam(self, state: Mapping[str, Tensor]) -> None:
         adam = {
             index: under(f"adam.{name}.", state)
@@ -250,12 +335,12 @@ class Learner:
         finder = ranker.group_finder() if isinstance(ranker, GroupingRanker) else None
         return None if finder is None else finder.to(self._device.device)
 
-    def _find_groups(self, finder: GroupSearch, output: ModelOutput, batch: RankBatch) -> None:
+    def _find_groups(self, finder: GroupSearch, output: ModelOutput, batch: RankBatch, taken: Tensor | None) -> None:
         ranker = self._model.ranker
         assert isinstance(ranker, GroupingRanker), "a ranker that has a finder"
         logits_BT = output.logits_BT.detach()
         residual_BT = self._model.tasks.residuals(logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B)
-        groups = finder.observe(output.x_BI.detach(), residual_BT)
+        groups = finder.observe(output.x_BI.detach(), residual_BT, taken)
         if groups is not None:
             ranker.regroup(groups)
         if finder.done:
@@ -266,6 +351,12 @@ class Learner:
         for name, table in self._tables.items():
             scale = self.config.embedding_scale if name == "embedding" else 0.0
             table.append(self._device.host(uniform_rows(keys, table.columns, scale, self._seed)))
+
+
+def _with_bounded_weights(batch: RankBatch) -> RankBatch:
+    """Scale the sample weights so that they sum to at most B: none makes its example count more than the batch."""
+    total = batch.weight_B.sum()
+    return replace(batch, weight_B=batch.weight_B * (total.clamp(max=float(len(batch))) / total.clamp(min=1e-12)))
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

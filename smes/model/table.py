@@ -63,17 +63,20 @@ class RowTable:
         return self._weights.index_select(0, rows_U).requires_grad_()
 
     @torch.no_grad()
-    def update(self, rows_U: Tensor, leaf_UC: Tensor, gradient_scale: Tensor) -> None:
+    def update(self, rows_U: Tensor, leaf_UC: Tensor, gradient_scale: Tensor, taken: Tensor | None = None) -> None:
         """Take one Adagrad step on some rows.
 
         Args:
             rows_U: Distinct rows, int64 [U].
             leaf_UC: What :meth:`gather` returned for them, after ``backward``.
             gradient_scale: Scalar. The gradient of the mean loss times this is the gradient of the summed loss.
+            taken: bool scalar. If it is false, nothing changes. None: it is true.
         """
         if leaf_UC.grad is None:
             return
         gradient_UC = leaf_UC.grad * gradient_scale
+        if taken is not None:
+            gradient_UC = torch.where(taken, gradient_UC, 0.0)
         square = gradient_UC.square()
         if self._config.row_wise:
             square = square.mean(dim=1, keepdim=True)

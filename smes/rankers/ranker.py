@@ -62,7 +62,8 @@ class RunningMoments(nn.Module):
 
     def standardise(self, x_BC: Tensor, clip: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """``(x - mean) / std``, clipped at ±``clip`` and computed in ``dtype``. float32 [B, C]."""
-        scale_C = self.variance_C.clamp(min=1e-12).rsqrt()
+        # The least variance is what rounding leaves of a constant: a column may have any unit.
+        scale_C = torch.maximum(self.variance_C, 1e-24 * self.mean_C.square() + 1e-60).rsqrt()
         shift_C = -self.mean_C * scale_C
         z_BC = torch.addcmul(shift_C.to(dtype), x_BC.to(dtype), scale_C.to(dtype))
         return F.hardtanh_(z_BC, -clip, clip).float()  # in place: each pass over [B, C] costs time
@@ -75,6 +76,28 @@ class RunningMoments(nn.Module):
         mean_C = difference_BC.mean(dim=0).double()
         variance_C = difference_BC.square_().mean(dim=0).double() - mean_C.square()
         return near_C + mean_C, variance_C.clamp_(min=0.0)
+
+
+class Undo:
+    """Puts the persistent buffers of a module back, without waiting for a GPU.
+
+    Args:
+        module: Changes its buffers in place only.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        weights = dict(module.named_parameters())
+        self._buffers = [t for name, t in module.state_dict(keep_vars=True).items() if name not in weights]
+        self._saved: list[Tensor] = []
+
+    def save(self) -> None:
+        """Copy the buffers as they are now."""
+        self._saved = [buffer.clone() for buffer in self._buffers]
+
+    def unless(self, taken: Tensor) -> None:
+        """Put the saved copies back if a bool scalar is false."""
+        for buffer, saved in zip(self._buffers, self._saved, strict=True):
+            buffer.copy_(torch.where(taken, buffer, saved))
 
 
 Clusters = tuple[tuple[int, ...], ...]
@@ -151,6 +174,15 @@ class RoutedRanker(Protocol):
         ...
 
 
+@runtime_checkable
+class CountingRanker(Protocol):
+    """A ranker that counts, on the host, the instances that it was trained on."""
+
+    def forget(self, instances: int) -> None:
+        """Take so many instances back: the step on them was not taken."""
+        ...
+
+
 class GroupSearch(Protocol):
     """A search for task groups in the stream; its state is part of the learner's."""
 
@@ -163,13 +195,18 @@ class GroupSearch(Protocol):
         """Move to a device."""
         ...
 
-    def observe(self, x_BC: Tensor, residual_BT: Tensor) -> Clusters | None:
+    def observe(self, x_BC: Tensor, residual_BT: Tensor, taken: Tensor | None = None) -> Clusters | None:
         """Take in a batch after it was scored; return the groups when it is time for new ones.
 
         Args:
             x_BC: The ranker's input.
             residual_BT: Label minus prediction, 0 where there is no label.
+            taken: bool scalar. If it is false, only the count of instances changes. None: it is true.
         """
+        ...
+
+    def forget(self, instances: int) -> None:
+        """Take so many instances back: the step on them was not taken."""
         ...
 
     def state(self) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from smes.model.features import FeatureInputs, FeatureLayer
+from smes.model.numeric_moments import NumericMoments
 from smes.rankers.ranker import RunningMoments
 from smes.schema import Feature, Schema, Task
 
@@ -49,7 +50,8 @@ def test_a_dimension_over_the_tables_is_refused() -> None:
 
 
 def test_numerics_are_standardised_by_what_was_seen_before() -> None:
-    layer = FeatureLayer(Schema("n", (Task("t"),), (Feature("v", kind="numeric"),)), 0, wide=False)
+    schema = Schema("n", (Task("t"),), (Feature("v", kind="numeric"),))
+    layer, moments = FeatureLayer(schema, 0, wide=False), NumericMoments(schema)
     rng = np.random.default_rng(0)
     seen: list[float] = []
     for _ in range(5):
@@ -60,15 +62,41 @@ def test_numerics_are_standardised_by_what_was_seen_before() -> None:
             expected = np.clip((values - np.mean(seen)) / np.std(seen), -8, 8)
             np.testing.assert_allclose(x_BI[:, :1], np.nan_to_num(expected), rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(x_BI[:, 1:], np.isnan(values))
-        layer.observe(torch.from_numpy(values))
+        moments.observe(values)
+        layer.standardise_by({name: torch.from_numpy(array) for name, array in moments.moments.items()})
         seen += values[~np.isnan(values)].tolist()
+
+
+@pytest.mark.parametrize("unit", [1e-15, 1e-6, 1.0, 1e15])
+def test_the_unit_of_a_feature_does_not_matter(unit: float) -> None:
+    schema = Schema("n", (Task("t"),), (Feature("v", kind="numeric", indicator=False),))
+    layer, moments = FeatureLayer(schema, 0, wide=False), NumericMoments(schema)
+    values = np.random.default_rng(0).normal(50, 3, (500, 1))
+    moments.observe((values * unit).astype(np.float32))
+    layer.standardise_by({name: torch.from_numpy(array) for name, array in moments.moments.items()})
+
+    x_BI, _ = layer(FeatureInputs(None, None, None, torch.from_numpy((values * unit).astype(np.float32))))
+
+    np.testing.assert_allclose(x_BI, (values - values.mean()) / values.std(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_constant_reads_as_zero_and_what_differs_from_it_as_extreme() -> None:
+    schema = Schema("n", (Task("t"),), (Feature("v", kind="numeric", indicator=False),))
+    layer, moments = FeatureLayer(schema, 0, wide=False), NumericMoments(schema)
+    moments.observe(np.full((3000, 1), 1234.567, np.float32))
+    layer.standardise_by({name: torch.from_numpy(array) for name, array in moments.moments.items()})
+
+    x_BI, _ = layer(FeatureInputs(None, None, None, torch.tensor([[1234.567], [1235.0], [-1e30], [float("nan")]])))
+
+    assert x_BI[:, 0].tolist() == [pytest.approx(0, abs=1e-3), 8, -8, 0]
 
 
 def test_a_feature_without_indicator_reads_as_the_mean_where_it_is_missing() -> None:
     features = (Feature("sure", kind="numeric", indicator=False), Feature("rare", kind="numeric"))
     layer = FeatureLayer(Schema("n", (Task("t"),), features), 0, wide=True)
     values = torch.tensor([[1.0, float("nan")], [float("nan"), 3.0]])
-    layer.observe(torch.tensor([[0.0, 0.0], [2.0, 2.0]]))
+    ones = torch.ones(2, dtype=torch.float64)
+    layer.standardise_by({"count": 2 * ones, "mean": ones, "variance": ones})  # of 0 and 2, for both
     assert layer.wide_numerics is not None
     with torch.no_grad():
         layer.wide_numerics.copy_(torch.tensor([[1.0], [10.0], [100.0]]))

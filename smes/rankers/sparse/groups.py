@@ -13,7 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from smes.rankers.ranker import Clusters, RunningMoments
+from smes.rankers.ranker import Clusters, RunningMoments, Undo
 
 _GROUPED_AT = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
 """When the tasks are grouped, as shares of the search."""
@@ -58,15 +58,23 @@ class GroupFinder(nn.Module):
         return self._seen >= self._until
 
     @torch.no_grad()
-    def observe(self, x_BC: Tensor, residual_BT: Tensor) -> Clusters | None:
+    def observe(self, x_BC: Tensor, residual_BT: Tensor, taken: Tensor | None = None) -> Clusters | None:
         """Take in a batch after it was scored; return the groups when it is time for new ones.
 
         Args:
             x_BC: The ranker's input.
             residual_BT: Label minus prediction, 0 where there is no label.
+            taken: bool scalar. If it is false, only the count of instances changes. None: it is true.
         """
         standard_BC = self.moments.standardise(x_BC, _CLIP, torch.float32)
-        self.moments.observe(x_BC)
+        if taken is None:
+            self.moments.observe(x_BC)
+        else:
+            undo = Undo(self.moments)
+            undo.save()
+            self.moments.observe(x_BC)
+            undo.unless(taken)
+            standard_BC, residual_BT = torch.where(taken, standard_BC, 0.0), torch.where(taken, residual_BT, 0.0)
         for t, residual_B in enumerate(residual_BT.unbind(dim=1)):
             part_CC = (standard_BC * residual_B.unsqueeze(1)).T @ standard_BC
             self.sum_TCC[t] += part_CC
@@ -78,6 +86,10 @@ class GroupFinder(nn.Module):
         if any(before < share * self._until <= self._seen for share in _GROUPED_AT):
             return clusters(likeness(self.profiles().cpu()), self._num_groups)
         return None
+
+    def forget(self, instances: int) -> None:
+        """Take so many instances back: the step on them was not taken."""
+        self._seen -= instances
 
     def profiles(self) -> Tensor:
         """How much each column changes what the others mean to each task; 0 is not at all. float32 [T, C]."""

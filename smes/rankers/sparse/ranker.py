@@ -288,6 +288,10 @@ class SMES(nn.Module):
         routing: Routing = final(self.router(x_BI, self.encoder(x_BI)))
         return self.reads.choices(routing.experts_BRK[..., final.stages.num_fixed :])
 
+    def forget(self, instances: int) -> None:
+        """Take so many instances back: the step on them was not taken."""
+        self.selection.forget(instances)
+
     def group_finder(self) -> GroupFinder | None:
         """A new search for the task groups; None where they are declared."""
         return self.reads.finder(self.input_dim)

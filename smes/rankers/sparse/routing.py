@@ -288,6 +288,10 @@ class EarlyChoice(nn.Module):
         self._seen += instances
         self.seen += instances
 
+    def forget(self, instances: int) -> None:
+        """Take back instances that were observed. The tensor is a buffer, and put back as others are."""
+        self._seen -= instances
+
     def _selection(self, index: int) -> Selection:
         selection = self._selections[index]
         assert isinstance(selection, Selection), "the list has nothing else"

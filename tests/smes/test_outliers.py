@@ -1,0 +1,90 @@
+"""One record's influence is bounded: AUC of a feature that decides clicks, with and without extreme records."""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from smes.arrays import F64
+from smes.events import ExampleBlock
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.learner import Learner
+from smes.schema import Feature, Schema, Task
+from tests.smes.plain_smes import plain
+
+_N, _PART = 40_000, 5000
+_MODEL = ModelConfig(
+    embedding_dim=8,
+    smes=plain({"experts.num": 8, "num_shared": 1, "num_adaptive": 1, "encoder_dims": (16,), "experts.dims": (8,)}),
+)
+_Z: F64 = np.random.default_rng(0).normal(size=_N)
+_PRICE: F64 = 20 + 5 * _Z
+
+
+def _aucs(price: F64, transform: str = "none") -> NDArray[np.float64]:
+    """AUC of each eighth of a stream whose clicks the price decides."""
+    features = (Feature("price", kind="numeric", transform=transform),)  # type: ignore[arg-type]
+    schema = Schema("prices", (Task("click"),), features)
+    learner = Learner(schema, _MODEL, OptimizerConfig(), device=torch.device("cpu"))
+    rng = np.random.default_rng(1)
+    examples = ExampleBlock.empty(schema, _N)
+    examples.ids[:] = rng.integers(0, 300, (_N, 2))
+    examples.numerics[:, 0] = price
+    examples.labels[:, 0] = rng.random(_N) < 1 / (1 + np.exp(-1.7 * _Z))
+    results = [learner.step(learner.prepare(examples.take(slice(s, s + 256)))) for s in range(0, _N, 256)]
+    scores = np.concatenate([result.scores.numpy()[:, 0] for result in results])
+    parts = (slice(start, start + _PART) for start in range(0, _N, _PART))
+    return np.array([roc_auc_score(examples.labels[part, 0], scores[part]) for part in parts])
+
+
+@cache
+def _control(transform: str = "none") -> NDArray[np.float64]:
+    return _aucs(np.exp(_PRICE / 5) if transform == "log1p" else _PRICE, transform)
+
+
+def _with(rows: int | slice, value: float) -> F64:
+    price = _PRICE.copy()
+    price[rows] = value
+    return price
+
+
+@pytest.mark.parametrize(
+    ("price", "first"),
+    [
+        (_with(10_000, 1e9), 10_000),
+        (_with(10_000, 1e30), 10_000),
+        (_with(10_000, -1e30), 10_000),
+        (_with(0, 1e9), 0),
+        (_with(slice(0, None, 500), -1e9), 0),
+    ],
+    ids=["one of 1e9", "one of 1e30", "one of -1e30", "the first", "one in 500"],
+)
+def test_extreme_prices_cost_no_auc_from_the_next_eighth_on(price: F64, first: int) -> None:
+    since = first // _PART + 1
+
+    assert _control()[since:].min() > 0.72
+    np.testing.assert_allclose(_aucs(price)[since:], _control()[since:], atol=0.005)
+
+
+def test_an_extreme_value_of_a_logarithmic_feature() -> None:
+    price = np.exp(_PRICE / 5)
+    price[10_000] = 1e30
+
+    np.testing.assert_allclose(_aucs(price, "log1p")[3:], _control("log1p")[3:], atol=0.005)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x * 1000, lambda x: x / 1000, lambda x: x + 20_000], ids=["larger", "smaller", "moved"]
+)
+def test_a_scale_that_changes_for_good_is_followed(change: Callable[[F64], F64]) -> None:
+    price = _PRICE.copy()
+    price[_N // 2 :] = change(price[_N // 2 :])
+
+    late = _aucs(price)[5:]
+
+    assert late.min() > 0.74
+    np.testing.assert_allclose(late, _control()[5:], atol=0.05)
