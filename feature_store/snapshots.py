@@ -119,15 +119,7 @@ class SnapshotStore:
                 metrics=storable_metrics(metrics or {}),
                 feedback_arrivals=_storable_arrivals(feedback_arrivals),
             )
-            Manifest.from_json(manifest.to_json())  # what no reader would accept is not published
-            self._bookkeeping("abandoned uploads were removed", lambda: self._publication.remove_abandoned(lineage))
-            self._bookkeeping("room was made", lambda: self._make_room(len(payload)))
-            try:
-                self._publication.upload(manifest, payload)
-                self._publication.commit(manifest, fencing)
-            except BaseException:
-                self._publication.abandon(manifest)
-                raise
+            self._write(manifest, payload, fencing)
         return manifest
 
     def acquire(self, holder: str, ttl_s: float) -> Lease:
@@ -217,6 +209,18 @@ class SnapshotStore:
                 raise SnapshotError(f"{which}: SHA-256 {digest[:12]}…, expected {chunk.sha256[:12]}…")
             pieces.append(piece)
         return b"".join(pieces)
+
+    def _write(self, manifest: Manifest, payload: bytes, fencing: int | None) -> None:
+        Manifest.from_json(manifest.to_json())  # what no reader would accept is not published
+        lineage, publication = manifest.lineage, self._publication
+        self._bookkeeping("abandoned uploads were removed", lambda: publication.remove_abandoned(lineage))
+        self._bookkeeping("room was made", lambda: self._make_room(len(payload)))
+        try:
+            publication.upload(manifest, payload)
+            publication.commit(manifest, fencing)
+        except BaseException:
+            publication.abandon(manifest)
+            raise
 
     def _parent(self, lineage: str, version: int) -> int | None:
         try:
