@@ -6,6 +6,7 @@ or the column type that it is stored in. Nulls, NaN and the declared null words 
 
 import ast
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ _FAMILIES: dict[Family, set[str]] = {
 }
 _EXACT = {"FLOAT": 2.0**24, "DOUBLE": EXACT_DOUBLE}  # from here on a neighbouring integer has the same value
 _CACHE_LIMIT = 1_000_000
+_PYTHON_ELEMENT = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|-?[0-9][0-9.e+-]*|None|True|False""")
+_PYTHON_LIST = re.compile(rf"\[\s*(?:(?:{_PYTHON_ELEMENT.pattern})\s*(?:,\s*(?!\])|(?=\])))*\]")
 
 
 def family(sql_type: str) -> Family:
@@ -87,18 +90,25 @@ def list_function(column: Any) -> Any:
 
 def _elements(value: str | None) -> list[str | None] | None:
     """The elements of a list that is written as JSON, or as Python writes lists, as they are written there."""
-    if value is None or not value.lstrip().startswith("["):  # DuckDB calls for every row, whatever CASE asks before
+    if value is None:
         return None
     try:
         found = json.loads(value, parse_int=str, parse_float=str, parse_constant=_refuse)
     except (ValueError, RecursionError):
-        try:
-            found = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return None
-    if not isinstance(found, list) or not all(isinstance(x, str | int | float | None) for x in found):
+        return _python_elements(value.strip())
+    if not all(isinstance(x, str | bool | None) for x in found):
         return None
-    return [x if x is None or isinstance(x, str) else str(x) for x in found]
+    return [str(x) if isinstance(x, bool) else x for x in found]
+
+
+def _python_elements(value: str) -> list[str | None] | None:
+    if _PYTHON_LIST.fullmatch(value) is None:  # such as NumPy's, which has no commas
+        return None
+    try:
+        found = [str(ast.literal_eval(x)) if x[0] in "'\"" else x for x in _PYTHON_ELEMENT.findall(value)]
+    except (ValueError, SyntaxError):
+        return None
+    return [None if x == "None" else x for x in found]
 
 
 def _refuse(word: str) -> None:

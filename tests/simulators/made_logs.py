@@ -22,11 +22,11 @@ def schema_text(*, log: str = "", features: str = "", labels: str = "click: clic
     return f"name: t\n{tasks}\n{wanted}log: {{{COLUMNS}, labels: {{{labels}}}{', ' + log if log else ''}}}\n"
 
 
-def opened(path: Path, **schema: str) -> LogReader:
+def opened(path: Path, *, max_rejected: float = 1.0, **schema: str) -> LogReader:
     """Open a log under :func:`schema_text`, which is written beside it."""
     where = (path if path.is_dir() else path.parent) / "schema.yaml"
     where.write_text(schema_text(**schema), encoding="utf-8")
-    return open_log(path, load_schema_file(where), threads=1, max_rejected=1.0)
+    return open_log(path, load_schema_file(where), threads=1, max_rejected=max_rejected)
 
 
 def read(path: Path, **schema: str) -> LogBlock:
