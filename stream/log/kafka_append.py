@@ -1,6 +1,7 @@
 """Appending to Kafka: one idempotent producer per compression, made anew when it or its brokers fail."""
 
 import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,10 +17,14 @@ from kafka.errors import (
     UnknownProducerIdError,
     UnknownTopicOrPartitionError,
 )
+from kafka.producer.future import FutureRecordMetadata
 
 from stream.log.event_log import OutRecord
+from stream.log.kafka_brokers import Brokers
 from stream.log.kafka_connection import NOT_NOW, KafkaConnection, close_all
 from stream.topics import DEAD_LETTERS
+
+_LOOK_S = 2.0  # between two looks at where the brokers are, while acknowledgements do not come
 
 # The producer's identity is spoiled, not the record: a new producer can send it.
 _NEW_PRODUCER = (
@@ -36,10 +41,11 @@ _NEW_PRODUCER = (
 class Appender:
     """Sends records and waits until all in-sync replicas hold them; thread-safe."""
 
-    def __init__(self, connection: KafkaConnection) -> None:
-        self._connection = connection
+    def __init__(self, connection: KafkaConnection, brokers: Brokers) -> None:
+        self._connection, self._brokers = connection, brokers
         self._lock = threading.Lock()
         self._producers: dict[str, KafkaProducer] = {}
+        self._addresses: dict[KafkaProducer, frozenset[tuple[str, int]]] = {}  # when it was made
 
     def append(self, topic: str, name: str, records: Sequence[OutRecord], arrival_ms: int) -> None:
         """Send all records, again where a broker was away.
@@ -73,13 +79,19 @@ class Appender:
         """The producer of a compression; made when it is first needed."""
         with self._lock:
             if compression not in self._producers:
-                self._producers[compression] = self._connection.producer(compression)
+                producer = self._producers[compression] = self._connection.producer(compression)
+                self._addresses[producer] = self._brokers.addresses()
             return self._producers[compression]
+
+    def moved(self, producer: KafkaProducer) -> bool:
+        """Whether every broker has another address than when the producer was made; it would not find them."""
+        return self._brokers.addresses().isdisjoint(self._addresses.get(producer, frozenset()))
 
     def give_up(self, producer: KafkaProducer, *, flush: bool) -> None:
         """Make a new one the next time."""
         with self._lock:
             self._producers = {name: each for name, each in self._producers.items() if each is not producer}
+            self._addresses.pop(producer, None)
         close = partial(producer.close, timeout=1.0 if flush else 0.0)
         threading.Thread(target=close_all, args=({"producer": close},), daemon=True).start()
 
@@ -117,12 +129,12 @@ class _Sending:
         """
         producer = self._appender.producer(self._compression)
         self._check_partitions(producer)
-        sent, stuck = [], None
+        sent: list[FutureRecordMetadata] = []
         try:
             for record in self._unsent:
                 headers = list(record.headers)
                 sent.append(producer.send(self._name, record.value, None, headers, record.partition, self._arrival_ms))
-            producer.flush(self._appender.flush_s)
+            stuck = self._flush(producer)
         except KafkaTimeoutError as error:
             stuck = error
         failed = [future for future in sent if not future.succeeded()]
@@ -131,6 +143,18 @@ class _Sending:
         self._unsent = unsent + self._unsent[len(sent) :]
         if stuck or errors:
             self._raise(producer, stuck, errors)
+
+    def _flush(self, producer: KafkaProducer) -> KafkaTimeoutError | None:
+        """Wait for acknowledgements; an error if they do not come, or cannot, because all brokers have moved."""
+        deadline_s = time.monotonic() + self._appender.flush_s
+        while True:
+            try:
+                producer.flush(min(_LOOK_S, max(0.0, deadline_s - time.monotonic())))
+            except KafkaTimeoutError as error:
+                if time.monotonic() >= deadline_s or self._appender.moved(producer):
+                    return error
+            else:
+                return None
 
     def _check_partitions(self, producer: KafkaProducer) -> None:
         """Give up a producer that does not know a partition yet; a new one asks the brokers."""

@@ -98,6 +98,11 @@ class Brokers:
         )
         return {partition: found[partition].offset for partition in asked}
 
+    def addresses(self) -> frozenset[tuple[str, int]]:
+        """Host and port of every broker, as the cluster says now."""
+        cluster = self.ask("ask for brokers", lambda admin: admin.describe_cluster())
+        return frozenset((broker["host"], broker["port"]) for broker in cluster["brokers"])
+
     def fetch_raw(self, partition: KafkaPartition, max_bytes: int, offset: int) -> tuple[int, bytes]:
         """The broker's error code and the record batches from ``offset`` on, as they lie in the log."""
         wanted = FetchRequest.FetchTopic.FetchPartition(

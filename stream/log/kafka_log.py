@@ -83,7 +83,7 @@ class KafkaLog:
         self._namespace = namespace
         self._now_ms = now_ms
         self._brokers = Brokers(self._connection)
-        self._appender = Appender(self._connection)
+        self._appender = Appender(self._connection, self._brokers)
         self._counts = PartitionCounts(lambda topic: len(self._describe(topic)["partitions"]))
         self._consumer: KafkaConsumer | None = None
         self._consumer_generation = 0
