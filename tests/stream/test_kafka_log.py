@@ -1,6 +1,7 @@
 """The event log on Kafka beyond the contract: records of other producers, refusals, outages."""
 
 import gc
+import logging
 import os
 import signal
 import threading
@@ -52,6 +53,37 @@ def test_absent_brokers_are_an_error_in_bounded_time() -> None:
 def test_a_malformed_server_is_named_with_what_was_expected(bootstrap: str) -> None:
     with pytest.raises(ValueError, match=r"bootstrap server .*expected host:port"):
         KafkaLog(bootstrap)
+
+
+@pytest.mark.parametrize(
+    "bootstrap",
+    [
+        "user:s3cr3t@host:9092",
+        "user:s3@cr3t@host:9092",
+        "user:s3,cr3t@host:9092",
+        "host:9092,user:s3cr3t@host2:9092",
+        "kafka://user:s3cr3t@host:9092",
+        "user:s3cr3t@host",
+        "s3cr3t@host:9092",
+    ],
+)
+def test_credentials_are_refused_and_not_shown(bootstrap: str) -> None:
+    with pytest.raises(ValueError, match=r"\*\*\*@host.*expected host:port without credentials") as caught:
+        KafkaLog(bootstrap)
+    assert not any(part in str(caught.value) for part in ("s3", "cr3t"))
+
+
+def test_the_client_keeps_quiet_also_where_warnings_are_wanted_of_others() -> None:
+    log = logging.getLogger("kafka")
+    before = log.level
+    try:
+        for level, expected in ((logging.NOTSET, logging.CRITICAL), (logging.WARNING, logging.CRITICAL), (10, 10)):
+            log.setLevel(level)
+            with pytest.raises(EventLogUnavailable):
+                KafkaLog("127.0.0.1:1", connect_timeout_s=0.1)
+            assert log.level == expected
+    finally:
+        log.setLevel(before)
 
 
 @pytest.mark.kafka

@@ -270,7 +270,9 @@ def test_a_partition_without_entries_has_its_incarnation_already(log: RedisStrea
 
 
 def test_retention_and_deletions_together_lose_nothing_of_what_is_there(redis_url: str, namespace: str) -> None:
-    log = RedisStreamsLog(connect_log(redis_url, timeout_s=30), namespace, RedisLogConfig(max_entries_per_partition=100))
+    log = RedisStreamsLog(
+        connect_log(redis_url, timeout_s=30), namespace, RedisLogConfig(max_entries_per_partition=100)
+    )
     log.ensure_topic("t", 1)
     append(log, 0, 1000)
     begin = log.begin("t")[AT]
