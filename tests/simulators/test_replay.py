@@ -1,18 +1,22 @@
 """Merging by event time, and pacing with a clock that only sleeping moves."""
 
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from simulators.config import ReplayConfig
 from simulators.logs.reader import LogReader, open_log
-from simulators.merge import PendingFeedback, replay_blocks
+from simulators.merge import MAX_BLOCK_BYTES, PendingFeedback, replay_blocks
 from simulators.replay import MAX_WAIT_S, Replayer, ReplayReport
 from simulators.synthetic import synthesize
+from smes.errors import Stopped
 from smes.events import FeedbackBlock, ImpressionBlock
-from smes_io.schema_file import SchemaFile, load_builtin
+from smes_io.schema_file import SchemaFile, load_builtin, load_schema_file
 from stream.codec.codec import Decoded, decode
 from stream.log.event_log import OutRecord
 from stream.log.memory_log import InMemoryLog
@@ -221,11 +225,86 @@ def test_a_replay_that_falls_behind_catches_up(reader: LogReader) -> None:
         ({"slice_s": 0.0}, r"ReplayConfig\.slice_s: 0\.0, expected more than 0, at most 1"),
         ({"late_share": 1.5}, r"ReplayConfig\.late_share: 1\.5, expected at least 0, at most 1"),
         ({"max_slice_events": 0}, r"ReplayConfig\.max_slice_events: 0, expected at least 1"),
+        ({"max_slice_bytes": 0}, r"ReplayConfig\.max_slice_bytes: 0, expected at least 1"),
+        ({"outage_timeout_s": 0.0}, r"ReplayConfig\.outage_timeout_s: 0\.0, expected more than 0"),
     ],
 )
 def test_a_wrong_configuration_is_refused(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReplayConfig(**wrong)  # type: ignore[arg-type]  # the point of the test
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LogReader]:
+    """A log with a bag of 1,000 ids in every row: 8 KB a row, 96 MB in all."""
+    folder, rows, length = tmp_path_factory.mktemp("wide"), 12_000, 1000
+    ids = np.random.default_rng(0).integers(0, 10**6, rows * length)
+    columns = {
+        "user": np.arange(rows) % 100,
+        "item": np.arange(rows) % 70,
+        "ts": 1_600_000_000 + np.arange(rows),
+        "click": np.arange(rows) % 2,
+        "bag": pa.ListArray.from_arrays(np.arange(0, rows * length + 1, length, dtype=np.int32), ids),
+    }
+    pq.write_table(pa.table(columns), folder / "log.parquet")
+    (folder / "s.yaml").write_text(
+        "name: t\ntasks: [{name: click, window_s: 5}]\nfeatures: [{name: bag, kind: bag, max_length: 1000}]\n"
+        "log: {user_id: user, item_id: item, event_time: ts, time_unit: s, labels: {click: click}}\n"
+    )
+    with open_log(folder / "log.parquet", load_schema_file(folder / "s.yaml")) as reader:
+        yield reader
+
+
+def test_blocks_are_bounded_by_bytes(wide: LogReader) -> None:
+    """Neither the pairs nor what the reader holds for them grow with the width of a row."""
+    assert wide.total == 12_000
+    tracemalloc.start()
+    try:
+        sizes = [impressions.ids.nbytes for impressions, _ in replay_blocks(wide)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(sizes) > 96 * 10**6
+    assert max(sizes) <= MAX_BLOCK_BYTES
+    assert peak < 3 * MAX_BLOCK_BYTES
+
+
+def test_appends_are_bounded_by_bytes(wide: LogReader) -> None:
+    clock, log = Clock(), InMemoryLog()
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, 1)
+    config = ReplayConfig(max_slice_bytes=2**20)
+    report = Replayer(wide, log, config, monotonic_s=clock, sleep=clock.sleep).run()
+    records = log.read(log.begin(IMPRESSIONS), max_records=10**9, timeout_s=0).records
+    assert report.impressions == 12_000
+    assert sum(len(record.value) for record in records) > 48 * 10**6
+    assert max(len(record.value) for record in records) < 2**20
+
+
+def test_a_row_larger_than_an_append_may_be_is_appended_alone(wide: LogReader) -> None:
+    log = InMemoryLog()
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, 1)
+    seen: list[int] = []
+    Replayer(wide, log, ReplayConfig(max_slice_bytes=1)).run(
+        on_progress=lambda report: seen.append(report.impressions + report.feedback), stop=lambda: len(seen) >= 5
+    )
+    assert seen == [1, 2, 3, 4, 5]
+
+
+def test_a_replay_that_is_told_to_stop_while_it_waits_reports_what_was_appended(reader: LogReader) -> None:
+    class Away(InMemoryLog):
+        def append(self, topic: str, records: Sequence[OutRecord]) -> None:
+            if len(self.read(self.begin(IMPRESSIONS), max_records=10**9, timeout_s=0).records) >= 4:
+                raise Stopped("appending: no answer yet when a stop was asked for")
+            super().append(topic, records)
+
+    log = Away()
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, 2)
+    report = Replayer(reader, log, ReplayConfig(max_slice_events=500)).run()
+    assert not report.finished
+    assert 0 < report.impressions < N
 
 
 def test_kuairand_replays_without_dead_letters(kuairand_dir: Path) -> None:

@@ -69,7 +69,18 @@ def error_line(captured: Captured) -> str:
 def test_help_is_a_success_and_names_every_command(capsys: Captured) -> None:
     assert run(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("init", "demo", "check", "backtest", "replay", "synthesize", "train", "serve", "features", "snapshots"):
+    for word in (
+        "init",
+        "demo",
+        "check",
+        "backtest",
+        "replay",
+        "synthesize",
+        "train",
+        "serve",
+        "features",
+        "snapshots",
+    ):
         assert word in text
     assert "Exit codes: 0" in text
     for command in (["demo"], ["replay"], ["features", "load"], ["snapshots", "show"]):

@@ -5,6 +5,7 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import redis
@@ -46,7 +47,7 @@ def comment(key: str) -> str:
 
 def test_the_starter_names_every_ranker_and_every_preset() -> None:
     assert set(re.findall(r"\w+", comment("ranker"))) >= set(RANKER_NAMES)
-    assert set(re.findall(r"\w+", comment("preset"))) >= set(Preset.__args__)
+    assert set(re.findall(r"\w+", comment("preset"))) >= set(get_args(Preset))
 
 
 def test_the_help_of_a_baseline_names_every_ranker(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_no_password_is_printed(
     """Neither of a server that is away, nor of a URL that is none, nor under a key that is misspelt."""
     secret = "t0p/s#cret" if wrong == "no URL" else "t0psecret"
     url = f"redis://user:{secret}@127.0.0.1:1/0"
-    short = {"event_log": {"connect_timeout_s": 0.1}, "feature_store": {"timeout_s": 0.1}}
+    short: dict[str, Any] = {"event_log": {"connect_timeout_s": 0.1}, "feature_store": {"timeout_s": 0.1}}
     path = write_config(tmp_path, url, "away", **short)
     if wrong == "misspelt":
         path.write_text(path.read_text().replace("redis_url:", "redis_uri:"))
