@@ -52,7 +52,10 @@ def test_a_server_that_does_not_answer_is_an_error_after_the_connect_timeout(kin
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: EventLogConfig(kind="rabbit"), "EventLogConfig.kind: 'rabbit', expected one of redis, kafka"),  # type: ignore[arg-type]  # the point
+        (
+            lambda: EventLogConfig(kind="rabbit"),  # type: ignore[arg-type]  # the point
+            "EventLogConfig.kind: 'rabbit', expected one of redis, kafka",
+        ),
         (lambda: EventLogConfig(namespace="a b"), "EventLogConfig.namespace: 'a b', expected 1 … 64 of letters"),
         (lambda: EventLogConfig(partitions=0), "EventLogConfig.partitions: 0, expected at least 1"),
         (lambda: EventLogConfig(connect_timeout_s=0), "EventLogConfig.connect_timeout_s: 0, expected more than 0"),
