@@ -28,7 +28,7 @@ def features_load(
 ) -> None:
     """Load the users' and items' features of a log into Redis."""
     loaded = load_features(config_of(context, schema), log, replace=replace_all)
-    console.print(f"{loaded['user']:,} users and {loaded['item']:,} items loaded", highlight=False)
+    console.print(f"features of {loaded['user']:,} users and {loaded['item']:,} items loaded", highlight=False)
 
 
 def load_features(config: "Config", log: Path, *, replace: bool = False) -> dict[str, Any]:
@@ -59,9 +59,10 @@ def load_features(config: "Config", log: Path, *, replace: bool = False) -> dict
     loaded = {"user": 0, "item": 0}
     try:
         store = EntityStore(client, schema_file.schema, config.feature_store.namespace)
-        if replace:
-            store.clear()
         with open_log(log, schema_file) as reader, progress("features", None) as advance:
+            reader.check()  # before anything is removed or replaced
+            if replace:
+                store.clear()
             for block in chain.from_iterable(map(reader.entity_blocks, ENTITIES)):
                 store.put_many(block.entity, block.ids, block.columns)
                 loaded[block.entity] += len(block.ids)

@@ -18,7 +18,8 @@ def print_ledger(ledger: LogLedger, *, every_column: bool = False) -> None:
         every_column: Whether features with a value in every row have a line each; they are one line together otherwise.
     """
     console.print(_head(ledger), highlight=False)
-    shown = [c for c in ledger.columns if every_column or c.kind == "label" or c.no_value or c.unreadable]
+    columns = sorted(ledger.columns, key=lambda column: column.kind != "label")
+    shown = [c for c in columns if every_column or c.kind == "label" or c.no_value or c.unreadable]
     for table in _tables(ledger, shown):
         console.print(table)
     if rest := len(ledger.columns) - len(shown):
@@ -30,12 +31,12 @@ def _head(ledger: LogLedger) -> str:
     if ledger.used != ledger.usable:
         kept += f", {number(ledger.used)} of them within the limit"
     first, last = ledger.first_event_ms, ledger.last_event_ms
-    times = "no row has an event time" if first is None or last is None else f"{utc(first)} … {utc(last)} UTC"
+    times = "no event times" if first is None or last is None else f"event times {utc(first)} … {utc(last)} UTC"
     if ledger.counts_from_zero:
         times += " (the times count from the log's own beginning)"
+    left_out = f"{number(ledger.duplicates)} exact duplicates dropped, {number(ledger.rejected)} rejected"
     ids = f"{number(ledger.users)} users, {number(ledger.items)} items"
-    left_out = f"{number(ledger.duplicates)} exact duplicates dropped, {number(ledger.rejected)} rows rejected"
-    return f"log {ledger.where}: {kept}; {ids}; {left_out}; {times}"
+    return f"log {ledger.where}: {kept}; {left_out}\n{ids}; {times}"
 
 
 def _tables(ledger: LogLedger, shown: list[ColumnCounts]) -> Iterator[Table]:

@@ -78,7 +78,9 @@ def test_a_good_log_is_printed_and_reported(capsys: Captured, tmp_path: Path) ->
     csv(tmp_path / "log" / "a.csv", *good_rows(200))
     csv(tmp_path / "log" / "b.csv", *good_rows(100, start=200), good_rows(1, start=200)[0], "x,2,soon,0")
     report, printed, _ = checked(capsys, tmp_path / "log", "--schema", schema(tmp_path))
-    assert "300 impressions in 302 rows; 7 users, 5 items; 1 exact duplicates dropped, 1 rows rejected" in printed
+    assert (
+        "300 impressions in 302 rows; 1 exact duplicates dropped, 1 rejected\n7 users, 5 items; event times" in printed
+    )
     assert "2020-09-13 12:26:40 … 2020-09-13 12:31:39 UTC" in printed
     assert row(printed, "a.csv") == ["200", "0"]
     assert row(printed, "b.csv") == ["102", "1"]
