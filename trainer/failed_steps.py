@@ -69,7 +69,7 @@ class FailedSteps(Observer):
             except SmesError as error:
                 _logger.error("the dead letters of %d examples were not written: %s", len(examples), error)
                 raise
-        if self.in_a_row >= self._most:
+        if self.in_a_row == self._most:  # once: what was in flight is still counted after it
             raise StepsNotFinite(
                 f"loss or gradients of {self.in_a_row} steps in a row: not finite (last: impressions {named}{more}), "
                 f"expected finite ones; the weights and the last checkpoint are those before these steps. Look at the "

@@ -294,7 +294,11 @@ class Trainer:
             self.publisher.check()
         if self._flags.take(SNAPSHOT):
             self.cut()
-        if not self._failed.in_a_row and self._flags.take(CHECKPOINT):
+        if self._flags.take(CHECKPOINT):
+            self._results.deliver()  # did the last step fail?
+            if self._failed.in_a_row:
+                self._flags.request(CHECKPOINT)  # later
+                return
             try:
                 self.checkpoint()
             except CheckpointError as error:

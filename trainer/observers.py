@@ -36,7 +36,7 @@ def fetch(result: StepResult) -> StepFigures:
         scores=result.scores.cpu().numpy(),
         active_experts=None if active_B is None else active_B.cpu().numpy(),
         expert_load=None if load_TE is None else load_TE.cpu().numpy(),
-        taken=bool(getattr(result, "taken", True)),
+        taken=result.taken,
     )
 
 

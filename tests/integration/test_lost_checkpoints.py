@@ -50,9 +50,7 @@ def current(config: Config) -> Manifest:
     return manifest
 
 
-def test_without_a_word_the_trainer_stops_and_the_model_stays(
-    config: Config, served: Manifest, tmp_path: Path
-) -> None:
+def test_without_a_word_the_trainer_stops_and_the_model_stays(config: Config, served: Manifest, tmp_path: Path) -> None:
     in_service = rf"no checkpoint, but version {served.version} of lineage {served.lineage} is in service"
     with pytest.raises(ServingWithoutCheckpoint, match=rf"{in_service}.*--from-snapshot.*--anew"):
         drain(config)
@@ -134,9 +132,9 @@ def test_a_snapshot_that_cannot_be_read_is_in_service_too(config: Config, served
         manifests = f"{config.feature_store.namespace}:snapshots:manifests"
         client.hset(manifests, mapping=dict.fromkeys(client.hkeys(manifests), b"junk"))
 
-    with pytest.raises(ServingWithoutCheckpoint, match="a snapshot .* is in service"):
+    with pytest.raises(ServingWithoutCheckpoint, match=r"a snapshot .* is in service"):
         drain(config)
-    with pytest.raises(SnapshotError, match="--from-snapshot: .* expected a snapshot that can be read"):
+    with pytest.raises(SnapshotError, match=r"--from-snapshot: .* expected a snapshot that can be read"):
         drain(config, FROM_SNAPSHOT)
     with pytest.raises(SnapshotError):
         current(config)

@@ -116,9 +116,7 @@ def test_a_stop_while_the_event_log_is_away_is_heard_and_everything_is_saved(
 
 
 @pytest.mark.timeout(400)
-def test_what_was_saved_in_an_outage_is_gone_on_from(
-    setting: Setting, pairs: Pairs, tmp_path: Path
-) -> None:
+def test_what_was_saved_in_an_outage_is_gone_on_from(setting: Setting, pairs: Pairs, tmp_path: Path) -> None:
     process = start_trainer(setting)
     os.kill(setting.server.pid, signal.SIGSTOP)
     process.terminate()

@@ -103,10 +103,10 @@ def make_trainer(
     routing: RoutingHistoryConfig | None = None,
 ) -> Trainer:
     """A trainer that has trained on nothing yet; ``learner`` replaces the one of :func:`make_learner`."""
-    learner = learner or make_learner()
+    learner, letters = learner or make_learner(), DeadLetterWriter(log)
     return Trainer(
         learner,
-        ExampleStream(SCHEMA, STREAM, log, DeadLetterWriter(log)),
+        ExampleStream(SCHEMA, STREAM, log, letters),
         ProgressiveEvaluation(
             SCHEMA,
             EvaluationConfig(window_s=10),
@@ -117,6 +117,7 @@ def make_trainer(
         checkpoints=CheckpointDirectory(checkpoints, keep=2) if checkpoints else None,
         prefetch=prefetch,
         routing=routing,
+        dead_letters=letters.write,
     )
 
 

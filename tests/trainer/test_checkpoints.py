@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smes.arrays import Arrays
 from smes.errors import CheckpointError
 from smes.schema import Schema, Task
 from trainer.checkpoint_file import Checkpoint
@@ -18,7 +19,8 @@ _HOUR_NS = 3_600_000_000_000
 
 
 def checkpoint(step: int, lineage: str = "a") -> Checkpoint:
-    arrays = {"learner.weights": np.arange(40, dtype=np.float32) + step, "stream.empty": np.zeros((0, 3), np.int64)}
+    weights = np.arange(40, dtype=np.float32) + step
+    arrays: Arrays = {"learner.weights": weights, "stream.empty": np.zeros((0, 3), np.int64)}
     return Checkpoint(lineage, step, SCHEMA.to_dict(), SCHEMA.hash, MODEL, arrays)
 
 
@@ -90,7 +92,9 @@ def test_the_damaged_array_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     content[-1] ^= 64
     path.write_bytes(content)
 
-    with pytest.raises(CheckpointError, match=r"none can be read: step-0.*002-0.*1\.safetensors \(checksum of array le"):
+    with pytest.raises(
+        CheckpointError, match=r"none can be read: step-0.*002-0.*1\.safetensors \(checksum of array le"
+    ):
         newest(CheckpointDirectory(tmp_path, keep=2))
 
 

@@ -151,9 +151,7 @@ def test_closing_waits_for_a_store_that_answers_but_is_slow(client: redis.Redis,
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
-def test_closing_without_a_redis_ends_soon_and_says_so(
-    fault: signal.Signals, tmp_path: Path, stack: ExitStack
-) -> None:
+def test_closing_without_a_redis_ends_soon_and_says_so(fault: signal.Signals, tmp_path: Path, stack: ExitStack) -> None:
     server = stack.enter_context(start_valkey(tmp_path))
     client = stack.enter_context(connect(server.url, 600.0))  # a timeout that would be waited for
     publishing = publisher(SnapshotStore(client))

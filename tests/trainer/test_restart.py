@@ -188,7 +188,9 @@ def test_another_format_is_refused_by_its_number_and_not_skipped(
     newer = tmp_path / "step-000000000009-00000002.safetensors"
     newer.write_bytes(save({"weights": np.zeros(3)}, {} if written is None else {"format": written}))
 
-    with pytest.raises(CheckpointError, match=rf"checkpoint .*000009-00000002\.safetensors: format {number}, expected 2"):
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoint .*000009-00000002\.safetensors: format {number}, expected 2"
+    ):
         trainer_of(log, tmp_path).restore()
 
 
