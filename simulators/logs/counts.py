@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from simulators.logs import sql
 from simulators.logs.ledger import ColumnCounts, FileRows, Rejection
 from simulators.logs.table import FLAG_BITS, TablePlan, Watch, example
 from smes.errors import LogError
@@ -102,7 +103,7 @@ def _column(
 def _watched(query: Query, plan: TablePlan, table: str) -> dict[Watch, tuple[int, int]]:
     """Watch → in how many rows it was true, and the first of them; without those that were true in none."""
     found: dict[Watch, tuple[int, int]] = {}
-    for index, flags in enumerate(plan.flags):
+    for index, flags in enumerate(map(sql.quote, plan.flags)):
         groups = query(f"SELECT {flags}, count(*), min(smes_row) FROM {table} WHERE {flags} <> 0 GROUP BY 1")
         for bits, rows, first in groups:
             for bit, watch in enumerate(plan.watches[index * FLAG_BITS : (index + 1) * FLAG_BITS]):
@@ -119,7 +120,8 @@ def _examples(query: Query, plan: TablePlan, wanted: list[tuple[int, str]]) -> d
     columns = list(dict.fromkeys(column for _, column in wanted))
     rows = ", ".join(str(row) for row in {row for row, _ in wanted})
     found = query(
-        f"SELECT smes_row, {', '.join(f'substr({column}, 1, {_SHOWN})' for column in columns)} FROM ({plan.rows}) "
+        f"SELECT smes_row, {', '.join(f'substr({sql.quote(column)}, 1, {_SHOWN})' for column in columns)} "
+        f"FROM ({plan.select(columns)}) "
         f"WHERE smes_row IN ({rows})"
     )
     return {(row[0], column): value for row in found for column, value in zip(columns, row[1:], strict=True)}

@@ -201,65 +201,56 @@ def _in_brackets(value: str) -> str:
     return f"(starts_with(ltrim({value}), '[') AND ends_with(rtrim({value}), ']'))"
 
 
-def numeric_sql(expr: str, sql_type: str) -> str:
-    """A number as FLOAT, never null; NaN if the value is absent or not finite. ``true`` and ``false`` are 1 and 0."""
-    value = _number(expr, sql_type, "FLOAT")
-    return f"CASE WHEN isfinite({value}) THEN {value} ELSE {NAN_SQL} END"
+def finite_sql(number: str) -> str:
+    """A number (:func:`number_sql`) as FLOAT, never null; NaN if it is absent or not finite."""
+    return f"CASE WHEN isfinite({number}) THEN {number} ELSE {NAN_SQL} END"
 
 
-def number_sql(expr: str, sql_type: str) -> str:
-    """A label as DOUBLE; null if the value is not a number. ``true`` and ``false`` are 1 and 0."""
-    return _number(expr, sql_type, "DOUBLE")
-
-
-def _number(expr: str, sql_type: str, target: str) -> str:
+def number_sql(expr: str, sql_type: str, target: str, null_words: Sequence[str] = ()) -> str:
+    """A value as FLOAT or DOUBLE; null if it is no number, or absent. ``true`` and ``false`` are 1 and 0."""
     if family(sql_type) != "text":
         return f"TRY_CAST({expr} AS {target})"
     value = _as_text(expr, sql_type)
     words = f"CASE lower(trim({value})) WHEN 'true' THEN 1::{target} WHEN 'false' THEN 0::{target} END"
-    return f"COALESCE(TRY_CAST({value} AS {target}), {words})"
+    number = f"COALESCE(TRY_CAST({value} AS {target}), {words})"
+    return f"CASE WHEN {no_value_sql(expr, sql_type, null_words)} THEN NULL ELSE {number} END"
+
+
+def no_number_sql(expr: str, sql_type: str, number: str, null_words: Sequence[str] = ()) -> str:
+    """True for a number that is not there: like :func:`no_value_sql`, and the text ``nan``.
+
+    Args:
+        expr, sql_type, null_words: The value.
+        number: The same as a number (:func:`number_sql`).
+    """
+    absent = no_value_sql(expr, sql_type, null_words)
+    if family(sql_type) != "text":
+        return absent
+    return f"({absent} OR trim({_as_text(expr, sql_type)}) = '' OR COALESCE(isnan({number}), false))"
 
 
 def _as_text(expr: str, sql_type: str) -> str:
     return expr if sql_type == "VARCHAR" else f"CAST({expr} AS VARCHAR)"
 
 
-def no_number_sql(expr: str, sql_type: str, null_words: Sequence[str] = ()) -> str:
-    """True for a number that is not there: like :func:`no_value_sql`, and the text ``nan``."""
-    absent = no_value_sql(expr, sql_type, null_words)
-    if family(sql_type) != "text":
-        return absent
-    return (
-        f"({absent} OR trim({_as_text(expr, sql_type)}) = '' OR COALESCE(isnan({number_sql(expr, sql_type)}), false))"
-    )
-
-
 def feature_sql(
     feature: Feature, expr: str, sql_type: str, separator: str | None, null_words: Sequence[str] = ()
 ) -> str:
-    """The encoding of one feature's values."""
-    if feature.kind == "numeric":
-        absent = no_value_sql(expr, sql_type, null_words)
-        return f"CASE WHEN {absent} THEN {NAN_SQL} ELSE {numeric_sql(expr, sql_type)} END"
+    """The encoding of the values of a feature that is no number."""
     if feature.is_list:
         return bag_sql(expr, sql_type, feature, separator, null_words)
     return id_sql(expr, sql_type, null_words)
 
 
 def feature_no_value_sql(feature: Feature, expr: str, sql_type: str, null_words: Sequence[str] = ()) -> str:
-    """True where a feature has nothing."""
-    if feature.kind == "numeric":
-        return no_number_sql(expr, sql_type, null_words)
+    """True where a feature that is no number has nothing."""
     absent = no_value_sql(expr, sql_type, null_words)
     empty_list = feature.is_list and family(sql_type) == "text"
     return f"({absent} OR trim({_as_text(expr, sql_type)}) IN ('', '[]'))" if empty_list else absent
 
 
-def unreadable_sql(feature: Feature, expr: str, sql_type: str, null_words: Sequence[str] = ()) -> str | None:
-    """True where something is there that the feature's kind cannot read; None if that cannot be."""
-    if feature.kind == "numeric" and family(sql_type) in ("text", "float", "wide", "decimal"):
-        absent = no_number_sql(expr, sql_type, null_words)
-        return f"(NOT {absent} AND isnan({numeric_sql(expr, sql_type)}))"
+def unreadable_sql(feature: Feature, expr: str, sql_type: str) -> str | None:
+    """True where a feature that is no number holds something that it cannot read; None if that cannot be."""
     if feature.is_list and family(sql_type) == "text":
         value = _as_text(expr, sql_type)
         return f"COALESCE({_in_brackets(value)} AND {LIST_FUNCTION}({value}) IS NULL, false)"

@@ -237,8 +237,7 @@ class LogStore:
             return
         plan, name = self._plans[entity], f"{entity}_features"
         columns = ", ".join(map(sql.quote, plan.columns))
-        flags = "".join(f", {column}" for column in plan.flags)
-        self._execute(f"CREATE TABLE {name}_read AS SELECT {columns}, smes_row, smes_reason{flags} FROM ({plan.rows})")
+        self._execute(f"CREATE TABLE {name}_read AS {plan.select([*plan.columns, 'smes_reason', *plan.flags])}")
         kind: Any = entity
         self._counts[entity] = count_rows(self._rows, plan, f"{name}_read", self._files.folder, kind)
         self._execute(
@@ -251,8 +250,9 @@ class LogStore:
         """Scan the log twice: once for duplicates and unusable rows, and once to sort the remaining rows."""
         duplicates, counts, first, last = self._exclude()
         plan = self._plans["log"]
+        columns = ", ".join(map(sql.quote, plan.columns))
         self._execute(
-            f"CREATE TABLE impressions AS SELECT {', '.join(map(sql.quote, plan.columns))} FROM ({plan.rows}) "
+            f"CREATE TABLE impressions AS SELECT {columns} FROM ({plan.select(plan.columns)}) "
             "WHERE smes_row NOT IN (SELECT row FROM excluded) ORDER BY event_time_ms, smes_row"
             + ("" if self._limit is None else f" LIMIT {self._limit}")
         )
@@ -271,11 +271,8 @@ class LogStore:
             Duplicates, what the files held, and the first and last time.
         """
         plan = self._plans["log"]
-        flags = "".join(f", {column}" for column in plan.flags)
-        self._execute(
-            "CREATE TABLE narrow AS "
-            f"SELECT smes_row, event_time_ms, smes_digest AS digest, smes_reason{flags} FROM ({plan.rows})"
-        )
+        states = plan.select(["event_time_ms", "smes_digest", "smes_reason", *plan.flags])
+        self._execute(f"CREATE TABLE narrow AS {states}")
         first, last = self._rows("SELECT min(event_time_ms), max(event_time_ms) FROM narrow")[0]
         if not counts_from_zero(first, last):
             self._execute(
@@ -286,9 +283,9 @@ class LogStore:
         self._execute(
             "CREATE TABLE excluded AS SELECT smes_row AS row, false AS duplicate FROM narrow "
             "WHERE smes_reason IS NOT NULL UNION ALL "
-            "SELECT smes_row, true FROM narrow JOIN (SELECT event_time_ms, digest, min(smes_row) AS kept FROM narrow "
-            "WHERE smes_reason IS NULL GROUP BY ALL HAVING count(*) > 1) USING (event_time_ms, digest) "
-            "WHERE smes_reason IS NULL AND smes_row <> kept"
+            "SELECT smes_row, true FROM narrow JOIN (SELECT event_time_ms, smes_digest, min(smes_row) AS kept "
+            "FROM narrow WHERE smes_reason IS NULL GROUP BY ALL HAVING count(*) > 1) "
+            "USING (event_time_ms, smes_digest) WHERE smes_reason IS NULL AND smes_row <> kept"
         )
         duplicates = self._scalar("SELECT count(*) FROM excluded WHERE duplicate")
         self._execute("DROP TABLE narrow")

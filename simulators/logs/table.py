@@ -39,10 +39,7 @@ class TablePlan:
 
     Attributes:
         files: Its files.
-        rows: SELECT statement of ``smes_row``, the row's number in the files, of the encoded columns and, for the log,
-            of ``event_time_ms`` and ``smes_digest``, a hash of all columns. ``smes_reason`` says why a row is unusable:
-            a place in ``reasons``, or null. ``smes_flags 0 …`` hold a bit for each of ``watches``.
-            ``smes_example r0 …`` and ``smes_example w0 …`` are the texts that a reason or a watch is about.
+        parts: For each part of them what can be selected.
         columns: Names of the encoded columns.
         features: The features among them.
         reasons: Why rows are unusable.
@@ -51,7 +48,7 @@ class TablePlan:
     """
 
     files: TableFiles
-    rows: str
+    parts: tuple["Encoded", ...]
     columns: tuple[str, ...]
     features: tuple[Feature, ...]
     reasons: tuple[str, ...]
@@ -60,20 +57,38 @@ class TablePlan:
 
     @property
     def flags(self) -> list[str]:
-        """The quoted columns of flags."""
+        """The names of the columns of flags."""
         return [_flags(i) for i in range((len(self.watches) + FLAG_BITS - 1) // FLAG_BITS)]
+
+    def select(self, names: Sequence[str]) -> str:
+        """SELECT statement of all rows in the files' order: ``smes_row``, the row's number in the files, and by name:
+
+        * the encoded columns;
+        * ``smes_digest`` (log): a hash of all columns of the files;
+        * ``smes_reason``: why the row is unusable, a place in ``reasons``; or null;
+        * ``smes_flags 0 …``: a bit for each of ``watches``;
+        * ``smes_example r0 …`` and ``smes_example w0 …``: the text that a reason or a watch is about.
+        """
+        rows = " UNION ALL ".join(part.select(names) for part in self.parts)
+        return f"SELECT *, row_number() OVER () - 1 AS smes_row FROM ({rows})"
 
 
 @dataclass
-class _Encoded:
-    """What is selected from one part: expressions over its columns.
+class Encoded:
+    """What can be selected from one part: expressions over its columns.
 
     Attributes:
+        scan: A table expression over the part.
+        more: What is added to its columns, as the rest of a list of columns.
+        inner: Values that several expressions use, by their names there.
         columns: Name → encoded value.
         reasons: Reason → its condition and the text that it is about.
         watches: What is counted → its condition and the text that it is about.
     """
 
+    scan: str
+    more: str = ""
+    inner: dict[str, str] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, tuple[str, str]] = field(default_factory=dict)
     watches: dict[Watch, tuple[str, str]] = field(default_factory=dict)
@@ -89,11 +104,22 @@ class _Encoded:
         """Count a condition over ``names``: the name and its source; None if it cannot be true."""
         self.watches[Watch(what, kind, *names)] = (condition or "false", f"CAST({expr} AS VARCHAR)")
 
-    def select(self, source: str) -> str:
-        """The SELECT statement."""
-        named = [f"{expr} AS {sql.quote(name)}" for name, expr in self.columns.items()]
+    def once(self, name: str, expr: str) -> str:
+        """Compute a value once for all expressions over it; what they call it."""
+        self.inner[name] = expr
+        return sql.quote(name)
+
+    def select(self, names: Sequence[str] | None, scan: str | None = None) -> str:
+        """The SELECT statement of some columns, or of all; over another table expression of the same columns."""
+        found = self._outputs()
+        chosen = found if names is None else {name: found[name] for name in names}
+        listed = ", ".join(f"{expr} AS {sql.quote(name)}" for name, expr in chosen.items())
+        inner = "".join(f", {expr} AS {sql.quote(name)}" for name, expr in self.inner.items())
+        return f"SELECT {listed} FROM (SELECT *{inner} FROM (SELECT *{self.more} FROM {scan or self.scan}))"
+
+    def _outputs(self) -> dict[str, str]:
         cases = "".join(f" WHEN {condition} THEN {i}" for i, (condition, _) in enumerate(self.reasons.values()))
-        named.append(f"CAST(CASE{cases} END AS SMALLINT) AS smes_reason")
+        found = {**self.columns, "smes_reason": f"CAST(CASE{cases} END AS SMALLINT)"}
         conditions = [condition for condition, _ in self.watches.values()]
         for start in range(0, len(conditions), FLAG_BITS):
             bits = [
@@ -101,10 +127,10 @@ class _Encoded:
                 for i, condition in enumerate(conditions[start : start + FLAG_BITS])
                 if condition != "false"
             ]
-            named.append(f"CAST({' + '.join(bits) or '0'} AS BIGINT) AS {_flags(start // FLAG_BITS)}")
+            found[_flags(start // FLAG_BITS)] = f"CAST({' + '.join(bits) or '0'} AS BIGINT)"
         for letter, shown in (("r", self.reasons), ("w", self.watches)):
-            named += [f"{text} AS {example(letter, i)}" for i, (_, text) in enumerate(shown.values())]
-        return f"SELECT {', '.join(named)} FROM {source}"
+            found |= {example(letter, i): text for i, (_, text) in enumerate(shown.values())}
+        return found
 
 
 def outside_reason(spec: LogSpec) -> str:
@@ -113,12 +139,12 @@ def outside_reason(spec: LogSpec) -> str:
 
 
 def example(letter: str, index: int) -> str:
-    """The quoted column of what a reason (``r``) or a watch (``w``) is about."""
-    return sql.quote(f"smes_example {letter}{index}")
+    """The column of what a reason (``r``) or a watch (``w``) is about."""
+    return f"smes_example {letter}{index}"
 
 
 def _flags(index: int) -> str:
-    return sql.quote(f"smes_flags {index}")
+    return f"smes_flags {index}"
 
 
 def plan_log(
@@ -132,14 +158,13 @@ def plan_log(
     columns, parts = files.columns, []
     for part in files.parts:
         planner = _PartPlanner(connection, part, spec)
-        more = planner.log_rows(columns)
+        planner.log_rows(columns)
         planner.log_ids()
         for feature in features:
-            planner.feature(feature, more)
+            planner.feature(feature)
         for task in schema.tasks:
             planner.label(task)
-        parts.append((planner.out, f"(SELECT *{more} FROM {part.scan})"))
-        planner.check(more)
+        parts.append(planner.checked())
     return _plan(files, parts, features, derived_impression_id=spec.impression_id is None)
 
 
@@ -156,25 +181,28 @@ def plan_side_table(
         planner = _PartPlanner(connection, part, spec)
         planner.id("key", side.key, f"log.{entity}_features.key", required=f"key ({side.key}) is empty")
         for feature in features:
-            planner.feature(feature, "")
-        parts.append((planner.out, part.scan))
-        planner.check("")
+            planner.feature(feature)
+        parts.append(planner.checked())
     return _plan(files, parts, features)
 
 
 def _plan(
     files: TableFiles,
-    parts: list[tuple[_Encoded, str]],
+    parts: list[Encoded],
     features: Sequence[Feature],
     *,
     derived_impression_id: bool = False,
 ) -> TablePlan:
-    first = parts[0][0]
-    selects = [out.select(source) for out, source in parts]
-    rows = f"SELECT *, row_number() OVER () - 1 AS smes_row FROM ({' UNION ALL '.join(selects)})"
+    first = parts[0]
     names = tuple(name for name in first.columns if name != "smes_digest")
     return TablePlan(
-        files, rows, names, tuple(features), tuple(first.reasons), tuple(first.watches), derived_impression_id
+        files,
+        tuple(parts),
+        names,
+        tuple(features),
+        tuple(first.reasons),
+        tuple(first.watches),
+        derived_impression_id,
     )
 
 
@@ -183,24 +211,20 @@ class _PartPlanner:
 
     def __init__(self, connection: Any, part: Part, spec: LogSpec) -> None:
         self._connection, self._part, self._spec = connection, part, spec
-        self.out = _Encoded()
+        self.out = Encoded(part.scan)
 
-    def log_rows(self, columns: dict[str, list[str]]) -> str:
-        """Plan the time and the digest of the log's rows.
-
-        Returns:
-            The columns that are added to the files' own.
-        """
+    def log_rows(self, columns: dict[str, list[str]]) -> None:
+        """Plan the time and the digest of the log's rows."""
         part, spec, columns_of = self._part, self._spec, self._part.types
         time = sql.time_sql(part.column(spec.event_time, "log.event_time"), spec.time_unit)
         # The encoded time replaces a column of its name.
         same = [name for name in columns_of if name.casefold() == "event_time_ms"]
-        more = f"{f' EXCLUDE ({sql.quote(same[0])})' if same else ''}, {time} AS event_time_ms"
-        self._bind("event_time_ms", more, f"log.event_time {spec.event_time!r} as a time in {spec.time_unit}")
+        self.out.more = f"{f' EXCLUDE ({sql.quote(same[0])})' if same else ''}, {time} AS event_time_ms"
+        self._bind("event_time_ms", f"log.event_time {spec.event_time!r} as a time in {spec.time_unit}")
         hashed = [_hashed(name, columns_of.get(name), types) for name, types in columns.items()]
         self.out.columns["event_time_ms"] = "event_time_ms"
         self.out.columns["smes_digest"] = "smes_digest"
-        return f"{more}, hash({', '.join(hashed)}) AS smes_digest"
+        self.out.more += f", hash({', '.join(hashed)}) AS smes_digest"
 
     def log_ids(self) -> None:
         """Plan the ids, and the reasons to reject a row without them."""
@@ -229,7 +253,7 @@ class _PartPlanner:
         if required is not None:
             self.out.reasons[required] = (sql.no_value_sql(expr, sql_type, part.null_words), "NULL::VARCHAR")
 
-    def feature(self, feature: Feature, more: str) -> None:
+    def feature(self, feature: Feature) -> None:
         """Plan a feature."""
         part, key, name = self._part, f"log.features.{feature.name}", f"feature {feature.name}"
         source = self._spec.features.get(feature.name, FeatureSource())
@@ -243,18 +267,25 @@ class _PartPlanner:
             return
         if source.expr is not None:
             expr = f"({source.expr})"
-            sql_type = self._type_of(expr, more, f"a value for {key} ({source.expr})")
+            sql_type = self._type_of(expr, f"a value for {key} ({source.expr})")
         else:
             expr = part.column(column, key, _OPTIONAL.format(key=key))
             sql_type = part.types[column]
         self._feature_type(feature, named[1], sql_type, key)
-        words = self._spec.null_words if feature.is_list else part.null_words  # in bags they are part of a field
-        self.out.columns[name] = sql.feature_sql(feature, expr, sql_type, source.separator, words)
-        self.out.watch("no value", "feature", named, sql.feature_no_value_sql(feature, expr, sql_type, words))
-        self.out.watch("unreadable", "feature", named, sql.unreadable_sql(feature, expr, sql_type, words), expr)
-        inexact = None if feature.kind == "numeric" else sql.inexact_id_sql(expr, sql_type)
+        inexact = None
+        if feature.kind == "numeric":
+            number, absent = self._number(feature.name, expr, sql_type, "FLOAT")
+            self.out.columns[name] = sql.finite_sql(number)
+            unreadable: str | None = f"(NOT {absent} AND NOT COALESCE(isfinite({number}), false))"
+        else:
+            words = self._spec.null_words if feature.is_list else part.null_words  # in bags they are part of a field
+            self.out.columns[name] = sql.feature_sql(feature, expr, sql_type, source.separator, words)
+            absent = sql.feature_no_value_sql(feature, expr, sql_type, words)
+            unreadable = sql.unreadable_sql(feature, expr, sql_type)
+            inexact = sql.inexact_id_sql(expr, sql_type)
+        self.out.watch("no value", "feature", named, absent)
+        self.out.watch("unreadable", "feature", named, unreadable, expr)
         self.out.watch("inexact", "feature", named, inexact, expr)
-        self._bind(self.out.columns[name], more, f"{key} readable as {feature.kind}, its type is {sql_type}")
 
     def label(self, task: Task) -> None:
         """Plan a task's outcome and its time, and the reason to reject a row for it."""
@@ -271,8 +302,8 @@ class _PartPlanner:
             column = part.column(source.column, key, _OPTIONAL.format(key=key))
             sql_type = part.types[source.column]
             self._number_type(source.column, sql_type, key)
-            value, usable, _ = _label_values(task, self._spec, sql.number_sql(column, sql_type))
-            blank = sql.no_number_sql(column, sql_type, part.null_words)
+            number, blank = self._number(task.name, column, sql_type, "DOUBLE")
+            value, usable, _ = _label_values(task, self._spec, number)
             self.out.columns[f"label {task.name}"] = (
                 f"CASE WHEN {blank} THEN {sql.NAN_SQL} ELSE CAST({value} AS FLOAT) END"
             )
@@ -283,10 +314,17 @@ class _PartPlanner:
         if source.time_column is not None:
             self._label_time(task, source.time_column, optional=source.optional)
 
-    def check(self, more: str) -> None:
-        """Bind all expressions, so that a column of an unusable type is reported now and not while reading."""
-        query = self.out.select(f"(SELECT *{more} FROM {self._part.sample})")
-        describe(self._connection, f"DESCRIBE {query}", self._part.where, "readable columns")
+    def checked(self) -> Encoded:
+        """The plan, all its expressions bound, so that an unusable column is reported now and not while reading."""
+        query = f"DESCRIBE {self.out.select(None, self._part.sample)}"
+        describe(self._connection, query, self._part.where, "readable columns")
+        return self.out
+
+    def _number(self, name: str, expr: str, sql_type: str, target: str) -> tuple[str, str]:
+        """A column as a number, null where there is none, and the condition that nothing is there."""
+        words = self._part.null_words
+        number = self.out.once(f"smes_{target} {name}", sql.number_sql(expr, sql_type, target, words))
+        return number, self.out.once(f"smes_absent {target} {name}", sql.no_number_sql(expr, sql_type, number, words))
 
     def _label_time(self, task: Task, name: str, *, optional: bool) -> None:
         part, key = self._part, f"log.labels.{task.name}.time_column"
@@ -323,12 +361,12 @@ class _PartPlanner:
         if sql.family(sql_type) in ("list", "other"):
             raise LogError(f"{self._part.where}: {column} is {whole}, expected {expected} ({key})")
 
-    def _type_of(self, expr: str, more: str, key: str) -> str:
-        """The SQL type of an expression over the part's columns and those that ``more`` adds."""
-        return next(iter(self._bind(f"{expr} AS value", more, key).values()))
+    def _type_of(self, expr: str, key: str) -> str:
+        """The SQL type of an expression over the part's columns and those added to them."""
+        return next(iter(self._bind(f"{expr} AS value", key).values()))
 
-    def _bind(self, columns: str, more: str, expected: str) -> dict[str, str]:
-        query = f"DESCRIBE SELECT {columns} FROM (SELECT *{more} FROM {self._part.sample})"
+    def _bind(self, columns: str, expected: str) -> dict[str, str]:
+        query = f"DESCRIBE SELECT {columns} FROM (SELECT *{self.out.more} FROM {self._part.sample})"
         return describe(self._connection, query, self._part.where, expected)
 
 
