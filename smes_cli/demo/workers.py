@@ -34,6 +34,8 @@ class Workers:
     def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
         self._config_file = folder / "smes.yaml"
+        self._config_file.touch(mode=0o600)  # it may hold the password of a server
+        self._config_file.chmod(0o600)
         self._config_file.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
 
     def log_of(self, command: str) -> Path:

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from smes_cli.__main__ import run
 from smes_cli.console import RecentRate, console, number, task_table
 from smes_cli.demo.local_servers import ValkeyServer, start_valkey
 from smes_cli.demo.processes import stop
+from smes_cli.demo.workers import Workers
 from smes_cli.starter import STARTER
 from stream.topics import IMPRESSIONS
 from tests.integration.training import drain
@@ -142,6 +144,15 @@ def test_no_password_is_printed(
     said = "".join(capfd.readouterr())
     assert "***@127.0.0.1:1" in said
     assert not any(part in said for part in ("t0p", "s#cret"))
+
+
+def test_the_file_of_a_demo_that_holds_a_password_is_for_its_user_only(tmp_path: Path) -> None:
+    for _ in range(2):  # made, and found from an earlier demo
+        with ExitStack() as stack:
+            Workers(read_config(write_config(tmp_path / "own", "redis://:secret@h:1/0", "n")), tmp_path, stack)
+        assert "secret" in (tmp_path / "smes.yaml").read_text()
+        assert (tmp_path / "smes.yaml").stat().st_mode & 0o777 == 0o600
+        (tmp_path / "smes.yaml").chmod(0o644)
 
 
 def appends(redis_url: str, namespace: str) -> int:
