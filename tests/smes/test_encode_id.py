@@ -1,6 +1,8 @@
 """The rule for ids, written out: which texts are integers, and to the byte what the others become."""
 
 import hashlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,3 +79,11 @@ def test_another_program_finds_the_same_id(text: str, digest: str) -> None:
     """The digests are what ``printf c17 | b2sum --length 64`` prints."""
     swapped = int("".join(reversed([digest[i : i + 2] for i in range(0, 16, 2)])), 16)
     assert encode_id(text) == swapped >> 1
+
+
+def test_the_page_tells_other_languages_the_same_ids() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "bring-your-own-log.md").read_text(encoding="utf-8")
+    rows = re.findall(r'^\| (.*"(.+?)".*) \| (\d+) \|$', page.split("### Ids to the byte")[1], re.MULTILINE)
+    assert len(rows) == 6
+    for _, text, expected in rows:
+        assert encode_id(text) == int(expected)
