@@ -190,7 +190,7 @@ def test_a_model_that_fails_gives_an_error_and_no_answer(
     assert good.status_code == 200
     assert failed.status_code == 500
     assert failed.json()["detail"].startswith(message)
-    assert outcomes == {"ok": 1, "rejected": 0, "not_ready": 0, "error": 1}
+    assert outcomes == {"ok": 1, "rejected": 0, "not_ready": 0, "busy": 0, "dropped": 0, "error": 1}
 
 
 @pytest.fixture
