@@ -92,7 +92,7 @@ class Appender:
         with self._lock:
             self._producers = {name: each for name, each in self._producers.items() if each is not producer}
             self._addresses.pop(producer, None)
-        close = partial(producer.close, timeout=1.0 if flush else 0.0)
+        close = partial(_close, producer, 1.0 if flush else 0.0)
         threading.Thread(target=close_all, args=({"producer": close},), daemon=True).start()
 
     @property
@@ -101,10 +101,10 @@ class Appender:
         return self._connection.config.outage_timeout_s
 
     def close(self) -> None:
-        """Close the producers; nothing is on its way, since every append waits."""
+        """Close the producers; nothing is on its way, since every append waits, unless a stop ended its wait."""
         with self._lock:
             producers, self._producers = self._producers, {}
-        close_all({f"{name} producer": partial(each.close, timeout=1.0) for name, each in producers.items()})
+        close_all({f"{name} producer": partial(_close, each, 0.3) for name, each in producers.items()})
 
 
 class _Sending:
@@ -172,3 +172,13 @@ class _Sending:
         if isinstance(error, NOT_NOW):
             raise error
         raise KafkaTimeoutError(repr(error)) from error  # one that a new producer mends
+
+
+def _close(producer: KafkaProducer, flush_s: float) -> None:
+    """Close a producer, also one with records that cannot be sent: its own ``close`` gives up before it has begun."""
+    try:
+        producer.close(timeout=flush_s)
+    except KafkaTimeoutError:
+        producer._sender.force_close()  # the client has no public call that drops records
+        producer._sender.join(0.5)
+        producer.close(timeout=0)

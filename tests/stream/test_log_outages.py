@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -280,21 +282,58 @@ def test_a_stop_ends_waits_for_a_redis_that_is_gone(server: ValkeyServer) -> Non
     check_that_a_stop_is_heard(log)
 
 
+_STOPPED_PROGRAM = """
+import sys, threading, time
+from stream.log.event_log import OutRecord, TopicPartition
+from stream.log.kafka_log import KafkaLog, KafkaLogConfig
+from smes.errors import Stopped
+
+at = TopicPartition("t", 0)
+log = KafkaLog(sys.argv[1], "ns", KafkaLogConfig(outage_timeout_s=1000), connect_timeout_s=1000)
+log.ensure_topic("t", 1)
+log.append("t", [OutRecord(b"x", (), 0)])
+log.read({at: 0}, max_records=10, timeout_s=5)
+print("ready", flush=True)
+sys.stdin.readline()
+for operation in (
+    lambda: log.append("t", [OutRecord(b"x", (), 0)]),
+    lambda: log.end("t"),
+    lambda: log.incarnations("t"),
+    lambda: log.read({at: 1}, max_records=1, timeout_s=1000),
+):
+    stop = threading.Event()
+    log.set_stop(stop)
+    threading.Timer(0.5, stop.set).start()
+    try:
+        operation()
+        print("not stopped", flush=True)
+    except Stopped:
+        print("stopped", flush=True)
+log.close()
+print("closed", flush=True)
+"""
+
+
 @pytest.mark.kafka
-@KAFKA_LEAVES_SOCKETS
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_stop_ends_waits_for_a_kafka_that_is_away(
+def test_a_stop_ends_waits_for_a_kafka_that_is_away_and_the_process_ends(
     kafka_home: Path, tmp_path: Path, closing: ExitStack, how: signal.Signals
 ) -> None:
     server = closing.enter_context(start_kafka(kafka_home, tmp_path / "kafka"))
-    log = KafkaLog(server.bootstrap, "ns", KafkaLogConfig(outage_timeout_s=LONG_S), connect_timeout_s=LONG_S)
-    log.ensure_topic("t", 1)
-    log.append("t", [out("x")])
-    log.read({AT: 0}, max_records=10, timeout_s=5)
+    argv = [sys.executable, "-P", "-c", _STOPPED_PROGRAM, server.bootstrap]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = closing.enter_context(subprocess.Popen(argv, text=True, **pipes))  # type: ignore[call-overload]  # no pattern fits a dict
+    closing.callback(process.kill)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
     os.kill(server.pid, how)
-    closing.callback(os.kill, server.pid, signal.SIGCONT if how == signal.SIGSTOP else 0)
+    if how == signal.SIGSTOP:
+        closing.callback(os.kill, server.pid, signal.SIGCONT)
 
-    check_that_a_stop_is_heard(log)
+    said, complaints = process.communicate("go\n", timeout=HANG_S)
+
+    assert said.split() == ["stopped"] * 4 + ["closed"]
+    assert process.returncode == 0
+    assert "Traceback" not in complaints
 
 
 @pytest.mark.kafka
