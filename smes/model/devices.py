@@ -164,7 +164,7 @@ class RankBatch:
         numerics: The same on the host.
         labels_BT: float32.
         mask_BT: bool, true where there is a label.
-        weight_B: float32, sample weights.
+        weight_B: float32, sample weights; their sum is at most B.
         ticket: Tells the device when the copies of these tensors have arrived.
     """
 
@@ -219,9 +219,19 @@ def send_batch(examples: ExampleBlock, rows_U: I64, cells_BW: I64, schema: Schem
         numerics=np.ascontiguousarray(examples.numerics),
         labels_BT=send(examples.labels),
         mask_BT=send(examples.label_mask),
-        weight_B=send(examples.weight),
+        weight_B=send(_bounded(examples.weight)),
         ticket=device.ticket(),  # last: it covers everything sent before it
     )
+
+
+def _bounded(weight_B: F32) -> F32:
+    """Scale sample weights so that they sum to at most B: no example counts for more than its batch."""
+    total = float(weight_B.sum(dtype=np.float64))
+    if total <= len(weight_B):
+        return weight_B
+    with np.errstate(invalid="ignore"):  # an infinity becomes NaN, and the step is not taken
+        bounded: F32 = weight_B * np.float32(len(weight_B) / total)
+    return bounded
 
 
 def _readers(cells_BW: I64, num_rows: int, device: Device) -> Readers | None:

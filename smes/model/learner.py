@@ -8,7 +8,7 @@ of the table, D embedding width.
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -149,7 +149,6 @@ class Learner:
         when the next step has started, and the moments of the numeric features count the batch all the same.
         """
         batch.receive(self._device)
-        batch = _with_bounded_weights(batch)
         model, total_weight = self._model, batch.weight_B.sum()
         leaves = {name: table.gather(batch.rows_U) for name, table in self._tables.items()}
         self._undo.save()
@@ -181,12 +180,8 @@ class Learner:
         """Whether the loss, and the squares of all gradients, which the optimisers add up, are finite. bool scalar."""
         dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
         sparse = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
-        norms = [loss]
-        if dense:
-            norms.append(torch.nn.utils.get_total_norm(dense))
-        if sparse:
-            norms.append(torch.nn.utils.get_total_norm(sparse) * total_weight)
-        return torch.stack(norms).square().sum().isfinite()
+        squares = [loss, *map(_square, dense), *(_square(gradient) * total_weight.square() for gradient in sparse)]
+        return torch.stack(squares).sum().isfinite()
 
     def _learn(self, batch: RankBatch, output: ModelOutput, leaves: Mapping[str, Tensor], taken: Tensor | None) -> None:
         """Change what a step changes; if ``taken`` is false, on the device nothing. None: it is true."""
@@ -353,10 +348,10 @@ class Learner:
             table.append(self._device.host(uniform_rows(keys, table.columns, scale, self._seed)))
 
 
-def _with_bounded_weights(batch: RankBatch) -> RankBatch:
-    """Scale the sample weights so that they sum to at most B: none makes its example count more than the batch."""
-    total = batch.weight_B.sum()
-    return replace(batch, weight_B=batch.weight_B * (total.clamp(max=float(len(batch))) / total.clamp(min=1e-12)))
+def _square(gradient: Tensor) -> Tensor:
+    """Sum of squares; a dot product takes a fifth of the time of a norm."""
+    flat = gradient.reshape(-1)
+    return torch.dot(flat, flat)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ def test_a_search_and_a_young_stream_count_only_what_was_taken(model: str) -> No
 
 
 @pytest.mark.usefixtures("_host_knows")
-@pytest.mark.parametrize("model", _MODELS)
+@pytest.mark.parametrize("model", ["default", "searching", "home-batch-norm"])  # a linear loss stays finite
 def test_weights_that_exploded_are_trained_no_further(model: str) -> None:
     learner = _learner(model, learning_rate=1e30, wide_learning_rate=1e30, embedding_learning_rate=1e30)
     blocks = stream(RICH_SCHEMA, batches=12, size=64)
