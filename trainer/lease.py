@@ -82,7 +82,7 @@ class LeaseKeeper:
         # In a thread: where the server hangs, the lease expires by itself.
         giving_back = threading.Thread(target=self._release, args=[self._lease], name="lease-release", daemon=True)
         giving_back.start()
-        giving_back.join(1.0)
+        giving_back.join(0.5)
 
     def _acquire(self) -> Lease:
         deadline_s: float | None = None

@@ -139,5 +139,5 @@ class WaitingLog:
 
     def close(self) -> None:
         """Close the log, unless a call that was left alone still uses it: then the process's end closes it."""
-        if self._waits.settled(_STOP_S):
+        if self._waits.settled(_LOOK_S):
             self._log.close()
