@@ -38,6 +38,11 @@ def test_steps_follow_the_cpu(cuda: torch.device, ranker: str) -> None:
     device_checks.check_steps_follow_the_cpu(cuda, ranker)
 
 
+@pytest.mark.parametrize("ranker", device_checks.STEPPED)
+def test_a_broken_step(cuda: torch.device, ranker: str) -> None:
+    device_checks.check_a_broken_step(cuda, ranker)
+
+
 def test_a_replayed_step(cuda: torch.device) -> None:
     device_checks.check_a_replayed_step(cuda)
 

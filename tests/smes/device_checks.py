@@ -201,6 +201,28 @@ def check_choices(device: torch.device, ranker: str) -> None:
     assert float(moved) <= (0.0 if device.type == "cpu" else 0.01)
 
 
+def check_a_broken_step(device: torch.device, ranker: str) -> None:
+    """A batch with a weight of NaN changes nothing but, on a GPU, the moments of the numeric features."""
+    *blocks, block = stream(RICH_SCHEMA, batches=4, size=128)
+    learner = make_learner(device, ranker)
+    for each in blocks:
+        assert learner.step(learner.prepare(each)).taken
+    weight = block.weight.copy()
+    weight[3] = np.nan
+    batch = learner.prepare(replace(block, weight=weight))
+    before = learner.state()
+    result = learner.step(batch)
+    assert not result.taken
+    assert learner.step_number == 3
+    after = learner.state()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        if device.type == "cpu" or not ("numerics." in name or "features.moments" in name):
+            assert torch.equal(after[name], tensor), name
+    assert learner.step(learner.prepare(block)).taken
+    assert learner.step_number == 4
+
+
 def _outcome(experts: FullExperts, h_BD: Tensor, loss_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     h_BD = h_BD.detach().requires_grad_()
     loss = loss_of(h_BD)

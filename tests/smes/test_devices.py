@@ -16,6 +16,11 @@ def test_steps(ranker: str) -> None:
     device_checks.check_steps_follow_the_cpu(device_checks.CPU, ranker)
 
 
+@pytest.mark.parametrize("ranker", device_checks.STEPPED)
+def test_a_broken_step(ranker: str) -> None:
+    device_checks.check_a_broken_step(device_checks.CPU, ranker)
+
+
 def test_a_replayed_step() -> None:
     device_checks.check_a_replayed_step(device_checks.CPU)
 

@@ -13,8 +13,10 @@ from smes.arrays import F64
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
+from smes.model.rank_model import TaskOutputs
 from smes.schema import Feature, Schema, Task
 from tests.smes.plain_smes import plain
+from tests.smes.streams import history_stream
 
 _N, _PART = 40_000, 5000
 _MODEL = ModelConfig(
@@ -88,3 +90,31 @@ def test_a_scale_that_changes_for_good_is_followed(change: Callable[[F64], F64])
 
     assert late.min() > 0.74
     np.testing.assert_allclose(late, _control()[5:], atol=0.05)
+
+
+def test_a_burst_of_positives_moves_a_base_rate_by_its_share() -> None:
+    tasks = TaskOutputs(Schema("rates", (Task("click"), Task("watch", kind="regression", max_value=600.0))))
+    mask, ones = torch.ones(256, 2, dtype=torch.bool), torch.ones(256)
+    ordinary = torch.stack([(torch.arange(256) % 50 == 0).float(), torch.full((256,), 9.0)], dim=1)
+    for _ in range(100):
+        tasks.observe(ordinary, mask, ones)
+    before = tasks.base_logits()
+
+    tasks.observe(torch.tensor([[1.0, 600.0]]).expand(256, 2), mask, ones)
+
+    moved = (tasks.base_logits() - before).tolist()
+    assert moved[0] == pytest.approx(np.log(856 / 600), abs=0.01)  # 256 positives beside 600 of 25,600
+    assert moved[1] == pytest.approx((np.log1p(600) - np.log1p(9)) / 101, abs=0.01)
+
+
+def test_a_history_of_one_item_only_trains_like_any_other() -> None:
+    """Full sequences of one id, for one user, in every row of some batches."""
+    schema, blocks = history_stream(batches=30, size=64)
+    learner = Learner(schema, _MODEL, OptimizerConfig(), device=torch.device("cpu"))
+    for index, block in enumerate(blocks):
+        if 10 <= index < 15:
+            block.ids[:] = 1
+        assert learner.step(learner.prepare(block)).taken
+    state = learner.state()
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    assert float(state["table.embedding"].abs().max()) < 1.0
