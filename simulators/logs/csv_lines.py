@@ -248,6 +248,16 @@ def _row(
 
 
 @njit(cache=True, nogil=True)
+def _fault(data: Bytes, start: int, end: int, found: int, fields: int) -> int:  # pragma: no cover - compiled
+    """What is wrong with a row whose quotes fit; 0 for nothing."""
+    if end == start:
+        return BLANK
+    if found != fields:
+        return FIELDS
+    return 0 if _is_utf8(data, start, end) else ENCODING
+
+
+@njit(cache=True, nogil=True)
 def _scan(
     data: Bytes,
     start: int,
@@ -272,22 +282,10 @@ def _scan(
         if len(out) > 0 and written + end - start + 1 > len(out):
             break
         if reason:
-            after = _line_end(data, start)
-            ends = 0
+            after, ends = _line_end(data, start), 0
         else:
-            after = end
-            if end < len(data):
-                after = end + 1
-                if data[end] == 13:
-                    returns = True
-                    if after < len(data) and data[after] == 10:
-                        after += 1
-            if end == start:
-                reason = BLANK
-            elif found != fields:
-                reason = FIELDS
-            elif not _is_utf8(data, start, end):
-                reason = ENCODING
+            after, reason = _line_end(data, end), _fault(data, start, end, found, fields)
+            returns |= end < len(data) and data[end] == 13
         if reason:
             bad_K5[bad] = start, after, line, reason, 1 + ends
             bad += 1
