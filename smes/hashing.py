@@ -6,6 +6,7 @@ Vigna's ``splitmix64.c``. Letters: N keys.
 
 import hashlib
 import re
+from operator import index
 
 import numpy as np
 from numba import njit
@@ -67,8 +68,8 @@ def encode_id(value: str | int | float) -> int:
     if isinstance(value, float):
         if not abs(value) < EXACT_DOUBLE:
             raise ValueError(f"id: {value!r}, expected a double below 2^53, an integer or a text")
-        value = int(value) if value.is_integer() else repr(value)
-    text = str(int(value)) if isinstance(value, int) else value
+        value = int(value) if value.is_integer() else repr(float(value))
+    text = value if isinstance(value, str) else str(index(value))
     if (written := _INTEGER.fullmatch(text)) is not None and len(text) <= _MOST_DIGITS + len(".0"):
         integer = int(written[1])
         if abs(integer) <= _LARGEST_ID:

@@ -55,7 +55,7 @@ def test_every_other_text_is_hashed_as_it_stands(text: str) -> None:
 def test_numbers_that_are_no_int64_are_the_text_that_they_print() -> None:
     assert encode_id(2**63) == stable_id("9223372036854775808")
     assert encode_id(-(2**63)) == stable_id("-9223372036854775808")
-    assert encode_id(0.5) == stable_id("0.5")
+    assert encode_id(0.5) == encode_id(np.float64(0.5)) == stable_id("0.5")
 
 
 @pytest.mark.parametrize("value", [2.0**53, -(2.0**60), float("nan"), float("inf")])
