@@ -107,6 +107,7 @@ def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], 
         stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
         stop(scorer, timeout_s=20)
     _add_scorer(report, stats, tally)
+    report["log"] = replayed["log"]
     return DemoResult(report, _failures(report, replayed, tally.last_error))
 
 
