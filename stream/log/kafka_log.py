@@ -129,6 +129,8 @@ class KafkaLog:
             self._seek(consumer, positions)
             try:
                 batches = self._poll(consumer, max_records, timeout_s)
+                # Past gaps, such as transaction markers. Without a time limit this could wait for absent brokers.
+                after = {at: consumer.position(self._kafka(at), timeout_ms=0) for at in positions}
             except (OffsetOutOfRangeError, LogTruncationError) as error:
                 self._drop_consumer()
                 raise self._out_of_range(positions) from error
@@ -139,7 +141,7 @@ class KafkaLog:
                 self._drop_consumer()
                 return self._pass_damage(positions, error)
             self._trouble_since_s = None
-            return self._fetch(consumer, positions, batches)
+            return self._fetch(consumer, after, batches)
 
     def begin(self, topic: str) -> Positions:
         """See :meth:`stream.log.event_log.EventLog.begin`."""
@@ -229,19 +231,16 @@ class KafkaLog:
                 consumer.seek(self._kafka(at), int(position))
                 self._sought[at] = position
 
-    def _fetch(self, consumer: KafkaConsumer, positions: Mapping[TopicPartition, int], batches: _Batches) -> Fetch:
+    def _fetch(self, consumer: KafkaConsumer, after: Positions, batches: _Batches) -> Fetch:
         records: list[Record] = []
-        after: Positions = {}
         maybe_at_end = []
         now_ms = self._now_ms()
-        for at in positions:
+        for at, position in after.items():
             partition = self._kafka(at)
-            new = batches.get(partition, ())
-            records += [_record(at, record, now_ms) for record in new]
-            after[at] = consumer.position(partition)  # past gaps, such as transaction markers
+            records += [_record(at, record, now_ms) for record in batches.get(partition, ())]
             high_water = consumer.highwater(partition)
-            # Without records, too: behind an open transaction the high water mark is never reached.
-            if not new or high_water is None or after[at] >= high_water:
+            # Without any records, too: behind an open transaction the high water mark is never reached.
+            if not batches or high_water is None or position >= high_water:
                 maybe_at_end.append(at)
         self._sought = dict(after)
         # The fetch's high water mark may be old by now. Asking also notices absent brokers: a poll returns nothing
