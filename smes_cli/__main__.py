@@ -13,7 +13,8 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 def main() -> None:
     """Run ``smes`` and exit."""
     code = run(sys.argv[1:])
-    gc.freeze()  # or the interpreter's last collection would look at every object of the libraries: seconds
+    if "duckdb" not in sys.modules:  # which would print that its objects were not collected
+        gc.freeze()  # or the interpreter's last collection would look at every object of the libraries: seconds
     sys.exit(code)
 
 

@@ -155,6 +155,12 @@ def test_the_file_of_a_demo_that_holds_a_password_is_for_its_user_only(tmp_path:
         (tmp_path / "smes.yaml").chmod(0o644)
 
 
+def test_a_process_that_read_a_log_prints_nothing_on_its_way_out(tmp_path: Path, world: Path) -> None:
+    process = start_smes(tmp_path / "log", "-q", "check", str(world))
+    assert process.wait(DEADLINE_S) == 0
+    assert (tmp_path / "log").read_text() == ""
+
+
 def appends(redis_url: str, namespace: str) -> int:
     """Records of impressions in the event log."""
     with redis.Redis.from_url(redis_url) as client:
