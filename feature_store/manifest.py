@@ -35,7 +35,8 @@ Count = Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)]
 Milliseconds = Annotated[int, Meta(ge=0, le=LATEST_MS)]
 Text = Annotated[str, Meta(min_length=1, max_length=300)]
 Lineage = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]*\Z")]
-Partitions = Annotated[dict[Annotated[str, Meta(pattern=r"^[0-9]{1,10}\Z")], Count], Meta(max_length=65_536)]
+Position = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # of a Redis stream with foreign entries, far beyond a count
+Partitions = Annotated[dict[Annotated[str, Meta(pattern=r"^[0-9]{1,10}\Z")], Position], Meta(max_length=65_536)]
 
 
 class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

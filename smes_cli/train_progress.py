@@ -1,7 +1,7 @@
 """How a training goes: a table on a terminal, a line every few seconds otherwise."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -34,12 +34,13 @@ class TrainProgress(Observer):
     Args:
         trainer: Whose training.
         live: Where the table is; None: lines are printed.
+        monotonic: Seconds of a clock that never goes back.
     """
 
-    def __init__(self, trainer: Trainer, live: Live | None) -> None:
-        self._trainer, self._live = trainer, live
+    def __init__(self, trainer: Trainer, live: Live | None, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._trainer, self._live, self._monotonic = trainer, live, monotonic
         self._every_s = _TABLE_EVERY_S if live else _LINE_EVERY_S
-        self._last_s, self._last_trained = time.monotonic(), trainer.trained
+        self._last_s, self._last_trained = monotonic(), trainer.trained
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Show if it is time to."""
@@ -50,7 +51,7 @@ class TrainProgress(Observer):
         self._show_if_due()
 
     def _show_if_due(self) -> None:
-        now_s, trainer = time.monotonic(), self._trainer
+        now_s, trainer = self._monotonic(), self._trainer
         if now_s - self._last_s < self._every_s:
             return
         rate = (trainer.trained - self._last_trained) / (now_s - self._last_s)  # since the last time it was shown

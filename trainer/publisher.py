@@ -130,6 +130,7 @@ class Publisher:
         self.published = 0
         self.failures = 0
         self.bytes_last: int | None = None
+        self._last_failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
@@ -252,9 +253,12 @@ class Publisher:
         except SmesError as error:
             # Serving keeps what it has; the next cut contains this one's training.
             self.failures += 1
-            _logger.warning("snapshot of step %d not published, trying again: %s", cut.step, error)
+            level = logging.DEBUG if str(error) == self._last_failure else logging.WARNING  # once for each reason
+            _logger.log(level, "snapshot of step %d not published, trying again: %s", cut.step, error)
+            self._last_failure = str(error)
             return False
         self.published += 1
+        self._last_failure = None
         self.bytes_last = len(payload)
         _logger.debug("published %s:%d in %.0f ms", self.lineage, cut.step, 1000 * (time.monotonic() - started_s))
         return True
