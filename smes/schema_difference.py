@@ -64,5 +64,6 @@ def _history(was: History | None, now: History | None) -> list[str]:
 
 
 def _changes(was: object, now: object) -> str:
-    pairs = [(f.name, getattr(was, f.name, None), getattr(now, f.name)) for f in fields(now)]  # type: ignore[arg-type]  # dataclasses
+    names = [f.name for f in fields(now)]  # type: ignore[arg-type]  # only dataclasses are given
+    pairs = [(name, getattr(was, name, None), getattr(now, name)) for name in names]
     return ", ".join(f"{name} {after}, was {before}" for name, before, after in pairs if before != after)

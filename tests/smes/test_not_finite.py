@@ -43,7 +43,8 @@ def _host_knows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def _learner(model: str, **optimizer: float) -> Learner:
-    return Learner(RICH_SCHEMA, _MODELS[model], OptimizerConfig(**optimizer), device=torch.device("cpu"))  # type: ignore[arg-type]
+    rates = OptimizerConfig(**optimizer)  # type: ignore[arg-type]
+    return Learner(RICH_SCHEMA, _MODELS[model], rates, device=torch.device("cpu"))
 
 
 def _with(block: ExampleBlock, column: str, value: float) -> ExampleBlock:

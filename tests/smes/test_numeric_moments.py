@@ -15,7 +15,10 @@ _HALF = _N // 2
 
 
 def _schema(columns: int = 1, transform: str = "none") -> Schema:
-    features = tuple(Feature(f"v{i}", kind="numeric", transform=transform) for i in range(columns))  # type: ignore[arg-type]
+    def numeric(name: str) -> Feature:
+        return Feature(name, kind="numeric", transform=transform)  # type: ignore[arg-type]
+
+    features = tuple(numeric(f"v{i}") for i in range(columns))
     return Schema("moments", (Task("t"),), features)
 
 

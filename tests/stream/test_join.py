@@ -61,7 +61,7 @@ def slices(
 )
 @settings(max_examples=150, deadline=None)
 @pytest.mark.timeout(600)  # takes seconds on an idle machine; bounds hangs only
-def test_equals_the_reference_however_reads_are_sliced(  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_equals_the_reference_however_reads_are_sliced(  # type: ignore[no-untyped-def] # plain data
     events,
     random,
     lateness_ms,
@@ -90,7 +90,7 @@ def test_equals_the_reference_however_reads_are_sliced(  # type: ignore[no-untyp
 @given(EVENTS, st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
 @pytest.mark.timeout(600)  # bounds hangs only
-def test_the_ledgers_of_the_partitions_balance_and_add_up(  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_the_ledgers_of_the_partitions_balance_and_add_up(  # type: ignore[no-untyped-def] # plain data
     events,
     random,
 ):
@@ -110,7 +110,7 @@ def test_the_ledgers_of_the_partitions_balance_and_add_up(  # type: ignore[no-un
 @given(EVENTS, st.randoms(use_true_random=False))
 @settings(max_examples=50, deadline=None)
 @pytest.mark.timeout(600)  # bounds hangs only
-def test_a_state_that_was_loaded_is_saved_as_it_was(  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_a_state_that_was_loaded_is_saved_as_it_was(  # type: ignore[no-untyped-def] # plain data
     events,
     random,
 ):

@@ -322,7 +322,8 @@ def test_a_stop_ends_waits_for_a_kafka_that_is_away_and_the_process_ends(
     server = closing.enter_context(start_kafka(kafka_home, tmp_path / "kafka"))
     argv = [sys.executable, "-P", "-c", _STOPPED_PROGRAM, server.bootstrap]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = closing.enter_context(subprocess.Popen(argv, text=True, **pipes))  # type: ignore[call-overload]  # no pattern fits a dict
+    started = subprocess.Popen(argv, text=True, **pipes)  # type: ignore[call-overload]  # no pattern fits a dict
+    process = closing.enter_context(started)
     closing.callback(process.kill)
     assert process.stdout.readline() == "ready\n", process.stderr.read()
     os.kill(server.pid, how)

@@ -75,7 +75,11 @@ def test_the_example_in_the_docstring() -> None:
     st.integers(2, 5),
 )
 @settings(max_examples=200, deadline=None)
-def test_wrong_clocks_fewer_than_the_vouchers_make_no_honest_event_late(disorder_ms, random, vouchers):  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_wrong_clocks_fewer_than_the_vouchers_make_no_honest_event_late(  # type: ignore[no-untyped-def] # plain data
+    disorder_ms,
+    random,
+    vouchers,
+):
     honest = [(key, START_MS + 500 * key - late) for key, late in enumerate(disorder_ms)]
     events = []
     for key, time in honest:  # of any 2 * vouchers - 1 neighbours, at most vouchers - 1 are ahead
@@ -95,7 +99,12 @@ def test_wrong_clocks_fewer_than_the_vouchers_make_no_honest_event_late(disorder
     st.integers(0, 60),
 )
 @settings(max_examples=200, deadline=None)
-def test_equals_the_naive_loop_and_goes_on_after_a_restart(events, lateness_ms, vouchers, stop):  # type: ignore[no-untyped-def] # hypothesis passes plain data
+def test_equals_the_naive_loop_and_goes_on_after_a_restart(  # type: ignore[no-untyped-def] # plain data
+    events,
+    lateness_ms,
+    vouchers,
+    stop,
+):
     def fresh() -> Watermarks:
         watermarks = Watermarks(lateness_ms, vouchers)
         watermarks.grow(2)

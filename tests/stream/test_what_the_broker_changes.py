@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -113,7 +114,8 @@ def _kafka(bootstrap: str, namespace: str) -> World:
         with KafkaAdminClient(bootstrap_servers=bootstrap) as admin, suppress(UnknownTopicOrPartitionError):
             admin.delete_topics([f"{namespace}.{topic}" for topic in (IMPRESSIONS, FEEDBACK)])
         for topic in (IMPRESSIONS, FEEDBACK):
-            assert wait_until(lambda topic=topic: created(topic), timeout_s=HANG_S)  # type: ignore[misc]  # bound at once
+            ask = partial(created, topic)
+            assert wait_until(ask, timeout_s=HANG_S)
 
     return World(logs[0], logs[1], grow, make_anew)
 
