@@ -31,14 +31,14 @@ def opened(path: Path, *, max_rejected: float = 1.0, **schema: str) -> LogReader
 
 def read(path: Path, **schema: str) -> LogBlock:
     """All impressions of a log of one block."""
-    with opened(path, **schema) as reader:
+    with opened(path, max_rejected=1.0, **schema) as reader:
         (block,) = reader.blocks(1 << 20)
         return block
 
 
 def ledger(path: Path, **schema: str) -> LogLedger:
     """The ledger of a log."""
-    with opened(path, **schema) as reader:
+    with opened(path, max_rejected=1.0, **schema) as reader:
         return reader.ledger
 
 

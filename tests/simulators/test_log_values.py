@@ -128,7 +128,7 @@ def test_what_is_no_number_is_refused_by_type(tmp_path: Path) -> None:
         read(path)
 
 
-BAGS = [  # as text, and the ids that it holds
+BAGS: list[tuple[str, list[int | str | float] | None]] = [  # as text, and the ids that it holds
     ("[27, 9]", [27, 9]),
     ("[9,27]", [9, 27]),
     (' ["rock", "pop"] ', ["rock", "pop"]),
