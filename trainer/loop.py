@@ -205,7 +205,7 @@ class Trainer:
     ) -> None:
         """Read and train until ``should_stop``, then cut, checkpoint and publish.
 
-        The same is done after an error of the event log: nothing that was trained on is lost.
+        The same is done after an error of the event log: nothing trained on is lost.
 
         Args:
             should_stop: Asked between two steps.
@@ -215,7 +215,7 @@ class Trainer:
 
         Raises:
             EventLogError: The log could not be read within its bounded wait.
-            StepsNotFinite: Several steps in a row were not finite. The last checkpoint stays the newest one.
+            StepsNotFinite: Several steps in a row were not finite. No checkpoint was written since.
             LeaseLost: Another trainer publishes in this namespace.
             CheckpointError: The last checkpoint could not be written.
             FeatureStoreUnavailable: The last snapshot could not be published. The checkpoint is on disk.
@@ -254,8 +254,7 @@ class Trainer:
                 self.run_requested()
 
     def _deliver_last(self) -> None:
-        """Deliver the last step's result. If a stop keeps its dead letters from being written, the log says so."""
-        with suppress(Stopped):
+        with suppress(Stopped):  # that its dead letters could not be written is in the log
             self._results.deliver()
 
     def _advance(self) -> None:
@@ -305,11 +304,7 @@ class Trainer:
                 _logger.error("%s; the checkpoint before it stays valid", error)
 
     def save(self) -> None:
-        """Offer the final cut and write the final checkpoint.
-
-        Raises:
-            CheckpointError: The disk refused it.
-        """
+        """Offer the final cut and write the final checkpoint; errors as :meth:`checkpoint`."""
         try:
             self.cut()
         except SmesError as error:
@@ -326,7 +321,6 @@ class Trainer:
             CheckpointError: The disk refused the checkpoint.
             FeatureStoreUnavailable: The cut could not be published.
         """
-        published = True
         try:
             self.save()
             if on_saved is not None:

@@ -300,9 +300,9 @@ def lineage_to_publish(lineage: str, step: int, served: Manifest | None) -> str:
     if served is None:
         return lineage
     if served.lineage != lineage:
-        _logger.warning(
-            "version %d of lineage %s is served; lineage %s takes its place with its first cut. If another trainer "
-            "publishes that one, stop one of the two: serving follows whichever published last",
+        _logger.log(
+            logging.INFO if root_of(served.lineage) == root_of(lineage) else logging.WARNING,
+            "version %d of lineage %s is served; lineage %s takes its place with its first cut",
             served.version,
             served.lineage,
             lineage,
