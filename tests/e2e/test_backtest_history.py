@@ -45,7 +45,7 @@ def write_log(folder: Path) -> Path:
         "item": item,
         "kind": item % 2,
         "visit": visit,
-        "at": ((1_000_000 + started_s + 0.01 * (np.arange(n) % ITEMS)) * 1000).astype(np.int64),
+        "at": ((1_700_000_000 + started_s + 0.01 * (np.arange(n) % ITEMS)) * 1000).astype(np.int64),
         "clicked": rng.random(n) < likely,
     }
     path = folder / "kinds.parquet"
