@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from smes.model.devices import RankBatch
 from smes.model.features import FeatureLayer
 from smes.model.learner import Learner
+from smes.model.numeric_moments import NumericMoments
 from smes.model.rank_model import TaskHeads, TaskOutputs
 from smes.model.table import RowTable
 from smes.rankers.ranker import Encoder
@@ -52,7 +53,7 @@ _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("features", RowTable, "gather"),
     ("features", RankBatch, "inputs"),
     ("features", FeatureLayer, "forward"),
-    ("features", FeatureLayer, "observe"),
+    ("features", NumericMoments, "observe"),
     ("encoder", Encoder, "forward"),
     ("route", SMES, "route"),
     ("route", SMES, "balance"),

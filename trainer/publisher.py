@@ -22,7 +22,7 @@ from feature_store.payload import encode
 from feature_store.publication import Manifest
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import I64
-from smes.errors import SmesError, SnapshotStale
+from smes.errors import LeaseLost, SmesError, SnapshotStale
 from smes.events import ExampleBlock
 from smes.schema import MISSING, Schema
 from trainer.lease import LeaseKeeper
@@ -131,6 +131,7 @@ class Publisher:
         self.failures = 0
         self.bytes_last: int | None = None
         self._last_failure: str | None = None
+        self._lost: LeaseLost | None = None
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
 
@@ -138,8 +139,10 @@ class Publisher:
         """Hand over a cut; returns at once.
 
         Raises:
+            LeaseLost: Another trainer publishes in this namespace.
             SmesError: The publishing thread has ended, by :meth:`close` or on an unexpected error.
         """
+        self.check()
         if not self.is_running:
             raise SmesError("the publishing thread has ended: its error is in the log above")
         with self._changed:
@@ -154,6 +157,8 @@ class Publisher:
         Raises:
             LeaseLost: Another trainer publishes in this namespace.
         """
+        if self._lost is not None:
+            raise self._lost
         if self._lease is not None:
             self._lease.check()
 
@@ -212,7 +217,12 @@ class Publisher:
                 cut, self._waiting = self._waiting, None
             if cut is None:
                 return
-            if not self._publish(cut) and self._put_back(cut):
+            try:
+                published = self._publish(cut)
+            except LeaseLost as error:  # nothing more will be published: the trainer's thread hears it by check()
+                self._lost, self._waiting = error, cut
+                return
+            if not published and self._put_back(cut):
                 return
 
     def _put_back(self, cut: Cut) -> bool:
@@ -250,6 +260,8 @@ class Publisher:
         except SnapshotStale as error:
             _logger.info("%s", error)
             return True
+        except LeaseLost:
+            raise
         except SmesError as error:
             # Serving keeps what it has; the next cut contains this one's training.
             self.failures += 1
