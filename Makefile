@@ -1,4 +1,4 @@
-.PHONY: install demo test check docs bench
+.PHONY: soak install demo test check docs bench
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -21,6 +21,10 @@ demo: install
 # each of its children has one torch thread: more threads than cores would wait for each other.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadgroup --durations=10 --cov --cov-report=
+
+# What takes too long for every run.
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadgroup --durations=10 -m soak
 
 # The coverage is that of the last `make test`.
 check: install

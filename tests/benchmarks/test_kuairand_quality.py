@@ -33,7 +33,12 @@ COMPARED: dict[str, Any] = {
 }
 
 # A comparison is many runs: a minute on a busy machine, all of it in the first test's fixture.
-pytestmark = [pytest.mark.kuairand, pytest.mark.timeout(400), pytest.mark.xdist_group("kuairand_quality")]
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.kuairand,
+    pytest.mark.timeout(400),
+    pytest.mark.xdist_group("kuairand_quality"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ COMPARED: dict[str, Any] = {
 
 
 # A comparison is many runs: half a minute on a busy machine, all of it in the first test's fixture.
-pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("world_quality")]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(400), pytest.mark.xdist_group("world_quality")]
 
 
 @pytest.fixture(scope="module")
