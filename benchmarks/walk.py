@@ -2,8 +2,8 @@
 
 One impression and its feedback go as JSON into Redis Streams, through the trainer, and as a snapshot into the scorer's
 answer over HTTP, all in this process. A file counts when one of its functions runs, compiled ones included. A first
-event warms everything up and is not counted. The configuration is the default, but for one partition and mini-batches
-of one example. The parameter's count is of files that name ``num_group``.
+event warms everything up and is not counted. The configuration is the default, but for one partition, one event that
+moves the watermark, and mini-batches of one example. The parameter's count is of files that name ``num_group``.
 
 Run: ``python -m benchmarks.walk [--files]``
 """
@@ -131,7 +131,10 @@ class Walk:
         later = {"impression_id": 1000 + number, "event_time_ms": at_ms + 10_000}
         self._append(IMPRESSIONS, {**later, "user_id": 8, "item_id": 10})
         self._append(FEEDBACK, {**later, "task": "like", "value": 1})
+        deadline_s = time.monotonic() + _WAIT_S
         while self.stream.upcoming() is None:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"event {number} did not become a mini-batch within {_WAIT_S:g} s")
             self.stream.poll(0.2)
         while self.trainer.step():
             pass
@@ -208,6 +211,7 @@ def configuration(redis_url: str) -> Config:
         "EVENT_LOG__PARTITIONS": "1",
         "FEATURE_STORE__REDIS_URL": redis_url,
         "STREAM__BATCH__SIZE": "1",
+        "STREAM__JOIN__VOUCHERS": "1",  # one later event moves the watermark
         "TRAINER__DEVICE": "cpu",
         "TRAINER__THREADS": "1",
         "SCORER__POLL_S": "20",

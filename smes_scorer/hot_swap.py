@@ -184,6 +184,8 @@ class HotSwap:
             try:
                 self._watcher.wait(self._poll_s)
             except Exception:  # whatever the channel brings, the thread goes on
+                if self._stopping.is_set():
+                    return  # the watcher was closed while it waited
                 _logger.warning("waiting for a snapshot failed", exc_info=True)
                 self._stopping.wait(self._poll_s)
 
