@@ -23,6 +23,7 @@ from smes.model.features import FeatureInputs
 from smes.model.ids import DistinctRows, IdRows, pool_weights, uniform_rows
 from smes.model.numeric_moments import NumericMoments
 from smes.model.rank_model import ModelOutput, RankModel, build_model
+from smes.model.step_watcher import StepWatcher
 from smes.model.table import RowTable
 from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
 from smes.schema import Schema
@@ -95,6 +96,7 @@ class Learner:
         self._rows = IdRows(schema)
         self._distinct = DistinctRows()
         self._finder = self._new_finder()
+        self._watcher: StepWatcher | None = None
         self._tables: dict[str, RowTable] = {}
         if model.table_dim:
             self._tables["embedding"] = RowTable(model.table_dim, optimizer.embedding, self._device.device)
@@ -122,6 +124,10 @@ class Learner:
     def expert_limits(self) -> ExpertLimits | None:
         """Limits of the ranker's routing; None for a ranker without experts."""
         return self._model.ranker.expert_limits
+
+    def watch(self, watcher: StepWatcher) -> None:
+        """Let a watcher see the steps from now on. On a GPU each step then waits until it has ended."""
+        self._watcher = watcher
 
     def prepare(self, examples: ExampleBlock) -> RankBatch:
         """Look up the ids of some examples, add rows for new ids, and send the columns to the device.
@@ -157,8 +163,12 @@ class Learner:
         loss = model.tasks.loss(output.logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B)
         if output.ranker.auxiliary_loss is not None:
             loss = loss + output.ranker.auxiliary_loss
+        if self._watcher is not None:
+            self._watcher.before_backward(output)
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
         taken = self._is_finite(loss.detach(), leaves, total_weight)
+        if self._watcher is not None and taken:
+            self._watcher.after_backward(output, batch)
         known = self._device.tells_at_once
         if not (known and taken):
             self._undo.unless(taken)
@@ -338,6 +348,8 @@ class Learner:
         groups = finder.observe(output.x_BI.detach(), residual_BT, taken)
         if groups is not None:
             ranker.regroup(groups)
+            if self._watcher is not None:
+                self._watcher.regroup(groups)
         if finder.done:
             self._finder = None
 
