@@ -137,18 +137,46 @@ def resampled_gauc(rankers: Sequence[UserTotals], resamples: int, seed: int = 0)
 
 
 @dataclass(frozen=True)
-class PairedGauc:
-    """Rankers side by side, on the same resamples of users.
+class Paired:
+    """One kind of figure of rankers side by side, on the same resamples.
 
     Attributes:
         names: S of them.
-        gauc_ST: Over all users.
-        resampled_RST: Over each resample.
+        value_ST: Of all data; NaN where undefined.
+        resampled_RST: Of each resample.
     """
 
     names: tuple[str, ...]
-    gauc_ST: F64
+    value_ST: F64
     resampled_RST: F64
+
+    def value_T(self, name: str) -> F64:
+        row: F64 = self.value_ST[self.names.index(name)]
+        return row
+
+    def mean(self, name: str, tasks: Sequence[int] | None = None) -> float:
+        """Over the tasks, all where none are named; NaN where one of them is undefined."""
+        return float(self._means(name, tasks)[0])
+
+    def gain(self, ours: str, theirs: str, tasks: Sequence[int] | None = None) -> Interval:
+        """By how much the first one's mean over the tasks is higher, in % of the second one's."""
+        (a, a_R), (b, b_R) = self._means(ours, tasks), self._means(theirs, tasks)
+        return relative_gain(a, b, a_R, b_R)
+
+    def difference(self, ours: str, theirs: str, tasks: Sequence[int] | None = None) -> Interval:
+        """The first one's mean over the tasks minus the second one's, in the figure's unit."""
+        (a, a_R), (b, b_R) = self._means(ours, tasks), self._means(theirs, tasks)
+        return _interval(a - b, a_R - b_R)
+
+    def _means(self, name: str, tasks: Sequence[int] | None) -> tuple[float, F64]:
+        """(of all data, of each resample [R])."""
+        columns = slice(None) if tasks is None else list(tasks)
+        s = self.names.index(name)
+        return float(self.value_ST[s, columns].mean()), self.resampled_RST[:, s, columns].mean(axis=1)
+
+
+class PairedGauc(Paired):
+    """GAUC, on the same resamples of users."""
 
     @classmethod
     def of(cls, rankers: Mapping[str, UserTotals], resamples: int) -> "PairedGauc":
@@ -156,25 +184,19 @@ class PairedGauc:
         return cls(tuple(rankers), np.array([one.gauc_T for one in totals]), resampled_gauc(totals, resamples))
 
     def gauc_T(self, name: str) -> F64:
-        row: F64 = self.gauc_ST[self.names.index(name)]
-        return row
-
-    def mean(self, name: str) -> float:
-        """Over the tasks."""
-        return float(self.gauc_T(name).mean())
-
-    def gain(self, ours: str, theirs: str, task: int | None = None) -> Interval:
-        """By how much the first is better, in % of the second; of the mean over the tasks, or of one task."""
-        tasks = slice(None) if task is None else slice(task, task + 1)
-        a, b = (self.names.index(name) for name in (ours, theirs))
-        over_all, resampled = self.gauc_ST[:, tasks].mean(axis=1), self.resampled_RST[:, :, tasks].mean(axis=2)
-        return relative_gain(over_all[a], over_all[b], resampled[:, a], resampled[:, b])
+        return self.value_T(name)
 
 
 def relative_gain(ours: float, theirs: float, ours_R: F64, theirs_R: F64) -> Interval:
     """``100 · (ours / theirs - 1)`` and the 2.5 % and 97.5 % quantiles of the same over resamples."""
-    low, high = np.quantile(100 * (ours_R / theirs_R - 1), [0.025, 0.975])
-    return Interval(float(100 * (ours / theirs - 1)), float(low), float(high))
+    return _interval(100 * (ours / theirs - 1), 100 * (ours_R / theirs_R - 1))
+
+
+def _interval(value: float, value_R: F64) -> Interval:
+    """Over the resamples in which the figure is defined: a task of few positives may have none in one."""
+    defined_R = value_R[np.isfinite(value_R)]
+    low, high = np.quantile(defined_R, [0.025, 0.975]) if len(defined_R) else (np.nan, np.nan)
+    return Interval(float(value), float(low), float(high))
 
 
 def _ratio(weighted: F64, weight: F64) -> F64:

@@ -1,10 +1,11 @@
-"""One ranker with one seed through ``smes backtest`` on a KuaiRand folder, every frozen score kept on disk.
+"""One ranker with one seed through ``smes backtest`` on a KuaiRand folder, every score kept on disk.
 
-Kept are the scores that windowed GAUC is made of: those of the frozen copy of the weights, see
-:mod:`trainer.evaluation`. What they are scores of (user, group, window, labels) is the same for all rankers that read
-the stream in the same batches, and is kept once. Memory does not grow with the log.
+Kept are two scores of every example and binary task, see :mod:`trainer.evaluation`: that of the frozen copy of the
+weights, which windowed GAUC is made of, and the progressive one, by the weights just before their step, which AUC and
+normalised entropy are made of. What they are scores of (user, group, window, labels) is the same for all rankers that
+read the stream in the same batches, and is kept once. Memory does not grow with the log.
 
-Letters: B instances, T tasks.
+Letters: B instances, T binary tasks, in the order of the schema.
 """
 
 import time
@@ -30,9 +31,7 @@ from smes_cli.backtest import run_backtest
 from smes_cli.config import Config
 from smes_cli.console import console
 from trainer.evaluation import FrozenModel, ProgressiveEvaluation, Tensors
-
-TASKS = ("click", "long_view", "like", "profile_enter")
-"""The tasks of the headline; the others have too few positives to decide anything."""
+from trainer.observers import StepFigures
 
 _COUNTED_EVERY = 32  # calls of a frozen copy
 _NO_LABEL = 2
@@ -41,9 +40,11 @@ _DTYPES: dict[str, Any] = {
     "group": np.int64,
     "window": np.int32,
     "labels": np.uint8,
-    "scores": np.float32,
+    "frozen": np.float32,
+    "progressive": np.float32,
 }
 _OF_STREAM = ("user", "group", "window", "labels")
+_OF_RUN = ("frozen", "progressive")
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ class LogRun:
         return f"stream-{key_of(alike, **self._log())}"
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the binary tasks."""
+        return _binary_tasks(self.config.schema_file(self.log).schema)
+
+    @property
     def config(self) -> Config:
         config = build_config(self.settings, self.ranker)
         return replace(config, trainer=replace(config.trainer, seed=self.seed))
@@ -89,7 +95,7 @@ class LogRun:
     def _log(self) -> dict[str, Any]:
         files = sorted((path.name, path.stat().st_size) for path in self.log.rglob("*.csv"))
         schema = self.config.schema_file(self.log).schema.hash
-        return {"files": files, "limit": self.limit, "schema": schema}
+        return {"files": files, "limit": self.limit, "schema": schema, "columns": list(_DTYPES)}
 
     def execute(self, cache: RunCache) -> RunResult:
         config, built = self.config, []
@@ -113,7 +119,7 @@ class LogRun:
             **asdict(cost),
             "flops": cost.flops,
             "active_experts": report.active_experts.mean,
-            "tasks": {name: asdict(figures) for name, figures in report.tasks.items()},
+            "tasks": {name: asdict(metrics) for name, metrics in evaluation.report().items()},
             "trained": report.events.trained,
             "seconds": seconds,
             "memory_mib": max(mib for _, mib in result.memory_mib),
@@ -122,11 +128,14 @@ class LogRun:
 
     def columns(self, cache: RunCache) -> "LogColumns":
         """What the run kept, read from disk as it is asked for."""
-        stream = {name: _read(_file(cache.folder, self.stream_key, name), name) for name in _OF_STREAM}
-        columns = LogColumns(**stream, scores=_read(_file(cache.folder, self.key, "scores"), "scores"))
-        if len({len(column) for column in (*stream.values(), columns.scores)}) > 1:
+        names = {**dict.fromkeys(_OF_STREAM, self.stream_key), **dict.fromkeys(_OF_RUN, self.key)}
+        tasks = len(self.tasks)
+        columns = {name: _read(_file(cache.folder, key, name), name, tasks) for name, key in names.items()}
+        if len({len(column) for column in columns.values()}) > 1:
             raise ValueError(f"cache {cache.folder}: scores of {self.title} of another stream, expected another folder")
-        return columns
+        if columns["window"][-1] == 0:
+            raise ValueError(f"{self.log}: one window, expected a log longer than its first window")
+        return LogColumns(**columns)
 
 
 @dataclass(frozen=True)
@@ -136,20 +145,22 @@ class LogColumns:
     Attributes:
         user: int64.
         group: int64, the request, or the user; within a window.
-        window: int32, ascending; window 0, of weights that have seen nothing, is left out.
-        labels: uint8, by task of :data:`TASKS`: 0, 1, or 2 for none.
-        scores: float32, likewise.
+        window: int32, ascending; window 0 is scored by weights that have seen nothing.
+        labels: uint8, by binary task: 0, 1, or 2 for none.
+        frozen: float32, likewise: probabilities by the copy of the weights from the window's start.
+        progressive: The same by the weights just before the step on the example; NaN where that step was not taken.
     """
 
     user: NDArray[Any]
     group: NDArray[Any]
     window: NDArray[Any]
     labels: NDArray[Any]
-    scores: NDArray[Any]
+    frozen: NDArray[Any]
+    progressive: NDArray[Any]
 
     def windows(self) -> Iterator[slice]:
-        """The rows of each window."""
-        first = 0
+        """The rows of each window that windowed GAUC counts: all but window 0."""
+        first = int(np.searchsorted(self.window, 0, side="right"))
         while first < len(self.window):
             last = int(np.searchsorted(self.window, self.window[first], side="right"))
             yield slice(first, last)
@@ -157,7 +168,7 @@ class LogColumns:
 
 
 class RecordingEvaluation(ProgressiveEvaluation):
-    """Progressive evaluation that keeps what its frozen copies score, and counts what that executes.
+    """Progressive evaluation that keeps all scores, and counts what those of the frozen copies execute.
 
     Args:
         config: Window bounds and device.
@@ -169,7 +180,7 @@ class RecordingEvaluation(ProgressiveEvaluation):
         device = config.trainer.open_device()
         self.tally = FlopTally()
         self._columns = columns
-        self._tasks = _task_columns(learner.schema)
+        self._tasks = [learner.schema.task_index[name] for name in _binary_tasks(learner.schema)]
         self._window_number = -1
         self._calls = 0
         self._scored: list[tuple[int, F32]] = []
@@ -189,14 +200,21 @@ class RecordingEvaluation(ProgressiveEvaluation):
         labels_BT = np.where(examples.label_mask, examples.labels > 0.5, _NO_LABEL).astype(np.uint8)
         # The sign bit keeps users' groups apart from requests.
         group_B = np.where(examples.request_id != MISSING, examples.request_id, examples.user_id | MISSING)
-        rows = window_B > 0
         self._columns.add(
-            user=examples.user_id[rows],
-            group=group_B[rows],
-            window=window_B[rows],
-            labels=labels_BT[rows][:, self._tasks],
-            scores=scores_BT[rows][:, self._tasks],
+            user=examples.user_id,
+            group=group_B,
+            window=window_B,
+            labels=labels_BT[:, self._tasks],
+            frozen=scores_BT[:, self._tasks],
         )
+
+    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
+        super().after_step(examples, figures)
+        self._columns.add(progressive=figures.scores[:, self._tasks])
+
+    def after_failed_step(self, examples: ExampleBlock) -> None:
+        super().after_failed_step(examples)
+        self._columns.add(progressive=np.full((len(examples), len(self._tasks)), np.nan))
 
     def keep(self, model: ServingModel, ids: I64, numerics: F32) -> F32:
         """Score with a frozen copy, and note the scores."""
@@ -225,7 +243,7 @@ class _Columns:
     """Columns that grow on disk; under their names only when all is written."""
 
     def __init__(self, folder: Path, run_key: str, stream_key: str) -> None:
-        self._paths = {name: _file(folder, run_key if name == "scores" else stream_key, name) for name in _DTYPES}
+        self._paths = {name: _file(folder, run_key if name in _OF_RUN else stream_key, name) for name in _DTYPES}
         # Runs side by side each write the stream's columns, and the last one's stay: they are the same.
         self._unfinished = {name: path.with_name(f"{run_key}.{name}.unfinished") for name, path in self._paths.items()}
         self._files: dict[str, BinaryIO] = {}
@@ -271,22 +289,19 @@ def impressions_before(config: Config, log: Path, days: float) -> int:
     return count
 
 
-def _task_columns(schema: Schema) -> list[int]:
-    names = [task.name for task in schema.tasks]
-    if missing := sorted(set(TASKS) - set(names)):
-        raise ValueError(f"schema {schema.name!r}: no tasks {missing}, expected those of KuaiRand")
-    return [names.index(task) for task in TASKS]
+def _binary_tasks(schema: Schema) -> tuple[str, ...]:
+    return tuple(task.name for task in schema.tasks if task.kind == "binary")
 
 
 def _file(folder: Path, key: str, name: str) -> Path:
     return folder / f"{key}.{name}"
 
 
-def _read(path: Path, name: str) -> NDArray[Any]:
-    width = len(TASKS) if name in ("labels", "scores") else 1
+def _read(path: Path, name: str, tasks: int) -> NDArray[Any]:
+    width = 1 if name in ("user", "group", "window") else tasks
     dtype = np.dtype(_DTYPES[name])
     rows = path.stat().st_size // (dtype.itemsize * width)
     if rows == 0:
-        raise ValueError(f"{path.name}: no scored example, expected a log longer than its first window")
-    shape = (rows, width) if width > 1 else (rows,)
+        raise ValueError(f"{path.name}: no scored example, expected a log with impressions")
+    shape = (rows,) if name in ("user", "group", "window") else (rows, tasks)
     return np.memmap(path, dtype, mode="r", shape=shape)

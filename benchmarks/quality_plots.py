@@ -37,7 +37,7 @@ def plot_log(comparison: Comparison, figures: LogFigures, path: Path) -> None:
     """Mean windowed GAUC of every ranker as its difference to the best dense one, with its interval; and its cost."""
     names = list(figures.rankers)
     best = figures.best_dense(comparison) or names[0]
-    gains = [figures.gauc.gain(name, best) for name in names]
+    gains = [figures.gauc.gain(name, best, figures.tasks.dense) for name in names]
     value = np.array([gain.value for gain in gains])
     around = np.abs(np.array([[gain.low, gain.high] for gain in gains]).T - value)
     rows = np.arange(len(names))[::-1]

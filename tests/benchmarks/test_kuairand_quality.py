@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import yaml
 
 from benchmarks import quality
 from benchmarks.kuairand_quality import LogFigures, log_figures
-from benchmarks.kuairand_runs import TASKS, LogRun, impressions_before
-from benchmarks.quality_config import load_quality, settings_of
+from benchmarks.kuairand_runs import LogRun, impressions_before
+from benchmarks.kuairand_tuning import trial_figures
+from benchmarks.quality_config import QualityConfig, load_quality, settings_of
 from benchmarks.run_cache import RunCache, run_missing
 from smes_cli.config import Config
 
 DAY_MS = 86_400_000
+DENSE = ("click", "long_view", "like", "profile_enter")
+RARE = ("comment", "follow", "forward", "hate")
+TASKS = (*DENSE, *RARE)  # in the order of the schema
 COMPARED: dict[str, Any] = {
     "smes": "smes",
     "paper": "smes",
@@ -52,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, kuairand_dir: Path) -> Path
     with log.open() as lines, (folder / "log" / log.name).open("w") as out:
         out.write(next(lines))
         out.writelines(line for line in lines if int(line.split(",", 1)[0]) % 100 < 3)
-    (folder / "quality.yaml").write_text(yaml.safe_dump({"worlds": COMPARED, "kuairand": COMPARED}))
+    (folder / "quality.yaml").write_text(yaml.safe_dump({field.name: COMPARED for field in fields(QualityConfig)}))
     return folder
 
 
@@ -77,16 +82,25 @@ def runs(folder: Path, name: str) -> list[LogRun]:
 
 def test_every_figure_that_is_promised(figures: dict[str, Any]) -> None:
     promised = "gain_vs_best_dense_pct gain_vs_best_dense_ci_low_pct smes_flops best_dense_flops gain_vs_linear_pct"
+    promised += " rare_auc_gain rare_auc_gain_ci_low rare_auc_gain_ci_high like_auc_gain like_auc_gain_ci_low"
+    promised += " click_long_view_auc_gain dense_gauc_gain rare_ne_gain rare_auc_gain_vs_linear"
     for key in (*promised.split(), "auc_like_gain_vs_linear", "auc_click_gain_vs_best_dense"):
         assert np.isfinite(figures[key]), key
+    assert figures["dense_tasks"] == ",".join(DENSE)
+    assert figures["rare_tasks"] == ",".join(RARE)
+    assert figures["rare_best_dense"] == "shared_bottom"
     assert figures["seeds"] == 2
     assert figures["best_dense"] == "shared_bottom"
     for name in COMPARED["rankers"]:
-        for key in ("gauc", "gauc_single", "flops", "params", *(f"auc_{task}" for task in TASKS)):
+        by_task = [f"{figure}_{task}" for figure in ("auc", "ne", "gauc") for task in TASKS]
+        for key in ("gauc", "gauc_single", "rare_auc", "rare_gauc", "rare_ne", "flops", "params", *by_task):
             assert np.isfinite(figures[f"{name}_{key}"]), key
     expected = 100 * (figures["smes_gauc"] / figures["shared_bottom_gauc"] - 1)
     assert figures["gain_vs_best_dense_pct"] == pytest.approx(expected)
     assert figures["gain_vs_best_dense_ci_low_pct"] < expected < figures["gain_vs_best_dense_ci_high_pct"]
+    rare_gain = figures["smes_rare_auc"] - figures["shared_bottom_rare_auc"]
+    assert figures["rare_auc_gain"] == pytest.approx(rare_gain)
+    assert figures["rare_auc_gain_ci_low"] < rare_gain < figures["rare_auc_gain_ci_high"]
 
 
 def test_a_seed_by_itself_has_the_gauc_that_smes_backtest_reports(figures: dict[str, Any], folder: Path) -> None:
@@ -95,18 +109,42 @@ def test_a_seed_by_itself_has_the_gauc_that_smes_backtest_reports(figures: dict[
     for seed, one in enumerate(runs(folder, "smes")):
         reported = cache.load(one).facts["tasks"]
         expected = [reported[task]["gauc_windowed"] for task in TASKS]
-        np.testing.assert_allclose(own.rankers["smes"].seeds_ST[seed], expected, rtol=1e-12)
-    assert figures["smes_gauc_single"] == pytest.approx(own.rankers["smes"].seeds_ST.mean())
-    assert not np.array_equal(*own.rankers["smes"].seeds_ST), "two seeds, one model"
+        np.testing.assert_allclose(own.rankers["smes"].gauc_KT[seed], expected, rtol=1e-12)
+    gauc_KT = own.rankers["smes"].gauc_KT
+    assert figures["smes_gauc_single"] == pytest.approx(gauc_KT[:, : len(DENSE)].mean())
+    assert not np.array_equal(*gauc_KT), "two seeds, one model"
+
+
+def test_progressive_figures_are_those_that_smes_backtest_reports(figures: dict[str, Any], folder: Path) -> None:
+    """The report's AUC is of a histogram of logits; ours is exact."""
+    reported = [RunCache(folder / "cache").load(one).facts["tasks"] for one in runs(folder, "smes")]
+    for task in TASKS:
+        assert figures[f"{task}_positives"] == reported[0][task]["positives"]
+        auc, ne = (np.mean([one[task][key] for one in reported]) for key in ("auc", "ne"))
+        assert figures[f"smes_auc_{task}"] == pytest.approx(auc, abs=2e-3)
+        assert figures[f"smes_ne_{task}"] == pytest.approx(ne, rel=1e-6)
+    assert figures["smes_rare_auc"] == pytest.approx(np.mean([figures[f"smes_auc_{task}"] for task in RARE]))
+
+
+def test_both_scores_of_every_example_are_kept(figures: dict[str, Any], folder: Path) -> None:
+    columns = runs(folder, "smes")[0].columns(RunCache(folder / "cache"))
+    assert len(columns.user) == figures["impressions"]
+    assert columns.frozen.shape == columns.progressive.shape == columns.labels.shape == (len(columns.user), len(TASKS))
+    first = slice(0, 8)  # within the first batch, before any step: both scores are of the same weights
+    np.testing.assert_allclose(columns.progressive[first], columns.frozen[first], rtol=1e-4)
+    later = slice(512, None)
+    assert (np.abs(columns.progressive[later] - columns.frozen[later]).max(axis=0) > 1e-3).all()
+    assert next(rows.start for rows in columns.windows()) == int((columns.window == 0).sum()) > 0
 
 
 def test_the_averaged_figure_is_of_averaged_scores(figures: dict[str, Any], folder: Path) -> None:
     """One task by a loop over groups, from the columns on disk."""
     cache = RunCache(folder / "cache")
     one, other = (each.columns(cache) for each in runs(folder, "smes"))
-    scores = (one.scores[:, 0].astype(np.float64) + other.scores[:, 0]) / 2
+    scores = (one.frozen[:, 0].astype(np.float64) + other.frozen[:, 0]) / 2
     weighted = weight = 0.0
-    for group in np.unique(np.stack([one.window, one.group]), axis=1).T:
+    counted = one.window > 0
+    for group in np.unique(np.stack([one.window, one.group])[:, counted], axis=1).T:
         rows = (one.window == group[0]) & (one.group == group[1]) & (one.labels[:, 0] < 2)
         positive = one.labels[rows, 0] == 1
         if positive.any() and not positive.all():
@@ -150,6 +188,15 @@ def test_tuning_sees_the_first_seven_days_only(folder: Path) -> None:
     assert trained == [limit, limit]
     chosen = yaml.safe_load((folder / "tuned.yaml").read_text())
     assert chosen["kuairand"]["smes"] in COMPARED["rankers"]["smes"]["trials"]
+
+
+def test_a_trial_is_judged_by_both_headlines(figures: dict[str, Any], folder: Path) -> None:
+    cache = RunCache(folder / "cache")
+    both = [cache.load(one).facts["tasks"] for one in runs(folder, "smes")]
+    trial = trial_figures(runs(folder, "smes"), cache)
+    assert trial.dense == pytest.approx(np.mean([one[task]["gauc_windowed"] for one in both for task in DENSE]))
+    assert trial.rare == pytest.approx(np.mean([one[task]["auc"] for one in both for task in RARE]))
+    assert trial.total == trial.dense + trial.rare
 
 
 def test_a_broken_run_leaves_nothing_that_looks_whole(folder: Path, tmp_path: Path) -> None:
