@@ -3,6 +3,7 @@
     python -m benchmarks.quality --log PATH/TO/KuaiRand-Pure --tune --seeds 2 --jobs 2
     python -m benchmarks.quality --log PATH/TO/KuaiRand-Pure --seeds 5 --jobs 2 --json log.json --plot log.png
     python -m benchmarks.quality --world all --seeds 5 --jobs 2 --json worlds.json --plot worlds.png
+    python -m benchmarks.quality --world rare --seeds 5 --jobs 2 --json rare.json
     python -m benchmarks.quality --world segments --rankers smes_e256,mmoe --seeds 1 --impressions 262144
 
 Rankers and their settings are in ``quality.yaml``; what --tune chose is in ``quality_chosen.yaml``. Without --log and
@@ -33,6 +34,7 @@ from benchmarks.quality_config import (
     save_chosen,
     settings_of,
 )
+from benchmarks.rare_worlds import RARE_WORLDS
 from benchmarks.run_cache import Run, RunCache, run_missing
 from benchmarks.world_quality import runs_of, world_figures
 from benchmarks.world_runs import Stream, TruthRun
@@ -41,6 +43,7 @@ from benchmarks.worlds import WORLDS
 from smes.errors import SmesError
 
 _MAIN = "main"
+_WORLD_HELP = "a synthetic world with known truth; `all` without rare tasks, or all with (`rare`)"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,15 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _worlds(config: QualityConfig, chosen: Chosen, options: argparse.Namespace) -> None:
-    comparison, cache = config.worlds, RunCache(options.cache)
+    worlds = {"all": list(WORLDS), "rare": list(RARE_WORLDS)}.get(options.world, [options.world])
+    which = "rare_worlds" if worlds[0] in RARE_WORLDS else "worlds"
+    comparison: Comparison = getattr(config, which)
+    cache, tuned = RunCache(options.cache), chosen.get(which, {})
     names = _ranker_names(comparison, options.rankers)
-    worlds = list(WORLDS) if options.world == "all" else [options.world]
     streams = [Stream(world, options.world_seed, options.impressions) for world in worlds]
     if options.tune:
         best = tune_worlds(comparison, names, streams, cache, options.jobs)
-        save_chosen({**chosen, "worlds": {**chosen.get("worlds", {}), **best}}, options.chosen)
+        save_chosen({**chosen, which: {**tuned, **best}}, options.chosen)
         return
-    runs = [runs_of(comparison, names, stream, options.seeds, chosen.get("worlds", {})) for stream in streams]
+    runs = [runs_of(comparison, names, stream, options.seeds, tuned) for stream in streams]
     everything: list[Run] = [*(TruthRun(stream) for stream in streams), *(run for of_world in runs for run in of_world)]
     run_missing(everything, cache, options.jobs)
     figures = [world_figures(of_world, cache, options.resamples) for of_world in runs]
@@ -114,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--log", type=Path, help="a KuaiRand folder: -Pure, -1K or -27K")
-    where.add_argument("--world", choices=[*WORLDS, "all"], help="synthetic worlds with known truth")
+    where.add_argument("--world", choices=[*WORLDS, "all", *RARE_WORLDS, "rare"], help=_WORLD_HELP)
     parser.add_argument("--limit", type=int, help="only the first so many impressions of the log")
     parser.add_argument("--impressions", type=int, default=2_097_152, help="of each world")
     parser.add_argument("--world-seed", type=int, default=0, help="of everything in a world but the models")

@@ -31,11 +31,13 @@ class RankerEntry:
     Attributes:
         like: The ranker whose settings it starts from.
         settings: Its own.
+        in_world: Its own in one synthetic world, by that one's name.
         trials: What tuning tries, one after the other; none for an ablation, which takes those of what it is like.
     """
 
     like: str | None = None
     settings: Settings = field(default_factory=dict)
+    in_world: dict[str, Settings] = field(default_factory=dict)
     trials: tuple[Settings, ...] = ()
 
 
@@ -83,11 +85,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """Both comparisons."""
+    """All comparisons: in the worlds whose tasks have many positives, in those with rare tasks, and on KuaiRand."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     worlds: Comparison
+    rare_worlds: Comparison
     kuairand: Comparison
 
 
@@ -119,11 +122,21 @@ def save_chosen(chosen: Chosen, path: Path) -> None:
     path.write_text(head + yaml.safe_dump(chosen, sort_keys=True), encoding="utf-8")
 
 
-def settings_of(comparison: Comparison, name: str, chosen: Mapping[str, Settings]) -> Settings:
-    """The settings of a ranker, dotted."""
+def settings_of(
+    comparison: Comparison, name: str, chosen: Mapping[str, Settings], world: str | None = None
+) -> Settings:
+    """The settings of a ranker, dotted.
+
+    Args:
+        comparison: Whose ranker it is.
+        name: Of the ranker.
+        chosen: Ranker → the trial that tuning chose.
+        world: The synthetic world in which it runs; None elsewhere.
+    """
     entry = comparison.rankers[name]
-    below = settings_of(comparison, entry.like, chosen) if entry.like else comparison.common
-    return {**below, **entry.settings, **(chosen.get(name, {}) if entry.trials else {})}
+    below = settings_of(comparison, entry.like, chosen, world) if entry.like else comparison.common
+    own = {**entry.settings, **(entry.in_world.get(world, {}) if world else {})}
+    return {**below, **own, **(chosen.get(name, {}) if entry.trials else {})}
 
 
 def build_config(settings: Settings, where: str) -> Config:

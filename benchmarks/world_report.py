@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from benchmarks import rare_report
 from benchmarks.bootstrap import Interval
 from benchmarks.quality_config import Comparison
 from benchmarks.world_quality import WorldFigures
@@ -24,13 +25,19 @@ _WORST_LOW = (
     "oracle_share",
     "over_paper_pct",
     "over_paper_ci_low_pct",
+    "worst_task_gain",
 )
 """Figures of a world of which the lowest over the worlds is given; of ``e*_over_e*`` as well."""
 
 
 def flat_figures(comparison: Comparison, worlds: Sequence[WorldFigures], seeds: int) -> Flat:
-    """Every figure, with the name of its world and its ranker as prefix; and the worst over the worlds."""
-    flat: Flat = {"world_seeds": seeds, "world_impressions": worlds[0].stream.impressions}
+    """Every figure, with the name of its world and its ranker as prefix; and the worst over the worlds.
+
+    A figure that is not defined, because a task has no positives, is None.
+    """
+    of_rare = worlds[0].stream.is_rare
+    over_all = "rare_world" if of_rare else "world"
+    flat: Flat = {f"{over_all}_seeds": seeds, f"{over_all}_impressions": worlds[0].stream.impressions}
     own = [_headline(comparison, one) for one in worlds]
     for one, headline in zip(worlds, own, strict=True):
         world = one.stream.world
@@ -38,6 +45,13 @@ def flat_figures(comparison: Comparison, worlds: Sequence[WorldFigures], seeds: 
         flat[f"{world}_oracle_gauc"] = float(one.oracle["end"].mean())
         for name in one.rankers:
             flat |= {f"{world}_{name}_{key}": value for key, value in _of_ranker(comparison, one, name).items()}
+    flat |= rare_report.flat_figures(comparison, worlds) if of_rare else _worst(own)
+    return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in flat.items()}
+
+
+def _worst(own: Sequence[Flat]) -> Flat:
+    """The worst over the worlds, of figures that all of them have."""
+    flat = Flat()
     for key in dict.fromkeys(key for headline in own for key in headline):
         values = [v for headline in own if isinstance(v := headline.get(key), (int, float))]
         if len(values) < len(own):
@@ -81,6 +95,7 @@ def _against_dense(comparison: Comparison, one: WorldFigures) -> Flat:
     flat |= _interval("gain", gauc.gain(smes, best)) | _interval("gain_single", one.single["end"].gain(smes, best))
     behind = gauc.gauc_T(smes) < gauc.gauc_T(best)
     flat["tasks_behind"] = int(behind.sum())
+    flat["worst_task_gain"] = float((gauc.gauc_T(smes) - gauc.gauc_T(best)).min())
     early = {}
     for part in _EARLY:
         rival = one.best_dense(comparison, part, at_least=flops)
@@ -95,8 +110,8 @@ def _of_ranker(comparison: Comparison, one: WorldFigures, name: str) -> Flat:
     figures = one.rankers[name]
     flat: Flat = {
         "gauc": one.gauc["end"].mean(name),
-        "gauc_single": float(np.mean(figures.seeds)),
-        "gauc_single_sd": _deviation(figures.seeds),
+        "gauc_single": float(figures.seeds_ST.mean()),
+        "gauc_single_sd": _deviation(figures.seeds_ST.mean(axis=1).tolist()),
         **figures.cost.flat(),
         "calibration_error": float(figures.calibration_error.mean()),
         "calibration_ratio": float(figures.calibration_ratio.mean()),
@@ -110,13 +125,13 @@ def _of_ranker(comparison: Comparison, one: WorldFigures, name: str) -> Flat:
 
 
 def markdown(comparison: Comparison, one: WorldFigures) -> str:
-    """A table of one world, ready for ``docs/quality.md``."""
+    """The tables of one world, ready for ``docs/``."""
     stream, smes = one.stream, comparison.smes
     lines = [
         f"### World `{stream.world}`",
         "",
         f"{stream.impressions:,} impressions, world seed {stream.world_seed}, "
-        f"{len(next(iter(one.rankers.values())).seeds)} model seeds.",
+        f"{len(next(iter(one.rankers.values())).seeds_ST)} model seeds.",
         "",
         "| ranker | GAUC | one seed | at 1/10 | at 1/3 | of the way | "
         f"`{smes}` is better by, % | kFLOP | parameters | experts run | error of p |",
@@ -135,7 +150,8 @@ def markdown(comparison: Comparison, one: WorldFigures) -> str:
         )
     oracle = {part: f"{values.mean():.4f}" for part, values in one.oracle.items()}
     lines.append(f"| oracle | {oracle['end']} | | {oracle['tenth']} | {oracle['third']} | 1 | | | | | 0 |")
-    return "\n".join([*lines, "", *_by_task(comparison, one), ""])
+    lines += ["", *_by_task(comparison, one), ""]
+    return "\n".join([*lines, *(rare_report.markdown(comparison, one) if stream.is_rare else [])])
 
 
 def _by_task(comparison: Comparison, one: WorldFigures) -> list[str]:

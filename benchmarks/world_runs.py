@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.bootstrap import GroupedAuc
 from benchmarks.flops import FlopTally, cost_of
 from benchmarks.quality_config import Settings, build_config, key_of
+from benchmarks.rare_worlds import RARE_BELOW, RARE_WORLDS, RareWorld
 from benchmarks.run_cache import RunCache, RunResult
 from benchmarks.worlds import CANDIDATES, NUM_TASKS, WORLDS, World
 from smes.arrays import F32, I64
@@ -22,10 +23,12 @@ from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 
 BATCH = 1024
-MOST_POINTS = 64
+MOST_POINTS, MOST_RARE_POINTS = 64, 16
 _LEAST_BATCHES = 16
 PARTS = {"tenth": (0.075, 0.125), "third": (0.3083, 0.3583), "end": (0.75, 1.0)}
 """Shares of the stream: around a tenth of it, around a third, and the last quarter."""
+RARE_PARTS = {"tenth": (0.05, 0.15), "third": (0.28, 0.38), "end": (0.75, 1.0)}
+"""The same where tasks are rare: wider, so that they have positives in each."""
 
 _COUNTED_BATCHES = 8
 
@@ -39,8 +42,8 @@ class Stream:
     impressions: int
 
     def __post_init__(self) -> None:
-        if self.world not in WORLDS:
-            raise ValueError(f"world {self.world!r}: expected one of {sorted(WORLDS)}")
+        if self.world not in WORLDS and self.world not in RARE_WORLDS:
+            raise ValueError(f"world {self.world!r}: expected one of {[*WORLDS, *RARE_WORLDS]}")
         if self.impressions < _LEAST_BATCHES * BATCH or self.impressions % BATCH:
             raise ValueError(
                 f"impressions {self.impressions}: expected a multiple of {BATCH}, at least {_LEAST_BATCHES * BATCH}"
@@ -49,11 +52,33 @@ class Stream:
     @property
     def curve_points(self) -> int:
         """P, the points of a learning curve: equal parts of the stream, of at least one batch each."""
-        return min(MOST_POINTS, self.impressions // BATCH)
+        return min(MOST_RARE_POINTS if self.is_rare else MOST_POINTS, self.impressions // BATCH)
+
+    @property
+    def is_rare(self) -> bool:
+        """Whether it is of a world with rare tasks."""
+        return self.world in RARE_WORLDS
+
+    @property
+    def rare_tasks(self) -> list[int]:
+        """Tasks with a base rate below ``RARE_BELOW``."""
+        return [t for t, rate in enumerate(self.rates) if rate < RARE_BELOW]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Base rate by task."""
+        return (WORLDS | RARE_WORLDS)[self.world].rates
+
+    def make_world(self) -> World:
+        """The world, made anew."""
+        if self.is_rare:
+            return RareWorld(RARE_WORLDS[self.world], self.world_seed)
+        return World(WORLDS[self.world], self.world_seed)
 
     def rows(self, part: str) -> tuple[int, int]:
         """The first row of a part and the row after its last, of whole requests."""
-        first, last = (round(share * self.impressions) // CANDIDATES * CANDIDATES for share in PARTS[part])
+        parts = RARE_PARTS if self.is_rare else PARTS
+        first, last = (round(share * self.impressions) // CANDIDATES * CANDIDATES for share in parts[part])
         return first, last
 
 
@@ -99,8 +124,7 @@ class TruthRun:
 
     def execute(self, cache: RunCache) -> RunResult:
         columns = _Columns(self.stream)
-        world = World(WORLDS[self.stream.world], self.stream.world_seed)
-        for examples, probabilities_NT in world.stream(self.stream.impressions, BATCH):
+        for examples, probabilities_NT in self.stream.make_world().stream(self.stream.impressions, BATCH):
             truth_NT = probabilities_NT.astype(np.float32)
             columns.add(
                 examples,
@@ -140,7 +164,7 @@ class WorldRun:
 
     def execute(self, cache: RunCache) -> RunResult:
         config = build_config(self.settings, self.ranker)
-        world = World(WORLDS[self.stream.world], self.stream.world_seed)
+        world = self.stream.make_world()
         cpu = torch.device("cpu")
         learner = Learner(world.schema, config.model, config.optimizer, device=cpu, seed=self.seed)
         columns = _Columns(self.stream)

@@ -22,22 +22,26 @@ def tune_worlds(
     One setting for all worlds: nobody knows beforehand which one they are in.
     """
     tuned_on = [replace(stream, world_seed=stream.world_seed + _OTHER_SEED) for stream in streams]
-    trials = {
-        (name, n): {**settings_of(comparison, name, {}), **trial}
-        for name in names
-        for n, trial in enumerate(comparison.rankers[name].trials)
-    }
-    runs = [WorldRun(name, settings, on, seed=0) for on in tuned_on for (name, _), settings in trials.items()]
+    tuned = [name for name in names if comparison.rankers[name].trials]
+    runs = [
+        _run(comparison, name, trial, on)
+        for on in tuned_on
+        for name in tuned
+        for trial in comparison.rankers[name].trials
+    ]
     run_missing([*(TruthRun(on) for on in tuned_on), *runs], cache, processes)
     best: dict[str, Settings] = {}
-    for name in dict.fromkeys(name for name, _ in trials):
+    for name in tuned:
         gauc = []
         for trial in comparison.rankers[name].trials:
-            settings = {**settings_of(comparison, name, {}), **trial}
             ends = [
-                world_figures([WorldRun(name, settings, on, 0)], cache, 1).gauc["end"].mean(name) for on in tuned_on
+                world_figures([_run(comparison, name, trial, on)], cache, 1).gauc["end"].mean(name) for on in tuned_on
             ]
             gauc.append(float(np.mean(ends)))
             print(f"{name} {trial}: GAUC {gauc[-1]:.4f} ({' '.join(f'{end:.4f}' for end in ends)})")
         best[name] = comparison.rankers[name].trials[int(np.argmax(gauc))]
     return best
+
+
+def _run(comparison: Comparison, name: str, trial: Settings, stream: Stream) -> WorldRun:
+    return WorldRun(name, {**settings_of(comparison, name, {}, stream.world), **trial}, stream, seed=0)

@@ -9,11 +9,11 @@ with M of 16 × 4, its entries and those of w normal, w of length 1. Positives f
 The model sees noisy a_u and b_i (deviation 0.3), their product, and the regimes. Each request shows one user 8 items.
 
 The worlds were written down before any ranker was tried on them, and are not tuned.
-Letters: N instances, T tasks, F features.
+Letters: N instances, T tasks, F features, R regimes, L latent numbers, H hidden ones, O outputs.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from smes.schema import Feature, Schema, Task
 NUM_TASKS = 8
 CANDIDATES = 8
 USERS, ITEMS, LATENT, HIDDEN = 20_000, 5_000, 16, 4
-BASE_RATES = np.geomspace(0.45, 0.05, NUM_TASKS)
 COMMON, REGIME, POPULARITY, NOISE = 0.5, 1.3, 0.5, 0.3
 _CHUNK = 16_384  # instances generated at once
 
@@ -42,12 +41,22 @@ class WorldSpec:
         by_category: Tasks whose regime is the item's category; the other tasks follow the user's segment.
         ids: Whether regimes are given as ids, beside the ids of user and item, with embedding tables to learn; else as
             indicators (0 or 1), one a regime.
+        least_rate: Base rate of the last task. The rates fall geometrically from 0.45 to this.
+        needs: Task → the task, itself without such a need, without whose positive label it is never positive. Its
+            logit is then of its probability given that positive; its base rate is that of both.
     """
 
     segments: int
     categories: int = 0
     by_category: tuple[int, ...] = ()
     ids: bool = False
+    least_rate: float = 0.05
+    needs: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Base rate by task."""
+        return tuple(np.geomspace(0.45, self.least_rate, NUM_TASKS).tolist())
 
 
 WORLDS: dict[str, WorldSpec] = {
@@ -76,13 +85,15 @@ class World:
         self._segment_U = rng.integers(spec.segments, size=USERS)
         self._category_I = rng.integers(max(spec.categories, 1), size=ITEMS)
         self._popularity_I = rng.normal(size=ITEMS)
-        self._common = [_Reader(rng, 1) for _ in range(NUM_TASKS)]
-        counts = [spec.categories if t in spec.by_category else spec.segments for t in range(NUM_TASKS)]
-        self._regimes = [_Reader(rng, count) for count in counts]
+        self._draw_readings(rng)
         self._bias_T = np.zeros(NUM_TASKS)
         users, items = rng.integers(USERS, size=50_000), rng.integers(ITEMS, size=50_000)
         logits_NT = self._logits(users, items)
-        self._bias_T = np.array([_bias(logits_NT[:, t], rate) for t, rate in enumerate(BASE_RATES)])
+        needed_NT = np.ones_like(logits_NT)
+        for t in sorted(range(NUM_TASKS), key=spec.needs.__contains__):  # first those that need no other
+            if t in spec.needs:
+                needed_NT[:, t] = _sigmoid(logits_NT[:, spec.needs[t]] + self._bias_T[spec.needs[t]])
+            self._bias_T[t] = _bias(logits_NT[:, t], needed_NT[:, t], spec.rates[t])
         self.schema = _schema(spec)
 
     def stream(self, num_instances: int, batch_size: int) -> Iterator[tuple[ExampleBlock, F64]]:
@@ -107,7 +118,7 @@ class World:
         rng = np.random.default_rng([self._seed, 1, number])
         users = np.repeat(rng.integers(USERS, size=count // CANDIDATES), CANDIDATES)
         items = rng.integers(ITEMS, size=count)
-        probabilities_NT = 1 / (1 + np.exp(-self._logits(users, items)))
+        probabilities_NT = _sigmoid(self._logits(users, items))
         examples = ExampleBlock.empty(self.schema, count)
         examples.impression_id[:] = np.arange(start, start + count)
         examples.request_id[:] = examples.impression_id // CANDIDATES
@@ -115,6 +126,9 @@ class World:
         a_NL, b_NL = self._seen_a_UL[users], self._seen_b_IL[items]
         examples.numerics[:, : 3 * LATENT] = np.concatenate([a_NL, b_NL, a_NL * b_NL], axis=1)
         examples.labels[:] = rng.random(probabilities_NT.shape) < probabilities_NT
+        for task, needed in self._spec.needs.items():
+            examples.labels[:, task] *= examples.labels[:, needed]
+            probabilities_NT[:, task] *= probabilities_NT[:, needed]
         self._give_regimes(examples, users, items)
         return examples, probabilities_NT
 
@@ -131,39 +145,71 @@ class World:
 
     def _logits(self, users: I64, items: I64) -> F64:
         v_NL = self._a_UL[users] * self._b_IL[items]
-        segment, category = self._segment_U[users], self._category_I[items]
-        nothing = np.zeros(len(users), np.int64)
-        logits_NT = np.empty((len(users), NUM_TASKS))
+        read_NT = self._read(v_NL, self._segment_U[users], self._category_I[items])
+        return read_NT + POPULARITY * self._popularity_I[items][:, None] + self._bias_T
+
+    def _draw_readings(self, rng: np.random.Generator) -> None:
+        """What the tasks see in v: here, each has readers of its own."""
+        spec = self._spec
+        self._common = [Reader.draw(rng, 1) for _ in range(NUM_TASKS)]
+        counts = [spec.categories if t in spec.by_category else spec.segments for t in range(NUM_TASKS)]
+        self._regimes = [Reader.draw(rng, count) for count in counts]
+
+    def _read(self, v_NL: F64, segment_N: I64, category_N: I64) -> F64:
+        """Logits without popularity and bias [N, T]."""
+        nothing_N = np.zeros(len(v_NL), np.int64)
+        read_NT = np.empty((len(v_NL), NUM_TASKS))
         for t in range(NUM_TASKS):
-            regime = category if t in self._spec.by_category else segment
-            own, common = self._regimes[t](v_NL, regime), self._common[t](v_NL, nothing)
-            logits_NT[:, t] = REGIME * own + COMMON * common + POPULARITY * self._popularity_I[items]
-        return logits_NT + self._bias_T
+            regime_N = category_N if t in self._spec.by_category else segment_N
+            read_NT[:, t] = REGIME * self._regimes[t](v_NL, regime_N) + COMMON * self._common[t](v_NL, nothing_N)
+        return read_NT
 
 
-class _Reader:
-    """How one task reads v in each regime: ``w·tanh(Mᵀv)``, scaled to a deviation near 1."""
+class Reader:
+    """How v is read in each of R regimes: ``tanh(Mᵀv)·w``, scaled so that a w of length 1 gives a deviation near 1.
 
-    def __init__(self, rng: np.random.Generator, count: int) -> None:
-        self._m_RLH = rng.normal(size=(count, LATENT, HIDDEN)) / np.sqrt(LATENT)
-        w_RH = rng.normal(size=(count, HIDDEN))
-        self._w_RH = w_RH / np.linalg.norm(w_RH, axis=1, keepdims=True) / 0.63  # tanh of a normal deviates by 0.63
+    Args:
+        m_RLH: M of each regime.
+        w_RHO: w of each regime: [R, H], or [R, H, O] for O tasks that share M.
+    """
+
+    def __init__(self, m_RLH: F64, w_RHO: F64) -> None:
+        self._m_RLH, self._w_RHO = m_RLH, w_RHO / 0.63  # tanh of a normal deviates by 0.63
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, regimes: int) -> "Reader":
+        """For one task."""
+        m_RLH = draw_m(rng, regimes, HIDDEN)
+        w_RH = rng.normal(size=(regimes, HIDDEN))
+        return cls(m_RLH, w_RH / np.linalg.norm(w_RH, axis=1, keepdims=True))
 
     def __call__(self, v_NL: F64, regime_N: I64) -> F64:
-        out_N = np.empty(len(v_NL))
+        """[N] or [N, O]."""
+        out_NO = np.empty((len(v_NL), *self._w_RHO.shape[2:]))
         for regime in range(len(self._m_RLH)):
             rows = np.flatnonzero(regime_N == regime)
-            out_N[rows] = np.tanh(v_NL[rows] @ self._m_RLH[regime]) @ self._w_RH[regime]
-        return out_N
+            out_NO[rows] = np.tanh(v_NL[rows] @ self._m_RLH[regime]) @ self._w_RHO[regime]
+        return out_NO
 
 
-def _bias(logits_N: F64, rate: float) -> float:
-    """The constant that makes the mean probability ``rate``, by bisection."""
+def draw_m(rng: np.random.Generator, regimes: int, hidden: int) -> F64:
+    """M of each regime, [R, L, H]."""
+    m_RLH: F64 = rng.normal(size=(regimes, LATENT, hidden)) / np.sqrt(LATENT)
+    return m_RLH
+
+
+def _bias(logits_N: F64, needed_N: F64, rate: float) -> float:
+    """The constant that makes the mean probability, times that of what is needed, ``rate``; by bisection."""
     low, high = -20.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if np.mean(1 / (1 + np.exp(-logits_N - middle))) < rate else (low, middle)
+        low, high = (middle, high) if np.mean(needed_N * _sigmoid(logits_N + middle)) < rate else (low, middle)
     return low
+
+
+def _sigmoid(logits: F64) -> F64:
+    p: F64 = 1 / (1 + np.exp(-logits))
+    return p
 
 
 def _schema(spec: WorldSpec) -> Schema:

@@ -43,7 +43,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(400), pytest.mark.xdist_grou
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quality")
-    text = yaml.safe_dump({"worlds": COMPARED, "kuairand": COMPARED})
+    text = yaml.safe_dump({"worlds": COMPARED, "rare_worlds": COMPARED, "kuairand": COMPARED})
     (folder / "quality.yaml").write_text(text)
     return folder
 
@@ -162,7 +162,7 @@ def test_the_settings_of_an_ablation_are_those_of_what_it_is_like() -> None:
     assert settings_of(config, "smes_e16", chosen)["model.smes.experts.num"] == 16
 
 
-@pytest.mark.parametrize("which", ["worlds", "kuairand"])
+@pytest.mark.parametrize("which", ["worlds", "rare_worlds", "kuairand"])
 def test_every_setting_and_trial_of_the_comparison_is_a_key_that_exists(which: str) -> None:
     comparison = getattr(load_quality(), which)
     for name, entry in comparison.rankers.items():
