@@ -55,7 +55,8 @@ class KafkaLogConfig:
         batch_bytes: Size of a producer batch.
         fetch_wait_ms: How long the broker may hold a fetch without data. A read of other partitions waits this long.
         replication_factor: Of created topics; ``-1`` is the broker's default.
-        outage_timeout_s: How long an operation is tried while the brokers are away, as during a restart.
+        outage_timeout_s: How long an operation is tried while the brokers are away, as during a restart. Also how long
+            they may return nothing from before the end, until that counts as damage.
     """
 
     compression: Literal["lz4", "zstd", "gzip", "none"] = "lz4"

@@ -3,6 +3,14 @@
 The consumer raises at such a batch, again and again. Here the batch is fetched as it lies in the log, and tried. Its
 header says where it ends, and the next batch's header where that one begins. So the read can go on behind it, and the
 batch can be reported.
+
+Some damage stops the broker, too. It answers a fetch by walking from batch to batch, from the last entry of its index
+on. Where it trips over a header, it returns an error. Where a header says that the batch ends behind the file, it
+returns nothing, without an error. How far that reaches depends on the index (one entry per 4 KiB of log, by default)
+and on chance: a batch whose magic byte is damaged is taken for one of an old format, which has the kind of compression
+where ours has the first byte of the checksum.
+
+The base offset is not covered by the checksum. If it is damaged, the records are read, and under wrong offsets.
 """
 
 import struct
@@ -32,23 +40,27 @@ class _Batch:
     data: bytes
 
 
-def damaged_at(at: TopicPartition, position: int, end: int, fetch_raw: FetchRaw) -> list[UnreadableRecord]:
+def damaged_at(
+    at: TopicPartition, position: int, end: int, fetch_raw: FetchRaw, *, stuck: bool = False
+) -> list[UnreadableRecord]:
     """The batches from ``position`` on that cannot be decoded, up to the first that can.
+
+    Each report begins where the one before ends, or behind it, and stands for at least one record.
 
     Args:
         at, position: Where the consumer failed.
         end: The partition's end.
         fetch_raw: Fetches from this partition.
+        stuck: The broker has returned nothing from ``position`` on for long, so that another empty answer is damage.
+            Without, it is none: a new leader may not know the end yet.
     """
     if position >= end:
         return []
     code, data = fetch_raw(position)
-    if code == _OUT_OF_RANGE:
+    if code == _OUT_OF_RANGE or not (code or data or stuck):
         return []
     batches = [] if code else list(_batches(data, end))
     if not batches:
-        if not code and not data:
-            return []
         return [_unreachable(at, position, end, fetch_raw, code)]
     found = []
     for batch in batches:
@@ -56,7 +68,8 @@ def damaged_at(at: TopicPartition, position: int, end: int, fetch_raw: FetchRaw)
         if problem is None:
             break
         first = max(position, batch.base)
-        found.append(_report(at, first, batch.after, problem, batch.data))
+        position = max(batch.after, first + 1)  # the broker holds that the first batch reaches at least to `position`
+        found.append(_report(at, first, position, problem, batch.data))
     return found
 
 
@@ -68,10 +81,11 @@ def _batches(data: bytes, end: int) -> Iterator[_Batch]:
         stop = start + _START.size + length
         if not (before < base < end and _HEADER_BYTES - _START.size <= length and stop <= len(data)):
             return
-        after = base + _DELTA.unpack_from(data, start + _DELTA_AT)[0] + 1
-        following = _START.unpack_from(data, stop)[0] if stop + _START.size <= len(data) else end
-        if not base < after <= following <= end:  # the number of records is damaged, too
-            after = following if base < following <= end else base + 1
+        told = base + _DELTA.unpack_from(data, start + _DELTA_AT)[0] + 1
+        # The end as the batch tells it may look true and be wrong. So the header that follows is asked first.
+        follows = stop + _START.size <= len(data)
+        ends = (_START.unpack_from(data, stop)[0], told) if follows else (told, end)
+        after = next((each for each in ends if base < each <= end), base + 1)
         yield _Batch(base, after, data[start:stop])
         start, before = stop, base
 
@@ -92,7 +106,11 @@ def _problem(data: bytes) -> str | None:
 
 
 def _unreachable(at: TopicPartition, position: int, end: int, fetch_raw: FetchRaw, code: int) -> UnreadableRecord:
-    """A stretch that the broker itself cannot read: up to the first offset from which it can."""
+    """A stretch that the broker itself cannot read: up to an offset from which it can, or to the end.
+
+    That offset is searched in steps that double, and then by halves. If several batches are damaged, what can be read
+    between them may be passed and reported with them.
+    """
 
     def readable(offset: int) -> bool:
         error, data = fetch_raw(offset)

@@ -3,7 +3,7 @@
 The caller keeps the positions: the log assigns partitions and seeks, and commits nothing. A position that the broker
 no longer holds is an error; the log never jumps to another one. A record's time is the producer's (``CreateTime``).
 Aborted transactions are not read, and the end of a partition is its last stable offset. A batch that cannot be decoded
-is reported and passed.
+is reported and passed, and so is a stretch of which the broker has returned nothing for ``outage_timeout_s``.
 
 There are three kinds of clients: producers for ``append`` (any thread), a consumer for ``read`` (one thread at a time),
 and an admin client for topics and offsets. Producers and consumer are made when they are first needed, and every client
@@ -23,6 +23,7 @@ from kafka.consumer.fetcher import ConsumerRecord
 from kafka.errors import (
     BrokerResponseError,
     CorruptRecordError,
+    InvalidRecordError,
     LogTruncationError,
     OffsetOutOfRangeError,
     UnknownError,
@@ -52,6 +53,8 @@ _RECORD_OVERHEAD_BYTES = 65_536  # headers and batch framing around a record's v
 _LONGEST_POLL_S = 0.25  # between two looks at the stop event
 _PAUSE_S = 0.2  # after an error of the consumer that has no cause in the log
 
+_DAMAGE = (CorruptRecordError, InvalidRecordError, UnknownError)  # a broker's answers where it trips over a batch
+
 _Batches = Mapping[KafkaPartition, list[ConsumerRecord]]
 
 
@@ -64,6 +67,7 @@ class KafkaLog:
         config: Limits.
         connect_timeout_s: Longest wait for a first answer of the brokers.
         now_ms: The producer's clock, Unix milliseconds; it stamps ``arrival_ms``.
+        monotonic: Seconds; says for how long the log has been in trouble or has returned nothing.
 
     Raises:
         ValueError: ``bootstrap`` is not of that form.
@@ -78,10 +82,11 @@ class KafkaLog:
         *,
         connect_timeout_s: float = 10.0,
         now_ms: Callable[[], int] = wall_clock_ms,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = KafkaConnection(bootstrap, config or KafkaLogConfig(), connect_timeout_s)
         self._namespace = namespace
-        self._now_ms = now_ms
+        self._now_ms, self._monotonic = now_ms, monotonic
         self._brokers = Brokers(self._connection)
         self._appender = Appender(self._connection, self._brokers)
         self._counts = PartitionCounts(lambda topic: len(self._describe(topic)["partitions"]))
@@ -90,6 +95,7 @@ class KafkaLog:
         self._consumer_lock = threading.Lock()
         self._sought: Positions = {}
         self._trouble_since_s: float | None = None
+        self._standing: dict[TopicPartition, tuple[int, float]] = {}  # position, since when
         self._brokers.ask("connect", lambda admin: admin.list_topics(), connect_timeout_s)
 
     def ensure_topic(self, topic: str, partitions: int, *, exact: bool = True) -> None:
@@ -141,7 +147,8 @@ class KafkaLog:
                 self._drop_consumer()
                 return self._pass_damage(positions, error)
             self._trouble_since_s = None
-            return self._fetch(consumer, after, batches)
+            fetch = self._fetch(consumer, after, batches)
+            return self._pass_standstill(fetch)
 
     def begin(self, topic: str) -> Positions:
         """See :meth:`stream.log.event_log.EventLog.begin`."""
@@ -200,25 +207,56 @@ class KafkaLog:
         Raises:
             EventLogError: The brokers refused, or no damage is found for ``outage_timeout_s``.
         """
-        if isinstance(error, BrokerResponseError) and not isinstance(error, CorruptRecordError | UnknownError):
+        if isinstance(error, BrokerResponseError) and not isinstance(error, _DAMAGE):
             raise self._connection.refused("read", error) from error
+        unreadable, after, at_end = self._damage(positions)
+        now_s = self._monotonic()
+        self._trouble_since_s = None if unreadable else self._trouble_since_s or now_s
+        if self._trouble_since_s is not None:
+            if now_s - self._trouble_since_s >= self._connection.config.outage_timeout_s:
+                raise self._connection.refused("read", error) from error
+            self._connection.calls.wait(_PAUSE_S)
+        return Fetch([], after, at_end, unreadable=unreadable)
+
+    def _pass_standstill(self, fetch: Fetch) -> Fetch:
+        """Pass what the broker returns nothing of, and no error, though it is before the end.
+
+        A pause of ``outage_timeout_s`` between two reads looks the same at first. Then the broker returns records when
+        it is asked here, and nothing is passed.
+        """
+        now_s = self._monotonic()
+        stuck = {}
+        for at, position in fetch.positions.items():
+            before, since_s = self._standing.get(at, (-1, now_s))
+            if position != before or at in fetch.at_end:
+                self._standing[at] = position, now_s
+            elif now_s - since_s >= self._connection.config.outage_timeout_s:
+                self._standing[at] = position, now_s
+                stuck[at] = position
+        if not stuck:
+            return fetch
+        unreadable, after, at_end = self._damage(stuck, stuck=True)
+        return Fetch(fetch.records, fetch.positions | after, fetch.at_end | at_end, unreadable=unreadable)
+
+    def _damage(
+        self, positions: Mapping[TopicPartition, int], *, stuck: bool = False
+    ) -> tuple[list[UnreadableRecord], Positions, frozenset[TopicPartition]]:
+        """What cannot be decoded at these positions, the positions behind it, and which of them are the end.
+
+        Args:
+            positions: Where to look.
+            stuck: As :func:`stream.log.kafka_damage.damaged_at`.
+        """
         unreadable: list[UnreadableRecord] = []
         after = dict(positions)
         ends = self._offsets(list(positions), OffsetSpec.LATEST)
         max_bytes = self._connection.config.fetch_max_bytes
         for at, position in positions.items():
             fetch = partial(self._brokers.fetch_raw, self._kafka(at), max_bytes)
-            found = damaged_at(at, position, ends[at], fetch)
+            found = damaged_at(at, position, ends[at], fetch, stuck=stuck)
             unreadable += found
             after[at] = max([position, *(each.offset + each.records for each in found)])
-        now_s = time.monotonic()
-        self._trouble_since_s = None if unreadable else self._trouble_since_s or now_s
-        if self._trouble_since_s is not None:
-            if now_s - self._trouble_since_s >= self._connection.config.outage_timeout_s:
-                raise self._connection.refused("read", error) from error
-            self._connection.calls.wait(_PAUSE_S)
-        at_end = frozenset(at for at, end in ends.items() if after[at] >= end)
-        return Fetch([], after, at_end, unreadable=unreadable)
+        return unreadable, after, frozenset(at for at, end in ends.items() if after[at] >= end)
 
     def _seek(self, consumer: KafkaConsumer, positions: Mapping[TopicPartition, int]) -> None:
         """Point the consumer at ``positions``. A partition that is there already keeps the records fetched ahead."""

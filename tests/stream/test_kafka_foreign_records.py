@@ -1,21 +1,16 @@
-"""Kafka topics that others write to: transactions, records without a time, damaged batches, odd compressions."""
+"""Kafka topics that others write to: transactions, records without a time, odd compressions."""
 
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer
-from kafka.record.util import calc_crc32c
 
-from smes_cli.demo.local_servers import start_kafka
 from stream.log.event_log import Fetch, OutRecord, Positions, TopicPartition
-from stream.log.kafka_connection import KafkaLogConfig
 from stream.log.kafka_log import KafkaLog
 from stream.topics import DEAD_LETTERS
 
@@ -173,95 +168,3 @@ def test_several_processes_may_create_a_topic_at_the_same_moment(
 
         assert problems == []
         assert logs[0].end(f"fresh{i}")[TopicPartition(f"fresh{i}", 1)] == 3
-
-
-_LENGTH_AT, _MAGIC_AT, _CRC_AT, _ATTRIBUTES_AT, _DELTA_AT, _RECORDS_AT = 8, 16, 17, 21, 23, 61
-
-
-def flip(at: int) -> Callable[[bytearray], None]:
-    def damage(batch: bytearray) -> None:
-        batch[at] ^= 0xFF
-
-    return damage
-
-
-def with_checksum(change: Callable[[bytearray], None]) -> Callable[[bytearray], None]:
-    def damage(batch: bytearray) -> None:
-        change(batch)
-        struct.pack_into(">I", batch, _CRC_AT, calc_crc32c(bytes(batch[_ATTRIBUTES_AT:])))
-
-    return damage
-
-
-def unknown_codec(batch: bytearray) -> None:
-    batch[_ATTRIBUTES_AT + 1] |= 7
-
-
-def broken_gzip(batch: bytearray) -> None:
-    batch[_ATTRIBUTES_AT + 1] |= 1
-
-
-THE_BROKER_TRIPS = "the magic byte"  # its index leads it to no batch behind the damaged one, so that is out of reach
-DAMAGES = {
-    "a byte of a record": flip(_RECORDS_AT + 8),
-    "the checksum": flip(_CRC_AT),
-    "the last offset": flip(_DELTA_AT + 1),
-    "the length of a record": with_checksum(flip(_RECORDS_AT)),
-    "an unknown codec": with_checksum(unknown_codec),
-    "no gzip": with_checksum(broken_gzip),
-    THE_BROKER_TRIPS: flip(_MAGIC_AT),
-}
-
-
-def damage_middle_batch(path: Path, damage: Callable[[bytearray], None]) -> tuple[int, int]:
-    """Damage one batch of a segment file, neither the first nor the last; its first offset and number of records."""
-    segment, starts = bytearray(path.read_bytes()), [0]
-    while starts[-1] + 12 <= len(segment):
-        starts.append(starts[-1] + 12 + struct.unpack_from(">i", segment, starts[-1] + _LENGTH_AT)[0])
-    assert len(starts) > 3
-    middle = len(starts) // 2 - 1
-    batch = segment[starts[middle] : starts[middle + 1]]
-    (base,), (last,) = struct.unpack_from(">q", batch), struct.unpack_from(">i", batch, _DELTA_AT)
-    damage(batch)
-    segment[starts[middle] : starts[middle + 1]] = batch
-    path.write_bytes(segment)
-    return base, last + 1
-
-
-# kafka-python leaves a socket whose connection was refused to the garbage collector
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_damaged_batches_are_passed_and_reported(kafka_home: Path, tmp_path: Path, closing: ExitStack) -> None:
-    """Every kind of damage at once, each in a topic of its own."""
-    config = KafkaLogConfig(compression="none")
-    folder = tmp_path / "kafka"
-    topics = {f"t{i}": (name, damage) for i, (name, damage) in enumerate(DAMAGES.items())}
-    with start_kafka(kafka_home, folder) as server:
-        log = KafkaLog(server.bootstrap, "ns", config)
-        for topic in topics:
-            log.ensure_topic(topic, 1)
-            for start in (0, 10, 20):
-                log.append(topic, [OutRecord(b"%d" % i, (), 0) for i in range(start, start + 10)])
-        log.close()
-    segments = {topic: folder / "data" / f"ns.{topic}-0" / "00000000000000000000.log" for topic in topics}
-    damaged = {name: damage_middle_batch(segments[topic], damage) for topic, (name, damage) in topics.items()}
-    damaged[THE_BROKER_TRIPS] = damaged[THE_BROKER_TRIPS][0], 30 - damaged[THE_BROKER_TRIPS][0]
-    server = closing.enter_context(start_kafka(kafka_home, folder))
-    log = KafkaLog(server.bootstrap, "ns", config)
-    closing.callback(log.close)
-    positions: Positions = {TopicPartition(topic, 0): 0 for topic in topics}
-    seen: dict[str, list[int]] = {name: [] for name in DAMAGES}
-    bad: dict[str, list[tuple[int, int]]] = {name: [] for name in DAMAGES}
-
-    deadline = time.monotonic() + DEADLINE_S
-    at_end: frozenset[TopicPartition] = frozenset()
-    while at_end != set(positions) and time.monotonic() < deadline:
-        fetch = log.read(positions, max_records=1000, timeout_s=0.2)
-        positions, at_end = fetch.positions, fetch.at_end
-        for record in fetch.records:
-            seen[topics[record.topic][0]].append(int(record.value))
-        for each in fetch.unreadable:
-            bad[topics[each.topic][0]].append((each.offset, each.records))
-
-    assert bad == {name: [where] for name, where in damaged.items()}
-    for name, (first, count) in damaged.items():
-        assert seen[name] == [i for i in range(30) if not first <= i < first + count]
