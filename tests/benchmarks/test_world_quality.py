@@ -96,6 +96,7 @@ def test_gains_are_those_of_the_gaucs(figures: dict[str, Any]) -> None:
     assert figures["world_oracle_share"] == pytest.approx((ours - floor) / (top - floor))
     by_task = [(figures[f"segments_smes_e16_gauc_task{t}"], figures[f"segments_mmoe_gauc_task{t}"]) for t in range(8)]
     assert figures["world_tasks_behind"] == sum(a < b for a, b in by_task)
+    assert figures["world_worst_task_gain"] == pytest.approx(min(a - b for a, b in by_task))
     assert ours == pytest.approx(np.mean([a for a, _ in by_task]))
 
 
