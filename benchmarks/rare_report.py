@@ -1,7 +1,8 @@
 """What the figures of worlds with rare tasks say, beyond those of every world.
 
 ``rare`` is the mean over the tasks with base rates below 1 %, ``dense`` that over the others. SMES is compared with the
-dense ranker that is best on that same mean, whatever it executes, chosen anew at each part of the stream.
+dense ranker that is best on that same mean, whatever it executes, chosen anew at each part of the stream. AUC and
+normalised entropy are of single models, mean over the seeds.
 """
 
 from collections.abc import Sequence
