@@ -83,7 +83,7 @@ def test_a_ranker_in_a_world(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "rankers": rankers,
     }
     config, routing = tmp_path / "quality.yaml", tmp_path / "routing.json"
-    config.write_text(yaml.safe_dump({"worlds": compared, "kuairand": compared}))
+    config.write_text(yaml.safe_dump({"worlds": compared, "rare_worlds": compared, "kuairand": compared}))
     where = ["--world", "segments", "--impressions", str(64 * BATCH), "--config", str(config)]
     where += ["--chosen", str(tmp_path / "none.yaml")]
     assert main([*where, "--ranker", "smes", "--json", str(routing)]) == 0
