@@ -9,8 +9,8 @@
 Rankers and their settings are in ``quality.yaml``; what --tune chose is in ``quality_chosen.yaml``. Without --log and
 --world: the folder that KUAIRAND_HOME names. Runs are kept in --cache, so that an interrupted comparison goes on where
 it was. A run's key holds all its settings, but not the version of the code: use another folder after a code change.
-Intervals are of 95 %, by a paired bootstrap over users. They do not cover what another world seed or another stream
-would change.
+Intervals are of 95 %, by a paired bootstrap over users; those of AUC and entropy on KuaiRand over users and positives.
+They do not cover what another world seed or another stream would change.
 """
 
 import argparse

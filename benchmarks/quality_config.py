@@ -1,7 +1,8 @@
 """What is compared: ``quality.yaml``, and the settings that tuning chose.
 
 Settings are dotted keys of :class:`smes_cli.config.Config`. A ranker's are, one over the other: those common to its
-comparison, those of the ranker that it is ``like`` (with that one's chosen trial), its own, and its own chosen trial.
+comparison, those of the ranker that it is ``like``, its own, and its own chosen trial. One without trials also takes
+the chosen trial of the one that it is ``like``.
 """
 
 import hashlib
@@ -134,7 +135,9 @@ def settings_of(
         world: The synthetic world in which it runs; None elsewhere.
     """
     entry = comparison.rankers[name]
-    below = settings_of(comparison, entry.like, chosen, world) if entry.like else comparison.common
+    # What a ranker with trials starts from is the same when these are tried and when the chosen one runs.
+    inherited = {} if entry.trials else chosen
+    below = settings_of(comparison, entry.like, inherited, world) if entry.like else comparison.common
     own = {**entry.settings, **(entry.in_world.get(world, {}) if world else {})}
     return {**below, **own, **(chosen.get(name, {}) if entry.trials else {})}
 

@@ -34,21 +34,28 @@ def plot_worlds(comparison: Comparison, worlds: Sequence[WorldFigures], path: Pa
 
 
 def plot_log(comparison: Comparison, figures: LogFigures, path: Path) -> None:
-    """Mean windowed GAUC of every ranker as its difference to the best dense one, with its interval; and its cost."""
-    names = list(figures.rankers)
+    """Both headlines of every ranker as differences to the dense one best in each, with intervals; and its cost."""
+    names, tasks = list(figures.rankers), figures.tasks
     best = figures.best_dense(comparison) or names[0]
-    gains = [figures.gauc.gain(name, best, figures.tasks.dense) for name in names]
-    value = np.array([gain.value for gain in gains])
-    around = np.abs(np.array([[gain.low, gain.high] for gain in gains]).T - value)
+    gains = {
+        f"mean windowed GAUC of dense tasks against {best}, %": [figures.gauc.gain(n, best, tasks.dense) for n in names]
+    }
+    if tasks.rare:
+        best = figures.best(comparison, figures.auc, tasks.rare) or names[0]
+        differences = [figures.auc.difference(n, best, tasks.rare) for n in names]
+        gains[f"mean AUC of rare tasks against {best}"] = differences
     rows = np.arange(len(names))[::-1]
-    figure = _figure(10, 1.5 + 0.35 * len(names))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[2, 1])
-    left.errorbar(value, rows, xerr=around, fmt="o", markersize=4, capsize=3)
-    left.axvline(0, color="black", linewidth=0.8)
-    left.set(xlabel=f"mean windowed GAUC against {best}, %, with its 95 % interval", yticks=rows, yticklabels=names)
+    figure = _figure(4 + 5 * len(gains), 1.5 + 0.35 * len(names))
+    *panels, right = figure.subplots(1, 1 + len(gains), sharey=True, width_ratios=[2] * len(gains) + [1])
+    for panel, (title, intervals) in zip(panels, gains.items(), strict=True):
+        value = np.array([interval.value for interval in intervals])
+        around = np.abs(np.array([[interval.low, interval.high] for interval in intervals]).T - value)
+        panel.errorbar(value, rows, xerr=around, fmt="o", markersize=4, capsize=3)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set(xlabel=f"{title},\nwith its 95 % interval", yticks=rows, yticklabels=names)
     right.barh(rows, [figures.rankers[name].cost.flops / 1e3 for name in names], height=0.6)
     right.set(xlabel="executed kFLOP an instance")
-    for panel in (left, right):
+    for panel in (*panels, right):
         panel.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=_DPI)
 

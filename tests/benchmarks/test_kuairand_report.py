@@ -1,6 +1,7 @@
 """The report on KuaiRand, from figures of which every number is known."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from benchmarks.flops import MeanCost
 from benchmarks.kuairand_quality import LogFigures, LogRanker
 from benchmarks.kuairand_report import flat_figures, markdown
 from benchmarks.kuairand_tasks import TaskSplit
-from benchmarks.quality_config import Comparison, RankerEntry
+from benchmarks.quality_config import Comparison, RankerEntry, Settings, settings_of
 
 TASKS = TaskSplit(
     names=("click", "long_view", "like", "follow", "hate", "never"),
@@ -122,3 +123,17 @@ def test_the_tables_name_positives_and_both_headlines(figures: LogFigures) -> No
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 6
     assert all(len({row.count("|") for row in table}) == 1 for table in tables)
+
+
+def test_a_tuned_ranker_runs_with_the_settings_that_its_trials_were_tried_with() -> None:
+    """And an ablation with the chosen trial of the ranker that it is an ablation of."""
+    trials: tuple[Settings, ...] = ({"optimizer.learning_rate": 0.001},)
+    tuned = {
+        "home": RankerEntry(settings={"model.ranker": "home"}, trials=({"model.home.encoder_dims": [64]},)),
+        "home_wide": RankerEntry(like="home", settings={"model.home.expert_dims": [128]}, trials=trials),
+    }
+    comparison = replace(COMPARED, rankers={**COMPARED.rankers, **tuned, "ablation": RankerEntry(like="home")})
+    chosen: dict[str, Settings] = {"home": {"model.home.encoder_dims": [64]}, "home_wide": trials[0]}
+    tried = {**settings_of(comparison, "home_wide", {}), **trials[0]}
+    assert settings_of(comparison, "home_wide", chosen) == tried
+    assert settings_of(comparison, "ablation", chosen) == {"model.ranker": "home", "model.home.encoder_dims": [64]}
