@@ -15,7 +15,7 @@ over positives p and negatives n, with w_p the draws of a positive, c_n those of
 Every model's scores are sorted once per task. One walk in the order of the scores then adds up the draws of the
 negatives passed so far, for 64 resamples at once. Normalised entropy is the log loss with the same weights, divided by
 the entropy of the resample's own base rate. The time is linear in examples, models, tasks and resamples. Memory: 5
-bytes for each labelled example and model, one task at a time.
+bytes for each labelled example and model, and 8 for each user and each positive and model; one task at a time.
 
 Letters: N labelled examples of one task, P positives among them, U users, M models, R resamples, L the resamples that
 are taken at once. Row 0 of R is not a resample but the data themselves: every user and positive once.
