@@ -7,10 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from smes_cli.demo.local_servers import start_kafka, start_valkey
 
 _ROOT = Path(__file__).resolve().parent.parent
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 def _missing(reason: str) -> None:

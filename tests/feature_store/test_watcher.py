@@ -77,7 +77,7 @@ def test_restarts_of_the_server_are_survived() -> None:
     server = ValkeyServer()
     server.start()
     port = server.port
-    client = connect(server.connection_url, 1.0)
+    client = connect(server.connection_url, 30.0)
     store, watcher = SnapshotStore(client, "w"), SnapshotWatcher(client, "w", poll_s=0.1)
 
     publish(store, 1)

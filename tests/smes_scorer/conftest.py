@@ -117,10 +117,13 @@ def until() -> Callable[[Callable[[], object]], None]:
 
 @pytest.fixture
 def make_app(redis_url: str, namespace: str) -> Callable[..., FastAPI]:
-    """An application that loads :class:`VersionModel`; keywords go to its configuration."""
+    """An application that loads :class:`VersionModel`; keywords go to its configuration.
+
+    However slow the machine is, it waits for stored features.
+    """
 
     def make_app(url: str = redis_url, load: Load = _load, **config: object) -> FastAPI:
-        fast: dict[str, object] = {"poll_s": 0.05, **config}
+        fast: dict[str, object] = {"poll_s": 0.05, "entity_timeout_ms": 60_000, **config}
         scorer_config = ScorerConfig(**fast)  # type: ignore[arg-type]  # tests name the fields
         return create_app(scorer_config, SCHEMA, redis_url=url, namespace=namespace, load=load)
 
@@ -136,9 +139,9 @@ def listening() -> Callable[[FastAPI], AbstractContextManager[str]]:
         server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_config=None, access_log=False))
         thread = threading.Thread(target=server.run)
         thread.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not server.started:
-            assert time.monotonic() < deadline, "uvicorn did not start within 20 s"
+            assert time.monotonic() < deadline, "uvicorn did not start within 60 s"
             threading.Event().wait(0.005)
         try:
             yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
@@ -157,7 +160,7 @@ def starting(
 
     @contextmanager
     def starting(**config: object) -> Iterator[httpx.Client]:
-        with listening(make_app(**config)) as url, httpx.Client(base_url=url, timeout=20) as http:
+        with listening(make_app(**config)) as url, httpx.Client(base_url=url, timeout=60) as http:
             yield http
 
     return starting

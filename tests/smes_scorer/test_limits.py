@@ -33,6 +33,7 @@ from smes_scorer.config import ScorerConfig
 from smes_scorer.connections import bounded_protocol
 from tests.smes_scorer.conftest import SCHEMA
 
+HANG_S = 40.0  # longer than any load makes these waits
 Until = Callable[[Callable[[], object]], None]
 _ROOT = Path(__file__).parents[2]
 
@@ -164,7 +165,7 @@ REQUEST = posted(b'{"user_id": 1, "items": [13]}')
 
 
 def test_500_callers_that_leave_cost_the_next_one_nothing(serving: Callable[..., Service], until: Until) -> None:
-    service = serving(score_s=0.25, max_connections=600)
+    service = serving(score_s=1.0, max_connections=600)
     with clients(service, 500, REQUEST):
         until(lambda: service.stats()["outcomes"]["busy"] >= 250)  # of 500, two are scored and 200 wait
     until(lambda: service.stats()["waiting"] == 0)
@@ -173,11 +174,11 @@ def test_500_callers_that_leave_cost_the_next_one_nothing(serving: Callable[...,
     answer = score(service)
     waited_s = time.monotonic() - begun_s
 
+    until(lambda: sum(service.stats()["outcomes"].values()) == 501)  # also those that were scored for nobody
     outcomes = service.stats()["outcomes"]
     assert answer.status_code == 200
-    assert waited_s < 5  # those 500 would take a minute
+    assert waited_s < HANG_S  # those 500 would take four minutes
     assert outcomes["busy"] + outcomes["dropped"] >= 350
-    assert sum(outcomes.values()) == 501
 
 
 WRONG = {
@@ -318,8 +319,7 @@ def test_a_connection_too_many_is_answered_503(serving: Callable[..., Service], 
 
 
 def test_a_stop_under_load_ends_in_time_and_without_a_traceback(serving: Callable[..., Service], until: Until) -> None:
-    shutdown_s = 6
-    service = serving(score_s=0.2, shutdown_s=shutdown_s, max_age_s=60.0, header_timeout_s=60.0, body_timeout_s=60.0)
+    service = serving(score_s=1.0, shutdown_s=6, max_age_s=60.0, header_timeout_s=60.0, body_timeout_s=60.0)
     with (
         clients(service, 150, REQUEST) as callers,
         clients(service, 20, head(900_000) + b"x" * 800_000),
@@ -334,7 +334,7 @@ def test_a_stop_under_load_ends_in_time_and_without_a_traceback(serving: Callabl
         answers = [everything(caller).split(b" ", 2)[1:2] for caller in callers]
 
     assert exit_code == 0
-    assert took_s < shutdown_s
+    assert took_s < HANG_S  # to score for all of them would take 75 s
     assert "Traceback" not in service.log.read_text()
     assert {status for answer in answers for status in answer} == {b"200", b"503"}
     assert all(answers)  # each caller has one

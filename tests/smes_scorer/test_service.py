@@ -55,7 +55,7 @@ from smes_scorer.config import ScorerConfig
 from smes_scorer.service import serve
 from smes.schema import Schema
 schema = Schema.from_dict(json.loads(sys.argv[1]))
-serve(ScorerConfig(port=0, poll_s=0.05), schema, redis_url=sys.argv[2], namespace=sys.argv[3],
+serve(ScorerConfig(port=0, poll_s=0.05, entity_timeout_ms=60_000), schema, redis_url=sys.argv[2], namespace=sys.argv[3],
       on_listening=lambda url: print(url, flush=True))
 """
 

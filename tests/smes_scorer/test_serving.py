@@ -1,5 +1,7 @@
 """Answers while versions change, and while a snapshot is bad or Redis is away."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,10 +50,6 @@ def serves(http: httpx.Client, version: int) -> bool:
     return bool(health(http)["version"] == version)
 
 
-def served_and_answered(http: httpx.Client, version: int, answers: list[httpx.Response], enough: int) -> bool:
-    return serves(http, version) and len(answers) >= enough
-
-
 def feature_of_first_item(http: httpx.Client) -> float:
     """The sum of the features with which the first item was scored: of the stored ones, as there is no context."""
     answer = http.post("/v1/score", json=REQUEST)
@@ -80,6 +78,11 @@ def asking(http: httpx.Client, threads: int) -> Iterator[list[httpx.Response]]:
             asker.join()
 
 
+def answered(answers: list[httpx.Response], before: int, version: int) -> bool:
+    """Whether an answer since then has this version."""
+    return any(answer.json().get("version") == version for answer in answers[before:])
+
+
 def test_no_answer_mixes_versions_under_load(
     ready: Starting, store: SnapshotStore, publish: Publish, until: Until
 ) -> None:
@@ -87,8 +90,9 @@ def test_no_answer_mixes_versions_under_load(
 
     with ready(workers=4) as http, asking(http, threads=4) as answers:
         for number in range(2, 40):
+            before = len(answers)
             publish(store, number)
-            until(partial(served_and_answered, http, number, answers, len(answers) + 3))
+            until(partial(answered, answers, before, number))
 
     assert {answer.status_code for answer in answers} == {200}
     bodies = [answer.json() for answer in answers]
@@ -96,9 +100,7 @@ def test_no_answer_mixes_versions_under_load(
         number = body["version"]
         for item, residue in zip(body["items"], (3, 7, 8), strict=True):
             assert item["scores"] == {"click": number + residue / 16, "like": number / 2, "watch_s": 0.0}
-    seen = {body["version"] for body in bodies}
-    assert len(seen) >= 35
-    assert max(seen) == 39
+    assert {body["version"] for body in bodies} >= set(range(2, 40))
 
 
 def refused(http: httpx.Client) -> str:
@@ -255,14 +257,20 @@ def test_when_redis_is_back_new_snapshots_and_features_are_used(
 
 
 def test_a_silent_feature_store_costs_one_timeout_not_one_for_each_request(
-    ready: Starting, client: redis.Redis, store: SnapshotStore, publish: Publish
+    ready: Starting, publish: Publish, schema: Schema, namespace: str, own_server: ValkeyServer
 ) -> None:
-    publish(store, 1)
+    url = own_server.connection_url
+    publish_to(url, namespace, publish, schema, version=1, age=3.0)
+    with redis.Redis.from_url(url) as client:
+        pid = client.info("server")["process_id"]
 
-    with ready(entity_timeout_ms=100, entity_retry_s=3600.0) as http:
-        client.client_pause(3000)
-        statuses = {http.post("/v1/score", json=REQUEST).status_code for _ in range(20)}
-        counted = stats(http)
+    with ready(url=url, entity_timeout_ms=100, entity_retry_s=3600.0) as http:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            statuses = {http.post("/v1/score", json=REQUEST).status_code for _ in range(20)}
+            counted = stats(http)
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     assert statuses == {200}
     assert (counted["feature_store_failures"], counted["scored_without_features"]) == (1, 20)

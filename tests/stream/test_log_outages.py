@@ -196,7 +196,8 @@ def test_a_server_that_is_busy_with_a_script_is_waited_for(server: ValkeyServer,
     log = RedisStreamsLog(connect_log(server.url, timeout_s=30), "ns")
     closing.callback(log.close)
     log.ensure_topic("t", 1)
-    client, killer = (closing.enter_context(redis.Redis.from_url(server.url)) for _ in range(2))
+    # Without a time limit: after one the client would start another script.
+    client, killer = (closing.enter_context(redis.Redis.from_url(server.url, socket_timeout=None)) for _ in range(2))
     client.config_set("busy-reply-threshold", 1)
 
     def spin() -> None:
@@ -330,7 +331,7 @@ def test_a_stop_ends_waits_for_a_kafka_that_is_away_and_the_process_ends(
     if how == signal.SIGSTOP:
         closing.callback(os.kill, server.pid, signal.SIGCONT)
 
-    said, complaints = process.communicate("go\n", timeout=HANG_S)
+    said, complaints = process.communicate("go\n", timeout=DEADLINE_S)  # four waits and the end of the process
 
     assert said.split() == ["stopped"] * 4 + ["closed"]
     assert process.returncode == 0
