@@ -26,11 +26,11 @@ from smes_cli.console import (
     report_table,
     routing_line,
     set_up_logging,
-    task_table,
     write_report,
 )
 from smes_cli.features import features_app
 from smes_cli.snapshots import snapshots_app
+from smes_cli.task_tables import own_experts_table, print_tasks
 
 # Each command imports what it runs inside its function: `smes --help` should not wait for all of it, and commands that
 # touch no weights should not wait for torch.
@@ -113,7 +113,7 @@ def demo(
     with stop_signals() as should_stop:
         result = run_demo(config_of(context, schema), options, should_stop=should_stop)
     write_report(result.report, report)
-    console.print(task_table(result.report["tasks"]))
+    print_tasks(result.report)
     console.print(report_table(result.report))
     for failure in result.failures:
         errors.print(f"failed: {failure}", style="bold red", highlight=False)
@@ -154,7 +154,11 @@ def backtest(
     ] = None,
     routing: Annotated[
         Path | None,
-        typer.Option(help="Write the routing over time here, as JSON; benchmarks.routing plots it.", callback=writable),
+        typer.Option(
+            help="Write the routing over time here, as JSON, which benchmarks.routing plots; and find out, in JSON and "
+            "as a table, which tasks would gain from experts of their own.",
+            callback=writable,
+        ),
     ] = None,
     report: ReportPath = None,
 ) -> None:
@@ -178,15 +182,18 @@ def backtest(
             baseline=baseline,
             max_rejected=max_rejected,
             should_stop=should_stop,
+            own_experts=routing is not None,
         )
     figures = result.report.to_dict() | {"log": result.ledger.to_dict()}
     write_report(figures, report)
-    write_report(result.routing, routing, indent=None)
-    console.print(task_table(figures["tasks"], result.baseline, named=baseline or ""))
+    write_report(result.routing | {"own_experts": result.own_experts}, routing, indent=None)
+    print_tasks(figures, result.baseline, named=baseline or "")
     console.print(report_table(figures))
     if result.expert_load:
         console.print(result.expert_load, highlight=False)
         console.print(routing_line(figures["routing"]), highlight=False)
+    if result.own_experts:
+        console.print(own_experts_table(result.own_experts))
     print_ledger(result.ledger)
     memory = ", ".join(f"{mib:,.0f} at {trained:,}" for trained, mib in result.memory_mib)
     console.print(f"resident MiB by impressions trained on: {memory}", highlight=False)
@@ -321,7 +328,7 @@ def train(
             console.print(f"stopped before the training began: {stopped}", highlight=False)
             return
     figures = result.to_dict()
-    console.print(task_table(figures["tasks"]))
+    print_tasks(figures)
     console.print(report_table(figures))
 
 

@@ -14,6 +14,7 @@ from simulators.merge import replay_blocks
 from smes.events import ExampleBlock
 from smes.model.devices import keep_freed_memory
 from smes.model.learner import Learner
+from smes.model.own_probe import OwnProbe, sharing_groups
 from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config
@@ -22,11 +23,13 @@ from stream.block_stream import BlockStream
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.loop import Trainer
 from trainer.observers import Observer, StepFigures, fetch
+from trainer.own_experts import own_experts_report
 from trainer.report import TrainingReport
 from trainer.routing_figures import routing_report
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.run_report import task_figures, training_report
 from trainer.schedule import Flags
+from trainer.task_figures import headline
 
 _MEMORY_EVERY = 250_000  # impressions
 
@@ -37,23 +40,26 @@ class BacktestResult:
 
     Attributes:
         report: The report of the configured ranker.
-        baseline: Figures per task, under the report's keys, of a second ranker on the same batches, if one was named.
+        baseline: ``tasks`` and ``headline``, as in a report, of a second ranker on the same batches, if one was named.
         memory_mib: (impressions trained on, resident MiB then) along the way.
         duplicates_dropped: Rows of the log that the reader dropped as exact duplicates.
         rejected: Reason → rows that the reader could not use.
         ledger: What the reader found in the log.
         expert_load: The load on the experts, in one line for people.
         routing: The routing over time; see :func:`trainer.routing_figures.routing_report`.
+        own_experts: Which tasks would gain from experts of their own, if that was asked for; see
+            :func:`trainer.own_experts.own_experts_report`.
     """
 
     report: TrainingReport
-    baseline: dict[str, dict[str, Any]] | None
+    baseline: dict[str, Any] | None
     memory_mib: list[tuple[int, float]]
     duplicates_dropped: int
     rejected: dict[str, int]
     ledger: LogLedger
     expert_load: str
     routing: dict[str, Any]
+    own_experts: list[dict[str, Any]] | None
 
 
 class _Baseline(Observer):
@@ -70,9 +76,13 @@ class _Baseline(Observer):
         result = self._learner.step(self._learner.prepare(examples))
         self._evaluation.after_step(examples, fetch(result))
 
-    def tasks(self) -> dict[str, dict[str, Any]]:
-        """Task name → figures, under the report's keys."""
-        return {name: asdict(figures) for name, figures in task_figures(self._evaluation.report()).items()}
+    def report(self) -> dict[str, Any]:
+        """``tasks`` and ``headline``, as in a report."""
+        tasks = task_figures(self._evaluation.report())
+        return {
+            "tasks": {name: asdict(figures) for name, figures in tasks.items()},
+            "headline": asdict(headline(tasks)),
+        }
 
 
 class _MemorySamples(Observer):
@@ -118,6 +128,7 @@ def run_backtest(
     max_rejected: float | None = None,
     evaluate: Callable[[Config, Learner], ProgressiveEvaluation] = build_evaluation,
     routing: RoutingHistoryConfig | None = None,
+    own_experts: bool = False,
 ) -> BacktestResult:
     """Replay a log through join, evaluation and training: the loop of ``smes train``, without servers.
 
@@ -131,6 +142,7 @@ def run_backtest(
         max_rejected: Largest share of unusable rows of the log; None for the schema file's.
         evaluate: Builds the evaluation of the configured ranker; a benchmark gives one that keeps the scores.
         routing: How finely the routing's history is kept; None for the default.
+        own_experts: Whether to find out which tasks would gain from experts of their own, which takes some time.
 
     Raises:
         LogError: The log cannot be read as its schema file says.
@@ -138,8 +150,11 @@ def run_backtest(
     """
     keep_freed_memory()
     schema_file = config.schema_file(log)
-    schema = schema_file.schema
+    schema, names = schema_file.schema, [task.name for task in schema_file.schema.tasks]
     learner = build_learner(config, schema)
+    probe = OwnProbe(schema, sharing_groups(schema, config.model), config.optimizer) if own_experts else None
+    if probe is not None:
+        learner.watch(probe)
     with ExitStack() as stack:
         reader = stack.enter_context(open_log(log, schema_file, limit=limit, max_rejected=max_rejected))
         stream = BlockStream(schema, config.stream.join, config.stream.batch, replay_blocks(reader, seed))
@@ -155,13 +170,14 @@ def run_backtest(
         memory.take()
         return BacktestResult(
             training_report(trainer, seconds=seconds, trained=trainer.trained),
-            other.tasks() if other is not None else None,
+            other.report() if other is not None else None,
             memory.samples,
             reader.duplicates,
             reader.rejected,
             reader.ledger,
             load_line(trainer.experts.load_share, trainer.experts.load_skew),
-            routing_report(trainer.experts.history, learner.expert_limits, [task.name for task in schema.tasks]),
+            routing_report(trainer.experts.history, learner.expert_limits, names),
+            None if probe is None else own_experts_report(probe.sums, names),
         )
 
 

@@ -106,36 +106,6 @@ def number(value: float | int | None, digits: int = 4) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
-_FOR_ALL_TASKS = {"positives": "positives"}
-_FOR_BINARY_TASKS = {"auc": "AUC", "gauc_windowed": "GAUC (windowed)", "ne": "NE", "ece": "ECE"}
-_OF_A_BASELINE = {"auc": "AUC", "gauc_windowed": "GAUC"}
-_FOR_REGRESSION_TASKS = {"xauc": "XAUC", "mae": "MAE", "mean_bias": "mean bias"}
-
-
-def task_table(
-    tasks: dict[str, dict[str, Any]], baseline: dict[str, dict[str, Any]] | None = None, *, named: str = "baseline"
-) -> Table:
-    """Metrics per task; beside them those of a baseline trained on the same batches, under its name.
-
-    The figures of regression tasks are shown only if there is such a task.
-    """
-    columns, beside = {**_FOR_ALL_TASKS, **_FOR_BINARY_TASKS}, dict(_OF_A_BASELINE)
-    if any(m[key] is not None for m in tasks.values() for key in _FOR_REGRESSION_TASKS):
-        columns |= _FOR_REGRESSION_TASKS
-        beside |= {"xauc": "XAUC"}
-    table = Table(title="Progressive evaluation: every example scored before it is trained on", title_justify="left")
-    table.add_column("task", overflow="fold")
-    titles = [*columns.values(), *(f"{named} {title}" for title in beside.values() if baseline is not None)]
-    for title in titles:
-        table.add_column(title, justify="right", overflow="fold")
-    for name, m in tasks.items():
-        cells = [number(m[key]) for key in columns]
-        if baseline is not None:
-            cells += [number(baseline[name][key]) for key in beside]
-        table.add_row(name, *cells)
-    return table
-
-
 def report_table(report: dict[str, Any]) -> Table:
     """The other sections of the report, one row each."""
     table = Table(show_header=False, title=f"lineage {report['lineage']}, version {report['version']}")

@@ -5,14 +5,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 
+from rich.console import Group
 from rich.live import Live
+from rich.text import Text
 
 from smes.events import ExampleBlock
-from smes_cli.console import console, number, task_table
+from smes_cli.console import console, number
+from smes_cli.task_tables import headline_lines, task_tables
 from trainer.loop import Trainer
 from trainer.observers import Observer, StepFigures
 from trainer.report import ledger_line
 from trainer.run_report import task_figures
+from trainer.task_figures import headline
 
 _TABLE_EVERY_S = 1.0
 _LINE_EVERY_S = 5.0
@@ -60,11 +64,11 @@ class TrainProgress(Observer):
             f"step {trainer.learner.step_number:,} · {trainer.trained:,} trained ({rate:,.0f}/s) · "
             f"{ledger_line(trainer.stream.ledger())}"
         )
-        metrics = trainer.evaluation.report()
-        if self._live:
-            table = task_table({name: asdict(task) for name, task in task_figures(metrics).items()})
-            table.caption = head
-            self._live.update(table, refresh=True)
+        tasks = task_figures(trainer.evaluation.report())
+        lines = headline_lines(asdict(headline(tasks)))
+        if self._live:  # the tables come last: what a low terminal has no room for is their end
+            tables = task_tables({name: asdict(task) for name, task in tasks.items()})
+            self._live.update(Group(*map(Text, (head, *lines)), *tables), refresh=True)
             return
-        aucs = " ".join(f"{name} {number(task.auc, 3)}" for name, task in metrics.items() if task.auc is not None)
-        console.print(f"{head} · AUC {aucs}", highlight=False, soft_wrap=True)
+        aucs = " ".join(f"{name} {number(task.auc, 3)}" for name, task in tasks.items() if task.auc is not None)
+        console.print(" · ".join([head, *lines, f"AUC {aucs}"]), highlight=False, soft_wrap=True)

@@ -39,6 +39,7 @@ class TaskMetrics:
     Attributes:
         examples: Labelled examples scored.
         positives: How many of them have a positive label (regression: above 0).
+        base_rate: Their share, 0 … 1; binary tasks only.
         auc, ne, ece, calibration: See :class:`smes.metrics.BinaryReport`; binary tasks only.
         gauc_windowed: AUC within (request or user, window), averaged with impressions as weights; binary tasks only.
         xauc, mae, mean_bias: See :class:`smes.metrics.RegressionTally`: share of pairs ordered as their labels, mean
@@ -48,6 +49,7 @@ class TaskMetrics:
 
     examples: int
     positives: int
+    base_rate: float | None = None
     auc: float | None = None
     gauc_windowed: float | None = None
     ne: float | None = None
@@ -165,6 +167,7 @@ class ProgressiveEvaluation(Observer):
             metrics[task.name] = TaskMetrics(
                 report.examples,
                 report.positives,
+                base_rate=report.positives / report.examples if report.examples else None,
                 auc=_defined(report.auc),
                 ne=_defined(report.ne),
                 ece=_defined(report.ece),

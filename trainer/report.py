@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stream.join.ledgers import StreamLedger
+from trainer.task_figures import Headline, TaskFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,24 +116,6 @@ class RoutingSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskFigures:
-    """Progressive metrics of one task; see :class:`trainer.evaluation.TaskMetrics`.
-
-    ``auc``, ``gauc_windowed``, ``ne`` and ``ece`` are for binary tasks; ``xauc``, ``mae`` and ``mean_bias`` for
-    regression tasks.
-    """
-
-    positives: int
-    auc: float | None
-    gauc_windowed: float | None
-    ne: float | None
-    ece: float | None
-    xauc: float | None
-    mae: float | None
-    mean_bias: float | None
-
-
-@dataclass(frozen=True, slots=True)
 class TrainingReport:
     """Everything that a run is judged by.
 
@@ -145,6 +128,7 @@ class TrainingReport:
         freshness_ms, scorer: Measured by the demo; None in a report of training alone.
         snapshots: What was published and served.
         active_experts, routing: What the routing executed; None for a ranker without experts.
+        headline: Means over the dense binary tasks, and over the rare ones.
         tasks: Task name → metrics.
     """
 
@@ -159,6 +143,7 @@ class TrainingReport:
     scorer: ScorerFigures
     active_experts: ActiveExperts
     routing: RoutingSummary
+    headline: Headline
     tasks: dict[str, TaskFigures]
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from trainer.report import (
     Quantiles,
     ScorerFigures,
     Snapshots,
-    TaskFigures,
     Throughput,
     TrainingReport,
 )
+from trainer.task_figures import TaskFigures, headline
 
 
 def training_report(trainer: Trainer, *, seconds: float, trained: int) -> TrainingReport:
@@ -26,6 +26,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
     trainer.settle()
     ledger, publisher = trainer.stream.ledger(), trainer.publisher
     tally, limits = trainer.experts, trainer.learner.expert_limits
+    tasks = task_figures(trainer.evaluation.report())
     return TrainingReport(
         schema=trainer.learner.schema.hash,
         lineage=trainer.lineage,
@@ -63,7 +64,8 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
             num_experts=limits.num_experts if limits else None,
         ),
         routing=tally.routing(),
-        tasks=task_figures(trainer.evaluation.report()),
+        headline=headline(tasks),
+        tasks=tasks,
     )
 
 
@@ -72,9 +74,11 @@ def task_figures(metrics: dict[str, TaskMetrics]) -> dict[str, TaskFigures]:
     return {
         name: TaskFigures(
             positives=task.positives,
+            base_rate=task.base_rate,
             auc=task.auc,
             gauc_windowed=task.gauc_windowed,
             ne=task.ne,
+            calibration=task.calibration,
             ece=task.ece,
             xauc=task.xauc,
             mae=task.mae,

@@ -15,10 +15,13 @@ SECTIONS = {
     "scorer": {"requests", "errors", "mixed_versions", "p50_ms", "p99_ms"},
     "active_experts": {"mean", "max", "bound", "num_experts"},
     "routing": {"segment_steps", "dead", "load_skew", "drift", "overlap"},
+    "headline": {"dense", "rare"},
     "tasks": None,
 }
 SYNTHETIC_TASKS = {"click", "long_view", "watch_time", "like", "profile_enter", "comment", "follow", "forward"}
-OF_A_TASK = {"positives", "auc", "gauc_windowed", "ne", "ece", "xauc", "mae", "mean_bias"}
+OF_A_BINARY_TASK = {"base_rate", "auc", "gauc_windowed", "ne", "calibration", "ece"}
+OF_A_TASK = {"positives", *OF_A_BINARY_TASK, "xauc", "mae", "mean_bias"}
+OF_A_HEADLINE = {"tasks", "auc", "gauc_windowed", "ne"}
 
 
 def assert_documented(report: dict[str, Any], tasks: set[str]) -> None:
@@ -32,6 +35,11 @@ def assert_documented(report: dict[str, Any], tasks: set[str]) -> None:
     assert report["tasks"].keys() == tasks
     for name, metrics in report["tasks"].items():
         assert metrics.keys() == OF_A_TASK, name
+    for kind, means in report["headline"].items():
+        if means is None:
+            continue
+        assert means.keys() == OF_A_HEADLINE, kind
+        assert all((report["tasks"][name]["base_rate"] < 0.01) == (kind == "rare") for name in means["tasks"])
     events, feedback, experts = report["events"], report["feedback"], report["active_experts"]
     assert events["impressions"] == sum(n for key, n in events.items() if key not in {"impressions", *NOT_READ})
     assert feedback["received"] == sum(n for key, n in feedback.items() if key not in {"received", *NOT_READ})

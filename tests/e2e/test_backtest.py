@@ -101,8 +101,25 @@ def test_the_command_writes_the_routing_and_prints_a_line_of_it(
     status = run(["-c", str(config), "backtest", str(world), "--limit", "2000", "--routing", str(routing)])
 
     assert status == 0
-    assert "routing in the last 32 steps: " in capsys.readouterr().out
-    assert sum(segment["instances"] for segment in read_json(routing)["segments"]) == 2000
+    printed, written = capsys.readouterr().out, read_json(routing)
+    assert "routing in the last 32 steps: " in printed
+    assert sum(segment["instances"] for segment in written["segments"]) == 2000
+    assert "Which tasks need experts of their own?" in printed
+    assert {task["task"] for task in written["own_experts"]} == SYNTHETIC_TASKS
+    for task in written["own_experts"]:
+        assert task["task"] in task["group"]
+        assert task["own"]["error_pct"] >= 0
+        assert -1 <= task["cosine"] <= 1
+        assert task["verdict"] in printed
+
+
+def test_finding_out_who_needs_experts_changes_nothing_of_the_report(world: Path) -> None:
+    alone, watched = (backtest(world, limit=1500, own_experts=asked) for asked in (False, True))
+    assert alone.own_experts is None
+    assert watched.own_experts is not None
+    assert alone.routing == watched.routing
+    one, other = alone.report.to_dict(), watched.report.to_dict()
+    assert {key: one[key] for key in one if key not in TIMED} == {key: other[key] for key in one if key not in TIMED}
 
 
 def test_regression_tasks_have_figures_of_their_own(world: Path) -> None:
@@ -147,10 +164,12 @@ def test_kuairand_is_counted_as_duckdb_counts_it(kuairand_dir: Path) -> None:
     names = ("click", "long_view", "like", "follow")
     assert [report["tasks"][name]["positives"] for name in names] == positives
     assert result.baseline is not None
-    assert result.baseline.keys() == report["tasks"].keys()
-    for ranker in (report["tasks"], result.baseline):
-        assert ranker["click"]["auc"] > 0.6
-        assert ranker["long_view"]["auc"] > 0.6
+    assert result.baseline["tasks"].keys() == report["tasks"].keys()
+    for ranker in (report, result.baseline):
+        assert ranker["tasks"]["click"]["auc"] > 0.6
+        assert ranker["tasks"]["long_view"]["auc"] > 0.6
+        assert set(ranker["headline"]["dense"]["tasks"]) == {"click", "long_view", "like", "profile_enter"}
+        assert set(ranker["headline"]["rare"]["tasks"]) == {"comment", "follow", "forward", "hate"}
 
 
 def test_another_schema_goes_through_backtest_and_replay_by_its_schema_file_alone(

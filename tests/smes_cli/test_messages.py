@@ -14,7 +14,7 @@ import redis
 from simulators.synthetic import synthesize
 from smes.model.config import RANKER_NAMES, Preset
 from smes_cli.__main__ import run
-from smes_cli.console import RecentRate, console, number, task_table
+from smes_cli.console import RecentRate
 from smes_cli.demo.local_servers import ValkeyServer, start_valkey
 from smes_cli.demo.processes import stop
 from smes_cli.demo.workers import Workers
@@ -70,23 +70,8 @@ def test_a_baseline_stands_under_its_own_name(capsys: Captured, tmp_path: Path, 
     assert run(["-c", str(path), "backtest", str(world), "--limit", "200", "--baseline", "shared_bottom"]) == 0
     printed = capsys.readouterr().out
     assert "shared_bottom AUC" in printed
+    assert "; shared_bottom: AUC 0." in printed, "in the headline, too"
     assert "linear" not in printed
-
-
-def test_a_task_named_like_markup_keeps_its_name(capsys: Captured) -> None:
-    figures = dict.fromkeys(("positives", "auc", "gauc_windowed", "ne", "ece", "xauc", "mae", "mean_bias"))
-    console.print(task_table({"bold[red]:smile:": figures}))
-    assert "bold[red]:smile:" in capsys.readouterr().out
-
-
-def test_no_cell_is_cut_in_a_pipe(capsys: Captured) -> None:
-    figures = {"positives": 10**9, "auc": 0.5, "gauc_windowed": 0.5, "ne": 1.0, "ece": 0.1, "xauc": 0.5, "mae": 1e9}
-    name = "a_task_whose_name_is_longer_than_that_of_any_other_" * 3
-    console.print(task_table({name: figures | {"mean_bias": 0.1}}, {name: figures}, named="shared_bottom"))
-    printed = capsys.readouterr().out
-    assert name in printed
-    assert number(1e9) in printed
-    assert "…" not in printed
 
 
 def test_a_rate_is_of_the_last_seconds() -> None:

@@ -1,0 +1,245 @@
+"""Which tasks need experts of their own? A probe that corrects the model's logits tells it from the stream.
+
+Beside the model, three corrections learn, and change nothing of it: a small network for each task, of its own; one of
+the same width for each group of tasks, read by all tasks of the group; and a shift and a scale of each task's logit
+alone. All start as 0, are scored before each step, and then learn the tasks' losses with the model's learning rate.
+What the own network gains over shift and scale is what experts of its own could add. What the shared network gains is
+what more experts for the whole group could add at the same cost per task. This is our choice; the question, when a
+specialist does better than one that serves all, is that of Mieczkowski et al. (arXiv 2503.15703).
+
+A network is ``w · (SiLU(z A) ⊙ (1 + z B))``. Routed experts depend on products of columns, which a plain layer of this
+width hardly finds (docs/experiments/own-experts.md).
+
+Letters: B instances, T tasks, I input width, H width of a task's representation, C columns, N networks, W their width,
+V twice that, M of all networks, S blocks of steps, K corrections.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smes.arrays import F64
+from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.devices import RankBatch
+from smes.model.rank_model import ModelOutput
+from smes.rankers.config import task_groups
+from smes.rankers.ranker import Clusters, RunningMoments
+from smes.schema import Schema
+
+WIDTH = 16
+_CLIP = 8.0  # as in the routers' input
+_MOST_BLOCKS = 128
+
+
+def sharing_groups(schema: Schema, model: ModelConfig) -> tuple[int, ...]:
+    """The group that each task shares experts with, numbered from 0: one group where none are declared, or to be found.
+
+    Raises:
+        ValueError: The configuration names a task that the schema does not have.
+    """
+    if model.ranker == "home":
+        return task_groups("HomeConfig.groups", schema, model.home.groups)
+    groups = model.smes.groups
+    if model.ranker == "smes" and groups.pools == "own" and not groups.found:
+        return task_groups("GroupsConfig.declared", schema, groups.declared)
+    return (0,) * schema.num_tasks
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeSums:
+    """What a probe has seen, in S blocks of equally many steps; the last one may be shorter.
+
+    Attributes:
+        group_T: The group of each task.
+        positives_ST: Labels above 0.
+        loss_SKT: Sum of the loss, weighted by the samples' weights: of the recalibrated logit, with the own network,
+            with the shared one.
+        gram_STT: Dot products of the tasks' gradients on their representations; zeros for a ranker without them.
+    """
+
+    group_T: tuple[int, ...]
+    positives_ST: F64
+    loss_SKT: F64
+    gram_STT: F64
+
+
+class OwnProbe:
+    """A :class:`smes.model.step_watcher.StepWatcher` that learns beside a learner.
+
+    Args:
+        schema: The tasks.
+        group_T: The group of each task, numbered from 0 without gaps.
+        optimizer: Gives the learning rate.
+        seed: Of the first weights; torch's global random state does not change.
+    """
+
+    def __init__(self, schema: Schema, group_T: tuple[int, ...], optimizer: OptimizerConfig, seed: int = 0) -> None:
+        self._schema, self._optimizer, self._seed = schema, optimizer, seed
+        self._group_T = group_T
+        self._is_binary_T = torch.tensor([task.kind == "binary" for task in schema.tasks])
+        self._loss_weight_T = torch.tensor([task.loss_weight for task in schema.tasks])
+        self._learning: _Learning | None = None  # from the first batch on, which tells the widths
+        self._blocks = _Blocks()
+
+    @property
+    def sums(self) -> ProbeSums:
+        """What was seen since the groups are what they are."""
+        positives, loss, gram = (table.numpy() for table in self._blocks.tables(self._schema.num_tasks))
+        return ProbeSums(self._group_T, positives, loss, gram)
+
+    def regroup(self, groups: Clusters) -> None:
+        """Begin anew with other groups."""
+        of_task = {task: number for number, group in enumerate(groups) for task in group}
+        group_T = tuple(of_task[t] for t in range(self._schema.num_tasks))
+        if group_T != self._group_T:
+            self._group_T, self._learning, self._blocks = group_T, None, _Blocks()
+
+    def before_backward(self, output: ModelOutput) -> None:
+        """Keep the gradient of the tasks' representations."""
+        if output.ranker.tasks_BTH is not None:
+            output.ranker.tasks_BTH.retain_grad()
+
+    def after_backward(self, output: ModelOutput, batch: RankBatch) -> None:
+        """Score the batch with each correction, then take a step with all of them."""
+        logits_BT, x_BI = output.logits_BT.detach(), output.x_BI.detach()
+        B, T = logits_BT.shape
+        tasks_BTH, gradient_BTH = output.ranker.tasks_BTH, None
+        if tasks_BTH is None:
+            tasks_BTH = x_BI.new_zeros(B, T, 0)
+        else:
+            tasks_BTH, gradient_BTH = tasks_BTH.detach().float(), tasks_BTH.grad
+        if gradient_BTH is None:
+            gradient_BTH = torch.zeros_like(tasks_BTH)
+        if self._learning is None:
+            self._learning = _Learning(x_BI, tasks_BTH, self._group_T, self._optimizer.learning_rate, self._seed)
+        loss_KBT = self._loss(logits_BT + self._learning.corrections(logits_BT, x_BI, tasks_BTH), batch)
+        weight_B = batch.weight_B
+        weighted_KT = (loss_KBT * (batch.mask_BT * weight_B.unsqueeze(1))).sum(dim=1)
+        weight_T = self._loss_weight_T.to(weighted_KT.device) / weight_B.sum().clamp(min=1e-12)
+        self._learning.step((weighted_KT * weight_T).sum())
+        positives_T = ((batch.labels_BT > 0) & batch.mask_BT).sum(dim=0)
+        gram_TT = torch.einsum("bth,bsh->ts", gradient_BTH.float(), gradient_BTH.float())
+        self._blocks.add(positives_T, weighted_KT.detach(), gram_TT)
+
+    def _loss(self, logits_KBT: Tensor, batch: RankBatch) -> Tensor:
+        """As :meth:`smes.model.rank_model.TaskOutputs.loss`, before any sum."""
+        is_binary_T = self._is_binary_T.to(logits_KBT.device)
+        labels_BT = torch.where(batch.mask_BT, batch.labels_BT, 0.0)
+        target_BT = torch.where(is_binary_T, labels_BT, labels_BT.clamp(min=0.0).log1p())
+        target_KBT = target_BT.expand_as(logits_KBT)
+        cross_entropy_KBT = F.binary_cross_entropy_with_logits(logits_KBT, target_KBT, reduction="none")
+        return torch.where(is_binary_T, cross_entropy_KBT, F.huber_loss(logits_KBT, target_KBT, reduction="none"))
+
+
+class _Learning:
+    """The three corrections and their optimiser, on standardised columns."""
+
+    def __init__(
+        self, x_BI: Tensor, tasks_BTH: Tensor, group_T: tuple[int, ...], learning_rate: float, seed: int
+    ) -> None:
+        (_, T, H), device = tasks_BTH.shape, x_BI.device
+        self._shape = [x_BI.shape[1], T * H, T]
+        self._moments = RunningMoments(sum(self._shape)).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        of_networks = (None, tuple(range(T)), group_T)
+        self._corrections = [_Correction(self._shape[0], H, T, n, generator).to(device) for n in of_networks]
+        weights = [weight for correction in self._corrections for weight in correction.parameters()]
+        self._adam = torch.optim.Adam(weights, lr=learning_rate, fused=True)
+
+    def corrections(self, logits_BT: Tensor, x_BI: Tensor, tasks_BTH: Tensor) -> Tensor:
+        """What each correction adds to the logits. [K, B, T]."""
+        columns_BC = torch.cat([x_BI, tasks_BTH.flatten(1), logits_BT], dim=1)
+        standard_BC = self._moments.standardise(columns_BC, _CLIP, torch.float32)
+        self._moments.observe(columns_BC)
+        x_BI, flat_BC, logits_BT = torch.split(standard_BC, self._shape, dim=1)
+        tasks_BTH = flat_BC.view_as(tasks_BTH)
+        return torch.stack([correction(logits_BT, x_BI, tasks_BTH) for correction in self._corrections])
+
+    def step(self, loss: Tensor) -> None:
+        self._adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+        self._adam.step()
+
+
+class _Correction(nn.Module):
+    """A shift and a scale of each task's logit, and what N networks add to it. 0 at first.
+
+    Args:
+        input_dim: I.
+        rep_dim: H.
+        num_tasks: T.
+        network_T: The network that each task reads, numbered from 0 without gaps; None for none.
+        generator: Of the first weights.
+    """
+
+    network_T: Tensor
+    mean_NT: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        rep_dim: int,
+        num_tasks: int,
+        network_T: tuple[int, ...] | None,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.scale_T, self.shift_T = nn.Parameter(torch.zeros(num_tasks)), nn.Parameter(torch.zeros(num_tasks))
+        self.has_networks = network_T is not None
+        if network_T is None:
+            return
+        N, C, members = max(network_T) + 1, input_dim + rep_dim, Counter(network_T)
+        into_CNV = torch.empty(C, N, 2 * WIDTH).uniform_(-1, 1, generator=generator) * math.sqrt(3 / max(C, 1))
+        self.into_CNV = nn.Parameter(into_CNV)
+        self.bias = nn.Parameter(torch.zeros(N * 2 * WIDTH))
+        self.out_TW = nn.Parameter(torch.zeros(num_tasks, WIDTH))
+        mean_NT = torch.tensor([[(m == n) / members[n] for m in network_T] for n in range(N)])
+        self.register_buffer("network_T", torch.tensor(network_T))
+        self.register_buffer("mean_NT", mean_NT)
+
+    def forward(self, logits_BT: Tensor, x_BI: Tensor, tasks_BTH: Tensor) -> Tensor:
+        """All standardised. [B, T]."""
+        correction_BT = logits_BT * self.scale_T + self.shift_T
+        if not self.has_networks:
+            return correction_BT
+        input_dim = x_BI.shape[1]
+        rep_BNH = self.mean_NT @ tasks_BTH
+        of_rep_BNV = torch.einsum("bnh,hnv->bnv", rep_BNH, self.into_CNV[input_dim:])
+        of_x_BM = torch.addmm(self.bias, x_BI, self.into_CNV[:input_dim].flatten(1))
+        gate_BNW, value_BNW = (of_x_BM.view_as(of_rep_BNV) + of_rep_BNV).chunk(2, dim=2)
+        hidden_BNW = F.silu(gate_BNW) * (1 + value_BNW)
+        return correction_BT + (hidden_BNW[:, self.network_T] * self.out_TW).sum(dim=2)
+
+
+class _Blocks:
+    """Sums over blocks of equally many steps: when there are many, neighbours are merged."""
+
+    def __init__(self) -> None:
+        self._steps_each, self._steps_open = 1, 0
+        self._blocks: list[tuple[Tensor, ...]] = []
+
+    def add(self, *values: Tensor) -> None:
+        """Add a step to the open block, and open a new one where that is full."""
+        step = tuple(value.double().cpu() for value in values)
+        if self._steps_open:
+            self._blocks[-1] = _sum(self._blocks[-1], step)
+        else:
+            if len(self._blocks) == _MOST_BLOCKS:
+                self._blocks = [_sum(*pair) for pair in zip(self._blocks[::2], self._blocks[1::2], strict=True)]
+                self._steps_each *= 2
+            self._blocks.append(step)
+        self._steps_open = (self._steps_open + 1) % self._steps_each
+
+    def tables(self, num_tasks: int) -> tuple[Tensor, ...]:
+        """Positives [S, T], losses [S, K, T], dot products [S, T, T]."""
+        if not self._blocks:
+            return torch.zeros(0, num_tasks), torch.zeros(0, 3, num_tasks), torch.zeros(0, num_tasks, num_tasks)
+        return tuple(torch.stack(column) for column in zip(*self._blocks, strict=True))
+
+
+def _sum(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(a + b for a, b in zip(one, other, strict=True))
