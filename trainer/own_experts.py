@@ -48,8 +48,8 @@ class OwnExperts:
         task: Its name.
         group: Names of the tasks that it shares experts with, its own included.
         positives: Labels above 0 in the last half of the stream.
-        own: What a network of its own gains over the model's recalibrated logit; None if the stream was too short, or the
-            network's loss is not finite.
+        own: What a network of its own gains over the model's recalibrated logit; None if the stream was too short, or
+            the network's loss is not finite.
         shared: What a network of that width gains that the task's whole group reads.
         lead: The first minus the second.
         cosine: Of the task's gradient with the sum of its group's, on the representation: how much of what moves the
