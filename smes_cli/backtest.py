@@ -12,9 +12,9 @@ from simulators.logs.ledger import LogLedger
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from smes.events import ExampleBlock
+from smes.model.corrections import Corrections, sharing_groups
 from smes.model.devices import keep_freed_memory
 from smes.model.learner import Learner
-from smes.model.own_probe import OwnProbe, sharing_groups
 from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config
@@ -152,9 +152,9 @@ def run_backtest(
     schema_file = config.schema_file(log)
     schema, names = schema_file.schema, [task.name for task in schema_file.schema.tasks]
     learner = build_learner(config, schema)
-    probe = OwnProbe(schema, sharing_groups(schema, config.model), config.optimizer) if own_experts else None
-    if probe is not None:
-        learner.watch(probe)
+    corrections = Corrections(schema, sharing_groups(schema, config.model), config.optimizer) if own_experts else None
+    if corrections is not None:
+        learner.watch(corrections)
     with ExitStack() as stack:
         reader = stack.enter_context(open_log(log, schema_file, limit=limit, max_rejected=max_rejected))
         stream = BlockStream(schema, config.stream.join, config.stream.batch, replay_blocks(reader, seed))
@@ -177,7 +177,7 @@ def run_backtest(
             reader.ledger,
             load_line(trainer.experts.load_share, trainer.experts.load_skew),
             routing_report(trainer.experts.history, learner.expert_limits, names),
-            None if probe is None else own_experts_report(probe.sums, names),
+            None if corrections is None else own_experts_report(corrections.sums, names),
         )
 
 

@@ -15,7 +15,7 @@ Figures = Mapping[str, Mapping[str, Any]]
 _BINARY = {"auc": "AUC", "gauc_windowed": "GAUC", "ne": "NE", "calibration": "calibration"}
 _REGRESSION = {"xauc": "XAUC", "mae": "MAE", "mean_bias": "mean bias"}
 _OF_A_BASELINE = ("auc", "gauc_windowed", "xauc")
-_TITLE = "Progressive evaluation: each example scored before its step; GAUC is windowed"
+_TITLE = "Progressive evaluation: scored before each step; windowed GAUC"
 
 
 def print_tasks(report: Mapping[str, Any], baseline: Mapping[str, Any] | None = None, *, named: str = "") -> None:

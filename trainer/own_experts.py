@@ -1,4 +1,4 @@
-"""Which tasks would gain from experts of their own: figures and a verdict from what a probe has seen.
+"""Which tasks would gain from experts of their own: figures and a verdict, from what corrections have seen.
 
 Everything is over the last half of the stream. Letters: T tasks, S blocks of steps.
 """
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from smes.arrays import F64
-from smes.model.own_probe import ProbeSums
+from smes.model.corrections import CorrectionSums
 
 LEAST_LEAD_PCT = 0.25
 """An own network is worth it if its lead over the shared one is at least so much of the task's loss, in percent, and
@@ -67,11 +67,11 @@ class OwnExperts:
     verdict: Verdict
 
 
-def own_experts(sums: ProbeSums, tasks: list[str]) -> list[OwnExperts]:
+def own_experts(sums: CorrectionSums, tasks: list[str]) -> list[OwnExperts]:
     """The figures of each task.
 
     Args:
-        sums: What the probe has seen.
+        sums: What the corrections have seen.
         tasks: Names of the T tasks.
     """
     last = len(sums.loss_SKT) // 2
@@ -89,7 +89,7 @@ def own_experts(sums: ProbeSums, tasks: list[str]) -> list[OwnExperts]:
     return figures
 
 
-def own_experts_report(sums: ProbeSums, tasks: list[str]) -> list[dict[str, Any]]:
+def own_experts_report(sums: CorrectionSums, tasks: list[str]) -> list[dict[str, Any]]:
     """:func:`own_experts` as plain JSON values, in the order of the tasks."""
     return [asdict(figure) | {"group": list(figure.group)} for figure in own_experts(sums, tasks)]
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from smes.arrays import F64
-from smes.model.own_probe import ProbeSums
+from smes.model.corrections import CorrectionSums
 from trainer.own_experts import LEAST_BLOCKS, OwnExperts, own_experts, own_experts_report
 
 S = 64
 
 
-def _sums(gains_KT: F64, *, noise: float, positives: float = 100, blocks: int = S, seed: int = 0) -> ProbeSums:
+def _sums(gains_KT: F64, *, noise: float, positives: float = 100, blocks: int = S, seed: int = 0) -> CorrectionSums:
     """Two tasks, one group: the corrections gain so much of the loss, in percent, but for noise of each block.
 
     Args:
@@ -26,7 +26,7 @@ def _sums(gains_KT: F64, *, noise: float, positives: float = 100, blocks: int = 
     gains_SKT[:, 0] = 0
     loss_SKT = loss_ST[:, None] * (1 - gains_SKT / 100)
     loss_SKT[: blocks // 2] *= 5  # what came before is not judged
-    return ProbeSums((0, 0), np.full((blocks, 2), positives), loss_SKT, np.zeros((blocks, 2, 2)))
+    return CorrectionSums((0, 0), np.full((blocks, 2), positives), loss_SKT, np.zeros((blocks, 2, 2)))
 
 
 def _figures(own: float, shared: float, noise: float, **options: float) -> OwnExperts:
@@ -65,7 +65,7 @@ def test_verdicts(own: float, shared: float, noise: float, options: dict[str, fl
 def test_a_stream_that_is_too_short_has_no_gains() -> None:
     figure = _figures(3.0, 1.0, 0.5, blocks=2)
     assert (figure.own, figure.shared, figure.lead) == (None, None, None)
-    nothing = ProbeSums((0, 0), np.zeros((0, 2)), np.zeros((0, 3, 2)), np.zeros((0, 2, 2)))
+    nothing = CorrectionSums((0, 0), np.zeros((0, 2)), np.zeros((0, 3, 2)), np.zeros((0, 2, 2)))
     figure = own_experts(nothing, ["click", "follow"])[0]
     assert (figure.own, figure.positives, figure.cosine) == (None, 0, None)
     assert figure.verdict == "too few positives to tell"
@@ -73,7 +73,7 @@ def test_a_stream_that_is_too_short_has_no_gains() -> None:
 
 def test_a_task_that_shares_with_none_has_its_own_already() -> None:
     sums = _sums(np.zeros((3, 2)), noise=1.0)
-    alone = ProbeSums((0, 1), sums.positives_ST, sums.loss_SKT, sums.gram_STT)
+    alone = CorrectionSums((0, 1), sums.positives_ST, sums.loss_SKT, sums.gram_STT)
     assert [figure.verdict for figure in own_experts(alone, ["click", "follow"])] == ["has its own already"] * 2
 
 

@@ -1,4 +1,4 @@
-"""A probe learns beside the model and changes nothing of it; it knows which tasks are short of experts of their own."""
+"""Corrections learn beside the model and change nothing of it; they know which tasks are short of experts."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.corrections import Corrections, sharing_groups
 from smes.model.devices import RankBatch
 from smes.model.learner import Learner
-from smes.model.own_probe import OwnProbe, sharing_groups
 from smes.model.rank_model import ModelOutput
 from smes.rankers.config import HomeConfig
 from smes.rankers.ranker import RankerOutput
@@ -39,16 +39,17 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def watched(model: ModelConfig, group_T: tuple[int, ...] = (0, 0, 0)) -> tuple[Learner, OwnProbe]:
-    learner, probe = Learner(RICH_SCHEMA, model, FAST, device=torch.device("cpu")), OwnProbe(RICH_SCHEMA, group_T, FAST)
-    learner.watch(probe)
-    return learner, probe
+def watched(model: ModelConfig, group_T: tuple[int, ...] = (0, 0, 0)) -> tuple[Learner, Corrections]:
+    learner = Learner(RICH_SCHEMA, model, FAST, device=torch.device("cpu"))
+    corrections = Corrections(RICH_SCHEMA, group_T, FAST)
+    learner.watch(corrections)
+    return learner, corrections
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_watched_learner_is_the_same_bit_for_bit(name: str) -> None:
     alone = Learner(RICH_SCHEMA, MODELS[name], FAST, device=torch.device("cpu"))
-    learner, probe = watched(MODELS[name])
+    learner, corrections = watched(MODELS[name])
     random = torch.random.get_rng_state()
     for block in stream(RICH_SCHEMA, batches=8, size=64):
         expected, result = alone.step(alone.prepare(block)), learner.step(learner.prepare(block))
@@ -58,7 +59,7 @@ def test_a_watched_learner_is_the_same_bit_for_bit(name: str) -> None:
     for key, tensor in states[1].items():
         assert torch.equal(states[0][key], tensor), key
     assert torch.equal(torch.random.get_rng_state(), random)
-    losses_SKT = probe.sums.loss_SKT
+    losses_SKT = corrections.sums.loss_SKT
     assert np.isfinite(losses_SKT).all()
     assert not np.array_equal(losses_SKT[:, OWN], losses_SKT[:, SHIFT_AND_SCALE]), "it has learned"
 
@@ -66,11 +67,11 @@ def test_a_watched_learner_is_the_same_bit_for_bit(name: str) -> None:
 def test_at_first_all_losses_are_the_models() -> None:
     """Of the scores that the step returns, by the documented formula."""
     (block,) = stream(RICH_SCHEMA, batches=1, size=64)
-    learner, probe = watched(MODELS["default"])
+    learner, corrections = watched(MODELS["default"])
     score = learner.step(learner.prepare(block)).scores.numpy().astype(np.float64)[:, [CLICK, LIKE]]
     label, mask = block.labels[:, [CLICK, LIKE]], block.label_mask[:, [CLICK, LIKE]]
     loss = -np.where(label > 0, np.log(score), np.log1p(-score))
-    sums = probe.sums
+    sums = corrections.sums
     for correction in range(3):
         of_binary_tasks = sums.loss_SKT[0, correction, [CLICK, LIKE]]
         assert of_binary_tasks == pytest.approx((loss * mask * block.weight[:, None]).sum(axis=0), rel=1e-4)
@@ -80,19 +81,19 @@ def test_at_first_all_losses_are_the_models() -> None:
 
 def test_a_step_that_is_not_taken_is_not_seen() -> None:
     blocks = stream(RICH_SCHEMA, batches=2, size=64)
-    learner, probe = watched(MODELS["default"])
+    learner, corrections = watched(MODELS["default"])
     learner.step(learner.prepare(blocks[0]))
     labels = blocks[1].labels.copy()
     labels[0, CLICK] = np.nan
     assert not learner.step(learner.prepare(replace(blocks[1], labels=labels))).taken
-    assert len(probe.sums.loss_SKT) == 1
+    assert len(corrections.sums.loss_SKT) == 1
 
 
 def test_the_blocks_hold_everything_in_bounded_memory() -> None:
-    schema, probe = _schema(2), OwnProbe(_schema(2), (0, 0), FAST)
+    schema, corrections = _schema(2), Corrections(_schema(2), (0, 0), FAST)
     for _ in range(300):
-        _show(probe, torch.zeros(4, 2), torch.zeros(4, 3), torch.ones(4, 2))
-    positives_ST = probe.sums.positives_ST
+        _show(corrections, torch.zeros(4, 2), torch.zeros(4, 3), torch.ones(4, 2))
+    positives_ST = corrections.sums.positives_ST
     assert len(positives_ST) <= 128
     assert positives_ST.sum(axis=0).tolist() == [300 * 4] * schema.num_tasks
     assert len(set(positives_ST[:-1, 0])) == 1, "blocks are of one length, but for the open one"
@@ -102,7 +103,9 @@ def _schema(num_tasks: int) -> Schema:
     return Schema("made", tuple(Task(f"t{t}") for t in range(num_tasks)), (Feature("x", kind="numeric"),))
 
 
-def _show(probe: OwnProbe, logits_BT: Tensor, x_BI: Tensor, labels_BT: Tensor, tasks_BTH: Tensor | None = None) -> None:
+def _show(
+    corrections: Corrections, logits_BT: Tensor, x_BI: Tensor, labels_BT: Tensor, tasks_BTH: Tensor | None = None
+) -> None:
     """A step of a model that is given by its outputs; a representation has the gradient that its own sum would have."""
     B = len(x_BI)
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -119,20 +122,20 @@ def _show(probe: OwnProbe, logits_BT: Tensor, x_BI: Tensor, labels_BT: Tensor, t
         ticket=None,
     )
     output = ModelOutput(logits_BT, RankerOutput(tasks_BTH), x_BI)
-    probe.before_backward(output)
-    probe.after_backward(output, batch)
+    corrections.before_backward(output)
+    corrections.after_backward(output, batch)
 
 
 def test_the_cosine_is_that_of_the_gradients_on_the_representations() -> None:
     generator = torch.Generator().manual_seed(1)
     gradients = [torch.randn(8, 3, 5, generator=generator) for _ in range(20)]
-    probe = OwnProbe(_schema(3), (0, 1, 0), FAST)
+    corrections = Corrections(_schema(3), (0, 1, 0), FAST)
     for gradient_BTH in gradients:
         tasks_BTH = torch.randn(8, 3, 5, generator=generator, requires_grad=True) * 1.0
         tasks_BTH.retain_grad()
         (tasks_BTH * gradient_BTH).sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
-        _show(probe, torch.zeros(8, 3), torch.randn(8, 4, generator=generator), torch.ones(8, 3), tasks_BTH)
-    figures = own_experts(probe.sums, ["t0", "t1", "t2"])
+        _show(corrections, torch.zeros(8, 3), torch.randn(8, 4, generator=generator), torch.ones(8, 3), tasks_BTH)
+    figures = own_experts(corrections.sums, ["t0", "t1", "t2"])
     last = torch.cat(gradients[10:]).transpose(0, 1).flatten(1)
     group = last[0] + last[2]
     expected = [
@@ -144,15 +147,15 @@ def test_the_cosine_is_that_of_the_gradients_on_the_representations() -> None:
 def _verdicts(missing: tuple[int, ...]) -> list[str]:
     """On a model of 8 tasks, right but for four products of columns that each ``missing`` one sees, no two the same."""
     T, schema, rng = 8, _schema(8), np.random.default_rng(3)
-    probe = OwnProbe(schema, (0,) * T, FAST)
+    corrections = Corrections(schema, (0,) * T, FAST)
     for _ in range(300):
         known_BT, x_BTP2 = rng.normal(size=(512, T)), rng.normal(size=(512, T, 4, 2))
         hidden_BT = x_BTP2.prod(axis=3).sum(axis=2)
         hidden_BT[:, [t for t in range(T) if t not in missing]] = 0
         labels_BT = rng.random((512, T)) < 1 / (1 + np.exp(-(known_BT + hidden_BT)))
         columns = (torch.tensor(a, dtype=torch.float32) for a in (known_BT, x_BTP2.reshape(512, -1), labels_BT))
-        _show(probe, *columns)
-    return [figure.verdict for figure in own_experts(probe.sums, [task.name for task in schema.tasks])]
+        _show(corrections, *columns)
+    return [figure.verdict for figure in own_experts(corrections.sums, [task.name for task in schema.tasks])]
 
 
 def test_tasks_that_each_see_what_the_model_does_not_need_experts_of_their_own() -> None:
@@ -168,13 +171,13 @@ def test_one_task_alone_that_sees_what_the_model_does_not_is_served_by_shared_ex
 
 def test_own_networks_do_not_know_of_each_other_and_shared_ones_do() -> None:
     def losses(like_is_click: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-        generator, probe = torch.Generator().manual_seed(0), OwnProbe(_schema(2), (0, 0), FAST)
+        generator, corrections = torch.Generator().manual_seed(0), Corrections(_schema(2), (0, 0), FAST)
         for _ in range(20):
             x_BI = torch.randn(64, 4, generator=generator)
             click_B, like_B = ((torch.rand(64, generator=generator) < x_BI[:, c].sigmoid()).float() for c in (0, 1))
             labels_BT = torch.stack([click_B, click_B if like_is_click else like_B], dim=1)
-            _show(probe, torch.zeros(64, 2), x_BI, labels_BT)
-        return probe.sums.loss_SKT[:, :, 0]
+            _show(corrections, torch.zeros(64, 2), x_BI, labels_BT)
+        return corrections.sums.loss_SKT[:, :, 0]
 
     one, other = losses(like_is_click=False), losses(like_is_click=True)
     assert np.allclose(one[:, :SHARED], other[:, :SHARED], rtol=1e-6)
@@ -183,26 +186,24 @@ def test_own_networks_do_not_know_of_each_other_and_shared_ones_do() -> None:
 
 def test_a_batch_is_scored_before_it_is_learned() -> None:
     """Labels of pure noise: what scored them afterwards would gain."""
-    generator, probe = (
-        torch.Generator().manual_seed(0),
-        OwnProbe(_schema(2), (0, 0), OptimizerConfig(learning_rate=0.1)),
-    )
+    generator = torch.Generator().manual_seed(0)
+    corrections = Corrections(_schema(2), (0, 0), OptimizerConfig(learning_rate=0.1))
     for _ in range(200):
         labels_BT = (torch.rand(64, 2, generator=generator) < 0.5).float()
-        _show(probe, torch.zeros(64, 2), torch.randn(64, 8, generator=generator), labels_BT)
-    loss_KT = probe.sums.loss_SKT.sum(axis=0)
+        _show(corrections, torch.zeros(64, 2), torch.randn(64, 8, generator=generator), labels_BT)
+    loss_KT = corrections.sums.loss_SKT.sum(axis=0)
     assert (loss_KT > 200 * 64 * np.log(2)).all()
 
 
 def test_new_groups_begin_anew_and_the_same_ones_do_not() -> None:
-    probe = OwnProbe(_schema(3), (0, 0, 0), FAST)
-    _show(probe, torch.zeros(4, 3), torch.zeros(4, 2), torch.ones(4, 3))
-    probe.regroup(((0, 1, 2),))
-    assert len(probe.sums.loss_SKT) == 1
-    probe.regroup(((0, 2), (1,)))
-    assert (probe.sums.group_T, len(probe.sums.loss_SKT)) == ((0, 1, 0), 0)
-    _show(probe, torch.zeros(4, 3), torch.zeros(4, 2), torch.ones(4, 3))
-    assert len(probe.sums.loss_SKT) == 1
+    corrections = Corrections(_schema(3), (0, 0, 0), FAST)
+    _show(corrections, torch.zeros(4, 3), torch.zeros(4, 2), torch.ones(4, 3))
+    corrections.regroup(((0, 1, 2),))
+    assert len(corrections.sums.loss_SKT) == 1
+    corrections.regroup(((0, 2), (1,)))
+    assert (corrections.sums.group_T, len(corrections.sums.loss_SKT)) == ((0, 1, 0), 0)
+    _show(corrections, torch.zeros(4, 3), torch.zeros(4, 2), torch.ones(4, 3))
+    assert len(corrections.sums.loss_SKT) == 1
 
 
 def test_the_groups_are_those_that_share_experts() -> None:

@@ -1,4 +1,4 @@
-"""Which tasks need experts of their own? A probe that corrects the model's logits tells it from the stream.
+"""Which tasks need experts of their own? Corrections of the model's logits tell it from the stream.
 
 Beside the model, three corrections learn, and change nothing of it: a small network for each task, of its own; one of
 the same width for each group of tasks, read by all tasks of the group; and a shift and a scale of each task's logit
@@ -50,8 +50,8 @@ def sharing_groups(schema: Schema, model: ModelConfig) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class ProbeSums:
-    """What a probe has seen, in S blocks of equally many steps; the last one may be shorter.
+class CorrectionSums:
+    """What corrections have seen, in S blocks of equally many steps; the last one may be shorter.
 
     Attributes:
         group_T: The group of each task.
@@ -67,7 +67,7 @@ class ProbeSums:
     gram_STT: F64
 
 
-class OwnProbe:
+class Corrections:
     """A :class:`smes.model.step_watcher.StepWatcher` that learns beside a learner.
 
     Args:
@@ -86,10 +86,10 @@ class OwnProbe:
         self._blocks = _Blocks()
 
     @property
-    def sums(self) -> ProbeSums:
+    def sums(self) -> CorrectionSums:
         """What was seen since the groups are what they are."""
         positives, loss, gram = (table.numpy() for table in self._blocks.tables(self._schema.num_tasks))
-        return ProbeSums(self._group_T, positives, loss, gram)
+        return CorrectionSums(self._group_T, positives, loss, gram)
 
     def regroup(self, groups: Clusters) -> None:
         """Begin anew with other groups."""
