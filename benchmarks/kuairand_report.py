@@ -2,10 +2,12 @@
 
 ``X_gain`` is SMES minus the dense ranker that is best in X, in X's unit, with ``X_gain_ci_low`` and ``X_gain_ci_high``;
 of the entropy it is that ranker minus SMES, so that a positive gain is always good for SMES. Keys of ``_pct`` are in %.
+``same_learning_X_gain``: against the dense rankers that learn as SMES's default does.
 A figure that is undefined is null: GAUC of a task without any group of both classes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -54,6 +56,9 @@ def _headlines(comparison: Comparison, figures: LogFigures) -> Flat:
         by_name["click_long_view"] = by_name["click"] + by_name["long_view"]
     for name, of_name in by_name.items():
         flat |= _gain(comparison, figures, f"{name}_auc", figures.auc, of_name)
+    same = replace(comparison, dense=comparison.dense_same_learning)
+    for part, of_part in (("dense", tasks.dense), ("rare", tasks.rare)):
+        flat |= _gain(same, figures, f"same_learning_{part}_auc", figures.auc, of_part)
     return flat
 
 

@@ -50,7 +50,8 @@ class Comparison:
         smes: The ranker that stands for SMES.
         paper: The ranker in the paper's own form.
         linear: The floor.
-        dense: The rivals.
+        dense: The rivals, as they were published.
+        dense_same_learning: The rivals with whatever SMES's default has in learning, if that is compared, too.
         experts: Rankers that differ in the number of experts, by that number.
         common: Settings of all.
         rankers: All of them, by name.
@@ -63,10 +64,11 @@ class Comparison:
     rankers: dict[str, RankerEntry]
     common: Settings = field(default_factory=dict)
     experts: dict[int, str] = field(default_factory=dict)
+    dense_same_learning: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        likes = [entry.like for entry in self.rankers.values() if entry.like]
-        for name in (self.smes, self.paper, self.linear, *self.dense, *self.experts.values(), *likes):
+        named = [*self.experts.values(), *(entry.like for entry in self.rankers.values() if entry.like)]
+        for name in (self.smes, self.paper, self.linear, *self.dense, *self.dense_same_learning, *named):
             if name not in self.rankers:
                 raise ValueError(f"ranker {name!r}: expected one of {sorted(self.rankers)}")
         budgets = {name: len(entry.trials) for name, entry in self.rankers.items() if entry.trials}

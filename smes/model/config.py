@@ -21,6 +21,33 @@ Preset = Literal["default", "paper", "large"]
 
 
 @dataclass(frozen=True)
+class RareTasksConfig:
+    """How binary tasks with few positives learn beside dense ones (docs/experiments/rare-tasks.md).
+
+    Attributes:
+        gradient_power: α. The gradient that a task of base rate p sends into its representation is multiplied by
+            ``(0.25 / (p (1 - p)))^α``, so that what tasks share learns from rare tasks, too. With 0.5 the gradients of
+            all tasks vary alike: ``p (1 - p)`` is the variance of a logit's gradient. 0: by 1 for every task. The
+            task's own head learns from the plain gradient.
+        gradient_limit: The largest such factor.
+        linear_prior: c. The linear part's logit of a task is multiplied by ``(n + 1) / (n + 1 + c)``, with n the labels
+            of its rarer kind so far: what few positives tell about single ids is mostly noise. 0: by 1 for every task.
+        borrow_ratio: The base rate of a task follows the predictions of those tasks that have at least this many times
+            as many positives, > 1 (:mod:`smes.model.borrowing`). 0: no task borrows.
+    """
+
+    gradient_power: NonNegativeFloat = 0.5
+    gradient_limit: Annotated[float, Ge(1)] = 30.0
+    linear_prior: NonNegativeFloat = 30.0
+    borrow_ratio: NonNegativeFloat = 3.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.borrow_ratio and self.borrow_ratio <= 1:
+            raise ValueError(f"RareTasksConfig.borrow_ratio: {self.borrow_ratio}, expected 0, or more than 1")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The model: which ranker, its shape, and the layers around it.
 
@@ -30,6 +57,7 @@ class ModelConfig:
         wide: Whether a linear part (a weight per id and task) is added to the logits. The linear ranker needs it.
         head_dim: Hidden width of the task heads; 0 for linear heads.
         embedding_scale: The first weights of an embedding are uniform in ± this.
+        rare: How tasks with few positives learn.
         smes: Shape of the ``smes`` ranker.
         shared_bottom, mmoe, ple, home: Shapes of its rivals.
     """
@@ -39,6 +67,7 @@ class ModelConfig:
     wide: bool = True
     head_dim: NonNegativeInt = 0
     embedding_scale: float = 0.01
+    rare: RareTasksConfig = field(default_factory=RareTasksConfig)
     smes: SmesConfig = field(default_factory=SmesConfig)
     shared_bottom: SharedBottomConfig = field(default_factory=SharedBottomConfig)
     mmoe: MmoeConfig = field(default_factory=MmoeConfig)
@@ -161,11 +190,11 @@ class OptimizerConfig:
         initial_accumulator: Start of Adagrad's accumulators; see :class:`AdagradConfig`.
     """
 
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 2e-3
     weight_decay: NonNegativeFloat = 0.0
     betas: tuple[_Decay, _Decay] = (0.9, 0.999)
-    embedding_learning_rate: PositiveFloat = 0.005
-    wide_learning_rate: PositiveFloat = 0.05
+    embedding_learning_rate: PositiveFloat = 0.01
+    wide_learning_rate: PositiveFloat = 0.03
     initial_accumulator: NonNegativeFloat = 0.1
 
     def __post_init__(self) -> None:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smes.model.config import ModelConfig, RankerName
+from smes.model.borrowing import LabelRegression
+from smes.model.config import ModelConfig, RankerName, RareTasksConfig
 from smes.model.features import FeatureInputs, FeatureLayer
 from smes.rankers.config import task_groups
 from smes.rankers.home import HoME
@@ -38,13 +39,14 @@ class TaskOutputs(nn.Module):
 
     Args:
         schema: Its tasks.
+        rare: How tasks with few positives learn; None for the default.
     """
 
     is_binary_T: Tensor
     loss_weight_T: Tensor
     max_logit_T: Tensor
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, rare: RareTasksConfig | None = None) -> None:
         super().__init__()
         tasks = schema.tasks
         self.register_buffer("is_binary_T", torch.tensor([t.kind == "binary" for t in tasks]), persistent=False)
@@ -52,6 +54,8 @@ class TaskOutputs(nn.Module):
         max_logit = [math.log1p(t.max_value) for t in tasks]
         self.register_buffer("max_logit_T", torch.tensor(max_logit), persistent=False)
         self.labels = RunningMoments(len(tasks))
+        self.rare = rare = rare or RareTasksConfig()
+        self.borrowing = LabelRegression(len(tasks), rare.borrow_ratio) if rare.borrow_ratio else None
 
     def base_logits(self) -> Tensor:
         """Base rate of every task as a logit; 0 for a task without any label so far. float32 [T]."""
@@ -59,6 +63,27 @@ class TaskOutputs(nn.Module):
         # Half a positive and half a negative are added. Otherwise a rare task's first batch would give an infinity.
         rate_T = (self.labels.mean_C * seen_T + 0.5) / (seen_T + 1.0)
         return torch.where(self.is_binary_T, torch.logit(rate_T, eps=1e-9), self.labels.mean_C).float()
+
+    def logits(self, own_BT: Tensor) -> Tensor:
+        """Add base rates, and what tasks borrow from denser ones, to the tasks' own logits. float32 [B, T]."""
+        base_T = self.base_logits()
+        logits_BT = own_BT + base_T
+        if self.borrowing is None:
+            return logits_BT
+        borrowed_BT: Tensor = self.borrowing(logits_BT.sigmoid(), base_T.sigmoid())
+        return logits_BT + borrowed_BT
+
+    def gradient_factors(self) -> Tensor:
+        """``(0.25 / (p (1 - p)))^α`` of each binary task, limited; 1 for regression. float32 [T]."""
+        seen_T = self.labels.count_C
+        rate_T = (self.labels.mean_C * seen_T + 1.0) / (seen_T + 4.0)  # one positive and three negatives are added
+        factor_T = (0.25 / (rate_T * (1 - rate_T)).clamp(min=1e-9)).pow(self.rare.gradient_power)
+        return torch.where(self.is_binary_T, factor_T.clamp(max=self.rare.gradient_limit), 1.0).float()
+
+    def trust(self) -> Tensor:
+        """``(n + 1) / (n + 1 + c)``, n the labels of a task's rarer kind so far; 1 for regression. float32 [T]."""
+        rarer_T = self.labels.count_C * torch.minimum(self.labels.mean_C, 1 - self.labels.mean_C) + 1.0
+        return torch.where(self.is_binary_T, rarer_T / (rarer_T + self.rare.linear_prior), 1.0).float()
 
     def scores(self, logits_BT: Tensor) -> Tensor:
         """Probabilities of binary tasks, values in the label's unit of regression tasks. [B, T] → float32 [B, T]."""
@@ -95,7 +120,10 @@ class TaskOutputs(nn.Module):
 
     def observe(self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> None:
         """Update the base rates with a batch. Call it after the batch was scored."""
-        self.labels.observe(self._targets(labels_BT, mask_BT), mask_BT * weight_B.unsqueeze(1))
+        target_BT, weight_BT = self._targets(labels_BT, mask_BT), mask_BT * weight_B.unsqueeze(1)
+        self.labels.observe(target_BT, weight_BT)
+        if self.borrowing is not None:
+            self.borrowing.observe(target_BT, weight_BT, self.is_binary_T)
 
     def _targets(self, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
         labels_BT = torch.where(mask_BT, labels_BT, 0.0)
@@ -172,16 +200,26 @@ class RankModel(nn.Module):
         self.ranker = RANKERS[config.ranker](self.features.output_dim, schema, config)
         width = self.ranker.output_dim
         self.heads = TaskHeads(schema.num_tasks, width, config.head_dim) if width else None
-        self.tasks = TaskOutputs(schema)
+        self.tasks = TaskOutputs(schema, config.rare)
 
     def forward(self, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None) -> ModelOutput:
         """Logits of B ≥ 1 instances. ``autocast`` sets the precision of the ranker and the heads only."""
         x_BI, wide_BT = self.features(inputs)
         with autocast or nullcontext():
             output = self.ranker(x_BI)
+            self._scale_gradient(output.tasks_BTH)
             heads_BT = self.heads(output.tasks_BTH) if self.heads is not None else None
-        logits = [part.float() for part in (wide_BT, heads_BT) if part is not None]
-        return ModelOutput(sum(logits, start=self.tasks.base_logits()), output, x_BI)
+        if wide_BT is not None:
+            wide_BT = wide_BT * self.tasks.trust()
+        first, *others = (part.float() for part in (wide_BT, heads_BT) if part is not None)
+        return ModelOutput(self.tasks.logits(sum(others, start=first)), output, x_BI)
+
+    def _scale_gradient(self, tasks_BTH: Tensor | None) -> None:
+        """Multiply each task's gradient on its way into the ranker. Heads and linear part keep theirs."""
+        if not self.tasks.rare.gradient_power or tasks_BTH is None or not tasks_BTH.requires_grad:
+            return
+        factor_T1 = self.tasks.gradient_factors().unsqueeze(1).to(tasks_BTH.dtype)
+        tasks_BTH.register_hook(factor_T1.mul)  # type: ignore[no-untyped-call]  # torch ships no type for it
 
     def choices(self, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None) -> Tensor | None:
         """The experts that each task chooses for B ≥ 1 instances. Changes nothing.

@@ -38,9 +38,9 @@ class RouterConfig:
     """
 
     per: Literal["group", "task"] = "group"
-    input: Literal["raw", "encoder", "both"] = "raw"
+    input: Literal["raw", "encoder", "both"] = "encoder"
     rank: PositiveInt | None = 16
-    maps: Literal["own", "shared"] = "own"
+    maps: Literal["own", "shared"] = "shared"
     norm: RouterNorm = "batch"
     scale: PositiveFloat = 1.0
 
@@ -65,12 +65,12 @@ class ExpertsConfig:
         norm: Norm of each expert's output, for all forms.
     """
 
-    num: PositiveInt = 64
+    num: PositiveInt = 16
     form: ExpertForm = "residual"
-    dims: Annotated[tuple[Width, ...], MinLen(1)] = (32,)
+    dims: Annotated[tuple[Width, ...], MinLen(1)] = (64,)
     rank: Width = 8
-    narrow_dim: Width = 32
-    norm: ExpertNorm = "layer"
+    narrow_dim: Width = 16
+    norm: ExpertNorm = "none"
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -147,8 +147,9 @@ class SmesConfig:
     Attributes:
         encoder_dims: Widths of the shared encoder's layers (``SiLU(LayerNorm(Linear))``); empty: experts and routers
             read the raw input.
-        trunk_dims: Widths of a network on the ranker's input whose output is added to every task's representation;
+        trunk_dims: Widths of a network that always runs and whose output is added to every task's representation;
             empty for none. The last must be that of ``experts.dims``.
+        trunk_input: What the trunk reads: ``raw``, the ranker's input, or ``encoder``, the encoder's output.
         num_shared: K_s, the experts chosen for all tasks together (stage I).
         num_group: K_g, the experts chosen for each task group (stage II).
         num_adaptive: K_a, the experts that each task adds for itself (stage III).
@@ -159,10 +160,11 @@ class SmesConfig:
         router, experts, groups, early, balance: The parts.
     """
 
-    encoder_dims: tuple[Width, ...] = (128,)
-    trunk_dims: tuple[Width, ...] = ()
+    encoder_dims: tuple[Width, ...] = (96,)
+    trunk_dims: tuple[Width, ...] = (64,)
+    trunk_input: Literal["raw", "encoder"] = "encoder"
     num_shared: NonNegativeInt = 0
-    num_group: NonNegativeInt = 4
+    num_group: NonNegativeInt = 2
     num_adaptive: NonNegativeInt = 0
     shared_experts: Literal["routed", "always_on"] = "routed"
     max_active: PositiveInt | None = None
@@ -226,9 +228,10 @@ class SmesConfig:
 
 
 def smes_default() -> SmesConfig:
-    """The default: for each task group, a router on the standardised raw input chooses 4 of the group's own experts.
+    """The default: an always-on trunk, and for each task group a router that chooses 2 of the group's own experts.
 
-    With two groups each has 32 of the 64 experts. All tasks of a group share the chosen experts.
+    With two groups each has 8 of the 16 experts. All tasks of a group share the chosen experts; what serves rare tasks
+    most is the trunk (docs/experiments/rare-tasks.md).
     """
     return SmesConfig()
 
@@ -236,11 +239,13 @@ def smes_default() -> SmesConfig:
 def smes_paper() -> SmesConfig:
     """SMES's parts as the paper describes them (arXiv 2602.09386). It publishes no sizes: those here are ours."""
     return SmesConfig(
+        encoder_dims=(128,),
+        trunk_dims=(),
         num_shared=2,
         num_group=0,
         num_adaptive=1,
         router=RouterConfig(per="task", input="encoder", rank=None, maps="shared", norm="none"),
-        experts=ExpertsConfig(num=16, form="full", dims=(64,)),
+        experts=ExpertsConfig(num=16, form="full", dims=(64,), norm="layer"),
         groups=GroupsConfig(pools="common"),
     )
 
@@ -251,7 +256,10 @@ def smes_large() -> SmesConfig:
     It is what the benchmark of synthetic worlds compares with dense rankers, with task groups to be declared.
     """
     return SmesConfig(
-        router=RouterConfig(rank=64),
-        experts=ExpertsConfig(num=256, form="full"),
+        encoder_dims=(128,),
+        trunk_dims=(),
+        num_group=4,
+        router=RouterConfig(input="raw", rank=64, maps="own"),
+        experts=ExpertsConfig(num=256, form="full", dims=(32,), norm="layer"),
         early=EarlyConfig(num_group=16),
     )

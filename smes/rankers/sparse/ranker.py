@@ -232,7 +232,8 @@ class SMES(nn.Module):
         self.selection = EarlyChoice(stages, until, self.reads.stage_one_weights())
         self._padding = -width % 8  # a raw input may have any width, the rows of a grouped GEMM may not
         self.experts = EXPERT_FORMS[config.experts.form](width + self._padding, config.experts)
-        self.trunk = Encoder(input_dim, config.trunk_dims) if config.trunk_dims else None
+        trunk_width = input_dim if config.trunk_input == "raw" else width
+        self.trunk = Encoder(trunk_width, config.trunk_dims) if config.trunk_dims else None
 
     def forward(self, x_BI: Tensor) -> RankerOutput:
         """Encode, route, run each chosen expert once per instance, combine the outputs for each task.
@@ -245,7 +246,7 @@ class SMES(nn.Module):
         y_PH = self.experts(F.pad(h_BD, (0, self._padding)) if self._padding else h_BD, plan)
         tasks_BTH = self.reads.outputs(combine(y_PH, routing.weights_BRK, plan))
         if self.trunk is not None:
-            tasks_BTH = tasks_BTH + self.trunk(x_BI).unsqueeze(1)
+            tasks_BTH = tasks_BTH + self.trunk(x_BI if self.config.trunk_input == "raw" else h_BD).unsqueeze(1)
         if not self.training:
             return RankerOutput(tasks_BTH)
         load_RE = expert_load(routing.experts_BRK, self.config.experts.num)
