@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from feature_store.payload import decode, encode
 from smes.events import ExampleBlock
-from smes.model.config import ModelConfig, OptimizerConfig, RankerName
+from smes.model.config import ModelConfig, OptimizerConfig, RankerName, RareTasksConfig
 from smes.model.learner import Learner
 from smes.model.rank_model import RANKERS
 from smes.model.serving import ServingModel
@@ -39,7 +39,9 @@ _MODELS = {
     ),
     "smes-low-rank-no-wide": ModelConfig(embedding_dim=8, head_dim=8, wide=False, smes=_DEEP),
     "smes-residual": ModelConfig(
-        embedding_dim=8, smes=changed(_SMALL, {"experts.form": "residual", "experts.narrow_dim": 8})
+        embedding_dim=8,
+        rare=RareTasksConfig(gradient_power=1.0, gradient_limit=2.0, linear_prior=300.0),
+        smes=changed(_SMALL, {"experts.form": "residual", "experts.narrow_dim": 8}),
     ),
     "smes-bounded-raw": ModelConfig(
         embedding_dim=8,
@@ -84,7 +86,12 @@ _MODELS = {
     ),
     "linear": ModelConfig(ranker="linear"),
     "shared_bottom": ModelConfig(ranker="shared_bottom", embedding_dim=8),
-    "mmoe": ModelConfig(ranker="mmoe", embedding_dim=8, mmoe=MmoeConfig(4, (16,), (16, 8))),
+    "mmoe": ModelConfig(
+        ranker="mmoe",
+        embedding_dim=8,
+        rare=RareTasksConfig(gradient_power=0.0, linear_prior=0.0, borrow_ratio=0.0),
+        mmoe=MmoeConfig(4, (16,), (16, 8)),
+    ),
     "ple": ModelConfig(ranker="ple", embedding_dim=8, ple=PleConfig(2, 2, 1, (), (8,))),
     "home": ModelConfig(ranker="home", embedding_dim=8, home=HomeConfig({"a": ("like",)}, 2, encoder_dims=(16,))),
 }
