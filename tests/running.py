@@ -51,6 +51,7 @@ def write_config(folder: Path, redis_url: str, namespace: str, *, kafka: str | N
             "smes": {
                 "num_group": 2,
                 "encoder_dims": [16],
+                "trunk_dims": [16],
                 "router": {"rank": 8},
                 "experts": {"num": 8, "dims": [16]},
             },

@@ -26,7 +26,8 @@ def dense_smes(
     h_BD = torch.stack([encoded(ranker.encoder, x) for x in x_BI])
     logits = router_logits(ranker, groups or [0] * T, x_BI, h_BD)
     outputs = [_expert(ranker.experts, e, h_BD, config.experts.norm) for e in range(E)]
-    trunk_BH = None if ranker.trunk is None else torch.stack([encoded(ranker.trunk, x) for x in x_BI])
+    trunk_reads = x_BI if config.trunk_input == "raw" else h_BD
+    trunk_BH = None if ranker.trunk is None else torch.stack([encoded(ranker.trunk, x) for x in trunk_reads])
     rows = []
     used, p_E = [0.0] * E, [torch.zeros(()) for _ in range(E)]
     for b in range(B):

@@ -25,6 +25,7 @@ _SMES = changed(
         "early.until": 60,
         "groups.declared": _GROUPS,
         "encoder_dims": (16,),
+        "trunk_dims": (8,),
         "experts.dims": (8,),
     },
 )

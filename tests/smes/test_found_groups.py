@@ -34,6 +34,7 @@ def _config(changes: Mapping[str, Any]) -> SmesConfig:
         "experts.num": 8,
         "num_group": 2,
         "encoder_dims": (16,),
+        "trunk_dims": (8,),
         "experts.dims": (8,),
         "experts.narrow_dim": 8,
         "router.rank": 4,

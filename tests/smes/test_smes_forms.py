@@ -70,7 +70,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "shared map on own pools": {"num_shared": 0, "groups.pools": "own", "router.rank": 3},
     "routers on both": {"router.input": "both", "router.rank": 4},
     "normalised routers": {"router.input": "both", "router.norm": "layer"},
-    "a trunk": {"trunk_dims": (16, 8)},
+    "a trunk on the encoder": {"trunk_dims": (16, 8), "trunk_input": "encoder"},
+    "a trunk on the raw input": {"trunk_dims": (16, 8), "trunk_input": "raw"},
+    "a trunk without an encoder": {"trunk_dims": (8,), "encoder_dims": ()},
     "no encoder": {"encoder_dims": ()},
     "no encoder, low-rank experts": {"encoder_dims": (), "experts.form": "low_rank"},
     "no encoder, residual experts": {"encoder_dims": (), "experts.form": "residual", "experts.narrow_dim": 8},
@@ -199,6 +201,7 @@ def test_the_papers_form_is_two_stages_on_the_encoder_with_full_experts() -> Non
     paper = changed(
         smes_large(),
         {
+            "encoder_dims": (128,),
             "num_shared": 2,
             "num_group": 0,
             "num_adaptive": 1,
@@ -214,6 +217,7 @@ def test_the_papers_form_is_two_stages_on_the_encoder_with_full_experts() -> Non
             "experts.num": 16,
             "experts.form": "full",
             "experts.dims": (64,),
+            "experts.norm": "layer",
             "groups.pools": "common",
             "early.num_group": 0,
             "balance.loss": "global",
@@ -224,9 +228,22 @@ def test_the_papers_form_is_two_stages_on_the_encoder_with_full_experts() -> Non
 
 
 def test_the_large_configuration_has_256_full_experts_for_groups() -> None:
-    changes = {"experts.num": 256, "experts.form": "full", "router.rank": 64, "early.num_group": 16}
+    """Said key by key, but for the trunk."""
+    changes = {
+        "encoder_dims": (128,),
+        "trunk_dims": (),
+        "num_group": 4,
+        "router.input": "raw",
+        "router.rank": 64,
+        "router.maps": "own",
+        "experts.num": 256,
+        "experts.form": "full",
+        "experts.dims": (32,),
+        "experts.norm": "layer",
+        "early.num_group": 16,
+    }
 
-    assert smes_large() == changed(smes_default(), changes)
+    assert replace(smes_large(), trunk_dims=()) == changed(smes_default(), changes)
 
 
 @pytest.mark.parametrize("name", get_args(Preset))
@@ -238,7 +255,8 @@ def test_a_preset_is_complete_and_can_be_changed_key_by_key(name: Preset) -> Non
     smes = replace(preset.smes, encoder_dims=(64,), experts=replace(preset.smes.experts, num=32))
     other = replace(preset, smes=smes)
 
-    assert changed(smes, {"encoder_dims": (128,), "experts.num": preset.smes.experts.num}) == preset.smes
+    back = {"encoder_dims": preset.smes.encoder_dims, "experts.num": preset.smes.experts.num}
+    assert changed(smes, back) == preset.smes
     assert ModelConfig.from_dict(json.loads(json.dumps(other.to_dict()))) == other
 
 
@@ -248,17 +266,20 @@ def test_an_unknown_preset_is_refused() -> None:
 
 
 def test_the_default_shares_experts_within_a_task_group() -> None:
-    """The whole of it, at the size that it has, against the loops."""
+    """The whole of it, trunk and all, at the size that it has, against the loops."""
     torch.manual_seed(0)
     groups = (0, 1, 1, 0)
     ranker = SMES(_INPUT, 4, SmesConfig(), groups)
+    assert ranker.trunk is not None
+    with torch.no_grad():  # zero differences from a base, as they start, would hide mistakes
+        ranker.get_parameter("experts.differences").uniform_(-0.5, 0.5)
     ranker(_x(64, seed=5))  # moments of a step before
     ranker.eval()
     x_BI = _x()
     expected = [chosen(ranker.config, groups, z) for z in _logits(ranker, x_BI, groups)]
     experts_BTK = ranker.choices(x_BI)
     assert experts_BTK.tolist() == expected
-    assert experts_BTK.shape == (9, 4, 4)
+    assert experts_BTK.shape == (9, 4, 2)
     assert bool((experts_BTK[:, 0] < ranker.config.experts.num // 2).all())
     assert bool((experts_BTK[:, 1] >= ranker.config.experts.num // 2).all())
     assert torch.equal(experts_BTK[:, [0, 1]], experts_BTK[:, [3, 2]])
@@ -269,5 +290,5 @@ def test_the_default_shares_experts_within_a_task_group() -> None:
     output = ranker.train()(x_BI)
     torch.testing.assert_close(output.auxiliary_loss, balance, rtol=1e-4, atol=1e-6)
     assert ranker.expert_limits is not None
-    assert ranker.expert_limits.bound == 8
-    assert output.stats.active_B.tolist() == [8] * 9
+    assert ranker.expert_limits.bound == 4
+    assert output.stats.active_B.tolist() == [4] * 9

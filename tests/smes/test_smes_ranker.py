@@ -198,6 +198,7 @@ def test_the_layout_for_gpus_gives_the_same(form: str) -> None:
             {"trunk_dims": (32,)},
             r"SmesConfig\.trunk_dims: \[32\], expected the last to be that of experts\.dims \(64\)",
         ),
+        ({"trunk_input": "both"}, r"SmesConfig\.trunk_input: 'both', expected one of raw, encoder"),
         ({"groups.declared": {"a": ("x", "y"), "b": ("x",)}}, r"GroupsConfig\.declared: .* no task twice"),
         ({"shared_experts": "on"}, r"SmesConfig\.shared_experts: 'on', expected one of routed, always_on"),
         ({"experts.dims": (12,)}, r"ExpertsConfig\.dims: \[12\], expected each at least 8, a multiple of 8"),
