@@ -40,7 +40,7 @@ model:
   wide: true                                 # a linear part beside the ranker
 
 optimizer:
-  learning_rate: 0.001
+  learning_rate: 0.002
 
 trainer:
   device: auto                               # auto, cpu or cuda
