@@ -138,9 +138,9 @@ def cost_of(schema: Schema, config: ModelConfig, tally: FlopTally, mean_active: 
     total = _size(weights.values())
     active = float(total)
     if mean_active is not None and model.ranker.expert_limits is not None:
-        num_experts = model.ranker.expert_limits.num_experts
-        experts = {n: p for n, p in weights.items() if n.startswith(_EXPERTS) and p.dim() > 1 and len(p) == num_experts}
-        active -= _size(experts.values()) * (1 - mean_active / num_experts)
+        # Matrices stacked by expert; what all experts share is a single matrix.
+        experts = [p for n, p in weights.items() if n.startswith(_EXPERTS) and p.dim() == 3]
+        active -= _size(experts) * (1 - mean_active / model.ranker.expert_limits.num_experts)
     per_instance = 1 / tally.instances
     return Cost(
         features=tally.features * per_instance,

@@ -3,9 +3,10 @@
     python -m benchmarks.gpu                       # needs a CUDA GPU, torch ≥ 2.11, and this repository
     python -m benchmarks.gpu --json gpu.json
 
-Each row trains the same model twice on prepared columns, ids looked up and copied to the device on the way: once with
-the grouped execution, once with every expert run on every instance. `TFLOP/s` counts the multiply-adds of encoder and
-experts that were executed, forward and backward; the card's own bf16 GEMM and copy rates are measured in the same run.
+The model is the preset `large` with so many experts, and without more of them at first. Each row trains it twice on
+prepared columns, ids looked up and copied to the device on the way: once with the grouped execution, once with every
+expert run on every instance. `TFLOP/s` counts the multiply-adds of encoder, trunk (if there is one) and experts that
+were executed, forward and backward; the card's own bf16 GEMM and copy rates are measured in the same run.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
-from smes.rankers.sparse.config import ExpertsConfig, SmesConfig
+from smes.rankers.sparse.config import EarlyConfig, SmesConfig, smes_large
 from smes.rankers.sparse.experts import EXPERT_FORMS, Dispatch, FullExperts
 from smes.schema import Feature, Schema, Task
 
@@ -44,7 +45,7 @@ class DenseExperts(FullExperts):
         x_EBD = h_BD.unsqueeze(0).expand(len(self.weights[0]), *h_BD.shape)
         for weight_E in self.weights:
             y_EBH = torch.bmm(x_EBD, weight_E)
-            x_EBD = F.silu(F.layer_norm(y_EBH, y_EBH.shape[2:]))
+            x_EBD = F.silu(self.norm(y_EBH.flatten(0, 1))).view(y_EBH.shape)
         row_P = torch.arange(len(plan.instance_P), device=h_BD.device, dtype=torch.int32)
         expert_P = torch.searchsorted(plan.offsets_E, row_P, right=True).clamp(max=len(x_EBD) - 1)
         return x_EBD[expert_P, plan.instance_P]
@@ -96,27 +97,40 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure(device: torch.device, blocks: list[ExampleBlock], num_experts: int, steps: int) -> Row:
-    config = SmesConfig(experts=ExpertsConfig(num=num_experts))
+    large = smes_large()
+    config = replace(large, early=EarlyConfig(), experts=replace(large.experts, num=num_experts))
     grouped_per_s, active = _training_rate(device, blocks, config, steps)
     with _dense_experts():
         dense_per_s, _ = _training_rate(device, blocks, config, steps)
-    widths = [config.encoder_dims[-1], *config.experts.dims]
-    expert = sum(a * b for a, b in pairwise(widths))
-    encoder = _SCHEMA.id_width * ModelConfig().embedding_dim * config.encoder_dims[0]
-    flops = 6 * (encoder + active * expert)  # a multiply and an add, forward and twice backward
+    flops = 6 * _multiply_adds(config, active)  # a multiply and an add, forward and twice backward
     return Row(len(blocks[0]), num_experts, grouped_per_s, dense_per_s, active, grouped_per_s * flops / 1e12)
+
+
+def _multiply_adds(config: SmesConfig, active: float) -> float:
+    """Of encoder, trunk and so many full experts, forward for one instance."""
+    input_dim = _SCHEMA.id_width * ModelConfig().embedding_dim
+    encoded = config.encoder_dims[-1]
+    trunk_reads = input_dim if config.trunk_input == "raw" else encoded
+    encoder, trunk, expert = (
+        sum(a * b for a, b in pairwise(widths))
+        for widths in (
+            (input_dim, *config.encoder_dims),
+            (trunk_reads, *config.trunk_dims),
+            (encoded, *config.experts.dims),
+        )
+    )
+    return encoder + trunk + active * expert
 
 
 @contextmanager
 def _dense_experts() -> Iterator[None]:
-    """Within it, rankers are built with :class:`DenseExperts` in place of the default form."""
-    form = ExpertsConfig().form
-    grouped = EXPERT_FORMS[form]
-    EXPERT_FORMS[form] = lambda input_dim, config: DenseExperts(config.num, input_dim, config.dims)
+    """Within it, rankers with full experts are built with :class:`DenseExperts`."""
+    grouped = EXPERT_FORMS["full"]
+    EXPERT_FORMS["full"] = lambda input_dim, config: DenseExperts(config.num, input_dim, config.dims, config.norm)
     try:
         yield
     finally:
-        EXPERT_FORMS[form] = grouped
+        EXPERT_FORMS["full"] = grouped
 
 
 def _training_rate(

@@ -8,7 +8,7 @@ are interleaved: every round times every contender, each round beginning with an
 the rounds' own ratios. Figures come as median with the least and greatest round beside it (`_min`, `_max`).
 
 Contenders: `smes16`, `smes64`, `smes256` (SMES by `--preset` at that many experts; `--smes` overrides its other
-settings), `wide64` (the same with experts of two layers, as the peers have them), `paper64` (the paper's form,
+settings), `wide64` (the same with full experts of two layers, as the peers have them), `paper64` (the paper's form,
 likewise), `dense…` (the same SMES, all experts executed on every instance), `mmoe…` (our own MMoE, experts as the peers
 have them), and the peers `rechub_mmoe8`, `rechub_mmoe64`, `rechub_ple9`, `deepctr_mmoe8`. What a step and a scoring
 call include is said in speed_ours.py and speed_peers.py; in short, ours include looking ids up and theirs do not.
@@ -60,6 +60,7 @@ RATIOS = {
     "paper_train_vs_rechub_mmoe64": ("train_per_s", "paper64", "rechub_mmoe64"),
     "paper_train_vs_dense": ("train_per_s", "paper64", "dense_paper64"),
     "paper_latency_vs_dense": ("latency_ms", "paper64", "dense_paper64"),
+    # The preset with 256 experts, whatever number it has by itself.
     "default_train_vs_rechub_mmoe8": ("train_per_s", "smes256", "rechub_mmoe8"),
     "default_train_vs_dense": ("train_per_s", "smes256", "dense256"),
     "default_latency_vs_dense": ("latency_ms", "smes256", "dense256"),
@@ -92,7 +93,8 @@ def build(names: Sequence[str], smes: SmesConfig, setting: Setting, data: Data) 
         return replace(base, ranker="mmoe", mmoe=MmoeConfig(num_experts, (), setting.expert_dims))
 
     paper = smes_of(smes_paper(), 64, dims=setting.expert_dims)
-    wide = smes_of(smes, 64, dims=setting.expert_dims, form="full")
+    trunk_dims = (*smes.trunk_dims[:-1], setting.expert_dims[-1]) if smes.trunk_dims else ()
+    wide = smes_of(replace(smes, trunk_dims=trunk_dims), 64, dims=setting.expert_dims, form="full")
     builders: dict[str, Callable[[], Contender]] = {
         "wide64": ours("wide64", "SMES, 64 experts as the peers'", wide),
         "dense_wide64": ours("dense_wide64", "SMES executed densely, 64 experts as the peers'", wide, dense=True),

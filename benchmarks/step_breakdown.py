@@ -29,13 +29,13 @@ from smes.rankers.sparse.ranker import SMES
 PARTS = (
     "prepare",  # ids to rows, distinct rows
     "features",
-    "encoder",
+    "encoder",  # with the trunk
     "route",  # routers, selection, load and balance loss
     "pack",
     "gemm",  # grouped GEMMs of the experts, forward
     "experts",  # their norms and activations, and GEMMs common to all experts
     "combine",
-    "heads",  # with scores, losses and base rates
+    "heads",  # with scores, losses, base rates, and what rare tasks have of their own
     "backward",
     "optimiser",  # AdamW and the embedding rows' Adagrad
     "other",
@@ -61,6 +61,9 @@ _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("experts", LowRankExperts, "forward"),
     ("experts", ResidualExperts, "forward"),
     ("heads", TaskHeads, "forward"),
+    ("heads", TaskOutputs, "gradient_factors"),
+    ("heads", TaskOutputs, "trust"),
+    ("heads", TaskOutputs, "logits"),
     ("heads", TaskOutputs, "scores"),
     ("heads", TaskOutputs, "loss"),
     ("heads", TaskOutputs, "observe"),

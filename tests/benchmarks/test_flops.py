@@ -1,5 +1,8 @@
 """Operations and parameters against formulas written out by hand, one for each ranker."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
+from smes.rankers.sparse.config import SmesConfig
 from tests.smes.plain_smes import changed, plain
 
 T, N = 8, 112 + 0  # tasks, numeric columns of the world "segments"
@@ -103,6 +107,21 @@ def test_smes_is_charged_for_the_experts_it_runs(form: str) -> None:
     assert 2 * (least + T * active * 24) <= cost.ranker <= 2 * most
     inactive = (16 - active) * each
     assert cost.active_parameters == pytest.approx(cost.parameters - inactive)
+
+
+@pytest.mark.parametrize("trunk_input", ["raw", "encoder"])
+def test_a_trunk_of_smes_is_charged_to_every_instance(trunk_input: str) -> None:
+    """Of the default's form: the number of executed experts is fixed, so the rest is the same to the last operation."""
+    shape: dict[str, Any] = {"encoder_dims": (16,), "trunk_dims": (), "trunk_input": trunk_input, "router.rank": 8}
+    shape |= {"experts.num": 16, "experts.dims": (24,), "experts.narrow_dim": 8}
+    config = changed(SmesConfig(), shape)
+    without, _ = measured(ModelConfig(smes=config))
+    cost, active = measured(ModelConfig(smes=replace(config, trunk_dims=(40, 24))))
+    trunk = (I if trunk_input == "raw" else 16) * 40 + 40 * 24
+    assert cost.ranker - without.ranker == pytest.approx(2 * trunk)
+    assert cost.parameters - without.parameters == trunk + 2 * 40 + 2 * 24  # with gains and biases
+    # Base and projection run for every instance, although their first dimension is the number of experts, too.
+    assert cost.active_parameters == pytest.approx(cost.parameters - (16 - active) * 8 * 24)
 
 
 def test_passes_add_up() -> None:

@@ -1,12 +1,16 @@
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from benchmarks import gpu
+from smes.rankers.sparse.config import ExpertNorm, SmesConfig
 from smes.rankers.sparse.experts import FullExperts, dispatch
 from smes.rankers.sparse.routing import route
+from tests.smes.plain_smes import changed
 
 
 def test_it_runs_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,11 +31,28 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "no usable CUDA GPU" in capsys.readouterr().err
 
 
+def test_multiply_adds_are_those_of_the_layers() -> None:
+    shape: dict[str, Any] = {
+        "encoder_dims": (48, 24),
+        "trunk_dims": (),
+        "experts.dims": (16, 8),
+        "experts.form": "full",
+    }
+    config = changed(SmesConfig(), shape)
+    width = 40 * 16
+    without = width * 48 + 48 * 24 + 3 * (24 * 16 + 16 * 8)
+    assert gpu._multiply_adds(config, 3.0) == without
+    on_encoder = replace(config, trunk_dims=(32, 8), trunk_input="encoder")
+    assert gpu._multiply_adds(on_encoder, 3.0) == without + 24 * 32 + 32 * 8
+    assert gpu._multiply_adds(replace(on_encoder, trunk_input="raw"), 3.0) == without + width * 32 + 32 * 8
+
+
+@pytest.mark.parametrize("norm", get_args(ExpertNorm))
 @pytest.mark.parametrize("trim", [True, False])
-def test_the_dense_execution_gives_the_same(trim: bool) -> None:
+def test_the_dense_execution_gives_the_same(trim: bool, norm: ExpertNorm) -> None:
     torch.manual_seed(0)
-    grouped = FullExperts(8, 16, (16, 8))
-    dense = gpu.DenseExperts(8, 16, (16, 8))
+    grouped = FullExperts(8, 16, (16, 8), norm)
+    dense = gpu.DenseExperts(8, 16, (16, 8), norm)
     dense.load_state_dict(grouped.state_dict())
     h_BD = torch.randn(20, 16)
     plan = dispatch(route(torch.randn(20, 3, 8), torch.full((3,), 1 / 3), 1, 2), trim=trim)

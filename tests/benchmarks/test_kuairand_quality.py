@@ -31,7 +31,11 @@ COMPARED: dict[str, Any] = {
         "linear": {"settings": {"model.ranker": "linear"}},
         "shared_bottom": {"settings": {"model.ranker": "shared_bottom", "model.shared_bottom.dims": [16]}},
         "smes": {
-            "settings": {"model.smes.encoder_dims": [16], "model.smes.experts.dims": [8]},
+            "settings": {
+                "model.smes.encoder_dims": [16],
+                "model.smes.trunk_dims": [8],
+                "model.smes.experts.dims": [8],
+            },
             "trials": [{"optimizer.learning_rate": 0.00001}, {"optimizer.learning_rate": 0.002}],
         },
     },

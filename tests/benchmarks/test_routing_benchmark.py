@@ -72,7 +72,12 @@ def test_a_ranker_without_experts_is_refused(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_ranker_in_a_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = {"model.smes.experts.num": 16, "model.smes.encoder_dims": [8], "model.smes.experts.dims": [8]}
+    tiny = {
+        "model.smes.experts.num": 16,
+        "model.smes.encoder_dims": [8],
+        "model.smes.trunk_dims": [8],
+        "model.smes.experts.dims": [8],
+    }
     rankers = {"smes": {"settings": tiny}, "linear": {"settings": {"model.ranker": "linear"}}}
     compared = {
         "smes": "smes",

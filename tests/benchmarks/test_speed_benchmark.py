@@ -25,7 +25,11 @@ SMALL = Setting(
 )
 FAST = replace(SMALL, peer_learning_rate=0.01)
 SMES_SMALL = SmesConfig(
-    num_group=2, encoder_dims=(8,), router=RouterConfig(rank=8), experts=ExpertsConfig(num=16, dims=(8,))
+    num_group=2,
+    encoder_dims=(8,),
+    trunk_dims=(8,),
+    router=RouterConfig(rank=8),
+    experts=ExpertsConfig(num=16, dims=(8,)),
 )
 
 

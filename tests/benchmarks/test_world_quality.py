@@ -27,7 +27,12 @@ COMPARED: dict[str, Any] = {
         "mmoe": {"settings": {"model.ranker": "mmoe", "model.mmoe.num_experts": 16}},
         "small": {"settings": {"model.ranker": "shared_bottom", "model.shared_bottom.dims": [8]}},
         "smes_e16": {
-            "settings": {"model.smes.experts.num": 16, "model.smes.encoder_dims": [16], "model.smes.experts.dims": [8]},
+            "settings": {
+                "model.smes.experts.num": 16,
+                "model.smes.encoder_dims": [16],
+                "model.smes.trunk_dims": [8],
+                "model.smes.experts.dims": [8],
+            },
             "trials": [{"optimizer.learning_rate": 0.006}, {"optimizer.learning_rate": 0.0001}],
         },
         "smes_e8": {"like": "smes_e16", "settings": {"model.smes.experts.num": 8}},
