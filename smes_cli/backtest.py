@@ -152,9 +152,7 @@ def run_backtest(
     schema_file = config.schema_file(log)
     schema, names = schema_file.schema, [task.name for task in schema_file.schema.tasks]
     learner = build_learner(config, schema)
-    corrections = Corrections(schema, sharing_groups(schema, config.model), config.optimizer) if own_experts else None
-    if corrections is not None:
-        learner.watch(corrections)
+    corrections = _corrections(config, learner) if own_experts else None
     with ExitStack() as stack:
         reader = stack.enter_context(open_log(log, schema_file, limit=limit, max_rejected=max_rejected))
         stream = BlockStream(schema, config.stream.join, config.stream.batch, replay_blocks(reader, seed))
@@ -179,6 +177,14 @@ def run_backtest(
             routing_report(trainer.experts.history, learner.expert_limits, names),
             None if corrections is None else own_experts_report(corrections.sums, names),
         )
+
+
+def _corrections(config: Config, learner: Learner) -> Corrections:
+    """Corrections that watch a learner of the configured model."""
+    groups = sharing_groups(learner.schema, config.model)
+    corrections = Corrections(learner.schema, groups, config.optimizer, config.model.rare)
+    learner.watch(corrections)
+    return corrections
 
 
 def resident_mib() -> float:

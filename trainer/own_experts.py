@@ -11,15 +11,22 @@ import numpy as np
 from smes.arrays import F64
 from smes.model.corrections import CorrectionSums
 
-LEAST_LEAD_PCT = 0.25
+LEAST_PCT = 0.25
 """An own network is worth it if its lead over the shared one is at least so much of the task's loss, in percent, and
-half of what it gains. Sharing is enough if twice as much is ruled out."""
+half of what it gains. An own network is not needed if twice as much is ruled out. Then more shared experts are worth it
+if the shared network gains so much."""
 ERRORS = 2.0
 """So many standard errors tell a gain from noise."""
 LEAST_POSITIVES = 50
 LEAST_BLOCKS = 8
 
-Verdict = Literal["own experts would help", "shared is enough", "too few positives to tell", "has its own already"]
+Verdict = Literal[
+    "own experts would help",
+    "more shared experts would help",
+    "shared is enough",
+    "too few positives to tell",
+    "has its own already",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ def own_experts(sums: CorrectionSums, tasks: list[str]) -> list[OwnExperts]:
         own, shared = _gain(plain_S - own_S, plain_S), _gain(plain_S - shared_S, plain_S)
         lead = _gain(shared_S - own_S, plain_S)
         positives = int(positives_ST[:, t].sum())
-        verdict: Verdict = "has its own already" if len(members) == 1 else _verdict(positives, own, lead)
+        verdict: Verdict = "has its own already" if len(members) == 1 else _verdict(positives, own, shared, lead)
         group = tuple(tasks[m] for m in members)
         figures.append(OwnExperts(name, group, positives, own, shared, lead, _cosine(gram_TT, t, members), verdict))
     return figures
@@ -110,11 +117,13 @@ def _cosine(gram_TT: F64, task: int, members: list[int]) -> float | None:
     return float(gram_TT[task, members].sum()) / length if length > 0 else None
 
 
-def _verdict(positives: int, own: Gain | None, lead: Gain | None) -> Verdict:
-    if own is None or lead is None or positives < LEAST_POSITIVES:
+def _verdict(positives: int, own: Gain | None, shared: Gain | None, lead: Gain | None) -> Verdict:
+    if own is None or shared is None or lead is None or positives < LEAST_POSITIVES:
         return "too few positives to tell"
-    least_pct = max(LEAST_LEAD_PCT, own.pct / 2)
+    least_pct = max(LEAST_PCT, own.pct / 2)
     if own.is_there and lead.is_there and lead.pct >= least_pct:
         return "own experts would help"
-    is_ruled_out = lead.most_pct < 2 * least_pct or own.most_pct < 2 * LEAST_LEAD_PCT
-    return "shared is enough" if is_ruled_out else "too few positives to tell"
+    if lead.most_pct >= 2 * least_pct and own.most_pct >= 2 * LEAST_PCT:
+        return "too few positives to tell"
+    more_helps = shared.is_there and shared.pct >= LEAST_PCT
+    return "more shared experts would help" if more_helps else "shared is enough"

@@ -3,6 +3,8 @@
 Beside the model, three corrections learn, and change nothing of it: a small network for each task, of its own; one of
 the same width for each group of tasks, read by all tasks of the group; and a shift and a scale of each task's logit
 alone. All start as 0, are scored before each step, and then learn the tasks' losses with the model's learning rate.
+Into the shared network each task sends its gradient with the model's factor for it (:class:`RareTasksConfig`).
+
 What the own network gains over shift and scale is what experts of its own could add. What the shared network gains is
 what more experts for the whole group could add at the same cost per task. This is our choice; the question, when a
 specialist does better than one that serves all, is that of Mieczkowski et al. (arXiv 2503.15703).
@@ -16,16 +18,16 @@ V twice that, M of all networks, S blocks of steps, K corrections.
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.arrays import F64
-from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.config import ModelConfig, OptimizerConfig, RareTasksConfig
 from smes.model.devices import RankBatch
-from smes.model.rank_model import ModelOutput
+from smes.model.rank_model import ModelOutput, TaskOutputs
 from smes.rankers.config import task_groups
 from smes.rankers.ranker import Clusters, RunningMoments
 from smes.schema import Schema
@@ -74,14 +76,21 @@ class Corrections:
         schema: The tasks.
         group_T: The group of each task, numbered from 0 without gaps.
         optimizer: Gives the learning rate.
+        rare: Gives the factors of the tasks' gradients; None for the default.
         seed: Of the first weights; torch's global random state does not change.
     """
 
-    def __init__(self, schema: Schema, group_T: tuple[int, ...], optimizer: OptimizerConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        group_T: tuple[int, ...],
+        optimizer: OptimizerConfig,
+        rare: RareTasksConfig | None = None,
+        seed: int = 0,
+    ) -> None:
         self._schema, self._optimizer, self._seed = schema, optimizer, seed
         self._group_T = group_T
-        self._is_binary_T = torch.tensor([task.kind == "binary" for task in schema.tasks])
-        self._loss_weight_T = torch.tensor([task.loss_weight for task in schema.tasks])
+        self._tasks = TaskOutputs(schema, replace(rare or RareTasksConfig(), borrow_ratio=0.0))
         self._learning: _Learning | None = None  # from the first batch on, which tells the widths
         self._blocks = _Blocks()
 
@@ -116,18 +125,20 @@ class Corrections:
             gradient_BTH = torch.zeros_like(tasks_BTH)
         if self._learning is None:
             self._learning = _Learning(x_BI, tasks_BTH, self._group_T, self._optimizer.learning_rate, self._seed)
-        loss_KBT = self._loss(logits_BT + self._learning.corrections(logits_BT, x_BI, tasks_BTH), batch)
+            self._tasks.to(x_BI.device)
+        corrections_KBT = self._learning.corrections(logits_BT, x_BI, tasks_BTH, self._tasks.gradient_factors())
         weight_B = batch.weight_B
-        weighted_KT = (loss_KBT * (batch.mask_BT * weight_B.unsqueeze(1))).sum(dim=1)
-        weight_T = self._loss_weight_T.to(weighted_KT.device) / weight_B.sum().clamp(min=1e-12)
-        self._learning.step((weighted_KT * weight_T).sum())
+        weighted_KBT = self._loss(logits_BT + corrections_KBT, batch) * (batch.mask_BT * weight_B.unsqueeze(1))
+        weighted_KT = weighted_KBT.sum(dim=1)
+        self._learning.step((weighted_KT * self._tasks.loss_weight_T).sum() / weight_B.sum().clamp(min=1e-12))
+        self._tasks.observe(batch.labels_BT, batch.mask_BT, weight_B)
         positives_T = ((batch.labels_BT > 0) & batch.mask_BT).sum(dim=0)
         gram_TT = torch.einsum("bth,bsh->ts", gradient_BTH.float(), gradient_BTH.float())
         self._blocks.add(positives_T, weighted_KT.detach(), gram_TT)
 
     def _loss(self, logits_KBT: Tensor, batch: RankBatch) -> Tensor:
         """As :meth:`smes.model.rank_model.TaskOutputs.loss`, before any sum."""
-        is_binary_T = self._is_binary_T.to(logits_KBT.device)
+        is_binary_T = self._tasks.is_binary_T
         labels_BT = torch.where(batch.mask_BT, batch.labels_BT, 0.0)
         target_BT = torch.where(is_binary_T, labels_BT, labels_BT.clamp(min=0.0).log1p())
         target_KBT = target_BT.expand_as(logits_KBT)
@@ -150,14 +161,14 @@ class _Learning:
         weights = [weight for correction in self._corrections for weight in correction.parameters()]
         self._adam = torch.optim.Adam(weights, lr=learning_rate, fused=True)
 
-    def corrections(self, logits_BT: Tensor, x_BI: Tensor, tasks_BTH: Tensor) -> Tensor:
+    def corrections(self, logits_BT: Tensor, x_BI: Tensor, tasks_BTH: Tensor, factor_T: Tensor) -> Tensor:
         """What each correction adds to the logits. [K, B, T]."""
         columns_BC = torch.cat([x_BI, tasks_BTH.flatten(1), logits_BT], dim=1)
         standard_BC = self._moments.standardise(columns_BC, _CLIP, torch.float32)
         self._moments.observe(columns_BC)
         x_BI, flat_BC, logits_BT = torch.split(standard_BC, self._shape, dim=1)
         tasks_BTH = flat_BC.view_as(tasks_BTH)
-        return torch.stack([correction(logits_BT, x_BI, tasks_BTH) for correction in self._corrections])
+        return torch.stack([correct(logits_BT, x_BI, tasks_BTH, factor_T) for correct in self._corrections])
 
     def step(self, loss: Tensor) -> None:
         self._adam.zero_grad()
@@ -201,8 +212,8 @@ class _Correction(nn.Module):
         self.register_buffer("network_T", torch.tensor(network_T))
         self.register_buffer("mean_NT", mean_NT)
 
-    def forward(self, logits_BT: Tensor, x_BI: Tensor, tasks_BTH: Tensor) -> Tensor:
-        """All standardised. [B, T]."""
+    def forward(self, logits_BT: Tensor, x_BI: Tensor, tasks_BTH: Tensor, factor_T: Tensor) -> Tensor:
+        """Of standardised columns; each task's gradient goes into its network with its factor. [B, T]."""
         correction_BT = logits_BT * self.scale_T + self.shift_T
         if not self.has_networks:
             return correction_BT
@@ -211,8 +222,9 @@ class _Correction(nn.Module):
         of_rep_BNV = torch.einsum("bnh,hnv->bnv", rep_BNH, self.into_CNV[input_dim:])
         of_x_BM = torch.addmm(self.bias, x_BI, self.into_CNV[:input_dim].flatten(1))
         gate_BNW, value_BNW = (of_x_BM.view_as(of_rep_BNV) + of_rep_BNV).chunk(2, dim=2)
-        hidden_BNW = F.silu(gate_BNW) * (1 + value_BNW)
-        return correction_BT + (hidden_BNW[:, self.network_T] * self.out_TW).sum(dim=2)
+        hidden_BTW = (F.silu(gate_BNW) * (1 + value_BNW))[:, self.network_T]
+        hidden_BTW.register_hook(factor_T.unsqueeze(1).mul)  # type: ignore[no-untyped-call]  # torch ships no type for it
+        return correction_BT + (hidden_BTW * self.out_TW).sum(dim=2)
 
 
 class _Blocks:

@@ -48,7 +48,9 @@ def test_gains_and_errors_are_right_on_average() -> None:
     ("own", "shared", "noise", "options", "verdict"),
     [
         (3.0, 1.0, 0.5, {}, "own experts would help"),
-        (3.0, 2.5, 0.5, {}, "shared is enough"),
+        (3.0, 2.5, 0.5, {}, "more shared experts would help"),
+        (0.5, 1.0, 0.5, {}, "more shared experts would help"),
+        (3.0, 2.5, 20.0, {}, "too few positives to tell"),
         (3.0, 1.0, 20.0, {}, "too few positives to tell"),
         (0.1, 0.0, 0.1, {}, "shared is enough"),
         (-2.0, 0.0, 0.5, {}, "shared is enough"),
