@@ -223,7 +223,8 @@ class _Correction(nn.Module):
         of_x_BM = torch.addmm(self.bias, x_BI, self.into_CNV[:input_dim].flatten(1))
         gate_BNW, value_BNW = (of_x_BM.view_as(of_rep_BNV) + of_rep_BNV).chunk(2, dim=2)
         hidden_BTW = (F.silu(gate_BNW) * (1 + value_BNW))[:, self.network_T]
-        hidden_BTW.register_hook(factor_T.unsqueeze(1).mul)  # type: ignore[no-untyped-call]  # torch ships no type for it
+        factor_T1 = factor_T.unsqueeze(1)
+        hidden_BTW.register_hook(factor_T1.mul)  # type: ignore[no-untyped-call]  # torch ships no type for it
         return correction_BT + (hidden_BTW * self.out_TW).sum(dim=2)
 
 
