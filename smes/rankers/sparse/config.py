@@ -38,9 +38,9 @@ class RouterConfig:
     """
 
     per: Literal["group", "task"] = "group"
-    input: Literal["raw", "encoder", "both"] = "encoder"
+    input: Literal["raw", "encoder", "both"] = "raw"
     rank: PositiveInt | None = 16
-    maps: Literal["own", "shared"] = "shared"
+    maps: Literal["own", "shared"] = "own"
     norm: RouterNorm = "batch"
     scale: PositiveFloat = 1.0
 
@@ -65,11 +65,11 @@ class ExpertsConfig:
         norm: Norm of each expert's output, for all forms.
     """
 
-    num: PositiveInt = 16
+    num: PositiveInt = 64
     form: ExpertForm = "residual"
     dims: Annotated[tuple[Width, ...], MinLen(1)] = (64,)
     rank: Width = 8
-    narrow_dim: Width = 16
+    narrow_dim: Width = 32
     norm: ExpertNorm = "none"
 
     def __post_init__(self) -> None:
@@ -160,11 +160,11 @@ class SmesConfig:
         router, experts, groups, early, balance: The parts.
     """
 
-    encoder_dims: tuple[Width, ...] = (96,)
+    encoder_dims: tuple[Width, ...] = (64,)
     trunk_dims: tuple[Width, ...] = (64,)
     trunk_input: Literal["raw", "encoder"] = "encoder"
     num_shared: NonNegativeInt = 0
-    num_group: NonNegativeInt = 2
+    num_group: NonNegativeInt = 4
     num_adaptive: NonNegativeInt = 0
     shared_experts: Literal["routed", "always_on"] = "routed"
     max_active: PositiveInt | None = None
@@ -228,9 +228,9 @@ class SmesConfig:
 
 
 def smes_default() -> SmesConfig:
-    """The default: an always-on trunk, and for each task group a router that chooses 2 of the group's own experts.
+    """The default: an always-on trunk, and for each task group a router that chooses 4 of the group's own experts.
 
-    With two groups each has 8 of the 16 experts. All tasks of a group share the chosen experts; what serves rare tasks
+    With two groups each has 32 of the 64 experts. All tasks of a group share the chosen experts; what serves rare tasks
     most is the trunk (docs/experiments/rare-tasks.md).
     """
     return SmesConfig()
