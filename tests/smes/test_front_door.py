@@ -45,7 +45,7 @@ def test_readmes_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
     exec(compile(block, str(readme), "exec"), {})
 
-    printed = re.fullmatch(r"loss ([\d.]+); ([\d.]+) of 16 experts run for an instance\n", capsys.readouterr().out)
+    printed = re.fullmatch(r"loss ([\d.]+); ([\d.]+) of 64 experts run for an instance\n", capsys.readouterr().out)
     assert printed is not None
     assert 0 < float(printed[1]) < 5
-    assert 1 <= float(printed[2]) <= 16
+    assert 1 <= float(printed[2]) <= 64
