@@ -279,7 +279,7 @@ def test_the_default_shares_experts_within_a_task_group() -> None:
     expected = [chosen(ranker.config, groups, z) for z in _logits(ranker, x_BI, groups)]
     experts_BTK = ranker.choices(x_BI)
     assert experts_BTK.tolist() == expected
-    assert experts_BTK.shape == (9, 4, 2)
+    assert experts_BTK.shape == (9, 4, 4)
     assert bool((experts_BTK[:, 0] < ranker.config.experts.num // 2).all())
     assert bool((experts_BTK[:, 1] >= ranker.config.experts.num // 2).all())
     assert torch.equal(experts_BTK[:, [0, 1]], experts_BTK[:, [3, 2]])
@@ -290,5 +290,5 @@ def test_the_default_shares_experts_within_a_task_group() -> None:
     output = ranker.train()(x_BI)
     torch.testing.assert_close(output.auxiliary_loss, balance, rtol=1e-4, atol=1e-6)
     assert ranker.expert_limits is not None
-    assert ranker.expert_limits.bound == 4
-    assert output.stats.active_B.tolist() == [4] * 9
+    assert ranker.expert_limits.bound == 8
+    assert output.stats.active_B.tolist() == [8] * 9
