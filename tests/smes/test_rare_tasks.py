@@ -36,6 +36,9 @@ def _model(gradient_power: float = 0.0, linear_prior: float = 0.0, ranker: Ranke
     rare = RareTasksConfig(gradient_power=gradient_power, linear_prior=linear_prior, borrow_ratio=0.0)
     config = ModelConfig(ranker, embedding_dim=4, rare=rare, shared_bottom=SharedBottomConfig((8,)), smes=_SMES)
     model = build_model(_SCHEMA, config, seed=0)
+    for name, weight in model.named_parameters():
+        if name == "ranker.experts.differences":  # they start alike, and routers that choose among equals learn nothing
+            torch.nn.init.uniform_(weight, -0.5, 0.5, generator=torch.Generator().manual_seed(1))
     _observe(model.tasks)
     return model
 
@@ -107,8 +110,8 @@ def test_the_factors_hold_in_bfloat16(ranker: RankerName) -> None:
         factor = factor_T[int(name[-1])] if name.startswith("ranker.") else 1.0
         norm = float(gradient.norm())
         compared += norm > 0 and factor > 4
-        # bfloat16 keeps 8 bits, and both sides round along the way.
-        assert float((after[name] - gradient * factor).norm()) <= 0.02 * factor * norm, name
+        # bfloat16 keeps 8 bits, and both sides round along the way: small gradients are differences of rounded numbers.
+        assert float((after[name] - gradient * factor).norm()) <= factor * (0.02 * norm + 1e-3), name
     assert compared >= 2, "some weights of the ranker learn from the rare task"
 
 
