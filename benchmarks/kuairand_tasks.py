@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-RARE_BELOW = 0.01
-"""A task is rare where its base rate in the log is lower."""
+from trainer.task_figures import RARE_BELOW
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,6 @@ import numpy as np
 
 from benchmarks.worlds import COMMON, F64, HIDDEN, I64, NUM_TASKS, REGIME, Reader, World, WorldSpec, draw_m
 
-RARE_BELOW = 0.01
-"""A task with a base rate below this is rare: tasks 5, 6 and 7."""
-
 RARE_WORLDS: dict[str, WorldSpec] = {
     "rare_shared": WorldSpec(segments=32, least_rate=0.001),
     "rare_conflict": WorldSpec(segments=32, categories=32, by_category=(1, 3, 5, 7), least_rate=0.001),

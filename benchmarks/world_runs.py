@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from benchmarks.bootstrap import GroupedAuc
 from benchmarks.flops import FlopTally, cost_of
 from benchmarks.quality_config import Settings, build_config, key_of
-from benchmarks.rare_worlds import RARE_BELOW, RARE_WORLDS, RareWorld
+from benchmarks.rare_worlds import RARE_WORLDS, RareWorld
 from benchmarks.run_cache import RunCache, RunResult
 from benchmarks.worlds import CANDIDATES, NUM_TASKS, WORLDS, World
 from smes.arrays import F32, I64
 from smes.events import ExampleBlock
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
+from trainer.task_figures import RARE_BELOW
 
 BATCH = 1024
 MOST_POINTS, MOST_RARE_POINTS = 64, 16
