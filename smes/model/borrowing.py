@@ -20,7 +20,8 @@ class LabelRegression(nn.Module):
     The base rate μ_t becomes ``E_t = μ_t + Σ_s β_ts (p_s − μ_s)``, kept within a factor of 10 of μ_t. β_t is the ridge
     regression ``(C_ss + 0.1·diag(C_ss))⁻¹ C_st`` from the running covariances C of the labels. It is counted, not
     learned, and costs T² multiplications for an instance. E_t is exact if the label of t depends on the instance only
-    through the denser labels, linearly. What else it depends on is left to the task's own logit.
+    through the denser labels, linearly. What else it depends on is left to the task's own logit. If tasks are labelled
+    on different examples, C may not be positive definite; then β stays what it was.
 
     Args:
         num_tasks: T.
@@ -77,17 +78,25 @@ class LabelRegression(nn.Module):
             sums_TT.mul_(fade_TT)
         mean_TT = self.sum_TT / self.count_TT.clamp(min=1e-12)
         covariance_TT = self.product_TT / self.count_TT.clamp(min=1e-12) - mean_TT * mean_TT.T
-        lends_TT = self._lends(is_binary_T)
-        # One system for each task, with the rows of the tasks that do not lend to it replaced by those of the identity.
+        self._solve(torch.where(is_binary_T & is_binary_T.unsqueeze(1), covariance_TT, 0.0), is_binary_T)
+
+    def _solve(self, covariance_TT: Tensor, is_binary_T: Tensor) -> None:
+        """Solve for the β of all tasks with one Cholesky factor.
+
+        In the order of their positives, the tasks that lend to a task are the first so many. A leading block of the
+        factor is the factor of the leading block, so each task's system is a part of the whole one.
+        """
+        order_T = torch.where(is_binary_T, self.sum_TT.diagonal(), -1.0).argsort(descending=True, stable=True)
+        lends_TT, covariance_TT = self._lends(is_binary_T)[order_T][:, order_T], covariance_TT[order_T][:, order_T]
         ridge_TT = covariance_TT + torch.diag(_RIDGE * covariance_TT.diagonal() + 1e-9)
-        both_TTT = lends_TT.unsqueeze(1) & lends_TT.unsqueeze(2)
-        systems_TTT = torch.where(
-            both_TTT, ridge_TT, torch.eye(len(ridge_TT), dtype=torch.float64, device=ridge_TT.device)
-        )
-        right_TT1 = torch.where(lends_TT, covariance_TT, 0.0).unsqueeze(2)
-        # solve_ex: solve would wait for a GPU to learn of singular systems, and the ridge leaves none.
-        solved_TT = torch.linalg.solve_ex(systems_TTT, right_TT1).result.squeeze(2)
-        self.weight_TT.copy_(torch.where(lends_TT, solved_TT, 0.0))
+        # cholesky_ex: cholesky would wait for a GPU to learn whether it failed.
+        factor_TT, failed = torch.linalg.cholesky_ex(ridge_TT)
+        half_TT = torch.linalg.solve_triangular(factor_TT, covariance_TT, upper=False)
+        half_TT = torch.where(lends_TT.T, half_TT, 0.0)
+        solved_TT = torch.linalg.solve_triangular(factor_TT.T, half_TT, upper=True).T
+        place_T = order_T.argsort()
+        weight_TT = torch.where(lends_TT, solved_TT, 0.0)[place_T][:, place_T].to(self.weight_TT.dtype)
+        self.weight_TT.copy_(torch.where(failed == 0, weight_TT, self.weight_TT))
 
     def _lends(self, is_binary_T: Tensor) -> Tensor:
         """Which tasks lend to which. bool [T, T]: row t borrows from column s."""

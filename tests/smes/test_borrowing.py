@@ -69,3 +69,49 @@ def test_before_the_first_label_and_without_positives_nothing_is_borrowed() -> N
 def test_a_ratio_of_at_most_one_is_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match=r"RareTasksConfig\.borrow_ratio: .*, expected 0, or more than 1"):
         RareTasksConfig(borrow_ratio=ratio)
+
+
+def test_many_tasks_with_missing_labels_equal_a_system_solved_for_each() -> None:
+    rng = np.random.default_rng(3)
+    size, tasks = 4000, 24
+    latent = rng.normal(size=size)
+    rates = rng.permutation(np.geomspace(0.5, 0.003, tasks))
+    y = (rng.normal(size=(size, tasks)) + latent[:, None] > np.quantile(rng.normal(size=9999), 1 - rates)).astype(float)
+    mask = rng.random((size, tasks)) < 0.9
+    weight = rng.choice([0.5, 1.0, 2.0], size=(size, 1)) * mask
+    is_binary = np.arange(tasks) % 8 != 5
+    y[:, ~is_binary] *= 7.0
+    regression = LabelRegression(tasks, ratio=3)
+
+    regression.observe(torch.tensor(y).float(), torch.tensor(weight).float(), torch.tensor(is_binary))
+
+    both = weight.T @ mask
+    means = (weight * y).T @ mask / both
+    covariance = (weight * y).T @ (y * mask) / both - means * means.T
+    positives = (weight * y).sum(axis=0)
+    expected = np.zeros((tasks, tasks))
+    for t in np.flatnonzero(is_binary):
+        s = np.flatnonzero(is_binary & (positives >= 3 * positives[t]))
+        block = covariance[np.ix_(s, s)]
+        expected[t, s] = np.linalg.solve(block + np.diag(0.1 * block.diagonal() + 1e-9), covariance[s, t])
+    assert (expected != 0).sum() > tasks
+    np.testing.assert_allclose(regression.weight_TT.numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_labels_that_contradict_each_other_leave_the_regression_as_it_was() -> None:
+    """Each pair of tasks is labelled on other examples: two pairs agree, the third pair never does."""
+    pairs = [(0, 1, 1.0), (1, 2, 1.0), (0, 2, 0.0)]
+    y, mask = torch.zeros(3 * 400, 4), torch.zeros(3 * 400, 4)
+    for number, (a, b, agree) in enumerate(pairs):
+        rows = slice(400 * number, 400 * number + 400)
+        y[rows, a] = (torch.arange(400) % 2).float()
+        y[rows, b] = y[rows, a] if agree else 1 - y[rows, a]
+        mask[rows, a] = mask[rows, b] = 1.0
+    y[::40, 3], mask[:, 3] = 1.0, 1.0
+    regression = LabelRegression(4, ratio=3)
+    regression.weight_TT[3, 0] = 0.25
+
+    regression.observe(y, mask, torch.ones(4, dtype=torch.bool))
+
+    assert float(regression.weight_TT[3, 0]) == 0.25
+    assert int((regression.weight_TT != 0).sum()) == 1
