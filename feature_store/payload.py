@@ -21,8 +21,8 @@ from safetensors.torch import load, save
 
 from smes.errors import SnapshotError
 
-PAYLOAD_FORMAT = 2
-"""Format 2 holds a nested model configuration. Only this format is read."""
+PAYLOAD_FORMAT = 3
+"""Format 2 holds a nested model configuration, format 3 how rare tasks learn. Only this format is read."""
 
 _MAX_HEADER_BYTES = 8 * 1024 * 1024
 _LENGTH_BYTES = 8  # safetensors: little-endian uint64 length of the JSON header, the header, the tensors

@@ -35,7 +35,7 @@ from smes.errors import CheckpointError, SchemaMismatch
 from smes.schema import Schema
 from smes.schema_difference import describe_difference_from
 
-FORMAT = 2
+FORMAT = 3
 """Number of the format: names and meaning of the arrays and of the metadata. Any other number is refused."""
 
 _NAME_OF_FORMAT_1 = "smes-checkpoint-1"  # what stood in the metadata before formats were numbers

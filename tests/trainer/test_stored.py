@@ -1,4 +1,4 @@
-"""A stored checkpoint and a stored snapshot of format 2 are read, and equal what the present code trains anew.
+"""A stored checkpoint and a stored snapshot of today's format are read, and equal what the present code trains anew.
 
 Equal bits are expected on the recorded kind of machine only; close values everywhere.
 """
@@ -15,7 +15,7 @@ from smes.model.serving import ServingModel
 from smes_scorer.hot_swap import load_serving_model
 from tests.fixtures.stored import (
     CHECKPOINT,
-    CHECKPOINT_OF_FORMAT_1,
+    EARLIER_CHECKPOINTS,
     FOLDER,
     MODEL,
     SCHEMA,
@@ -28,6 +28,7 @@ from tests.fixtures.stored import (
     unpack_checkpoint,
 )
 from tests.trainer.small_world import events
+from trainer.checkpoint_file import FORMAT
 from trainer.loop import Trainer
 
 
@@ -84,8 +85,9 @@ def test_the_snapshot_scores_as_training_anew_does(trained_anew: Trainer) -> Non
     np.testing.assert_allclose(scores, expected.score(impressions.ids, impressions.numerics), rtol=1e-5, atol=1e-5)
 
 
-def test_a_stored_checkpoint_of_format_1_is_refused_by_its_number(tmp_path: Path) -> None:
-    unpack_checkpoint(CHECKPOINT_OF_FORMAT_1, tmp_path)
+@pytest.mark.parametrize("number", EARLIER_CHECKPOINTS)
+def test_a_stored_checkpoint_of_an_earlier_format_is_refused_by_its_number(tmp_path: Path, number: int) -> None:
+    unpack_checkpoint(EARLIER_CHECKPOINTS[number], tmp_path)
 
-    with pytest.raises(CheckpointError, match=r"checkpoint .*\.safetensors: format 1, expected 2"):
+    with pytest.raises(CheckpointError, match=rf"checkpoint .*\.safetensors: format {number}, expected {FORMAT}"):
         stored_trainer(stored_log(), tmp_path).restore()
