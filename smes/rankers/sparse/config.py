@@ -230,8 +230,8 @@ class SmesConfig:
 def smes_default() -> SmesConfig:
     """The default: an always-on trunk, and for each task group a router that chooses 4 of the group's own experts.
 
-    With two groups each has 32 of the 64 experts. All tasks of a group share the chosen experts; what serves rare tasks
-    most is the trunk (docs/experiments/rare-tasks.md).
+    With two groups each has 32 of the 64 experts. All tasks of a group share the chosen experts. The trunk serves
+    rare tasks (docs/experiments/rare-tasks.md).
     """
     return SmesConfig()
 
