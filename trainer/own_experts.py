@@ -12,11 +12,11 @@ from smes.arrays import F64
 from smes.model.corrections import CorrectionSums
 
 LEAST_PCT = 0.25
-"""An own network is worth it if its lead over the shared one is at least so much of the task's loss, in percent, and
-half of what it gains. An own network is not needed if twice as much is ruled out. Then more shared experts are worth it
-if the shared network gains so much."""
+"""In percent of the task's loss. Own experts would help if the own network's lead over the shared one is told from
+noise, at least this, and at least half of what the own network gains. If a lead of twice that size cannot be ruled out,
+there are too few positives to tell. Else more shared experts would help if the shared network gains at least this."""
 ERRORS = 2.0
-"""So many standard errors tell a gain from noise."""
+"""A gain of more than so many standard errors is told from noise."""
 LEAST_POSITIVES = 50
 LEAST_BLOCKS = 8
 
@@ -43,7 +43,7 @@ class Gain:
 
     @property
     def most_pct(self) -> float:
-        """What is not ruled out."""
+        """The largest gain that is not ruled out."""
         return self.pct + ERRORS * self.error_pct
 
 

@@ -128,22 +128,14 @@ class Corrections:
             self._tasks.to(x_BI.device)
         corrections_KBT = self._learning.corrections(logits_BT, x_BI, tasks_BTH, self._tasks.gradient_factors())
         weight_B = batch.weight_B
-        weighted_KBT = self._loss(logits_BT + corrections_KBT, batch) * (batch.mask_BT * weight_B.unsqueeze(1))
-        weighted_KT = weighted_KBT.sum(dim=1)
+        weighted_KT = self._tasks.losses(logits_BT + corrections_KBT, batch.labels_BT, batch.mask_BT, weight_B).sum(
+            dim=1
+        )
         self._learning.step((weighted_KT * self._tasks.loss_weight_T).sum() / weight_B.sum().clamp(min=1e-12))
         self._tasks.observe(batch.labels_BT, batch.mask_BT, weight_B)
         positives_T = ((batch.labels_BT > 0) & batch.mask_BT).sum(dim=0)
         gram_TT = torch.einsum("bth,bsh->ts", gradient_BTH.float(), gradient_BTH.float())
         self._blocks.add(positives_T, weighted_KT.detach(), gram_TT)
-
-    def _loss(self, logits_KBT: Tensor, batch: RankBatch) -> Tensor:
-        """As :meth:`smes.model.rank_model.TaskOutputs.loss`, before any sum."""
-        is_binary_T = self._tasks.is_binary_T
-        labels_BT = torch.where(batch.mask_BT, batch.labels_BT, 0.0)
-        target_BT = torch.where(is_binary_T, labels_BT, labels_BT.clamp(min=0.0).log1p())
-        target_KBT = target_BT.expand_as(logits_KBT)
-        cross_entropy_KBT = F.binary_cross_entropy_with_logits(logits_KBT, target_KBT, reduction="none")
-        return torch.where(is_binary_T, cross_entropy_KBT, F.huber_loss(logits_KBT, target_KBT, reduction="none"))
 
 
 class _Learning:

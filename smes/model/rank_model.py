@@ -102,12 +102,15 @@ class TaskOutputs(nn.Module):
             mask_BT: bool, true where there is a label.
             weight_B: Sample weights ≥ 0.
         """
-        target_BT = self._targets(labels_BT, mask_BT)
+        sum_T = self.losses(logits_BT, labels_BT, mask_BT, weight_B).sum(dim=0)
+        return torch.dot(sum_T, self.loss_weight_T) / weight_B.sum().clamp(min=1e-12)
+
+    def losses(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
+        """``w_b m_bt l_bt`` of :meth:`loss`. float32 [B, T], or [K, B, T] for K times as many logits."""
+        target_BT = self._targets(labels_BT, mask_BT).expand_as(logits_BT)
         cross_entropy_BT = F.binary_cross_entropy_with_logits(logits_BT, target_BT, reduction="none")
         huber_BT = F.huber_loss(logits_BT, target_BT, reduction="none")
-        weight_BT = mask_BT * weight_B.unsqueeze(1)
-        sum_T = (torch.where(self.is_binary_T, cross_entropy_BT, huber_BT) * weight_BT).sum(dim=0)
-        return torch.dot(sum_T, self.loss_weight_T) / weight_B.sum().clamp(min=1e-12)
+        return torch.where(self.is_binary_T, cross_entropy_BT, huber_BT) * (mask_BT * weight_B.unsqueeze(1))
 
     def residuals(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
         """Label minus prediction, times the sample weight; 0 where there is no label. float32 [B, T].
