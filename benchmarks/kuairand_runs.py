@@ -187,7 +187,7 @@ class RecordingEvaluation(ProgressiveEvaluation):
 
         def build(tensors: Tensors) -> FrozenModel:
             self._window_number += 1
-            return _Recorded(self, ServingModel(learner.schema, learner.config, tensors, device=device))
+            return _Recorded(self, ServingModel.from_state(learner.schema, learner.config, tensors, device=device))
 
         super().__init__(learner.schema, config.trainer.evaluation, freeze=learner.serving_state, build=build)
 

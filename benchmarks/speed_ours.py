@@ -113,7 +113,7 @@ def our_contender(
         for block in examples:
             learner.prepare(block)  # every id has its row before anything is timed, as in the peers
         state = learner.serving_state()
-        serving = ServingModel(schema, config, state)
+        serving = ServingModel.from_state(schema, config, state)
     numerics = ExampleBlock.empty(schema, len(data.candidates)).numerics
     return Contender(
         name=name,

@@ -182,7 +182,7 @@ class WorldRun:
                 active.append(float(result.active_experts.float().mean()))
             last = [*last[-_COUNTED_BATCHES + 1 :], examples]
         tally = FlopTally()
-        model = ServingModel(world.schema, config.model, learner.serving_state())
+        model = ServingModel.from_state(world.schema, config.model, learner.serving_state())
         for examples in last:
             with tally.counting(len(examples)):
                 model.score(examples.ids, examples.numerics)

@@ -16,7 +16,7 @@ One training step, then scoring with the trained weights:
 >>> result = learner.step(learner.prepare(examples))  # the scores are those before the step
 >>> result.scores.shape, learner.step_number
 (torch.Size([4, 2]), 1)
->>> model = ServingModel(schema, ModelConfig(), learner.serving_state())
+>>> model = ServingModel.from_state(schema, ModelConfig(), learner.serving_state())
 >>> model.score(np.array([[1, 10], [3, 99]]), np.zeros((2, 0), np.float32)).shape
 (2, 2)
 """

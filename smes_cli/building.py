@@ -22,7 +22,7 @@ def build_evaluation(config: Config, learner: Learner) -> ProgressiveEvaluation:
         learner.schema,
         config.trainer.evaluation,
         freeze=learner.serving_state,
-        build=lambda tensors: ServingModel(learner.schema, learner.config, tensors, device=device),
+        build=lambda tensors: ServingModel.from_state(learner.schema, learner.config, tensors, device=device),
     )
 
 
@@ -31,4 +31,4 @@ def warm_up(config: Config, schema: Schema) -> None:
     examples = compile_loops(config, schema)
     learner = build_learner(config, schema)
     learner.step(learner.prepare(examples))
-    ServingModel(schema, config.model, learner.serving_state()).score(examples.ids, examples.numerics)
+    ServingModel.from_state(schema, config.model, learner.serving_state()).score(examples.ids, examples.numerics)

@@ -72,7 +72,7 @@ def load_serving_model(payload: bytes, schema: Schema) -> ServingModel:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise SnapshotError(f"snapshot payload: model configuration: {error}") from error
     try:
-        return ServingModel(schema, config, tensors)
+        return ServingModel.from_state(schema, config, tensors)
     except ValueError as error:
         raise SnapshotError(f"snapshot payload: {error}") from error
 

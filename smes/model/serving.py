@@ -1,9 +1,13 @@
 """The serving model: the immutable weights of one version, and scoring with them.
 
-Letters: N instances, W id columns, F numeric features, T tasks.
+The dense weights are the model's own. The rows of ids come from a :class:`RowReader`, so that versions may share a
+table: the scorer's (:mod:`smes.model.serving_rows`), or the trainer's as it was at some moment.
+
+Letters: N instances, W id columns, F numeric features, T tasks, R rows, D embedding width, C columns of a group.
 """
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,14 +25,37 @@ from smes.schema import Schema
 _CPU = torch.device("cpu")
 
 
+class RowReader(Protocol):
+    """Reads the rows of ids, those of one version; any number of threads may use it."""
+
+    def read(self, ids_NW: I64) -> dict[str, Tensor]:
+        """The weights of every id, by column group.
+
+        Args:
+            ids_NW: int64, ``MISSING`` where missing. An id without a row of its own reads that of its vocabulary.
+
+        Returns:
+            ``embedding``: float32 [N, W, D], and ``wide``: float32 [N, W, T]; those that the model has
+            (:func:`group_columns`).
+        """
+        ...
+
+
+def group_columns(schema: Schema, model: ModelConfig) -> dict[str, int]:
+    """The column groups of a model's id table, and how many columns each has."""
+    groups = {"embedding": model.table_dim, "wide": schema.num_tasks if model.wide else 0}
+    return {name: columns for name, columns in groups.items() if columns}
+
+
 class ServingModel:
     """Scores instances. The weights never change, so any number of threads may use one instance.
 
     Args:
         schema: The schema that the weights were trained with.
         model: The configuration that they were trained with.
-        tensors: What :meth:`smes.model.learner.Learner.serving_state` returned. Tables that are on ``device`` already
-            are not copied.
+        dense: What :meth:`smes.model.learner.Learner.dense_serving_state` returned: tensors named ``dense.*``. Others
+            are left alone.
+        rows: Reads the rows of ids.
         device: Where to score.
 
     Raises:
@@ -37,29 +64,39 @@ class ServingModel:
     """
 
     def __init__(
-        self, schema: Schema, model: ModelConfig, tensors: Mapping[str, Tensor], *, device: torch.device = _CPU
+        self,
+        schema: Schema,
+        model: ModelConfig,
+        dense: Mapping[str, Tensor],
+        rows: RowReader,
+        *,
+        device: torch.device = _CPU,
     ) -> None:
         self.schema = schema
         self._device = device
+        self._rows = rows
+        own = under("dense.", dense)
         try:
-            self._rows = IdRows(schema, _keys(tensors["table.keys"]))
-            self._embedding = self._table(tensors, "embedding", model.embedding_dim) if model.table_dim else None
-            self._wide = self._table(tensors, "wide", schema.num_tasks) if model.wide else None
-            dense = under("dense.", tensors)
-            with OnlyAsLargeAs(dense):
+            with OnlyAsLargeAs(own):
                 self._model = RankModel(schema, model)
-            check_types(self._model.state_dict(), dense)
-            self._model.load_state_dict(dense)
-            for name, tensor in dense.items():
+            check_types(self._model.state_dict(), own)
+            self._model.load_state_dict(own)
+            for name, tensor in own.items():
                 check_finite(f"dense.{name}", tensor)
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
         self._model.to(device).eval().requires_grad_(False)
 
-    @property
-    def num_rows(self) -> int:
-        """Number of rows of the id table."""
-        return len(self._rows)
+    @classmethod
+    def from_state(
+        cls, schema: Schema, model: ModelConfig, state: Mapping[str, Tensor], *, device: torch.device = _CPU
+    ) -> "ServingModel":
+        """The model of a :meth:`smes.model.learner.Learner.serving_state`, with all rows in memory.
+
+        Raises:
+            ValueError: As the constructor, for the rows too.
+        """
+        return cls(schema, model, state, TensorRows(schema, model, state, device=device), device=device)
 
     def score(self, ids: I64, numerics: F32) -> F32:
         """Score N instances: probabilities for binary tasks, values in the label's unit for regression tasks.
@@ -77,17 +114,20 @@ class ServingModel:
         self._check(ids, numerics)
         if len(ids) == 0:
             return np.zeros((0, self.schema.num_tasks), np.float32)
-        rows_NW = torch.from_numpy(self._rows.find(ids)).to(self._device)
+        rows = self._rows.read(ids)
         pool_NW = pool_weights(self.schema, ids)
         with torch.inference_mode():
             inputs = FeatureInputs(
-                embedding_BWD=None if self._embedding is None else F.embedding(rows_NW, self._embedding),
-                wide_BWT=None if self._wide is None else F.embedding(rows_NW, self._wide),
+                embedding_BWD=self._sent(rows.get("embedding")),
+                wide_BWT=self._sent(rows.get("wide")),
                 pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(self._device),
                 numerics_BF=torch.tensor(numerics, dtype=torch.float32, device=self._device),
             )
             scores: F32 = self._model.tasks.scores(self._model(inputs).logits_BT).cpu().numpy()
         return scores
+
+    def _sent(self, rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else rows.to(self._device)
 
     def _check(self, ids: I64, numerics: F32) -> None:
         for name, matrix, width in (
@@ -97,14 +137,47 @@ class ServingModel:
             if matrix.shape != (len(ids), width):
                 raise ValueError(f"{name}: shape {list(matrix.shape)}, expected [{len(ids)}, {width}]")
 
-    def _table(self, tensors: Mapping[str, Tensor], name: str, columns: int) -> Tensor:
-        weights = tensors[f"table.{name}"]
-        if weights.shape != (len(self._rows), columns):
-            raise ValueError(f"table of shape {list(weights.shape)}, expected [{len(self._rows)}, {columns}]")
-        if weights.dtype != torch.float32:
-            raise ValueError(f"tensor table.{name}: {weights.dtype}, expected {torch.float32}")
-        check_finite(f"table.{name}", weights)
-        return weights.to(self._device)
+
+class TensorRows:
+    """Rows in tensors that never change: a :class:`RowReader` for tests, notebooks and small tables.
+
+    Args:
+        schema: The schema that the weights were trained with.
+        model: The configuration that they were trained with.
+        state: A :meth:`smes.model.learner.Learner.serving_state`: ``table.keys`` and ``table.<group>``. Tensors that
+            are on ``device`` already are not copied.
+        device: Where the rows are read.
+
+    Raises:
+        ValueError: A tensor is missing, of another shape or type, or not finite.
+    """
+
+    def __init__(
+        self, schema: Schema, model: ModelConfig, state: Mapping[str, Tensor], *, device: torch.device = _CPU
+    ) -> None:
+        try:
+            self._rows = IdRows(schema, _keys(state["table.keys"]))
+            self._weights = {
+                name: _checked(f"table.{name}", state[f"table.{name}"], (len(self._rows), columns)).to(device)
+                for name, columns in group_columns(schema, model).items()
+            }
+        except KeyError as error:
+            raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
+        self._device = device
+
+    def read(self, ids_NW: I64) -> dict[str, Tensor]:
+        """As :meth:`RowReader.read`, on the device."""
+        rows_NW = torch.from_numpy(self._rows.find(ids_NW)).to(self._device)
+        return {name: F.embedding(rows_NW, weights) for name, weights in self._weights.items()}
+
+
+def _checked(name: str, weights: Tensor, shape: tuple[int, int]) -> Tensor:
+    if weights.shape != shape:
+        raise ValueError(f"tensor {name}: shape {list(weights.shape)}, expected {list(shape)}")
+    if weights.dtype != torch.float32:
+        raise ValueError(f"tensor {name}: {weights.dtype}, expected {torch.float32}")
+    check_finite(name, weights)
+    return weights
 
 
 def _keys(tensor: Tensor) -> I64:

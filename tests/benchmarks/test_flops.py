@@ -27,7 +27,7 @@ def measured(config: ModelConfig) -> tuple[Cost, float]:
     learner = Learner(world.schema, config, OptimizerConfig(), device=torch.device("cpu"))
     learner.step(learner.prepare(examples))
     tally = FlopTally()
-    model = ServingModel(world.schema, config, learner.serving_state())
+    model = ServingModel.from_state(world.schema, config, learner.serving_state())
     with tally.counting(B):
         model.score(examples.ids, examples.numerics)
     active = learner.step(learner.prepare(examples)).active_experts  # scored by the same weights
@@ -129,7 +129,8 @@ def test_passes_add_up() -> None:
     world = World(WORLDS["segments"], 0)
     examples, _ = next(world.stream(B, B))
     learner = Learner(world.schema, config, OptimizerConfig(), device=torch.device("cpu"))
-    model, once, twice = ServingModel(world.schema, config, learner.serving_state()), FlopTally(), FlopTally()
+    model = ServingModel.from_state(world.schema, config, learner.serving_state())
+    once, twice = FlopTally(), FlopTally()
     for tally, passes in ((once, 1), (twice, 2)):
         for _ in range(passes):
             with tally.counting(B):

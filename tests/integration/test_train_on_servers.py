@@ -51,7 +51,7 @@ def assert_serves_its_weights(config: Config, trainer: Trainer, pairs: Pairs) ->
         assert manifest.version == trainer.learner.step_number
         assert manifest.positions.keys() == {"impressions", "feedback"}
         served = load_serving_model(store.load(manifest), trainer.learner.schema)
-    expected = ServingModel(trainer.learner.schema, config.model, trainer.learner.serving_state())
+    expected = ServingModel.from_state(trainer.learner.schema, config.model, trainer.learner.serving_state())
     impressions = ImpressionBlock.concat([block for block, _ in pairs if len(block)])
     scores = served.score(impressions.ids, impressions.numerics)
     np.testing.assert_array_equal(scores, expected.score(impressions.ids, impressions.numerics))

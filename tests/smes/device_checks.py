@@ -157,10 +157,12 @@ def check_snapshot_served_on_cpu(device: torch.device) -> None:
         learner.step(learner.prepare(block))
     state = learner.serving_state()
     assert {tensor.device.type for tensor in state.values()} == {"cpu"}
-    served = ServingModel(RICH_SCHEMA, MODEL, state).score(blocks[20].ids, blocks[20].numerics)
+    served = ServingModel.from_state(RICH_SCHEMA, MODEL, state).score(blocks[20].ids, blocks[20].numerics)
     own = learner.step(learner.prepare(blocks[20])).scores.cpu().numpy()
     assert np.abs(served[:, 0] - own[:, 0]).mean() < (1e-5 if device.type == "cpu" else 0.02)
-    on_device = ServingModel(RICH_SCHEMA, MODEL, state, device=device).score(blocks[20].ids, blocks[20].numerics)
+    on_device = ServingModel.from_state(RICH_SCHEMA, MODEL, state, device=device).score(
+        blocks[20].ids, blocks[20].numerics
+    )
     np.testing.assert_allclose(on_device, served, rtol=1e-3, atol=1e-3)
 
 

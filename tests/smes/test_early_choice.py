@@ -66,7 +66,7 @@ def test_a_restart_and_a_server_go_on_where_the_stream_is() -> None:
     batch = one.prepare(examples)  # ids that are new have their rows from here on
     other = learner()
     other.load_state(one.state())
-    model = ServingModel(RICH_SCHEMA, one.config, one.serving_state())
+    model = ServingModel.from_state(RICH_SCHEMA, one.config, one.serving_state())
     scores = model.score(examples.ids, examples.numerics)
     np.testing.assert_allclose(scores, one.step(batch).scores.numpy(), rtol=1e-5, atol=1e-6)
     assert executed(other, 2, skip=2) == [8, 4]
@@ -78,7 +78,7 @@ def test_a_restart_and_a_server_go_on_where_the_stream_is() -> None:
 def test_scoring_does_not_make_the_stream_older() -> None:
     one = learner()
     (examples,) = stream(RICH_SCHEMA, batches=1, size=_SIZE)
-    model = ServingModel(RICH_SCHEMA, one.config, one.serving_state())
+    model = ServingModel.from_state(RICH_SCHEMA, one.config, one.serving_state())
     first = model.score(examples.ids, examples.numerics)
     for _ in range(8):
         model.score(examples.ids, examples.numerics)

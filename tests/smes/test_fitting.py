@@ -34,7 +34,7 @@ def trained(ranker: RankerName = "smes") -> tuple[dict[str, Any], Tensors]:
 
 
 def load(config: dict[str, Any], tensors: Tensors) -> ServingModel:
-    return ServingModel(SCHEMA, ModelConfig.from_dict(fitting_config(config, tensors)), tensors)
+    return ServingModel.from_state(SCHEMA, ModelConfig.from_dict(fitting_config(config, tensors)), tensors)
 
 
 @pytest.mark.parametrize("ranker", RANKER_NAMES)
@@ -126,7 +126,7 @@ BIAS = "dense.heads.out_bias"
             replaced("table.embedding", lambda t: t.long()),
             "tensor table.embedding: torch.int64, expected torch.float32",
         ),
-        (replaced("table.embedding", lambda t: t[:, :-1]), "table of shape"),
+        (replaced("table.embedding", lambda t: t[:, :-1]), "tensor table.embedding: shape"),
         (replaced("table.keys", lambda t: t.double()), "tensor table.keys: torch.float64"),
         (replaced("table.keys", lambda t: t.reshape(1, -1)), "tensor table.keys: torch.int64"),
         (replaced("table.keys", lambda t: t[:0]), "keys of an id table"),

@@ -196,7 +196,7 @@ def test_a_learner_finds_the_groups_and_says_so_in_its_snapshots() -> None:
     of_task = share_TG.argmax(dim=1).tolist()
     assert share_TG.max(dim=1).values.tolist() == [1.0] * 5
     assert {tuple(t for t in range(5) if of_task[t] == g) for g in range(2)} == set(_TRUTH)
-    served = ServingModel(schema, model, learner.serving_state()).score(blocks[0].ids, blocks[0].numerics)
+    served = ServingModel.from_state(schema, model, learner.serving_state()).score(blocks[0].ids, blocks[0].numerics)
     expected = learner.step(learner.prepare(blocks[0])).scores.numpy()
     np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-6)
 

@@ -135,7 +135,7 @@ def test_the_serving_model_scores_as_the_next_step_does(name: str) -> None:
     learner = _learner(_MODELS[name])
     for block in blocks[:5]:
         learner.step(learner.prepare(block))
-    serving = ServingModel(RICH_SCHEMA, _MODELS[name], learner.serving_state())
+    serving = ServingModel.from_state(RICH_SCHEMA, _MODELS[name], learner.serving_state())
     seen = np.isin(blocks[5].ids[:, 1], np.concatenate([b.ids[:, 1] for b in blocks[:5]]))
     known = blocks[5].take(np.flatnonzero(seen))
     assert len(known) > 10
@@ -151,11 +151,13 @@ def test_the_routers_running_moments_are_in_the_snapshot() -> None:
     payload = encode(learner.serving_state(), {})
     tensors, _ = decode(payload)
     assert int(tensors["dense.ranker.router.moments.count_C"].min()) == 5 * 64
-    served = ServingModel(RICH_SCHEMA, _MODELS["smes-default"], tensors).score(blocks[4].ids, blocks[4].numerics)
+    serving = ServingModel.from_state(RICH_SCHEMA, _MODELS["smes-default"], tensors)
+    served = serving.score(blocks[4].ids, blocks[4].numerics)
     expected = learner.step(learner.prepare(blocks[4])).scores.numpy()
     np.testing.assert_allclose(served, expected, rtol=1e-5, atol=1e-6)
     tensors["dense.ranker.router.moments.mean_C"] += 1
-    other = ServingModel(RICH_SCHEMA, _MODELS["smes-default"], tensors).score(blocks[4].ids, blocks[4].numerics)
+    changed = ServingModel.from_state(RICH_SCHEMA, _MODELS["smes-default"], tensors)
+    other = changed.score(blocks[4].ids, blocks[4].numerics)
     assert not np.allclose(other, served, rtol=1e-5, atol=1e-6), "they change the routing"
 
 
@@ -164,7 +166,7 @@ def test_a_step_changes_the_learner_but_no_copy_taken_before() -> None:
     learner = _learner(_MODELS["smes"])
     learner.step(learner.prepare(blocks[0]))
     serving_state = learner.serving_state()
-    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], serving_state)
+    serving = ServingModel.from_state(RICH_SCHEMA, _MODELS["smes"], serving_state)
     kept = {name: tensor.clone() for name, tensor in serving_state.items()}
     before = serving.score(blocks[1].ids, blocks[1].numerics)
     learner.step(learner.prepare(blocks[1]))
@@ -249,7 +251,7 @@ def test_unknown_ids_are_scored_as_absent_ones() -> None:
     learner = _learner(_MODELS["smes"])
     for block in stream(RICH_SCHEMA, batches=3, size=64):
         learner.step(learner.prepare(block))
-    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], learner.serving_state())
+    serving = ServingModel.from_state(RICH_SCHEMA, _MODELS["smes"], learner.serving_state())
     ids = block.ids[:2].copy()
     ids[0, 1], ids[1, 1] = 10**12, MISSING
     ids[1, [0, 2, 3, 4, 5]] = ids[0, [0, 2, 3, 4, 5]]
@@ -262,7 +264,7 @@ def test_threads_score_alike() -> None:
     learner = _learner(_MODELS["smes"])
     block = stream(RICH_SCHEMA, batches=1, size=64)[0]
     learner.step(learner.prepare(block))
-    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], learner.serving_state())
+    serving = ServingModel.from_state(RICH_SCHEMA, _MODELS["smes"], learner.serving_state())
     expected = serving.score(block.ids, block.numerics)
     different: list[int] = []
 
@@ -329,18 +331,18 @@ def test_the_state_of_another_model_is_refused(other: ModelConfig, expected: str
 
 def test_a_serving_model_refuses_the_tensors_of_another_model() -> None:
     with pytest.raises(ValueError, match=r"expected \[3, 8\]"):
-        ServingModel(RICH_SCHEMA, _MODELS["smes"], _learner(_NARROW).serving_state())
+        ServingModel.from_state(RICH_SCHEMA, _MODELS["smes"], _learner(_NARROW).serving_state())
 
 
 def test_a_serving_model_refuses_the_columns_of_another_schema() -> None:
-    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], _learner(_MODELS["smes"]).serving_state())
+    serving = ServingModel.from_state(RICH_SCHEMA, _MODELS["smes"], _learner(_MODELS["smes"]).serving_state())
 
     with pytest.raises(ValueError, match=r"ids: shape \[2, 3\]"):
         serving.score(np.zeros((2, 3), np.int64), np.zeros((2, 2), np.float32))
 
 
 def test_a_serving_model_scores_no_instances() -> None:
-    serving = ServingModel(RICH_SCHEMA, _MODELS["smes"], _learner(_MODELS["smes"]).serving_state())
+    serving = ServingModel.from_state(RICH_SCHEMA, _MODELS["smes"], _learner(_MODELS["smes"]).serving_state())
 
     assert serving.score(np.zeros((0, 6), np.int64), np.zeros((0, 2), np.float32)).shape == (0, 3)
 

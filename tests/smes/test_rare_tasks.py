@@ -138,8 +138,8 @@ def test_a_snapshot_shrinks_the_linear_part_as_training_does() -> None:
         learner.step(learner.prepare(block))
     batch = learner.prepare(last)
     tensors = learner.serving_state()
-    served = ServingModel(RICH_SCHEMA, config, tensors).score(last.ids, last.numerics)
-    plain = ServingModel(RICH_SCHEMA, replace(config, rare=RareTasksConfig(linear_prior=0.0)), tensors)
+    served = ServingModel.from_state(RICH_SCHEMA, config, tensors).score(last.ids, last.numerics)
+    plain = ServingModel.from_state(RICH_SCHEMA, replace(config, rare=RareTasksConfig(linear_prior=0.0)), tensors)
     np.testing.assert_allclose(served, learner.step(batch).scores.numpy(), rtol=1e-5, atol=1e-6)
     difference_T = np.abs(plain.score(last.ids, last.numerics) - served).mean(axis=0)
     assert difference_T[1] == 0, "a regression task is not shrunk"

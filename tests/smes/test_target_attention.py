@@ -121,7 +121,8 @@ def test_a_history_is_served_as_it_is_trained(ranker: RankerName) -> None:
     for block in blocks:
         learner.step(learner.prepare(block))
 
-    served = ServingModel(schema, learner.config, learner.serving_state()).score(blocks[0].ids, blocks[0].numerics)
+    serving = ServingModel.from_state(schema, learner.config, learner.serving_state())
+    served = serving.score(blocks[0].ids, blocks[0].numerics)
 
     own = learner.step(learner.prepare(blocks[0])).scores.numpy()
     np.testing.assert_allclose(served, own, rtol=1e-5, atol=1e-6)

@@ -147,7 +147,7 @@ def test_the_scorer_answers_with_the_scores_of_the_learners_weights(
             until(partial(serves, http, learner.step_number))
             answer = http.post("/v1/score", json=request).json()
 
-            expected = ServingModel(SCHEMA, MODEL, learner.serving_state()).score(ids, numerics)
+            expected = ServingModel.from_state(SCHEMA, MODEL, learner.serving_state()).score(ids, numerics)
             assert answer["version"] == learner.step_number
             scores = [[item["scores"][t.name] for t in SCHEMA.tasks] for item in answer["items"]]
             np.testing.assert_allclose(np.array(scores, np.float32), expected, rtol=2e-5, atol=1e-7)

@@ -66,7 +66,7 @@ def _trainer(model: ModelConfig, stream: Stream) -> Trainer:
         SCHEMA,
         EvaluationConfig(window_s=10),
         freeze=learner.serving_state,
-        build=lambda tensors: ServingModel(SCHEMA, model, tensors),
+        build=lambda tensors: ServingModel.from_state(SCHEMA, model, tensors),
     )
     return Trainer(learner, stream, evaluation, Flags())
 

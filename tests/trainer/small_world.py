@@ -111,7 +111,7 @@ def make_trainer(
             SCHEMA,
             EvaluationConfig(window_s=10),
             freeze=learner.serving_state,
-            build=lambda tensors: ServingModel(SCHEMA, MODEL, tensors),
+            build=lambda tensors: ServingModel.from_state(SCHEMA, MODEL, tensors),
         ),
         flags or Flags(),
         checkpoints=CheckpointDirectory(checkpoints, keep=2) if checkpoints else None,

@@ -230,7 +230,7 @@ def test_metrics_are_those_of_scores_before_each_step(log: InMemoryLog) -> None:
         while (examples := trainer.stream.upcoming()) is not None:
             # Rows exist (untrained) by the time a batch is scored, as in the step itself.
             trainer.learner.prepare(examples)
-            before = ServingModel(trainer.learner.schema, MODEL, trainer.learner.serving_state())
+            before = ServingModel.from_state(trainer.learner.schema, MODEL, trainer.learner.serving_state())
             scores.append(before.score(examples.ids, examples.numerics))
             labels.append(examples.labels)
             trainer.step()

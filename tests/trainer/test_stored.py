@@ -77,7 +77,7 @@ def test_the_checkpoint_goes_on_as_training_anew_does(restored: Trainer, trained
 
 def test_the_snapshot_scores_as_training_anew_does(trained_anew: Trainer) -> None:
     impressions, _ = events(100, seed=3)
-    expected = ServingModel(SCHEMA, MODEL, trained_anew.learner.serving_state())
+    expected = ServingModel.from_state(SCHEMA, MODEL, trained_anew.learner.serving_state())
 
     served = load_serving_model((FOLDER / SNAPSHOT).read_bytes(), SCHEMA)
 
