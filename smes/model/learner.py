@@ -7,17 +7,19 @@ of the table, D embedding width.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smes.arrays import F32, I64, prefixed, under
+from smes.arrays import F32, I64, grown, prefixed, under
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.deltas import BLOCK_ROWS, FullView, RowDelta, StateView, whole
 from smes.model.devices import RankBatch, open_device, send_batch
 from smes.model.features import FeatureInputs
 from smes.model.ids import DistinctRows, IdRows, pool_weights, uniform_rows
@@ -102,6 +104,7 @@ class Learner:
             self._tables["embedding"] = RowTable(model.table_dim, optimizer.embedding, self._device.device)
         if model.wide:
             self._tables["wide"] = RowTable(schema.num_tasks, optimizer.wide, self._device.device)
+        self._touched = np.zeros(0, np.bool_)
         self._append_rows(0)
 
     @property
@@ -202,6 +205,7 @@ class Learner:
         self._dense.step()
         for name, table in self._tables.items():
             table.update(batch.rows_U, leaves[name], total_weight, taken)
+        self._touched[batch.rows_U.cpu().numpy()] = True
         mask_BT, weight_B = batch.mask_BT, batch.weight_B
         if taken is not None:
             mask_BT, weight_B = mask_BT & taken, torch.where(taken, weight_B, 0.0)
@@ -255,10 +259,30 @@ class Learner:
         - ``table.embedding``: float32 [R, D], and ``table.wide``: float32 [R, T], the rows in use.
         """
         return {
-            **prefixed("dense.", _copies(self._model.state_dict())),
+            **self.dense_serving_state(),
             "table.keys": torch.from_numpy(self._rows.keys().copy()),
             **prefixed("table.", _copies({name: table.weights for name, table in self._tables.items()})),
         }
+
+    def dense_serving_state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of the part of :meth:`serving_state` that is not the table: ``dense.*``."""
+        return prefixed("dense.", _copies(self._model.state_dict()))
+
+    def take_delta(self) -> RowDelta:
+        """What changed in the table since the last call, or since this learner was made: its rows, copied."""
+        rows = np.flatnonzero(self._touched[: len(self._rows)])
+        self._touched[:] = False
+        picked = torch.from_numpy(rows).to(self._device.device)
+        columns = {name: table.weights.index_select(0, picked).cpu().numpy() for name, table in self._tables.items()}
+        return RowDelta(self._rows.keys()[rows], columns, np.zeros(0, np.int64))
+
+    def full_view(self) -> FullView:
+        """The weights as they are now, for a reader beside the training. :meth:`take_delta` is not affected."""
+        return _CopiedView(self.serving_state())
+
+    def state_view(self) -> StateView:
+        """What :meth:`state` returns, for a reader beside the training."""
+        return StateView({name: whole(tensor.numpy()) for name, tensor in self.state().items()}, close=lambda: None)
 
     def state(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of everything from which :meth:`load_state` continues exactly."""
@@ -286,6 +310,7 @@ class Learner:
             self._rows = IdRows(self.schema, state["table.keys"].numpy())
             for name, table in self._tables.items():
                 table.load(state[f"table.{name}"], state[f"accumulators.{name}"])
+            self._touched = np.ones(len(self._rows), np.bool_)
             self._model.load_state_dict(under("dense.", state))
             self._load_numerics(state)
             self._load_adam(state)
@@ -358,6 +383,33 @@ class Learner:
         for name, table in self._tables.items():
             scale = self.config.embedding_scale if name == "embedding" else 0.0
             table.append(self._device.host(uniform_rows(keys, table.columns, scale, self._seed)))
+        self._touched = grown(self._touched, len(self._rows))
+        self._touched[start : len(self._rows)] = True
+
+
+class _CopiedView:
+    """A full view that is a copy."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.dense: Mapping[str, Tensor] = {
+            name: tensor for name, tensor in tensors.items() if name.startswith("dense.")
+        }
+        self._keys: I64 = tensors["table.keys"].numpy()
+        tables = under("table.", tensors)
+        self._columns: dict[str, F32] = {name: table.numpy() for name, table in tables.items() if name != "keys"}
+        self.columns: Mapping[str, int] = {name: column.shape[1] for name, column in self._columns.items()}
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._keys)
+
+    def blocks(self) -> Iterator[tuple[I64, dict[str, F32]]]:
+        for start in range(0, len(self._keys), BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            yield self._keys[rows], {name: column[rows] for name, column in self._columns.items()}
+
+    def close(self) -> None:
+        pass
 
 
 def _square(gradient: Tensor) -> Tensor:
