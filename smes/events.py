@@ -12,11 +12,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.arrays import F32, I32, I64, Bool
+from smes.arrays import F32, I8, I32, I64, Bool
 from smes.schema import MISSING, Schema
 
 Index = I64 | Bool | slice
 DAY_S = 86_400.0
+
+WHOLE, FIRST, FURTHER, CLOSING = range(4)
+"""Kind of an example: the only one of its impression; its first one of several; a further one to train on, for tasks
+that wait longer or with feedback that came after its wait; the last one, with the final labels, not to be trained on.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +151,12 @@ class ExampleBlock(_Rows):
         weight: float32 [N], sample weight.
         feedback_arrival_ms: int64 [N, T], when the attached feedback reached the event log, ``MISSING`` where there is
             none.
+        due_ms: int64 [N], event time that the join's watermark has to pass before the row is emitted. Rows come in this
+            order.
+        kind: int8 [N], one of ``WHOLE, FIRST, FURTHER, CLOSING``. Each impression has either one ``WHOLE`` row, or one
+            ``FIRST``, any number of ``FURTHER`` and one ``CLOSING`` row, in this order.
+        late_share: float32 [N, T], which share of the task's positives is not known yet when an impression is first
+            trained on for it, 0 … 1. It weighs the loss (:mod:`smes.model.delayed_feedback`); 0 leaves it as it is.
     """
 
     impression_id: I64
@@ -160,6 +171,9 @@ class ExampleBlock(_Rows):
     label_mask: Bool
     weight: F32
     feedback_arrival_ms: I64
+    due_ms: I64
+    kind: I8
+    late_share: F32
 
     @property
     def user_id(self) -> I64:
@@ -167,9 +181,29 @@ class ExampleBlock(_Rows):
         column: I64 = self.ids[:, 0]
         return column
 
+    @property
+    def begins(self) -> Bool:
+        """bool [N], which rows are the first of their impression: as many as impressions."""
+        first: Bool = self.kind <= FIRST
+        return first
+
+    @property
+    def num_impressions(self) -> int:
+        """How many impressions begin here; each of them once, however many examples it has."""
+        return int(np.count_nonzero(self.begins))
+
+    def to_train_on(self) -> "ExampleBlock":
+        """The rows to train on, all but those of kind ``CLOSING``; the block itself if these are all."""
+        trains = self.kind != CLOSING
+        return self if trains.all() else self.take(trains)
+
+    def closings(self) -> "ExampleBlock":
+        """The rows of kind ``CLOSING``."""
+        return self.take(self.kind == CLOSING)
+
     @classmethod
     def empty(cls, schema: Schema, n: int = 0) -> "ExampleBlock":
-        """Make ``n`` rows: features are missing, every label is 0 and counts, every weight is 1."""
+        """Make ``n`` whole examples: features are missing, every label is 0 and counts, every weight is 1."""
         impressions = ImpressionBlock.empty(schema, n)
         shape = (n, schema.num_tasks)
         return cls(
@@ -185,6 +219,9 @@ class ExampleBlock(_Rows):
             label_mask=np.ones(shape, np.bool_),
             weight=np.ones(n, np.float32),
             feedback_arrival_ms=np.full(shape, MISSING, np.int64),
+            due_ms=np.zeros(n, np.int64),
+            kind=np.full(n, WHOLE, np.int8),
+            late_share=np.zeros(shape, np.float32),
         )
 
 

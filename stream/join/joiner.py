@@ -54,7 +54,7 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from smes.arrays import I64, Arrays
-from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
+from smes.events import WHOLE, ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.ranges import NonNegativeFloat, check_ranges
 from smes.schema import MISSING, Schema
 from stream.join.kernels import (
@@ -228,6 +228,9 @@ class Joiner:
             label_mask=attached | binary,
             weight=np.ones(len(entries), np.float32),
             feedback_arrival_ms=np.where(attached, columns.label_arrival_ms[entries], MISSING),
+            due_ms=columns.event_time_ms[entries] + self._window_ms.max(),
+            kind=np.full(len(entries), WHOLE, np.int8),
+            late_share=np.zeros((len(entries), self.schema.num_tasks), np.float32),
         )
 
     def state(self) -> Arrays:
