@@ -23,6 +23,35 @@ from smes.id_map import ABSENT, IdMap
 from smes.schema import MISSING, Schema
 
 
+class IdKeys:
+    """The keys by which a table knows ids: one of the id's own, and one of the row that an id without its own reads.
+
+    Args:
+        schema: Its id, bag and sequence features give the columns and the vocabularies.
+
+    Attributes:
+        required: int64 [V], the keys of the rows that every table has: the default rows.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        vocabularies = list(dict.fromkeys(f.vocabulary_name for f in schema.id_features))
+        salts = np.array([_salt(v) for v in vocabularies], np.int64)
+        index = {v: i for i, v in enumerate(vocabularies)}
+        vocabulary_W = np.array(per_column(schema, [index[f.vocabulary_name] for f in schema.id_features]), np.int64)
+        self._salt_W = salts[vocabulary_W]
+        self.required: I64 = _mix(np.full((1, len(salts)), MISSING, np.int64), salts)
+        self._default_W: I64 = self.required[vocabulary_W]
+
+    def own(self, ids_NW: I64) -> I64:
+        """The key of each id; of a missing one that of the default row. int64 [N, W] → int64 [N·W]."""
+        keys: I64 = _mix(ids_NW, self._salt_W)
+        return keys
+
+    def shared(self, ids_NW: I64) -> I64:
+        """The key of the row that each id reads while it has none of its own. int64 [N, W] → int64 [N·W]."""
+        return np.tile(self._default_W, len(ids_NW))
+
+
 class IdRows:
     """Which row of the table each id has.
 
