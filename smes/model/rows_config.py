@@ -1,0 +1,84 @@
+"""Configuration of the id table's rows: which ids get one, and when a row is given back.
+
+Importing this does not import torch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
+from smes.ranges import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
+
+AdmitAfter = Annotated[int, Ge(1), Le(255)]
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """The rules for the rows of one vocabulary.
+
+    Attributes:
+        admit_after: An id gets its row in the batch of its n-th sighting. A sighting is one occurrence in an example,
+            within a history too. 1: at once.
+        shared_rows: Ids without a row of their own share so many rows, by their hash. 0: they read the vocabulary's
+            default row, as missing values do.
+        expire_after_s: A row is given back when its id was not seen for so many seconds of event time; within 1/64 of
+            that time. Null: never.
+        budget: So many ids at most have rows; the least recently seen one gives its row to a new id. Null: any number.
+    """
+
+    admit_after: AdmitAfter = 1
+    shared_rows: NonNegativeInt = 0
+    expire_after_s: PositiveFloat | None = None
+    budget: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """Which ids get a row of the table, and when a row is given back.
+
+    By default every id gets a row and keeps it. Then the table grows as long as new ids come.
+
+    Attributes:
+        admit_after: An id gets its row in the batch of its n-th sighting. A sighting is one occurrence in an example,
+            within a history too. 1: at once.
+        shared_rows: The ids of a vocabulary that have no row of their own share so many rows, by their hash. 0: they
+            read the vocabulary's default row, as missing values do.
+        expire_after_s: A row is given back when its id was not seen for so many seconds of event time; within 1/64 of
+            that time. Null: never.
+        budget: So many ids at most have rows, of all vocabularies that have no rules of their own together; the least
+            recently seen one gives its row to a new id. Null: any number.
+        counted_sightings: So many sightings of ids without rows are counted at least before the oldest of them are
+            forgotten. They take 16 bytes each, whatever the number of ids, and only if an ``admit_after`` is above 1.
+        vocabularies: Vocabulary → its own rules instead of those above. Its rows do not count for the budget above.
+    """
+
+    admit_after: AdmitAfter = 1
+    shared_rows: NonNegativeInt = 0
+    expire_after_s: PositiveFloat | None = None
+    budget: PositiveInt | None = None
+    counted_sightings: PositiveInt = 1_000_000
+    vocabularies: dict[str, RowRules] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+    def rules(self, vocabularies: Iterable[str]) -> list[RowRules]:
+        """The rules of some vocabularies.
+
+        Args:
+            vocabularies: All vocabularies of the schema.
+
+        Raises:
+            ValueError: There are rules for another one.
+        """
+        names = list(vocabularies)
+        for name in self.vocabularies:
+            if name not in names:
+                raise ValueError(f"rows.vocabularies.{name}: no such vocabulary, expected one of {', '.join(names)}")
+        others = RowRules(self.admit_after, self.shared_rows, self.expire_after_s, self.budget)
+        return [self.vocabularies.get(name, others) for name in names]
