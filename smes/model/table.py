@@ -5,14 +5,142 @@ Letters: R rows in use, U distinct rows of a batch, C columns, B instances, W id
 A step reads and updates only the rows that its batch uses, so its cost does not depend on the size of the table.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smes.arrays import F32, I64
 from smes.model.config import AdagradConfig
+from smes.model.table_layout import RecordLayout
+from smes.model.table_view import TableView, UndoLog
+
+
+class Cells:
+    """What every cell of a batch reads from the table.
+
+    Args:
+        values: Group → float32 [B, W, C].
+        cells_BW: As for :meth:`RecordTable.cells`.
+
+    Attributes:
+        values: What the model computes with; it collects the gradient.
+        cells_BW: As given.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], cells_BW: Tensor) -> None:
+        self.values = {name: value.requires_grad_() for name, value in values.items()}
+        self.cells_BW = cells_BW
+
+    @property
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Group → the gradient, after ``backward``; None where nothing depends on the group."""
+        return {name: value.grad for name, value in self.values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class RowGradients:
+    """Gradients of a batch by row.
+
+    Attributes:
+        sums_US: float32, the gradient of the summed loss by the weights of each distinct row of the batch.
+        square: float32 scalar, the sum of the squares of ``sums_US``: not finite if one of them is not.
+    """
+
+    sums_US: Tensor
+    square: Tensor
+
+
+class RecordTable(Protocol):
+    """Rows of weights with their accumulators, one record a row, on one device. Not thread-safe, except for its views.
+
+    Attributes:
+        layout: What a record holds.
+        num_rows: Rows that exist, used or free.
+    """
+
+    layout: RecordLayout
+    num_rows: int
+
+    def reset(self, rows_N: I64, weights: Mapping[str, F32]) -> None:
+        """Let rows be born: they get first weights and first accumulators. The table grows to hold them, in place.
+
+        Args:
+            rows_N: Distinct rows.
+            weights: Group → float32 [N, C].
+
+        Raises:
+            ValueError: A group is missing, unknown or of another shape.
+        """
+        ...
+
+    def cells(self, rows_U: Tensor, cells_BW: Tensor) -> Cells:
+        """Read the row of every cell.
+
+        Args:
+            rows_U: int64, the distinct rows of the batch.
+            cells_BW: int64, the place of each cell's row in ``rows_U``.
+        """
+        ...
+
+    def gradients(self, rows_U: Tensor, cells: Cells, readers: "Readers | None", scale: Tensor) -> RowGradients:
+        """Sum the gradients of the cells by row, after ``backward``.
+
+        Args:
+            rows_U: As for :meth:`cells`.
+            cells: What that returned.
+            readers: The cells grouped by row; None on a GPU.
+            scale: Scalar. The gradient of the mean loss times this is the gradient of the summed loss.
+        """
+        ...
+
+    def update(
+        self,
+        rows_U: Tensor,
+        gradients: RowGradients,
+        taken: Tensor | None = None,
+        *,
+        keep_U: Tensor | None = None,
+        rate_U: Tensor | None = None,
+    ) -> None:
+        """Take one Adagrad step on some rows.
+
+        Args:
+            rows_U: Distinct rows, int64 [U].
+            gradients: Of these rows.
+            taken: bool scalar. If it is false, nothing changes (but the rows may count as touched). None: it is true.
+            keep_U: float32, the share that each row's accumulators keep, before the step, of what they have above
+                their first value. None: all of it.
+            rate_U: float32, a factor on each row's learning rate. None: 1.
+        """
+        ...
+
+    def values(self, rows_N: I64) -> dict[str, F32]:
+        """Copies of weights, on the CPU. int64 [N] → group → float32 [N, C]."""
+        ...
+
+    def view(self) -> TableView:
+        """The table as it is now, for reading from another thread."""
+        ...
+
+    def open_view(self, undo: UndoLog) -> TableView:
+        """Open a view again. The table must be as it was when ``undo`` was taken from the view."""
+        ...
+
+    def take_touched(self) -> I64:
+        """The rows that were reset or updated since the last call, each once. int64 [N]."""
+        ...
+
+    def put_records(self, start: int, records_NX: F32) -> None:
+        """Write whole records from row ``start`` on (:meth:`TableView.records`), in a table that grows for them.
+
+        Raises:
+            ValueError: The records have another width.
+        """
+        ...
 
 
 class RowTable:

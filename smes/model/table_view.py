@@ -1,0 +1,165 @@
+"""Views of a table: its rows as they were at one moment, without a copy of the table.
+
+A view keeps an *undo log*: before a row changes for the first time after the view was opened, its record is kept. The
+view reads a row from the log if it is there, else from the table.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smes.arrays import F32, I64, Bool
+from smes.model.table_kernels import read_as_of, save_records
+from smes.model.table_layout import RecordLayout
+from smes.model.turns import Turns
+from smes.reserved import ReservedArray
+
+BLOCK_ROWS = 16_384
+"""Rows that a view reads at a time; a step waits for at most one such block."""
+
+
+class UndoLog:
+    """What a view kept up to one moment; later changes do not show. Good after the view was closed, too.
+
+    Attributes:
+        num_rows: Rows of the table when the view was opened.
+        rows: int64 [L], the rows that changed since, each once.
+        records: float32 [L, X], what they were before.
+        reset: bool [L], whether the row was reset since.
+    """
+
+    def __init__(self, num_rows: int, rows: I64, records: F32, reset: Bool) -> None:
+        self.num_rows = num_rows
+        self.rows = rows
+        self.records = records
+        self.reset = reset
+
+
+class TableView(Protocol):
+    """The rows of a table at the moment when the view was opened.
+
+    Any one thread may read it while another one trains. All rows asked for are below ``num_rows``.
+
+    Attributes:
+        num_rows: Rows of the table at that moment.
+    """
+
+    num_rows: int
+
+    def weights(self, rows_N: I64) -> dict[str, F32]:
+        """Weights by group. int64 [N] → float32 [N, C] each."""
+        ...
+
+    def records(self, start: int, stop: int) -> F32:
+        """Whole records, weights and accumulators, of rows ``start`` … ``stop`` - 1. float32 [stop - start, X]."""
+        ...
+
+    def same_rows(self, rows_N: I64) -> Bool:
+        """Which rows were not reset since: their key is still the one of that moment. int64 [N] → bool [N]."""
+        ...
+
+    def undo(self) -> UndoLog:
+        """What changed since, for a checkpoint of the view (:meth:`RecordTable.open_view`). Copies next to nothing."""
+        ...
+
+    def close(self) -> None:
+        """Keep nothing any more. May be called twice, and from any thread."""
+        ...
+
+
+class HostView:
+    """A view of a table in the host's memory (:class:`smes.model.table_host.HostTable` opens it)."""
+
+    def __init__(self, live: ReservedArray, num_rows: int, layout: RecordLayout, turns: Turns) -> None:
+        self.num_rows = num_rows
+        self._live = live
+        self._layout = layout
+        self._turns = turns
+        self._place = np.zeros(num_rows, np.int32)
+        self._rows = ReservedArray(np.int64)
+        self._reset = ReservedArray(np.bool_)
+        self._log = ReservedArray(np.float32, layout.width)
+        self._length = 0
+        self.open = True
+
+    def before_change(self, rows_N: I64, *, reset: bool) -> None:
+        """Keep the records of rows that are about to change. For the table, which holds the lock."""
+        room = self._length + len(rows_N)
+        for array in (self._rows, self._reset, self._log):
+            array.reserve(room)
+        self._length = save_records(
+            self._live.array, rows_N, self._place, self._rows.array, self._log.array, self._length
+        )
+        if reset:
+            self._reset.array[self._place[rows_N[rows_N < self.num_rows]] - 1] = True
+
+    def restore(self, undo: UndoLog) -> None:
+        """Begin with what an earlier view kept."""
+        self._length = len(undo.rows)
+        for array, kept in ((self._rows, undo.rows), (self._reset, undo.reset), (self._log, undo.records)):
+            array.reserve(self._length)
+            array.array[: self._length] = kept
+        self._place[undo.rows] = np.arange(1, self._length + 1)
+
+    def weights(self, rows_N: I64) -> dict[str, F32]:
+        rows_N = np.ascontiguousarray(rows_N, np.int64)
+        result = {
+            name: np.empty((len(rows_N), place.group.columns), np.float32)
+            for name, place in self._layout.places.items()
+        }
+        for begin in range(0, len(rows_N), BLOCK_ROWS):
+            block = slice(begin, begin + BLOCK_ROWS)
+            with self._turns.turn():
+                for name, place in self._layout.places.items():
+                    self._read(rows_N[block], place.weights.start, result[name][block])
+        return result
+
+    def records(self, start: int, stop: int) -> F32:
+        result = np.empty((stop - start, self._layout.width), np.float32)
+        for begin in range(start, stop, BLOCK_ROWS):
+            end = min(begin + BLOCK_ROWS, stop)
+            with self._turns.turn():
+                self._read(np.arange(begin, end), 0, result[begin - start : end - start])
+        return result
+
+    def same_rows(self, rows_N: I64) -> Bool:
+        with self._turns.turn():
+            place = self._place[rows_N]
+            same: Bool = place == 0
+            same[~same] = ~self._reset.array[place[~same] - 1]
+        return same
+
+    def undo(self) -> UndoLog:
+        with self._turns.turn():
+            length = self._length
+            return UndoLog(
+                self.num_rows,
+                self._rows.array[:length],
+                self._log.array[:length],
+                self._reset.array[:length].copy(),
+            )
+
+    def close(self) -> None:
+        with self._turns.turn():
+            self.open = False
+            self._place = np.zeros(0, np.int32)
+            self._rows, self._reset = ReservedArray(np.int64), ReservedArray(np.bool_)
+            self._log = ReservedArray(np.float32, self._layout.width)
+
+    def _read(self, rows_N: I64, start: int, out: NDArray[np.float32]) -> None:
+        assert self.open, "a view that is not closed"
+        read_as_of(self._live.array, self._log.array, self._place, rows_N, start, out)
+
+
+def weights_by_group(layout: RecordLayout, weights: Mapping[str, F32], rows: int) -> None:
+    """Check first weights of rows.
+
+    Raises:
+        ValueError: A group is missing, unknown, or of another shape.
+    """
+    expected = {name: (rows, place.group.columns) for name, place in layout.places.items()}
+    given = {name: tuple(array.shape) for name, array in weights.items()}
+    if given != expected:
+        raise ValueError(f"weights of table rows: {given}, expected {expected}")
