@@ -1,9 +1,16 @@
-"""From the event log to mini-batches: read by position → decode → dead-letter → join → batch."""
+"""From the event log to mini-batches: read by position → decode → dead-letter → join → batch.
+
+A batch ends when it is full, when the stream has left its first example behind in event time, or when that example has
+waited ``max_wait_s`` by the clock. What a restart repeats bit for bit: batches of the first two kinds, always; those
+that the clock ended, if a :class:`stream.batch_journal.BatchJournal` says where that was.
+"""
 
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from smes.arrays import Arrays
 from smes.errors import PositionOutOfRange
@@ -11,12 +18,13 @@ from smes.events import ExampleBlock
 from smes.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
 from smes.schema import Schema
 from smes_io.clock import wall_clock_ms
+from stream.batch_journal import BatchJournal
 from stream.codec.codec import decode
 from stream.dead_letters import DeadLetter, DeadLetterWriter
 from stream.join.joiner import JoinConfig
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
-from stream.mini_batches import Assembler, MiniBatchConfig
+from stream.mini_batches import Assembler, BatchTimes, MiniBatchConfig, ended_in
 from stream.sources import Skipped, Sources
 
 _logger = logging.getLogger(__name__)
@@ -32,6 +40,7 @@ class StreamConfig:
         batch: Bounds of a mini-batch.
         events_per_read: About how many events one read returns; bounds memory when catching up.
         idle_after_s: The watermark no longer waits for a partition that has had nothing new for this long, wall clock.
+            What is appended there later, with event times that the other partitions have left behind, may be late.
         max_future_s: An event is refused if its time lies more than this after both its arrival in the log and the
             reader's clock, seconds; one more than a day after the reader's clock is refused in any case.
         metadata_refresh_s: How often the log is asked what may have changed: partitions that were added, which are then
@@ -41,7 +50,7 @@ class StreamConfig:
     join: JoinConfig = field(default_factory=JoinConfig)
     batch: MiniBatchConfig = field(default_factory=MiniBatchConfig)
     events_per_read: PositiveInt = 16_384
-    idle_after_s: PositiveFloat = 10.0
+    idle_after_s: PositiveFloat = 2.0
     max_future_s: NonNegativeFloat = 300.0
     metadata_refresh_s: PositiveFloat = 5.0
 
@@ -57,8 +66,9 @@ class ExampleStream:
         config: Join, batch and read bounds.
         log: Where impressions and feedback are read; both topics must exist.
         dead_letters: Where refused events go.
-        monotonic: Seconds of a clock that never goes back; it decides only which partitions are idle, and when the log
-            is asked for new ones.
+        journal: Where the ends of batches are written down; None: a restart does not repeat those that the clock set.
+        monotonic: Seconds of a clock that never goes back; it decides only which partitions are idle, when the log is
+            asked for new ones, and which batches have waited for long enough.
         now_ms: The reader's clock, Unix milliseconds; it decides only which events are from the future.
 
     Raises:
@@ -72,14 +82,17 @@ class ExampleStream:
         log: EventLog,
         dead_letters: DeadLetterWriter,
         *,
+        journal: BatchJournal | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._schema, self._config, self._log, self._dead_letters = schema, config, log, dead_letters
-        self._monotonic, self._now_ms = monotonic, now_ms
+        self._journal, self._monotonic, self._now_ms = journal, monotonic, now_ms
+        self._max_wait_s = config.batch.max_wait_s
         self._sources = Sources(log, config.metadata_refresh_s, monotonic)
         self.assembler = Assembler(schema, config.join, config.batch, self._sources.positions)
-        self._last_news_s = dict.fromkeys(self.assembler.sources, monotonic())
+        self._last_news_s: dict[TopicPartition, float] = {}
+        self._last_events_s: float | None = None
         self._events_per_record = config.events_per_read / _FIRST_READ_RECORDS
 
     @property
@@ -103,7 +116,7 @@ class ExampleStream:
             After any of them the state is as before the call.
         """
         self._add(self._sources.refresh_if_due())
-        fetch = self._read(timeout_s)
+        fetch = self._read(min(timeout_s, self._until_overdue_s()))
         now_ms, max_future_ms = self._now_ms(), round(self._config.max_future_s * 1000)
         decoded = decode(fetch.records, self._schema, max_future_ms=max_future_ms, now_ms=now_ms)
         self._dead_letters.write([*decoded.dead, *map(DeadLetter.of_unreadable, fetch.unreadable)])
@@ -113,10 +126,41 @@ class ExampleStream:
         if fetch.records:
             # Grows at once and shrinks slowly: unexpectedly full records cost memory, the reverse a few small reads.
             self._events_per_record = max(1.0, events / len(fetch.records), 0.5 * self._events_per_record)
-        behind = set(self.assembler.sources) - fetch.at_end
-        self.assembler.push(decoded.impressions, decoded.feedback, self._idle(_passed(fetch) | behind))
+        news = _passed(fetch) | (set(self.assembler.sources) - fetch.at_end)
+        now_s = self._monotonic()
+        self.assembler.push(decoded.impressions, decoded.feedback, self._idle(news, now_s), now_s=now_s)
         self.positions.update(fetch.positions)
+        self._stop_repeating_at_the_end(bool(news), now_s)
+        if self._until_overdue_s() <= 0:
+            self.assembler.end_batch(now_s)
         return events
+
+    def _until_overdue_s(self) -> float:
+        """How long until the half-filled batch has waited for long enough; infinite if it has not to end by then.
+
+        While batches are repeated, the clock ends none.
+        """
+        oldest_s = self.assembler.oldest_s
+        if self._max_wait_s is None or oldest_s is None or self.assembler.is_repeating:
+            return np.inf
+        return max(0.0, oldest_s + self._max_wait_s - self._monotonic())
+
+    def _stop_repeating_at_the_end(self, has_news: bool, now_s: float) -> None:
+        """Give up ends that the log does not lead to: examples of before the restart are gone from it."""
+        if has_news or self._last_events_s is None:
+            self._last_events_s = now_s
+        longest_s = 2 * self._config.idle_after_s + (self._max_wait_s or 0.0)
+        if self.assembler.is_repeating and now_s - self._last_events_s > longest_s:
+            _logger.warning(
+                "the log has ended before the examples that were trained on before the restart: from here on batches "
+                "may end elsewhere"
+            )
+            self._repeat_none()
+
+    def _repeat_none(self) -> None:
+        self.assembler.repeat([])
+        if self._journal is not None:
+            self._journal.clear()
 
     def _read(self, timeout_s: float) -> Fetch:
         max_records = max(1, round(self._config.events_per_read / self._events_per_record))
@@ -132,16 +176,24 @@ class ExampleStream:
         if sources:
             _logger.warning("partitions were added: %s", ", ".join(f"{s.topic}/{s.partition}" for s in sources))
             self.assembler.add_partitions(sources)
-            self._last_news_s.update(dict.fromkeys(sources, self._monotonic()))
 
-    def _idle(self, news: set[TopicPartition]) -> list[TopicPartition]:
-        now_s = self._monotonic()
-        self._last_news_s.update(dict.fromkeys(news, now_s))
+    def _idle(self, news: set[TopicPartition], now_s: float) -> list[TopicPartition]:
+        """The sources without news for too long; that of a source begins with the first read of it."""
+        for source in self.assembler.sources:
+            if source in news or source not in self._last_news_s:
+                self._last_news_s[source] = now_s
         return [s for s, last_s in self._last_news_s.items() if now_s - last_s > self._config.idle_after_s]
 
     def next_batch(self) -> ExampleBlock | None:
-        """Take the next complete mini-batch out of the queue; None when none is ready."""
-        return self.assembler.next_batch()
+        """Take the next complete mini-batch out of the queue; None when none is ready. Its end is written down."""
+        batch = self.assembler.next_batch()
+        if batch is not None and self._journal is not None:
+            self._journal.add(self.assembler.taken)
+        return batch
+
+    def taken_times(self) -> BatchTimes | None:
+        """When the examples of the batch taken last came; None before the first one."""
+        return self.assembler.taken_times
 
     def upcoming(self) -> ExampleBlock | None:
         """Look at the next complete mini-batch without taking it: the object that :meth:`next_batch` will return."""
@@ -166,7 +218,7 @@ class ExampleStream:
         Feedback that waits for its impression is orphaned. The ledger has nothing waiting once the batches that this
         makes were taken. The stream may go on: what is read later is judged by the watermark that it had before.
         """
-        self.assembler.flush()
+        self.assembler.flush(self._monotonic())
 
     def skip_lost(self) -> dict[TopicPartition, Skipped]:
         """Move positions that the log does not hold to its oldest record, and accept the log that is there now.
@@ -178,7 +230,10 @@ class ExampleStream:
         Returns:
             Source → what that costs, of those that moved.
         """
-        return self._sources.skip_lost()
+        skipped = self._sources.skip_lost()
+        if skipped:
+            self._repeat_none()  # examples are counted from another beginning now
+        return skipped
 
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition (decimal digits) → next record to read."""
@@ -202,8 +257,15 @@ class ExampleStream:
         Raises:
             ValueError: The state has more partitions than the log.
         """
-        self.assembler.load_state(state)
+        self.assembler.load_state(state, now_s=self._monotonic())
         self._sources.load_state(state)
+        if self._journal is not None:
+            self.assembler.repeat(self._journal.resume(self.assembler.ended))
+
+    def saved(self, state: Arrays) -> None:
+        """Note that a state is on disk: batches before it need not be repeated once enough later ones are, too."""
+        if self._journal is not None:
+            self._journal.saved(ended_in(state))
 
 
 def _passed(fetch: Fetch) -> set[TopicPartition]:

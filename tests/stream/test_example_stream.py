@@ -6,6 +6,8 @@ goes on with the very next batch, and catching up on full Arrow records stays wi
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 from smes.errors import EventLogError, EventLogUnavailable
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Feature, Schema, Task
+from stream.batch_journal import BatchJournal
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream, StreamConfig
@@ -322,3 +325,141 @@ def test_positions_are_given_by_topic() -> None:
 def test_bounds_that_make_no_sense_are_refused(wrong: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StreamConfig(**wrong)  # type: ignore[arg-type]  # one wrong value at a time
+
+
+WAITING = replace(CONFIG, batch=MiniBatchConfig(size=10, max_wait_s=0.5))
+
+
+def ready_batches(stream: ExampleStream) -> list[list[int]]:
+    """Takes all batches that are ready."""
+    batches: list[list[int]] = []
+    while (batch := stream.next_batch()) is not None:
+        batches.append(batch.impression_id.tolist())
+    return batches
+
+
+def test_a_batch_ends_when_its_oldest_example_has_waited() -> None:
+    log, clock = open_log(1), Clock()
+    stream = open_stream(log, WAITING, clock)
+    append(log, range(125))  # impressions 0 … 33 are complete: the feedback of the last is at 12.4 + 1 s
+    read_all(stream)
+    times = stream.taken_times()
+    full = ready_batches(stream)
+    clock.now_s += 0.4
+    append(log, [125, 126])
+    read_all(stream)
+    assert ready_batches(stream) == []
+    clock.now_s += 0.11
+
+    stream.poll(0)
+    [rest] = ready_batches(stream)
+
+    assert times is None
+    assert [*chain(*full), *rest] == list(range(len(full) * 10 + len(rest)))
+    assert 0 < len(rest) < 10
+    times = stream.taken_times()
+    assert times is not None
+    assert sorted(set(times.joined_s.tolist())) == [1000.0, 1000.4]
+    assert times.batched_s == pytest.approx(1000.51)
+
+
+def test_without_a_longest_wait_a_batch_waits_until_it_is_full() -> None:
+    log, clock = open_log(1), Clock()
+    stream = open_stream(log, replace(CONFIG, batch=MiniBatchConfig(size=10, max_wait_s=None)), clock)
+    append(log, range(125))
+    read_all(stream)
+    clock.now_s += 20
+    stream.poll(0)
+
+    assert {len(batch) for batch in ready_batches(stream)} == {10}
+
+
+def test_a_read_ends_when_the_batch_has_to() -> None:
+    waits: list[float] = []
+
+    class Noting(InMemoryLog):
+        def read(self, positions, *, max_records, timeout_s):  # type: ignore[no-untyped-def] # as its parent
+            waits.append(timeout_s)
+            return super().read(positions, max_records=max_records, timeout_s=0)
+
+    log, clock = Noting(), Clock()
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, 1)
+    stream = open_stream(log, WAITING, clock)
+    append(log, range(125))
+    read_all(stream)
+    waits.clear()
+    for pause_s in (0.2, 0.2, 0.2):
+        clock.now_s += pause_s
+        stream.poll(5)
+    stream.poll(5)  # none waits any more
+
+    assert waits == pytest.approx([0.3, 0.1, 0, 5])
+
+
+@pytest.mark.parametrize("saved_after", [0, 1, 7])
+def test_a_restart_repeats_the_batches_that_the_clock_ended(tmp_path: Path, saved_after: int) -> None:
+    log, clock, random = open_log(2), Clock(), np.random.default_rng(5)
+    path = tmp_path / "batches.journal"
+
+    def opened(config: StreamConfig = WAITING) -> ExampleStream:
+        return ExampleStream(
+            SCHEMA, config, log, DeadLetterWriter(log), journal=BatchJournal(path, keep=2), monotonic=clock
+        )
+
+    first, batches, saved, taken = opened(), [], None, 0
+    for i in range(60):
+        append(log, range(10 * i, 10 * i + int(random.integers(1, 11))))
+        clock.now_s += random.uniform(0, 0.6)
+        first.poll(0)
+        batches += ready_batches(first)
+        if i == 20 + saved_after:
+            saved, taken = {name: array.copy() for name, array in first.state().items()}, len(batches)
+    assert saved is not None
+    assert len({len(batch) for batch in batches}) > 3  # the clock ended many
+    del first  # killed
+
+    second = opened(replace(WAITING, events_per_read=16))  # reads in other slices, at other times
+    second.load_state(saved)
+    repeated: list[list[int]] = []
+    while not second.has_reached(second.end()):
+        clock.now_s += 0.7
+        second.poll(0)
+        repeated += ready_batches(second)
+
+    assert len(batches) - taken > 5
+    assert repeated[: len(batches) - taken] == batches[taken:]
+    clock.now_s += 0.7
+    second.poll(0)
+    whole = list(chain(*batches[:taken], *repeated, *ready_batches(second)))
+    assert len(whole) == len(set(whole))  # each once
+
+
+def test_ends_that_the_log_does_not_lead_to_are_given_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log, clock = open_log(1), Clock()
+    journal = BatchJournal(tmp_path / "batches.journal", keep=2)
+    empty = open_stream(log).state()
+    journal.resume(0)
+    journal.add(10**6)
+    stream = ExampleStream(
+        SCHEMA,
+        WAITING,
+        log,
+        DeadLetterWriter(log),
+        journal=BatchJournal(tmp_path / "batches.journal", keep=2),
+        monotonic=clock,
+    )
+    stream.load_state(empty)
+    append(log, range(125))
+    for _ in range(90):
+        stream.poll(0)
+        ready_batches(stream)
+        clock.now_s += 1
+    assert "the log has ended before the examples" in caplog.text
+
+    append(log, range(125, 128))
+    stream.poll(0)
+    clock.now_s += 1
+    stream.poll(0)
+
+    assert len(ready_batches(stream)) == 1

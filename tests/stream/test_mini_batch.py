@@ -17,6 +17,7 @@ SCHEMA = Schema(name="test", tasks=(Task("click", window_s=5),))
 def block(times_ms: list[int], first_id: int = 0) -> ExampleBlock:
     result = ExampleBlock.empty(SCHEMA, len(times_ms))
     result.event_time_ms[:] = times_ms
+    result.due_ms[:] = result.event_time_ms + SCHEMA.max_window_ms
     result.impression_id[:] = np.arange(first_id, first_id + len(times_ms))
     return result
 
@@ -56,6 +57,41 @@ def test_equals_the_reference(times_ms: list[int], size: int, max_age_ms: int, d
     assert batcher.flush() == []
 
 
+@given(st.lists(st.integers(0, 30_000), max_size=60), st.integers(1, 9), st.sampled_from([500, 5000]), st.data())
+@settings(max_examples=100, deadline=None)
+@pytest.mark.timeout(600)  # bounds hangs only
+def test_batches_that_a_clock_ended_end_there_again(
+    times_ms: list[int], size: int, max_age_ms: int, data: st.DataObject
+) -> None:
+    times_ms = sorted(times_ms)
+
+    def push_all(batcher: MiniBatcher, *, clock: bool) -> tuple[list[list[int]], list[int]]:
+        batches, ends, start = [], [], 0
+        while start < len(times_ms):
+            stop = start + data.draw(st.integers(1, 12))
+            following = times_ms[stop] if stop < len(times_ms) else times_ms[-1]
+            watermark = data.draw(st.integers(0, following)) + SCHEMA.max_window_ms
+            got = batcher.push(block(times_ms[start:stop], start), watermark)
+            if clock and data.draw(st.booleans()):
+                got += batcher.flush()
+            batches += [b.impression_id.tolist() for b in got]
+            ends += np.cumsum([batcher.ended - sum(map(len, got)), *map(len, got)])[1:].tolist()
+            start = stop
+        return batches, ends
+
+    config = MiniBatchConfig(size, max_age_ms / 1000)
+    first = MiniBatcher(SCHEMA, config)
+    batches, ends = push_all(first, clock=True)
+    died = data.draw(st.integers(0, len(ends)))  # after so many batches
+    again = MiniBatcher(SCHEMA, config)
+    again.ends.extend(ends[:died])
+    repeated, repeated_ends = push_all(again, clock=False)
+
+    assert repeated[:died] == batches[:died]
+    assert repeated_ends[:died] == ends[:died]
+    assert again.ended + len(again) == len(times_ms)
+
+
 def test_an_old_batch_does_not_wait_to_be_full() -> None:
     batcher = MiniBatcher(SCHEMA, MiniBatchConfig(size=100, max_age_s=2))
 
@@ -70,6 +106,7 @@ def test_an_old_batch_does_not_wait_to_be_full() -> None:
     [
         ({"size": 0}, r"MiniBatchConfig\.size: 0, expected at least 1"),
         ({"max_age_s": 0.0}, r"MiniBatchConfig\.max_age_s: 0\.0, expected more than 0"),
+        ({"max_wait_s": 0.0}, r"MiniBatchConfig\.max_wait_s: 0\.0, expected more than 0"),
     ],
 )
 def test_refuses_bad_bounds(wrong: dict[str, Any], message: str) -> None:
