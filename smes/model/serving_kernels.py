@@ -1,0 +1,241 @@
+"""The compiled loops of :mod:`smes.model.serving_rows`: maps from keys to rows, and copies of rows.
+
+Both maps are open addressing with linear probing, of any number of slots. A slot of a table is 32 bits: the row, and in
+the bits above it some of the key's hash, which spare most looks at the keys of other rows. The key itself stands at the
+head of its row's record.
+
+Letters: N keys, X words of 64 bits that a record has, C columns of a group.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from smes.arrays import F32, I64
+from smes.hashing import scatter
+
+Slots = NDArray[np.uint32]
+Words = NDArray[np.int64]
+
+EMPTY = np.uint32(0xFFFFFFFF)
+"""A slot that never held a row: a search ends there."""
+
+GONE = np.uint32(0xFFFFFFFE)
+"""A slot whose row was given back: a search goes on."""
+
+OPEN = np.int64(-(2**63))
+"""A key that was not looked for yet."""
+
+ABSENT = np.int64(-(2**63) + 1)
+"""A key that has no row."""
+
+
+@njit(cache=True, inline="always")
+def _home(mixed: np.uint64, slots: int) -> np.int64:  # pragma: no cover - compiled
+    return np.int64(((mixed >> np.uint64(32)) * np.uint64(slots)) >> np.uint64(32))
+
+
+@njit(cache=True, inline="always")
+def _mark(mixed: np.uint64, row_bits: int) -> np.uint32:  # pragma: no cover - compiled
+    """Bits of the hash, where a slot has them: above the row."""
+    return np.uint32((mixed << np.uint64(row_bits)) & np.uint64(0xFFFFFFFF))
+
+
+@njit(cache=True, inline="always")
+def _row_of(key: np.int64, slots: Slots, row_bits: int, records: Words) -> np.int64:  # pragma: no cover - compiled
+    mixed = scatter(np.uint64(key))
+    mark, row_mask = _mark(mixed, row_bits), np.uint32((np.uint64(1) << np.uint64(row_bits)) - np.uint64(1))
+    slot = _home(mixed, len(slots))
+    while True:
+        word = slots[slot]
+        if word == EMPTY:
+            return ABSENT
+        if word != GONE and word & ~row_mask == mark:
+            row = np.int64(word & row_mask)
+            # A row beyond the records was added after the caller took them: it is none that the caller looks for.
+            if row < len(records) and records[row, 0] == key:
+                return row
+        slot += 1
+        if slot == len(slots):
+            slot = 0
+
+
+@njit(cache=True, nogil=True)
+def find_rows(keys_N: I64, slots: Slots, row_bits: int, records: Words) -> I64:  # pragma: no cover - compiled
+    """The row of each key, ``ABSENT`` where it has none. int64 [N] → int64 [N]."""
+    rows_N = np.empty(len(keys_N), np.int64)
+    for i in range(len(keys_N)):
+        rows_N[i] = _row_of(keys_N[i], slots, row_bits, records)
+    return rows_N
+
+
+@njit(cache=True, nogil=True)
+def find_open(
+    found_N: I64, keys_N: I64, slots: Slots, row_bits: int, records: Words
+) -> None:  # pragma: no cover - compiled
+    """Look for the keys that are ``OPEN`` still: their rows, or ``ABSENT``, into ``found_N``."""
+    for i in range(len(keys_N)):
+        if found_N[i] == OPEN:
+            found_N[i] = _row_of(keys_N[i], slots, row_bits, records)
+
+
+@njit(cache=True, inline="always")
+def _put(slots: Slots, row_bits: int, key: np.int64, row: int) -> bool:  # pragma: no cover - compiled
+    """Give a key that has no slot one; whether it was an empty one."""
+    mixed = scatter(np.uint64(key))
+    slot = _home(mixed, len(slots))
+    while slots[slot] < GONE:
+        slot += 1
+        if slot == len(slots):
+            slot = 0
+    was_empty = bool(slots[slot] == EMPTY)
+    slots[slot] = _mark(mixed, row_bits) | np.uint32(row)
+    return was_empty
+
+
+@njit(cache=True, nogil=True)
+def put_rows(keys_N: I64, rows_N: I64, slots: Slots, row_bits: int) -> int:  # pragma: no cover - compiled
+    """Give keys that have no slot one each. Returns how many empty slots that took."""
+    taken = 0
+    for i in range(len(keys_N)):
+        taken += _put(slots, row_bits, keys_N[i], rows_N[i])
+    return taken
+
+
+@njit(cache=True, nogil=True)
+def add_rows(
+    keys_N: I64, first_row: int, slots: Slots, row_bits: int, records: Words
+) -> int:  # pragma: no cover - compiled
+    """Give N keys the rows from ``first_row`` on, and write the keys at their heads.
+
+    Returns:
+        N, or how many were added before one that is there already.
+    """
+    for i in range(len(keys_N)):
+        if _row_of(keys_N[i], slots, row_bits, records) != ABSENT:
+            return i
+        records[first_row + i, 0] = keys_N[i]
+        _put(slots, row_bits, keys_N[i], first_row + i)
+    return len(keys_N)
+
+
+@njit(cache=True, nogil=True)
+def remove_rows(keys_N: I64, slots: Slots, row_bits: int, records: Words) -> I64:  # pragma: no cover - compiled
+    """Mark the slots of keys as gone. Returns the rows that they had, int64, at most N."""
+    rows = np.empty(len(keys_N), np.int64)
+    row_mask = np.uint32((np.uint64(1) << np.uint64(row_bits)) - np.uint64(1))
+    count = 0
+    for i in range(len(keys_N)):
+        row = _row_of(keys_N[i], slots, row_bits, records)
+        if row == ABSENT:
+            continue
+        slot = _home(scatter(np.uint64(keys_N[i])), len(slots))
+        while slots[slot] >= GONE or np.int64(slots[slot] & row_mask) != row:
+            slot += 1
+            if slot == len(slots):
+                slot = 0
+        slots[slot] = GONE
+        rows[count] = row
+        count += 1
+    return rows[:count].copy()
+
+
+@njit(cache=True, nogil=True)
+def copy_slots(
+    slots: Slots, row_bits: int, records: Words, into: Slots, into_row_bits: int
+) -> None:  # pragma: no cover - compiled
+    """Give every key of one map a slot of another, empty one."""
+    row_mask = np.uint32((np.uint64(1) << np.uint64(row_bits)) - np.uint64(1))
+    for slot in range(len(slots)):
+        if slots[slot] < GONE:
+            row = np.int64(slots[slot] & row_mask)
+            _put(into, into_row_bits, records[row, 0], row)
+
+
+@njit(cache=True, nogil=True)
+def write_columns(records: F32, rows_N: I64, start: int, weights_NC: F32) -> None:  # pragma: no cover - compiled
+    """Write the weights of one group into the records of rows, from element ``start`` on."""
+    for i in range(len(rows_N)):
+        record = records[rows_N[i]]
+        for c in range(weights_NC.shape[1]):
+            record[start + c] = weights_NC[i, c]
+
+
+@njit(cache=True, nogil=True)
+def write_keys(records: Words, rows_N: I64, keys_N: I64) -> None:  # pragma: no cover - compiled
+    """Write keys at the heads of the records of rows."""
+    for i in range(len(rows_N)):
+        records[rows_N[i], 0] = keys_N[i]
+
+
+@njit(cache=True, nogil=True)
+def read_columns(found_N: I64, records: F32, start: int, out_NC: F32) -> None:  # pragma: no cover - compiled
+    """Copy one group of the rows that were found in the table (≥ 0)."""
+    for i in range(len(found_N)):
+        if found_N[i] >= 0:
+            record = records[found_N[i]]
+            for c in range(out_NC.shape[1]):
+                out_NC[i, c] = record[start + c]
+
+
+@njit(cache=True, nogil=True)
+def shadow_slots(keys_N: I64, slots: NDArray[np.int32]) -> int:  # pragma: no cover - compiled
+    """Enter keys into the empty map of a shadow (-1 everywhere).
+
+    Returns:
+        N, or the place of the first key that occurs twice.
+    """
+    for i in range(len(keys_N)):
+        slot = _home(scatter(np.uint64(keys_N[i])), len(slots))
+        while slots[slot] >= 0:
+            if keys_N[slots[slot]] == keys_N[i]:
+                return i
+            slot += 1
+            if slot == len(slots):
+                slot = 0
+        slots[slot] = i
+    return len(keys_N)
+
+
+@njit(cache=True, nogil=True)
+def find_in_shadow(
+    found_N: I64, keys_N: I64, slots: NDArray[np.int32], shadow_keys: I64, changed: int, first: int
+) -> None:  # pragma: no cover - compiled
+    """Look for the keys that are ``OPEN`` still.
+
+    A key that the shadow changed becomes -1 - ``first`` - its place, one that it removed ``ABSENT``. The others stay.
+    """
+    for i in range(len(keys_N)):
+        if found_N[i] != OPEN:
+            continue
+        slot = _home(scatter(np.uint64(keys_N[i])), len(slots))
+        while slots[slot] >= 0:
+            place = slots[slot]
+            if shadow_keys[place] == keys_N[i]:
+                found_N[i] = np.int64(-1) - first - place if place < changed else ABSENT
+                break
+            slot += 1
+            if slot == len(slots):
+                slot = 0
+
+
+@njit(cache=True, nogil=True)
+def read_shadow(found_N: I64, weights: F32, first: int, out_NC: F32) -> None:  # pragma: no cover - compiled
+    """Copy one group of the rows that were found in a shadow."""
+    for i in range(len(found_N)):
+        place = np.int64(-1) - found_N[i] - first
+        if 0 <= place < len(weights):
+            for c in range(out_NC.shape[1]):
+                out_NC[i, c] = weights[place, c]
+
+
+def empty_slots(count: int) -> Slots:
+    """The slots of an empty map."""
+    return np.full(count, EMPTY, np.uint32)
+
+
+def no_rows(count: int) -> NDArray[Any]:
+    """N keys that were not looked for yet. int64 [N]."""
+    return np.full(count, OPEN, np.int64)
