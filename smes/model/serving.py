@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smes.arrays import F32, I64, under
+from smes.arrays import F32, I64, Bool, under
+from smes.id_map import ABSENT, IdMap
 from smes.model.config import ModelConfig
 from smes.model.features import FeatureInputs
 from smes.model.fitting import OnlyAsLargeAs, check_finite, check_types
-from smes.model.ids import IdRows, pool_weights
+from smes.model.ids import IdKeys, pool_weights
 from smes.model.rank_model import RankModel
 from smes.schema import Schema
 
@@ -156,19 +157,59 @@ class TensorRows:
         self, schema: Schema, model: ModelConfig, state: Mapping[str, Tensor], *, device: torch.device = _CPU
     ) -> None:
         try:
-            self._rows = IdRows(schema, _keys(state["table.keys"]))
+            keys = _keys(state["table.keys"])
+            self._keys = required_keys(schema, state, len(keys))
+            self._map = IdMap.from_keys(keys)
             self._weights = {
-                name: _checked(f"table.{name}", state[f"table.{name}"], (len(self._rows), columns)).to(device)
+                name: _checked(f"table.{name}", state[f"table.{name}"], (len(keys), columns)).to(device)
                 for name, columns in group_columns(schema, model).items()
             }
         except KeyError as error:
             raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
+        check_required(self._keys, self._map.find(self._keys.required) != ABSENT)
         self._device = device
 
     def read(self, ids_NW: I64) -> dict[str, Tensor]:
         """As :meth:`RowReader.read`, on the device."""
-        rows_NW = torch.from_numpy(self._rows.find(ids_NW)).to(self._device)
+        found = self._map.find(self._keys.own(ids_NW))
+        absent = found == ABSENT
+        if absent.any():
+            found[absent] = self._map.find(self._keys.shared(ids_NW)[absent])
+        rows_NW = torch.from_numpy(found).view(*ids_NW.shape).to(self._device)
         return {name: F.embedding(rows_NW, weights) for name, weights in self._weights.items()}
+
+
+def required_keys(schema: Schema, dense: Mapping[str, Tensor], rows: int) -> IdKeys:
+    """The keys of ids in a table of so many rows, with as many shared rows as the dense weights say.
+
+    Raises:
+        ValueError: The weights say it in another form, or more shared rows than there are rows.
+    """
+    shared = dense.get("dense.shared_rows_V")
+    if shared is None:
+        return IdKeys(schema)
+    vocabularies = len({f.vocabulary_name for f in schema.id_features})
+    if shared.dtype != torch.int64 or shared.shape != (vocabularies,):
+        raise ValueError(
+            f"tensor dense.shared_rows_V: {shared.dtype} {list(shared.shape)}, expected torch.int64 [{vocabularies}]"
+        )
+    counts: list[int] = shared.tolist()
+    if min(counts, default=0) < 0 or sum(counts) > rows:
+        raise ValueError(f"tensor dense.shared_rows_V: {counts}, expected 0 or more each, and at most {rows} in all")
+    return IdKeys(schema, counts)
+
+
+def check_required(keys: IdKeys, present: Bool) -> None:
+    """Check that a table has the rows that every table has.
+
+    Raises:
+        ValueError: Some are not present.
+    """
+    if not present.all():
+        raise ValueError(
+            f"keys of an id table: {int((~present).sum())} of the {len(present)} default and shared rows of its "
+            f"vocabularies are missing"
+        )
 
 
 def _checked(name: str, weights: Tensor, shape: tuple[int, int]) -> Tensor:
