@@ -1,7 +1,7 @@
 """Configuration of the feature store: where it is, and how many snapshots it keeps."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
@@ -12,17 +12,28 @@ _MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class SnapshotStoreConfig:
-    """How snapshots are split into chunks, and how many are kept.
+    """How snapshots are written, and how many are kept.
+
+    A cut publishes what changed since the one before, and now and then a full snapshot beside it, from which what
+    starts late begins. A chain is a full snapshot and all that were published after it, up to the next full one.
 
     Attributes:
+        precision: Of the rows' weights on the way to serving: ``fp32``, exact; ``fp16``, half the bytes; ``int8``,
+            8-bit numbers and one scale for each row, about 0.4 of the bytes.
+        max_chain_length: Deltas after a full snapshot before the next one is made.
+        max_chain_bytes_ratio: Bytes of these deltas, as a multiple of the full snapshot's, before the next one is made.
         chunk_bytes: Size of a chunk, 1 … 256 MiB; Redis' own limit for a value is 512 MiB.
-        retain_bytes: Payload bytes kept in all; the oldest snapshots are removed first.
-        min_retained: Snapshots kept whatever their size, so that a slow reader can finish.
+        retain_bytes: Payload bytes kept in all; the oldest chains are removed first, each as a whole.
+        min_retained: The chains of so many newest snapshots are kept whatever their size, so that a slow reader can
+            finish.
         max_manifests: Manifests kept, at least ``min_retained``. Freshness reads them after their payload is removed.
         upload_ttl_s: Longest time for an upload. The chunks of a publisher that died expire after it, unless a
             restarted publisher of the same lineage removes them before.
     """
 
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    max_chain_length: PositiveInt = 256
+    max_chain_bytes_ratio: PositiveFloat = 1.0
     chunk_bytes: Annotated[int, Ge(1), Le(256 * _MIB)] = 8 * _MIB
     retain_bytes: PositiveInt = 512 * _MIB
     min_retained: PositiveInt = 2

@@ -49,22 +49,29 @@ class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a published snapshot is and how to verify it. In JSON, every field is present.
 
+    A version that was published as a delta may have a *base*, too: a full payload of the same version, with a manifest
+    of its own of kind ``full``, so that what starts late need not load the versions before.
+
     Attributes:
         lineage: One uninterrupted history of weights.
         version: Number of the step after which the weights were cut, growing within a lineage.
-        parent: The version published before it in the lineage, None for the first.
+        parent: The version published before it in the lineage, None for the first. A delta applies to it.
         schema_hash: :attr:`smes.schema.Schema.hash` of the schema it was trained with.
         step: Optimiser steps behind the weights.
         created_ms: Wall time of the cut, Unix milliseconds.
+        published_ms: Wall time at which its payload was in the store, just before it became current.
         total_bytes: Length of the payload, the sum of the chunks.
         chunks: The pieces in order.
         upload: Names the upload that wrote these chunks, so that the uploads of two writers never mix.
         event_time_ms: Event time reached, Unix milliseconds; None before the first example.
-        kind: ``full``: the payload holds every weight.
+        kind: ``full``: the payload holds every weight; ``delta``: every dense weight, and the rows of the table that
+            were born or changed since the parent, or went.
+        precision: ``fp32``, ``fp16`` or ``int8``: how the payload holds the rows' weights.
         positions: Topic → partition (decimal digits) → next record to read, at the moment of the cut.
         metrics: What the trainer measured: plain JSON values (NaN becomes null).
-        feedback_arrivals: (arrival at the log in Unix milliseconds, number of events) of the feedback trained since
-            the parent. The scorer computes freshness from it.
+        feedback_arrivals: The feedback trained since the parent, as :mod:`feature_store.feedback_times` has it:
+            (arrival at the log in Unix milliseconds, number of events, milliseconds to joined, from there to batched,
+            from there to trained). The scorer computes freshness from it.
     """
 
     lineage: Lineage
@@ -73,14 +80,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     schema_hash: Text
     step: Count
     created_ms: Milliseconds
+    published_ms: Milliseconds
     total_bytes: Count
     chunks: Annotated[tuple[Chunk, ...], Meta(min_length=1, max_length=MAX_CHUNKS)]
     upload: Text
     event_time_ms: Milliseconds | None
-    kind: Literal["full"]
+    kind: Literal["full", "delta"]
+    precision: Literal["fp32", "fp16", "int8"]
     positions: Annotated[dict[str, Partitions], Meta(max_length=64)]
     metrics: dict[str, Any]
-    feedback_arrivals: Annotated[tuple[tuple[Milliseconds, Count], ...], Meta(max_length=16_384)]
+    feedback_arrivals: Annotated[
+        tuple[tuple[Milliseconds, Count, Milliseconds, Milliseconds, Milliseconds], ...], Meta(max_length=16_384)
+    ]
 
     def to_json(self) -> bytes:
         """Compact JSON from which :meth:`from_json` builds an equal manifest (NaN metrics come back as None)."""
@@ -114,6 +125,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if not manifest.upload.startswith(f"{name}:"):
             # Removing the snapshot would remove another one's chunks.
             raise SnapshotError(f"snapshot manifest: upload: expected one of {name}, got {manifest.upload!r}")
+        if manifest.kind == "delta" and (manifest.parent is None or manifest.parent >= manifest.version):
+            raise SnapshotError(
+                f"snapshot manifest: parent: {manifest.parent}, expected a version before {manifest.version}, to which "
+                f"the delta applies"
+            )
         if wrong := _wrong_in(manifest.metrics):
             raise SnapshotError(f"snapshot manifest: metrics: {wrong}")
         return manifest

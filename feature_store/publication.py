@@ -5,6 +5,7 @@ The keys are :class:`feature_store.manifest.SnapshotKeys`, all under ``{namespac
 ================== ======= ==========================================================================
 ``current``        string  ``lineage:version`` of the snapshot that serving should load
 ``manifests``      hash    ``lineage:version`` → manifest JSON; kept longer than the chunks, for freshness
+``bases``          hash    ``lineage:version`` → manifest JSON of the full payload of a version that is a delta
 ``index``          zset    ``lineage:version`` of every loadable snapshot, in order of publication
 ``history``        zset    ``lineage:version`` of every manifest kept, in order of publication
 ``sequence``       integer number of publications so far
@@ -18,23 +19,27 @@ The channel ``published`` announces every ``lineage:version``.
 
 A publication writes the ``uploads`` entry, then the chunks, which expire. Then one script makes the chunks permanent,
 writes the manifest, moves ``current`` and announces the snapshot. So readers see the snapshot before or all of this
-one, whenever the publisher dies.
+one, whenever the publisher dies. A delta is committed only while ``current`` names the version that it applies to. A
+base is written likewise, but its script neither moves ``current`` nor announces anything: nothing new is served by it.
 
 No script loops over more than a bounded number of keys, so that none keeps Redis from answering others. A key of the
 wrong kind is put aside, as ``{key}:broken``, for a day.
 """
 
+import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 import redis
 from msgspec import Meta
 
+from feature_store.commit_scripts import COMMIT, COMMIT_BASE, MEND, REMOVE_CHUNKS
 from feature_store.damage import Damage, shown
-from feature_store.lease import LEASE_FUNCTIONS, Leases
+from feature_store.lease import Leases
 from feature_store.manifest import (
     LARGEST_INTEGER,
     MAX_CHUNKS,
@@ -45,7 +50,8 @@ from feature_store.manifest import (
     split_member,
     stale,
 )
-from smes.errors import SnapshotError
+from feature_store.pieces import Payload, in_chunks
+from smes.errors import SnapshotError, SnapshotGap, SnapshotNotFound
 from smes_io.redis_client import FEATURE_STORE, retry_during_outage
 
 __all__ = ["LARGEST_INTEGER", "Chunk", "Manifest", "Publication", "SnapshotKeys", "member", "split_member", "stale"]
@@ -54,99 +60,6 @@ _T = TypeVar("_T")
 _SLICE = 200  # keys that one call looks at
 _SCAN_S = 1.0
 _MAX_PAGES = 50  # of unfinished uploads, looked at before a publication
-
-# Commits an upload in one atomic step.
-#
-# KEYS: current, manifests, index, history, sequence, uploads, lease, fencing.
-# ARGV: lineage, version, manifest JSON, upload, number of chunks, prefix of the chunk keys, channel, fencing number.
-# Returns
-#   'ok'         committed, now or by an earlier call whose answer the client lost;
-#   'fenced …'   another publisher holds or held the lease (as taken() has it), nothing was changed;
-#   'stale V'    the lineage's current version V is this one or a later one, nothing was changed;
-#   'lost I'     chunk I (or, with I = 0, the whole upload) is gone, nothing was announced.
-#
-# A pointer counts only if it names a snapshot that has a manifest.
-_COMMIT = f"""{LEASE_FUNCTIONS}
-local current, manifests, index, history, sequence, uploads, lease, fencing = unpack(KEYS)
-local lineage, version, manifest, upload, chunks, prefix, channel, number = unpack(ARGV)
-local member = lineage .. ':' .. version
-chunks = math.min(tonumber(chunks), {MAX_CHUNKS})
-local other = taken(lease, fencing, number)
-if other then return 'fenced ' .. other end
-if redis.call('HEXISTS', uploads, upload) == 0 then
-    if redis.call('HGET', manifests, member) == manifest then return 'ok' end
-    return 'lost 0'
-end
-local pointer = redis.pcall('GETRANGE', current, 0, 200)
-if type(pointer) == 'string' and redis.call('HEXISTS', manifests, pointer) == 1 then
-    local served_lineage, served_version = string.match(pointer, '^(.*):(%d+)$')
-    if served_lineage == lineage and tonumber(served_version) >= tonumber(version) then
-        return 'stale ' .. served_version
-    end
-end
-for i = 0, chunks - 1 do
-    if redis.call('EXISTS', prefix .. upload .. ':' .. i) == 0 then return 'lost ' .. i end
-end
-for i = 0, chunks - 1 do redis.call('PERSIST', prefix .. upload .. ':' .. i) end
-local order = redis.call('INCR', sequence)
-redis.call('HSET', manifests, member, manifest)
-redis.call('ZADD', index, order, member)
-redis.call('ZADD', history, order, member)
-redis.call('HDEL', uploads, upload)
-redis.call('SET', current, member)
-redis.call('PUBLISH', channel, member)
-return 'ok'
-"""
-
-# Puts keys of the wrong kind aside, and lets the sequence go on above every order given so far.
-#
-# KEYS: sequence, index, history, manifests, uploads. Returns the keys that were broken.
-_MEND = """
-local sequence, index, history, manifests, uploads = unpack(KEYS)
-local broken = {}
-local function expect(key, kind)
-    local found = redis.call('TYPE', key).ok
-    if found == 'none' or found == kind then return end
-    redis.call('RENAME', key, key .. ':broken')
-    redis.call('EXPIRE', key .. ':broken', 86400)
-    table.insert(broken, key)
-end
-expect(sequence, 'string')
-expect(index, 'zset')
-expect(history, 'zset')
-expect(manifests, 'hash')
-expect(uploads, 'hash')
-local largest, last = 2^52, 0
-for _, key in ipairs({index, history}) do
-    for _ = 1, 200 do
-        local top = redis.call('ZREVRANGE', key, 0, 0, 'WITHSCORES')
-        local order = tonumber(top[2] or '0') or 1/0
-        if order <= largest then
-            last = math.max(last, math.floor(order))
-            break
-        end
-        redis.call('ZADD', key, 0, top[1])
-        table.insert(broken, key)
-    end
-end
-local text = redis.call('GETRANGE', sequence, 0, 16)
-local order = #text <= 16 and string.match(text, '^%d+$') and tonumber(text) or 0
-if order > largest then order = 0 end
-if order < last or (text ~= '' and order == 0) then
-    redis.call('SET', sequence, string.format('%.0f', last))
-    table.insert(broken, sequence)
-end
-return broken
-"""
-
-# Removes chunks that are not part of a committed snapshot: those expire.
-#
-# KEYS: names of chunks, at most _SLICE.
-_REMOVE_CHUNKS = """
-for _, key in ipairs(KEYS) do
-    if redis.call('PTTL', key) >= 0 then redis.call('UNLINK', key) end
-end
-"""
 
 
 class _Begun(msgspec.Struct, frozen=True):
@@ -185,29 +98,42 @@ class Publication:
         self._outage_timeout_s = outage_timeout_s
         self._damage = damage or Damage()
         self.leases = Leases(client, keys.key(""), outage_timeout_s)
-        self._commit_script = client.register_script(_COMMIT)
-        self._mend_script = client.register_script(_MEND)
-        self._remove_script = client.register_script(_REMOVE_CHUNKS)
+        self._running: set[str] = set()
+        self._lock = threading.Lock()  # of the line above
+        self._commit_script = client.register_script(COMMIT)
+        self._commit_base_script = client.register_script(COMMIT_BASE)
+        self._mend_script = client.register_script(MEND)
+        self._remove_script = client.register_script(REMOVE_CHUNKS)
 
     def mend(self) -> None:
         """Put aside what would refuse a publication: keys of the wrong kind, orders beyond all bounds."""
-        names = ("sequence", "index", "history", "manifests", "uploads")
+        names = ("sequence", "index", "history", "manifests", "uploads", "bases")
         keys = [self._keys.key(name) for name in names]
         broken = self._tried("the snapshots' keys were checked", lambda: self._mend_script(keys=keys))
         for key in broken:
             self._damage.note(f"Redis key {key.decode(errors='replace')}: mended, expected what publications write")
 
-    def upload(self, manifest: Manifest, payload: bytes) -> None:
-        """Write the chunks; readers do not see them yet."""
-        name = member(manifest.lineage, manifest.version)
-        begun = {"lineage": manifest.lineage, "chunks": len(manifest.chunks), "begun_s": self._server_s()}
-        entry = (self._keys.key("uploads"), manifest.upload, json.dumps(begun))
-        self._tried(f"snapshot {name} was published", lambda: self._client.hset(*entry))
-        view, start = memoryview(payload), 0
-        for key, chunk in zip(self._keys.chunks(manifest), manifest.chunks, strict=True):
-            piece = view[start : start + chunk.bytes]
-            self._tried(f"snapshot {name} was published", self._writing(key, piece))
-            start += chunk.bytes
+    def upload(self, name: str, upload: str, payload: Payload, sizes: Sequence[int]) -> tuple[Chunk, ...]:
+        """Write the chunks as the payload gives its pieces; readers do not see them yet.
+
+        Args:
+            name: ``lineage:version``.
+            upload: Names the upload. Until :meth:`commit` or :meth:`abandon`, it is not taken for an abandoned one.
+            payload: What to write.
+            sizes: Of the chunks, as :func:`feature_store.pieces.chunk_sizes` gives them.
+        """
+        with self._lock:
+            self._running.add(upload)
+        doing = f"snapshot {name} was published"
+        begun = {"lineage": name.rpartition(":")[0], "chunks": len(sizes), "begun_s": self._server_s()}
+        entry = (self._keys.key("uploads"), upload, json.dumps(begun))
+        self._tried(doing, lambda: self._client.hset(*entry))
+        chunks: list[Chunk] = []
+        for piece in in_chunks(payload.pieces(), sizes[0]):
+            self._tried(doing, self._writing(self._keys.chunk(upload, len(chunks)), piece))
+            chunks.append(Chunk(len(piece), hashlib.sha256(piece).hexdigest()))
+        assert [chunk.bytes for chunk in chunks] == list(sizes), "a payload is as long as it says"
+        return tuple(chunks)
 
     def commit(self, manifest: Manifest, fencing: int | None = None) -> None:
         """Make an upload the current snapshot, atomically.
@@ -219,55 +145,91 @@ class Publication:
         Raises:
             LeaseHeld, LeaseLost: As :meth:`feature_store.lease.Leases.check`.
             SnapshotStale: The lineage's current version is this one or a later one.
+            SnapshotGap: It is a delta, and the current version is not its parent.
             SnapshotError: A chunk is gone.
         """
-        name = member(manifest.lineage, manifest.version)
         names = ("current", "manifests", "index", "history", "sequence", "uploads", "lease", "fencing")
+        more = (self._keys.key("published"), "" if manifest.kind == "full" else str(manifest.parent))
+        self._commit(self._commit_script, names, manifest, fencing, more)
+
+    def commit_base(self, manifest: Manifest, fencing: int | None = None) -> None:
+        """Make an upload the base of a version that was published as a delta, atomically.
+
+        Raises:
+            LeaseHeld, LeaseLost: As :meth:`feature_store.lease.Leases.check`.
+            SnapshotNotFound: The version is not loadable any more.
+            SnapshotError: A chunk is gone.
+        """
+        names = ("index", "manifests", "bases", "uploads", "lease", "fencing")
+        self._commit(self._commit_base_script, names, manifest, fencing, ())
+
+    def _commit(
+        self, script: Any, names: Sequence[str], manifest: Manifest, fencing: int | None, more: Sequence[str]
+    ) -> None:
+        name = member(manifest.lineage, manifest.version)
         keys = [self._keys.key(key) for key in names]
         args: list[str | int | bytes] = [manifest.lineage, manifest.version, manifest.to_json(), manifest.upload]
-        args += [len(manifest.chunks), self._keys.key("chunk:"), self._keys.key("published")]
-        args.append("" if fencing is None else str(fencing))
-        answer = self._tried(f"snapshot {name} was published", lambda: self._commit_script(keys=keys, args=args))
+        args += [len(manifest.chunks), self._keys.key("chunk:"), "" if fencing is None else str(fencing), *more]
+        answer: bytes = self._tried(f"snapshot {name} was published", lambda: script(keys=keys, args=args))
         outcome, _, detail = answer.decode(errors="replace").partition(" ")
         if outcome == "fenced":
             raise self.leases.refused(fencing, detail)
         if outcome == "stale":
             raise stale(manifest.lineage, manifest.version, int(detail))
+        if outcome == "gap":
+            parent = member(manifest.lineage, manifest.parent or 0)
+            raise SnapshotGap(f"snapshot {name}: {detail[:200]} is current, expected {parent}, to which it applies")
+        if outcome == "gone":
+            raise SnapshotNotFound(f"snapshot {name}: retention removed it before its base was complete")
         if outcome != "ok":
             raise SnapshotError(
                 f"snapshot {name}: chunk {detail} of {len(manifest.chunks)} was "
                 f"gone before the publication was complete: another publisher of the lineage is running, Redis "
                 f"restarted empty, or the upload took longer than {self._upload_ttl_s} s"
             )
+        self._ended(manifest.upload)
 
-    def abandon(self, manifest: Manifest) -> None:
+    def abandon(self, upload: str, chunks: int) -> None:
         """Remove the chunks of a failed publication. If Redis does not answer, they expire."""
         try:
-            self._remove(manifest.upload, len(manifest.chunks))
+            self._remove(upload, chunks)
         except redis.RedisError:
             return
+        finally:
+            self._ended(upload)
+
+    def _ended(self, upload: str) -> None:
+        with self._lock:
+            self._running.discard(upload)
 
     def remove_abandoned(self, lineage: str) -> None:
-        """Remove unfinished uploads: all of this lineage, which has no other publisher, and overdue ones of others."""
+        """Remove unfinished uploads: all of this lineage but those that run here, and overdue ones of others.
+
+        A lineage has no other publisher.
+        """
         now_s, cursor = self._server_s(), 0
+        with self._lock:
+            running = {upload.encode() for upload in self._running}
         for _ in range(_MAX_PAGES):
             cursor, page = self._client.hscan(self._keys.key("uploads"), cursor, count=_SLICE)
             for upload, text in cast("dict[bytes, bytes]", page).items():
+                if upload in running:
+                    continue
                 begun = self._begun(upload, text)
                 if begun is None or begun.lineage == lineage or abs(now_s - begun.begun_s) > self._upload_ttl_s:
                     self._remove(upload, begun.chunks if begun else 0)
             if cursor == 0:
                 return
 
-    def trim(self, removable: Sequence[Manifest], surplus_bytes: int) -> None:
-        """Remove payloads, in the order given, until ``surplus_bytes`` are freed."""
-        for manifest in removable:
-            if surplus_bytes <= 0:
-                return
-            self._client.zrem(self._keys.key("index"), member(manifest.lineage, manifest.version))
-            for keys in _slices(self._keys.chunks(manifest)):
-                self._client.unlink(*keys)
-            surplus_bytes -= manifest.total_bytes
+    def remove(self, names: Sequence[str], chunks: Sequence[str]) -> None:
+        """Remove versions of one chain with their payloads and bases, in one atomic step."""
+        with self._client.pipeline(transaction=True) as pipeline:
+            for some in _slices(names):
+                pipeline.zrem(self._keys.key("index"), *some)
+                pipeline.hdel(self._keys.key("bases"), *some)
+            for keys in _slices(chunks):
+                pipeline.unlink(*keys)
+            pipeline.execute()
 
     def trim_history(self, max_manifests: int, loadable: Iterable[bytes]) -> None:
         """Remove the oldest manifests until one more fits into ``max_manifests``. Loadable snapshots keep theirs."""
@@ -314,7 +276,7 @@ class Publication:
         for keys in _slices([self._keys.chunk(name, i) for i in range(chunks)]):
             self._remove_script(keys=keys)
 
-    def _writing(self, key: str, piece: memoryview) -> Callable[[], object]:
+    def _writing(self, key: str, piece: bytes) -> Callable[[], object]:
         return lambda: self._client.set(key, piece, ex=self._upload_ttl_s)
 
     def _tried(self, doing: str, call: Callable[[], _T]) -> _T:

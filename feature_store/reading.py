@@ -106,27 +106,32 @@ class SnapshotReader:
             self._damage.note(f"Redis key {name}: another kind of value, expected a sorted set")
             return []
 
-    def manifests(self, names: Sequence[str]) -> tuple[Manifest, ...]:
-        """The manifests of these names, in their order, without those that are gone or broken."""
+    def manifests(self, names: Sequence[str], key: str = "manifests") -> tuple[Manifest, ...]:
+        """The manifests of these names, in their order, without those that are gone or broken.
+
+        Args:
+            names: ``lineage:version`` each.
+            key: ``manifests``, or ``bases``: those of full payloads of versions that were published as deltas.
+        """
         found: list[Manifest] = []
         total_bytes = 0
         for start in range(0, len(names), _SLICE):
             some = names[start : start + _SLICE]
-            sizes = dict(zip(some, self._sizes(some), strict=True))
+            sizes = dict(zip(some, self._sizes(some, key), strict=True))
             readable = [name for name in some if 0 < sizes[name] <= MAX_MANIFEST_BYTES]
             for name in some:
                 if sizes[name] > MAX_MANIFEST_BYTES:
                     self._damage.note(
-                        f"{self._place(name)}: {sizes[name]} bytes, expected at most {MAX_MANIFEST_BYTES}"
+                        f"{self._place(name, key)}: {sizes[name]} bytes, expected at most {MAX_MANIFEST_BYTES}"
                     )
             total_bytes += sum(sizes[name] for name in readable)
             if total_bytes > _MAX_READ_BYTES:
                 self._damage.note(
-                    f"Redis key {self._keys.key('manifests')}: over {_MAX_READ_BYTES} bytes in {len(names)} manifests, "
+                    f"Redis key {self._keys.key(key)}: over {_MAX_READ_BYTES} bytes in {len(names)} manifests, "
                     f"expected less; keep fewer (max_manifests)"
                 )
                 break
-            found += self._read(readable)
+            found += self._read(readable, key)
         return tuple(found)
 
     def manifest(self, name: str) -> Manifest:
@@ -144,27 +149,29 @@ class SnapshotReader:
             raise SnapshotNotFound(f"snapshot {name}: not in Redis at {address(self._client)}")
         return self._parsed(name, text)
 
-    def _read(self, names: Sequence[str]) -> Iterator[Manifest]:
-        texts = self._client.hmget(self._keys.key("manifests"), list(names)) if names else []
+    def _read(self, names: Sequence[str], key: str) -> Iterator[Manifest]:
+        texts = self._client.hmget(self._keys.key(key), list(names)) if names else []
         for name, text in zip(names, texts, strict=True):
             if text is not None:
                 try:
-                    yield self._parsed(name, text)
+                    yield self._parsed(name, text, key)
                 except SnapshotError as error:
                     self._damage.note(str(error))
 
-    def _parsed(self, name: str, text: bytes | str) -> Manifest:
+    def _parsed(self, name: str, text: bytes | str, key: str = "manifests") -> Manifest:
         try:
             manifest = Manifest.from_json(text)
         except SnapshotError as error:
-            raise SnapshotError(f"{self._place(name)}: {error}") from error
+            raise SnapshotError(f"{self._place(name, key)}: {error}") from error
         if (found := member(manifest.lineage, manifest.version)) != name:
-            raise SnapshotError(f"{self._place(name)}: the manifest of {found}, expected that of {name}")
+            raise SnapshotError(f"{self._place(name, key)}: the manifest of {found}, expected that of {name}")
+        if key == "bases" and manifest.kind != "full":
+            raise SnapshotError(f"{self._place(name, key)}: kind: {manifest.kind}, expected full")
         return manifest
 
-    def _sizes(self, names: Sequence[str]) -> list[int]:
+    def _sizes(self, names: Sequence[str], of: str = "manifests") -> list[int]:
         """Bytes of these manifests, 0 where there is none."""
-        key = self._keys.key("manifests")
+        key = self._keys.key(of)
         pipeline = self._client.pipeline(transaction=False)
         for name in names:
             pipeline.hstrlen(key, name)
@@ -176,8 +183,8 @@ class SnapshotReader:
             self._damage.note(f"Redis key {key}: another kind of value, expected a hash")
             return [0] * len(names)
 
-    def _place(self, name: str) -> str:
-        return f"Redis key {self._keys.key('manifests')}, {name}"
+    def _place(self, name: str, key: str = "manifests") -> str:
+        return f"Redis key {self._keys.key(key)}, {name}"
 
     def _pointer_is_broken(self, what: str) -> None:
         self.pointer_problem = self._damage.note(f"Redis key {self._keys.key('current')}: {what}")

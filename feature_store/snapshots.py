@@ -1,25 +1,31 @@
 """Model snapshots in Redis, as the trainer publishes them and the scorer loads them.
 
+A version is published as a full payload or as a delta: what changed since the version before it. A version that was
+published as a delta may get a base later: a full payload of the same version. :meth:`SnapshotStore.chain` says what to
+load for a version.
+
 :class:`SnapshotWatcher` notices a new one by notification, and by polling in case a notification is lost.
 
 :mod:`feature_store.publication` has the keys and the atomic steps that write and remove a snapshot.
 """
 
-import hashlib
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import redis
+from msgspec import structs
 
 from feature_store.config import SnapshotStoreConfig
-from feature_store.damage import Damage, shown
+from feature_store.damage import Damage
+from feature_store.feedback_times import FeedbackRow
 from feature_store.lease import Lease
+from feature_store.loading import SnapshotLoader
 from feature_store.manifest import (
     LARGEST_INTEGER,
     LATEST_MS,
-    MAX_CHUNKS,
     Chunk,
     Manifest,
     SnapshotKeys,
@@ -28,20 +34,25 @@ from feature_store.manifest import (
     stale,
     storable_metrics,
 )
+from feature_store.pieces import Payload, chunk_sizes
 from feature_store.publication import Publication
-from feature_store.reading import SnapshotReader, is_wrong_type
+from feature_store.reading import SnapshotReader
+from feature_store.retention import Retention
 from feature_store.watcher import SnapshotWatcher
-from smes.errors import FeatureStoreUnavailable, SnapshotError, SnapshotNotFound
+from smes.errors import FeatureStoreUnavailable, SnapshotError, SnapshotGap
+from smes_io.clock import wall_clock_ms
 from smes_io.redis_client import not_now, translated
 
 __all__ = ["SnapshotStore", "SnapshotWatcher"]
 
-_MAX_SEARCHES = 3  # for the chunks of broken snapshots, before one publication
+_EXISTS_AT_ONCE = 200
 _logger = logging.getLogger(__name__)
 
 
 class SnapshotStore:
     """Publishes snapshots and reads them back. One publisher per lineage, any number of readers.
+
+    One thread may publish versions while another publishes a base.
 
     Args:
         client: A client that returns bytes (see :func:`smes_io.redis_client.connect`).
@@ -64,29 +75,38 @@ class SnapshotStore:
         self.damage = Damage()
         """What was found broken in the store."""
         self._reader = SnapshotReader(client, self._keys, self.damage)
+        self._loader = SnapshotLoader(client, self._keys, self._reader)
         self._publication = Publication(client, self._keys, self._config.upload_ttl_s, outage_timeout_s, self.damage)
+        self._retention = Retention(self._keys, self._reader, self._publication, self._config, self.damage)
+        self._bookkeeper = threading.Lock()  # of the retention
 
     def publish(
         self,
-        payload: bytes,
+        payload: bytes | Payload,
         *,
         lineage: str,
         version: int,
         schema_hash: str,
         step: int,
         created_ms: int,
+        applies_to: Collection[int] | None = None,
+        precision: Literal["fp32", "fp16", "int8"] = "fp32",
         event_time_ms: int | None = None,
         positions: Mapping[str, Mapping[str, int]] | None = None,
         metrics: Mapping[str, Any] | None = None,
-        feedback_arrivals: tuple[tuple[int, int], ...] = (),
+        feedback_arrivals: Sequence[FeedbackRow] = (),
+        now_ms: Callable[[], int] = wall_clock_ms,
         fencing: int | None = None,
     ) -> Manifest:
         """Store a payload and make it the current snapshot; readers see all of it or nothing.
 
         Args:
-            payload: Bytes of :func:`feature_store.payload.encode`.
-            lineage, version, schema_hash, step, created_ms, event_time_ms, positions, metrics, feedback_arrivals:
-                As in :class:`feature_store.publication.Manifest`. The lineage's current version becomes its ``parent``.
+            payload: What :func:`feature_store.payload.write_payload` makes.
+            applies_to: Versions of the lineage to each of which the payload applies as a delta; None: it is full.
+            lineage, version, schema_hash, step, created_ms, precision, event_time_ms, positions, metrics,
+            feedback_arrivals:
+                As in :class:`feature_store.manifest.Manifest`. The lineage's current version becomes its ``parent``.
+            now_ms: Wall clock, Unix milliseconds; gives ``published_ms``.
             fencing: :attr:`feature_store.lease.Lease.number` of the publisher's lease; None is allowed while nobody
                 holds one.
 
@@ -95,32 +115,89 @@ class SnapshotStore:
             LeaseHeld: No fencing number was given, and somebody holds the lease; nothing was changed.
             LeaseLost: Another publisher took the lease over; nothing was changed.
             SnapshotStale: The lineage's current version is this one or a later one; nothing was changed.
+            SnapshotGap: A delta applies to none of what is current, or what it leads on from cannot be loaded any more;
+                nothing was changed. Publish a full payload.
             SnapshotError: Another publisher of the lineage removed this upload.
             FeatureStoreError: Redis refused, for instance because its memory is full.
             FeatureStoreUnavailable: Redis gave no answer in time.
         """
+        payload = Payload.of(payload) if isinstance(payload, bytes) else payload
         _check_cut(payload, lineage, version)
         self._publication.leases.check(fencing)
-        with translated(self._client, f"snapshot {member(lineage, version)} was published"):
+        name = member(lineage, version)
+        with translated(self._client, f"snapshot {name} was published"):
             self._bookkeeping("the keys were mended", self._publication.mend)
-            manifest = Manifest(
-                lineage=lineage,
-                version=version,
-                parent=self._parent(lineage, version),
-                schema_hash=schema_hash,
-                step=step,
-                created_ms=min(max(created_ms, 0), LATEST_MS),
-                total_bytes=len(payload),
-                chunks=_chunks_of(payload, self._config.chunk_bytes),
-                upload=f"{member(lineage, version)}:{secrets.token_hex(4)}",
-                event_time_ms=event_time_ms if event_time_ms is None or 0 <= event_time_ms <= LATEST_MS else None,
+            parent = self._parent(lineage, version)
+            if applies_to is not None:
+                self._check_delta(name, lineage, parent, applies_to)
+
+            def described(upload: str, chunks: tuple[Chunk, ...]) -> Manifest:
+                return Manifest(
+                    lineage=lineage,
+                    version=version,
+                    parent=parent,
+                    schema_hash=schema_hash,
+                    step=step,
+                    created_ms=min(max(created_ms, 0), LATEST_MS),
+                    published_ms=min(max(now_ms(), 0), LATEST_MS),
+                    total_bytes=payload.total_bytes,
+                    chunks=chunks,
+                    upload=upload,
+                    event_time_ms=event_time_ms if event_time_ms is None or 0 <= event_time_ms <= LATEST_MS else None,
+                    kind="full" if applies_to is None else "delta",
+                    precision=precision,
+                    positions={topic: dict(partitions) for topic, partitions in (positions or {}).items()},
+                    metrics=storable_metrics(metrics or {}),
+                    feedback_arrivals=_storable_arrivals(feedback_arrivals),
+                )
+
+            return self._write(name, payload, described, lambda manifest: self._publication.commit(manifest, fencing))
+
+    def publish_base(
+        self,
+        payload: Payload,
+        of: Manifest,
+        *,
+        precision: Literal["fp32", "fp16", "int8"] = "fp32",
+        fencing: int | None = None,
+    ) -> Manifest:
+        """Store a full payload of a version that was published as a delta. What is current stays, nobody is told.
+
+        Args:
+            payload: What :func:`feature_store.payload.write_payload` makes.
+            of: The version's manifest.
+            precision: Of the payload's rows.
+            fencing: As of :meth:`publish`.
+
+        Returns:
+            The base's manifest: that of the version, but of kind ``full``, and without metrics and arrivals.
+
+        Raises:
+            SnapshotNotFound: The version cannot be loaded any more.
+            LeaseHeld, LeaseLost, SnapshotError, FeatureStoreError, FeatureStoreUnavailable: As of :meth:`publish`.
+        """
+        self._publication.leases.check(fencing)
+        name = member(of.lineage, of.version)
+
+        def described(upload: str, chunks: tuple[Chunk, ...]) -> Manifest:
+            return structs.replace(
+                of,
                 kind="full",
-                positions={topic: dict(partitions) for topic, partitions in (positions or {}).items()},
-                metrics=storable_metrics(metrics or {}),
-                feedback_arrivals=_storable_arrivals(feedback_arrivals),
+                precision=precision,
+                total_bytes=payload.total_bytes,
+                chunks=chunks,
+                upload=upload,
+                metrics={},
+                feedback_arrivals=(),
             )
-            self._write(manifest, payload, fencing)
-        return manifest
+
+        with translated(self._client, f"the base of snapshot {name} was published"):
+            base = self._write(
+                name, payload, described, lambda manifest: self._publication.commit_base(manifest, fencing)
+            )
+        with self._bookkeeper:
+            self._retention.forget(name)
+        return base
 
     def acquire(self, holder: str, ttl_s: float) -> Lease:
         """Take the right to publish in this namespace. While it runs, nobody else can publish.
@@ -186,41 +263,85 @@ class SnapshotStore:
             versions = sorted(v for name, v in filter(None, kept) if name == lineage and after_version < v <= up_to)
             return self._reader.manifests([member(lineage, version) for version in versions])
 
-    def load(self, manifest: Manifest) -> bytes:
-        """The payload of a snapshot, every chunk verified against the manifest.
+    def chain(self, manifest: Manifest, have: int | None = None) -> tuple[Manifest, ...]:
+        """What to load, in order, for a version.
+
+        Args:
+            manifest: The version's, as :meth:`current`, :meth:`get` or :meth:`list` gave it.
+            have: A version of the same lineage that is loaded already; None: there is none.
+
+        Returns:
+            Either deltas that lead from ``have`` to the version, or first a full payload (of the version itself or of
+            an earlier one), for which nothing need be loaded, and the deltas after it; whichever has fewer bytes.
+
+        Raises:
+            SnapshotNotFound: Retention removed the version.
+            SnapshotError: What it leads on from is not listed.
+        """
+        return self._loader.chain(manifest, have)
+
+    def base(self, lineage: str, version: int) -> Manifest | None:
+        """The base of a version, None if it has none."""
+        name = member(lineage, version)
+        with translated(self._client, f"the base of snapshot {name} was looked up"):
+            return next(iter(self._reader.manifests([name], "bases")), None)
+
+    def pieces(self, manifest: Manifest) -> Iterator[bytes]:
+        """The payload of a manifest that :meth:`chain` gave, chunk by chunk, each verified against the manifest.
 
         Raises:
             SnapshotNotFound: Retention removed it (load the current one instead).
             SnapshotError: A chunk is missing, or has another length or checksum; the message names the chunk.
         """
-        name = f"snapshot {member(manifest.lineage, manifest.version)}"
-        pieces = []
-        for i, (key, chunk) in enumerate(zip(self._keys.chunks(manifest), manifest.chunks, strict=True)):
-            which = f"{name}: chunk {i} of {len(manifest.chunks)}"
-            with translated(self._client, f"{name} was loaded"):
-                piece = self._chunk(key, chunk.bytes, which)
-            if not piece:
-                raise self._missing(manifest, which)
-            if len(piece) != chunk.bytes:
-                more = "at least " if len(piece) > chunk.bytes else ""
-                raise SnapshotError(f"{which}: {more}{len(piece)} bytes, expected {chunk.bytes}")
-            digest = hashlib.sha256(piece).hexdigest()
-            if digest != chunk.sha256:
-                raise SnapshotError(f"{which}: SHA-256 {digest[:12]}…, expected {chunk.sha256[:12]}…")
-            pieces.append(piece)
-        return b"".join(pieces)
+        return self._loader.pieces(manifest)
 
-    def _write(self, manifest: Manifest, payload: bytes, fencing: int | None) -> None:
-        Manifest.from_json(manifest.to_json())  # what no reader would accept is not published
-        lineage, publication = manifest.lineage, self._publication
-        self._bookkeeping("abandoned uploads were removed", lambda: publication.remove_abandoned(lineage))
-        self._bookkeeping("room was made", lambda: self._make_room(len(payload)))
+    def load(self, manifest: Manifest) -> bytes:
+        """The payload as a whole; otherwise as :meth:`pieces`."""
+        return b"".join(self.pieces(manifest))
+
+    def _write(
+        self,
+        name: str,
+        payload: Payload,
+        described: Callable[[str, tuple[Chunk, ...]], Manifest],
+        commit: Callable[[Manifest], None],
+    ) -> Manifest:
+        """Make room, upload and commit."""
+        upload = f"{name}:{secrets.token_hex(4)}"
+        # What no reader would accept is not even uploaded.
+        sizes = chunk_sizes(payload.total_bytes, self._config.chunk_bytes)
+        Manifest.from_json(described(upload, tuple(Chunk(size, "0" * 64) for size in sizes)).to_json())
+        lineage, publication = name.rpartition(":")[0], self._publication
+        with self._bookkeeper:
+            self._bookkeeping("abandoned uploads were removed", lambda: publication.remove_abandoned(lineage))
+            self._bookkeeping("room was made", lambda: self._retention.make_room(payload.total_bytes))
         try:
-            publication.upload(manifest, payload)
-            publication.commit(manifest, fencing)
+            manifest = described(upload, publication.upload(name, upload, payload, sizes))
+            commit(manifest)
         except BaseException:
-            publication.abandon(manifest)
+            publication.abandon(upload, len(sizes))
             raise
+        return manifest
+
+    def _check_delta(self, name: str, lineage: str, parent: int | None, applies_to: Collection[int]) -> None:
+        """Check that a delta leads on from what is current, and that this can be loaded by what starts late."""
+        if parent is None or parent not in applies_to:
+            raise SnapshotGap(
+                f"snapshot {name}: {'another lineage' if parent is None else member(lineage, parent)} is current, "
+                f"expected version {' or '.join(str(v) for v in sorted(applies_to)[-3:])}, to which it applies"
+            )
+        with self._bookkeeper:
+            chain = self._retention.chain_of(member(lineage, parent))
+        if chain is None:
+            raise SnapshotGap(f"snapshot {name}: a version before {parent} is not listed, expected every one")
+        keys = [*(chain[0].base_chunks or chain[0].chunks), *(key for version in chain[1:] for key in version.chunks)]
+        for start in range(0, len(keys), _EXISTS_AT_ONCE):
+            some = keys[start : start + _EXISTS_AT_ONCE]
+            if (found := int(self._client.exists(*some))) < len(some):
+                raise SnapshotGap(
+                    f"snapshot {name}: {len(some) - found} chunks of the versions that it leads on from are missing, "
+                    f"expected all (evicted by a maxmemory-policy?)"
+                )
 
     def _parent(self, lineage: str, version: int) -> int | None:
         try:
@@ -232,32 +353,6 @@ class SnapshotStore:
         if served.version >= version:
             raise stale(lineage, version, served.version)
         return served.version
-
-    def _make_room(self, new_bytes: int) -> None:
-        """Remove the oldest snapshots until one more of ``new_bytes`` fits. The current one always stays."""
-        pointer = self._reader.raw_pointer()
-        listed = self._reader.raw_names("index")
-        kept = self._reader.manifests([name.decode() for name in listed if split_member(name) is not None])
-        whole = {member(m.lineage, m.version).encode() for m in kept}
-        self._forget([name for name in listed if name not in whole and name != pointer])
-        oldest = kept[: len(kept) - max(1, self._config.min_retained - 1)]
-        removable = [m for m in oldest if member(m.lineage, m.version).encode() != pointer]
-        surplus_bytes = sum(m.total_bytes for m in kept) + new_bytes - self._config.retain_bytes
-        self._publication.trim(removable, surplus_bytes)
-        junk = [name for name in self._reader.raw_names("history") if split_member(name) is None]
-        for name in junk[:_MAX_SEARCHES]:
-            self.damage.note(f"Redis key {self._keys.key('history')}: {shown(name)}, expected lineage:version")
-        self._publication.forget("history", junk)
-        self._publication.trim_history(self._config.max_manifests, self._reader.raw_names("index"))
-
-    def _forget(self, broken: Sequence[bytes]) -> None:
-        """Remove what is no name, and snapshots whose manifest is gone or broken, which nobody can load."""
-        for name in broken[:_MAX_SEARCHES]:
-            place = f"Redis key {self._keys.key('index')}: {shown(name)}"
-            self.damage.note(f"{place}, expected the name of a snapshot whose manifest can be read")
-            if split_member(name) is not None:
-                self._publication.remove_chunks_of(name)
-        self._publication.forget("index", broken)
 
     def _bookkeeping(self, doing: str, call: Callable[[], None]) -> None:
         """Do what a publication can go on without. An outage is not that."""
@@ -271,28 +366,9 @@ class SnapshotStore:
             self.damage.note(f"Redis keys {self._keys.key('*')}: {error}, expected no error while {doing}")
             _logger.debug("bookkeeping failed", exc_info=True)
 
-    def _chunk(self, key: str, expected_bytes: int, which: str) -> bytes:
-        """A chunk, one byte more of it if it is too long, nothing if it is gone."""
-        try:
-            piece = self._client.getrange(key, 0, expected_bytes)
-        except redis.ResponseError as error:
-            if not is_wrong_type(error):
-                raise
-            raise SnapshotError(f"{which}: another kind of value, expected {expected_bytes} bytes") from error
-        assert isinstance(piece, bytes), "the client must return bytes (decode_responses=False)"
-        return piece
 
-    def _missing(self, manifest: Manifest, which: str) -> SnapshotError:
-        name = member(manifest.lineage, manifest.version)
-        with translated(self._client, f"snapshot {name} was loaded"):
-            listed = self._client.zscore(self._keys.key("index"), name) is not None
-        if not listed:
-            return SnapshotNotFound(f"snapshot {name}: retention removed it")
-        return SnapshotError(f"{which}: missing, though the snapshot is listed (evicted by a maxmemory-policy?)")
-
-
-def _check_cut(payload: bytes, lineage: str, version: int) -> None:
-    if not payload:
+def _check_cut(payload: Payload, lineage: str, version: int) -> None:
+    if not payload.total_bytes:
         raise ValueError("snapshot payload: expected at least one byte")
     if split_member(member(lineage, 0)) is None:
         raise ValueError(f"lineage {lineage!r}, expected 1 … 128 letters, digits, dots, underscores or hyphens")
@@ -300,13 +376,10 @@ def _check_cut(payload: bytes, lineage: str, version: int) -> None:
         raise ValueError(f"version {version}, expected 0 … {LARGEST_INTEGER}")
 
 
-def _chunks_of(payload: bytes, chunk_bytes: int) -> tuple[Chunk, ...]:
-    view = memoryview(payload)
-    size = max(chunk_bytes, -(-len(view) // MAX_CHUNKS))
-    pieces = (view[start : start + size] for start in range(0, len(view), size))
-    return tuple(Chunk(len(piece), hashlib.sha256(piece).hexdigest()) for piece in pieces)
-
-
-def _storable_arrivals(arrivals: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+def _storable_arrivals(rows: Sequence[FeedbackRow]) -> tuple[FeedbackRow, ...]:
     """The arrivals that a manifest can hold: freshness leaves times out that are none."""
-    return tuple((ms, count) for ms, count in arrivals if 0 <= ms <= LATEST_MS and 0 <= count <= LARGEST_INTEGER)
+    return tuple(
+        row
+        for row in rows
+        if 0 <= row[0] <= LATEST_MS and all(0 <= n <= LARGEST_INTEGER for n in row) and sum(row[2:]) <= LATEST_MS
+    )

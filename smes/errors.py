@@ -56,6 +56,13 @@ class SnapshotStale(SnapshotError):
     """The lineage's current snapshot has this version or a later one. Serving never goes back to an older version."""
 
 
+class SnapshotGap(SnapshotError):
+    """A delta applies to a version that is not the current one, or that cannot be loaded any more; nothing was changed.
+
+    A full snapshot ends this.
+    """
+
+
 class LeaseHeld(SmesError):
     """Another publisher holds the namespace's lease. The message says who, since when and until when.
 

@@ -23,16 +23,18 @@ MANIFEST = Manifest(
     upload="a-1:7:00",
     event_time_ms=1_600_000_000_000,
     kind="full",
+    precision="fp32",
     positions={"impressions": {"0": 12, "1": 0}},
     metrics={"click": {"auc": 0.75}},
     feedback_arrivals=((1_700_000_000_001, 3), (1_700_000_000_009, 1)),
 )
 
 
+DELTA = replace(MANIFEST, kind="delta", precision="int8")
 BARE = replace(MANIFEST, parent=None, event_time_ms=None, positions={}, metrics={}, feedback_arrivals=())
 
 
-@pytest.mark.parametrize("manifest", [MANIFEST, BARE], ids=["full", "bare"])
+@pytest.mark.parametrize("manifest", [MANIFEST, DELTA, BARE], ids=["full", "delta", "bare"])
 def test_a_manifest_comes_back(manifest: Manifest) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
@@ -54,7 +56,10 @@ def test_undefined_metrics_become_null_and_numpy_scalars_numbers() -> None:
         ({"version": 2**53}, "version: expected `int` <= 9007199254740991"),
         ({"parent": 1.5}, "parent: expected `int | null`, got `float`"),
         ({"lineage": ""}, "lineage: expected `str` of length >= 1"),
-        ({"kind": "delta"}, "kind: invalid enum value 'delta'"),
+        ({"kind": "base"}, "kind: invalid enum value 'base'"),
+        ({"precision": "fp8"}, "precision: invalid enum value 'fp8'"),
+        ({"kind": "delta", "parent": None}, "parent: None, expected a version before 7"),
+        ({"kind": "delta", "parent": 7}, "parent: 7, expected a version before 7"),
         ({"chunks": []}, "chunks: expected `array` of length >= 1"),
         ({"chunks": [{"bytes": 30}]}, r"chunks\[0\]: object missing required field `sha256`"),
         ({"chunks": [{"bytes": 30, "sha256": "ab"}]}, r"chunks\[0\]\.sha256: expected `str` matching regex .*\{64\}"),

@@ -170,7 +170,7 @@ def test_a_commit_whose_outcome_is_unknown_may_be_abandoned(client: redis.Redis,
     store = make_store(client, namespace)
     manifest = publish(store, 1, b"one")
 
-    Publication(client, SnapshotKeys(namespace), upload_ttl_s=600).abandon(manifest)
+    Publication(client, SnapshotKeys(namespace), upload_ttl_s=600).abandon(manifest.upload, len(manifest.chunks))
 
     assert store.load(manifest) == b"one"
 

@@ -1,0 +1,130 @@
+"""The scripts by which Redis commits, mends and removes snapshots; each is one atomic step.
+
+:mod:`feature_store.publication` has the keys and runs them.
+"""
+
+from feature_store.lease import LEASE_FUNCTIONS
+from feature_store.manifest import MAX_CHUNKS
+
+# Commits an upload in one atomic step.
+#
+# KEYS: current, manifests, index, history, sequence, uploads, lease, fencing.
+# ARGV: lineage, version, manifest JSON, upload, number of chunks, prefix of the chunk keys, fencing number, channel,
+#       the version that a delta applies to ('' for a full snapshot).
+# Returns
+#   'ok'         committed, now or by an earlier call whose answer the client lost;
+#   'fenced …'   another publisher holds or held the lease (as taken() has it), nothing was changed;
+#   'stale V'    the lineage's current version V is this one or a later one, nothing was changed;
+#   'gap P'      the current version is not the one that the delta applies to, nothing was changed;
+#   'lost I'     chunk I (or, with I = 0, the whole upload) is gone, nothing was announced.
+#
+# A pointer counts only if it names a snapshot that has a manifest.
+COMMIT = f"""{LEASE_FUNCTIONS}
+local current, manifests, index, history, sequence, uploads, lease, fencing = unpack(KEYS)
+local lineage, version, manifest, upload, chunks, prefix, number, channel, parent = unpack(ARGV)
+local member = lineage .. ':' .. version
+chunks = math.min(tonumber(chunks), {MAX_CHUNKS})
+local other = taken(lease, fencing, number)
+if other then return 'fenced ' .. other end
+if redis.call('HEXISTS', uploads, upload) == 0 then
+    if redis.call('HGET', manifests, member) == manifest then return 'ok' end
+    return 'lost 0'
+end
+local pointer = redis.pcall('GETRANGE', current, 0, 200)
+if type(pointer) == 'string' and redis.call('HEXISTS', manifests, pointer) == 1 then
+    local served_lineage, served_version = string.match(pointer, '^(.*):(%d+)$')
+    if served_lineage == lineage and tonumber(served_version) >= tonumber(version) then
+        return 'stale ' .. served_version
+    end
+end
+if parent ~= '' and pointer ~= lineage .. ':' .. parent then return 'gap ' .. tostring(pointer) end
+for i = 0, chunks - 1 do
+    if redis.call('EXISTS', prefix .. upload .. ':' .. i) == 0 then return 'lost ' .. i end
+end
+for i = 0, chunks - 1 do redis.call('PERSIST', prefix .. upload .. ':' .. i) end
+local order = redis.call('INCR', sequence)
+redis.call('HSET', manifests, member, manifest)
+redis.call('ZADD', index, order, member)
+redis.call('ZADD', history, order, member)
+redis.call('HDEL', uploads, upload)
+redis.call('SET', current, member)
+redis.call('PUBLISH', channel, member)
+return 'ok'
+"""
+
+# Commits the base of a version that was published as a delta, in one atomic step.
+#
+# KEYS: index, manifests, bases, uploads, lease, fencing.
+# ARGV: lineage, version, manifest JSON, upload, number of chunks, prefix of the chunk keys, fencing number.
+# Returns 'ok', 'fenced …' and 'lost I' as above, or 'gone': the version itself cannot be loaded any more.
+COMMIT_BASE = f"""{LEASE_FUNCTIONS}
+local index, manifests, bases, uploads, lease, fencing = unpack(KEYS)
+local lineage, version, manifest, upload, chunks, prefix, number = unpack(ARGV)
+local member = lineage .. ':' .. version
+chunks = math.min(tonumber(chunks), {MAX_CHUNKS})
+local other = taken(lease, fencing, number)
+if other then return 'fenced ' .. other end
+if redis.call('HEXISTS', uploads, upload) == 0 then
+    if redis.call('HGET', bases, member) == manifest then return 'ok' end
+    return 'lost 0'
+end
+if not redis.call('ZSCORE', index, member) or redis.call('HEXISTS', manifests, member) == 0 then return 'gone' end
+for i = 0, chunks - 1 do
+    if redis.call('EXISTS', prefix .. upload .. ':' .. i) == 0 then return 'lost ' .. i end
+end
+for i = 0, chunks - 1 do redis.call('PERSIST', prefix .. upload .. ':' .. i) end
+redis.call('HSET', bases, member, manifest)
+redis.call('HDEL', uploads, upload)
+return 'ok'
+"""
+
+# Puts keys of the wrong kind aside, and lets the sequence go on above every order given so far.
+#
+# KEYS: sequence, index, history, manifests, uploads, bases. Returns the keys that were broken.
+MEND = """
+local sequence, index, history, manifests, uploads, bases = unpack(KEYS)
+local broken = {}
+local function expect(key, kind)
+    local found = redis.call('TYPE', key).ok
+    if found == 'none' or found == kind then return end
+    redis.call('RENAME', key, key .. ':broken')
+    redis.call('EXPIRE', key .. ':broken', 86400)
+    table.insert(broken, key)
+end
+expect(sequence, 'string')
+expect(index, 'zset')
+expect(history, 'zset')
+expect(manifests, 'hash')
+expect(uploads, 'hash')
+expect(bases, 'hash')
+local largest, last = 2^52, 0
+for _, key in ipairs({index, history}) do
+    for _ = 1, 200 do
+        local top = redis.call('ZREVRANGE', key, 0, 0, 'WITHSCORES')
+        local order = tonumber(top[2] or '0') or 1/0
+        if order <= largest then
+            last = math.max(last, math.floor(order))
+            break
+        end
+        redis.call('ZADD', key, 0, top[1])
+        table.insert(broken, key)
+    end
+end
+local text = redis.call('GETRANGE', sequence, 0, 16)
+local order = #text <= 16 and string.match(text, '^%d+$') and tonumber(text) or 0
+if order > largest then order = 0 end
+if order < last or (text ~= '' and order == 0) then
+    redis.call('SET', sequence, string.format('%.0f', last))
+    table.insert(broken, sequence)
+end
+return broken
+"""
+
+# Removes chunks that are not part of a committed snapshot: those expire.
+#
+# KEYS: names of chunks, at most 200.
+REMOVE_CHUNKS = """
+for _, key in ipairs(KEYS) do
+    if redis.call('PTTL', key) >= 0 then redis.call('UNLINK', key) end
+end
+"""

@@ -1,0 +1,51 @@
+"""Bytes that are made while they are read, so that a payload is never in memory whole."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from feature_store.manifest import MAX_CHUNKS
+from smes_io.tensor_pieces import Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Bytes that are made while they are read.
+
+    Attributes:
+        total_bytes: How many there are.
+        pieces: Makes them, from the beginning, in pieces of any length. A piece is good until the next is asked for.
+    """
+
+    total_bytes: int
+    pieces: Callable[[], Iterator[Piece]]
+
+    @classmethod
+    def of(cls, whole: bytes) -> "Payload":
+        """Bytes that are there already."""
+        return cls(len(whole), lambda: iter((whole,)))
+
+    def joined(self) -> bytes:
+        """All of it."""
+        return b"".join(bytes(piece) for piece in self.pieces())
+
+
+def chunk_sizes(total_bytes: int, chunk_bytes: int) -> list[int]:
+    """The lengths of the chunks of a payload; longer than ``chunk_bytes`` where there would be too many of them."""
+    size = max(chunk_bytes, -(-total_bytes // MAX_CHUNKS))
+    return [min(size, total_bytes - start) for start in range(0, total_bytes, size)]
+
+
+def in_chunks(pieces: Iterable[Piece], size: int) -> Iterator[bytes]:
+    """The same bytes in pieces of this length, the last one shorter."""
+    filling = bytearray()
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        while len(view):
+            taken = view[: size - len(filling)]
+            filling += taken
+            view = view[len(taken) :]
+            if len(filling) == size:
+                yield bytes(filling)
+                filling.clear()
+    if filling:
+        yield bytes(filling)
