@@ -37,7 +37,7 @@ class BatchJournal:
         self._saved: deque[int] = deque(maxlen=keep)
         self._ends: list[int] = []
         self._file: int | None = None
-        self._is_resumed = self._is_failing = False
+        self._is_resumed = self._is_failing = self._is_trim_due = False
 
     def resume(self, ended: int) -> list[int]:
         """Go on after a restart; the ends to repeat, in order.
@@ -59,6 +59,8 @@ class BatchJournal:
             self.clear()
         if self._ends and end <= self._ends[-1]:
             return
+        if self._is_trim_due:
+            self._trim()
         self._ends.append(end)
         try:
             if self._file is None:
@@ -78,16 +80,15 @@ class BatchJournal:
         self._is_failing = False
 
     def saved(self, ended: int) -> None:
-        """Note that a checkpoint is on disk, and remove what only checkpoints before the kept ones would repeat.
+        """Note that a checkpoint is on disk. Any thread may call it.
+
+        The next line removes what only checkpoints before the kept ones would repeat.
 
         Args:
             ended: As of :meth:`resume`.
         """
         self._saved.append(ended)
-        if len(self._saved) < (self._saved.maxlen or 1) or not self._ends or self._ends[0] > self._saved[0]:
-            return
-        self._ends = [end for end in self._ends if end > self._saved[0]]
-        self._close()  # the next line writes the file anew, without the others
+        self._is_trim_due = True
 
     def clear(self) -> None:
         """Forget everything: what comes cannot be counted from what was written."""
@@ -95,6 +96,12 @@ class BatchJournal:
         self._ends = []
         self._close()
         self.path.unlink(missing_ok=True)
+
+    def _trim(self) -> None:
+        self._is_trim_due = False
+        if len(self._saved) == self._saved.maxlen and self._ends and self._ends[0] <= self._saved[0]:
+            self._ends = [end for end in self._ends if end > self._saved[0]]
+            self._close()  # the file is written anew, without the others
 
     def _write_anew(self) -> None:
         partial = self.path.with_name(self.path.name + ".partial")

@@ -54,6 +54,9 @@ class BlockStream:
         """Take the next complete mini-batch out of the queue; None when none is ready."""
         return self.assembler.next_batch()
 
+    def taken_times(self) -> None:
+        """Nothing: what was read from memory came at no time."""
+
     def upcoming(self) -> ExampleBlock | None:
         """Look at the next complete mini-batch without taking it: the object that :meth:`next_batch` will return."""
         return self.assembler.upcoming()
@@ -89,3 +92,6 @@ class BlockStream:
         for _ in range(read - self._read):
             next(self._blocks, None)
         self._read = read
+
+    def saved(self, state: Arrays) -> None:
+        """Nothing: no batch depends on a clock."""

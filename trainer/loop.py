@@ -18,15 +18,18 @@ from smes.arrays import Arrays, prefixed, under
 from smes.errors import CheckpointError, FeatureStoreUnavailable, SmesError, StepsNotFinite, Stopped
 from smes.events import ExampleBlock
 from smes.model.learner import Learner
+from smes_io.clock import wall_clock_ms
 from stream.dead_letters import DeadLetter
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import Positions
+from stream.mini_batches import BatchTimes
 from trainer.checkpoint_file import Checkpoint
 from trainer.checkpoints import CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.failed_steps import DEFAULT_MAX_FAILED_STEPS, FailedSteps
+from trainer.freshness import FeedbackArrivals
 from trainer.observers import BatchSender, DelayedResults, Observer
-from trainer.publisher import Cut, FeedbackArrivals, Publisher, lineage_to_publish, new_lineage, root_of
+from trainer.publisher import Cut, Publisher, lineage_to_publish, new_lineage, root_of
 from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
@@ -46,6 +49,9 @@ class Stream(Protocol):
 
     def next_batch(self) -> ExampleBlock | None:
         """Take the next complete mini-batch out of the queue; None when none is ready."""
+
+    def taken_times(self) -> BatchTimes | None:
+        """When the examples of the batch taken last came, in seconds of ``time.monotonic``; None if unknown."""
 
     def upcoming(self) -> ExampleBlock | None:
         """Look at the next complete mini-batch without taking it: the object that ``next_batch`` will return."""
@@ -70,6 +76,9 @@ class Stream(Protocol):
 
     def load_state(self, state: Arrays) -> None:
         """The inverse of ``state``."""
+
+    def saved(self, state: Arrays) -> None:
+        """Note that a state is on disk."""
 
 
 class Trainer:
@@ -123,7 +132,7 @@ class Trainer:
         self._failed = FailedSteps(max_failed_steps, self._forget, dead_letters)
         self._observers += [self._routing, evaluation, *observers, self._failed]
         self.publisher: Publisher | None = None
-        self._arrivals = FeedbackArrivals()
+        self._arrivals = FeedbackArrivals(stream.taken_times)
         self._event_time_ms: int | None = None
         self._cut_step = -1
         self._first_cut_step = 0
@@ -360,7 +369,8 @@ class Trainer:
                     "tasks": {name: asdict(metrics) for name, metrics in self.evaluation.progressive().items()},
                     "experts": self.experts.summary(),
                 },
-                feedback_arrivals=self._arrivals.take(),
+                cut_ms=wall_clock_ms(),
+                feedback=self._arrivals.take(),
             )
         )
 
@@ -374,9 +384,10 @@ class Trainer:
             return
         self._results.deliver()
         learner = {name: tensor.numpy() for name, tensor in self.learner.state().items()}
+        stream = self.stream.state()
         arrays = {
             **prefixed("learner.", learner),
-            **prefixed("stream.", self.stream.state()),
+            **prefixed("stream.", stream),
             **prefixed("evaluation.", self.evaluation.state()),
             **prefixed("experts.", self.experts.state()),
             "trainer.trained": np.array([self.trained, self.not_finite]),
@@ -384,6 +395,7 @@ class Trainer:
         schema, model = self.learner.schema, self.learner.config.to_dict()
         step = self.learner.step_number
         self._checkpoints.save(Checkpoint(self.lineage, step, schema.to_dict(), schema.hash, model, arrays))
+        self.stream.saved(stream)
 
     def _forget(self, examples: ExampleBlock) -> None:
         """Count a batch whose step failed."""

@@ -1,8 +1,8 @@
 """Publishing cuts without holding up the trainer: a mailbox for one cut, and a thread that encodes and uploads it.
 
 The trainer's thread copies the weights (the cut); the publishing thread works on that copy. A new cut replaces one that
-still waits in the mailbox, because serving wants the newest. The feedback counted for the older cut is added to the new
-one: :class:`FeedbackArrivals` counts when the feedback in each cut arrived, and the scorer measures freshness by it.
+still waits in the mailbox, because serving wants the newest. The feedback noted for the older cut is added to the new
+one; the scorer measures freshness by it (:mod:`trainer.freshness`).
 """
 
 import json
@@ -10,62 +10,19 @@ import logging
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
+from feature_store.feedback_times import FeedbackTimes
 from feature_store.payload import encode
 from feature_store.publication import Manifest
 from feature_store.snapshots import SnapshotStore
-from smes.arrays import I64
 from smes.errors import LeaseLost, SmesError, SnapshotStale
-from smes.events import ExampleBlock
-from smes.schema import MISSING, Schema
+from smes.schema import Schema
 from trainer.lease import LeaseKeeper
-from trainer.observers import Observer, StepFigures
-
-_MAX_ARRIVALS = 512
-
-
-class FeedbackArrivals(Observer):
-    """Counts the feedback events trained on since the last cut, by their arrival time."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[int] = Counter()
-
-    def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
-        """Count the batch's feedback events."""
-        arrival_ms = examples.feedback_arrival_ms
-        self._counts.update(count_arrivals(arrival_ms[arrival_ms != MISSING]))
-
-    def take(self) -> Counter[int]:
-        """The counts since the last call: arrival (Unix milliseconds) → feedback events."""
-        counts, self._counts = self._counts, Counter()
-        return counts
-
-
-def count_arrivals(arrival_ms: I64) -> Counter[int]:
-    """How many feedback events arrived at each millisecond. int64, any shape, no ``MISSING``."""
-    values, counts = np.unique(arrival_ms, return_counts=True)
-    return Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-
-
-def summarise_arrivals(arrivals: Counter[int]) -> tuple[tuple[int, int], ...]:
-    """(arrival in Unix milliseconds, count) pairs, at most 512; if there are more, neighbours are merged by mean."""
-    pairs = sorted(arrivals.items())
-    if len(pairs) <= _MAX_ARRIVALS:
-        return tuple(pairs)
-    summary = []
-    for part in np.array_split(np.array(pairs, np.int64), _MAX_ARRIVALS):
-        count = int(part[:, 1].sum())
-        offset = (part[:, 0] - part[0, 0]) * part[:, 1]
-        summary.append((int(part[0, 0]) + round(int(offset.sum()) / count), count))
-    return tuple(summary)
-
 
 _logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
@@ -83,7 +40,8 @@ class Cut:
         positions: Topic → partition → next record to read.
         event_time_ms: Event time of the last example trained on; None before the first one.
         metrics: Plain JSON values.
-        feedback_arrivals: Arrival (Unix milliseconds) → feedback events trained on since the last cut.
+        cut_ms: Wall time of the cut, Unix milliseconds.
+        feedback: The feedback events trained on since the last cut.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -91,7 +49,12 @@ class Cut:
     positions: dict[str, dict[str, int]]
     event_time_ms: int | None
     metrics: dict[str, Any]
-    feedback_arrivals: Counter[int]
+    cut_ms: int
+    feedback: FeedbackTimes
+
+    def with_feedback_of(self, older: "Cut") -> "Cut":
+        """This cut, which contains the training of an older one that was not published, with its feedback, too."""
+        return replace(self, feedback=FeedbackTimes.concat([older.feedback, self.feedback]))
 
 
 class Publisher:
@@ -147,7 +110,7 @@ class Publisher:
             raise SmesError("the publishing thread has ended: its error is in the log above")
         with self._changed:
             if self._waiting is not None:
-                cut.feedback_arrivals.update(self._waiting.feedback_arrivals)
+                cut = cut.with_feedback_of(self._waiting)
             self._waiting = cut
             self._changed.notify_all()
 
@@ -231,7 +194,7 @@ class Publisher:
             if self._waiting is None:
                 self._waiting = cut
             else:
-                self._waiting.feedback_arrivals.update(cut.feedback_arrivals)
+                self._waiting = self._waiting.with_feedback_of(cut)
             if not self._closing:
                 self._changed.wait_for(lambda: self._closing, timeout=_RETRY_S)
                 return False
@@ -250,11 +213,12 @@ class Publisher:
                 version=cut.step,
                 schema_hash=self._schema.hash,
                 step=cut.step,
-                created_ms=self._now_ms(),
+                created_ms=cut.cut_ms,
                 event_time_ms=cut.event_time_ms,
                 positions=cut.positions,
                 metrics=cut.metrics,
-                feedback_arrivals=summarise_arrivals(cut.feedback_arrivals),
+                feedback_arrivals=cut.feedback.merged().rows(),
+                now_ms=self._now_ms,
                 fencing=None if self._lease is None else self._lease.number,
             )
         except SnapshotStale as error:
