@@ -22,9 +22,10 @@ from smes.events import fill_elapsed
 from smes.schema import Schema
 from smes_io.clock import wall_clock_ms
 from smes_scorer.config import ScorerConfig, fusion_weights
+from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.request import RequestReader, described
-from smes_scorer.telemetry import FirstAnswers, Telemetry
+from smes_scorer.telemetry import Telemetry
 
 
 class NotReady(SmesError):

@@ -27,11 +27,12 @@ from smes.schema import Schema
 from smes_io.redis_client import open_client
 from smes_scorer.answer import Answerer, FeatureLookup, NotReady
 from smes_scorer.config import ScorerConfig
+from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap, Load, load_serving_model
 from smes_scorer.middleware import BodyLimit, EndsQuietly, Metered, RequestMeter
 from smes_scorer.request import FieldError, UnreadableBody
 from smes_scorer.scoring_queue import Busy, Dropped, ScoringQueue
-from smes_scorer.telemetry import FirstAnswers, Telemetry
+from smes_scorer.telemetry import Telemetry
 
 SCORE_PATH = "/v1/score"
 

@@ -26,7 +26,8 @@ from smes.model.fitting import fitting_config
 from smes.model.serving import ServingModel
 from smes.schema import Schema
 from smes.schema_difference import describe_difference_from
-from smes_scorer.telemetry import Arrivals, FirstAnswers, Telemetry
+from smes_scorer.first_answers import Arrivals, FirstAnswers
+from smes_scorer.telemetry import Telemetry
 
 
 class Scorable(Protocol):

@@ -1,110 +1,25 @@
-"""What the service counts: Prometheus series for ``/metrics``, the summary for ``/v1/stats``, and freshness.
+"""What the service counts: Prometheus series for ``/metrics``, and the summary for ``/v1/stats``.
 
-Freshness is the time from a feedback's arrival in the event log to the first answer by a version trained on it. Only
-versions that this process loads after its first snapshot count: another process may have answered with the earlier ones
-already. Letters: A distinct arrival times.
+Freshness and its stages are those of :mod:`smes_scorer.first_answers`.
 """
 
 import math
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from feature_store.publication import Manifest
-from smes.arrays import I64
-
-_MAX_WAITING = 1_000_000  # arrival times
-
-
-@dataclass(frozen=True, slots=True)
-class Arrivals:
-    """When feedback reached the event log: int64 [A] Unix milliseconds, and int64 [A] how many events at that time."""
-
-    arrival_ms: I64
-    count: I64
-
-    @classmethod
-    def of(cls, manifests: Sequence[Manifest]) -> "Arrivals":
-        """The arrivals that these manifests list."""
-        pairs = np.array([pair for m in manifests for pair in m.feedback_arrivals], np.int64).reshape(-1, 2)
-        return cls(pairs[:, 0], pairs[:, 1])
-
-
-@dataclass(frozen=True, slots=True)
-class FirstAnswer:
-    """A version's first answer: int64 [A] freshness in milliseconds of its new feedback, int64 [A] how many events."""
-
-    freshness_ms: I64
-    count: I64
-
-
-class FirstAnswers:
-    """Keeps the loaded versions that have not answered yet, with their new feedback. Safe to share between threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: deque[tuple[tuple[str, int], Arrivals]] = deque()
-        self._latest: tuple[str, int] | None = None
-
-    def loaded(self, key: tuple[str, int], arrivals: Arrivals) -> int:
-        """Note a version that is about to serve.
-
-        Args:
-            key: Its lineage and version.
-            arrivals: The feedback it was trained on since the version that was loaded before it.
-
-        Returns:
-            How many arrival times were dropped because too many wait for a first answer.
-        """
-        dropped = 0
-        with self._lock:
-            if self._waiting and self._waiting[-1][0][0] != key[0]:
-                self._waiting.clear()  # another lineage's weights were not trained on that feedback
-            self._waiting.append((key, arrivals))
-            waiting = sum(len(a.count) for _, a in self._waiting)
-            while waiting > _MAX_WAITING and len(self._waiting) > 1:
-                oldest = len(self._waiting.popleft()[1].count)
-                waiting -= oldest
-                dropped += oldest
-        return dropped
-
-    def answered(self, key: tuple[str, int], now_ms: int) -> FirstAnswer | None:
-        """Note an answer; returns a :class:`FirstAnswer` if it is the first of its version, else None.
-
-        The feedback of earlier versions that never answered counts with it.
-
-        Args:
-            key: Lineage and version of the model that answered.
-            now_ms: Unix milliseconds.
-        """
-        if key == self._latest:  # the common case, without the lock
-            return None
-        with self._lock:
-            if all(key != waiting for waiting, _ in self._waiting):
-                return None  # a request that began before the last swap
-            answered = []
-            while self._waiting:
-                waiting, arrivals = self._waiting.popleft()
-                answered.append(arrivals)
-                if waiting == key:
-                    break
-            self._latest = key
-        arrival_ms = np.concatenate([a.arrival_ms for a in answered])
-        return FirstAnswer(np.maximum(now_ms - arrival_ms, 0), np.concatenate([a.count for a in answered]))
-
-
-F64 = NDArray[np.float64]
+from smes.arrays import F64, I64
+from smes_scorer.first_answers import STAGES, FirstAnswer
 
 _LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _FRESHNESS_BUCKETS_MS = (100, 250, 500, 1000, 1500, 2000, 3000, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
+_STAGE_BUCKETS_MS = (1, 5, 10, 25, 50, 100, 250, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
 _DAY_MS = 86_400_000.0
 
 OUTCOMES = ("ok", "rejected", "not_ready", "busy", "dropped", "error")
@@ -205,8 +120,9 @@ class Telemetry:
             registry=self.registry,
         )
         self._latency_ms = QuantileSketch(0.01, 1e6)
-        self._freshness = _FreshnessHistogram()
-        self.registry.register(self._freshness)
+        self._freshness = _WeightedHistogram(_FRESHNESS_BUCKETS_MS)
+        self._stages = {stage: _WeightedHistogram(_STAGE_BUCKETS_MS) for stage in STAGES}
+        self.registry.register(_FreshnessSeries(self._freshness, self._stages))
         self.served_version = Gauge("smes_scorer_served_version", "Version being served", registry=self.registry)
         self.served_step = Gauge(
             "smes_scorer_served_step", "Optimiser steps behind the served version", registry=self.registry
@@ -250,6 +166,8 @@ class Telemetry:
         """Count a version that answered for the first time, and the freshness of its feedback."""
         self.versions_answered.inc()
         self._freshness.add(answer.freshness_ms, answer.count)
+        for stage, spans_ms in zip(STAGES, answer.stages_ms.T, strict=True):
+            self._stages[stage].add(spans_ms, answer.count)
 
     def requests(self) -> dict[str, int]:
         """Outcome → number of requests."""
@@ -280,33 +198,80 @@ class Telemetry:
             "waiting": self.value("waiting"),
             "latency_ms": asdict(Quantiles.of(self._latency_ms)),
             "freshness_ms": asdict(Quantiles.of(self._freshness.sketch)),
+            "freshness_stages_ms": {stage: asdict(StageFigures.of(one)) for stage, one in self._stages.items()},
             **{name: self.value(f"{name}_total") for name in counters},
         }
 
 
-class _FreshnessHistogram(Collector):
-    """A Prometheus histogram of weighted values; the client library's own takes one value at a time."""
+class _WeightedHistogram:
+    """Counts of weighted values in milliseconds; the client library's histogram takes one value at a time.
 
-    def __init__(self) -> None:
+    Args:
+        bounds_ms: Upper bounds of the buckets.
+    """
+
+    def __init__(self, bounds_ms: Sequence[int]) -> None:
         self.sketch = QuantileSketch(1.0, 30 * _DAY_MS)
-        self._counts = np.zeros(len(_FRESHNESS_BUCKETS_MS) + 1, np.int64)
+        self._bounds_ms = bounds_ms
+        self._counts = np.zeros(len(bounds_ms) + 1, np.int64)
         self._sum_ms = 0.0
         self._lock = threading.Lock()
 
     def add(self, values_ms: I64, weights: I64) -> None:
         self.sketch.add(values_ms.astype(np.float64), weights)
         with self._lock:
-            np.add.at(self._counts, np.searchsorted(_FRESHNESS_BUCKETS_MS, values_ms), weights)
+            np.add.at(self._counts, np.searchsorted(self._bounds_ms, values_ms), weights)
             self._sum_ms += float(values_ms.astype(np.float64) @ weights)  # a product may be beyond 64 bits
 
+    def now(self) -> tuple[list[tuple[str, float]], float]:
+        """(Upper bound and number of values up to it, for each bucket; sum of the values)."""
+        bounds = [*(str(float(bound)) for bound in self._bounds_ms), "+Inf"]
+        with self._lock:
+            return list(zip(bounds, self._counts.cumsum().tolist(), strict=True)), self._sum_ms
+
+    @property
+    def mean_ms(self) -> float | None:
+        """None without values."""
+        buckets, sum_ms = self.now()
+        return sum_ms / buckets[-1][1] if buckets[-1][1] else None
+
+
+@dataclass(frozen=True, slots=True)
+class StageFigures:
+    """Median, 99th percentile and mean of a stage of freshness in milliseconds; None without values."""
+
+    p50: float | None
+    p99: float | None
+    mean: float | None
+
+    @classmethod
+    def of(cls, histogram: _WeightedHistogram) -> "StageFigures":
+        """The figures of a histogram."""
+        return cls(histogram.sketch.quantile(0.5), histogram.sketch.quantile(0.99), histogram.mean_ms)
+
+
+class _FreshnessSeries(Collector):
+    """The histograms of freshness and of its stages, as Prometheus reads them."""
+
+    def __init__(self, freshness: _WeightedHistogram, stages: Mapping[str, _WeightedHistogram]) -> None:
+        self._freshness, self._stages = freshness, stages
+
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        bounds = [*(str(float(bound)) for bound in _FRESHNESS_BUCKETS_MS), "+Inf"]
+        buckets, sum_ms = self._freshness.now()
         yield HistogramMetricFamily(
             "smes_scorer_freshness_milliseconds",
             "From a feedback's arrival in the event log to the first answer by a version trained on it",
-            buckets=list(zip(bounds, self._counts.cumsum().tolist(), strict=True)),
-            sum_value=self._sum_ms,
+            buckets=buckets,
+            sum_value=sum_ms,
         )
+        stages = HistogramMetricFamily(
+            "smes_scorer_freshness_stage_milliseconds",
+            "What freshness is made of: from the end of the stage before to the end of this one",
+            labels=["stage"],
+        )
+        for stage, histogram in self._stages.items():
+            stages.add_metric([stage], *histogram.now())
+        yield stages
 
 
 def _outcome(status: int) -> str:

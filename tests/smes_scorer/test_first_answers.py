@@ -4,7 +4,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from feature_store.publication import Chunk, Manifest
-from smes_scorer.telemetry import Arrivals, FirstAnswer, FirstAnswers
+from smes_scorer.first_answers import STAGES, Arrivals, FirstAnswer, FirstAnswers
 
 MANIFEST = Manifest(
     lineage="a",
@@ -12,12 +12,14 @@ MANIFEST = Manifest(
     parent=None,
     schema_hash="h",
     step=1,
-    created_ms=1,
+    created_ms=800,
+    published_ms=860,
     total_bytes=1,
     chunks=(Chunk(1, "0" * 64),),
     upload="u",
     event_time_ms=None,
     kind="full",
+    precision="fp32",
     positions={},
     metrics={},
     feedback_arrivals=(),
@@ -29,7 +31,7 @@ def served(version: int, lineage: str = "a") -> tuple[str, int]:
 
 
 def arrivals(*pairs: tuple[int, int]) -> Arrivals:
-    return Arrivals.of([replace(MANIFEST, feedback_arrivals=pairs)])
+    return Arrivals.of([replace(MANIFEST, feedback_arrivals=tuple((ms, count, 0, 0, 0) for ms, count in pairs))])
 
 
 def as_pairs(answer: FirstAnswer | None) -> list[tuple[int, int]] | None:
@@ -37,13 +39,17 @@ def as_pairs(answer: FirstAnswer | None) -> list[tuple[int, int]] | None:
 
 
 def test_arrivals_of_several_manifests() -> None:
-    five_and_six = replace(MANIFEST, feedback_arrivals=((5, 1), (6, 2)))
-    nine = replace(MANIFEST, feedback_arrivals=((9, 3),))
+    five_and_six = replace(MANIFEST, feedback_arrivals=((5, 1, 10, 20, 30), (6, 2, 0, 0, 7)))
+    nine = replace(MANIFEST, feedback_arrivals=((9, 3, 1, 1, 1),), created_ms=100, published_ms=110)
 
     together = Arrivals.of([five_and_six, MANIFEST, nine])
 
-    assert together.arrival_ms.tolist() == [5, 6, 9]
     assert together.count.tolist() == [1, 2, 3]
+    assert together.times_ms.tolist() == [
+        [5, 15, 35, 65, 800, 860],
+        [6, 6, 6, 13, 800, 860],
+        [9, 10, 11, 12, 100, 110],
+    ]
 
 
 def test_arrivals_of_no_manifest() -> None:
@@ -103,7 +109,7 @@ def test_another_lineage_drops_the_waiting_arrivals() -> None:
 
 def test_the_oldest_waiting_arrivals_are_dropped_and_counted() -> None:
     first = FirstAnswers()
-    many = Arrivals(np.zeros(400_000, np.int64), np.ones(400_000, np.int64))
+    many = Arrivals(np.ones(400_000, np.int64), np.zeros((400_000, 6), np.int64))
 
     dropped = [first.loaded(("a", version), many) for version in range(5)]
     answer = first.answered(served(4), 1)
@@ -111,3 +117,36 @@ def test_the_oldest_waiting_arrivals_are_dropped_and_counted() -> None:
     assert dropped == [0, 0, 400_000, 400_000, 400_000]
     assert answer is not None
     assert len(answer.count) == 800_000
+
+
+def test_freshness_is_the_sum_of_its_stages() -> None:
+    now_ms = [900]
+    first = FirstAnswers(lambda: now_ms[0])
+    first.loaded(("a", 1), Arrivals.of([replace(MANIFEST, feedback_arrivals=((100, 2, 300, 20, 5),))]))
+    now_ms[0] = 950
+    first.loaded(("a", 2), Arrivals.of([replace(MANIFEST, feedback_arrivals=((700, 1, 0, 10, 1),))]))
+
+    answer = first.answered(served(2), 1000)
+
+    assert answer is not None
+    assert dict(zip(STAGES, answer.stages_ms.T.tolist(), strict=True)) == {
+        "joined": [300, 0],
+        "batched": [20, 10],
+        "trained": [5, 1],
+        "cut": [375, 89],
+        "published": [60, 60],
+        "in_service": [40, 90],
+        "answered": [100, 50],  # version 1 was in service for longer before anything was asked
+    }
+    assert answer.stages_ms.sum(axis=1).tolist() == answer.freshness_ms.tolist() == [900, 300]
+
+
+def test_where_clocks_disagree_no_stage_takes_less_than_nothing() -> None:
+    first = FirstAnswers(lambda: 500)  # behind the trainer's clock
+    first.loaded(("a", 1), Arrivals.of([replace(MANIFEST, feedback_arrivals=((790, 1, 0, 0, 0),))]))
+
+    answer = first.answered(served(1), 900)
+
+    assert answer is not None
+    assert answer.stages_ms.tolist() == [[0, 0, 0, 10, 60, 0, 400]]
+    assert answer.freshness_ms.tolist() == [110]

@@ -19,8 +19,9 @@ from smes.errors import SnapshotNotFound
 from smes.schema import Schema
 from smes_scorer.answer import Answerer, FeatureLookup
 from smes_scorer.config import ScorerConfig
+from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap, Load, Scorable
-from smes_scorer.telemetry import FirstAnswers, Telemetry
+from smes_scorer.telemetry import Telemetry
 
 Publish = Callable[..., Manifest]
 MakeSwap = Callable[..., HotSwap]

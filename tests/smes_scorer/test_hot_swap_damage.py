@@ -16,8 +16,9 @@ from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.schema import Schema
+from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap, Load, Scorable, load_serving_model
-from smes_scorer.telemetry import FirstAnswers, Telemetry
+from smes_scorer.telemetry import Telemetry
 from tests.feature_store.test_damage import BESIDE, POINTER, Junk
 
 Publish = Callable[..., Manifest]
