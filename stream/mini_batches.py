@@ -31,8 +31,8 @@ class MiniBatchConfig:
 
     Attributes:
         size: Most examples to train on in a batch. It may hold as many rows of kind ``CLOSING`` beside them.
-        max_age_s: Most event time between when the first and the last example of a batch were due, seconds. A batch that the stream
-            has left behind by this much is handed out however small.
+        max_age_s: Most event time between when the first and the last example of a batch were due, seconds. A batch
+            that the stream has left behind by this much is handed out however small.
         max_wait_s: Longest time, by the clock on the wall, that an example waits for its batch to become full, seconds.
             Null: for ever, so that batches depend on the log alone. Backtests, which read no live log, never wait.
     """
@@ -299,6 +299,7 @@ class Assembler:
             dead_lettered=dead[IMPRESSIONS],
             feedback=join.feedback + dead[FEEDBACK],
             attached=join.attached,
+            corrected=join.corrected,
             feedback_waiting=join.feedback_waiting,
             feedback_late=join.feedback_late,
             orphaned=join.orphaned,

@@ -18,14 +18,15 @@ watermark of its partitions, except for those that are idle. It never goes back.
 What becomes of an impression:
 
 - It waits until the stream's watermark has passed its event time plus the longest attribution window of all tasks. Then
-  it is *emitted* as an example.
+  it is *emitted* as an example. With ``JoinConfig.wait``, tasks may wait shorter; see below.
 - It is *late* if its own partition's watermark had already passed that time when it was read. It is dropped.
 
 An impression whose time lies ahead of all others by a wrong clock waits, too, until the stream comes there or ends.
 
 What becomes of feedback:
 
-- It is *attached* to its impression if its event time lies within the attribution window of its task.
+- It is *attached* to its impression if its event time lies within the attribution window of its task. If that is after
+  the task's wait, the impression is *corrected* by it instead.
 - It is *late* if its event time lies after the window. It is also late if its own partition's watermark had passed the
   time at which the impression is emitted.
 - If its impression has not been read yet, it waits. It is *orphaned* when the stream's watermark has passed the time at
@@ -35,31 +36,50 @@ What becomes of feedback:
 Duplicates. Of several impressions with the same id, and of several feedback events with the same id and task, the first
 counts, whatever became of it. The others are *duplicates*. An id is remembered for ``remember_s`` after its emission.
 
-Lateness is judged by the event's own partition, and examples come out in the order (event time, impression id). So
-which examples come out, and in which order, depends on what the partitions hold, not on how reads interleave (except
-where a partition is declared idle). Both ledgers balance at every moment, for each partition and in all:
+Shorter waits. A task that does not wait for its window is trained on when its wait is over, with what is known by then.
+An impression then becomes several examples, each with the labels of some tasks: a *first* one, a *further* one at the
+end of each longer wait, a further one for each label that comes after its task's wait (a *correction*, at the time of
+the feedback), and a *closing* one with all labels when the longest window closes, which is for evaluation and never
+trained on. With ``click`` trained on ``immediate``-ly and ``like`` when its window closes, the events above make::
+
+    12:00:00    first       click = 0
+    12:00:20    further     click = 1
+    12:01:00    further     like = 0
+    12:01:00    closing     click = 1, like = 0
+
+What is known by then: feedback whose event time, and whose own partition's watermark before it, are not after the end
+of the wait. An impression that is read when its own partition's watermark is past the end of a wait has that watermark
+for the end. A correction is due at the later of the same two times. Feedback that says 0 changes nothing after the
+wait: a missing one was taken for 0. Final labels and what is late do not depend on the waits. The loss makes up for
+negatives that stood for positives to come (:mod:`smes.model.delayed_feedback`).
+
+Lateness is judged by the event's own partition, and examples come out in the order (due time, stage, impression id);
+where all tasks wait for their windows, that is (event time, impression id). So which examples come out, and in which
+order, depends on what the partitions hold, not on how reads interleave (except where a partition is declared idle).
+Both ledgers balance at every moment, for each partition and in all; an impression is emitted with its first example:
 
     impressions read = emitted + waiting + late + duplicate
-    feedback read    = attached + waiting + late + orphaned + duplicate
+    feedback read    = attached + corrected + waiting + late + orphaned + duplicate
 
-Source: Monolith (arXiv 2209.07663) joins features with feedback before an online training step, as this does. Of the
-known ways to deal with delayed feedback this is the simplest: wait for the window, then emit once.
+Source: Monolith (arXiv 2209.07663) joins features with feedback before an online training step, as this does. To emit
+early and correct later is what Ktena et al. (arXiv 1907.06558) and ES-DFM (arXiv 2012.03245) do.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Le
 
 from smes.arrays import I64, Arrays
-from smes.events import WHOLE, ExampleBlock, FeedbackBlock, ImpressionBlock
+from smes.events import CLOSING, FIRST, FURTHER, WHOLE, ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.ranges import NonNegativeFloat, check_ranges
 from smes.schema import MISSING, Schema
 from stream.join.kernels import (
     FREE,
     DueTimes,
+    Emitted,
     EntryTable,
     Feedback,
     Impressions,
@@ -68,7 +88,9 @@ from stream.join.kernels import (
     attach_feedback,
     settle_due,
 )
-from stream.join.ledgers import COLUMNS, HELD, LATE, JoinLedger
+from stream.join.late_shares import LateShares
+from stream.join.ledgers import COLUMNS, CORRECTED, HELD, LATE, JoinLedger
+from stream.join.waits import Correction, Wait, stages_of
 from stream.join.watermarks import START_OF_TIME, Watermarks, longer
 from stream.log.event_log import TopicPartition
 from stream.partition_state import require_partitions, saved_partitions, state_name
@@ -90,11 +112,19 @@ class JoinConfig:
         vouchers: A partition has reached a time when so many of its last ``2 * vouchers - 1`` events have, each of
             another impression: fewer events with a wrong clock do nothing. Every example waits until each partition has
             had ``vouchers - 1`` more events, or is idle. With 1, the latest event counts alone.
+        wait: Task → how long an impression waits before it is trained on for that task: until the attribution window
+            has closed (``window``), not at all (``immediate``), or seconds of event time. ``default`` stands for every
+            task that is not named. Feedback that comes after the wait is trained on when it comes.
+        correction: How the loss makes up for the negatives that stand for positives still to come
+            (:mod:`smes.model.delayed_feedback`): ``es_dfm``, ``fnw``, or ``none``, for comparison. Where every task
+            waits for its window, there are none.
     """
 
     allowed_lateness_s: NonNegativeFloat = 1.0
     remember_s: NonNegativeFloat = 600.0
     vouchers: Annotated[int, Ge(1), Le(64)] = 4
+    wait: dict[str, Wait] = field(default_factory=lambda: {"default": "window"})
+    correction: Correction = "es_dfm"
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -108,6 +138,9 @@ class Joiner:
         config: How long to wait and to remember.
         sources: Every partition of the impressions and feedback topics that events will come from. The watermark stands
             still until each has brought enough events, or is declared idle.
+
+    Raises:
+        ValueError: ``config.wait`` names a task that the schema does not have.
     """
 
     def __init__(self, schema: Schema, config: JoinConfig, sources: Iterable[TopicPartition]) -> None:
@@ -116,7 +149,8 @@ class Joiner:
         self.watermark_ms = START_OF_TIME
         self._lateness_ms = round(config.allowed_lateness_s * 1000)
         self._remember_ms = round(config.remember_s * 1000)
-        self._window_ms = np.array([t.window_ms for t in schema.tasks], np.int64)
+        self._stages = stages_of(schema, config.wait, config.correction, self._lateness_ms)
+        self._late_shares = LateShares(self._stages, config.correction)
         self._watermarks = {t: Watermarks(self._lateness_ms, config.vouchers) for t in (IMPRESSIONS, FEEDBACK)}
         self._own = {topic: np.zeros(0, np.bool_) for topic in (IMPRESSIONS, FEEDBACK)}
         self._ledgers = Ledgers(*(np.zeros((0, len(COLUMNS)), np.int64) for _ in range(2)))
@@ -150,7 +184,7 @@ class Joiner:
     def push(
         self, impressions: ImpressionBlock, feedback: FeedbackBlock, idle: Iterable[TopicPartition] = ()
     ) -> ExampleBlock:
-        """Take what was read and give the examples that became complete, by (event time, impression id).
+        """Take what was read and give the examples that became due, by (due time, stage, impression id).
 
         Args:
             impressions: In offset order within each partition.
@@ -183,7 +217,7 @@ class Joiner:
         entry = self._entries.insert(block.impression_id)
         events = Impressions(entry, block.partition, block.event_time_ms, before_ms)
         columns = self._entries.columns
-        outcome = admit_impressions(events, columns, self._ledgers, self._window_ms, self._lateness_ms)
+        outcome = admit_impressions(events, columns, self._ledgers, self._stages)
         self._entries.forget(entry[(outcome == LATE) & (columns.status[entry] == FREE)])
         waiting = outcome == HELD
         self._entries.keep_features(entry[waiting], block.take(waiting))
@@ -197,48 +231,66 @@ class Joiner:
         events = Feedback(
             entry, block.partition, block.event_time_ms, before_ms, block.task, block.value, block.arrival_ms
         )
-        outcome = attach_feedback(events, self._entries.columns, self._ledgers, self._window_ms, self._lateness_ms)
-        self._note_due(np.unique(entry[outcome == HELD]))
+        outcome = attach_feedback(events, self._entries.columns, self._ledgers, self._stages)
+        self._note_due(np.unique(entry[(outcome == HELD) | (outcome == CORRECTED)]))
 
     def _note_due(self, entries: I64) -> None:
         self._due.note(self._entries.columns.due_ms[entries], entries)
 
     def _emit(self) -> ExampleBlock:
-        emitted = [np.zeros(0, np.int64)]
+        nothing = np.zeros(0, np.int64)
+        emitted = [Emitted(nothing, nothing, nothing)]
         while (candidates := self._due.pop_before(self.watermark_ms)) is not None:
             examples, forgotten = settle_due(
-                candidates, self.watermark_ms, self._remember_ms, self._entries.columns, self._ledgers
+                candidates, self.watermark_ms, self._remember_ms, self._entries.columns, self._ledgers, self._stages
             )
             self._entries.forget(forgotten)
-            self._note_due(examples)
+            self._note_due(examples.entry)
             emitted.append(examples)
-        return self._examples(np.concatenate(emitted))
+        return self._examples(Emitted(*map(np.concatenate, zip(*emitted, strict=True))))
 
-    def _examples(self, entries: I64) -> ExampleBlock:
-        columns = self._entries.columns
-        order = np.lexsort((columns.impression_id[entries], columns.event_time_ms[entries]))
-        entries = entries[order]
-        features = self._entries.take_features(entries, _FEATURES)
-        bits = np.uint64(1) << np.arange(self.schema.num_tasks, dtype=np.uint64)
+    def _examples(self, emitted: Emitted) -> ExampleBlock:
+        columns, stages = self._entries.columns, self._stages
+        order = np.lexsort((columns.impression_id[emitted.entry], emitted.example, emitted.due_ms))
+        entries, due_ms, example = (column[order] for column in emitted)
+        features = self._entries.features(entries, _FEATURES)
+        num_stages, num_tasks = len(stages.wait_ms), len(stages.window_ms)
+        kind = np.where(example == 0, FIRST, np.where(example < num_stages + num_tasks, FURTHER, CLOSING))
+        if stages.is_whole:
+            kind = np.full(len(entries), WHOLE)
+        self._entries.drop_features(entries[(kind == WHOLE) | (kind == CLOSING)])
+
+        bits = np.uint64(1) << np.arange(num_tasks, dtype=np.uint64)
         attached = (columns.attached[entries][:, None] & bits) != 0
-        binary = np.array([t.kind == "binary" for t in self.schema.tasks])
+        labels, label_due_ms = columns.labels[entries], columns.label_due_ms[entries]
+        waited_ms = columns.event_time_ms[entries][:, None] + stages.wait_ms[stages.of_task]
+        waited_ms = np.maximum(waited_ms, columns.read_ms[entries][:, None])
+        is_positive, is_late = attached & (labels > 0), label_due_ms > waited_ms
+        # What an example has: at a stage its tasks' labels of that time, in a correction one label, in the end all.
+        at_stage = example[:, None] == stages.of_task
+        corrected = example[:, None] == num_stages + np.arange(num_tasks)
+        follows = is_late | (stages.positives_follow & is_positive)
+        attached &= (at_stage & ~follows) | corrected | (kind == CLOSING)[:, None]
+        label_mask = attached | (stages.is_binary & (at_stage | (kind == CLOSING)[:, None]))
+        kind = kind.astype(np.int8)
         return ExampleBlock(
             **features,
-            labels=np.where(attached, columns.labels[entries], np.float32(0)),
-            label_mask=attached | binary,
+            labels=np.where(attached, labels, np.float32(0)),
+            label_mask=label_mask,
             weight=np.ones(len(entries), np.float32),
             feedback_arrival_ms=np.where(attached, columns.label_arrival_ms[entries], MISSING),
-            due_ms=columns.event_time_ms[entries] + self._window_ms.max(),
-            kind=np.full(len(entries), WHOLE, np.int8),
-            late_share=np.zeros((len(entries), self.schema.num_tasks), np.float32),
+            due_ms=due_ms,
+            kind=kind,
+            late_share=self._late_shares.of_examples(kind, label_mask, is_positive & attached, is_late),
         )
 
     def state(self) -> Arrays:
         """Arrays from which :meth:`load_state` goes on as if nothing had happened.
 
-        Each array but ``watermark_ms`` belongs to one partition; the names are those of :mod:`stream.partition_state`.
+        Each array but ``watermark_ms`` and ``late_counts`` belongs to one partition; the names are those of
+        :mod:`stream.partition_state`.
         """
-        state: Arrays = {"watermark_ms": np.array([self.watermark_ms])}
+        state: Arrays = {"watermark_ms": np.array([self.watermark_ms]), "late_counts": self._late_shares.counts.copy()}
         for topic, partition in ((s.topic, s.partition) for s in self.sources):
             state |= self._watermarks[topic].state(topic, partition)
             state[state_name(topic, partition, "ledger")] = self._counts(topic)[partition].copy()
@@ -255,6 +307,7 @@ class Joiner:
         """
         require_partitions(state, (IMPRESSIONS, FEEDBACK), len(self._ledgers.impressions))
         self.watermark_ms = int(state["watermark_ms"][0])
+        self._late_shares.counts = state["late_counts"].copy()
         for topic in (IMPRESSIONS, FEEDBACK):
             # Where only one topic has grown, the other's partition has nothing but rows of a table.
             saved = [p for p in saved_partitions(state, topic) if state_name(topic, p, "ledger") in state]

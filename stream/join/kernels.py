@@ -17,12 +17,15 @@ from smes.arrays import F32, I32, I64, Arrays, GrowingColumns
 from smes.events import ImpressionBlock
 from smes.id_map import IdMap
 from smes.schema import Schema
-from stream.join.ledgers import DUPLICATE, HELD, LATE, ORPHANED, READ, USED
+from stream.join.ledgers import CORRECTED, DUPLICATE, HELD, LATE, ORPHANED, READ, USED
+from stream.join.waits import Stages
 from stream.partition_state import load_rows, save_rows
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 FREE, EARLY, WAITING, DONE = range(4)
-"""Status of an entry: unused; has feedback but no impression yet; its impression waits; emitted and remembered."""
+"""Status of an entry: unused; has feedback but no impression yet; its impression waits for its last example; that one
+was emitted and the id is remembered.
+"""
 
 U8 = NDArray[np.uint8]
 U64 = NDArray[np.uint64]
@@ -35,12 +38,18 @@ class Entries(NamedTuple):
         impression_id: int64 [M].
         status: uint8 [M], one of ``FREE, EARLY, WAITING, DONE``.
         partition: int32 [M], of the impression; of the first feedback while the entry is ``EARLY``.
-        due_ms: int64 [M], the watermark at which something happens to it: it is emitted, orphaned or forgotten.
+        due_ms: int64 [M], the watermark at which something happens to it: an example of it is emitted, it is orphaned
+            or forgotten.
         event_time_ms: int64 [M], of the impression.
+        read_ms: int64 [M], the impression's own watermark just before it: none of its examples is due before.
+        stage: uint8 [M], how many stages its impression has been emitted at.
+        pending: uint64 [M], the tasks whose label is still to be emitted as a correction.
         seen: uint64 [M], the tasks that some feedback was read for, whatever became of it.
         attached: uint64 [M], the tasks whose label the entry holds.
         labels: float32 [M, T].
         label_time_ms, label_arrival_ms: int64 [M, T].
+        label_due_ms: int64 [M, T], the label's time, or its own watermark just before it, whichever is later: what is
+            due later may depend on it, however reads interleave.
         label_partition: int32 [M, T], the partition that feedback was read from before its impression.
         not_before_ms: int64 [M, T], feedback before its impression is late for an impression older than this.
     """
@@ -50,10 +59,14 @@ class Entries(NamedTuple):
     partition: I32
     due_ms: I64
     event_time_ms: I64
+    read_ms: I64
+    stage: U8
+    pending: U64
     seen: U64
     attached: U64
     labels: F32
     label_time_ms: I64
+    label_due_ms: I64
     label_arrival_ms: I64
     label_partition: I32
     not_before_ms: I64
@@ -80,6 +93,21 @@ class Feedback(NamedTuple):
     arrival_ms: I64
 
 
+class Emitted(NamedTuple):
+    """Examples that were emitted, int64 [N] each.
+
+    Attributes:
+        entry: Of which entry.
+        due_ms: When it was due.
+        example: Which one of its impression's: g below G at stage g, G + t with a correction of task t, G + T the
+            closing one.
+    """
+
+    entry: I64
+    due_ms: I64
+    example: I64
+
+
 class Ledgers(NamedTuple):
     """Counts per partition, int64 [P, :data:`stream.join.ledgers.COLUMNS`] each; the loops keep them up to date."""
 
@@ -88,8 +116,45 @@ class Ledgers(NamedTuple):
 
 
 @njit(cache=True)
+def _stage_due(e: int, stage: int, entries: Entries, stages: Stages) -> int:  # pragma: no cover - compiled
+    """When entry ``e`` is due at a stage: its wait is over, and nothing that was read before it is due any more."""
+    return int(max(entries.event_time_ms[e] + stages.wait_ms[stage], entries.read_ms[e]))
+
+
+@njit(cache=True)
+def _fate_of_label(e: int, t: int, entries: Entries, stages: Stages) -> int:  # pragma: no cover - compiled
+    """``USED`` or ``CORRECTED``: whether the label of task ``t`` counts at its stage, or is an example of its own."""
+    is_positive = entries.labels[e, t] > 0
+    in_time = entries.label_due_ms[e, t] <= _stage_due(e, stages.of_task[t], entries, stages)
+    if in_time and not (is_positive and stages.positives_follow[t]):
+        return USED
+    # It was taken for a negative at its stage already.
+    return USED if stages.is_binary[t] and not is_positive else CORRECTED
+
+
+@njit(cache=True)
+def _next_due(e: int, entries: Entries, stages: Stages) -> tuple[int, int]:  # pragma: no cover - compiled
+    """When which example of a waiting entry is due next, as :func:`settle_due` numbers them."""
+    num_stages, num_tasks = len(stages.wait_ms), len(stages.window_ms)
+    if entries.stage[e] < num_stages:
+        example = int(entries.stage[e])
+        due_ms = _stage_due(e, example, entries, stages)
+    else:
+        example = num_stages + num_tasks
+        due_ms = int(entries.event_time_ms[e] + stages.window_ms.max())
+    if entries.pending[e] != 0:
+        for t in range(num_tasks):
+            if entries.pending[e] & (np.uint64(1) << np.uint64(t)) == 0:
+                continue
+            label_ms = max(entries.label_due_ms[e, t], _stage_due(e, stages.of_task[t], entries, stages))
+            if label_ms < due_ms or (label_ms == due_ms and num_stages + t < example):
+                due_ms, example = label_ms, num_stages + t
+    return due_ms, example
+
+
+@njit(cache=True)
 def admit_impressions(
-    events: Impressions, entries: Entries, ledgers: Ledgers, window_ms: I64, lateness_ms: int
+    events: Impressions, entries: Entries, ledgers: Ledgers, stages: Stages
 ) -> U8:  # pragma: no cover - compiled
     """Let impressions that are in time wait; settle the feedback that was read before them.
 
@@ -97,7 +162,7 @@ def admit_impressions(
         uint8 [N], what became of each: ``HELD``, ``LATE`` or ``DUPLICATE``.
     """
     outcome = np.empty(len(events.entry), np.uint8)
-    max_window_ms = window_ms.max()
+    max_window_ms = stages.window_ms.max()
     for i in range(len(outcome)):
         e, time = events.entry[i], events.event_time_ms[i]
         if entries.status[e] == WAITING or entries.status[e] == DONE:
@@ -105,15 +170,18 @@ def admit_impressions(
         elif time + max_window_ms < events.before_ms[i]:
             outcome[i] = LATE
         else:
+            entries.event_time_ms[e] = time
+            entries.read_ms[e] = events.before_ms[i]
+            entries.stage[e] = 0
+            entries.pending[e] = 0
             if entries.status[e] == FREE:
                 entries.seen[e] = 0
                 entries.attached[e] = 0
             else:
-                _settle_early(e, time, entries, ledgers, lateness_ms)
+                _settle_early(e, entries, ledgers, stages)
             entries.status[e] = WAITING
             entries.partition[e] = events.partition[i]
-            entries.due_ms[e] = time + max_window_ms
-            entries.event_time_ms[e] = time
+            entries.due_ms[e] = _stage_due(e, 0, entries, stages)
             outcome[i] = HELD
         ledgers.impressions[events.partition[i], READ] += 1
         ledgers.impressions[events.partition[i], outcome[i]] += 1
@@ -121,20 +189,21 @@ def admit_impressions(
 
 
 @njit(cache=True)
-def _settle_early(
-    e: int, time: int, entries: Entries, ledgers: Ledgers, lateness_ms: int
-) -> None:  # pragma: no cover - compiled
-    """Attach the feedback that entry ``e`` holds to its impression at ``time``, or find it late or orphaned."""
+def _settle_early(e: int, entries: Entries, ledgers: Ledgers, stages: Stages) -> None:  # pragma: no cover - compiled
+    """Attach the feedback that entry ``e`` holds to its impression, or find it late or orphaned."""
+    time = entries.event_time_ms[e]
     for t in range(entries.labels.shape[1]):
         bit = np.uint64(1) << np.uint64(t)
         if entries.attached[e] & bit == 0:
             continue
-        fate = USED
+        fate = _fate_of_label(e, t, entries, stages)
         if time < entries.not_before_ms[e, t]:
             fate = LATE
-        elif entries.label_time_ms[e, t] < time - lateness_ms:
+        elif entries.label_time_ms[e, t] < time - stages.lateness_ms:
             fate = ORPHANED
-        if fate != USED:
+        if fate == CORRECTED:
+            entries.pending[e] |= bit
+        elif fate != USED:
             entries.attached[e] &= ~bit
         ledgers.feedback[entries.label_partition[e, t], HELD] -= 1
         ledgers.feedback[entries.label_partition[e, t], fate] += 1
@@ -142,14 +211,15 @@ def _settle_early(
 
 @njit(cache=True)
 def attach_feedback(
-    events: Feedback, entries: Entries, ledgers: Ledgers, window_ms: I64, lateness_ms: int
+    events: Feedback, entries: Entries, ledgers: Ledgers, stages: Stages
 ) -> U8:  # pragma: no cover - compiled
     """Attach each feedback to its waiting impression, or hold it until the impression is read.
 
     Returns:
-        uint8 [N], what became of each: ``USED``, ``HELD``, ``LATE``, ``DUPLICATE`` or ``ORPHANED``.
+        uint8 [N], what became of each: ``USED``, ``CORRECTED``, ``HELD``, ``LATE``, ``DUPLICATE`` or ``ORPHANED``.
     """
     outcome = np.empty(len(events.entry), np.uint8)
+    max_window_ms = stages.window_ms.max()
     for i in range(len(outcome)):
         e, t, time = events.entry[i], events.task[i], events.event_time_ms[i]
         bit = np.uint64(1) << np.uint64(t)
@@ -161,69 +231,88 @@ def attach_feedback(
         elif entries.status[e] == DONE:
             outcome[i] = LATE
         elif entries.status[e] == WAITING:
-            if time > entries.event_time_ms[e] + window_ms[t] or events.before_ms[i] > entries.due_ms[e]:
+            shown_ms = entries.event_time_ms[e]
+            if time > shown_ms + stages.window_ms[t] or events.before_ms[i] > shown_ms + max_window_ms:
                 outcome[i] = LATE
-            elif time < entries.event_time_ms[e] - lateness_ms:
+            elif time < shown_ms - stages.lateness_ms:
                 outcome[i] = ORPHANED
             else:
                 outcome[i] = USED
         else:
-            _hold_early(i, events, entries, window_ms, lateness_ms)
+            _hold_early(i, events, entries, stages)
             outcome[i] = HELD
         entries.seen[e] |= bit
         if outcome[i] == USED or outcome[i] == HELD:
             entries.attached[e] |= bit
             entries.labels[e, t] = events.value[i]
             entries.label_time_ms[e, t] = time
+            entries.label_due_ms[e, t] = max(time, events.before_ms[i])
             entries.label_arrival_ms[e, t] = events.arrival_ms[i]
+        if outcome[i] == USED:
+            outcome[i] = _fate_of_label(e, t, entries, stages)
+            if outcome[i] == CORRECTED:
+                entries.pending[e] |= bit
+                entries.due_ms[e] = _next_due(e, entries, stages)[0]
         ledgers.feedback[events.partition[i], READ] += 1
         ledgers.feedback[events.partition[i], outcome[i]] += 1
     return outcome
 
 
 @njit(cache=True)
-def _hold_early(
-    i: int, events: Feedback, entries: Entries, window_ms: I64, lateness_ms: int
-) -> None:  # pragma: no cover - compiled
+def _hold_early(i: int, events: Feedback, entries: Entries, stages: Stages) -> None:  # pragma: no cover - compiled
     """Note feedback ``i`` in its entry until the impression is read, or can no longer be in time."""
     e, t, time = events.entry[i], events.task[i], events.event_time_ms[i]
-    max_window_ms = window_ms.max()
-    expiry_ms = time + max_window_ms + lateness_ms
+    max_window_ms = stages.window_ms.max()
+    expiry_ms = time + max_window_ms + stages.lateness_ms
     if entries.status[e] == EARLY:
         entries.due_ms[e] = max(entries.due_ms[e], expiry_ms)
     else:
         entries.due_ms[e] = expiry_ms
         entries.partition[e] = events.partition[i]
     entries.status[e] = EARLY
-    entries.not_before_ms[e, t] = max(time - window_ms[t], events.before_ms[i] - max_window_ms)
+    entries.not_before_ms[e, t] = max(time - stages.window_ms[t], events.before_ms[i] - max_window_ms)
     entries.label_partition[e, t] = events.partition[i]
 
 
 @njit(cache=True)
 def settle_due(
-    candidates: I64, watermark_ms: int, remember_ms: int, entries: Entries, ledgers: Ledgers
-) -> tuple[I64, I64]:  # pragma: no cover - compiled
-    """Emit, orphan or forget the entries that the watermark has passed.
+    candidates: I64, watermark_ms: int, remember_ms: int, entries: Entries, ledgers: Ledgers, stages: Stages
+) -> tuple[Emitted, I64]:  # pragma: no cover - compiled
+    """Emit one example of each entry that the watermark has passed, or orphan or forget the entry.
 
-    A candidate whose due time has moved on since it was noted is skipped: it was noted again.
+    A candidate whose due time has moved on since it was noted is skipped: it was noted again. One that was emitted may
+    be due again, and has to be noted.
 
     Returns:
-        Entries emitted and entries forgotten.
+        The examples emitted and the entries forgotten.
     """
-    emitted = np.empty(len(candidates), np.int64)
-    forgotten = np.empty(len(candidates), np.int64)
+    N = len(candidates)
+    emitted = Emitted(np.empty(N, np.int64), np.empty(N, np.int64), np.empty(N, np.int64))
+    forgotten = np.empty(N, np.int64)
     num_emitted, num_forgotten = 0, 0
-    for i in range(len(candidates)):
+    num_stages, num_tasks = len(stages.wait_ms), len(stages.window_ms)
+    for i in range(N):
         e = candidates[i]
         if entries.due_ms[e] >= watermark_ms or entries.status[e] == FREE:
             continue
         if entries.status[e] == WAITING:
-            entries.status[e] = DONE
-            entries.due_ms[e] += remember_ms
-            ledgers.impressions[entries.partition[e], HELD] -= 1
-            ledgers.impressions[entries.partition[e], USED] += 1
-            emitted[num_emitted] = e
+            due_ms, example = _next_due(e, entries, stages)
+            emitted.entry[num_emitted] = e
+            emitted.due_ms[num_emitted] = due_ms
+            emitted.example[num_emitted] = example
             num_emitted += 1
+            if example == 0:
+                ledgers.impressions[entries.partition[e], HELD] -= 1
+                ledgers.impressions[entries.partition[e], USED] += 1
+            if stages.is_whole or example == num_stages + num_tasks:
+                entries.status[e] = DONE
+                entries.due_ms[e] = due_ms + remember_ms
+                continue
+            if example < num_stages:
+                entries.stage[e] += 1
+            else:
+                entries.pending[e] &= ~(np.uint64(1) << np.uint64(example - num_stages))
+            entries.due_ms[e] = _next_due(e, entries, stages)[0]
             continue
         if entries.status[e] == EARLY:
             for t in range(entries.labels.shape[1]):
@@ -233,7 +322,8 @@ def settle_due(
         entries.status[e] = FREE
         forgotten[num_forgotten] = e
         num_forgotten += 1
-    return emitted[:num_emitted], forgotten[:num_forgotten]
+    rows = slice(0, num_emitted)
+    return Emitted(emitted.entry[rows], emitted.due_ms[rows], emitted.example[rows]), forgotten[:num_forgotten]
 
 
 class EntryTable:
@@ -266,16 +356,20 @@ class EntryTable:
         self._rows.remove(self.columns.impression_id[entries])
 
     def keep_features(self, entries: I64, block: ImpressionBlock) -> None:
-        """Keep the impressions of these entries until :meth:`take_features`."""
+        """Keep the impressions of these entries until :meth:`drop_features`."""
         rows = self._feature_rows.insert(entries)
         self._features.reserve(self._feature_rows.num_rows)
         for name, column in block.arrays().items():
             self._features.arrays[name][rows] = column
 
-    def take_features(self, entries: I64, names: Iterable[str]) -> Arrays:
-        """Columns of these entries' impressions, which are kept no longer."""
-        rows = self._feature_rows.remove(entries)
+    def features(self, entries: I64, names: Iterable[str]) -> Arrays:
+        """Columns of these entries' impressions."""
+        rows = self._feature_rows.find(entries)
         return {name: self._features.arrays[name][rows] for name in names}
+
+    def drop_features(self, entries: I64) -> None:
+        """Keep the impressions of these entries no longer."""
+        self._feature_rows.remove(entries)
 
     def state(self, partitions: Sequence[int]) -> Arrays:
         """Arrays per partition; see :mod:`stream.partition_state`."""
@@ -337,10 +431,14 @@ def _no_entries(num_tasks: int) -> Entries:
         partition=np.zeros(0, np.int32),
         due_ms=np.zeros(0, np.int64),
         event_time_ms=np.zeros(0, np.int64),
+        read_ms=np.zeros(0, np.int64),
+        stage=np.zeros(0, np.uint8),
+        pending=np.zeros(0, np.uint64),
         seen=np.zeros(0, np.uint64),
         attached=np.zeros(0, np.uint64),
         labels=np.zeros(by_task, np.float32),
         label_time_ms=np.zeros(by_task, np.int64),
+        label_due_ms=np.zeros(by_task, np.int64),
         label_arrival_ms=np.zeros(by_task, np.int64),
         label_partition=np.zeros(by_task, np.int32),
         not_before_ms=np.zeros(by_task, np.int64),

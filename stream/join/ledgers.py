@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from smes.arrays import I64
 
-READ, USED, HELD, LATE, DUPLICATE, ORPHANED = range(6)
+READ, USED, HELD, LATE, DUPLICATE, ORPHANED, CORRECTED = range(7)
 """Columns of a partition's ledger. The first counts all events read; each event is also in one of the others."""
 
-COLUMNS = ("read", "used", "held", "late", "duplicate", "orphaned")
-"""``used``: impressions emitted, feedback attached. ``held``: events that wait. Only feedback is ever orphaned."""
+COLUMNS = ("read", "used", "held", "late", "duplicate", "orphaned", "corrected")
+"""``used``: impressions emitted, feedback attached. ``held``: events that wait. Only feedback is ever orphaned, or
+corrected: it came after its task's wait, and is an example of its own.
+"""
 
 
 @dataclass(slots=True)
@@ -29,6 +31,7 @@ class JoinLedger:
     feedback_late: int = 0
     orphaned: int = 0
     feedback_duplicate: int = 0
+    corrected: int = 0
 
     @classmethod
     def of_counts(cls, impressions: I64, feedback: I64) -> "JoinLedger":
@@ -46,12 +49,14 @@ class JoinLedger:
             feedback_late=outcomes[LATE],
             orphaned=outcomes[ORPHANED],
             feedback_duplicate=outcomes[DUPLICATE],
+            corrected=outcomes[CORRECTED],
         )
 
     def check(self) -> None:
         """Assert that both equations of :mod:`stream.join.joiner` hold."""
         impressions = self.emitted + self.impressions_waiting + self.impressions_late + self.impressions_duplicate
-        feedback = self.attached + self.feedback_waiting + self.feedback_late + self.orphaned + self.feedback_duplicate
+        feedback = self.attached + self.corrected + self.feedback_waiting
+        feedback += self.feedback_late + self.orphaned + self.feedback_duplicate
         assert impressions == self.impressions, f"impression ledger: {impressions} accounted of {self.impressions}"
         assert feedback == self.feedback, f"feedback ledger: {feedback} accounted of {self.feedback}"
 
@@ -61,7 +66,8 @@ class StreamLedger:
     """Where every event read is now. Both equations hold; ``handed_out`` is what the trainer has taken.
 
     impressions = handed_out + waiting + late + duplicate + dead_lettered
-    feedback = attached + feedback_waiting + feedback_late + orphaned + feedback_duplicate + feedback_dead_lettered
+    feedback = attached + corrected + feedback_waiting + feedback_late + orphaned + feedback_duplicate
+               + feedback_dead_lettered
 
     Gaps are records that the log no longer holds: they were not read, so they are in neither equation. Unreadable
     records are what the log holds but nobody can read as one of ours; each was read and dead-lettered. So each topic's
@@ -71,9 +77,10 @@ class StreamLedger:
     Attributes:
         impressions, feedback: Events read. A record that is unreadable, or that is refused as a whole, counts as one
             event, or as its rows where they can be counted.
-        handed_out: Examples that were taken.
+        handed_out: Impressions of which an example was taken; each counts once, with its first one.
         waiting, feedback_waiting: Impressions in the join or in a batch not yet taken; feedback without impression yet.
-        late, feedback_late, duplicate, feedback_duplicate, orphaned, attached: See :mod:`stream.join.joiner`.
+        late, feedback_late, duplicate, feedback_duplicate, orphaned, attached, corrected: See
+            :mod:`stream.join.joiner`.
         dead_lettered, feedback_dead_lettered: Refused, with a letter each; the unreadable ones are among them.
         unknown_fields: Fields of good events that the schema does not know; they were kept out.
         gaps, feedback_gaps: Records passed over because somebody deleted them.
@@ -88,6 +95,7 @@ class StreamLedger:
     dead_lettered: int
     feedback: int
     attached: int
+    corrected: int
     feedback_waiting: int
     feedback_late: int
     orphaned: int
