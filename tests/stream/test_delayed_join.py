@@ -258,8 +258,9 @@ def test_late_shares_are_counted_one_example_after_the_other(  # type: ignore[no
     for_window = to_window(wait)
 
     counts = [[0.0] * 4 for _ in BINARY]
-    late = {(e.key, t) for e in examples for t, v in enumerate(e.labels) if v and e.what >= len(set(waits_ms(wait)))}
-    late = {(e.key, t) for e in examples for t, v in enumerate(e.labels) if v and e.kind == FURTHER} & late
+    stages = len(set(waits_ms(wait)))
+    corrections = [e for e in examples if e.kind == FURTHER and e.what >= stages]
+    late = {(e.key, t) for e in corrections for t, value in enumerate(e.labels) if value}
     for i, example in enumerate(examples):
         for t, value in enumerate(example.labels):
             expected = 0.0
