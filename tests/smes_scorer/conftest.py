@@ -2,26 +2,27 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import httpx
 import numpy as np
 import pytest
 import redis
-import torch
 import uvicorn
 from fastapi import FastAPI
 
-from feature_store.payload import decode, encode
-from feature_store.publication import Manifest
+from feature_store.manifest import Manifest
+from feature_store.payload import PayloadContent
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes.schema import Feature, Schema, Task
 from smes_io.redis_client import connect
 from smes_scorer.app import create_app
 from smes_scorer.config import ScorerConfig
-from smes_scorer.hot_swap import Load
+from smes_scorer.loading import Load
+from smes_scorer.versions import Scorable
+from tests.smes_scorer.made_payloads import version_payload
 
 SCHEMA = Schema(
     name="scorer-test",
@@ -52,9 +53,9 @@ class VersionModel:
         return np.stack([self._version + item, np.full(len(ids), self._version / 2), present], axis=1).astype("f4")
 
 
-def _load(payload: bytes, schema: Schema) -> VersionModel:
-    tensors, _ = decode(payload)
-    return VersionModel(int(tensors["version"]))
+def _load(payloads: Iterable[PayloadContent], schema: Schema, before: Scorable | None) -> VersionModel:
+    *_, last = payloads
+    return VersionModel(int(last.dense["dense.version"]))
 
 
 @pytest.fixture
@@ -89,13 +90,13 @@ def publish() -> Callable[..., Manifest]:
     ) -> Manifest:
         metadata = {"lineage": lineage, "version": str(version), "schema_hash": schema_hash}
         return store.publish(
-            encode({"version": torch.tensor(version)}, metadata) if payload is None else payload,
+            version_payload(version, metadata) if payload is None else payload,
             lineage=lineage,
             version=version,
             schema_hash=schema_hash,
             step=version * 10,
             created_ms=1_700_000_000_000,
-            feedback_arrivals=arrivals,
+            feedback_arrivals=[(ms, count, 0, 0, 0) for ms, count in arrivals],
         )
 
     return publish

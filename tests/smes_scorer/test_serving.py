@@ -323,3 +323,11 @@ def test_freshness_of_every_version_between_two_answers_counts_once(
     assert 'smes_scorer_freshness_milliseconds_bucket{le="+Inf"} 100.0' in metrics
     assert 'smes_scorer_freshness_milliseconds_bucket{le="300000.0"} 11.0' in metrics
     assert counted["versions_answered"] == 2
+    stages = counted["freshness_stages_ms"]
+    assert list(stages) == ["joined", "batched", "trained", "cut", "published", "in_service", "answered"]
+    assert stages["trained"] == {"p50": pytest.approx(1, rel=0.01), "p99": pytest.approx(1, rel=0.01), "mean": 0}
+    assert 0 < stages["published"]["mean"] < now_ms  # cut in 2023, published now
+    for stage, spans in stages.items():
+        bucket = f'smes_scorer_freshness_stage_milliseconds_bucket{{le="+Inf",stage="{stage}"}} 100.0'
+        assert bucket in metrics
+        assert spans["p50"] <= spans["p99"]

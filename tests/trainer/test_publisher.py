@@ -8,16 +8,15 @@ import os
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import redis
 import torch
 
+from feature_store.feedback_times import FeedbackTimes
 from feature_store.payload import decode
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError, SnapshotNotFound
@@ -25,7 +24,7 @@ from smes.schema import Schema, Task
 from smes_cli.demo.local_servers import ValkeyServer, start_valkey
 from smes_io.redis_client import connect
 from tests.trainer.small_world import fill, make_trainer, open_log, train_to_the_end
-from trainer.publisher import Cut, Publisher, count_arrivals, summarise_arrivals
+from trainer.publisher import Cut, Publisher
 
 SCHEMA = Schema("published", tasks=(Task("click"),))
 DEADLINE_S = 60.0
@@ -58,7 +57,8 @@ def cut(step: int, arrivals: dict[int, int] | None = None) -> Cut:
         positions={"impressions": {"0": 10 * step}},
         event_time_ms=NOW_MS + step,
         metrics={},
-        feedback_arrivals=Counter(arrivals or {}),
+        cut_ms=NOW_MS,
+        feedback=FeedbackTimes.of_rows([(ms, count, 0, 0, 0) for ms, count in (arrivals or {}).items()]),
     )
 
 
@@ -76,7 +76,7 @@ def test_what_is_offered_is_what_serving_loads(client: redis.Redis, namespace: s
     assert (manifest.lineage, manifest.version, manifest.step) == ("line", 3, 3)
     assert (manifest.schema_hash, manifest.created_ms, manifest.event_time_ms) == (SCHEMA.hash, NOW_MS, NOW_MS + 3)
     assert manifest.positions == {"impressions": {"0": 30}}
-    assert manifest.feedback_arrivals == ((NOW_MS - 5, 2),)
+    assert manifest.feedback_arrivals == ((NOW_MS - 5, 2, 0, 0, 0),)
     payload = store.load(manifest)
     assert (publishing.published, publishing.bytes_last) == (1, len(payload))
     tensors, metadata = decode(payload)
@@ -110,7 +110,7 @@ def test_cuts_offered_during_an_upload_coalesce_into_the_newest(client: redis.Re
     assert publishing.published == 2
     newest = store.current()
     assert newest is not None
-    assert newest.feedback_arrivals == ((100, 30), (102, 2), (103, 3), (104, 4))
+    assert [row[:2] for row in newest.feedback_arrivals] == [(100, 30), (102, 2), (103, 3), (104, 4)]
 
 
 def test_a_redis_that_goes_away_and_comes_back_gets_the_newest(tmp_path: Path, stack: ExitStack) -> None:
@@ -128,7 +128,8 @@ def test_a_redis_that_goes_away_and_comes_back_gets_the_newest(tmp_path: Path, s
     until(lambda: publishing.published == 2)
     newest = store.current()
     assert newest is not None
-    assert (newest.version, newest.parent, newest.feedback_arrivals) == (3, 1, ((2, 2), (3, 3)))
+    assert (newest.version, newest.parent) == (3, 1)
+    assert newest.feedback_arrivals == ((2, 2, 0, 0, 0), (3, 3, 0, 0, 0))
     assert publishing.close(DEADLINE_S)
     assert publishing.published == 2
 
@@ -185,23 +186,6 @@ def test_nothing_offered_nothing_published(client: redis.Redis, namespace: str) 
     assert (publishing.published, publishing.bytes_last) == (0, None)
     with pytest.raises(SnapshotNotFound):
         SnapshotStore(client, namespace).get("line", 0)
-
-
-def test_many_arrivals_are_summarised_without_losing_count_or_mean() -> None:
-    rng = np.random.default_rng(0)
-    arrivals = NOW_MS + rng.integers(0, 100_000, 40_000)
-    counted = count_arrivals(arrivals)
-    assert counted == Counter(arrivals.tolist())
-    summary = summarise_arrivals(counted)
-    assert len(summary) <= 512
-    times, counts = np.array(summary).T
-    assert counts.sum() == len(arrivals)
-    assert (np.diff(times) > 0).all()
-    assert abs(((times - NOW_MS) * counts).sum() / counts.sum() - (arrivals - NOW_MS).mean()) < 1
-    for q in (0.5, 0.99):
-        assert np.quantile(np.repeat(times, counts), q) == pytest.approx(np.quantile(arrivals, q), abs=300)
-    few = Counter({NOW_MS: 3, NOW_MS - 1: 2})
-    assert summarise_arrivals(few) == ((NOW_MS - 1, 2), (NOW_MS, 3))
 
 
 def kill(server: ValkeyServer) -> None:
