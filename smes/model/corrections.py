@@ -128,11 +128,11 @@ class Corrections:
             self._tasks.to(x_BI.device)
         corrections_KBT = self._learning.corrections(logits_BT, x_BI, tasks_BTH, self._tasks.gradient_factors())
         weight_B = batch.weight_B
-        weighted_KT = self._tasks.losses(logits_BT + corrections_KBT, batch.labels_BT, batch.mask_BT, weight_B).sum(
-            dim=1
-        )
+        delayed = batch.delayed_weights(logits_BT)  # by the model's predictions: all corrections have the same weights
+        losses_KBT = self._tasks.losses(logits_BT + corrections_KBT, batch.labels_BT, batch.mask_BT, weight_B, delayed)
+        weighted_KT = losses_KBT.sum(dim=1)
         self._learning.step((weighted_KT * self._tasks.loss_weight_T).sum() / weight_B.sum().clamp(min=1e-12))
-        self._tasks.observe(batch.labels_BT, batch.mask_BT, weight_B)
+        self._tasks.observe(batch.labels_BT, batch.mask_BT, weight_B, delayed)
         positives_T = ((batch.labels_BT > 0) & batch.mask_BT).sum(dim=0)
         gram_TT = torch.einsum("bth,bsh->ts", gradient_BTH.float(), gradient_BTH.float())
         self._blocks.add(positives_T, weighted_KT.detach(), gram_TT)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smes.model.borrowing import LabelRegression
 from smes.model.config import ModelConfig, RankerName, RareTasksConfig
+from smes.model.delayed_feedback import DelayedWeights
 from smes.model.features import FeatureInputs, FeatureLayer
 from smes.rankers.config import task_groups
 from smes.rankers.home import HoME
@@ -90,7 +91,14 @@ class TaskOutputs(nn.Module):
         values_BT = torch.minimum(logits_BT.clamp(min=0.0), self.max_logit_T).expm1()
         return torch.where(self.is_binary_T, logits_BT.sigmoid(), values_BT)
 
-    def loss(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
+    def loss(
+        self,
+        logits_BT: Tensor,
+        labels_BT: Tensor,
+        mask_BT: Tensor,
+        weight_B: Tensor,
+        delayed: DelayedWeights | None = None,
+    ) -> Tensor:
         """The loss over all tasks, a scalar: ``Σ_t λ_t Σ_b w_b m_bt l_bt / Σ_b w_b``.
 
         λ are the tasks' loss weights, w the sample weights and m the mask. The divisor does not depend on the mask, so
@@ -101,36 +109,70 @@ class TaskOutputs(nn.Module):
             labels_BT: float32, any value where masked.
             mask_BT: bool, true where there is a label.
             weight_B: Sample weights ≥ 0.
+            delayed: Weights of the labels where some feedback is still to come; they multiply m.
         """
-        sum_T = self.losses(logits_BT, labels_BT, mask_BT, weight_B).sum(dim=0)
+        sum_T = self.losses(logits_BT, labels_BT, mask_BT, weight_B, delayed).sum(dim=0)
         return torch.dot(sum_T, self.loss_weight_T) / weight_B.sum().clamp(min=1e-12)
 
-    def losses(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
+    def losses(
+        self,
+        logits_BT: Tensor,
+        labels_BT: Tensor,
+        mask_BT: Tensor,
+        weight_B: Tensor,
+        delayed: DelayedWeights | None = None,
+    ) -> Tensor:
         """``w_b m_bt l_bt`` of :meth:`loss`. float32 [B, T], or [K, B, T] for K times as many logits."""
         target_BT = self._targets(labels_BT, mask_BT).expand_as(logits_BT)
         cross_entropy_BT = F.binary_cross_entropy_with_logits(logits_BT, target_BT, reduction="none")
         huber_BT = F.huber_loss(logits_BT, target_BT, reduction="none")
-        return torch.where(self.is_binary_T, cross_entropy_BT, huber_BT) * (mask_BT * weight_B.unsqueeze(1))
+        return torch.where(self.is_binary_T, cross_entropy_BT, huber_BT) * _cell_weights(mask_BT, weight_B, delayed)
 
-    def residuals(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> Tensor:
+    def residuals(
+        self,
+        logits_BT: Tensor,
+        labels_BT: Tensor,
+        mask_BT: Tensor,
+        weight_B: Tensor,
+        delayed: DelayedWeights | None = None,
+    ) -> Tensor:
         """Label minus prediction, times the sample weight; 0 where there is no label. float32 [B, T].
 
         For a regression task, label and prediction are ``log1p`` of the values.
         """
         target_BT = self._targets(labels_BT, mask_BT)
         predicted_BT = torch.where(self.is_binary_T, logits_BT.sigmoid(), logits_BT)
-        return (target_BT - predicted_BT) * (mask_BT * weight_B.unsqueeze(1))
+        return (target_BT - predicted_BT) * _cell_weights(mask_BT, weight_B, delayed)
 
-    def observe(self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> None:
-        """Update the base rates with a batch. Call it after the batch was scored."""
+    def observe(
+        self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor, delayed: DelayedWeights | None = None
+    ) -> None:
+        """Update the base rates with a batch. Call it after the batch was scored.
+
+        With ``delayed`` labels, what tasks borrow stays as it is: it needs all labels of an impression together, which
+        :meth:`observe_final` brings.
+        """
         target_BT, weight_BT = self._targets(labels_BT, mask_BT), mask_BT * weight_B.unsqueeze(1)
+        if delayed is not None:
+            weight_BT = torch.where(weight_BT > 0, weight_BT * delayed.mean_BT, 0.0)  # a masked one may not be finite
         self.labels.observe(target_BT, weight_BT)
+        if self.borrowing is not None and delayed is None:
+            self.borrowing.observe(target_BT, weight_BT, self.is_binary_T)
+
+    def observe_final(self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> None:
+        """Update what tasks borrow with the final labels of impressions that were trained on before they were known."""
         if self.borrowing is not None:
+            target_BT, weight_BT = self._targets(labels_BT, mask_BT), mask_BT * weight_B.unsqueeze(1)
             self.borrowing.observe(target_BT, weight_BT, self.is_binary_T)
 
     def _targets(self, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
         labels_BT = torch.where(mask_BT, labels_BT, 0.0)
         return torch.where(self.is_binary_T, labels_BT, labels_BT.clamp(min=0.0).log1p())
+
+
+def _cell_weights(mask_BT: Tensor, weight_B: Tensor, delayed: DelayedWeights | None) -> Tensor:
+    weight_BT = mask_BT * weight_B.unsqueeze(1)
+    return weight_BT if delayed is None else weight_BT * delayed.loss_BT
 
 
 class TaskHeads(nn.Module):
@@ -192,13 +234,19 @@ class ModelOutput:
 class RankModel(nn.Module):
     """The dense part of the model: all weights but the rows of the id table.
 
+    It says of its id table how many rows those ids share that have none of their own (:class:`smes.model.ids.IdKeys`).
+
     Args:
         schema: Features and tasks.
         config: Which ranker, its shape, and the layers around it.
     """
 
+    shared_rows_V: Tensor
+
     def __init__(self, schema: Schema, config: ModelConfig) -> None:
         super().__init__()
+        vocabularies = {f.vocabulary_name for f in schema.id_features}
+        self.register_buffer("shared_rows_V", torch.zeros(len(vocabularies), dtype=torch.int64))
         self.features = FeatureLayer(schema, config.table_dim, wide=config.wide)
         self.ranker = RANKERS[config.ranker](self.features.output_dim, schema, config)
         width = self.ranker.output_dim

@@ -120,6 +120,7 @@ def _show(
         labels_BT=labels_BT,
         mask_BT=torch.ones_like(labels_BT, dtype=torch.bool),
         weight_B=torch.ones(B),
+        late_share_BT=None,
         ticket=None,
     )
     output = ModelOutput(logits_BT, RankerOutput(tasks_BTH), x_BI)
