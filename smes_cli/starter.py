@@ -28,9 +28,10 @@ stream:
     remember_s: 600.0                        # how long the id of an emitted example is remembered
   batch:
     size: 256
-    max_age_s: 3600.0                        # event time; seconds for live traffic, hours for a fast replay
+    max_age_s: 3600.0                        # event time from the first example to the last
+    max_wait_s: 0.5                          # then a batch is trained on however small; null: never, for replays
   events_per_read: 16384
-  idle_after_s: 10.0                         # a partition without events for so long stops holding the others back
+  idle_after_s: 2.0                          # a partition without events for so long stops holding the others back
   max_future_s: 300.0                        # an event dated later than this after its arrival is refused
 
 model:

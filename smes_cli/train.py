@@ -17,6 +17,7 @@ from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
 from smes_cli.train_progress import show_progress
 from smes_io.clock import wall_clock_ms
 from smes_io.redis_client import connect
+from stream.batch_journal import NAME, BatchJournal
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
 from stream.log.open_log import open_event_log
@@ -74,7 +75,8 @@ def run_train(
         store = _store(config, waits, stack)
         lease = stack.enter_context(LeaseKeeper(store, config.trainer.lease_s, should_stop=should_stop))
         letters = DeadLetterWriter(log)
-        stream, flags = ExampleStream(schema, config.stream, log, letters), Flags()
+        stream = ExampleStream(schema, config.stream, log, letters, journal=_journal(config, checkpoints))
+        flags = Flags()
         trainer = _new_trainer(config, stream, flags, checkpoints, letters)
         served = find_starting_point(trainer, stream, store, without_checkpoint or WithoutCheckpoint())
         for skipped in stream.skip_lost().values() if skip_lost else ():
@@ -193,6 +195,13 @@ def _checkpoints(config: Config, stack: ExitStack) -> CheckpointDirectory | None
     checkpoints = CheckpointDirectory(directory, config.trainer.checkpoint.keep)
     stack.enter_context(checkpoints.locked())
     return checkpoints
+
+
+def _journal(config: Config, checkpoints: CheckpointDirectory | None) -> BatchJournal | None:
+    """Where the ends of batches are written down, beside the checkpoints; None where nothing can depend on it."""
+    if checkpoints is None or config.stream.batch.max_wait_s is None:
+        return None
+    return BatchJournal(checkpoints.directory / NAME, config.trainer.checkpoint.keep)
 
 
 def _event_log(config: Config, waits: Waits, stack: ExitStack) -> WaitingLog:

@@ -46,8 +46,8 @@ def write_config(folder: Path, redis_url: str, namespace: str, *, kafka: str | N
             "partitions": 2,
         },
         "feature_store": {"redis_url": redis_url, "namespace": namespace},
-        # On a slow machine no partition may count as idle: the result must depend on the log only.
-        "stream": {"batch": {"size": 64}, "events_per_read": 1000, "idle_after_s": 3600.0},
+        # The result must depend on the log only: on a slow machine no partition may count as idle, and no batch late.
+        "stream": {"batch": {"size": 64, "max_wait_s": None}, "events_per_read": 1000, "idle_after_s": 3600.0},
         "model": {
             "embedding_dim": 8,
             "smes": {

@@ -21,7 +21,7 @@ from stream.mini_batches import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 SCHEMA = Schema("blocks", tasks=(Task("click", window_s=5), Task("like", window_s=10)), features=(Feature("tab"),))
-JOIN, BATCH = JoinConfig(allowed_lateness_s=1), MiniBatchConfig(size=32)
+JOIN, BATCH = JoinConfig(allowed_lateness_s=1), MiniBatchConfig(size=32, max_wait_s=None)
 START_MS = 1_700_000_000_000
 N = 1000
 

@@ -205,7 +205,12 @@ def test_the_state_of_one_partition_goes_on_without_the_others() -> None:
 # More partitions: a stream from an event log.
 
 START_MS = 1_700_000_000_000
-CONFIG = StreamConfig(join=JoinConfig(allowed_lateness_s=0), batch=MiniBatchConfig(size=10), events_per_read=40)
+CONFIG = StreamConfig(
+    join=JoinConfig(allowed_lateness_s=0),
+    batch=MiniBatchConfig(size=10, max_wait_s=None),
+    events_per_read=40,
+    idle_after_s=10,
+)
 
 
 def records(ids: range, partitions: int) -> dict[str, list[OutRecord]]:

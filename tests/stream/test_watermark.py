@@ -305,7 +305,8 @@ def log(request: pytest.FixtureRequest, namespace: str) -> Iterator[EventLog]:
 
 @pytest.mark.parametrize("events_per_read", [300, 16_384])
 def test_none_is_late_but_those_four_in_a_log(log: EventLog, events_per_read: int) -> None:
-    config = StreamConfig(batch=MiniBatchConfig(size=100), events_per_read=events_per_read, idle_after_s=3600)
+    batch = MiniBatchConfig(size=100, max_wait_s=None)
+    config = StreamConfig(batch=batch, events_per_read=events_per_read, idle_after_s=3600)
     shown, clicks = world(AHEAD_MS)
     for topic in (IMPRESSIONS, FEEDBACK):
         log.ensure_topic(topic, PARTITIONS)

@@ -33,7 +33,12 @@ from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 
 SCHEMA = Schema("broker", tasks=(Task("click", window_s=60),))
 START_MS = 1_700_000_000_000
-CONFIG = StreamConfig(join=JoinConfig(allowed_lateness_s=0), batch=MiniBatchConfig(size=10), metadata_refresh_s=0.2)
+CONFIG = StreamConfig(
+    join=JoinConfig(allowed_lateness_s=0),
+    batch=MiniBatchConfig(size=10, max_wait_s=None),
+    idle_after_s=10,
+    metadata_refresh_s=0.2,
+)
 HANG_S = 60.0
 
 

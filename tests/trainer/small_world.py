@@ -34,9 +34,12 @@ SCHEMA = Schema(
 MODEL = ModelConfig(
     embedding_dim=8, smes=plain({"experts.num": 4, "num_shared": 1, "num_adaptive": 1, "encoder_dims": (16,)})
 )
-# No partition may count as idle because the machine is slow.
+# No partition may count as idle, and no batch as late, because the machine is slow.
 STREAM = StreamConfig(
-    join=JoinConfig(allowed_lateness_s=0.5), batch=MiniBatchConfig(size=64), events_per_read=300, idle_after_s=3600
+    join=JoinConfig(allowed_lateness_s=0.5),
+    batch=MiniBatchConfig(size=64, max_wait_s=None),
+    events_per_read=300,
+    idle_after_s=3600,
 )
 START_MS = 1_700_000_000_000
 
@@ -101,12 +104,16 @@ def make_trainer(
     learner: Learner | None = None,
     flags: Flags | None = None,
     routing: RoutingHistoryConfig | None = None,
+    stream: ExampleStream | None = None,
 ) -> Trainer:
-    """A trainer that has trained on nothing yet; ``learner`` replaces the one of :func:`make_learner`."""
+    """A trainer that has trained on nothing yet; ``learner`` replaces the one of :func:`make_learner`.
+
+    So does ``stream`` the one of ``log`` by :data:`STREAM`.
+    """
     learner, letters = learner or make_learner(), DeadLetterWriter(log)
     return Trainer(
         learner,
-        ExampleStream(SCHEMA, STREAM, log, letters),
+        stream or ExampleStream(SCHEMA, STREAM, log, letters),
         ProgressiveEvaluation(
             SCHEMA,
             EvaluationConfig(window_s=10),
