@@ -1,10 +1,13 @@
-"""Progressive evaluation: every example is scored before it is trained on.
+"""Progressive evaluation: every impression is scored before it is trained on.
 
 AUC, NE and calibration come from the scores of the weights just before each step. GAUC is windowed: a window is a part
 of the stream that one frozen copy of the weights scores, taken at the window's start. Weights that adapt to a user's
 own labels would bias a pooled GAUC within that user downwards. The group is the request where the log has one, else
 (user, window). The first window does not count, because its weights have seen nothing. Where an impression carries the
 score that it was served with, that score counts instead of ours.
+
+An impression that is trained on before its labels are final counts once: with the scores from before its first
+training, when its longest window has closed, with its final labels.
 
 Within a group, nothing may change that the group's own labels can influence: neither the weights nor the user's
 history. So windows lie within fixed periods of event time, as those of the schema's history do
@@ -14,18 +17,18 @@ end of one of the history's windows is refused.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from smes.arrays import F32, I64, Arrays, Bool, prefixed, under
-from smes.events import ExampleBlock
-from smes.metrics import BinaryTally, RegressionTally, group_auc
-from smes.schema import MISSING, Schema
+from smes.arrays import F32, I64, Arrays, prefixed, under
+from smes.events import WHOLE, ExampleBlock
+from smes.metrics import BinaryTally, RegressionTally
+from smes.schema import Schema
 from trainer.config import EvaluationConfig
 from trainer.observers import Observer, StepFigures
+from trainer.ranked_windows import OpenImpressions, RankedWindow
 
 _FIRST_WINDOW_EXAMPLES = 1024
 _DAY_S = 86_400.0
@@ -107,8 +110,10 @@ class ProgressiveEvaluation(Observer):
         self._frozen_tensors: Tensors = {}
         self._frozen: FrozenModel | None = None
         self._period = 0  # number of the period of event time that the open window lies in
-        self._before_window = 0  # examples in closed windows
-        self._window = _Window(schema.num_tasks)
+        self._before_window = 0  # impressions in closed windows
+        self._window = RankedWindow(schema.num_tasks)
+        self._unlabelled: dict[int, RankedWindow] = {}  # closed windows that wait for final labels, by number
+        self._open = OpenImpressions(schema.num_tasks)
         self._group_auc = np.zeros((schema.num_tasks, 2), np.float64)  # Σ weight · AUC, Σ weight of closed windows
 
     def before_step(self, examples: ExampleBlock) -> None:
@@ -117,21 +122,33 @@ class ProgressiveEvaluation(Observer):
         Where a period ends within the batch, a copy of the weights from before the whole batch scores the rest. That
         copy is as old as the start of the next window, or older.
         """
+        examples, whole = _beginning(examples)
         period_B = examples.event_time_ms // self._window_ms
+        if not whole:  # an impression that was read late does not open an old period again
+            period_B = np.maximum(period_B, self._period)
+            period_B = np.maximum.accumulate(period_B)
         for rows in np.split(np.arange(len(examples)), np.flatnonzero(np.diff(period_B)) + 1):
+            if len(rows) == 0:
+                continue
             part = examples.take(rows) if len(rows) < len(examples) else examples
             frozen = self._open_window(int(period_B[rows[0]]))
-            scores = frozen.score(part.ids, part.numerics)
-            self._window.add(part, _as_served(part, scores))
+            scores = _as_served(part, frozen.score(part.ids, part.numerics))
+            self._window.scored += len(part)
+            if whole:
+                self._window.add(part, scores)
+            else:
+                self._open.begin(part.impression_id, self._window.number, scores)
 
     def _open_window(self, period: int) -> FrozenModel:
         """The frozen model of the open window, or of a new one if the period is over or the window is full."""
         most = min(self._window_examples, max(_FIRST_WINDOW_EXAMPLES, self._before_window))
-        if self._frozen is not None and period == self._period and len(self._window) < most:
+        if self._frozen is not None and period == self._period and self._window.scored < most:
             return self._frozen
-        self._group_auc += self._counted()
-        self._before_window += len(self._window)
-        self._window = _Window(self._schema.num_tasks)
+        self._unlabelled[self._window.number] = self._window
+        self._count_labelled()
+        self._before_window += self._window.scored
+        number = self._window.number + 1
+        self._window = RankedWindow(self._schema.num_tasks, number, counts=self._before_window > 0)
         self._period = period
         self._frozen_tensors = dict(self._freeze())
         self._frozen = self._build(self._frozen_tensors)
@@ -139,15 +156,34 @@ class ProgressiveEvaluation(Observer):
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Take the scores that the weights gave the batch just before they were trained on it."""
-        scores = _as_served(examples, figures.scores)
+        beginning, whole = _beginning(examples)
+        scores = _as_served(beginning, figures.scores[examples.begins])
+        if whole:
+            self._tally(beginning, scores)
+        else:
+            self._open.score(beginning.impression_id, scores)
+
+    def after_closing(self, examples: ExampleBlock) -> None:
+        """Count impressions whose final labels have come, with their scores from before their first training."""
+        known, noted = self._open.close(examples)
+        trained = noted["is_trained_on"]
+        self._tally(known.take(trained), noted["scores"][trained])
+        for number in np.unique(noted["window"]).tolist():
+            rows = noted["window"] == number
+            window = self._window if number == self._window.number else self._unlabelled[number]
+            window.add(known.take(rows), noted["frozen"][rows])
+        self._count_labelled()
+
+    def _tally(self, examples: ExampleBlock, scores: F32) -> None:
         for t, tally in enumerate(self._tallies):
             rows = examples.label_mask[:, t]
             tally.add(scores[rows, t], examples.labels[rows, t])
 
-    def _counted(self) -> NDArray[np.float64]:
-        """What the open window adds to the GAUC of the closed ones."""
-        group_auc_T2 = self._window.group_auc()
-        return group_auc_T2 if self._before_window else np.zeros_like(group_auc_T2)
+    def _count_labelled(self) -> None:
+        """Count the closed windows whose impressions all have their final labels."""
+        for number, window in list(self._unlabelled.items()):
+            if window.labelled == window.scored:
+                self._group_auc += self._unlabelled.pop(number).group_auc()
 
     def progressive(self) -> dict[str, TaskMetrics]:
         """Metrics so far by task name, without the GAUC: cheap enough for every cut."""
@@ -179,18 +215,24 @@ class ProgressiveEvaluation(Observer):
     def report(self) -> dict[str, TaskMetrics]:
         """Metrics so far by task name, the open window included."""
         metrics = self.progressive()
-        group_auc_T2 = self._group_auc + self._counted()
+        group_auc_T2 = self._group_auc.copy()
+        for window in (*self._unlabelled.values(), self._window):
+            group_auc_T2 += window.group_auc()
         for task, (weighted, weight) in zip(self._schema.tasks, group_auc_T2, strict=True):
             if task.kind == "binary" and weight:
                 metrics[task.name] = replace(metrics[task.name], gauc_windowed=_defined(weighted / weight))
         return metrics
 
     def state(self) -> Arrays:
-        """Arrays from which :meth:`load_state` continues, with the open window and its frozen weights."""
+        """Arrays from which :meth:`load_state` continues, with the windows that are not counted yet."""
         state: Arrays = {"group_auc": self._group_auc, "window": np.array([self._period, self._before_window])}
         for t, tally in enumerate(self._tallies):
             state |= prefixed(f"{t}.", tally.state())
-        state |= prefixed("window.", self._window.arrays())
+        windows = [*self._unlabelled.values(), self._window]
+        state["windows"] = np.array([[w.number, w.counts, w.scored] for w in windows], np.int64)
+        for window in windows:
+            state |= prefixed(f"window.{window.number}.", window.arrays())
+        state |= prefixed("open.", self._open.state())
         state |= prefixed("frozen.", {name: tensor.numpy() for name, tensor in self._frozen_tensors.items()})
         return state
 
@@ -198,7 +240,19 @@ class ProgressiveEvaluation(Observer):
         """The inverse of :meth:`state`."""
         for t, tally in enumerate(self._tallies):
             tally.load_state(under(f"{t}.", state))
-        self._window = _Window(self._schema.num_tasks, under("window.", state))
+        windows = {
+            number: RankedWindow(
+                self._schema.num_tasks,
+                number,
+                counts=bool(counts),
+                scored=scored,
+                arrays=under(f"window.{number}.", state),
+            )
+            for number, counts, scored in state["windows"].tolist()
+        }
+        self._window = windows.pop(max(windows))
+        self._unlabelled = windows
+        self._open.load_state(under("open.", state))
         self._group_auc = state["group_auc"].copy()
         self._period, self._before_window = (int(n) for n in state["window"])
         frozen = under("frozen.", state)
@@ -206,47 +260,11 @@ class ProgressiveEvaluation(Observer):
         self._frozen = self._build(self._frozen_tensors) if self._frozen_tensors else None
 
 
-class _Window:
-    """The examples that one frozen copy scored."""
-
-    def __init__(self, num_tasks: int, arrays: dict[str, NDArray[Any]] | None = None) -> None:
-        shape = (0, num_tasks)
-        self._empty: dict[str, NDArray[Any]] = {
-            "group": np.zeros((0, 2), np.int64),  # is it a request; the request or user
-            "scores": np.zeros(shape, np.float32),
-            "labels": np.zeros(shape, np.float32),
-            "mask": np.zeros(shape, np.bool_),
-        }
-        self._parts = [self._empty if arrays is None else arrays]
-
-    def __len__(self) -> int:
-        return sum(len(part["group"]) for part in self._parts)
-
-    def add(self, examples: ExampleBlock, scores: F32) -> None:
-        """Add scored examples. A score that is not finite makes the AUC of its group undefined."""
-        has_request = examples.request_id != MISSING
-        group = np.stack([has_request, np.where(has_request, examples.request_id, examples.user_id)], axis=1)
-        mask: Bool = examples.label_mask
-        self._parts.append({"group": group, "scores": scores, "labels": examples.labels, "mask": mask})
-
-    def arrays(self) -> Arrays:
-        """All columns."""
-        merged = {name: np.concatenate([part[name] for part in self._parts]) for name in self._empty}
-        self._parts = [merged]
-        return merged
-
-    def group_auc(self) -> NDArray[np.float64]:
-        """(Σ examples · AUC, Σ examples) over the groups with both classes, per task. float64 [T, 2]."""
-        arrays = self.arrays()
-        totals = np.zeros((arrays["scores"].shape[1], 2))
-        if len(arrays["group"]) == 0:
-            return totals
-        group = np.unique(arrays["group"], axis=0, return_inverse=True)[1].ravel().astype(np.int64)
-        for t in range(len(totals)):
-            rows = arrays["mask"][:, t]
-            auc, examples, _ = group_auc(group[rows], arrays["scores"][rows, t], arrays["labels"][rows, t])
-            totals[t] = (auc * examples).sum(), examples.sum()
-        return totals
+def _beginning(examples: ExampleBlock) -> tuple[ExampleBlock, bool]:
+    """The first example of each impression, and whether these have their final labels."""
+    begins = examples.begins
+    beginning = examples if begins.all() else examples.take(begins)
+    return beginning, bool((examples.kind == WHOLE).all())
 
 
 def _as_served(examples: ExampleBlock, scores: F32) -> F32:

@@ -8,7 +8,7 @@ import numpy as np
 
 from feature_store.feedback_times import FeedbackTimes
 from smes.arrays import F64, I64
-from smes.events import CLOSING, ExampleBlock
+from smes.events import ExampleBlock
 from smes.schema import MISSING
 from smes_io.clock import wall_clock_ms
 from stream.mini_batches import BatchTimes
@@ -44,8 +44,7 @@ class FeedbackArrivals(Observer):
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Note the batch's feedback events: they are in the weights."""
         times = self._times_of(examples)
-        trained_on = examples.label_mask & (examples.kind != CLOSING)[:, None]
-        rows, tasks = np.nonzero((examples.feedback_arrival_ms != MISSING) & trained_on)
+        rows, tasks = np.nonzero((examples.feedback_arrival_ms != MISSING) & examples.label_mask)
         if times is None or len(rows) == 0:
             return
         of_feedback = np.ones(len(rows), np.int64)

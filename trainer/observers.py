@@ -44,13 +44,16 @@ class Observer:
     """Watches the training. A subclass overrides the methods that it needs; the others do nothing."""
 
     def before_step(self, examples: ExampleBlock) -> None:
-        """Called with each batch before the weights change on it."""
+        """Called with each batch before the weights change on it: with the examples to train on."""
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Called with each batch and its step's figures, in order, but possibly after the next step has started."""
 
     def after_failed_step(self, examples: ExampleBlock) -> None:
         """Called instead of :meth:`after_step` if the step's loss or gradients were not finite: it changed nothing."""
+
+    def after_closing(self, examples: ExampleBlock) -> None:
+        """Called with the examples of kind ``CLOSING``, after every step on their impressions."""
 
     def after_read(self) -> None:
         """Called after each read of the stream, whether or not it returned events."""
@@ -67,24 +70,32 @@ class DelayedResults:
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
-        self._kept: tuple[ExampleBlock, StepResult] | None = None
+        self._kept: tuple[ExampleBlock, StepResult | None, ExampleBlock] | None = None
 
-    def keep(self, examples: ExampleBlock, result: StepResult) -> None:
-        """Keep the result of the step just started, and deliver the one kept before."""
+    def keep(self, examples: ExampleBlock, result: StepResult | None, closings: ExampleBlock) -> None:
+        """Keep the result of the step just started, and deliver the one kept before.
+
+        Args:
+            examples: The examples trained on.
+            result: None if there were none.
+            closings: The examples of kind ``CLOSING`` that came with them.
+        """
         self.deliver()
-        self._kept = examples, result
+        self._kept = examples, result, closings
 
     def deliver(self) -> None:
         """Give the observers the result that is kept, if any."""
         if self._kept is None:
             return
-        (examples, result), self._kept = self._kept, None
-        figures = fetch(result)
+        (examples, result, closings), self._kept = self._kept, None
+        figures = None if result is None else fetch(result)
         for observer in self._observers:
-            if figures.taken:
+            if figures is not None and figures.taken:
                 observer.after_step(examples, figures)
-            else:
+            elif figures is not None:
                 observer.after_failed_step(examples)
+            if len(closings):
+                observer.after_closing(closings)
 
 
 class BatchSender:
@@ -99,12 +110,17 @@ class BatchSender:
         self._learner, self._ahead = learner, ahead
         self._sent: tuple[ExampleBlock, RankBatch] | None = None
 
-    def take(self, examples: ExampleBlock) -> RankBatch:
-        """The batch on the device: the one sent ahead if it is of these examples, else prepared now."""
+    def take(self, examples: ExampleBlock, to_train_on: ExampleBlock) -> RankBatch:
+        """The batch on the device: the one sent ahead if it is of these examples, else prepared now.
+
+        Args:
+            examples: The batch as it came from the stream.
+            to_train_on: Those of its examples to train on.
+        """
         sent, self._sent = self._sent, None
         if sent is not None and sent[0] is examples:
             return sent[1]
-        return self._learner.prepare(examples)
+        return self._learner.prepare(to_train_on)
 
     def send_ahead(self, upcoming: ExampleBlock | None) -> None:
         """Prepare the upcoming batch while the device is busy with a step.
@@ -112,5 +128,6 @@ class BatchSender:
         A cut or checkpoint taken before its step already has rows for its new ids. Those rows are untrained, and after
         a restart the same ids get the same rows.
         """
-        if self._ahead and upcoming is not None:
-            self._sent = upcoming, self._learner.prepare(upcoming)
+        to_train_on = upcoming.to_train_on() if self._ahead and upcoming is not None else None
+        if upcoming is not None and to_train_on:
+            self._sent = upcoming, self._learner.prepare(to_train_on)
