@@ -1,5 +1,7 @@
 """Connections to Redis with every wait bounded, and its errors in the project's terms.
 
+How a server lets us in is the business of :mod:`smes_io.redis_access`.
+
 Some of Redis' error answers say "not here" or "not now": a primary that became a replica, a server that loads its data
 or is busy with a script. These are treated as a lost connection. The client's connections are dropped, so that the next
 try resolves the address again and finds the server that is the primary now.
@@ -16,8 +18,10 @@ from redis.exceptions import AuthenticationError, AuthorizationError
 from redis.retry import Retry
 
 from smes.errors import EventLogError, EventLogUnavailable, FeatureStoreError, FeatureStoreUnavailable, SmesError
+from smes_io.redis_access import AccessRefused, RedisAccess, SlotRoute, options, user_of
 from smes_io.secrets import masked_text
 from smes_io.stopping import StoppableCalls
+from smes_io.tls import refusal
 
 _T = TypeVar("_T")
 _OUTAGE = (redis.ConnectionError, redis.TimeoutError)
@@ -42,6 +46,7 @@ _NOT_NOW = frozenset(
 """First words of the answers of a server that will, or another server that does, serve the same command later."""
 
 _IN_PIPELINE = "of pipeline caused error: "  # the client puts this, and the command, before an answer in a pipeline
+_NO_RIGHT = ("NOPERM", "ACL failure in script", "has no permissions to ")  # as commands, and scripts, are answered
 
 
 class NotNow(redis.ConnectionError):
@@ -54,7 +59,7 @@ class RedisErrors:
 
     Attributes:
         unavailable: No connection, or no answer in time.
-        denied: The credentials are wrong.
+        denied: The credentials, or the certificates of one of the two sides, are wrong.
         refused: Redis answered with an error, such as its memory being full.
         size_key: The configuration key that makes its user keep less.
     """
@@ -69,28 +74,40 @@ EVENT_LOG = RedisErrors(EventLogUnavailable, EventLogError, EventLogError, "max_
 FEATURE_STORE = RedisErrors(FeatureStoreUnavailable, FeatureStoreUnavailable, FeatureStoreError, "retain_bytes")
 
 
-def open_client(url: str, timeout_s: float, *, answer_timeout_s: float | None = None) -> redis.Redis:
+def open_client(
+    url: str,
+    timeout_s: float,
+    *,
+    answer_timeout_s: float | None = None,
+    access: RedisAccess | None = None,
+    namespace: str = "",
+) -> redis.Redis:
     """A client that connects on first use; safe to share between threads.
 
     Args:
         url: ``redis://[user[:password]@]host:port[/db]``, ``rediss://…`` or ``unix://path``.
         timeout_s: Longest wait for a connection and for an answer, each.
         answer_timeout_s: Longest wait for an answer where it differs, as for blocking commands.
+        access: How the server lets us in, beside what the URL says.
+        namespace: Whose keys the client is for; a cluster needs to know.
 
     Raises:
-        ValueError: The URL has another form, or the timeout is not positive.
+        ValueError: The URL has another form or does not fit ``access``, or the timeout is not positive.
     """
     if not timeout_s > 0:
         raise ValueError(f"Redis timeout {timeout_s} s, expected more than 0")
     try:
-        return redis.Redis.from_url(
-            url,
-            socket_connect_timeout=timeout_s,
-            socket_timeout=timeout_s if answer_timeout_s is None else answer_timeout_s,
-            # One retry, because the server may have closed an idle connection; never one after a timeout, which
-            # would double the wait.
-            retry=Retry(NoBackoff(), 1, (redis.ConnectionError,)),
+        pool = redis.ConnectionPool(
+            **{
+                "socket_connect_timeout": timeout_s,
+                "socket_timeout": timeout_s if answer_timeout_s is None else answer_timeout_s,
+                # One retry, because the server may have closed an idle connection; never one after a timeout, which
+                # would double the wait.
+                "retry": Retry(NoBackoff(), 1, (redis.ConnectionError,)),
+                **options(url, access or RedisAccess(), namespace),
+            }
         )
+        return redis.Redis.from_pool(pool)
     except ValueError as error:
         # The client's own message may quote a part of the password.
         why = "" if "@" in url else f" ({error})"
@@ -99,21 +116,27 @@ def open_client(url: str, timeout_s: float, *, answer_timeout_s: float | None = 
 
 
 def connect(
-    url: str, timeout_s: float, errors: RedisErrors = FEATURE_STORE, *, answer_timeout_s: float | None = None
+    url: str,
+    timeout_s: float,
+    errors: RedisErrors = FEATURE_STORE,
+    *,
+    answer_timeout_s: float | None = None,
+    access: RedisAccess | None = None,
+    namespace: str = "",
 ) -> redis.Redis:
     """A client whose server has answered.
 
     A server that is starting (refusing connections, loading its data) is asked again until ``timeout_s`` is over.
 
     Args:
-        url, timeout_s, answer_timeout_s: As :func:`open_client`.
+        url, timeout_s, answer_timeout_s, access, namespace: As :func:`open_client`.
         errors: Of the client's user.
 
     Raises:
         ValueError: As :func:`open_client`.
-        SmesError: ``errors.unavailable``: no answer in time. ``errors.denied``: wrong credentials.
+        SmesError: ``errors.unavailable``: no answer in time. ``errors.denied``: wrong credentials or certificates.
     """
-    client = open_client(url, timeout_s, answer_timeout_s=answer_timeout_s)
+    client = open_client(url, timeout_s, answer_timeout_s=answer_timeout_s, access=access, namespace=namespace)
     try:
         retry_during_outage(client, "connecting", client.ping, errors, timeout_s)
     except BaseException:
@@ -148,10 +171,12 @@ def retry_during_outage(
         try:
             return call()
         except redis.RedisError as error:
-            if (later := not_now(error)) is None:
-                raise
-            drop_connections(client)
-            raise later from error
+            if (later := not_now(error)) is not None:
+                drop_connections(client)
+                raise later from error
+            if not isinstance(error, AccessRefused) and (why := refusal(error)):
+                raise AccessRefused(why) from error  # of a client's certificate one hears after the handshake
+            raise
 
     what = f"Redis at {address(client)}: {doing}"
     with translated(client, doing, errors, tried_s=timeout_s):
@@ -174,6 +199,9 @@ def not_now(error: Exception) -> NotNow | None:
 
 def drop_connections(client: redis.Redis) -> None:
     """Close the connections that nobody uses at the moment; the next command resolves the address again."""
+    route = client.connection_pool.connection_kwargs.get("route")
+    if isinstance(route, SlotRoute):
+        route.doubt()
     client.connection_pool.disconnect(inuse_connections=False)
 
 
@@ -199,17 +227,24 @@ def translated(
     within = "" if tried_s is None else f" within {tried_s:g} s"
     try:
         yield
+    except AccessRefused as error:
+        raise errors.denied(f"{where} cannot be used while {doing}: {error}") from error
     except _DENIED as error:
         raise errors.denied(f"{where} refused the credentials while {doing}: {error}") from error
     except redis.RedisError as error:
         if (later := not_now(error)) is not None:
             drop_connections(client)
             raise errors.unavailable(f"{where} could not serve{within} while {doing}: {later}") from error
+        if why := refusal(error):
+            raise errors.denied(f"{where} cannot be used while {doing}: {why}") from error
         if isinstance(error, _OUTAGE):
             raise errors.unavailable(f"{where} gave no answer{within} while {doing}: {error}") from error
         if isinstance(error, redis.OutOfMemoryError):
             more = f"raise its maxmemory or keep less ({errors.size_key})"
             raise errors.refused(f"{where} has no memory left while {doing}: {more}: {error}") from error
+        if any(words in str(error) for words in _NO_RIGHT):
+            user = user_of(client.connection_pool.connection_kwargs) or "default"
+            raise errors.refused(f"{where}: user {user!r} lacks a right while {doing}: {error}") from error
         raise errors.refused(f"{where} refused while {doing}: {error}") from error
 
 
@@ -225,6 +260,7 @@ def address(client: redis.Redis) -> str:
     if "path" in settings:
         return f"unix://{settings['path']}"
     scheme = "rediss" if issubclass(pool.connection_class, redis.SSLConnection) else "redis"
-    user = (settings.get("username") or "") + (":***" if settings.get("password") else "")
+    secret = settings.get("password") or settings.get("credential_provider")
+    user = user_of(settings) + (":***" if secret else "")
     place = f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}/{settings.get('db') or 0}"
     return f"{scheme}://{user}{'@' if user else ''}{place}"

@@ -1,7 +1,6 @@
 """kafka-python's clients as the event log sets them up, and bounded retries against brokers that are away."""
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from smes.errors import EventLogError, EventLogUnavailable
 from smes.ranges import PositiveInt, check_ranges
 from smes_io.secrets import masked_text
 from smes_io.stopping import StoppableCalls
+from stream.log.kafka_access import KafkaAccess, NotLetIn, knock, lacks_a_right
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -78,13 +78,17 @@ class KafkaConnection:
         bootstrap: ``host:port[,host:port…]``.
         config: Limits of the log.
         connect_timeout_s: Longest wait for a first answer.
+        access: How the brokers let us in.
 
     Raises:
         ValueError: ``bootstrap`` is not of that form.
     """
 
-    def __init__(self, bootstrap: str, config: KafkaLogConfig, connect_timeout_s: float) -> None:
+    def __init__(
+        self, bootstrap: str, config: KafkaLogConfig, connect_timeout_s: float, access: KafkaAccess | None = None
+    ) -> None:
         self.bootstrap = bootstrap
+        self._access = access or KafkaAccess()
         self._addresses = _addresses(bootstrap)
         self.config = config
         self.connect_timeout_s = connect_timeout_s
@@ -139,7 +143,9 @@ class KafkaConnection:
 
         Raises:
             EventLogUnavailable: No answer in time.
-            EventLogError: The brokers answered with an error that trying again does not mend.
+            EventLogError: The brokers answered with an error that trying again does not mend, such as that of wrong
+                credentials, certificates or missing rights.
+            SecretError: A file or variable with a secret, or a certificate, cannot be read.
             Stopped: No answer yet when a stop was asked for.
         """
         timeout_s = self.config.outage_timeout_s if timeout_s is None else timeout_s
@@ -153,37 +159,50 @@ class KafkaConnection:
 
     def unavailable(self, what: str, timeout_s: float, error: Exception) -> EventLogUnavailable:
         """The error to raise when the brokers gave no answer in time."""
-        return EventLogUnavailable(f"Kafka at {self.bootstrap}: {what}: no answer within {timeout_s:g} s: {error!r}")
+        by = "" if self._access.protocol == "PLAINTEXT" else f" by {self._access.protocol}"
+        return EventLogUnavailable(
+            f"Kafka at {self.bootstrap}: {what}: no answer within {timeout_s:g} s{by}: {error!r}"
+        )
 
     def refused(self, what: str, error: Exception | None) -> EventLogError:
         """The error to raise when the brokers answered with one."""
+        if isinstance(error, NotLetIn):
+            return EventLogError(f"Kafka at {self.bootstrap}: {what}: {error}")
+        if lacks_a_right(error):
+            return EventLogError(
+                f"Kafka at {self.bootstrap}: {what}: {self._access.who} lacks a right (ACL): {error!r}"
+            )
         return EventLogError(f"Kafka at {self.bootstrap}: {what}: {error!r}")
 
     def _connect(self, kind: Callable[..., _T], options: dict[str, object]) -> _T:
-        """A client, or one of ``NOT_NOW`` where no broker answers; the addresses are resolved anew."""
-        self._find_listener()
+        """A client, or one of ``NOT_NOW`` where no broker answers; addresses, files and secrets are read anew."""
+        access = self._access.options()
+        self._find_listener(access)
         bootstrap_s = min(self.connect_timeout_s, _LONGEST_BOOTSTRAP_S)
         return kind(
             bootstrap_servers=self.bootstrap.split(","),
             bootstrap_timeout_ms=_ms(bootstrap_s),
             request_timeout_ms=_ms(min(_REQUEST_TIMEOUT_S, self.config.outage_timeout_s)),
             reconnect_backoff_max_ms=_MOST_RECONNECT_BACKOFF_MS,
+            **access,
             **options,
         )
 
-    def _find_listener(self) -> None:
-        """Raise KafkaConnectionError unless a bootstrap server accepts connections.
+    def _find_listener(self, access: dict[str, object]) -> None:
+        """Raise KafkaConnectionError unless a bootstrap server lets us in, NotLetIn if one says that it never will.
 
-        A client that finds none would fail too, but it would leave its thread and sockets behind.
+        A client that finds none would fail too, but it would leave its thread and sockets behind, and not say why.
         """
         errors = []
         for address in self._addresses:
             try:
-                socket.create_connection(address, timeout=min(1.0, self.connect_timeout_s)).close()
+                # Only a TCP connection where there is nothing to show: then within a second, like any other.
+                timeout_s = self.connect_timeout_s if len(access) > 1 else min(1.0, self.connect_timeout_s)
+                knock(address, access, min(timeout_s, _LONGEST_BOOTSTRAP_S))
                 return
-            except OSError as error:
+            except KafkaConnectionError as error:
                 errors.append(error)
-        raise KafkaConnectionError(str(errors[-1])) from errors[-1]
+        raise errors[-1]
 
 
 def close_all(clients: Mapping[str, Callable[[], object]]) -> None:

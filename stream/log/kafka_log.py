@@ -44,6 +44,7 @@ from stream.log.event_log import (
     check_partition_count,
     check_read,
 )
+from stream.log.kafka_access import KafkaAccess
 from stream.log.kafka_append import Appender
 from stream.log.kafka_brokers import Brokers
 from stream.log.kafka_connection import NOT_NOW, KafkaConnection, KafkaLogConfig, close_all
@@ -65,6 +66,7 @@ class KafkaLog:
         bootstrap: ``host:port[,host:port…]``.
         namespace: Topics are named ``{namespace}.{topic}``; empty: ``{topic}``.
         config: Limits.
+        access: How the brokers let us in.
         connect_timeout_s: Longest wait for a first answer of the brokers.
         now_ms: The producer's clock, Unix milliseconds; it stamps ``arrival_ms``.
         monotonic: Seconds; says for how long the log has been in trouble or has returned nothing.
@@ -72,6 +74,8 @@ class KafkaLog:
     Raises:
         ValueError: ``bootstrap`` is not of that form.
         EventLogUnavailable: No answer within ``connect_timeout_s``; the message names the bootstrap servers.
+        EventLogError: The brokers do not let us in.
+        SecretError: A file or variable with a secret, or a certificate, cannot be read.
     """
 
     def __init__(
@@ -80,11 +84,12 @@ class KafkaLog:
         namespace: str = "",
         config: KafkaLogConfig | None = None,
         *,
+        access: KafkaAccess | None = None,
         connect_timeout_s: float = 10.0,
         now_ms: Callable[[], int] = wall_clock_ms,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._connection = KafkaConnection(bootstrap, config or KafkaLogConfig(), connect_timeout_s)
+        self._connection = KafkaConnection(bootstrap, config or KafkaLogConfig(), connect_timeout_s, access)
         self._namespace = namespace
         self._now_ms, self._monotonic = now_ms, monotonic
         self._brokers = Brokers(self._connection)

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from smes.ranges import PositiveFloat, PositiveInt, check_ranges
+from smes_io.redis_access import RedisAccess
 from stream.log.event_log import EventLog
+from stream.log.kafka_access import KafkaAccess
 from stream.log.kafka_connection import KafkaLogConfig
 from stream.log.kafka_log import KafkaLog
 from stream.log.redis_log import RedisLogConfig, RedisStreamsLog, connect_log
@@ -19,8 +21,10 @@ class EventLogConfig:
 
     Attributes:
         kind: ``redis`` (Redis Streams) or ``kafka``.
-        redis_url: The Redis server, ``redis://[user:password@]host:port/database``.
+        redis_url: The Redis server, ``redis://[user:password@]host:port/database``, by TLS ``rediss://…``.
+        redis_access: How Redis lets us in, beside what the URL says.
         kafka_bootstrap: The Kafka brokers, ``host:port[,host:port…]``.
+        kafka_access: How Kafka lets us in.
         namespace: Prefix of keys and topics. Deployments with different namespaces can share a server.
         partitions: Partitions of each topic that is created.
         connect_timeout_s: Longest wait for the server's first answer.
@@ -30,7 +34,9 @@ class EventLogConfig:
 
     kind: Literal["redis", "kafka"] = "redis"
     redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_access: RedisAccess = field(default_factory=RedisAccess)
     kafka_bootstrap: str = "127.0.0.1:9092"
+    kafka_access: KafkaAccess = field(default_factory=KafkaAccess)
     namespace: str = "smes"
     partitions: PositiveInt = 2
     connect_timeout_s: PositiveFloat = 10.0
@@ -51,10 +57,21 @@ def open_event_log(config: EventLogConfig) -> EventLog:
     Raises:
         ValueError: The URL is malformed.
         EventLogUnavailable: No answer within ``connect_timeout_s``; the message names the server.
+        EventLogError: Wrong credentials or certificates.
+        SecretError: A file or variable with a secret, or a certificate, cannot be read.
     """
     if config.kind == "kafka":
         return KafkaLog(
-            config.kafka_bootstrap, config.namespace, config.kafka, connect_timeout_s=config.connect_timeout_s
+            config.kafka_bootstrap,
+            config.namespace,
+            config.kafka,
+            access=config.kafka_access,
+            connect_timeout_s=config.connect_timeout_s,
         )
-    client = connect_log(config.redis_url, timeout_s=config.connect_timeout_s)
+    client = connect_log(
+        config.redis_url,
+        timeout_s=config.connect_timeout_s,
+        access=config.redis_access,
+        namespace=config.namespace,
+    )
     return RedisStreamsLog(client, config.namespace, config.redis)

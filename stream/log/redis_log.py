@@ -1,6 +1,7 @@
 """The event log on Redis Streams (Redis 7 or newer, Valkey): the embedded default.
 
-Keys, all under ``{namespace}:log:``
+Keys, all under ``{namespace}:log:``. The braces are part of the key: a hash tag, so that one server of a Redis Cluster
+has all of them.
 
 ======================= ====== ==================================================================
 ``topics``              hash   topic → its number of partitions
@@ -29,6 +30,7 @@ from redis.typing import KeyT, StreamIdT
 from smes.errors import EventLogError, PositionOutOfRange
 from smes.ranges import NonNegativeFloat, PositiveInt, check_ranges
 from smes_io.clock import wall_clock_ms
+from smes_io.redis_access import RedisAccess, key_prefix
 from smes_io.redis_client import EVENT_LOG, address, connect, retry_during_outage
 from smes_io.stopping import StoppableCalls
 from stream.log.event_log import (
@@ -87,15 +89,22 @@ class RedisLogConfig:
         check_ranges(self)
 
 
-def connect_log(url: str, *, timeout_s: float) -> redis.Redis:
+def connect_log(url: str, *, timeout_s: float, access: RedisAccess | None = None, namespace: str = "") -> redis.Redis:
     """A client for :class:`RedisStreamsLog` whose server has answered.
 
+    Args:
+        url: Of the server.
+        timeout_s: Longest wait for a connection.
+        access: How the server lets us in, beside what the URL says.
+        namespace: Of the log; a cluster needs to know.
+
     Raises:
-        ValueError: The URL is malformed.
+        ValueError: The URL is malformed or does not fit ``access``.
         EventLogUnavailable: No answer within ``timeout_s``.
-        EventLogError: Wrong credentials.
+        EventLogError: Wrong credentials or certificates.
     """
-    return connect(url, timeout_s, EVENT_LOG, answer_timeout_s=max(timeout_s, 5 * _LONGEST_BLOCK_S))
+    answer_s = max(timeout_s, 5 * _LONGEST_BLOCK_S)
+    return connect(url, timeout_s, EVENT_LOG, answer_timeout_s=answer_s, access=access, namespace=namespace)
 
 
 class RedisStreamsLog:
@@ -103,7 +112,7 @@ class RedisStreamsLog:
 
     Args:
         client: From :func:`connect_log`; it must return bytes (no ``decode_responses``). Closing the log closes it.
-        namespace: First part of every key.
+        namespace: First part of every key, in braces: a hash tag, for clusters.
         config: Limits.
         now_ms: The producer's clock, Unix milliseconds; it stamps ``arrival_ms``.
     """
@@ -116,7 +125,7 @@ class RedisStreamsLog:
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._client = client
-        self._namespace = namespace
+        self._namespace, self._prefix = namespace, key_prefix(namespace)
         self._config = config or RedisLogConfig()
         self._now_ms = now_ms
         self._calls = StoppableCalls()
@@ -315,10 +324,10 @@ class RedisStreamsLog:
         return [TopicPartition(topic, i) for i in range(self.partitions(topic))]
 
     def _key(self, at: TopicPartition) -> str:
-        return f"{self._namespace}:log:{at.topic}:{at.partition}"
+        return f"{self._prefix}:log:{at.topic}:{at.partition}"
 
     def _topics_key(self) -> str:
-        return f"{self._namespace}:log:topics"
+        return f"{self._prefix}:log:topics"
 
 
 @dataclass(slots=True)

@@ -80,23 +80,23 @@ def redis_under_test(url: str, namespace: str, keep: Callable[[EventLog], EventL
         return keep(RedisStreamsLog(connect_log(url, timeout_s=30), namespace, now_ms=lambda: NOW_MS))
 
     def key(at: TopicPartition) -> str:
-        return f"{namespace}:log:{at.topic}:{at.partition}"
+        return f"{{{namespace}}}:log:{at.topic}:{at.partition}"
 
     def remove(topic: str) -> None:
-        client.hdel(f"{namespace}:log:topics", topic)
-        client.delete(*client.keys(f"{namespace}:log:{topic}:*"))
+        client.hdel(f"{{{namespace}}}:log:topics", topic)
+        client.delete(*client.keys(f"{{{namespace}}}:log:{topic}:*"))
 
     with redis.Redis.from_url(url) as client:
         yield LogUnderTest(
             open_log(),
             open_log,
             lambda at, offset: client.xtrim(key(at), minid=f"0-{offset + 1}", approximate=False),
-            lambda topic, partitions: client.hset(f"{namespace}:log:topics", topic, str(partitions)),
+            lambda topic, partitions: client.hset(f"{{{namespace}}}:log:topics", topic, str(partitions)),
             remove,
             lambda at, payload: client.xadd(key(at), {"foo": payload}, id="0-*"),
             lambda at, offset: client.xdel(key(at), f"0-{offset + 1}"),
         )
-        for name in client.scan_iter(f"{namespace}:*"):
+        for name in client.scan_iter(f"{{{namespace}}}:*"):
             client.delete(name)
 
 

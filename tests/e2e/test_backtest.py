@@ -193,4 +193,4 @@ def test_another_schema_goes_through_backtest_and_replay_by_its_schema_file_alon
     trained = drain(read_config(path))
     assert (trained["events"]["impressions"], trained["feedback"]["received"]) == (shop.visits, shop.feedback)
     with connect(redis_url, 20.0) as client:
-        assert client.hget(f"{namespace}:log:topics", "impressions") == b"2"
+        assert client.hget(f"{{{namespace}}}:log:topics", "impressions") == b"2"

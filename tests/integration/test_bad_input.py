@@ -176,7 +176,7 @@ def test_deleted_and_foreign_entries_are_counted_and_the_rest_trains(
     fill_servers(config, pairs, "json")
     impressions, feedback = totals(pairs)
     with connect(redis_url, 20.0) as client:
-        streams = [f"{namespace}:log:{topic}:0" for topic in (IMPRESSIONS, FEEDBACK)]
+        streams = [f"{{{namespace}}}:log:{topic}:0" for topic in (IMPRESSIONS, FEEDBACK)]
         for stream in streams:
             (entry, _) = client.xrange(stream, count=100)[-1]
             client.xdel(stream, entry)

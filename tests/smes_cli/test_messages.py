@@ -149,7 +149,7 @@ def test_a_process_that_read_a_log_prints_nothing_on_its_way_out(tmp_path: Path,
 def appends(redis_url: str, namespace: str) -> int:
     """Records of impressions in the event log."""
     with redis.Redis.from_url(redis_url) as client:
-        return sum(client.xlen(f"{namespace}:log:{IMPRESSIONS}:{partition}") for partition in range(2))
+        return sum(client.xlen(f"{{{namespace}}}:log:{IMPRESSIONS}:{partition}") for partition in range(2))
 
 
 def drained(config: Path) -> int:

@@ -123,7 +123,7 @@ def test_appending_goes_on_when_the_address_moves_to_a_new_primary(closing: Exit
 
     assert drain(log, {AT: 0}) == ["before", "after"]
     assert log.incarnations("t") == incarnation
-    assert new.xlen("ns:log:t:0") == 2
+    assert new.xlen("{ns}:log:t:0") == 2
 
 
 @pytest.fixture

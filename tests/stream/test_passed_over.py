@@ -89,8 +89,8 @@ def test_redis_streams_that_others_touched_are_read_on(redis_url: str, namespace
     append(log, range(400))
     stream = open_stream(log)
     with redis.Redis.from_url(redis_url) as client:
-        assert client.xdel(f"{namespace}:log:{IMPRESSIONS}:0", "0-101") == 1
-        foreign = client.xadd(f"{namespace}:log:{IMPRESSIONS}:0", {"who": "someone"}, id="0-*")
+        assert client.xdel(f"{{{namespace}}}:log:{IMPRESSIONS}:0", "0-101") == 1
+        foreign = client.xadd(f"{{{namespace}}}:log:{IMPRESSIONS}:0", {"who": "someone"}, id="0-*")
 
     read(stream, 400, 200)  # 399 of ours and the foreign one
 

@@ -24,7 +24,7 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 @pytest.fixture
 def key(namespace: str) -> str:
-    return f"{namespace}:log:t:0"
+    return f"{{{namespace}}}:log:t:0"
 
 
 @pytest.fixture
@@ -216,9 +216,9 @@ def test_a_key_of_another_type_is_named(log: RedisStreamsLog, client: redis.Redi
         with pytest.raises(EventLogError, match=rf"key {key} in Redis at .*holds a string, expected a stream.*DEL"):
             ask()
 
-    client.delete(key, f"{namespace}:log:topics")
-    client.set(f"{namespace}:log:topics", "junk")
-    with pytest.raises(EventLogError, match=rf"key {namespace}:log:topics .*holds a string, expected a hash"):
+    client.delete(key, f"{{{namespace}}}:log:topics")
+    client.set(f"{{{namespace}}}:log:topics", "junk")
+    with pytest.raises(EventLogError, match=rf"key {{{namespace}}}:log:topics .*holds a string, expected a hash"):
         log.ensure_topic("u", 1)
 
 
@@ -226,9 +226,9 @@ def test_a_key_of_another_type_is_named(log: RedisStreamsLog, client: redis.Redi
 def test_a_number_of_partitions_that_is_none_is_named(
     log: RedisStreamsLog, client: redis.Redis, namespace: str, junk: str
 ) -> None:
-    client.hset(f"{namespace}:log:topics", "bad", junk)
+    client.hset(f"{{{namespace}}}:log:topics", "bad", junk)
 
-    with pytest.raises(EventLogError, match=rf"topic 'bad' .*{namespace}:log:topics: b'{junk}', expected a number"):
+    with pytest.raises(EventLogError, match=rf"topic 'bad' .*{{{namespace}}}:log:topics: b'{junk}', expected a number"):
         log.partitions("bad")
 
 
@@ -277,7 +277,7 @@ def test_retention_and_deletions_together_lose_nothing_of_what_is_there(redis_ur
     append(log, 0, 1000)
     begin = log.begin("t")[AT]
     with redis.Redis.from_url(redis_url) as client:
-        client.xdel(f"{namespace}:log:t:0", f"0-{begin + 11}")
+        client.xdel(f"{{{namespace}}}:log:t:0", f"0-{begin + 11}")
 
     fetches, _ = read_all(log, {AT: begin}, 7)
     log.close()

@@ -299,7 +299,7 @@ def log(request: pytest.FixtureRequest, namespace: str) -> Iterator[EventLog]:
     url: str = request.getfixturevalue("redis_url")
     yield RedisStreamsLog(connect_log(url, timeout_s=30), namespace, now_ms=lambda: now["ms"])
     with redis.Redis.from_url(url) as client:
-        for key in client.scan_iter(f"{namespace}:*"):
+        for key in client.scan_iter(f"{{{namespace}}}:*"):
             client.delete(key)
 
 

@@ -89,13 +89,13 @@ def _redis(url: str, namespace: str) -> World:
 
     def make_anew() -> None:
         with redis.Redis.from_url(url) as client:
-            client.delete(*client.scan_iter(f"{namespace}:*"))
+            client.delete(*client.scan_iter(f"{{{namespace}}}:*"))
         for topic in (IMPRESSIONS, FEEDBACK):
             logs[1].ensure_topic(topic, 2)
 
     def grow(topic: str, partitions: int) -> None:
         with redis.Redis.from_url(url) as client:
-            client.hset(f"{namespace}:log:topics", topic, str(partitions))
+            client.hset(f"{{{namespace}}}:log:topics", topic, str(partitions))
         assert wait_until(lambda: logs[1].partitions(topic) == partitions, timeout_s=HANG_S)
 
     return World(logs[0], logs[1], grow, make_anew)

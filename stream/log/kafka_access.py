@@ -1,0 +1,206 @@
+"""How Kafka's brokers let us in: TLS, SASL, and a knock at a listener that tells at once why it would not.
+
+kafka-python's clients try again and again when a broker refuses the handshake or the credentials, and say in the end
+that nobody answered. So before a client is made, :func:`knock` connects, shakes hands and authenticates once by itself.
+"""
+
+import logging
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from kafka.errors import (
+    AuthorizationError,
+    KafkaConnectionError,
+    KafkaError,
+    UnsupportedSaslMechanismError,
+    for_code,
+)
+from kafka.net.sasl import get_sasl_mechanism
+from kafka.protocol.parser import KafkaProtocol
+from kafka.protocol.sasl import SaslAuthenticateRequest, SaslHandshakeRequest
+
+from smes.ranges import check_ranges
+from smes_io.secrets import HIDDEN, SecretError, SecretPlace
+from smes_io.tls import TlsFiles, refusal
+
+_T = TypeVar("_T")
+
+_MOST_STEPS = 4  # of an exchange of credentials; SCRAM has two
+_PIECE = 65_536
+_REFUSAL_S = 0.2
+_TELLTALE_LOGS = ("kafka.admin", "kafka.consumer", "kafka.net", "kafka.producer", "kafka.protocol")
+
+
+class NotLetIn(KafkaError):  # type: ignore[misc]  # kafka-python has no types
+    """The brokers, or what we have to show to them, are not as they should be; to try again would not help."""
+
+
+@dataclass(frozen=True)
+class KafkaAccess:
+    """How the brokers let us in.
+
+    Attributes:
+        protocol: Of the listener, in Kafka's own words.
+        mechanism: Of the ``SASL_`` protocols.
+        user: The user's name, for the same.
+        password: Where the user's password is, for the same.
+        tls: Certificates, for ``SSL`` and ``SASL_SSL``.
+    """
+
+    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    user: str | None = None
+    password: SecretPlace | None = None
+    tls: TlsFiles = field(default_factory=TlsFiles)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for key in ("user", "password"):
+            if self.sasl and getattr(self, key) is None:
+                wanted = "a name" if key == "user" else "file or env"
+                raise ValueError(f"KafkaAccess.{key}: missing for protocol {self.protocol}, expected {wanted}")
+            if not self.sasl and getattr(self, key) is not None:
+                raise ValueError(f"KafkaAccess.{key}: given for protocol {self.protocol}, expected SASL_SSL")
+        if not self.encrypted and self.tls != TlsFiles():
+            raise ValueError(f"KafkaAccess.tls: given for protocol {self.protocol}, expected SSL or SASL_SSL")
+
+    @property
+    def sasl(self) -> bool:
+        """Whether a user logs in."""
+        return self.protocol.startswith("SASL_")
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection is by TLS."""
+        return self.protocol.endswith("SSL")
+
+    @property
+    def who(self) -> str:
+        """Whom the brokers take us for, as far as we can tell."""
+        return f"user {self.user!r}" if self.sasl else "the client's certificate" if self.encrypted else "everybody"
+
+    def options(self) -> dict[str, object]:
+        """Arguments of kafka-python's clients; files and secrets are read now.
+
+        Raises:
+            SecretError: One of them cannot be read.
+        """
+        options: dict[str, object] = {"security_protocol": self.protocol}
+        if self.encrypted:
+            options["ssl_context"] = _named("tls", self.tls.context)
+            options["ssl_check_hostname"] = self.tls.check_hostname
+        if self.sasl:
+            assert self.password is not None, "checked when it was made"
+            keep_secrets_out_of_logs()
+            options["sasl_mechanism"] = self.mechanism
+            options["sasl_plain_username"] = self.user
+            options["sasl_plain_password"] = _Hidden(_named("password", self.password.read))
+        return options
+
+
+class _Hidden(str):
+    """A secret that no message shows by accident: the clients log their configuration."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(HIDDEN)
+
+
+def keep_secrets_out_of_logs() -> None:
+    """Silence the client's debug messages: they have every byte that is sent, and so the passwords of PLAIN."""
+    for name in _TELLTALE_LOGS:
+        log = logging.getLogger(name)
+        log.setLevel(max(log.level, logging.INFO))
+
+
+def knock(address: tuple[str, int], options: dict[str, object], timeout_s: float) -> None:
+    """Connect to a listener, shake hands and log in, as a client with these options would.
+
+    Args:
+        address: Host and port.
+        options: From :meth:`KafkaAccess.options`.
+        timeout_s: Longest wait for each answer.
+
+    Raises:
+        KafkaConnectionError: Nobody answers, or not to the end.
+        NotLetIn: The certificates or the credentials are refused; the message says why.
+    """
+    host, port = address
+    try:
+        with socket.create_connection(address, timeout=timeout_s) as plain:
+            context = options.get("ssl_context")
+            if not isinstance(context, ssl.SSLContext):
+                _log_in(plain, options, host)
+                return
+            with context.wrap_socket(plain, server_hostname=host) as encrypted:
+                _log_in(encrypted, options, host)
+                if "sasl_mechanism" not in options:
+                    _hear_refusal(encrypted)
+    except OSError as error:
+        if why := refusal(error):
+            raise NotLetIn(f"{host}:{port} cannot be used: {why}") from error
+        within = " during the TLS handshake (does the listener speak TLS?)" if isinstance(error, ssl.SSLError) else ""
+        raise KafkaConnectionError(f"{host}:{port}{within}: {error}") from error
+    except NotLetIn as error:
+        raise NotLetIn(f"{host}:{port} {error}") from error.__cause__
+
+
+def lacks_a_right(error: BaseException | None) -> bool:
+    """Whether the brokers say that the user may not do this."""
+    return isinstance(error, AuthorizationError)
+
+
+def _named(key: str, read: Callable[[], _T]) -> _T:
+    try:
+        return read()
+    except SecretError as error:
+        raise SecretError(f"event_log.kafka_access.{key}: {error}") from error
+
+
+def _log_in(connection: socket.socket, options: dict[str, object], host: str) -> None:
+    """Exchange credentials as https://kafka.apache.org/protocol says, if there are any."""
+    name = options.get("sasl_mechanism")
+    if not isinstance(name, str):
+        return
+    talk = KafkaProtocol(client_id="smes")
+    answer = _ask(connection, talk, SaslHandshakeRequest(version=1, mechanism=name))
+    if for_code(answer.error_code) is UnsupportedSaslMechanismError or name not in answer.mechanisms:
+        offered = ", ".join(answer.mechanisms) or "none"
+        raise NotLetIn(f"offers the SASL mechanisms {offered}, expected {name}")
+    user, exchange = options["sasl_plain_username"], get_sasl_mechanism(name)(host=host, **options)
+    for _ in range(_MOST_STEPS):
+        if exchange.is_done():
+            return
+        answer = _ask(connection, talk, SaslAuthenticateRequest(version=1, auth_bytes=exchange.auth_bytes()))
+        if answer.error_code:
+            why = answer.error_message or for_code(answer.error_code).__name__
+            raise NotLetIn(f"refused the credentials of user {user!r} ({name}): {why}")
+        try:
+            exchange.receive(answer.auth_bytes)
+        except (ValueError, KeyError) as error:  # it does not know the password either
+            raise NotLetIn(f"did not prove that it knows user {user!r} ({name})") from error
+    raise NotLetIn(f"did not end the exchange of credentials of user {user!r} ({name})")
+
+
+def _ask(connection: socket.socket, talk: KafkaProtocol, request: Any) -> Any:
+    talk.send_request(request)
+    connection.sendall(talk.send_bytes())
+    while True:
+        received = connection.recv(_PIECE)
+        if not received:
+            raise ConnectionResetError("the listener closed the connection (does it speak SASL?)")
+        for _, answer in talk.receive_bytes(received):
+            return answer
+
+
+def _hear_refusal(connection: ssl.SSLSocket) -> None:
+    """Raise what the listener has to say of our certificate: in TLS 1.3 it says so after the handshake."""
+    connection.settimeout(_REFUSAL_S)
+    try:
+        connection.recv(1)
+    except TimeoutError:
+        return  # silence is consent
