@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smes.hashing import GOLDEN, splitmix64
 from smes.id_map import ABSENT, IdMap
 
 
@@ -76,3 +77,51 @@ def test_from_keys_gives_each_key_its_place_as_row() -> None:
 def test_from_keys_refuses_a_key_twice() -> None:
     with pytest.raises(ValueError, match="1 of 3 occur twice"):
         IdMap.from_keys(np.array([1, 2, 1], np.int64))
+
+
+def unscattered(hashes: np.ndarray) -> np.ndarray:
+    """The ids that SplitMix64's finaliser maps to these hashes. uint64 → int64."""
+
+    def unshift(x: np.ndarray, bits: int) -> np.ndarray:
+        y = x
+        for _ in range(64 // bits + 1):
+            y = x ^ (y >> np.uint64(bits))
+        return y
+
+    inverse = {c: np.uint64(pow(c, -1, 2**64)) for c in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)}
+    x = unshift(hashes, 31) * inverse[0x94D049BB133111EB]
+    return unshift(unshift(x, 27) * inverse[0xBF58476D1CE4E5B9], 30).view(np.int64)
+
+
+@pytest.mark.parametrize("spread", ["everywhere", "end", "both ends"])
+def test_growth_step_by_step_loses_nothing_wherever_searches_begin(spread: str) -> None:
+    """Searches that begin at the end of the table go on at its start, where a growth may have begun to move ids."""
+    rng = np.random.default_rng(1)
+    hashes = rng.integers(0, 2**64, 12_000, dtype=np.uint64, endpoint=False)
+    near = hashes >> np.uint64(16)  # within the last of 2**16 parts of the table
+    if spread == "end":
+        hashes[::9] = ~near[::9]
+    elif spread == "both ends":
+        hashes[::18], hashes[9::18] = near[::18], ~near[9::18]
+    assert np.array_equal(splitmix64(unscattered(hashes) - GOLDEN.view(np.int64)), hashes)
+    naive, fast = NaiveMap(), IdMap(1)
+    ids = unscattered(hashes)
+    for step in range(400):
+        seen = ids[: 30 * (step + 1)]
+        new = rng.permutation(np.concatenate([seen[-30:], rng.choice(seen, 10)]))
+        assert fast.insert(new).tolist() == [naive.insert(key) for key in new.tolist()]
+        gone = rng.choice(seen, int(rng.integers(0, 20)))
+        assert fast.remove(gone).tolist() == [naive.remove(key) for key in gone.tolist()]
+        if step % 8 == 0:
+            assert fast.find(ids).tolist() == [naive.rows.get(key, ABSENT) for key in ids.tolist()]
+    assert len(fast) == len(naive.rows)
+    assert dict(zip(*(part.tolist() for part in fast.items()), strict=True)) == naive.rows
+
+
+def test_an_id_takes_few_bytes() -> None:
+    id_map = IdMap()
+    for part in np.arange(600_000).reshape(-1, 1000):
+        id_map.insert(part)
+        if len(id_map) > 100_000:
+            assert id_map.nbytes < 27 * len(id_map)
+    assert id_map.nbytes < 8 * 600_000 + 4 * 2**20 + 1000
