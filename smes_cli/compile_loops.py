@@ -3,10 +3,15 @@
 A module of its own because it imports no torch: the demo's process compiles before it starts its workers.
 """
 
+import numpy as np
+
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.hashing import splitmix64
-from smes.model.ids import DistinctRows, IdRows, readers, uniform_rows
+from smes.model.id_rows import IdRows
+from smes.model.id_rows_kernels import not_among, not_seen_since, oldest
+from smes.model.ids import readers, uniform_rows
 from smes.model.numeric_moments import NumericMoments
+from smes.model.rows_config import RowsConfig
 from smes.schema import Schema
 from smes_cli.config import Config
 from stream.block_stream import BlockStream
@@ -24,12 +29,19 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
         stream.poll(0)
     examples = stream.next_batch()
     assert examples is not None, "the stream has ended, so its one impression is complete"
-    table = IdRows(schema)
-    rows_BW = table.insert(examples.ids)
-    table.find(examples.ids)
-    distinct_U, cells_BW = DistinctRows()(rows_BW, len(table))
-    readers(cells_BW, len(distinct_U))
-    uniform_rows(table.keys(), 1, config.model.embedding_scale, config.trainer.seed)
+    _compile_rows(config, schema, examples)
     splitmix64(impressions.ids[0])
     NumericMoments(schema).observe(examples.numerics)
     return examples
+
+
+def _compile_rows(config: Config, schema: Schema, examples: ExampleBlock) -> None:
+    rows = IdRows(schema, RowsConfig(admit_after=2, budget=1))
+    batch = rows.assign(examples.ids, 0)
+    rows.find(examples.ids)
+    readers(batch.cells_BW, len(batch.rows_U))
+    uniform_rows(rows.keys(batch.rows_U), 1, config.model.embedding_scale, config.trainer.seed)
+    seen_s, vocabulary = np.zeros(1, np.uint32), np.zeros(1, np.int16)
+    oldest(seen_s, vocabulary, np.ones(1, np.bool_), 1)
+    not_seen_since(seen_s, vocabulary, np.zeros(1, np.int64))
+    not_among(batch.rows_U, batch.rows_U)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le, Lt
 
 from smes.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
@@ -153,9 +153,6 @@ def _plain(value: Any) -> Any:
     return [_plain(element) for element in value] if isinstance(value, tuple) else value
 
 
-AdagradPower = Annotated[float, Gt(0), Le(1)]
-
-
 @dataclass(frozen=True)
 class AdagradConfig:
     """Adagrad on touched rows (Duchi et al., 2011).
@@ -164,26 +161,16 @@ class AdagradConfig:
         learning_rate: Step size.
         row_wise: One accumulator per row (the mean of the squared gradient over its columns, as in FBGEMM's
             ``EXACT_ROWWISE_ADAGRAD``) instead of one per weight.
-        initial_accumulator: a₀, start of the accumulators. They sum squared gradients of the *summed* loss, so that
-            their meaning does not depend on the batch size.
-        half_life_s: Accumulators forget: what a row's accumulator a has above a₀ halves in so many seconds of event
-            time, so that a row keeps learning where the stream drifts. Before a step that comes Δ seconds after the row
-            was last seen, ``a ← a₀ + (a − a₀)·2^(−Δ / half_life_s)``. None: they never forget, as Adagrad does.
-        power: p, how fast a row's rate falls with its frequency: the step is ``rate · g / (√a₀ · (a / a₀)^p)``, so that
-            after n like gradients the rate is about ``n^−p`` of the first one's. 0.5 is Adagrad; less keeps frequent
-            ids moving, more settles them sooner.
+        initial_accumulator: Start of the accumulators. They sum squared gradients of the *summed* loss, so that their
+            meaning does not depend on the batch size.
     """
 
     learning_rate: PositiveFloat
     row_wise: bool
     initial_accumulator: NonNegativeFloat = 0.1
-    half_life_s: PositiveFloat | None = None
-    power: AdagradPower = 0.5
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.power != 0.5 and not self.initial_accumulator:
-            raise ValueError(f"AdagradConfig.initial_accumulator: 0, expected more than 0 with power {self.power}")
 
 
 _Decay = Annotated[float, Ge(0), Lt(1)]
@@ -201,8 +188,12 @@ class OptimizerConfig:
         wide_learning_rate: Of the linear part's ids (Adagrad). The linear part's weights of numeric features are dense
             weights like others: at an Adagrad rate they drown what the ranker learns (docs/quality.md).
         initial_accumulator: Start of Adagrad's accumulators; see :class:`AdagradConfig`.
-        accumulator_half_life_s: Seconds of event time in which they forget half; see :attr:`AdagradConfig.half_life_s`.
-        frequency_power: How fast a row's rate falls with its frequency; see :attr:`AdagradConfig.power`.
+        accumulator_half_life_s: Adagrad's accumulators forget: what a row's accumulators have above their start halves
+            in so many seconds of event time, so that rows keep learning where the stream drifts. Null: they never
+            forget.
+        frequency_power: q. The learning rate of a row falls with its frequency, in addition to what Adagrad does: it is
+            multiplied by ``n^-q`` in the n-th batch that reads the row. Adagrad alone goes about as ``n^-0.5``. Less
+            than 0 keeps frequent ids moving, more than 0 settles them sooner.
     """
 
     learning_rate: PositiveFloat = 2e-3
@@ -212,24 +203,17 @@ class OptimizerConfig:
     wide_learning_rate: PositiveFloat = 0.03
     initial_accumulator: NonNegativeFloat = 0.1
     accumulator_half_life_s: PositiveFloat | None = None
-    frequency_power: AdagradPower = 0.5
+    frequency_power: Annotated[float, Ge(-0.5), Le(0.5)] = 0.0
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.frequency_power != 0.5 and not self.initial_accumulator:
-            wanted = f"expected more than 0 with frequency_power {self.frequency_power}"
-            raise ValueError(f"OptimizerConfig.initial_accumulator: 0, {wanted}")
 
     @property
     def embedding(self) -> AdagradConfig:
         """The rule for embedding rows."""
-        return self._adagrad(self.embedding_learning_rate, row_wise=True)
+        return AdagradConfig(self.embedding_learning_rate, True, self.initial_accumulator)
 
     @property
     def wide(self) -> AdagradConfig:
         """The rule for the linear part's weights."""
-        return self._adagrad(self.wide_learning_rate, row_wise=False)
-
-    def _adagrad(self, learning_rate: float, *, row_wise: bool) -> AdagradConfig:
-        half_life_s, power = self.accumulator_half_life_s, self.frequency_power
-        return AdagradConfig(learning_rate, row_wise, self.initial_accumulator, half_life_s, power)
+        return AdagradConfig(self.wide_learning_rate, False, self.initial_accumulator)

@@ -6,7 +6,7 @@ after it give the table of the last delta, bit for bit.
 Letters: N rows that changed, M rows that went, C columns of a group.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,6 +96,19 @@ class StateArray:
     shape: tuple[int, ...]
     pieces: Callable[[], Iterator[NDArray[Any]]]
 
+    def read(self) -> NDArray[Any]:
+        """The whole array."""
+        array: NDArray[Any] = (
+            np.concatenate([np.zeros((0, *self.shape[1:]), self.dtype), *self.pieces()])
+            if self.shape
+            else next(self.pieces())
+        )
+        return array
+
+
+class _Closing(Protocol):
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class StateView:
@@ -103,11 +116,16 @@ class StateView:
 
     Attributes:
         arrays: The names and arrays that :meth:`smes.model.learner.Learner.load_state` expects.
-        close: Lets the table forget what it kept for this view. May be called more than once, from any thread.
+        views: What keeps that moment.
     """
 
     arrays: Mapping[str, StateArray]
-    close: Callable[[], None]
+    views: Sequence[_Closing]
+
+    def close(self) -> None:
+        """Let the table forget what it kept for this view. May be called more than once, from any thread."""
+        for view in self.views:
+            view.close()
 
 
 def whole(array: NDArray[Any]) -> StateArray:

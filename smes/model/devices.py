@@ -8,7 +8,7 @@ T tasks.
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smes.arrays import F32, I64
-from smes.events import ExampleBlock
+from smes.events import WHOLE, ExampleBlock
+from smes.model.delayed_feedback import DelayedWeights
 from smes.model.features import FeatureInputs
+from smes.model.id_rows import BatchRows
 from smes.model.ids import pool_weights, readers
-from smes.model.table import Readers, read_cells
+from smes.model.table import Cells, Readers
 from smes.schema import Schema
 
 
@@ -159,24 +161,29 @@ class RankBatch:
         rows_U: int64, the distinct table rows of the batch.
         cells_BW: int64, for each id the place of its row in ``rows_U``.
         readers: For each row in ``rows_U`` the cells that read it; None on a GPU.
+        keep_U, rate_U: As in :class:`smes.model.id_rows.BatchRows`.
         pool_BW: float32, weight of each id within its bag or sequence; None for a schema without them.
         numerics_BF: float32, NaN where missing.
-        numerics: The same on the host.
+        numerics: The same on the host, of the rows that are the first of their impressions.
         labels_BT: float32.
         mask_BT: bool, true where there is a label.
         weight_B: float32, sample weights; their sum is at most B.
+        late_share_BT: float32, as in :class:`smes.events.ExampleBlock`; None if every example is whole.
         ticket: Tells the device when the copies of these tensors have arrived.
     """
 
     rows_U: Tensor
     cells_BW: Tensor
     readers: Readers | None
+    keep_U: Tensor | None
+    rate_U: Tensor | None
     pool_BW: Tensor | None
     numerics_BF: Tensor
     numerics: F32
     labels_BT: Tensor
     mask_BT: Tensor
     weight_B: Tensor
+    late_share_BT: Tensor | None
     ticket: object
 
     def __len__(self) -> int:
@@ -186,40 +193,47 @@ class RankBatch:
     def receive(self, device: Device) -> None:
         """Let the computation wait until this batch has arrived on the device that it was sent to."""
         columns = (self.rows_U, self.cells_BW, self.numerics_BF, self.labels_BT, self.mask_BT, self.weight_B)
-        device.receive([*columns] if self.pool_BW is None else [*columns, self.pool_BW], self.ticket)
+        optional = (self.keep_U, self.rate_U, self.pool_BW, self.late_share_BT)
+        device.receive([*columns, *(column for column in optional if column is not None)], self.ticket)
 
-    def inputs(self, leaves: Mapping[str, Tensor]) -> FeatureInputs:
+    def inputs(self, cells: Cells) -> FeatureInputs:
         """What the model reads.
 
         Args:
-            leaves: Table name → float32 [U, C], the table's rows ``rows_U``.
+            cells: What the cells of this batch read from the table.
         """
-        cells = {name: read_cells(leaf_UC, self.cells_BW, self.readers) for name, leaf_UC in leaves.items()}
-        return FeatureInputs(cells.get("embedding"), cells.get("wide"), self.pool_BW, self.numerics_BF)
+        read = cells.values
+        return FeatureInputs(read.get("embedding"), read.get("wide"), self.pool_BW, self.numerics_BF)
+
+    def delayed_weights(self, logits_BT: Tensor) -> DelayedWeights | None:
+        """Weights of the labels where some feedback is still to come; None if every example is whole."""
+        return None if self.late_share_BT is None else DelayedWeights.of(logits_BT, self.labels_BT, self.late_share_BT)
 
 
-def send_batch(examples: ExampleBlock, rows_U: I64, cells_BW: I64, schema: Schema, device: Device) -> RankBatch:
+def send_batch(examples: ExampleBlock, rows: BatchRows, schema: Schema, device: Device) -> RankBatch:
     """Send examples to a device.
 
     Args:
         examples: B ≥ 1 examples.
-        rows_U: Their distinct table rows.
-        cells_BW: For each id the place of its row in ``rows_U``.
+        rows: The rows of the table that they read.
         schema: The schema of the examples.
         device: Where to.
     """
     send = device.send
-    pool_BW = pool_weights(schema, examples.ids)
+    pool_BW, begins = pool_weights(schema, examples.ids), examples.begins
     return RankBatch(
-        rows_U=send(rows_U),
-        cells_BW=send(cells_BW),
-        readers=_readers(cells_BW, len(rows_U), device),
+        rows_U=send(rows.rows_U),
+        cells_BW=send(rows.cells_BW),
+        readers=_readers(rows.cells_BW, len(rows.rows_U), device),
+        keep_U=None if rows.keep_U is None else send(rows.keep_U),
+        rate_U=None if rows.rate_U is None else send(rows.rate_U),
         pool_BW=None if pool_BW is None else send(pool_BW),
         numerics_BF=send(examples.numerics),
-        numerics=np.ascontiguousarray(examples.numerics),
+        numerics=np.ascontiguousarray(examples.numerics if begins.all() else examples.numerics[begins]),
         labels_BT=send(examples.labels),
         mask_BT=send(examples.label_mask),
         weight_B=send(_bounded(examples.weight)),
+        late_share_BT=None if (examples.kind == WHOLE).all() else send(examples.late_share),
         ticket=device.ticket(),  # last: it covers everything sent before it
     )
 

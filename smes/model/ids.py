@@ -1,25 +1,25 @@
 """From ids to table rows. All id, bag and sequence features share one growing table.
 
-Letters: B instances, W id columns (:attr:`Schema.id_width`), U distinct rows of a batch, V vocabularies.
+Letters: B and N instances, W id columns (:attr:`Schema.id_width`), U distinct rows of a batch, V vocabularies.
 
 The table finds an id by its *key*, a 64-bit hash of the id and its vocabulary's salt. The hash is a bijection for each
 vocabulary, so two ids of one vocabulary never get the same key. Ids of two vocabularies do only if the xor of the ids
 equals the xor of the salts. In practice this never happens for small ids. For n hashed ids the chance that any pair
 collides is about n²/2⁶⁵: 3 in a million for 10 million ids.
 
-Rows 0 … V-1 are the *default rows*, one per vocabulary. A missing value reads the default row, and so does, in serving,
-an id that was never trained on.
+Each vocabulary has a *default row*, which a missing value reads. An id without a row of its own (it was never seen, not
+seen often enough, or not for long: :mod:`smes.model.id_rows`) reads one of its vocabulary's *shared rows*, or the
+default row if it has none.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numba import njit
 
-from smes.arrays import F32, I64, GrowingColumns, grown
+from smes.arrays import F32, I64
 from smes.hashing import GOLDEN, scatter
-from smes.id_map import ABSENT, IdMap
 from smes.schema import MISSING, Schema
 
 
@@ -28,19 +28,33 @@ class IdKeys:
 
     Args:
         schema: Its id, bag and sequence features give the columns and the vocabularies.
+        shared_rows: How many rows the ids without their own share, by vocabulary; 0 where they read the default row.
+            int64 [V], as in the weights ``dense.shared_rows_V``. None: 0 for all.
 
     Attributes:
-        required: int64 [V], the keys of the rows that every table has: the default rows.
+        vocabularies: Their names, in the order of their first features.
+        vocabulary_W: int64, the vocabulary of each column.
+        shared_rows: As given.
+        required: int64 [V + shared rows], the keys of the rows that every table has: first the default rows, then the
+            shared ones.
     """
 
-    def __init__(self, schema: Schema) -> None:
-        vocabularies = list(dict.fromkeys(f.vocabulary_name for f in schema.id_features))
-        salts = np.array([_salt(v) for v in vocabularies], np.int64)
-        index = {v: i for i, v in enumerate(vocabularies)}
-        vocabulary_W = np.array(per_column(schema, [index[f.vocabulary_name] for f in schema.id_features]), np.int64)
-        self._salt_W = salts[vocabulary_W]
-        self.required: I64 = _mix(np.full((1, len(salts)), MISSING, np.int64), salts)
-        self._default_W: I64 = self.required[vocabulary_W]
+    def __init__(self, schema: Schema, shared_rows: Sequence[int] | I64 | None = None) -> None:
+        self.vocabularies = tuple(dict.fromkeys(f.vocabulary_name for f in schema.id_features))
+        salts = np.array([_salt(v) for v in self.vocabularies], np.int64)
+        index = {v: i for i, v in enumerate(self.vocabularies)}
+        self.vocabulary_W: I64 = np.array(
+            per_column(schema, [index[f.vocabulary_name] for f in schema.id_features]), np.int64
+        )
+        self._salt_W = salts[self.vocabulary_W]
+        defaults = _mix(np.full((1, len(salts)), MISSING, np.int64), salts)
+        self.shared_rows: I64 = np.array(np.zeros(len(salts)) if shared_rows is None else shared_rows, np.int64)
+        shared = [
+            _mix(np.arange(count).reshape(-1, 1), np.array([_salt(f"\0shared rows of {name}")], np.int64))
+            for name, count in zip(self.vocabularies, self.shared_rows, strict=True)
+        ]
+        self.required: I64 = np.concatenate([defaults, *shared])
+        self._first_shared = len(defaults) + np.cumsum(self.shared_rows) - self.shared_rows
 
     def own(self, ids_NW: I64) -> I64:
         """The key of each id; of a missing one that of the default row. int64 [N, W] → int64 [N·W]."""
@@ -49,84 +63,20 @@ class IdKeys:
 
     def shared(self, ids_NW: I64) -> I64:
         """The key of the row that each id reads while it has none of its own. int64 [N, W] → int64 [N·W]."""
-        return np.tile(self._default_W, len(ids_NW))
+        vocabulary = np.tile(self.vocabulary_W, len(ids_NW))
+        keys: I64 = self.required[self.required_place(self.own(ids_NW), vocabulary)]
+        return keys
 
-
-class IdRows:
-    """Which row of the table each id has.
-
-    Args:
-        schema: Its id, bag and sequence features give the columns and the vocabularies.
-        keys: What :meth:`keys` of an earlier instance returned, to continue from it.
-
-    Raises:
-        ValueError: ``keys`` do not begin with the default rows of the schema's vocabularies.
-    """
-
-    def __init__(self, schema: Schema, keys: I64 | None = None) -> None:
-        vocabularies = list(dict.fromkeys(f.vocabulary_name for f in schema.id_features))
-        salts = np.array([_salt(v) for v in vocabularies], np.int64)
-        index = {v: i for i, v in enumerate(vocabularies)}
-        default_rows = [index[f.vocabulary_name] for f in schema.id_features]
-        self._default_row_W = np.array(per_column(schema, default_rows), np.int64)
-        self._salt_W = salts[self._default_row_W]
-        defaults = _mix(np.full((1, len(salts)), MISSING, np.int64), salts)
-        if keys is not None and not np.array_equal(keys[: len(defaults)], defaults):
-            raise ValueError(f"keys of an id table: expected the default rows of {vocabularies} first")
-        self._keys = np.array(defaults if keys is None else keys, np.int64)
-        self._map = IdMap.from_keys(self._keys)
-
-    def __len__(self) -> int:
-        """Number of rows in use, the default rows included."""
-        return len(self._map)
-
-    def insert(self, ids_BW: I64) -> I64:
-        """Look up every id's row; new ids get the next rows, in order of appearance. int64 [B, W] → int64 [B, W]."""
-        known = len(self._map)
-        keys = _mix(ids_BW, self._salt_W)
-        rows = self._map.insert(keys)
-        if len(self._map) > known:
-            self._note_keys(keys, rows, known)
-        return rows.reshape(ids_BW.shape)
-
-    def find(self, ids_BW: I64) -> I64:
-        """Look up every id's row, the default row of its vocabulary for unknown ids. int64 [B, W] → int64 [B, W]."""
-        rows_BW = self._map.find(_mix(ids_BW, self._salt_W)).reshape(ids_BW.shape)
-        return np.where(rows_BW == ABSENT, self._default_row_W, rows_BW)
-
-    def keys(self, start: int = 0) -> I64:
-        """The keys of the rows from ``start`` on, in row order; a view. int64 [len - start]."""
-        return self._keys[start : len(self)]
-
-    def _note_keys(self, keys: I64, rows: I64, known: int) -> None:
-        self._keys = grown(self._keys, len(self))
-        new = rows >= known
-        self._keys[rows[new]] = keys[new]
-
-
-class DistinctRows:
-    """Finds the distinct rows of a batch in one pass: the first time that a row occurs, it is marked with the batch."""
-
-    def __init__(self) -> None:
-        self._by_row = GrowingColumns({"batch": np.zeros(1024, np.int64), "position": np.zeros(1024, np.int64)})
-        self._batch = 0
-
-    def __call__(self, rows_BW: I64, num_rows: int) -> tuple[I64, I64]:
-        """Find the distinct rows of a batch.
+    def required_place(self, keys: I64, vocabulary: I64) -> I64:
+        """Which of the rows in ``required`` ids without their own read.
 
         Args:
-            rows_BW: int64 [B, W], each below ``num_rows``.
-            num_rows: Rows of the table.
-
-        Returns:
-            (the distinct rows in order of appearance, int64 [U]; for each cell the place of its row among them,
-            int64 [B, W]).
+            keys: int64 [N], the ids' own keys.
+            vocabulary: int64 [N], their vocabularies.
         """
-        self._by_row.reserve(num_rows)
-        self._batch += 1
-        marks = self._by_row.arrays
-        distinct_U, cells = _distinct(rows_BW.ravel(), marks["batch"], marks["position"], self._batch)
-        return distinct_U, cells.reshape(rows_BW.shape)
+        count = self.shared_rows[vocabulary]
+        place = (keys.view(np.uint64) % np.maximum(count, 1).astype(np.uint64)).astype(np.int64)
+        return np.where(count > 0, self._first_shared[vocabulary] + place, vocabulary)
 
 
 def readers(cells_BW: I64, num_rows: int) -> tuple[I64, I64]:
@@ -207,22 +157,6 @@ def _uniform(keys_N: I64, columns: int, scale: np.float32) -> F32:  # pragma: no
             unit = np.float32(np.int64(bits >> np.uint64(40))) * np.float32(2.0**-23) - np.float32(1.0)
             weights[n, c] = unit * scale
     return weights
-
-
-@njit(cache=True, nogil=True)
-def _distinct(rows: I64, seen_in: I64, position: I64, batch: int) -> tuple[I64, I64]:  # pragma: no cover - compiled
-    distinct = np.empty(len(rows), np.int64)
-    cells = np.empty(len(rows), np.int64)
-    count = 0
-    for i in range(len(rows)):
-        row = rows[i]
-        if seen_in[row] != batch:
-            seen_in[row] = batch
-            position[row] = count
-            distinct[count] = row
-            count += 1
-        cells[i] = position[row]
-    return distinct[:count].copy(), cells
 
 
 @njit(cache=True, nogil=True)

@@ -8,25 +8,27 @@ of the table, D embedding width.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from smes.arrays import F32, I64, grown, prefixed, under
+from smes.arrays import F32, I64, Arrays, prefixed, under
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
-from smes.model.deltas import BLOCK_ROWS, FullView, RowDelta, StateView, whole
+from smes.model.deltas import FullView, RowDelta, StateView, whole
 from smes.model.devices import RankBatch, open_device, send_batch
 from smes.model.features import FeatureInputs
-from smes.model.ids import DistinctRows, IdRows, pool_weights, uniform_rows
+from smes.model.frozen import FrozenWeights
+from smes.model.id_table import IdTable
+from smes.model.ids import pool_weights
 from smes.model.numeric_moments import NumericMoments
 from smes.model.rank_model import ModelOutput, RankModel, build_model
+from smes.model.rows_config import RowsConfig
 from smes.model.step_watcher import StepWatcher
-from smes.model.table import RowTable
+from smes.model.table import RowGradients
 from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
 from smes.schema import Schema
 
@@ -68,11 +70,15 @@ class Learner:
         schema: Features and tasks.
         model: Configuration of the model.
         optimizer: Configuration of the optimisers.
+        rows: Which ids get a row of the id table, and when a row is given back; None: every id gets one and keeps it.
         device: ``cpu`` or ``cuda``.
         seed: Seed of the first weights, ≥ 0.
 
     Attributes:
         schema, config: As given.
+
+    Raises:
+        ValueError: ``rows`` has rules for a vocabulary that the schema does not have.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Learner:
         schema: Schema,
         model: ModelConfig,
         optimizer: OptimizerConfig,
+        rows: RowsConfig | None = None,
         *,
         device: torch.device,
         seed: int = 0,
@@ -88,24 +95,17 @@ class Learner:
         self.config = model
         self._steps = 0
         self._unsettled: deque[tuple[Callable[[], bool], int]] = deque()
-        self._seed = seed
         self._device = open_device(device)
-        self._model = build_model(schema, model, seed).to(self._device.device)
+        self._table = IdTable(schema, model, optimizer, rows, self._device.device, seed)
+        self._model = build_model(schema, model, seed)
+        self._model.shared_rows_V.copy_(torch.from_numpy(self._table.rows.ids.shared_rows))
+        self._model.to(self._device.device)
         self._dense, self._dense_names = _dense_optimizer(self._model, optimizer)
         assert isinstance(self._model.ranker, torch.nn.Module), "every ranker is one"
         self._undo = Undo(self._model.ranker)
         self._numerics = NumericMoments(schema)
-        self._rows = IdRows(schema)
-        self._distinct = DistinctRows()
         self._finder = self._new_finder()
         self._watcher: StepWatcher | None = None
-        self._tables: dict[str, RowTable] = {}
-        if model.table_dim:
-            self._tables["embedding"] = RowTable(model.table_dim, optimizer.embedding, self._device.device)
-        if model.wide:
-            self._tables["wide"] = RowTable(schema.num_tasks, optimizer.wide, self._device.device)
-        self._touched = np.zeros(0, np.bool_)
-        self._append_rows(0)
 
     @property
     def step_number(self) -> int:
@@ -116,7 +116,7 @@ class Learner:
     @property
     def num_rows(self) -> int:
         """Number of rows of the id table in use."""
-        return len(self._rows)
+        return len(self._table.rows)
 
     @property
     def overlaps_copies(self) -> bool:
@@ -133,7 +133,9 @@ class Learner:
         self._watcher = watcher
 
     def prepare(self, examples: ExampleBlock) -> RankBatch:
-        """Look up the ids of some examples, add rows for new ids, and send the columns to the device.
+        """Look up the ids of some examples, and send the columns to the device.
+
+        New ids get rows, and rows are given back, as the configuration says.
 
         Args:
             examples: B ≥ 1 examples.
@@ -143,12 +145,8 @@ class Learner:
         """
         if len(examples) == 0:
             raise ValueError("examples: 0 rows, expected at least 1")
-        known = len(self._rows)
-        rows_BW = self._rows.insert(examples.ids)
-        if len(self._rows) > known:
-            self._append_rows(known)
-        rows_U, cells_BW = self._distinct(rows_BW, len(self._rows))
-        return send_batch(examples, rows_U, cells_BW, self.schema, self._device)
+        rows = self._table.assign(examples.ids, int(examples.event_time_ms.max()))
+        return send_batch(examples, rows, self.schema, self._device)
 
     def step(self, batch: RankBatch) -> StepResult:
         """Score a batch with the current weights, then take one training step on it.
@@ -159,24 +157,26 @@ class Learner:
         """
         batch.receive(self._device)
         model, total_weight = self._model, batch.weight_B.sum()
-        leaves = {name: table.gather(batch.rows_U) for name, table in self._tables.items()}
+        cells = self._table.records.cells(batch.rows_U, batch.cells_BW)
         self._undo.save()
-        output = model(batch.inputs(leaves), self._device.autocast())
+        output = model(batch.inputs(cells), self._device.autocast())
         scores = model.tasks.scores(output.logits_BT.detach())
-        loss = model.tasks.loss(output.logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B)
+        delayed = batch.delayed_weights(output.logits_BT)
+        loss = model.tasks.loss(output.logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B, delayed)
         if output.ranker.auxiliary_loss is not None:
             loss = loss + output.ranker.auxiliary_loss
         if self._watcher is not None:
             self._watcher.before_backward(output)
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
-        taken = self._is_finite(loss.detach(), leaves, total_weight)
+        gradients = self._table.records.gradients(batch.rows_U, cells, batch.readers, total_weight)
+        taken = self._is_finite(loss.detach(), gradients)
         if self._watcher is not None and taken:
             self._watcher.after_backward(output, batch)
         known = self._device.tells_at_once
         if not (known and taken):
             self._undo.unless(taken)
         if not known or taken:
-            self._learn(batch, output, leaves, None if known else taken)
+            self._learn(batch, output, gradients, None if known else taken)
         self._dense.zero_grad(set_to_none=True)
         self._steps += 1
         self._unsettled.append((self._device.read_later(taken), len(batch)))
@@ -189,27 +189,32 @@ class Learner:
             finite=taken,
         )
 
-    def _is_finite(self, loss: Tensor, leaves: Mapping[str, Tensor], total_weight: Tensor) -> Tensor:
+    def observe_closed(self, examples: ExampleBlock) -> None:
+        """Take in the final labels of impressions that were trained on before these were known.
+
+        They teach which labels come together, which examples of single labels cannot; see
+        :meth:`smes.model.rank_model.TaskOutputs.observe_final`. No weights are trained on them.
+        """
+        columns = [self._device.send(c) for c in (examples.labels, examples.label_mask, examples.weight)]
+        self._device.receive(columns, self._device.ticket())
+        self._model.tasks.observe_final(*columns)
+
+    def _is_finite(self, loss: Tensor, rows: RowGradients) -> Tensor:
         """Whether the loss, and the squares of all gradients, which the optimisers add up, are finite. bool scalar."""
         dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
-        sparse = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
-        squares = [loss, *map(_square, dense), *(_square(gradient) * total_weight.square() for gradient in sparse)]
-        return torch.stack(squares).sum().isfinite()
+        return torch.stack([loss, rows.square, *map(_square, dense)]).sum().isfinite()
 
-    def _learn(self, batch: RankBatch, output: ModelOutput, leaves: Mapping[str, Tensor], taken: Tensor | None) -> None:
+    def _learn(self, batch: RankBatch, output: ModelOutput, rows: RowGradients, taken: Tensor | None) -> None:
         """Change what a step changes; if ``taken`` is false, on the device nothing. None: it is true."""
-        total_weight = batch.weight_B.sum()
         # As torch.amp.GradScaler tells a fused optimiser that its step is not to be taken.
         self._dense.grad_scale = None  # type: ignore[attr-defined]
         self._dense.found_inf = None if taken is None else (~taken).float()  # type: ignore[attr-defined]
         self._dense.step()
-        for name, table in self._tables.items():
-            table.update(batch.rows_U, leaves[name], total_weight, taken)
-        self._touched[batch.rows_U.cpu().numpy()] = True
+        self._table.records.update(batch.rows_U, rows, taken, keep_U=batch.keep_U, rate_U=batch.rate_U)
         mask_BT, weight_B = batch.mask_BT, batch.weight_B
         if taken is not None:
             mask_BT, weight_B = mask_BT & taken, torch.where(taken, weight_B, 0.0)
-        self._model.tasks.observe(batch.labels_BT, mask_BT, weight_B)
+        self._model.tasks.observe(batch.labels_BT, mask_BT, weight_B, batch.delayed_weights(output.logits_BT))
         self._numerics.observe(batch.numerics)
         self._model.features.standardise_by(
             {name: self._device.host(array) for name, array in self._numerics.moments.items()}
@@ -240,11 +245,10 @@ class Learner:
             int64 [N, T, K] on the training device, without the experts that run for every instance; None for a ranker
             without routing.
         """
-        device, table, pool_NW = self._device.device, self._tables.get("embedding"), pool_weights(self.schema, ids)
+        device, pool_NW = self._device.device, pool_weights(self.schema, ids)
         with torch.no_grad():
-            rows_NW = torch.from_numpy(self._rows.find(ids)).to(device)
             inputs = FeatureInputs(
-                embedding_BWD=None if table is None else F.embedding(rows_NW, table.weights),
+                embedding_BWD=self._table.embeddings(ids),
                 wide_BWT=None,
                 pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(device),
                 numerics_BF=torch.tensor(numerics, dtype=torch.float32, device=device),
@@ -258,74 +262,89 @@ class Learner:
         - ``table.keys``: int64 [R], the keys in row order;
         - ``table.embedding``: float32 [R, D], and ``table.wide``: float32 [R, T], the rows in use.
         """
-        return {
-            **self.dense_serving_state(),
-            "table.keys": torch.from_numpy(self._rows.keys().copy()),
-            **prefixed("table.", _copies({name: table.weights for name, table in self._tables.items()})),
-        }
+        return {**self.dense_serving_state(), **prefixed("table.", self._table.values())}
 
     def dense_serving_state(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of the part of :meth:`serving_state` that is not the table: ``dense.*``."""
         return prefixed("dense.", _copies(self._model.state_dict()))
 
+    def skip_delta(self) -> None:
+        """Let :meth:`take_delta` count from now on, without copying what changed before."""
+        self._table.skip_delta()
+
     def take_delta(self) -> RowDelta:
-        """What changed in the table since the last call, or since this learner was made: its rows, copied."""
-        rows = np.flatnonzero(self._touched[: len(self._rows)])
-        self._touched[:] = False
-        picked = torch.from_numpy(rows).to(self._device.device)
-        columns = {name: table.weights.index_select(0, picked).cpu().numpy() for name, table in self._tables.items()}
-        return RowDelta(self._rows.keys()[rows], columns, np.zeros(0, np.int64))
+        """What changed in the table since the last call or :meth:`skip_delta`: rows, copied, and keys that went.
+
+        The first call of all gives every row.
+        """
+        return self._table.take_delta()
 
     def full_view(self) -> FullView:
         """The weights as they are now, for a reader beside the training. :meth:`take_delta` is not affected."""
-        return _CopiedView(self.serving_state())
+        return self._table.full_view(self.dense_serving_state())
+
+    def freeze(self) -> FrozenWeights:
+        """The weights as they are now, for scoring with them, on this thread, while training goes on."""
+        return FrozenWeights(self.dense_serving_state(), self._table.freeze())
+
+    def thaw(self, state: Arrays) -> FrozenWeights:
+        """The weights that a :meth:`FrozenWeights.state` was taken from, in the learner's state of the same moment.
+
+        Raises:
+            ValueError: The learner is in another state.
+        """
+        dense = {name: torch.from_numpy(array) for name, array in state.items() if name.startswith("dense.")}
+        return FrozenWeights(dense, self._table.thaw(under("rows.", state)))
 
     def state_view(self) -> StateView:
-        """What :meth:`state` returns, for a reader beside the training."""
-        return StateView({name: whole(tensor.numpy()) for name, tensor in self.state().items()}, close=lambda: None)
+        """Everything from which :meth:`load_state` continues exactly, for a reader beside the training.
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies, on the CPU, of everything from which :meth:`load_state` continues exactly."""
+        Copied are the dense part, and what is known of the ids' frequency and age. The rest of the table
+        (:meth:`IdTable.state_view`) is read piece by piece.
+        """
         self._settle(0)
-        tensors = self.serving_state()
-        tensors |= prefixed("accumulators.", _copies({n: table.accumulators for n, table in self._tables.items()}))
+        tensors = self.dense_serving_state()
         for index, moments in self._dense.state_dict()["state"].items():
             tensors |= prefixed(f"adam.{self._dense_names[index]}.", _copies(moments))
         if self._finder is not None:
             tensors |= prefixed("groups.", self._finder.state())
         tensors |= prefixed("numerics.", {name: torch.from_numpy(a) for name, a in self._numerics.state().items()})
         tensors["step_number"] = torch.tensor(self.step_number)
+        arrays, views = self._table.state_view()
+        return StateView({name: whole(t.numpy()) for name, t in tensors.items()} | arrays, views)
+
+    def state(self) -> dict[str, Tensor]:
+        """A :meth:`state_view` as tensors in memory."""
+        view = self.state_view()
+        tensors = {name: torch.from_numpy(array.read()) for name, array in view.arrays.items()}
+        view.close()
         return tensors
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a :meth:`state`.
 
         On the CPU, with the same number of threads, everything from here on is the same bit for bit as in the learner
-        that the state was taken from.
+        that the state was taken from, if it has the same configuration. Rules for rows and rates may be others, except
+        for ``shared_rows``.
 
         Raises:
             ValueError: A tensor is missing, unknown or of another shape: the state is of another schema or model.
         """
-        try:
-            self._rows = IdRows(self.schema, state["table.keys"].numpy())
-            for name, table in self._tables.items():
-                table.load(state[f"table.{name}"], state[f"accumulators.{name}"])
-            self._touched = np.ones(len(self._rows), np.bool_)
-            self._model.load_state_dict(under("dense.", state))
-            self._load_numerics(state)
+        with _of_another_model():
+            self._table.load_state(state)
+            self._load_dense(state)
             self._load_adam(state)
             self._finder = self._new_finder() if "groups.seen" in state else None
             if self._finder is not None:
                 self._finder.load_state(under("groups.", state))
             self._unsettled.clear()
             self._steps = int(state["step_number"])
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"learner state: of another schema or model configuration: {error}") from error
 
     def load_serving_state(self, state: Mapping[str, Tensor], step_number: int) -> None:
         """Continue from a :meth:`serving_state`: the weights as they serve, the optimisers as if nothing was seen.
 
-        A search for task groups that the serving state does not hold begins anew.
+        A search for task groups that the serving state does not hold begins anew. The configured number of shared rows
+        may differ from that of the state.
 
         Args:
             state: The copies.
@@ -334,16 +353,18 @@ class Learner:
         Raises:
             ValueError: As :meth:`load_state`.
         """
-        fresh = self.state()
-        optimisers = {name: tensor for name, tensor in fresh.items() if name.startswith(("adam.", "groups."))}
-        try:
-            rows = state["table.keys"].shape[0]
-            accumulators = {
-                f"accumulators.{name}": table.initial_accumulators(rows) for name, table in self._tables.items()
-            }
-        except KeyError as error:
-            raise ValueError(f"learner state: of another schema or model configuration: {error}") from error
-        self.load_state({**optimisers, **accumulators, **state, "step_number": torch.tensor(step_number)})
+        with _of_another_model():
+            shared_rows: I64 = state["dense.shared_rows_V"].numpy()
+            self._table.load_values(under("table.", state), shared_rows)
+            self._load_dense({**state, "dense.shared_rows_V": torch.from_numpy(self._table.rows.ids.shared_rows)})
+            self._load_adam({})
+            self._finder = self._new_finder()
+            self._unsettled.clear()
+            self._steps = step_number
+
+    def _load_dense(self, state: Mapping[str, Tensor]) -> None:
+        self._model.load_state_dict(under("dense.", state))
+        self._load_numerics(state)
 
     def _load_numerics(self, state: Mapping[str, Tensor]) -> None:
         moments = ("count", "mean", "variance")
@@ -369,7 +390,9 @@ class Learner:
         ranker = self._model.ranker
         assert isinstance(ranker, GroupingRanker), "a ranker that has a finder"
         logits_BT = output.logits_BT.detach()
-        residual_BT = self._model.tasks.residuals(logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B)
+        residual_BT = self._model.tasks.residuals(
+            logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B, batch.delayed_weights(logits_BT)
+        )
         groups = finder.observe(output.x_BI.detach(), residual_BT, taken)
         if groups is not None:
             ranker.regroup(groups)
@@ -378,38 +401,14 @@ class Learner:
         if finder.done:
             self._finder = None
 
-    def _append_rows(self, start: int) -> None:
-        keys = self._rows.keys(start)
-        for name, table in self._tables.items():
-            scale = self.config.embedding_scale if name == "embedding" else 0.0
-            table.append(self._device.host(uniform_rows(keys, table.columns, scale, self._seed)))
-        self._touched = grown(self._touched, len(self._rows))
-        self._touched[start : len(self._rows)] = True
 
-
-class _CopiedView:
-    """A full view that is a copy."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.dense: Mapping[str, Tensor] = {
-            name: tensor for name, tensor in tensors.items() if name.startswith("dense.")
-        }
-        self._keys: I64 = tensors["table.keys"].numpy()
-        tables = under("table.", tensors)
-        self._columns: dict[str, F32] = {name: table.numpy() for name, table in tables.items() if name != "keys"}
-        self.columns: Mapping[str, int] = {name: column.shape[1] for name, column in self._columns.items()}
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._keys)
-
-    def blocks(self) -> Iterator[tuple[I64, dict[str, F32]]]:
-        for start in range(0, len(self._keys), BLOCK_ROWS):
-            rows = slice(start, start + BLOCK_ROWS)
-            yield self._keys[rows], {name: column[rows] for name, column in self._columns.items()}
-
-    def close(self) -> None:
-        pass
+@contextmanager
+def _of_another_model() -> Iterator[None]:
+    """Say what is wrong with a state if a tensor of it is missing, unknown or of another shape."""
+    try:
+        yield
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"learner state: of another schema or model configuration: {error}") from error
 
 
 def _square(gradient: Tensor) -> Tensor:

@@ -67,6 +67,11 @@ class RowsConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
 
+    @property
+    def common(self) -> RowRules:
+        """The rules of every vocabulary that has none of its own."""
+        return RowRules(self.admit_after, self.shared_rows, self.expire_after_s, self.budget)
+
     def rules(self, vocabularies: Iterable[str]) -> list[RowRules]:
         """The rules of some vocabularies.
 
@@ -80,5 +85,17 @@ class RowsConfig:
         for name in self.vocabularies:
             if name not in names:
                 raise ValueError(f"rows.vocabularies.{name}: no such vocabulary, expected one of {', '.join(names)}")
-        others = RowRules(self.admit_after, self.shared_rows, self.expire_after_s, self.budget)
-        return [self.vocabularies.get(name, others) for name in names]
+        return [self.vocabularies.get(name, self.common) for name in names]
+
+    def pools(self, vocabularies: Iterable[str]) -> list[tuple[list[int], int]]:
+        """The vocabularies, by their places, whose rows share a budget, and that budget; the common one comes first."""
+        names = list(vocabularies)
+        common = [v for v, name in enumerate(names) if name not in self.vocabularies]
+        own = [([v], self.vocabularies[name].budget) for v, name in enumerate(names) if name in self.vocabularies]
+        return [(places, budget) for places, budget in [(common, self.budget), *own] if budget is not None]
+
+    @property
+    def gives_rows_back(self) -> bool:
+        """Whether any row is ever given back."""
+        rules = (self.common, *self.vocabularies.values())
+        return any(rule.budget is not None or rule.expire_after_s is not None for rule in rules)

@@ -1,0 +1,88 @@
+"""The trainer's weights as they were at one moment, for scoring while training goes on.
+
+Letters: N instances, W id columns, C columns of a group.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from smes.arrays import I64, Arrays, prefixed, under
+from smes.model.id_rows import IdRows
+from smes.model.row_keys import KeysView
+from smes.model.table_view import TableView, UndoLog
+
+
+class FrozenRows:
+    """Rows as they were: a :class:`smes.model.serving.RowReader` that copies of the table only what changed since.
+
+    Args:
+        rows: Which row each id has now.
+        keys: Which key each row had then.
+        table: The rows' weights then.
+    """
+
+    def __init__(self, rows: IdRows, keys: KeysView, table: TableView) -> None:
+        self._rows, self._keys, self._table = rows, keys, table
+
+    def read(self, ids_NW: I64) -> dict[str, Tensor]:
+        """As :meth:`smes.model.serving.RowReader.read`. Call it from the thread that trains."""
+        rows_NW = self._rows.find_as_of(self._keys, ids_NW)
+        weights = self._table.weights(rows_NW.ravel())
+        return {name: torch.from_numpy(w).view(*ids_NW.shape, w.shape[1]) for name, w in weights.items()}
+
+    def state(self) -> Arrays:
+        """What changed since, for :meth:`smes.model.learner.Learner.thaw`. Nothing writes to these arrays any more."""
+        rows, keys, used = self._keys.log()
+        undo = self._table.undo()
+        return {
+            "num_rows": np.array([self._keys.num_rows]),
+            "keys.rows": rows,
+            "keys.keys": keys,
+            "keys.used": used,
+            "undo.rows": undo.rows,
+            "undo.records": undo.records,
+            "undo.reset": undo.reset,
+        }
+
+    def close(self) -> None:
+        """Keep nothing any more. May be called twice."""
+        self._keys.close()
+        self._table.close()
+
+
+def undo_log(state: Mapping[str, NDArray[Any]]) -> UndoLog:
+    """The table's part of a :meth:`FrozenRows.state`."""
+    return UndoLog(int(state["num_rows"][0]), state["undo.rows"], state["undo.records"], state["undo.reset"])
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenWeights:
+    """All weights as they were at one moment.
+
+    Attributes:
+        dense: ``dense.*``, copies.
+        rows: The id table.
+    """
+
+    dense: Mapping[str, Tensor]
+    rows: FrozenRows
+
+    def state(self) -> Arrays:
+        """What :meth:`smes.model.learner.Learner.thaw` makes the same weights of, in a learner of the same state."""
+        dense: Arrays = {name: tensor.numpy() for name, tensor in self.dense.items()}
+        return dense | prefixed("rows.", self.rows.state())
+
+    def close(self) -> None:
+        """Keep nothing any more. May be called twice."""
+        self.rows.close()
+
+
+def rows_state(state: Arrays) -> Arrays:
+    """The rows' part of a :meth:`FrozenWeights.state`."""
+    return under("rows.", state)

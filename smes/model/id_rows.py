@@ -1,0 +1,247 @@
+"""Which row of the table each id has: new ids get rows, ids that are not seen any more give them back.
+
+Letters: B and N instances, W id columns, K distinct keys of a batch, U distinct rows of a batch, R rows of the table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from smes.arrays import F32, I64, Arrays, Bool, prefixed, under
+from smes.id_map import ABSENT, IdMap
+from smes.model.admission import Sightings
+from smes.model.id_rows_kernels import distinct
+from smes.model.ids import IdKeys
+from smes.model.row_ages import RowAges
+from smes.model.row_keys import KeysView, RowKeys
+from smes.model.rows_config import RowsConfig
+from smes.schema import Schema
+
+_NO_ROWS: I64 = np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """The rows that a batch reads.
+
+    Attributes:
+        rows_U: int64, the distinct rows, in order of appearance.
+        cells_BW: int64, for each id the place of its row in ``rows_U``.
+        born: int64, those rows that got a new id with this batch.
+        keep_U: float32, what the accumulators of each row keep (:meth:`smes.model.table.RecordTable.update`), or None.
+        rate_U: float32, a factor on the learning rate of each row, or None.
+    """
+
+    rows_U: I64
+    cells_BW: I64
+    born: I64
+    keep_U: F32 | None
+    rate_U: F32 | None
+
+
+class IdRows:
+    """Rows by id. Not thread-safe, except for views of the keys.
+
+    Rows that were given back are used again first, the last one before the others.
+
+    Args:
+        schema: Its id, bag and sequence features give the columns and the vocabularies.
+        config: Which ids get a row, and when a row is given back.
+        half_life_s: See :attr:`smes.model.config.OptimizerConfig.accumulator_half_life_s`.
+        frequency_power: See :attr:`smes.model.config.OptimizerConfig.frequency_power`.
+
+    Attributes:
+        ids: Makes the keys.
+
+    Raises:
+        ValueError: ``config`` has rules for a vocabulary that the schema does not have.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        config: RowsConfig | None = None,
+        *,
+        half_life_s: float | None = None,
+        frequency_power: float = 0.0,
+    ) -> None:
+        config = config or RowsConfig()
+        names = list(dict.fromkeys(f.vocabulary_name for f in schema.id_features))
+        rules = config.rules(names)
+        self.ids = IdKeys(schema, [rule.shared_rows for rule in rules])
+        self._admit_after_V = np.array([rule.admit_after for rule in rules], np.int64)
+        self._sightings = Sightings(config.counted_sightings) if (self._admit_after_V > 1).any() else None
+        self._ages: RowAges | None = None
+        if config.gives_rows_back or half_life_s is not None or frequency_power:
+            self._ages = RowAges(config, names, half_life_s=half_life_s, frequency_power=frequency_power)
+        self._map = IdMap()
+        self._keys = RowKeys(lambda: self._map.key_by_row)
+        self._removed: list[I64] | None = None
+        self._required_rows = self._adopt(self.ids.required)
+        if self._ages is not None:
+            self._ages.born_required(self._required_rows)
+
+    def __len__(self) -> int:
+        """How many rows have an id, those that every table has included."""
+        return len(self._map)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows the table needs: used and free ones."""
+        return self._keys.num_rows
+
+    @property
+    def required(self) -> I64:
+        """The rows of :attr:`IdKeys.required`."""
+        return self._required_rows
+
+    @property
+    def used(self) -> Bool:
+        """Which rows have an id; a view. bool [R]."""
+        return self._keys.used
+
+    def keys(self, rows_N: I64) -> I64:
+        """The keys of rows that have an id. int64 [N] → int64 [N]."""
+        return self._map.key_by_row[rows_N]
+
+    def assign(self, ids_BW: I64, event_time_ms: int) -> BatchRows:
+        """Find the rows of a batch that will be trained on. New ids get rows, old ones give theirs back.
+
+        Args:
+            ids_BW: int64 [B, W].
+            event_time_ms: The latest event time of the batch, Unix milliseconds.
+        """
+        keys_K, cells, times_K, first_K = distinct(self.ids.own(ids_BW))
+        if self._ages is not None:
+            self._give_back(self._ages.advance(event_time_ms))
+        rows_K = self._map.find(keys_K)
+        absent = np.flatnonzero(rows_K == ABSENT)
+        vocabulary = self.ids.vocabulary_W[first_K % ids_BW.shape[1]]
+        admitted = self._admitted(keys_K[absent], times_K[absent], vocabulary[absent])
+        if self._ages is not None:
+            known = np.flatnonzero(rows_K != ABSENT)
+            self._ages.know(rows_K[known], vocabulary[known])
+            given_back, fits = self._ages.make_room(vocabulary[absent[admitted]], rows_K[known])
+            self._give_back(given_back)
+            admitted[admitted] = fits
+        new, others = absent[admitted], absent[~admitted]
+        rows_K[new] = born = self._adopt(keys_K[new])
+        if self._ages is not None:
+            self._ages.born(born, vocabulary[new])
+        if len(others):
+            rows_K[others] = self._required_rows[self.ids.required_place(keys_K[others], vocabulary[others])]
+            rows_K, place_K, _, _ = distinct(rows_K)
+            cells = place_K[cells]
+        keep_U, rate_U = (None, None) if self._ages is None else self._ages.touch(rows_K)
+        return BatchRows(rows_K, cells.reshape(ids_BW.shape), born, keep_U, rate_U)
+
+    def find(self, ids_BW: I64) -> I64:
+        """The row that each id reads now; nothing changes. int64 [B, W] → int64 [B, W]."""
+        return find_rows(self.ids, ids_BW, self._map.find)
+
+    def adopt(self, keys_N: I64) -> I64:
+        """Give keys of unknown vocabularies rows; those that have one keep it. int64 [N] → int64 [N]."""
+        known = self.num_rows
+        rows = self._adopt(keys_N)
+        if self._ages is not None:
+            self._ages.born_unknown(rows[rows >= known])
+        return rows
+
+    def note_removed(self) -> None:
+        """Keep, from now on, the keys whose rows are given back, for :meth:`take_removed`."""
+        self._removed = []
+
+    def take_removed(self) -> I64:
+        """The keys that have no row now and had one since the last call. int64 [N], distinct."""
+        removed: I64 = np.unique(np.concatenate([_NO_ROWS, *(self._removed or [])]))
+        self.note_removed()
+        return removed[self._map.find(removed) == ABSENT]
+
+    def view(self, num_rows: int | None = None) -> KeysView:
+        """The keys as they are now; of the first ``num_rows`` rows for a view that is restored."""
+        return self._keys.view(num_rows)
+
+    def find_as_of(self, view: KeysView, ids_NW: I64) -> I64:
+        """The row that each id read when a view of these rows was opened. int64 [N, W] → int64 [N, W]."""
+        return find_rows(self.ids, ids_NW, lambda keys: view.find(keys, self._map.find))
+
+    def state(self) -> Arrays:
+        """What :meth:`load_state` continues from, beside the keys; copies."""
+        state: Arrays = {"free": self._map.free_rows.copy()}
+        if self._ages is not None:
+            state |= prefixed("ages.", self._ages.state())
+        if self._sightings is not None:
+            state |= prefixed("sightings.", self._sightings.state())
+        return state
+
+    def load_state(self, keys_R: I64, state: Arrays) -> None:
+        """Continue from the keys of a view and the :meth:`state` of the same moment, in an instance without ids.
+
+        Args:
+            keys_R: int64 [R], the keys by row; of free rows any.
+            state: The rest.
+
+        Raises:
+            ValueError: The rows that every table has are missing: other rules of ``shared_rows``, or another schema.
+        """
+        used = np.ones(len(keys_R), np.bool_)
+        used[state["free"]] = False
+        rows = np.flatnonzero(used)
+        self._map = IdMap.from_state(
+            {"ids": keys_R[rows], "rows": rows, "free": state["free"], "next_row": np.array([len(keys_R)])}
+        )
+        self._keys = RowKeys(lambda: self._map.key_by_row)
+        self._keys.born(np.arange(len(keys_R)))
+        self._keys.give_back(state["free"])
+        self._required_rows = self._map.find(self.ids.required)
+        if (self._required_rows == ABSENT).any():
+            raise ValueError(
+                "rows of the id table: the default or shared rows of a vocabulary are missing; expected the schema and "
+                "the shared_rows that the state was made with"
+            )
+        if self._sightings is not None and "sightings.counters" in state:
+            self._sightings.load_state(under("sightings.", state))
+        if self._ages is not None and "ages.clock" in state:
+            self._ages.load_state(under("ages.", state))
+        elif self._ages is not None:
+            self._ages.born_unknown(np.setdiff1d(rows, self._required_rows))
+            self._ages.born_required(self._required_rows)
+
+    def _admitted(self, keys_N: I64, times_N: I64, vocabulary_N: I64) -> Bool:
+        """Which of the ids that have no row get one, unless no room is left. bool [N]."""
+        if self._sightings is None:
+            return np.ones(len(keys_N), np.bool_)
+        counted = self._admit_after_V[vocabulary_N] > 1
+        admitted = ~counted
+        counts = self._sightings.add(keys_N[counted], times_N[counted])
+        admitted[counted] = counts >= self._admit_after_V[vocabulary_N[counted]]
+        return admitted
+
+    def _adopt(self, keys_N: I64) -> I64:
+        rows = self._map.insert(keys_N)
+        self._keys.born(rows)
+        return rows
+
+    def _give_back(self, rows_N: I64) -> None:
+        if len(rows_N):
+            keys = self.keys(rows_N)
+            self._keys.give_back(rows_N)
+            self._map.remove(keys)
+            if self._removed is not None:
+                self._removed.append(keys)
+
+
+def find_rows(ids: IdKeys, ids_NW: I64, find: Callable[[I64], I64]) -> I64:
+    """The row that each id reads: its own, else its vocabulary's shared or default one. int64 [N, W] → int64 [N, W].
+
+    Args:
+        ids: Makes the keys.
+        ids_NW: The ids.
+        find: Finds the rows of keys, ``ABSENT`` for those without.
+    """
+    rows = find(ids.own(ids_NW))
+    absent = rows == ABSENT
+    if absent.any():
+        rows[absent] = find(ids.shared(ids_NW)[absent])
+    return rows.reshape(ids_NW.shape)
