@@ -23,19 +23,23 @@ changed since its parent. All keys of a payload are distinct. Its metadata:
 ``version``     decimal digits of the version
 ``kind``        ``full`` or ``delta``
 ``precision``   ``fp32``, ``fp16`` or ``int8``: of the rows' weights; dense weights stay as they are
+``groups``      JSON: column group → C, in the order of the tensors of a block
 =============== ====================================================================
 
 The precision is a function of each row alone. So a row has the same bits in a delta and in a full payload, and a full
 payload with the deltas after it gives the same weights as the full payload of the last one, in every precision.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
+import msgspec
 import numpy as np
 import torch
+from msgspec import Meta
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -62,7 +66,12 @@ BLOCK_ROWS = 65_536
 
 _MAX_BLOCKS = 4096
 _MAX_BLOCK_BYTES = 512 * 1024 * 1024
-_MAX_GROUPS = 16
+_GROUPS = msgspec.json.Decoder(
+    Annotated[
+        dict[Annotated[str, Meta(pattern=r"^[a-z_]{1,40}\Z")], Annotated[int, Meta(ge=1, le=65_536)]],
+        Meta(max_length=16),
+    ]
+)
 _FORMAT = "format"
 _REMOVED = "table.removed"
 _T = TypeVar("_T")
@@ -102,7 +111,7 @@ def write_payload(
     for i, start in enumerate(range(0, num_rows, rows_of_block)):
         infos += _block_tensors(i, min(rows_of_block, num_rows - start), groups, precision)
     kind: Kind = "full" if removed is None else "delta"
-    marks = {_FORMAT: str(PAYLOAD_FORMAT), "kind": kind, "precision": precision}
+    marks = {_FORMAT: str(PAYLOAD_FORMAT), "kind": kind, "precision": precision, "groups": json.dumps(dict(groups))}
     header = write_header(infos, {**metadata, **marks})
 
     def pieces() -> Iterator[Piece]:
@@ -127,7 +136,7 @@ class PayloadContent:
         kind: ``full``, or ``delta``: what changed since the parent.
         lineage, version: Of the weights.
         precision: Of the rows' weights.
-        groups: Column group → columns; empty where there are no rows.
+        groups: Column group → columns.
         num_rows: Rows that :meth:`rows` gives.
         dense: ``dense.*`` → weights.
         removed: int64 [M], distinct keys that went; none in a full payload.
@@ -193,7 +202,8 @@ def read_payload(pieces: Iterable[Piece], total_bytes: int) -> PayloadContent:
         if not rest or rest[0].name != _REMOVED or rest[0].dtype != np.int64 or len(rest[0].shape) != 1:
             raise SnapshotError(f"snapshot payload: no int64 [M] {_REMOVED} after the dense weights, expected one")
         small.append(rest.pop(0))
-    groups, blocks = _blocks_of(rest, cast(Precision, precision))
+    groups = _groups_in(metadata.get("groups", ""))
+    blocks = _blocks_of(rest, groups, cast(Precision, precision))
     values = {info.name: _checked(partial(reader.read, info)) for info in small}
     removed: I64 = values.pop(_REMOVED, np.zeros(0, np.int64))
     return PayloadContent(
@@ -217,24 +227,22 @@ def rounded(weights: F32, precision: Precision) -> F32:
     return _unpacked(packed[0], packed[1] if precision == "int8" else None)
 
 
-def _blocks_of(tensors: list[TensorInfo], precision: Precision) -> tuple[dict[str, int], tuple[int, ...]]:
-    """Column groups and rows of each block, if these tensors are the blocks of a payload."""
-    if not tensors:
-        return {}, ()
-    groups: dict[str, int] = {}
-    for info in tensors[1:]:
-        name = info.name.removeprefix("table.").removesuffix(".0")
-        if info.name == f"table.{name}.0" and "." not in name and name != "keys":
-            groups[name] = info.shape[1] if len(info.shape) == 2 else 0
-        elif not info.name.endswith(".scale.0"):
-            break
-    if not groups or len(groups) > _MAX_GROUPS:
-        raise SnapshotError(f"snapshot payload: {len(groups)} column groups, expected 1 … {_MAX_GROUPS}")
+def _groups_in(text: str) -> dict[str, int]:
+    try:
+        groups: dict[str, int] = _GROUPS.decode(text)
+    except msgspec.MsgspecError as error:
+        raise SnapshotError(f"snapshot payload: groups {text[:40]!r}: {error}") from error
+    return groups
+
+
+def _blocks_of(tensors: list[TensorInfo], groups: Mapping[str, int], precision: Precision) -> tuple[int, ...]:
+    """Rows of each block, if these tensors are the blocks of a payload."""
     per_block = len(_block_tensors(0, 0, groups, precision))
-    blocks, most = [], tensors[0].shape[0] if tensors[0].shape else 0
+    blocks: list[int] = []
     for i, start in enumerate(range(0, len(tensors), per_block)):
         some = tensors[start : start + per_block]
         rows = some[0].shape[0] if some[0].shape else 0
+        most = blocks[0] if blocks else rows
         expected = _block_tensors(i, rows, groups, precision)
         if some != expected or not 0 < rows <= most or (rows < most and start + per_block < len(tensors)):
             raise SnapshotError(
@@ -243,7 +251,7 @@ def _blocks_of(tensors: list[TensorInfo], precision: Precision) -> tuple[dict[st
         if sum(info.nbytes for info in some) > _MAX_BLOCK_BYTES:
             raise SnapshotError(f"snapshot payload: block {i}: over {_MAX_BLOCK_BYTES} bytes, expected at most that")
         blocks.append(rows)
-    return groups, tuple(blocks)
+    return tuple(blocks)
 
 
 def _block_tensors(i: int, rows: int, groups: Mapping[str, int], precision: Precision) -> list[TensorInfo]:

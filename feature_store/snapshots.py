@@ -70,14 +70,15 @@ class SnapshotStore:
         outage_timeout_s: float = 2.0,
     ) -> None:
         self._client = client
-        self._config = config or SnapshotStoreConfig()
+        self.config = config or SnapshotStoreConfig()
+        """As given."""
         self._keys = SnapshotKeys(namespace)
         self.damage = Damage()
         """What was found broken in the store."""
         self._reader = SnapshotReader(client, self._keys, self.damage)
         self._loader = SnapshotLoader(client, self._keys, self._reader)
-        self._publication = Publication(client, self._keys, self._config.upload_ttl_s, outage_timeout_s, self.damage)
-        self._retention = Retention(self._keys, self._reader, self._publication, self._config, self.damage)
+        self._publication = Publication(client, self._keys, self.config.upload_ttl_s, outage_timeout_s, self.damage)
+        self._retention = Retention(self._keys, self._reader, self._publication, self.config, self.damage)
         self._bookkeeper = threading.Lock()  # of the retention
 
     def publish(
@@ -309,7 +310,7 @@ class SnapshotStore:
         """Make room, upload and commit."""
         upload = f"{name}:{secrets.token_hex(4)}"
         # What no reader would accept is not even uploaded.
-        sizes = chunk_sizes(payload.total_bytes, self._config.chunk_bytes)
+        sizes = chunk_sizes(payload.total_bytes, self.config.chunk_bytes)
         Manifest.from_json(described(upload, tuple(Chunk(size, "0" * 64) for size in sizes)).to_json())
         lineage, publication = name.rpartition(":")[0], self._publication
         with self._bookkeeper:

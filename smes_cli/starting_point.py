@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from feature_store.payload import decode
+from feature_store.folding import read_weights
 from feature_store.publication import Manifest
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SchemaMismatch, ServingWithoutCheckpoint, SnapshotError
@@ -103,7 +103,7 @@ def _in_service(store: SnapshotStore) -> InService:
 
 def _go_on_from(served: Manifest, trainer: Trainer, stream: ExampleStream, store: SnapshotStore) -> None:
     name, schema = f"snapshot {served.lineage}:{served.version}", trainer.learner.schema
-    tensors, metadata = decode(store.load(served))
+    tensors, metadata = read_weights(store, served)
     if metadata.get("schema_hash") != schema.hash:
         difference = describe_difference_from(metadata.get("schema"), schema)
         got = metadata.get("schema_hash", "none")

@@ -20,34 +20,36 @@ So a bit that flips anywhere in the file is noticed, and the message names what 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from smes.arrays import Arrays
 from smes.errors import CheckpointError, SchemaMismatch
+from smes.model.deltas import StateArray
 from smes.schema import Schema
 from smes.schema_difference import describe_difference_from
+from smes_io.tensor_pieces import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, read_header, write_header
 
-FORMAT = 3
+FORMAT = 4
 """Number of the format: names and meaning of the arrays and of the metadata. Any other number is refused."""
 
 _NAME_OF_FORMAT_1 = "smes-checkpoint-1"  # what stood in the metadata before formats were numbers
 _CHECKSUM, _ARRAYS = "checksum", "arrays"
+_NO_DIGEST = hashlib.sha256().hexdigest()  # as long as any
+_HASHED_AT_ONCE = 16 * 1024 * 1024
+_LARGE_BYTES = 64 * 1024 * 1024
 
-DAMAGED = (SafetensorError, KeyError, ValueError, OSError)
+DAMAGED = (KeyError, ValueError, OSError)
 """What :func:`read_checkpoint` raises for a file that is damaged or missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The whole state of training at one moment between two steps.
+    """The whole state of training at one moment between two steps, as it was read.
 
     Attributes:
         lineage: The lineage that the weights belong to.
@@ -56,7 +58,8 @@ class Checkpoint:
         schema_hash: Its hash.
         model: Model configuration, plain data.
         arrays: State of every part, names prefixed ``learner.``, ``stream.``, ``evaluation.``, ``experts.``,
-            ``trainer.``.
+            ``trainer.``. Large ones are pages of the file, which take memory while they are read; writing to them
+            changes a copy.
     """
 
     lineage: str
@@ -67,24 +70,62 @@ class Checkpoint:
     arrays: Arrays
 
 
-def write_checkpoint(path: Path, checkpoint: Checkpoint, sequence: int) -> None:
+@dataclass(frozen=True, slots=True)
+class CheckpointView:
+    """The whole state of training at one moment, read piece by piece while training goes on.
+
+    Attributes:
+        lineage, step, schema, schema_hash, model: As of :class:`Checkpoint`.
+        arrays: Likewise, piece by piece.
+        close: Called when it was written or could not be.
+    """
+
+    lineage: str
+    step: int
+    schema: dict[str, Any]
+    schema_hash: str
+    model: dict[str, Any]
+    arrays: Mapping[str, StateArray]
+    close: Callable[[], None] = field(default=lambda: None)
+
+
+def write_checkpoint(path: Path, checkpoint: CheckpointView, sequence: int) -> None:
     """Write a checkpoint beside its final name, flush it to the disk, rename it, and flush the folder.
 
     Raises:
         OSError: The disk refused it; nothing is left behind.
     """
-    metadata = {
-        "format": str(FORMAT),
-        "sequence": str(sequence),
-        "lineage": checkpoint.lineage,
-        "step": str(checkpoint.step),
-        "schema_hash": checkpoint.schema_hash,
-        "schema": json.dumps(checkpoint.schema),
-        "model": json.dumps(checkpoint.model, sort_keys=True),
-        _ARRAYS: json.dumps({name: _digest(array) for name, array in sorted(checkpoint.arrays.items())}),
-    }
-    metadata[_CHECKSUM] = _digest_of_metadata(metadata)
-    _write_durably(path, save(checkpoint.arrays, metadata))
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            # The widest numbers come first, so that every array lies at a multiple of its numbers' width.
+            names = sorted(checkpoint.arrays, key=lambda name: (-checkpoint.arrays[name].dtype.itemsize, name))
+            infos = [TensorInfo(name, checkpoint.arrays[name].dtype, checkpoint.arrays[name].shape) for name in names]
+            # The digests come last; until then, as many other characters hold their place.
+            header = write_header(infos, _metadata(checkpoint, sequence, dict.fromkeys(names, _NO_DIGEST)))
+            file.write(header)
+            digests = {}
+            for info in infos:
+                sha = hashlib.sha256(_kind_of(info.dtype, info.shape))
+                for piece in checkpoint.arrays[info.name].pieces():
+                    data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+                    sha.update(data)
+                    file.write(data)
+                digests[info.name] = sha.hexdigest()
+            assert file.tell() == len(header) + sum(info.nbytes for info in infos), "pieces are as long as they say"
+            file.seek(0)
+            file.write(write_header(infos, _metadata(checkpoint, sequence, digests)))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def read_checkpoint(path: Path, sequence: int, *, schema: Schema, model: dict[str, Any]) -> Checkpoint:
@@ -99,27 +140,51 @@ def read_checkpoint(path: Path, sequence: int, *, schema: Schema, model: dict[st
     Raises:
         SchemaMismatch: It was trained with another schema.
         CheckpointError: It has another format, or was trained with another model configuration.
-        SafetensorError, KeyError, ValueError, OSError: The file is damaged or missing (:data:`DAMAGED`).
+        KeyError, ValueError, OSError: The file is damaged or missing (:data:`DAMAGED`).
     """
-    with safe_open(path, framework="np") as file:
-        metadata = file.metadata() or {}
-        # First of all: a flipped bit must not pass for another format, schema or model.
-        if _CHECKSUM in metadata:
-            _expect("checksum of the metadata", metadata[_CHECKSUM], _digest_of_metadata(metadata))
-        if (written := _format(metadata)) != str(FORMAT):
-            raise CheckpointError(f"checkpoint {path}: format {written}, expected {FORMAT}")
-        if _CHECKSUM not in metadata:
-            raise ValueError("checksum of the metadata: none, expected one")
-        _expect("sequence number in the name", str(sequence), metadata["sequence"])
-        trained = _compatible_model(path, metadata, schema, model)
-        return Checkpoint(
-            lineage=metadata["lineage"],
-            step=int(metadata["step"]),
-            schema=schema.to_dict(),
-            schema_hash=metadata["schema_hash"],
-            model=trained,
-            arrays=_verified_arrays(file, json.loads(metadata[_ARRAYS])),
-        )
+    infos, metadata, begin = _header(path)
+    # First of all: a flipped bit must not pass for another format, schema or model.
+    if _CHECKSUM in metadata:
+        _expect("checksum of the metadata", metadata[_CHECKSUM], _digest_of_metadata(metadata))
+    if (written := _format(metadata)) != str(FORMAT):
+        raise CheckpointError(f"checkpoint {path}: format {written}, expected {FORMAT}")
+    if _CHECKSUM not in metadata:
+        raise ValueError("checksum of the metadata: none, expected one")
+    _expect("sequence number in the name", str(sequence), metadata["sequence"])
+    trained = _compatible_model(path, metadata, schema, model)
+    return Checkpoint(
+        lineage=metadata["lineage"],
+        step=int(metadata["step"]),
+        schema=schema.to_dict(),
+        schema_hash=metadata["schema_hash"],
+        model=trained,
+        arrays=_verified_arrays(path, infos, begin, json.loads(metadata[_ARRAYS])),
+    )
+
+
+def _metadata(checkpoint: CheckpointView, sequence: int, digests: Mapping[str, str]) -> dict[str, str]:
+    metadata = {
+        "format": str(FORMAT),
+        "sequence": str(sequence),
+        "lineage": checkpoint.lineage,
+        "step": str(checkpoint.step),
+        "schema_hash": checkpoint.schema_hash,
+        "schema": json.dumps(checkpoint.schema),
+        "model": json.dumps(checkpoint.model, sort_keys=True),
+        _ARRAYS: json.dumps(digests),
+    }
+    return {**metadata, _CHECKSUM: _digest_of_metadata(metadata)}
+
+
+def _header(path: Path) -> tuple[list[TensorInfo], dict[str, str], int]:
+    """The arrays in the order of their bytes, the metadata, and where the arrays begin."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        begin = LENGTH_BYTES + length
+        if length > MAX_HEADER_BYTES or begin > size:
+            raise ValueError(f"header cut short ({size} bytes, header of {length} expected)")
+        return *read_header(file.read(length), size - begin), begin
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -143,12 +208,20 @@ def _compatible_model(path: Path, metadata: Mapping[str, str], schema: Schema, m
     return trained
 
 
-def _verified_arrays(file: Any, checksums: dict[str, str]) -> Arrays:
-    arrays: Arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
-    if arrays.keys() != checksums.keys():
-        raise ValueError(f"arrays: {len(arrays)} arrays, expected the {len(checksums)} that the metadata names")
-    for name, array in arrays.items():
-        _expect(f"checksum of array {name}", _digest(array), checksums[name])
+def _verified_arrays(path: Path, infos: list[TensorInfo], begin: int, checksums: dict[str, str]) -> Arrays:
+    if {info.name for info in infos} != checksums.keys():
+        raise ValueError(f"arrays: {len(infos)} arrays, expected the {len(checksums)} that the metadata names")
+    pages = np.memmap(path, np.uint8, "c")
+    arrays: Arrays = {}
+    for info in infos:
+        data = pages[begin : begin + info.nbytes]
+        begin += info.nbytes
+        sha = hashlib.sha256(_kind_of(info.dtype, info.shape))
+        for start in range(0, len(data), _HASHED_AT_ONCE):
+            sha.update(data[start : start + _HASHED_AT_ONCE].data)
+        _expect(f"checksum of array {info.name}", sha.hexdigest(), checksums[info.name])
+        array = np.asarray(data).view(info.dtype).reshape(info.shape)
+        arrays[info.name] = array.copy() if info.nbytes < _LARGE_BYTES else array
     return arrays
 
 
@@ -157,10 +230,8 @@ def _expect(what: str, got: str, expected: str) -> None:
         raise ValueError(f"{what}: {got[:12]}, expected {expected[:12]}")
 
 
-def _digest(array: NDArray[Any]) -> str:
-    sha = hashlib.sha256(f"{array.dtype.str} {list(array.shape)} ".encode())
-    sha.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return sha.hexdigest()
+def _kind_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    return f"{dtype.str} {list(shape)} ".encode()
 
 
 def _digest_of_metadata(metadata: Mapping[str, str]) -> str:
@@ -180,21 +251,3 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

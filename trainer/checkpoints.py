@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from smes.errors import CheckpointError
 from smes.schema import Schema
-from trainer.checkpoint_file import DAMAGED, Checkpoint, read_checkpoint, write_checkpoint
+from trainer.checkpoint_file import DAMAGED, Checkpoint, CheckpointView, read_checkpoint, write_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class CheckpointDirectory:
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(holder).encode(), 0)
 
-    def save(self, checkpoint: Checkpoint) -> Path:
+    def save(self, checkpoint: CheckpointView) -> Path:
         """Write a checkpoint durably as the newest, then remove what is beyond ``keep``. The new one is never removed.
 
         Raises:
@@ -110,6 +110,8 @@ class CheckpointDirectory:
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"checkpoint {path}: not written: {error.strerror or error}") from error
+        finally:
+            checkpoint.close()
         return path
 
     def newest(self, *, schema: Schema, model: dict[str, Any]) -> Checkpoint | None:

@@ -8,28 +8,33 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from feature_store.publication import Manifest
 from smes.arrays import Arrays, prefixed, under
 from smes.errors import CheckpointError, FeatureStoreUnavailable, SmesError, StepsNotFinite, Stopped
 from smes.events import ExampleBlock
+from smes.model.deltas import RowDelta, StateArray, whole
 from smes.model.learner import Learner
 from smes_io.clock import wall_clock_ms
 from stream.dead_letters import DeadLetter
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import Positions
 from stream.mini_batches import BatchTimes
-from trainer.checkpoint_file import Checkpoint
+from trainer.checkpoint_file import CheckpointView
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.checkpoints import CheckpointDirectory
+from trainer.cuts import Cut
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.failed_steps import DEFAULT_MAX_FAILED_STEPS, FailedSteps
 from trainer.freshness import FeedbackArrivals
+from trainer.lineages import lineage_to_publish, new_lineage, root_of
 from trainer.observers import BatchSender, DelayedResults, Observer
-from trainer.publisher import Cut, Publisher, lineage_to_publish, new_lineage, root_of
+from trainer.publisher import Publisher
 from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
@@ -85,8 +90,8 @@ class Trainer:
     """Learner, stream and evaluation, stepped together.
 
     Attributes:
-        trained: Examples trained on, with those before a restart.
-        not_finite: Examples of steps that were not taken because loss or gradients were not finite, likewise.
+        trained: Impressions trained on, with those before a restart; each counts once, with its first example.
+        not_finite: Impressions whose first step was not taken because loss or gradients were not finite, likewise.
         lineage: Name of this history of weights.
         experts: What the routing executed.
         publisher: Publishes cuts for serving; None until :meth:`publish_to`.
@@ -125,6 +130,7 @@ class Trainer:
         self.trained = self.not_finite = 0
         self.experts = ExpertTally(learner.expert_limits, routing)
         self._flags, self._checkpoints = flags, checkpoints
+        self._writer = CheckpointWriter(checkpoints) if checkpoints else None
         self._sender = BatchSender(learner, ahead=learner.overlaps_copies if prefetch is None else prefetch)
         self._observers: list[Observer] = []
         self._results = DelayedResults(self._observers)
@@ -236,6 +242,8 @@ class Trainer:
                 _logger.warning("%s", stopped)
             self._deliver_last()
         except StepsNotFinite:
+            if self._writer is not None:
+                self._writer.wait()
             self._close_publisher()
             raise
         except SmesError:
@@ -280,14 +288,19 @@ class Trainer:
         examples = self.stream.next_batch()
         if examples is None:
             return False
-        batch = self._sender.take(examples)
-        for observer in self._observers:
-            observer.before_step(examples)
-        result = self.learner.step(batch)
+        to_train_on, closings, result = examples.to_train_on(), examples.closings(), None
+        if len(to_train_on):
+            batch = self._sender.take(examples, to_train_on)
+            for observer in self._observers:
+                observer.before_step(to_train_on)
+            result = self.learner.step(batch)
+            self.trained += to_train_on.num_impressions
+            newest_ms = int(to_train_on.event_time_ms.max())
+            self._event_time_ms = newest_ms if self._event_time_ms is None else max(self._event_time_ms, newest_ms)
+        if len(closings):
+            self.learner.observe_closed(closings)
         self._sender.send_ahead(self.stream.upcoming())
-        self.trained += len(examples)
-        self._event_time_ms = int(examples.event_time_ms[-1])
-        self._results.keep(examples, result)
+        self._results.keep(to_train_on, result, closings)
         return True
 
     def run_requested(self) -> None:
@@ -307,10 +320,10 @@ class Trainer:
             if self._failed.in_a_row:
                 self._flags.request(CHECKPOINT)  # later
                 return
-            try:
-                self.checkpoint()
-            except CheckpointError as error:
-                _logger.error("%s; the checkpoint before it stays valid", error)
+            if self._writer is not None and self._writer.is_busy:
+                self._flags.request(CHECKPOINT)  # later
+            elif self._writer is not None:
+                self._writer.start(*self._view())
 
     def save(self) -> None:
         """Offer the final cut and write the final checkpoint; errors as :meth:`checkpoint`."""
@@ -344,7 +357,7 @@ class Trainer:
 
     def _close_publisher(self) -> bool:
         """Close the publisher, if any; whether everything was published."""
-        published = self.publisher is None or self.publisher.close()
+        published = self.publisher is None or self.publisher.close(take_full=lambda: self._take_cut(full=True))
         if not published:
             _logger.error("the last snapshot, of step %d, was not published", self.learner.step_number)
         return published
@@ -354,55 +367,82 @@ class Trainer:
 
         Weights without a step are offered only where nothing is in service yet.
         """
-        step = self.learner.step_number
-        if self.publisher is None or step == self._cut_step or step < self._first_cut_step:
+        step, publisher = self.learner.step_number, self.publisher
+        if publisher is None or step < self._first_cut_step:
             return
-        self._cut_step = self.learner.step_number
+        full = publisher.wants_full
+        if step == self._cut_step and not (full and publisher.has_owed):
+            return
+        self._cut_step = step
+        publisher.offer(self._take_cut(full=full, base=publisher.wants_base))
+
+    def _take_cut(self, *, full: bool, base: bool = False) -> Cut:
+        """The present weights: all of them, or what changed since the last cut, and for a base all of them as well."""
         self._results.deliver()
-        self.publisher.offer(
-            Cut(
-                tensors=self.learner.serving_state(),
-                step=self.learner.step_number,
-                positions=self.stream.positions_by_topic(),
-                event_time_ms=self._event_time_ms,
-                metrics={
-                    "tasks": {name: asdict(metrics) for name, metrics in self.evaluation.progressive().items()},
-                    "experts": self.experts.summary(),
-                },
-                cut_ms=wall_clock_ms(),
-                feedback=self._arrivals.take(),
-            )
+        deltas: tuple[RowDelta, ...] = ()
+        if full:
+            self.learner.skip_delta()
+        else:
+            deltas = (self.learner.take_delta(),)
+        view = self.learner.full_view() if full or base else None
+        return Cut(
+            step=self.learner.step_number,
+            dense=self.learner.dense_serving_state() if view is None else view.dense,
+            deltas=deltas,
+            view=view,
+            positions=self.stream.positions_by_topic(),
+            event_time_ms=self._event_time_ms,
+            metrics={
+                "tasks": {name: asdict(metrics) for name, metrics in self.evaluation.progressive().items()},
+                "experts": self.experts.summary(),
+            },
+            cut_ms=wall_clock_ms(),
+            feedback=self._arrivals.take(),
         )
 
     def checkpoint(self) -> None:
-        """Write the whole present state to disk.
+        """Write the whole present state to disk; when this returns, it is there.
 
         Raises:
             CheckpointError: The disk refused it.
         """
-        if self._checkpoints is None:
-            return
-        self._results.deliver()
-        learner = {name: tensor.numpy() for name, tensor in self.learner.state().items()}
-        stream = self.stream.state()
-        arrays = {
-            **prefixed("learner.", learner),
-            **prefixed("stream.", stream),
-            **prefixed("evaluation.", self.evaluation.state()),
-            **prefixed("experts.", self.experts.state()),
-            "trainer.trained": np.array([self.trained, self.not_finite]),
-        }
+        if self._writer is not None:
+            self._results.deliver()
+            self._writer.write(*self._view())
+
+    def _view(self) -> tuple[CheckpointView, Callable[[], None]]:
+        """The whole present state, to be written while training goes on, and what to call when it is on disk."""
         schema, model = self.learner.schema, self.learner.config.to_dict()
-        step = self.learner.step_number
-        self._checkpoints.save(Checkpoint(self.lineage, step, schema.to_dict(), schema.hash, model, arrays))
-        self.stream.saved(stream)
+        learner, stream = self.learner.state_view(), self.stream.state()
+        arrays = {
+            **prefixed("learner.", learner.arrays),
+            **prefixed("stream.", _kept(stream)),
+            **prefixed("evaluation.", _kept(self.evaluation.state())),
+            **prefixed("experts.", _kept(self.experts.state())),
+            "trainer.trained": whole(np.array([self.trained, self.not_finite])),
+        }
+        view = CheckpointView(
+            lineage=self.lineage,
+            step=self.learner.step_number,
+            schema=schema.to_dict(),
+            schema_hash=schema.hash,
+            model=model,
+            arrays=arrays,
+            close=learner.close,
+        )
+        return view, lambda: self.stream.saved(stream)
 
     def _forget(self, examples: ExampleBlock) -> None:
         """Count a batch whose step failed."""
-        self.trained -= len(examples)
-        self.not_finite += len(examples)
+        self.trained -= examples.num_impressions
+        self.not_finite += examples.num_impressions
 
     def settle(self) -> None:
         """Give the last step's result to the observers, so that metrics cover every trained example."""
         self._results.deliver()
         self._routing.close_full_segment()
+
+
+def _kept(state: Mapping[str, NDArray[Any]]) -> dict[str, StateArray]:
+    """Copies of arrays that may change when training goes on."""
+    return {name: whole(array.copy()) for name, array in state.items()}

@@ -1,67 +1,44 @@
-"""Publishing cuts without holding up the trainer: a mailbox for one cut, and a thread that encodes and uploads it.
+"""Publishing cuts without holding up the trainer: a mailbox for cuts, and a thread that encodes and uploads them.
 
-The trainer's thread copies the weights (the cut); the publishing thread works on that copy. A new cut replaces one that
-still waits in the mailbox, because serving wants the newest. The feedback noted for the older cut is added to the new
-one; the scorer measures freshness by it (:mod:`trainer.freshness`).
+The trainer's thread copies what changed (:mod:`trainer.cuts`); the publishing thread works on that copy. A new cut
+joins one that still waits in the mailbox: serving wants the newest, and one delta leads there over both. The feedback
+noted for the older cut is added to the new one; the scorer measures freshness by it (:mod:`trainer.freshness`).
+
+The first publication of a process is full, and so is the next one after a delta did not apply, because the store was
+lost or went back in time. The trainer asks :attr:`Publisher.wants_full` before a cut. When the deltas have grown long,
+:attr:`Publisher.wants_base` asks for a view of the whole table beside the delta of a cut; a second thread makes of it
+the base of that version, from which what starts late begins.
 """
 
-import json
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from feature_store.feedback_times import FeedbackTimes
-from feature_store.payload import encode
-from feature_store.publication import Manifest
+from feature_store.manifest import Manifest
 from feature_store.snapshots import SnapshotStore
-from smes.errors import LeaseLost, SmesError, SnapshotStale
+from smes.errors import LeaseLost, SmesError, SnapshotGap, SnapshotStale
 from smes.schema import Schema
+from trainer.cuts import Cancelled, Cut, Payloads
 from trainer.lease import LeaseKeeper
 
 _logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
+_LONGEST_RETRY_S = 30.0  # of a full snapshot that the store does not take
 _ANSWER_S = 0.7  # a store that is there answers a small read in much less
 _UNANSWERED = 2  # so many small reads without an answer: it is not there
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """The weights of one moment, and what their manifest says.
-
-    Attributes:
-        tensors: Copies that nothing else writes to (:meth:`smes.model.learner.Learner.serving_state`).
-        step: Steps taken; becomes the version.
-        positions: Topic → partition → next record to read.
-        event_time_ms: Event time of the last example trained on; None before the first one.
-        metrics: Plain JSON values.
-        cut_ms: Wall time of the cut, Unix milliseconds.
-        feedback: The feedback events trained on since the last cut.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    step: int
-    positions: dict[str, dict[str, int]]
-    event_time_ms: int | None
-    metrics: dict[str, Any]
-    cut_ms: int
-    feedback: FeedbackTimes
-
-    def with_feedback_of(self, older: "Cut") -> "Cut":
-        """This cut, which contains the training of an older one that was not published, with its feedback, too."""
-        return replace(self, feedback=FeedbackTimes.concat([older.feedback, self.feedback]))
+_ALWAYS_WAITING_BYTES = 64 * 1024 * 1024  # of deltas; beyond it, and beyond a full snapshot, that is published instead
 
 
 class Publisher:
     """Publishes the newest cut, in its own thread.
 
     Attributes:
-        published: Snapshots published.
+        published: Snapshots published, bases not counted.
+        bases: Bases published.
         failures: Publications that failed; each was tried again.
         bytes_last: Bytes of the last snapshot published; None before the first.
 
@@ -84,19 +61,51 @@ class Publisher:
         now_ms: Callable[[], int],
         lease: LeaseKeeper | None = None,
     ) -> None:
-        self._store, self._schema, self._model, self.lineage, self._now_ms = store, schema, model, lineage, now_ms
+        self._store, self._schema_hash, self.lineage, self._now_ms = store, schema.hash, lineage, now_ms
+        self._payloads = Payloads(schema, model, lineage, store.config.precision)
         self._lease = lease
         self._changed = threading.Condition()
-        self._waiting: Cut | None = None
+        self._waiting: list[Cut] = []  # at most one after each with a view
+        self._owed: Cut | None = None  # not published, and no delta of it applies: a full snapshot is to replace it
+        self._wants_full = True
         self._closing = False
         self._give_up_s = 0.0  # of the monotonic clock, once it is closing
-        self.published = 0
+        self._pause_s = _RETRY_S  # after a full snapshot that was not taken
+        self._chain = Chain()
+        self._applies_to: set[int] = set()  # the version published last, and later ones of which it is not known
+        self._base_thread: threading.Thread | None = None
+        self._has_base_view = False
+        self._no_base_before_s = 0.0
+        self.published = self.bases = 0
         self.failures = 0
         self.bytes_last: int | None = None
         self._last_failure: str | None = None
         self._lost: LeaseLost | None = None
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
+
+    @property
+    def wants_full(self) -> bool:
+        """Whether the next cut is to have a view and no delta."""
+        with self._changed:
+            return self._wants_full
+
+    @property
+    def wants_base(self) -> bool:
+        """Whether the next cut is to have a view beside its delta."""
+        config = self._store.config
+        with self._changed:
+            return (
+                not (self._wants_full or self._closing or self._has_base_view)
+                and self._chain.is_longer_than(config.max_chain_length, config.max_chain_bytes_ratio)
+                and time.monotonic() >= self._no_base_before_s
+            )
+
+    @property
+    def has_owed(self) -> bool:
+        """Whether a cut was offered that only a full snapshot can replace."""
+        with self._changed:
+            return self._owed is not None
 
     def offer(self, cut: Cut) -> None:
         """Hand over a cut; returns at once.
@@ -105,13 +114,24 @@ class Publisher:
             LeaseLost: Another trainer publishes in this namespace.
             SmesError: The publishing thread has ended, by :meth:`close` or on an unexpected error.
         """
-        self.check()
-        if not self.is_running:
-            raise SmesError("the publishing thread has ended: its error is in the log above")
+        try:
+            self.check()
+            if not self.is_running:
+                raise SmesError("the publishing thread has ended: its error is in the log above")
+        except SmesError:
+            cut.without_view()
+            raise
         with self._changed:
-            if self._waiting is not None:
-                cut = cut.with_feedback_of(self._waiting)
-            self._waiting = cut
+            if cut.is_full:
+                for gone in self._forget_waiting():
+                    self._owe(gone)
+                self._waiting, self._owed = [cut.after(self._owed) if self._owed else cut], None
+                self._wants_full = False
+            elif self._wants_full or self._owed:
+                self._owe(cut)
+            else:
+                self._has_base_view = self._has_base_view or cut.view is not None
+                self._add(cut)
             self._changed.notify_all()
 
     def check(self) -> None:
@@ -125,10 +145,15 @@ class Publisher:
         if self._lease is not None:
             self._lease.check()
 
-    def close(self, timeout_s: float = 30.0) -> bool:
-        """Publish the waiting cut, then stop; True if everything was published within ``timeout_s``.
+    def close(self, timeout_s: float = 30.0, take_full: Callable[[], Cut] | None = None) -> bool:
+        """Publish what waits, then stop; True if everything was published within ``timeout_s``.
 
-        A store that does not answer is not waited for: then this takes a second or two.
+        A store that does not answer is not waited for: then this takes a second or two. A base is not waited for
+        either: the next process begins with a full snapshot.
+
+        Args:
+            timeout_s: Longest wait.
+            take_full: Takes a full cut, should only that be left to publish.
         """
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
@@ -137,13 +162,20 @@ class Publisher:
             self._changed.notify_all()
         unanswered = 0
         while unanswered < _UNANSWERED and self._thread.is_alive() and time.monotonic() < deadline_s:
+            if take_full is not None and self.wants_full and self.has_owed:
+                with suppress(SmesError):  # the thread has ended just now
+                    self.offer(take_full())
             answers = self._ask_store()
             self._thread.join(min(_ANSWER_S, max(0.0, deadline_s - time.monotonic())))
             unanswered = unanswered + 1 if not answers else 0 if answers[0] else _UNANSWERED
         with self._changed:
             self._give_up_s = 0.0
+            published = not self._thread.is_alive() and not self._waiting and self._owed is None
+            self._forget_waiting()
             self._changed.notify_all()
-        return not self._thread.is_alive() and self._waiting is None
+        if self._base_thread is not None:
+            self._base_thread.join(_ANSWER_S)
+        return published
 
     def _ask_store(self) -> list[bool]:
         """Ask the store for a small read, in a thread of its own.
@@ -153,20 +185,23 @@ class Publisher:
         answers: list[bool] = []
 
         def ask() -> None:
-            try:
-                self._store.pointer()
-                answers.append(True)
-            except SmesError:
-                answers.append(False)
+            answers.append(self._store_answers())
 
         threading.Thread(target=ask, name="publisher-probe", daemon=True).start()
         return answers
+
+    def _store_answers(self) -> bool:
+        try:
+            self._store.pointer()
+        except SmesError:
+            return False
+        return True
 
     @property
     def has_waiting(self) -> bool:
         """Whether a cut waits in the mailbox."""
         with self._changed:
-            return self._waiting is not None
+            return bool(self._waiting)
 
     @property
     def is_running(self) -> bool:
@@ -176,132 +211,225 @@ class Publisher:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting is not None or self._closing)
-                cut, self._waiting = self._waiting, None
+                # While it is closing, an owed cut waits for a full one until no time is left.
+                self._changed.wait_for(
+                    lambda: self._waiting or (self._closing and (self._owed is None or self._time_is_over())),
+                    timeout=_RETRY_S if self._closing else None,
+                )
+                if not self._waiting and self._closing and (self._owed is None or self._time_is_over()):
+                    return
+                cut = self._waiting.pop(0) if self._waiting else None
             if cut is None:
-                return
+                continue
             try:
-                published = self._publish(cut)
+                outcome = self._publish(cut)
             except LeaseLost as error:  # nothing more will be published: the trainer's thread hears it by check()
-                self._lost, self._waiting = error, cut
+                with self._changed:
+                    self._lost = error
+                    self._waiting.insert(0, cut.without_view())
                 return
-            if not published and self._put_back(cut):
+            if outcome == "gap" or (outcome == "failed" and cut.is_full):
+                over = self._until_full(cut, wait=outcome == "failed")
+            else:
+                over = outcome == "failed" and self._put_back(cut)
+            if over:
                 return
+
+    def _publish(self, cut: Cut) -> str:
+        """Publish a cut: ``done``, ``failed``: try again, or ``gap``: only a full snapshot can be published."""
+        started_s = time.monotonic()
+        if self._last_failure is not None and not cut.is_full and not self._store_answers():
+            self.failures += 1
+            return "failed"
+        try:
+            payload = self._payloads.full(cut) if cut.is_full else self._payloads.delta(cut)
+            manifest = self._store.publish(
+                payload,
+                lineage=self.lineage,
+                version=cut.step,
+                schema_hash=self._schema_hash,
+                step=cut.step,
+                created_ms=cut.cut_ms,
+                applies_to=None if cut.is_full else self._applies_to,
+                precision=self._payloads.precision,
+                event_time_ms=cut.event_time_ms,
+                positions=cut.positions,
+                metrics=cut.metrics,
+                feedback_arrivals=cut.feedback.merged().rows(),
+                now_ms=self._now_ms,
+                fencing=self._fencing,
+            )
+        except SnapshotStale as error:
+            _logger.info("%s", error)
+            self._applies_to = {cut.step}
+            self._drop_view(cut)
+            return "done"
+        except LeaseLost:
+            raise
+        except SnapshotGap as error:
+            _logger.warning("a full snapshot takes the place of a delta: %s", error)
+            return "gap"
+        except SmesError as error:
+            # Serving keeps what it has; the next cut contains this one's training.
+            self.failures += 1
+            self._applies_to.add(cut.step)  # it may be published all the same, and its answer lost
+            level = logging.DEBUG if str(error) == self._last_failure else logging.WARNING  # once for each reason
+            _logger.log(level, "snapshot of step %d not published, trying again: %s", cut.step, error)
+            self._last_failure = str(error)
+            return "failed"
+        self._applies_to = {cut.step}
+        self.published += 1
+        self._last_failure = None
+        self._pause_s = _RETRY_S
+        self.bytes_last = manifest.total_bytes
+        with self._changed:
+            self._chain.add(manifest)
+        what = f"{self.lineage}:{cut.step} ({manifest.kind}, {manifest.total_bytes} bytes)"
+        _logger.debug("published %s in %.0f ms", what, 1000 * (time.monotonic() - started_s))
+        if cut.view is not None and not cut.is_full:
+            self._base_thread = threading.Thread(
+                target=self._publish_base, args=[replace(cut, deltas=()), manifest], name="publisher-base", daemon=True
+            )
+            self._base_thread.start()
+        else:
+            self._drop_view(cut)
+        return "done"
+
+    @property
+    def _fencing(self) -> int | None:
+        return None if self._lease is None else self._lease.number
+
+    def _publish_base(self, cut: Cut, manifest: Manifest) -> None:
+        """Make the base of a version, beside the publications of later ones."""
+        started_s = time.monotonic()
+        try:
+            base = self._store.publish_base(
+                self._payloads.full(cut, lambda: self._closing),
+                manifest,
+                precision=self._payloads.precision,
+                fencing=self._fencing,
+            )
+        except Cancelled:
+            return
+        except SmesError as error:  # later versions can still be loaded from the base before
+            _logger.warning("the base of step %d was not published, trying again later: %s", cut.step, error)
+            self._no_base_before_s = time.monotonic() + _LONGEST_RETRY_S
+        else:
+            with self._changed:
+                self._chain.begin_at(base)
+            self.bases += 1
+            _logger.debug(
+                "the base of %s:%d: %d bytes in %.1f s",
+                self.lineage,
+                cut.step,
+                base.total_bytes,
+                time.monotonic() - started_s,
+            )
+        finally:
+            cut.without_view()
+            with self._changed:
+                self._has_base_view = False
+
+    def _add(self, cut: Cut) -> None:
+        """Put a delta into the mailbox; one that waits there last and has no view joins it."""
+        if self._waiting and self._waiting[-1].view is None:
+            cut = cut.after(self._waiting.pop())
+        self._waiting.append(cut)
+        self._bound_waiting()
+
+    def _bound_waiting(self) -> None:
+        """Where more waits than a full snapshot has, wait for that instead."""
+        if sum(c.waiting_bytes for c in self._waiting) > max(_ALWAYS_WAITING_BYTES, self._chain.base_bytes):
+            for cut in self._forget_waiting():
+                self._owe(cut)
+            self._wants_full = True
+
+    def _owe(self, cut: Cut) -> None:
+        bare = replace(cut.without_view(), dense={}, deltas=())
+        self._owed = bare.after(self._owed) if self._owed else bare
+
+    def _forget_waiting(self) -> list[Cut]:
+        """Empty the mailbox, and close what views are in it; what was there is to be owed or is replaced."""
+        gone, self._waiting = [self._without_view(cut) for cut in self._waiting], []
+        return gone
+
+    def _without_view(self, cut: Cut) -> Cut:
+        if cut.view is not None and not cut.is_full:
+            self._has_base_view = False
+        return cut.without_view()
+
+    def _drop_view(self, cut: Cut) -> None:
+        with self._changed:
+            self._without_view(cut)
+
+    def _until_full(self, cut: Cut, *, wait: bool) -> bool:
+        """Only a full snapshot can follow: ask for one, after a pause and as soon as the store answers.
+
+        True if no time is left for one.
+        """
+        with self._changed:
+            for gone in [self._without_view(cut), *self._forget_waiting()]:
+                self._owe(gone)
+        while wait:
+            if self._pause(self._pause_s):
+                return True
+            wait = not self._store_answers()
+        if cut.is_full:
+            self._pause_s = min(2 * self._pause_s, _LONGEST_RETRY_S)
+        with self._changed:
+            self._wants_full = True
+        return False
 
     def _put_back(self, cut: Cut) -> bool:
         """After a failure: put the cut back and pause before the next try; True if no time is left for one."""
         with self._changed:
-            if self._waiting is None:
-                self._waiting = cut
+            cut = self._without_view(cut)
+            if self._waiting:
+                self._waiting[0] = self._waiting[0].after(cut)
             else:
-                self._waiting = self._waiting.with_feedback_of(cut)
+                self._waiting = [cut]
+            self._bound_waiting()
+        return self._pause(_RETRY_S)
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait before the next try; True if no time is left for one."""
+        with self._changed:
             if not self._closing:
-                self._changed.wait_for(lambda: self._closing, timeout=_RETRY_S)
+                self._changed.wait_for(lambda: self._closing, timeout=seconds)
                 return False
             if time.monotonic() + _RETRY_S >= self._give_up_s:
                 return True
             self._changed.wait(_RETRY_S)
             return False
 
-    def _publish(self, cut: Cut) -> bool:
-        started_s = time.monotonic()
-        payload = snapshot_payload(cut, self._schema, self._model, self.lineage)
-        try:
-            self._store.publish(
-                payload,
-                lineage=self.lineage,
-                version=cut.step,
-                schema_hash=self._schema.hash,
-                step=cut.step,
-                created_ms=cut.cut_ms,
-                event_time_ms=cut.event_time_ms,
-                positions=cut.positions,
-                metrics=cut.metrics,
-                feedback_arrivals=cut.feedback.merged().rows(),
-                now_ms=self._now_ms,
-                fencing=None if self._lease is None else self._lease.number,
-            )
-        except SnapshotStale as error:
-            _logger.info("%s", error)
-            return True
-        except LeaseLost:
-            raise
-        except SmesError as error:
-            # Serving keeps what it has; the next cut contains this one's training.
-            self.failures += 1
-            level = logging.DEBUG if str(error) == self._last_failure else logging.WARNING  # once for each reason
-            _logger.log(level, "snapshot of step %d not published, trying again: %s", cut.step, error)
-            self._last_failure = str(error)
-            return False
-        self.published += 1
-        self._last_failure = None
-        self.bytes_last = len(payload)
-        _logger.debug("published %s:%d in %.0f ms", self.lineage, cut.step, 1000 * (time.monotonic() - started_s))
-        return True
+    def _time_is_over(self) -> bool:
+        return time.monotonic() >= self._give_up_s
 
 
-def snapshot_payload(cut: Cut, schema: Schema, model: dict[str, Any], lineage: str) -> bytes:
-    """The bytes that serving loads; see :mod:`feature_store.payload`.
+class Chain:
+    """The newest full payload of what is published, and the deltas after it.
 
-    Args:
-        cut: Weights and version.
-        schema: The schema trained with.
-        model: Model configuration as plain data.
-        lineage: The lineage that the weights belong to.
+    Attributes:
+        base_bytes: Bytes of that payload, 0 before the first.
     """
-    return encode(
-        cut.tensors,
-        {
-            "schema": json.dumps(schema.to_dict()),
-            "schema_hash": schema.hash,
-            "model": json.dumps(model),
-            "lineage": lineage,
-            "version": str(cut.step),
-        },
-    )
 
+    def __init__(self) -> None:
+        self.base_bytes = 0
+        self._deltas: list[tuple[int, int]] = []  # version, bytes
 
-def lineage_to_publish(lineage: str, step: int, served: Manifest | None) -> str:
-    """The lineage under which a trainer publishes: its own, or a fork of it.
+    def add(self, manifest: Manifest) -> None:
+        """A version was published."""
+        if manifest.kind == "full":
+            self.base_bytes, self._deltas = manifest.total_bytes, []
+        else:
+            self._deltas.append((manifest.version, manifest.total_bytes))
 
-    If serving already has a later version of the trainer's lineage, the trainer died after its last checkpoint. What it
-    trains now is another history from that checkpoint on. It gets a name of its own, so that no version names two sets
-    of weights.
+    def begin_at(self, base: Manifest) -> None:
+        """A version got a base."""
+        self.base_bytes = base.total_bytes
+        self._deltas = [(version, size) for version, size in self._deltas if version > base.version]
 
-    Args:
-        lineage: The trainer's lineage.
-        step: Steps taken.
-        served: Manifest of the snapshot that is served, if any.
-    """
-    if served is None:
-        return lineage
-    if served.lineage != lineage:
-        _logger.log(
-            logging.INFO if root_of(served.lineage) == root_of(lineage) else logging.WARNING,
-            "version %d of lineage %s is served; lineage %s takes its place with its first cut",
-            served.version,
-            served.lineage,
-            lineage,
-        )
-        return lineage
-    if served.version <= step:
-        return lineage
-    forked = new_lineage(lineage)
-    _logger.warning(
-        "version %d of lineage %s is served but the checkpoint is of step %d: continuing as lineage %s",
-        served.version,
-        lineage,
-        step,
-        forked,
-    )
-    return forked
-
-
-def new_lineage(parent: str | None = None) -> str:
-    """A name for a new history of weights; the name of a fork begins with the root of its parent's name."""
-    return f"{root_of(parent)}.{uuid.uuid4().hex[:4]}" if parent else uuid.uuid4().hex[:8]
-
-
-def root_of(lineage: str) -> str:
-    """The name that a lineage shares with all that it forked from."""
-    return lineage.partition(".")[0]
+    def is_longer_than(self, length: int, bytes_ratio: float) -> bool:
+        """Whether there are more deltas than that, or more bytes of them than this multiple of the full payload's."""
+        total_bytes = sum(size for _, size in self._deltas)
+        return len(self._deltas) > length or total_bytes > bytes_ratio * self.base_bytes

@@ -3,25 +3,41 @@
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from safetensors import safe_open
 
 from smes.arrays import Arrays
 from smes.errors import CheckpointError
+from smes.model.deltas import StateArray, whole
 from smes.schema import Schema, Task
-from trainer.checkpoint_file import Checkpoint
+from trainer.checkpoint_file import Checkpoint, CheckpointView
+from trainer.checkpoint_writer import CheckpointWriter
 from trainer.checkpoints import LOCK, CheckpointDirectory
 
 SCHEMA, MODEL = Schema("kept", tasks=(Task("click"),)), {"ranker": "linear"}
 _HOUR_NS = 3_600_000_000_000
 
 
-def checkpoint(step: int, lineage: str = "a") -> Checkpoint:
-    weights = np.arange(40, dtype=np.float32) + step
-    arrays: Arrays = {"learner.weights": weights, "stream.empty": np.zeros((0, 3), np.int64)}
-    return Checkpoint(lineage, step, SCHEMA.to_dict(), SCHEMA.hash, MODEL, arrays)
+def state(step: int) -> Arrays:
+    return {
+        "learner.weights": np.arange(40, dtype=np.float32) + step,
+        "learner.flags": np.array([True, False, True]),
+        "learner.count": np.array(step),
+        "stream.empty": np.zeros((0, 3), np.int64),
+    }
+
+
+def checkpoint(step: int, lineage: str = "a") -> CheckpointView:
+    arrays = {name: whole(array) for name, array in state(step).items()}
+    return CheckpointView(lineage, step, SCHEMA.to_dict(), SCHEMA.hash, MODEL, arrays)
 
 
 def newest(directory: CheckpointDirectory) -> Checkpoint:
@@ -37,15 +53,81 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
-    saved = checkpoint(7, "a.b")
-    CheckpointDirectory(tmp_path, keep=2).save(saved)
+    CheckpointDirectory(tmp_path, keep=2).save(checkpoint(7, "a.b"))
 
     found = newest(CheckpointDirectory(tmp_path, keep=2))
 
     assert (found.lineage, found.step, found.schema_hash, found.model) == ("a.b", 7, SCHEMA.hash, MODEL)
-    assert found.arrays.keys() == saved.arrays.keys()
-    for name, array in saved.arrays.items():
+    assert found.arrays.keys() == state(7).keys()
+    for name, array in state(7).items():
+        assert (found.arrays[name].dtype, found.arrays[name].shape) == (array.dtype, array.shape)
         np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def test_arrays_in_pieces_are_read_back_whole_and_another_reader_agrees(tmp_path: Path) -> None:
+    rows = np.arange(1_000_000, dtype=np.float32).reshape(-1, 10)
+    parts = StateArray(rows.dtype, rows.shape, lambda: iter(np.split(rows, [1, 7, 7, 60_000])))
+    closed = []
+    view = replace(
+        checkpoint(1), arrays={**checkpoint(1).arrays, "learner.rows": parts}, close=lambda: closed.append(1)
+    )
+
+    path = CheckpointDirectory(tmp_path, keep=2).save(view)
+
+    assert closed == [1]
+    np.testing.assert_array_equal(newest(CheckpointDirectory(tmp_path, keep=2)).arrays["learner.rows"], rows)
+    with safe_open(path, framework="np") as file:
+        np.testing.assert_array_equal(file.get_tensor("learner.rows"), rows)
+
+
+def test_training_may_change_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array that is mapped from the file is the reader's own: the file stays as it was."""
+    monkeypatch.setattr("trainer.checkpoint_file._LARGE_BYTES", 1)
+    CheckpointDirectory(tmp_path, keep=2).save(checkpoint(1))
+    found = newest(CheckpointDirectory(tmp_path, keep=2))
+
+    found.arrays["learner.weights"] += 1
+
+    np.testing.assert_array_equal(found.arrays["learner.weights"], state(2)["learner.weights"])
+    np.testing.assert_array_equal(
+        newest(CheckpointDirectory(tmp_path, keep=2)).arrays["learner.weights"], state(1)["learner.weights"]
+    )
+
+
+def test_what_is_written_beside_the_training_is_of_one_moment_and_one_at_a_time(tmp_path: Path) -> None:
+    writer = CheckpointWriter(CheckpointDirectory(tmp_path, keep=5))
+    go_on, saved = threading.Event(), []
+
+    def slow() -> Iterator[NDArray[Any]]:
+        assert go_on.wait(60)
+        yield state(1)["learner.weights"]
+
+    first = checkpoint(1)
+    held = StateArray(np.dtype(np.float32), (40,), slow)
+    writer.start(replace(first, arrays={**first.arrays, "learner.weights": held}), lambda: saved.append(1))
+
+    assert writer.is_busy
+    assert steps(tmp_path) == []
+    second = threading.Thread(target=writer.write, args=[checkpoint(2), lambda: saved.append(2)])
+    second.start()
+    go_on.set()
+    second.join(60)
+
+    assert saved == [1, 2]
+    assert steps(tmp_path) == [1, 2]
+    assert not writer.is_busy
+
+
+def test_a_disk_that_refuses_is_logged_and_the_view_is_closed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = CheckpointWriter(CheckpointDirectory(tmp_path / "folder", keep=2))
+    (tmp_path / "folder").rmdir()
+    closed: list[int] = []
+
+    writer.start(replace(checkpoint(3), close=lambda: closed.append(3)), lambda: closed.append(0))
+    writer.wait()
+
+    assert closed == [3]
+    assert "not written: No such file or directory; the checkpoint before it stays valid" in caplog.text
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -92,9 +174,7 @@ def test_the_damaged_array_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     content[-1] ^= 64
     path.write_bytes(content)
 
-    with pytest.raises(
-        CheckpointError, match=r"none can be read: step-0.*002-0.*1\.safetensors \(checksum of array le"
-    ):
+    with pytest.raises(CheckpointError, match=r"none can be read: step-0.*002-0.*1\.safetensors \(checksum of array "):
         newest(CheckpointDirectory(tmp_path, keep=2))
 
 

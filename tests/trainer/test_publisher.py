@@ -16,19 +16,18 @@ import pytest
 import redis
 import torch
 
-from feature_store.feedback_times import FeedbackTimes
-from feature_store.payload import decode
+from feature_store.payload import read_payload
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError, SnapshotNotFound
 from smes.schema import Schema, Task
 from smes_cli.demo.local_servers import ValkeyServer, start_valkey
 from smes_io.redis_client import connect
+from tests.trainer.small_table import NOW_MS, SmallTable
 from tests.trainer.small_world import fill, make_trainer, open_log, train_to_the_end
-from trainer.publisher import Cut, Publisher
+from trainer.publisher import Publisher
 
 SCHEMA = Schema("published", tasks=(Task("click"),))
 DEADLINE_S = 60.0
-NOW_MS = 1_700_000_000_000
 
 
 @pytest.fixture
@@ -50,16 +49,12 @@ def until(condition: Callable[[], bool]) -> None:
         pause.wait(0.005)
 
 
-def cut(step: int, arrivals: dict[int, int] | None = None) -> Cut:
-    return Cut(
-        tensors={"weights": torch.full((4,), float(step))},
-        step=step,
-        positions={"impressions": {"0": 10 * step}},
-        event_time_ms=NOW_MS + step,
-        metrics={},
-        cut_ms=NOW_MS,
-        feedback=FeedbackTimes.of_rows([(ms, count, 0, 0, 0) for ms, count in (arrivals or {}).items()]),
-    )
+def offer(publishing: Publisher, step: int, arrivals: dict[int, int] | None = None) -> None:
+    """Offer the cut of a table that was changed ``step`` times."""
+    table = SmallTable()
+    for _ in range(step):
+        table.change()
+    publishing.offer(table.cut(full=publishing.wants_full, arrivals=arrivals))
 
 
 def publisher(store: SnapshotStore, lineage: str = "line") -> Publisher:
@@ -69,7 +64,7 @@ def publisher(store: SnapshotStore, lineage: str = "line") -> Publisher:
 def test_what_is_offered_is_what_serving_loads(client: redis.Redis, namespace: str) -> None:
     store = SnapshotStore(client, namespace)
     publishing = publisher(store)
-    publishing.offer(cut(3, {NOW_MS - 5: 2}))
+    offer(publishing, 3, {NOW_MS - 5: 2})
     assert publishing.close(DEADLINE_S)
     manifest = store.current()
     assert manifest is not None
@@ -79,9 +74,9 @@ def test_what_is_offered_is_what_serving_loads(client: redis.Redis, namespace: s
     assert manifest.feedback_arrivals == ((NOW_MS - 5, 2, 0, 0, 0),)
     payload = store.load(manifest)
     assert (publishing.published, publishing.bytes_last) == (1, len(payload))
-    tensors, metadata = decode(payload)
-    assert torch.equal(tensors["weights"], torch.full((4,), 3.0))
-    assert metadata["schema_hash"] == SCHEMA.hash
+    content = read_payload([payload], len(payload))
+    assert torch.equal(content.dense["dense.step"], torch.tensor([3.0]))
+    assert content.metadata["schema_hash"] == SCHEMA.hash
 
 
 @contextmanager
@@ -99,10 +94,10 @@ def test_cuts_offered_during_an_upload_coalesce_into_the_newest(client: redis.Re
     publishing = publisher(store)
 
     with paused_writes(client):
-        publishing.offer(cut(1, {100: 1}))
+        offer(publishing, 1, {100: 1})
         until(lambda: not publishing.has_waiting)  # the thread uploads the first
         for step in (2, 3, 4):
-            publishing.offer(cut(step, {100: 10, 100 + step: step}))
+            offer(publishing, step, {100: 10, 100 + step: step})
         assert publishing.published == 0  # offering did not wait for the server
     assert publishing.close(DEADLINE_S)
 
@@ -118,12 +113,12 @@ def test_a_redis_that_goes_away_and_comes_back_gets_the_newest(tmp_path: Path, s
     client = stack.enter_context(connect(server.url, 2.0))
     store = SnapshotStore(client)
     publishing = publisher(store)
-    publishing.offer(cut(1, {1: 1}))
+    offer(publishing, 1, {1: 1})
     until(lambda: publishing.published == 1)
     kill(server)
-    publishing.offer(cut(2, {2: 2}))
+    offer(publishing, 2, {2: 2})
     until(lambda: publishing.failures > 0)
-    publishing.offer(cut(3, {3: 3}))
+    offer(publishing, 3, {3: 3})
     stack.enter_context(start_valkey(tmp_path, port=server.port))
     until(lambda: publishing.published == 2)
     newest = store.current()
@@ -139,7 +134,7 @@ def test_closing_waits_for_a_store_that_answers_but_is_slow(client: redis.Redis,
     closed: list[bool] = []
 
     with paused_writes(client):
-        publishing.offer(cut(1))
+        offer(publishing, 1)
         until(lambda: not publishing.has_waiting)  # the thread uploads it
         closing = threading.Thread(target=lambda: closed.append(publishing.close(DEADLINE_S)))
         closing.start()
@@ -157,7 +152,7 @@ def test_closing_without_a_redis_ends_soon_and_says_so(fault: signal.Signals, tm
     client = stack.enter_context(connect(server.url, 600.0))  # a timeout that would be waited for
     publishing = publisher(SnapshotStore(client))
     os.kill(server.pid, fault)
-    publishing.offer(cut(1))
+    offer(publishing, 1)
     closed: list[bool] = []
 
     closing = threading.Thread(target=lambda: closed.append(publishing.close(600.0)))
@@ -171,10 +166,10 @@ def test_closing_without_a_redis_ends_soon_and_says_so(fault: signal.Signals, tm
 def test_a_version_that_is_served_already_is_no_failure(client: redis.Redis, namespace: str) -> None:
     store = SnapshotStore(client, namespace)
     first = publisher(store)
-    first.offer(cut(5))
+    offer(first, 5)
     assert first.close(DEADLINE_S)
     again = publisher(store)  # restarted from a checkpoint of the very step that is served
-    again.offer(cut(5))
+    offer(again, 5)
     assert again.close(DEADLINE_S)
     assert (again.published, again.failures) == (0, 0)
     assert [m.version for m in store.list()] == [5]
@@ -241,4 +236,4 @@ def test_a_cut_is_not_offered_to_a_thread_that_has_ended(client: redis.Redis, na
     publishing = publisher(SnapshotStore(client, namespace))
     assert publishing.close(DEADLINE_S)
     with pytest.raises(SmesError, match="publishing thread has ended"):
-        publishing.offer(cut(1))
+        offer(publishing, 1)

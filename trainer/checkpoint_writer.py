@@ -1,0 +1,63 @@
+"""Writes checkpoints beside the training, one at a time."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from smes.errors import CheckpointError
+from trainer.checkpoint_file import CheckpointView
+from trainer.checkpoints import CheckpointDirectory
+
+_logger = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Writes one checkpoint in a thread of its own. For one thread that starts it and waits for it.
+
+    Args:
+        directory: Where checkpoints go.
+    """
+
+    def __init__(self, directory: CheckpointDirectory) -> None:
+        self._directory = directory
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, checkpoint: CheckpointView, on_saved: Callable[[], object]) -> None:
+        """Begin to write a checkpoint, when the one before is done. If the disk refuses it, that is logged.
+
+        Args:
+            checkpoint: What to write; closed when that is over.
+            on_saved: Called by the thread when it is on disk.
+        """
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=[checkpoint, on_saved], name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def write(self, checkpoint: CheckpointView, on_saved: Callable[[], object]) -> None:
+        """Write a checkpoint in this thread, when the one before is done.
+
+        Raises:
+            CheckpointError: The disk refused it.
+        """
+        self.wait()
+        self._directory.save(checkpoint)
+        on_saved()
+
+    def _write(self, checkpoint: CheckpointView, on_saved: Callable[[], object]) -> None:
+        try:
+            self._directory.save(checkpoint)
+        except CheckpointError as error:
+            _logger.error("%s; the checkpoint before it stays valid", error)
+        else:
+            on_saved()

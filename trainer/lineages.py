@@ -1,0 +1,54 @@
+"""Lineages: names of uninterrupted histories of weights, and which one a trainer publishes under."""
+
+import logging
+import uuid
+
+from feature_store.manifest import Manifest
+
+_logger = logging.getLogger(__name__)
+
+
+def lineage_to_publish(lineage: str, step: int, served: Manifest | None) -> str:
+    """The lineage under which a trainer publishes: its own, or a fork of it.
+
+    If serving already has a later version of the trainer's lineage, the trainer died after its last checkpoint. What it
+    trains now is another history from that checkpoint on. It gets a name of its own, so that no version names two sets
+    of weights.
+
+    Args:
+        lineage: The trainer's lineage.
+        step: Steps taken.
+        served: Manifest of the snapshot that is served, if any.
+    """
+    if served is None:
+        return lineage
+    if served.lineage != lineage:
+        _logger.log(
+            logging.INFO if root_of(served.lineage) == root_of(lineage) else logging.WARNING,
+            "version %d of lineage %s is served; lineage %s takes its place with its first cut",
+            served.version,
+            served.lineage,
+            lineage,
+        )
+        return lineage
+    if served.version <= step:
+        return lineage
+    forked = new_lineage(lineage)
+    _logger.warning(
+        "version %d of lineage %s is served but the checkpoint is of step %d: continuing as lineage %s",
+        served.version,
+        lineage,
+        step,
+        forked,
+    )
+    return forked
+
+
+def new_lineage(parent: str | None = None) -> str:
+    """A name for a new history of weights; the name of a fork begins with the root of its parent's name."""
+    return f"{root_of(parent)}.{uuid.uuid4().hex[:4]}" if parent else uuid.uuid4().hex[:8]
+
+
+def root_of(lineage: str) -> str:
+    """The name that a lineage shares with all that it forked from."""
+    return lineage.partition(".")[0]
