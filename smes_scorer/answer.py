@@ -170,8 +170,9 @@ class Answerer:
         rows = self._features.rows(request.user_id, np.array(request.items, np.int64))
         fill_elapsed(rows.numerics, self._schema, self._now_ms())
         request.write_context(rows)
-        served = self._swap.served  # read once: everything below is of this version
-        answer = self.writer.write(served.key, request.items, served.model.score(rows.ids, rows.numerics))
+        with self._swap.reading() as served:  # everything below is of this version
+            scores_NT = served.model.score(rows.ids, rows.numerics)
+        answer = self.writer.write(served.key, request.items, scores_NT)
         first = self._first_answers.answered(served.key, self._now_ms())
         if first is not None:
             self._telemetry.first_answer(first)

@@ -28,7 +28,8 @@ from smes_io.redis_client import open_client
 from smes_scorer.answer import Answerer, FeatureLookup, NotReady
 from smes_scorer.config import ScorerConfig
 from smes_scorer.first_answers import FirstAnswers
-from smes_scorer.hot_swap import HotSwap, Load, load_serving_model
+from smes_scorer.hot_swap import HotSwap
+from smes_scorer.loading import Load, load_table_model
 from smes_scorer.middleware import BodyLimit, EndsQuietly, Metered, RequestMeter
 from smes_scorer.request import FieldError, UnreadableBody
 from smes_scorer.scoring_queue import Busy, Dropped, ScoringQueue
@@ -71,7 +72,7 @@ def create_app(
     *,
     redis_url: str,
     namespace: str = "smes",
-    load: Load = load_serving_model,
+    load: Load = load_table_model,
 ) -> FastAPI:
     """Make the application. While it runs it loads each new snapshot; Redis need not be reachable yet.
 
@@ -80,7 +81,7 @@ def create_app(
         schema: Features and tasks; snapshots and features of another schema are refused.
         redis_url: Where snapshots and features are.
         namespace: Prefix of their keys.
-        load: Builds a model from a snapshot's payload.
+        load: Builds a model from snapshots' payloads.
 
     Raises:
         ValueError: ``fusion_weights`` names an unknown task, or the URL has a wrong form.

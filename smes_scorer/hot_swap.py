@@ -1,102 +1,56 @@
 """Hot swap: a thread loads each new snapshot in the background and puts it into service by one assignment.
 
-A request reads one :class:`ServedModel` and answers with it alone, so that its answer is of one version.
+A request reads one :class:`smes_scorer.versions.ServedModel` and answers with it alone, so that its answer is of one
+version. A delta is put into service as soon as it is loaded, in front of the table that it changes; it is folded into
+the table when no request reads an older version any more.
 """
 
-import json
 import logging
-import math
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import numpy as np
 
 from feature_store.entities import blank_rows
-from feature_store.payload import decode, decode_metadata
-from feature_store.publication import Manifest
+from feature_store.manifest import Manifest
+from feature_store.payload import PayloadContent, read_payload
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
-from smes.arrays import F32, I64
 from smes.errors import FeatureStoreError, SchemaMismatch, SmesError, SnapshotError, SnapshotNotFound
-from smes.model.config import ModelConfig
-from smes.model.fitting import fitting_config
-from smes.model.serving import ServingModel
 from smes.schema import Schema
-from smes.schema_difference import describe_difference_from
 from smes_scorer.first_answers import Arrivals, FirstAnswers
+from smes_scorer.loading import Load
+from smes_scorer.refusals import Refusals
 from smes_scorer.telemetry import Telemetry
-
-
-class Scorable(Protocol):
-    """Scores instances; never changes, so any number of threads may call it."""
-
-    def score(self, ids: I64, numerics: F32) -> F32:
-        """float32 [N, T] for int64 [N, W] and float32 [N, F]."""
-        ...
-
-
-Load = Callable[[bytes, Schema], Scorable]
-"""Builds a model from a snapshot's payload for the configured schema."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A snapshot that was loaded and warmed up: the model together with the version it is. Immutable."""
-
-    model: Scorable
-    manifest: Manifest
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Lineage and version."""
-        return self.manifest.lineage, self.manifest.version
-
-
-def load_serving_model(payload: bytes, schema: Schema) -> ServingModel:
-    """The :class:`smes.model.serving.ServingModel` of a payload.
-
-    Raises:
-        SnapshotError: The payload is of another format or damaged, or its tensors do not fit its model configuration.
-        SchemaMismatch: It was trained with another schema.
-    """
-    tensors, metadata = decode(payload)
-    if metadata.get("schema_hash") != schema.hash:
-        difference = describe_difference_from(metadata.get("schema"), schema)
-        got = str(metadata.get("schema_hash"))
-        raise SchemaMismatch("snapshot payload", expected=schema.hash, got=got, difference=difference)
-    try:
-        # Checked before it is built: building a configuration of absurd size takes time and memory already.
-        config = ModelConfig.from_dict(fitting_config(json.loads(metadata["model"]), tensors))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise SnapshotError(f"snapshot payload: model configuration: {error}") from error
-    try:
-        return ServingModel.from_state(schema, config, tensors)
-    except ValueError as error:
-        raise SnapshotError(f"snapshot payload: {error}") from error
-
+from smes_scorer.versions import Foldable, Scorable, ServedModel, Versions
 
 _WARM_UP_ITEMS = (1, 100)
-_RETRY_S = 5.0  # doubled after each failure
-_LONGEST_RETRY_S = 300.0
-_MAX_REFUSALS = 100
 _OLDER_TRIED = 3
+_FOLD_RETRY_S = 0.02
 _logger = logging.getLogger(__name__)
 
 
-class _Unfit(Exception):
-    """The bytes are those that were published, and no model can be made of them: trying again is no use."""
+class _Refused(Exception):
+    """A payload was refused, by the exception that caused this.
+
+    Args:
+        manifest: Of the payload.
+        for_ever: Whether its bytes are those that were published, so that trying again is no use.
+    """
+
+    def __init__(self, manifest: Manifest, *, for_ever: bool) -> None:
+        super().__init__(f"snapshot {manifest.lineage}:{manifest.version}")
+        self.manifest = manifest
+        self.for_ever = for_ever
+
+    @property
+    def reason(self) -> str:
+        return str(self.__cause__) if isinstance(self.__cause__, SmesError) else repr(self.__cause__)
 
 
-@dataclass(slots=True)
-class _Refusal:
-    """Why a snapshot was refused, how often, and when to try it again."""
-
-    reason: str
-    tries: int
-    again_s: float
+class _WaitsForRetry(Exception):
+    """A payload on the way was refused before, and is not to be tried yet."""
 
 
 class HotSwap:
@@ -107,11 +61,14 @@ class HotSwap:
     snapshot that it can. A snapshot whose verified bytes make no model is not tried again; one whose bytes are damaged
     is, after longer and longer pauses. Requests never wait for loading.
 
+    A version is reached by the deltas since the one in service, or from the newest full snapshot: where the scorer
+    starts, where deltas are missing, of another lineage, or refused, and where that is less to load.
+
     Args:
         store: Where snapshots come from; used by the loader thread alone.
         watcher: Waits for publications; used by the loader thread alone.
         schema: The configured schema; snapshots of another one are refused.
-        load: Builds a model from a payload.
+        load: Builds a model from payloads.
         first_answers: Notes every version before it serves.
         telemetry: Counts swaps and failures.
         poll_s: Longest time between two looks at the store.
@@ -137,14 +94,21 @@ class HotSwap:
         self._first_answers = first_answers
         self._telemetry = telemetry
         self._poll_s = poll_s
-        self._monotonic_s = monotonic_s
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="snapshot-loader", daemon=True)
-        self._refusals: OrderedDict[Hashable, _Refusal] = OrderedDict()
-        self.served: ServedModel | None = None
-        """The model in service. A request reads this attribute once."""
+        self._refusals = Refusals(monotonic_s)
+        self._versions = Versions()
         self.problem: str | None = None
         """Why the current snapshot is not served, None when it is (or when nothing was published yet)."""
+
+    @property
+    def served(self) -> ServedModel | None:
+        """The version in service, None before the first."""
+        return self._versions.served
+
+    def reading(self) -> AbstractContextManager[ServedModel]:
+        """The version in service, for one request, which may use it until the block ends. There must be one."""
+        return self._versions.reading()
 
     @property
     def alive(self) -> bool:
@@ -162,28 +126,31 @@ class HotSwap:
         self._thread.join()
 
     def refresh(self) -> None:
-        """Look at the store once and load a new snapshot. Never raises."""
-        manifest: Manifest | None = None
+        """Look at the store once and load a new snapshot; fold what can be folded. Never raises."""
         try:
             manifest = self._store.current()
             if self._is_new(manifest):
                 assert manifest is not None
-                self._swap(manifest)
+                self._swap_or_refuse(manifest)
             self.problem = self._store.pointer_problem or self.problem
         except (FeatureStoreError, SnapshotNotFound) as error:
             # Redis is away or was restarted, or the snapshot was trimmed while it was read: look again next time.
             if self.problem is None:
                 _logger.warning("no newer snapshot can be loaded: %s", error)
             self.problem = str(error)
-        except Exception as error:  # whatever a bad snapshot raises, the model in service stays
-            _logger.debug("a snapshot was refused", exc_info=True)
-            self._refuse(manifest, error)
+        except Exception as error:  # whatever a bad store raises, the model in service stays
+            reason = str(error) if isinstance(error, SmesError) else repr(error)
+            if reason != self.problem:
+                self._count_failure(error, reason)
+            _logger.debug("the store could not be read", exc_info=True)
+            self.problem = reason
+        self._fold()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             self.refresh()
             try:
-                self._watcher.wait(self._poll_s)
+                self._watcher.wait(_FOLD_RETRY_S if self._can_fold else self._poll_s)
             except Exception:  # whatever the channel brings, the thread goes on
                 if self._stopping.is_set():
                     return  # the watcher was closed while it waited
@@ -202,76 +169,144 @@ class HotSwap:
                 f"version {manifest.version} is published, older than version {served.manifest.version} in service"
             )
             return False
-        refusal = self._refusals.get(_identity(manifest))
-        if refusal is None or self._monotonic_s() >= refusal.again_s:
-            return True
-        self.problem = refusal.reason
-        return False
+        reason = self._refusals.why(manifest)
+        if reason is not None:
+            self.problem = reason
+        return reason is None
 
-    def _refuse(self, manifest: Manifest | None, error: Exception) -> None:
-        """Note why a snapshot was refused. Without a model in service, serve an older one."""
-        unfit = isinstance(error, _Unfit)
-        cause = error.__cause__ if isinstance(error, _Unfit) else error
-        reason = str(cause) if isinstance(cause, SmesError) else repr(cause)
-        if manifest is not None or reason != self.problem:
-            self._telemetry.load_failures.inc()
-            _logger.warning("a snapshot was refused: %s", reason, exc_info=not isinstance(cause, SmesError))
-        self.problem = reason
-        if manifest is None:
+    def _swap_or_refuse(self, manifest: Manifest) -> None:
+        """Put a snapshot into service. If it is refused, say why; without a model in service, serve an older one."""
+        try:
+            self._swap(manifest)
             return
-        before = self._refusals.pop(_identity(manifest), None)
-        tries = before.tries + 1 if before else 1
-        pause_s = math.inf if unfit else min(_RETRY_S * 2 ** (tries - 1), _LONGEST_RETRY_S)
-        self._refusals[_identity(manifest)] = _Refusal(reason, tries, self._monotonic_s() + pause_s)
-        if len(self._refusals) > _MAX_REFUSALS:
-            self._refusals.popitem(last=False)
+        except _WaitsForRetry as error:
+            reason = str(error)
+        except _Refused as error:
+            reason = error.reason
+        except SnapshotNotFound:
+            raise
+        except SnapshotError as error:  # no way leads there
+            reason = str(error)
+            self._count_failure(error, reason)
+        if self._refusals.why(manifest) is None:
+            # A payload on its way was refused. Others may lead to it before the pause is over, by a newer base.
+            self._refusals.note(manifest, reason, for_ever=False)
         if self.served is None:
             self._serve_an_older(manifest)
-            self.problem = reason
+        self.problem = reason
 
     def _serve_an_older(self, current: Manifest) -> None:
         """Put the newest snapshot but the current one into service, if one can be loaded."""
+        tried = 0
         try:
-            for manifest in [m for m in reversed(self._store.list()) if _key(m) != _key(current)][:_OLDER_TRIED]:
-                if _identity(manifest) not in self._refusals:
-                    try:
-                        self._swap(manifest)
+            for manifest in [m for m in reversed(self._store.list()) if _key(m) != _key(current)]:
+                try:
+                    self._swap(manifest)
+                    return
+                except _WaitsForRetry:
+                    continue
+                except (_Refused, SnapshotError):
+                    tried += 1
+                    if tried == _OLDER_TRIED:
                         return
-                    except _Unfit as error:
-                        self._refusals[_identity(manifest)] = _Refusal(str(error.__cause__), 1, math.inf)
-                    except SnapshotError:
-                        continue
         except Exception:
             _logger.warning("no older snapshot could be served", exc_info=True)
 
     def _swap(self, manifest: Manifest) -> None:
-        name = f"snapshot {manifest.lineage}:{manifest.version}"
-        if manifest.schema_hash != self._schema.hash:
-            raise _Unfit from SchemaMismatch(name, expected=self._schema.hash, got=manifest.schema_hash)
-        payload = self._store.load(manifest)
-        try:
-            model = self._built(name, manifest, payload)
-        except SmesError as error:
-            raise _Unfit from error
+        """Put a snapshot into service, on the first of the ways to it that is passable.
+
+        Raises:
+            _Refused: The payload in whose way it stands; noted.
+            _WaitsForRetry: It was refused before.
+            FeatureStoreError: Redis is away.
+            SnapshotNotFound: Retention removed it.
+            SnapshotError: No way leads to it.
+        """
+        refused: _Refused | None = None
+        waiting: str | None = None
+        for way in self._ways(manifest):
+            waiting = waiting or next(filter(None, map(self._refusals.why, way)), None)
+            if any(self._refusals.why(step) is not None for step in way):
+                continue
+            try:
+                self._go(way, manifest)
+                return
+            except _Refused as error:
+                _logger.debug("a snapshot was refused", exc_info=True)
+                self._count_failure(error.__cause__, error.reason)
+                self._refusals.note(error.manifest, error.reason, for_ever=error.for_ever)
+                refused = error
+        if refused is not None:
+            raise refused
+        raise _WaitsForRetry(waiting)
+
+    def _ways(self, manifest: Manifest) -> Iterator[tuple[Manifest, ...]]:
+        """What to load to get to a version: from the one in service if that leads there, and from a full snapshot."""
+        served = self.served
+        have = served.manifest.version if served and served.manifest.lineage == manifest.lineage else None
+        shortest = self._store.chain(manifest, have)
+        yield shortest
+        if shortest[0].kind == "delta":
+            try:
+                anew = self._store.chain(manifest, None)
+            except SnapshotError as error:
+                _logger.debug("no full snapshot leads to the version: %s", error)
+                return
+            yield anew
+
+    def _go(self, way: tuple[Manifest, ...], manifest: Manifest) -> None:
+        """Load a way's payloads, and put the version that it leads to into service."""
+        before = self.served
+        model = self._built(way, before.model if before and way[0].kind == "delta" else None)
         arrivals, gaps = self._new_arrivals(manifest)
         served = ServedModel(model, manifest)
         dropped = self._first_answers.loaded(served.key, arrivals)
         self._telemetry.freshness_uncounted.inc(gaps + dropped)
-        self.served = served
+        self._versions.put(served)
         self.problem = None
         self._telemetry.swaps.inc()
         self._telemetry.served_version.set(manifest.version)
         self._telemetry.served_step.set(manifest.step)
-        _logger.debug("%s is in service", name)
+        _logger.debug("snapshot %s:%s is in service", *served.key)
 
-    def _built(self, name: str, manifest: Manifest, payload: bytes) -> Scorable:
-        """A model that was warmed up, from bytes that were verified."""
-        metadata = decode_metadata(payload)
-        if (metadata.get("lineage"), metadata.get("version")) != (manifest.lineage, str(manifest.version)):
-            raise SnapshotError(f"{name}: its payload says {metadata.get('lineage')}:{metadata.get('version')}")
-        model = self._load(payload, self._schema)
-        self._warm_up(name, model)
+    def _built(self, way: tuple[Manifest, ...], before: Scorable | None) -> Scorable:
+        """A model that was warmed up, from bytes that were verified.
+
+        Raises:
+            _Refused: A payload could not be read, or no model be made of it.
+            FeatureStoreError, SnapshotNotFound: As the store.
+        """
+        payloads = _Payloads(self._store, self._schema, way)
+        try:
+            model = self._load(payloads, self._schema, before)
+            self._warm_up(payloads.at, model)
+        except (FeatureStoreError, SnapshotNotFound):
+            raise
+        except Exception as error:  # whatever a bad snapshot raises, the model in service stays
+            verified = error is not payloads.store_error
+            raise _Refused(payloads.at, for_ever=verified and isinstance(error, SmesError)) from error
         return model
+
+    @property
+    def _can_fold(self) -> bool:
+        """Whether something waits for requests to end."""
+        return self.served is not None and isinstance(self.served.model, Foldable) and self.served.model.shadows > 0
+
+    def _fold(self) -> None:
+        """Fold what no request reads without any more, and put the same version, without it, into service."""
+        served = self.served
+        if served is None or not isinstance(served.model, Foldable) or not served.model.shadows:
+            return
+        up_to = self._versions.oldest_read()
+        if up_to is None:
+            return
+        try:
+            folded = served.model.folded(up_to)
+        except MemoryError:  # the version goes on as it is
+            _logger.warning("a delta could not be folded into the table; tried again later", exc_info=True)
+            return
+        if folded is not served.model:
+            self._versions.put(ServedModel(folded, served.manifest))
 
     def _new_arrivals(self, manifest: Manifest) -> tuple[Arrivals, int]:
         """The feedback trained on since the version in service, and how many versions between have no manifest."""
@@ -288,19 +323,56 @@ class HotSwap:
         gaps = sum(m.parent != parent for m, parent in zip(manifests, parents, strict=False))
         return Arrivals.of(manifests), gaps
 
-    def _warm_up(self, name: str, model: Scorable) -> None:
+    def _warm_up(self, manifest: Manifest, model: Scorable) -> None:
         """Score as requests will, so that first-use compilation and allocation are done and a broken model shows."""
         for n in _WARM_UP_ITEMS:
             rows = blank_rows(self._schema, 0, np.arange(n))
             scores = model.score(rows.ids, rows.numerics)
             if scores.shape != (n, self._schema.num_tasks) or not np.isfinite(scores).all():
-                raise SnapshotError(f"{name}: warm-up gave scores of shape {list(scores.shape)} or not all finite")
+                raise SnapshotError(
+                    f"snapshot {manifest.lineage}:{manifest.version}: warm-up gave scores of shape "
+                    f"{list(scores.shape)} or not all finite"
+                )
+
+    def _count_failure(self, error: BaseException | None, reason: str) -> None:
+        self._telemetry.load_failures.inc()
+        exc_info = error if error is not None and not isinstance(error, SmesError) else None
+        _logger.warning("a snapshot was refused: %s", reason, exc_info=exc_info)
+
+
+class _Payloads:
+    """The payloads of a way, each opened when the one before was read.
+
+    Attributes:
+        at: The manifest of the payload that was opened last.
+        store_error: What the store raised, whose bytes are not verified.
+    """
+
+    def __init__(self, store: SnapshotStore, schema: Schema, way: tuple[Manifest, ...]) -> None:
+        self._store = store
+        self._schema = schema
+        self._way = way
+        self.at = way[0]
+        self.store_error: Exception | None = None
+
+    def __iter__(self) -> Iterator[PayloadContent]:
+        for manifest in self._way:
+            self.at = manifest
+            name = f"snapshot {manifest.lineage}:{manifest.version}"
+            if manifest.schema_hash != self._schema.hash:
+                raise SchemaMismatch(name, expected=self._schema.hash, got=manifest.schema_hash)
+            payload = read_payload(self._pieces(manifest), manifest.total_bytes)
+            if (payload.lineage, payload.version, payload.kind) != (manifest.lineage, manifest.version, manifest.kind):
+                raise SnapshotError(f"{name}: its payload says {payload.lineage}:{payload.version}, {payload.kind}")
+            yield payload
+
+    def _pieces(self, manifest: Manifest) -> Iterator[bytes]:
+        try:
+            yield from self._store.pieces(manifest)
+        except Exception as error:
+            self.store_error = error
+            raise
 
 
 def _key(manifest: Manifest) -> tuple[str, int]:
     return manifest.lineage, manifest.version
-
-
-def _identity(manifest: Manifest) -> Hashable:
-    """Equal for snapshots of the same bytes."""
-    return (*_key(manifest), manifest.schema_hash, manifest.chunks)

@@ -15,7 +15,7 @@ from smes_io.redis_client import connect
 from smes_scorer.app import create_app
 from smes_scorer.config import ScorerConfig
 from smes_scorer.connections import bounded_protocol
-from smes_scorer.hot_swap import Load, load_serving_model
+from smes_scorer.loading import Load, load_table_model
 
 _ANSWERING_SHARE = 0.5
 """Of ``shutdown_s``: for the requests in flight. The rest is for the application's end and that of the process."""
@@ -27,7 +27,7 @@ def serve(
     *,
     redis_url: str,
     namespace: str = "smes",
-    load: Load = load_serving_model,
+    load: Load = load_table_model,
     on_listening: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish the requests in flight and return.

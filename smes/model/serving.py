@@ -7,6 +7,7 @@ Letters: N instances, W id columns, F numeric features, T tasks, R rows, D embed
 """
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Protocol
 
 import numpy as np
@@ -98,6 +99,12 @@ class ServingModel:
             ValueError: As the constructor, for the rows too.
         """
         return cls(schema, model, state, TensorRows(schema, model, state, device=device), device=device)
+
+    def reading(self, rows: RowReader) -> "ServingModel":
+        """A model of the same dense weights, which are not copied, that reads the rows of ids elsewhere."""
+        other = copy(self)
+        other._rows = rows
+        return other
 
     def score(self, ids: I64, numerics: F32) -> F32:
         """Score N instances: probabilities for binary tasks, values in the label's unit for regression tasks.

@@ -20,10 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, Bool
 from smes.model.deltas import RowDelta, merged
 from smes.model.fitting import check_finite
 from smes.model.ids import IdKeys
@@ -89,11 +88,12 @@ class Shadow:
 
     def __init__(self, delta: RowDelta, version: int, groups: Mapping[str, int]) -> None:
         _check_columns(delta.keys, delta.columns, groups)
-        self.delta = delta
+        columns = {name: np.ascontiguousarray(values) for name, values in delta.columns.items()}
+        self.delta = RowDelta(np.ascontiguousarray(delta.keys), columns, np.ascontiguousarray(delta.removed))
         self.version = version
         self._keys: I64 = np.concatenate([delta.keys, delta.removed])
         self._slots = np.full(2 * len(self._keys) + 1, -1, np.int32)
-        entered = shadow_slots(self._keys, self._slots)
+        entered = int(shadow_slots(self._keys, self._slots))
         if entered < len(self._keys):
             raise ValueError(f"keys of a delta: {self._keys[entered]} occurs twice, expected distinct keys")
 
@@ -173,11 +173,6 @@ class ServingTable:
         for name, values in columns.items():
             start = self._start[name]
             floats[first : self._next_row, start : start + values.shape[1]] = values
-
-    def has(self, keys_N: I64) -> NDArray[np.bool_]:
-        """Which keys have a row. bool [N]."""
-        found: NDArray[np.bool_] = find_rows(keys_N, *self._map, self._words()) != ABSENT
-        return found
 
     def fold(self, shadow: Shadow) -> None:
         """Make the table that of the shadow's version, in place.
@@ -264,6 +259,12 @@ class TableRows:
                 read_shadow(found, shadow.delta.columns[name], first, values)
             result[name] = torch.from_numpy(values).view(*ids_NW.shape, columns)
         return result
+
+    def has(self, keys_N: I64) -> Bool:
+        """Which keys have a row. bool [N]."""
+        found, _ = self._find(keys_N)
+        present: Bool = found != ABSENT
+        return present
 
     def after(self, shadow: Shadow) -> "TableRows":
         """The rows of the shadow's version: one after this."""

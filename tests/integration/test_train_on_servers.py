@@ -21,7 +21,6 @@ from smes.model.serving import ServingModel
 from smes_cli.config import Config
 from smes_cli.demo.local_servers import start_kafka, start_valkey
 from smes_cli.demo.processes import stop
-from smes_scorer.hot_swap import load_serving_model
 from stream.codec.codec import Codec
 from tests.integration.training import (
     Pairs,
@@ -36,6 +35,7 @@ from tests.integration.training import (
     train_in_process,
 )
 from tests.running import DEADLINE_S, read_config, read_json, start_smes, until, until_log_says, write_config
+from tests.smes_scorer.made_payloads import loaded_from
 from trainer.checkpoints import LOCK
 from trainer.loop import Trainer
 from trainer.report import conservation_errors
@@ -50,7 +50,7 @@ def assert_serves_its_weights(config: Config, trainer: Trainer, pairs: Pairs) ->
         assert manifest is not None
         assert manifest.version == trainer.learner.step_number
         assert manifest.positions.keys() == {"impressions", "feedback"}
-        served = load_serving_model(store.load(manifest), trainer.learner.schema)
+        served = loaded_from(store, manifest, trainer.learner.schema)
     expected = ServingModel.from_state(trainer.learner.schema, config.model, trainer.learner.serving_state())
     impressions = ImpressionBlock.concat([block for block, _ in pairs if len(block)])
     scores = served.score(impressions.ids, impressions.numerics)

@@ -1,7 +1,7 @@
 """Which snapshot is put into service, and which is refused. Here the loader looks only when a test asks it to."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from safetensors.torch import save
 
 from feature_store.config import SnapshotStoreConfig
 from feature_store.entities import EntityStore
-from feature_store.payload import PAYLOAD_FORMAT, encode
-from feature_store.publication import Manifest
+from feature_store.manifest import Manifest
+from feature_store.payload import PAYLOAD_FORMAT, write_payload
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.arrays import F32, I64
 from smes.errors import SnapshotNotFound
@@ -20,8 +20,11 @@ from smes.schema import Schema
 from smes_scorer.answer import Answerer, FeatureLookup
 from smes_scorer.config import ScorerConfig
 from smes_scorer.first_answers import FirstAnswers
-from smes_scorer.hot_swap import HotSwap, Load, Scorable
+from smes_scorer.hot_swap import HotSwap
+from smes_scorer.loading import Load
 from smes_scorer.telemetry import Telemetry
+from smes_scorer.versions import Scorable
+from tests.smes_scorer.made_payloads import version_payload
 
 Publish = Callable[..., Manifest]
 MakeSwap = Callable[..., HotSwap]
@@ -92,7 +95,7 @@ def test_a_request_keeps_the_model_that_it_began_with(
 ) -> None:
     slow = Slow()
     models: list[Scorable] = [slow]
-    swap = make_swap(lambda payload, schema: models.pop() if models else load(payload, schema))
+    swap = make_swap(lambda payloads, schema, before: models.pop() if models else load(payloads, schema, before))
     publish(store, 1)
     swap.refresh()
     telemetry = Telemetry()
@@ -119,10 +122,10 @@ FORMAT_1 = save({"version": torch.tensor(2)}, {"lineage": "a", "version": "2"})
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
-        (b"no safetensors at all", "header cut short"),
+        (b"no safetensors at all", "snapshot payload: header of"),
         (FORMAT_1, f"snapshot payload: format 1, expected {PAYLOAD_FORMAT}"),
-        (encode({"version": torch.tensor(2)}, {"lineage": "a", "version": "7"}), "its payload says a:7"),
-        (encode({}, {"lineage": "a", "version": "2"}), "KeyError"),
+        (version_payload(2, {"lineage": "a", "version": "7"}), "its payload says a:7"),
+        (write_payload({"lineage": "a", "version": "2"}, {}, {}, 0, lambda: ()).joined(), "KeyError"),
     ],
     ids=["no safetensors", "format 1", "another version", "no weights"],
 )
@@ -159,7 +162,7 @@ def test_a_model_that_fails_its_warm_up_never_serves(
             scores: F32 = bad[: len(ids)].astype(np.float32)
             return scores
 
-    swap = make_swap(lambda payload, schema: Broken())
+    swap = make_swap(lambda payloads, schema, before: Broken())
     publish(store, 1)
 
     swap.refresh()
@@ -196,13 +199,13 @@ def test_a_snapshot_trimmed_while_it_is_read_is_followed_by_the_current_one(
     publisher = SnapshotStore(client, namespace, config)
 
     class SlowReader(SnapshotStore):
-        def load(self, manifest: Manifest) -> bytes:
+        def pieces(self, manifest: Manifest) -> Iterator[bytes]:
             if manifest.version == 1:  # meanwhile the trainer publishes
                 publish(publisher, 2)
                 publish(publisher, 3)
                 with pytest.raises(SnapshotNotFound):
-                    super().load(manifest)
-            return super().load(manifest)
+                    next(super().pieces(manifest))
+            return super().pieces(manifest)
 
     swap = make_swap(store=SlowReader(client, namespace, config))
     publish(publisher, 1)

@@ -1,25 +1,27 @@
 """Damaged snapshots and junk beside them: the model in service stays, and what is broken is named."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import httpx
 import pytest
 import redis
 import torch
-from safetensors.torch import save
 
-from feature_store.payload import encode
-from feature_store.publication import Manifest
+from feature_store.manifest import Manifest
+from feature_store.payload import PayloadContent
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.schema import Schema
 from smes_scorer.first_answers import FirstAnswers
-from smes_scorer.hot_swap import HotSwap, Load, Scorable, load_serving_model
+from smes_scorer.hot_swap import HotSwap
+from smes_scorer.loading import Load, load_table_model
 from smes_scorer.telemetry import Telemetry
+from smes_scorer.versions import Scorable
 from tests.feature_store.test_damage import BESIDE, POINTER, Junk
+from tests.smes_scorer.made_payloads import full_payload, marks_of, version_payload
 
 Publish = Callable[..., Manifest]
 
@@ -31,9 +33,13 @@ class CountedLoads:
         self._load = load
         self.count = 0
 
-    def __call__(self, payload: bytes, schema: Schema) -> Scorable:
-        self.count += 1
-        return self._load(payload, schema)
+    def __call__(self, payloads: Iterable[PayloadContent], schema: Schema, before: Scorable | None) -> Scorable:
+        return self._load(self._counted(payloads), schema, before)
+
+    def _counted(self, payloads: Iterable[PayloadContent]) -> Iterator[PayloadContent]:
+        for payload in payloads:
+            self.count += 1
+            yield payload
 
 
 @pytest.fixture
@@ -130,7 +136,7 @@ def lies_of(payload: bytes) -> dict[str, bytes]:
     }
 
 
-LIES = list(lies_of(save({"version": torch.tensor(2)}, {"lineage": "a", "version": "2"})))
+LIES = list(lies_of(version_payload(2, {"lineage": "a", "version": "2"})))
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -139,7 +145,7 @@ def test_bytes_that_make_no_model_are_tried_once(
 ) -> None:
     publish(store, 1)
     swap.refresh()
-    good = encode({"version": torch.tensor(2)}, {"lineage": "a", "version": "2"})
+    good = version_payload(2, {"lineage": "a", "version": "2"})
     publish(store, 2, payload=lies_of(good)[lie])
 
     for _ in range(3):
@@ -209,9 +215,8 @@ def test_a_broken_manifest_between_two_versions_is_a_gap_of_freshness_and_no_mor
 def real_payload(schema: Schema, model: dict[str, object] | None = None, **tensors: torch.Tensor) -> bytes:
     config = ModelConfig(ranker="shared_bottom")
     learner = Learner(schema, config, OptimizerConfig(), device=torch.device("cpu"))
-    metadata = {"lineage": "a", "version": "2", "schema_hash": schema.hash}
-    metadata["model"] = json.dumps(config.to_dict() | (model or {}))
-    return encode(learner.serving_state() | tensors, metadata)
+    marks = marks_of(learner, 2) | {"model": json.dumps(config.to_dict() | (model or {}))}
+    return full_payload(learner, 2, marks=marks, changed=tensors)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +239,7 @@ def test_a_real_snapshot_that_lies_is_refused_once(
     tensors: dict[str, torch.Tensor],
     message: str,
 ) -> None:
-    loads = CountedLoads(load_serving_model)
+    loads = CountedLoads(load_table_model)
     swap = swap_with(loads)
     publish(store, 2, payload=real_payload(schema, model, **tensors))
 
@@ -250,7 +255,7 @@ def test_a_real_snapshot_that_lies_is_refused_once(
 def test_a_real_snapshot_serves(
     store: SnapshotStore, schema: Schema, publish: Publish, swap_with: Callable[[Load], HotSwap]
 ) -> None:
-    swap = swap_with(load_serving_model)
+    swap = swap_with(load_table_model)
     publish(store, 2, payload=real_payload(schema))
 
     swap.refresh()
@@ -261,9 +266,9 @@ def test_a_real_snapshot_serves(
 def test_a_payload_of_another_schema_than_its_manifest_says_is_refused(
     store: SnapshotStore, publish: Publish, swap_with: Callable[[Load], HotSwap]
 ) -> None:
-    swap = swap_with(load_serving_model)
+    swap = swap_with(load_table_model)
     publish(store, 2)
-    publish(store, 3, payload=encode({}, {"lineage": "a", "version": "3", "schema_hash": "0" * 16}))
+    publish(store, 3, payload=version_payload(3, {"lineage": "a", "version": "3", "schema_hash": "0" * 16}))
 
     swap.refresh()
 

@@ -50,7 +50,7 @@ class Model:  # takes a while for each request, without the processor
         return np.zeros((len(ids), 3), np.float32)
 
 serve(ScorerConfig(port=0, poll_s=0.05, **json.loads(sys.argv[5])), Schema.from_dict(json.loads(sys.argv[1])),
-      redis_url=sys.argv[2], namespace=sys.argv[3], load=lambda payload, schema: Model(),
+      redis_url=sys.argv[2], namespace=sys.argv[3], load=lambda payloads, schema, before: Model(),
       on_listening=lambda url: print(url, flush=True))
 """
 

@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,9 +12,11 @@ import pytest
 import redis
 from fastapi import FastAPI
 
+from feature_store.payload import PayloadContent
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes.schema import Schema
+from smes_scorer.versions import Scorable
 from tests.smes_scorer.conftest import VersionModel
 
 REQUEST = {"user_id": 1, "items": [13]}
@@ -65,7 +67,7 @@ def url(
 ) -> Iterator[str]:
     """A service with the gate for a model. The parameter of a test is its ``max_age_s``, 60 s without one."""
 
-    def load(payload: bytes, schema: Schema) -> Gate:
+    def load(payloads: Iterable[PayloadContent], schema: Schema, before: Scorable | None) -> Gate:
         return gate
 
     publish(SnapshotStore(client, namespace), 1)

@@ -17,12 +17,10 @@ import numpy as np
 import pytest
 import redis
 import torch
-from safetensors.torch import save
 
 from feature_store.entities import EntityStore
-from feature_store.payload import PAYLOAD_FORMAT, encode
 from feature_store.snapshots import SnapshotStore
-from smes.errors import FeatureStoreUnavailable, SchemaMismatch, SmesError, SnapshotError
+from smes.errors import FeatureStoreUnavailable, SmesError
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
@@ -30,8 +28,8 @@ from smes.model.serving import ServingModel
 from smes.rankers.sparse.config import SmesConfig
 from smes.schema import MISSING, Feature, Schema, Task
 from smes_scorer.config import ScorerConfig
-from smes_scorer.hot_swap import load_serving_model
 from smes_scorer.service import serve
+from tests.smes_scorer.made_payloads import delta_payload, full_payload
 
 Until = Callable[[Callable[[], object]], None]
 _ROOT = Path(__file__).parents[2]
@@ -46,13 +44,13 @@ SCHEMA = Schema(
     ),
 )
 MODEL = ModelConfig(embedding_dim=8, head_dim=8, smes=SmesConfig())
-METADATA = {"schema_hash": SCHEMA.hash, "model": json.dumps(MODEL.to_dict())}
 USERS, ITEMS = 20, 50
 
 _SERVE = """
 import json, sys
 from smes_scorer.config import ScorerConfig
 from smes_scorer.service import serve
+from tests.smes_scorer.made_payloads import delta_payload, full_payload
 from smes.schema import Schema
 schema = Schema.from_dict(json.loads(sys.argv[1]))
 serve(ScorerConfig(port=0, poll_s=0.05, entity_timeout_ms=60_000), schema, redis_url=sys.argv[2], namespace=sys.argv[3],
@@ -94,17 +92,6 @@ def ages(user_ids: np.ndarray) -> np.ndarray:
     return (user_ids * 3.5).astype(np.float32)
 
 
-def payload_of(learner: Learner, version: int) -> bytes:
-    metadata = {
-        "schema": json.dumps(SCHEMA.to_dict()),
-        "schema_hash": SCHEMA.hash,
-        "model": json.dumps(MODEL.to_dict()),
-        "lineage": "a",
-        "version": str(version),
-    }
-    return encode(learner.serving_state(), metadata)
-
-
 def serves(http: httpx.Client, version: int) -> bool:
     health = http.get("/health/ready").json()
     assert not any(health["problems"].values()), health
@@ -115,10 +102,17 @@ def new_learner() -> Learner:
     return Learner(SCHEMA, MODEL, OptimizerConfig(), device=torch.device("cpu"), seed=3)
 
 
-def publish(store: SnapshotStore, learner: Learner) -> None:
-    version = learner.step_number
+def publish(store: SnapshotStore, learner: Learner, after: int | None = None) -> None:
+    """All weights, or what changed since the version ``after``."""
+    version, delta = learner.step_number, learner.take_delta()
     store.publish(
-        payload_of(learner, version), lineage="a", version=version, schema_hash=SCHEMA.hash, step=version, created_ms=1
+        full_payload(learner, version) if after is None else delta_payload(learner, version, delta),
+        lineage="a",
+        version=version,
+        schema_hash=SCHEMA.hash,
+        step=version,
+        created_ms=1,
+        applies_to=None if after is None else {after},
     )
 
 
@@ -140,10 +134,10 @@ def test_the_scorer_answers_with_the_scores_of_the_learners_weights(
     numerics = np.full((len(items), 1), 14.0, np.float32)
 
     with scorer_process(redis_url, namespace) as (_, url), httpx.Client(base_url=url, timeout=60) as http:
-        for seed in range(3):
+        for seed in range(4):
             for step in range(5):
                 learner.step(learner.prepare(examples(64, seed * 10 + step)))
-            publish(store, learner)
+            publish(store, learner, after=learner.step_number - 5 if seed else None)
             until(partial(serves, http, learner.step_number))
             answer = http.post("/v1/score", json=request).json()
 
@@ -209,47 +203,3 @@ def test_redis_not_reachable_at_the_start_is_a_clear_error() -> None:
 
     with pytest.raises(FeatureStoreUnavailable, match=message):
         serve(ScorerConfig(port=0, redis_timeout_s=0.3), SCHEMA, redis_url=f"redis://:secret@127.0.0.1:{port}")
-
-
-@pytest.fixture(scope="module")
-def state() -> dict[str, torch.Tensor]:
-    """The serving state of a learner after one step."""
-    learner = new_learner()
-    learner.step(learner.prepare(examples(8, 0)))
-    return learner.serving_state()
-
-
-def test_a_payload_of_another_schema_is_refused_with_both_hashes(state: dict[str, torch.Tensor]) -> None:
-    other = Schema(name="other", tasks=SCHEMA.tasks)
-
-    with pytest.raises(SchemaMismatch, match=rf"{SCHEMA.hash} differs .* {other.hash}"):
-        load_serving_model(encode(state, METADATA), other)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ({"schema_hash": SCHEMA.hash}, "model configuration: 'model'"),
-        ({**METADATA, "model": "{"}, "model configuration"),
-        ({**METADATA, "model": '{"colour": 1}'}, r"ModelConfig\.colour: unknown key"),
-    ],
-)
-def test_a_payload_with_a_wrong_model_configuration_is_refused(
-    state: dict[str, torch.Tensor], metadata: dict[str, str], message: str
-) -> None:
-    with pytest.raises(SnapshotError, match=message):
-        load_serving_model(encode(state, metadata), SCHEMA)
-
-
-def test_a_payload_without_one_of_its_tensors_is_refused(state: dict[str, torch.Tensor]) -> None:
-    tensors = {name: tensor for name, tensor in state.items() if name != "table.keys"}
-
-    with pytest.raises(SnapshotError, match="serving tensors"):
-        load_serving_model(encode(tensors, METADATA), SCHEMA)
-
-
-def test_a_payload_of_format_1_is_refused_by_its_number(state: dict[str, torch.Tensor]) -> None:
-    payload = save({name: tensor.clone() for name, tensor in state.items()}, METADATA)
-
-    with pytest.raises(SnapshotError, match=f"snapshot payload: format 1, expected {PAYLOAD_FORMAT}"):
-        load_serving_model(payload, SCHEMA)

@@ -184,7 +184,7 @@ def test_a_model_that_fails_gives_an_error_and_no_answer(
 
     publish(store, 1)
 
-    with starting(load=lambda payload, schema: BrokenForTwoItems()) as http:
+    with starting(load=lambda payloads, schema, before: BrokenForTwoItems()) as http:
         until(lambda: serves(http, 1))
         good = http.post("/v1/score", json={"user_id": 1, "items": [5]})
         failed = http.post("/v1/score", json={"user_id": 1, "items": [5, item]})

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from feature_store.payload import read_payload
 from smes.errors import CheckpointError
 from smes.model.serving import ServingModel
-from smes_scorer.hot_swap import load_serving_model
+from smes_scorer.loading import load_table_model
 from tests.fixtures.stored import (
     CHECKPOINT,
     EARLIER_CHECKPOINTS,
@@ -79,7 +80,8 @@ def test_the_snapshot_scores_as_training_anew_does(trained_anew: Trainer) -> Non
     impressions, _ = events(100, seed=3)
     expected = ServingModel.from_state(SCHEMA, MODEL, trained_anew.learner.serving_state())
 
-    served = load_serving_model((FOLDER / SNAPSHOT).read_bytes(), SCHEMA)
+    payload = (FOLDER / SNAPSHOT).read_bytes()
+    served = load_table_model([read_payload([payload], len(payload))], SCHEMA)
 
     scores = served.score(impressions.ids, impressions.numerics)
     np.testing.assert_allclose(scores, expected.score(impressions.ids, impressions.numerics), rtol=1e-5, atol=1e-5)
