@@ -22,15 +22,15 @@ from benchmarks.flops import FlopTally, cost_of
 from benchmarks.quality_config import Settings, build_config, key_of
 from benchmarks.run_cache import RunCache, RunResult
 from simulators.logs.reader import open_log
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, Arrays
 from smes.events import ExampleBlock
+from smes.model.frozen_model import FrozenModel
 from smes.model.learner import Learner
-from smes.model.serving import ServingModel
 from smes.schema import MISSING, Schema
 from smes_cli.backtest import run_backtest
 from smes_cli.config import Config
 from smes_cli.console import console
-from trainer.evaluation import FrozenModel, ProgressiveEvaluation, Tensors
+from trainer.evaluation import ProgressiveEvaluation
 from trainer.observers import StepFigures
 
 _COUNTED_EVERY = 32  # calls of a frozen copy
@@ -185,11 +185,16 @@ class RecordingEvaluation(ProgressiveEvaluation):
         self._calls = 0
         self._scored: list[tuple[int, F32]] = []
 
-        def build(tensors: Tensors) -> FrozenModel:
+        def recorded(model: FrozenModel) -> "_Recorded":
             self._window_number += 1
-            return _Recorded(self, ServingModel.from_state(learner.schema, learner.config, tensors, device=device))
+            return _Recorded(self, model)
 
-        super().__init__(learner.schema, config.trainer.evaluation, freeze=learner.serving_state, build=build)
+        super().__init__(
+            learner.schema,
+            config.trainer.evaluation,
+            freeze=lambda: recorded(FrozenModel.freeze(learner, device)),
+            thaw=lambda state: recorded(FrozenModel.thaw(learner, state, device)),
+        )
 
     def before_step(self, examples: ExampleBlock) -> None:
         self._scored = []
@@ -216,7 +221,7 @@ class RecordingEvaluation(ProgressiveEvaluation):
         super().after_failed_step(examples)
         self._columns.add(progressive=np.full((len(examples), len(self._tasks)), np.nan))
 
-    def keep(self, model: ServingModel, ids: I64, numerics: F32) -> F32:
+    def keep(self, model: FrozenModel, ids: I64, numerics: F32) -> F32:
         """Score with a frozen copy, and note the scores."""
         self._calls += 1
         if self._calls % _COUNTED_EVERY:
@@ -233,10 +238,16 @@ class _Recorded:
     """A frozen copy whose scores are noted."""
 
     evaluation: RecordingEvaluation
-    model: ServingModel
+    model: FrozenModel
 
     def score(self, ids: I64, numerics: F32) -> F32:
         return self.evaluation.keep(self.model, ids, numerics)
+
+    def state(self) -> Arrays:
+        return self.model.state()
+
+    def close(self) -> None:
+        self.model.close()
 
 
 class _Columns:

@@ -1,6 +1,7 @@
 """From the configuration to a learner and its evaluation, as several commands build them."""
 
 from smes.model.config import ModelConfig
+from smes.model.frozen_model import FrozenModel
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.schema import Schema
@@ -12,7 +13,9 @@ from trainer.evaluation import ProgressiveEvaluation
 def build_learner(config: Config, schema: Schema, model: ModelConfig | None = None) -> Learner:
     """A learner on the configured device, with the configured model unless another is given."""
     device = config.trainer.open_device()
-    return Learner(schema, model or config.model, config.optimizer, device=device, seed=config.trainer.seed)
+    return Learner(
+        schema, model or config.model, config.optimizer, config.rows, device=device, seed=config.trainer.seed
+    )
 
 
 def build_evaluation(config: Config, learner: Learner) -> ProgressiveEvaluation:
@@ -21,8 +24,8 @@ def build_evaluation(config: Config, learner: Learner) -> ProgressiveEvaluation:
     return ProgressiveEvaluation(
         learner.schema,
         config.trainer.evaluation,
-        freeze=learner.serving_state,
-        build=lambda tensors: ServingModel.from_state(learner.schema, learner.config, tensors, device=device),
+        freeze=lambda: FrozenModel.freeze(learner, device),
+        thaw=lambda state: FrozenModel.thaw(learner, state, device),
     )
 
 

@@ -21,6 +21,7 @@ from feature_store.config import FeatureStoreConfig
 from simulators.config import ReplayConfig
 from smes.errors import LogError
 from smes.model.config import ModelConfig, OptimizerConfig, Preset, model_preset
+from smes.model.rows_config import RowsConfig
 from smes_io.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file
 from smes_io.secrets import shown
 from smes_io.yaml_file import STRICT, read_mapping, validated
@@ -45,7 +46,7 @@ class Config:
             given a log recognizes the built-in schemas by the log's files. A folder with ``log_standard_*.csv`` is
             KuaiRand, and a Parquet file with a ``.truth.parquet`` beside it is synthetic. ``train`` and ``serve`` are
             given no log and therefore need this key.
-        event_log, stream, model, optimizer, trainer, feature_store, scorer, replay: The parts of the components.
+        event_log, stream, model, optimizer, rows, trainer, feature_store, scorer, replay: The parts of the components.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -55,6 +56,7 @@ class Config:
     stream: StreamConfig = field(default_factory=StreamConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rows: RowsConfig = field(default_factory=RowsConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     feature_store: FeatureStoreConfig = field(default_factory=FeatureStoreConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)

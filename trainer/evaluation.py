@@ -15,12 +15,11 @@ history. So windows lie within fixed periods of event time, as those of the sche
 end of one of the history's windows is refused.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from smes.arrays import F32, I64, Arrays, prefixed, under
 from smes.events import WHOLE, ExampleBlock
@@ -70,8 +69,11 @@ class FrozenModel(Protocol):
     def score(self, ids: I64, numerics: F32) -> F32:
         """int64 [N, W], float32 [N, F] → float32 [N, T]."""
 
+    def state(self) -> Arrays:
+        """Arrays of which the same model is made again; nothing writes to them any more."""
 
-Tensors = Mapping[str, torch.Tensor]
+    def close(self) -> None:
+        """Called when the model is not needed any more."""
 
 
 class ProgressiveEvaluation(Observer):
@@ -80,8 +82,8 @@ class ProgressiveEvaluation(Observer):
     Args:
         schema: Features and tasks.
         config: Window bounds.
-        freeze: Returns a copy of the present weights.
-        build: Builds a frozen model from such a copy.
+        freeze: Makes a model of the present weights.
+        thaw: Makes the model again that a state was taken from, when the weights are those of the same moment.
 
     Raises:
         ValueError: ``window_s`` is not a whole part of the schema's history window.
@@ -92,10 +94,10 @@ class ProgressiveEvaluation(Observer):
         schema: Schema,
         config: EvaluationConfig,
         *,
-        freeze: Callable[[], Tensors],
-        build: Callable[[Tensors], FrozenModel],
+        freeze: Callable[[], FrozenModel],
+        thaw: Callable[[Arrays], FrozenModel],
     ) -> None:
-        self._schema, self._freeze, self._build = schema, freeze, build
+        self._schema, self._freeze, self._thaw = schema, freeze, thaw
         history = schema.history
         self._window_ms = round((config.window_s or (history.window_s if history else _DAY_S)) * 1000)
         if history and history.window_ms % self._window_ms:
@@ -107,7 +109,6 @@ class ProgressiveEvaluation(Observer):
         self._tallies: list[BinaryTally | RegressionTally] = [
             BinaryTally() if task.kind == "binary" else RegressionTally() for task in schema.tasks
         ]
-        self._frozen_tensors: Tensors = {}
         self._frozen: FrozenModel | None = None
         self._period = 0  # number of the period of event time that the open window lies in
         self._before_window = 0  # impressions in closed windows
@@ -150,8 +151,9 @@ class ProgressiveEvaluation(Observer):
         number = self._window.number + 1
         self._window = RankedWindow(self._schema.num_tasks, number, counts=self._before_window > 0)
         self._period = period
-        self._frozen_tensors = dict(self._freeze())
-        self._frozen = self._build(self._frozen_tensors)
+        if self._frozen is not None:
+            self._frozen.close()
+        self._frozen = self._freeze()
         return self._frozen
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
@@ -233,7 +235,8 @@ class ProgressiveEvaluation(Observer):
         for window in windows:
             state |= prefixed(f"window.{window.number}.", window.arrays())
         state |= prefixed("open.", self._open.state())
-        state |= prefixed("frozen.", {name: tensor.numpy() for name, tensor in self._frozen_tensors.items()})
+        if self._frozen is not None:
+            state |= prefixed("frozen.", self._frozen.state())
         return state
 
     def load_state(self, state: Arrays) -> None:
@@ -256,8 +259,7 @@ class ProgressiveEvaluation(Observer):
         self._group_auc = state["group_auc"].copy()
         self._period, self._before_window = (int(n) for n in state["window"])
         frozen = under("frozen.", state)
-        self._frozen_tensors = {name: torch.from_numpy(array) for name, array in frozen.items()}
-        self._frozen = self._build(self._frozen_tensors) if self._frozen_tensors else None
+        self._frozen = self._thaw(frozen) if frozen else None
 
 
 def _beginning(examples: ExampleBlock) -> tuple[ExampleBlock, bool]:

@@ -156,7 +156,8 @@ class IdRows:
         """The keys that have no row now and had one since the last call. int64 [N], distinct."""
         removed: I64 = np.unique(np.concatenate([_NO_ROWS, *(self._removed or [])]))
         self.note_removed()
-        return removed[self._map.find(removed) == ABSENT]
+        gone: I64 = removed[self._map.find(removed) == ABSENT]
+        return gone
 
     def view(self, num_rows: int | None = None) -> KeysView:
         """The keys as they are now; of the first ``num_rows`` rows for a view that is restored."""

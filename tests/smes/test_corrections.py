@@ -114,6 +114,8 @@ def _show(
         rows_U=nothing,
         cells_BW=nothing,
         readers=None,
+        keep_U=None,
+        rate_U=None,
         pool_BW=None,
         numerics_BF=x_BI,
         numerics=x_BI.numpy(),

@@ -8,8 +8,8 @@ import torch
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.model.config import ModelConfig, OptimizerConfig, model_preset
+from smes.model.frozen_model import FrozenModel
 from smes.model.learner import Learner
-from smes.model.serving import ServingModel
 from stream.block_stream import BlockStream
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
@@ -65,8 +65,8 @@ def _trainer(model: ModelConfig, stream: Stream) -> Trainer:
     evaluation = ProgressiveEvaluation(
         SCHEMA,
         EvaluationConfig(window_s=10),
-        freeze=learner.serving_state,
-        build=lambda tensors: ServingModel.from_state(SCHEMA, model, tensors),
+        freeze=lambda: FrozenModel.freeze(learner),
+        thaw=lambda state: FrozenModel.thaw(learner, state),
     )
     return Trainer(learner, stream, evaluation, Flags())
 

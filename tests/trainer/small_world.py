@@ -7,8 +7,8 @@ import torch
 
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.model.config import ModelConfig, OptimizerConfig
+from smes.model.frozen_model import FrozenModel
 from smes.model.learner import Learner
-from smes.model.serving import ServingModel
 from smes.schema import Feature, Schema, Task
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
@@ -117,8 +117,8 @@ def make_trainer(
         ProgressiveEvaluation(
             SCHEMA,
             EvaluationConfig(window_s=10),
-            freeze=learner.serving_state,
-            build=lambda tensors: ServingModel.from_state(SCHEMA, MODEL, tensors),
+            freeze=lambda: FrozenModel.freeze(learner),
+            thaw=lambda state: FrozenModel.thaw(learner, state),
         ),
         flags or Flags(),
         checkpoints=CheckpointDirectory(checkpoints, keep=2) if checkpoints else None,

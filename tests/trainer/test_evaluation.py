@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import roc_auc_score
 
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, Arrays
 from smes.events import ExampleBlock
 from smes.schema import MISSING, Feature, History, Schema, Task
 from trainer.config import EvaluationConfig
@@ -34,17 +33,23 @@ class Weights:
     def __init__(self) -> None:
         self.version = 0
 
-    def freeze(self) -> dict[str, torch.Tensor]:
-        return {"version": torch.tensor([self.version])}
+    def freeze(self) -> FrozenModel:
+        return _Frozen(self.version)
 
     @staticmethod
-    def build(tensors: Any) -> FrozenModel:
-        return _Frozen(int(tensors["version"][0]))
+    def thaw(state: Arrays) -> FrozenModel:
+        return _Frozen(int(state["version"][0]))
 
 
 class _Frozen:
     def __init__(self, version: int) -> None:
         self._version = version
+
+    def state(self) -> Arrays:
+        return {"version": np.array([self._version])}
+
+    def close(self) -> None:
+        pass
 
     def score(self, ids: I64, numerics: F32) -> F32:
         return scores_of(self._version, ids)
@@ -77,7 +82,7 @@ def batches(n: int, *, requests: float = 0.5, served: float = 0.0, seed: int = 0
 
 
 def evaluation(config: EvaluationConfig, weights: Weights) -> ProgressiveEvaluation:
-    return ProgressiveEvaluation(SCHEMA, config, freeze=weights.freeze, build=weights.build)
+    return ProgressiveEvaluation(SCHEMA, config, freeze=weights.freeze, thaw=weights.thaw)
 
 
 def run(evaluated: ProgressiveEvaluation, weights: Weights, stream: list[ExampleBlock]) -> None:
@@ -203,8 +208,8 @@ def test_metrics_of_scores_that_are_not_finite_are_none_and_counted() -> None:
     evaluated = ProgressiveEvaluation(
         SCHEMA,
         EvaluationConfig(),
-        freeze=weights.freeze,
-        build=lambda tensors: _BrokenFrozen(int(tensors["version"][0])),
+        freeze=lambda: _BrokenFrozen(weights.version),
+        thaw=weights.thaw,
     )
     missed = np.zeros(3, np.int64)
     for batch in stream:
@@ -255,7 +260,7 @@ WITH_HISTORY = Schema(
 def test_windows_are_those_of_the_history_or_parts_of_them(window_s: float | None) -> None:
     stream, weights = batches(1200, requests=0.0), Weights()
     evaluated = ProgressiveEvaluation(
-        WITH_HISTORY, EvaluationConfig(window_s=window_s), freeze=weights.freeze, build=weights.build
+        WITH_HISTORY, EvaluationConfig(window_s=window_s), freeze=weights.freeze, thaw=weights.thaw
     )
     run(evaluated, weights, stream)
     expected = naive_gauc(stream, window_s or 120, 10**9, CLICK)
@@ -268,7 +273,7 @@ def test_windows_are_those_of_the_history_or_parts_of_them(window_s: float | Non
 def test_a_window_over_the_end_of_a_history_is_refused(window_s: float) -> None:
     with pytest.raises(ValueError, match=rf"window_s: {window_s}, expected a whole part.*history\.window_s 120"):
         ProgressiveEvaluation(
-            WITH_HISTORY, EvaluationConfig(window_s=window_s), freeze=Weights().freeze, build=Weights.build
+            WITH_HISTORY, EvaluationConfig(window_s=window_s), freeze=Weights().freeze, thaw=Weights.thaw
         )
 
 

@@ -1,0 +1,53 @@
+"""Scores with a learner's weights as they were at one moment.
+
+Letters: N instances, W id columns, F numeric features, T tasks.
+"""
+
+import torch
+
+from smes.arrays import F32, I64, Arrays
+from smes.model.frozen import FrozenWeights
+from smes.model.learner import Learner
+from smes.model.serving import ServingModel
+
+_CPU = torch.device("cpu")
+
+
+class FrozenModel:
+    """A model whose weights stay as they were while the learner trains. Use it on the learner's thread.
+
+    Args:
+        learner: Whose weights.
+        weights: Its :meth:`~smes.model.learner.Learner.freeze` or :meth:`~smes.model.learner.Learner.thaw`.
+        device: Where to score.
+    """
+
+    def __init__(self, learner: Learner, weights: FrozenWeights, device: torch.device = _CPU) -> None:
+        self._weights = weights
+        self._model = ServingModel(learner.schema, learner.config, weights.dense, weights.rows, device=device)
+
+    @classmethod
+    def freeze(cls, learner: Learner, device: torch.device = _CPU) -> "FrozenModel":
+        """The learner's weights as they are now."""
+        return cls(learner, learner.freeze(), device)
+
+    @classmethod
+    def thaw(cls, learner: Learner, state: Arrays, device: torch.device = _CPU) -> "FrozenModel":
+        """The model of a :meth:`state`, once the learner is in the state of the same moment.
+
+        Raises:
+            ValueError: The learner is in another state.
+        """
+        return cls(learner, learner.thaw(state), device)
+
+    def score(self, ids: I64, numerics: F32) -> F32:
+        """int64 [N, W], float32 [N, F] → float32 [N, T]."""
+        return self._model.score(ids, numerics)
+
+    def state(self) -> Arrays:
+        """The dense weights, and what changed in the table since. Nothing writes to these arrays any more."""
+        return self._weights.state()
+
+    def close(self) -> None:
+        """Let the table forget what it kept for this model. May be called twice."""
+        self._weights.close()
