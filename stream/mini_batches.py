@@ -50,7 +50,7 @@ class BatchTimes:
     """When the examples of a batch came so far, in seconds of the clock of :meth:`Assembler.push`. In no state.
 
     Attributes:
-        joined_s: float64 [N], when each example came out of the join.
+        joined_s: float64 [N], when each example came out of the join; of those to train on.
         batched_s: When the batch ended.
     """
 
@@ -232,7 +232,8 @@ class Assembler:
     def _queue(self, batches: Sequence[ExampleBlock], now_s: float) -> None:
         for batch in batches:
             self._ready.append(batch)
-            self._times.append(BatchTimes(self._take_joined(len(batch)), now_s))
+            joined_s = self._take_joined(len(batch))
+            self._times.append(BatchTimes(joined_s[batch.kind != CLOSING], now_s))
 
     def _take_joined(self, examples: int) -> F64:
         """When the first ones of the half-filled batch came; they are in a batch now."""

@@ -37,11 +37,13 @@ class EventCounts:
 class FeedbackCounts:
     """Feedback events read, and where each of them is: ``received`` is the sum of the others, up to ``dead_lettered``.
 
+    ``corrected`` is feedback that came after its task's wait and was trained on as a correction.
     ``gaps`` and ``unreadable`` are as in :class:`EventCounts`.
     """
 
     received: int
     attached: int
+    corrected: int
     waiting: int
     late: int
     orphaned: int
@@ -126,6 +128,7 @@ class TrainingReport:
         events, feedback: The two ledgers.
         throughput: Speed of training.
         freshness_ms, scorer: Measured by the demo; None in a report of training alone.
+        freshness_stages_ms: Likewise: stage → its median, 99th percentile and mean; else empty.
         snapshots: What was published and served.
         active_experts, routing: What the routing executed; None for a ranker without experts.
         headline: Means over the dense binary tasks, and over the rare ones.
@@ -139,6 +142,7 @@ class TrainingReport:
     feedback: FeedbackCounts
     throughput: Throughput
     freshness_ms: Quantiles
+    freshness_stages_ms: dict[str, dict[str, float | None]]
     snapshots: Snapshots
     scorer: ScorerFigures
     active_experts: ActiveExperts

@@ -45,6 +45,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
         feedback=FeedbackCounts(
             received=ledger.feedback,
             attached=ledger.attached,
+            corrected=ledger.corrected,
             waiting=ledger.feedback_waiting,
             late=ledger.feedback_late,
             orphaned=ledger.orphaned,
@@ -55,6 +56,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
         ),
         throughput=Throughput(trained / seconds if seconds > 0 else None),
         freshness_ms=Quantiles(),
+        freshness_stages_ms={},
         snapshots=Snapshots(publisher.published, publisher.bytes_last) if publisher else Snapshots(),
         scorer=ScorerFigures(),
         active_experts=ActiveExperts(
