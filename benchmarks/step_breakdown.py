@@ -20,7 +20,7 @@ from smes.model.features import FeatureLayer
 from smes.model.learner import Learner
 from smes.model.numeric_moments import NumericMoments
 from smes.model.rank_model import TaskHeads, TaskOutputs
-from smes.model.table import RowTable
+from smes.model.table_host import HostTable
 from smes.rankers.ranker import Encoder
 from smes.rankers.sparse import experts, routing
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
@@ -37,7 +37,7 @@ PARTS = (
     "combine",
     "heads",  # with scores, losses, base rates, and what rare tasks have of their own
     "backward",
-    "optimiser",  # AdamW and the embedding rows' Adagrad
+    "optimiser",  # AdamW, the rows' gradients and their Adagrad
     "other",
 )
 
@@ -50,7 +50,7 @@ _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
 )
 _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("prepare", Learner, "prepare"),
-    ("features", RowTable, "gather"),
+    ("features", HostTable, "cells"),
     ("features", RankBatch, "inputs"),
     ("features", FeatureLayer, "forward"),
     ("features", NumericMoments, "observe"),
@@ -70,7 +70,8 @@ _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("backward", torch.Tensor, "backward"),
     ("optimiser", torch.optim.AdamW, "step"),
     ("optimiser", torch.optim.AdamW, "zero_grad"),
-    ("optimiser", RowTable, "update"),
+    ("optimiser", HostTable, "gradients"),
+    ("optimiser", HostTable, "update"),
 )
 
 

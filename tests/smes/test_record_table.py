@@ -12,7 +12,7 @@ from smes.model.ids import readers
 from smes.model.table import Readers, RecordTable
 from smes.model.table_cuda import DeviceTable
 from smes.model.table_host import HostTable
-from smes.model.table_layout import ColumnGroup
+from smes.model.table_layout import ColumnGroup, RecordLayout
 
 GROUPS = (
     ColumnGroup("embedding", 5, AdagradConfig(0.1, row_wise=True, initial_accumulator=0.2)),
@@ -21,8 +21,14 @@ GROUPS = (
 
 
 @pytest.fixture(params=["host", "device"])
-def table(request: pytest.FixtureRequest) -> RecordTable:
-    return open_table(request.param)
+def kind(request: pytest.FixtureRequest) -> str:
+    assert isinstance(request.param, str)
+    return request.param
+
+
+@pytest.fixture
+def table(kind: str) -> RecordTable:
+    return open_table(kind)
 
 
 def open_table(kind: str, groups: Sequence[ColumnGroup] = GROUPS) -> RecordTable:
@@ -138,7 +144,7 @@ def test_views_show_the_table_of_their_moment(table: RecordTable) -> None:
             assert view.same_rows(rows).tolist() == [row not in reset for row in rows.tolist()]
 
 
-def test_views_come_back_with_a_table(table: RecordTable) -> None:
+def test_views_come_back_with_a_table(table: RecordTable, kind: str) -> None:
     rng = np.random.default_rng(3)
     table.reset(np.arange(100), first_weights(rng, 100))
     view = table.view()
@@ -151,7 +157,7 @@ def test_views_come_back_with_a_table(table: RecordTable) -> None:
     )
     undo, now = view.undo(), table.view()
     view.close()
-    again = open_table("host" if isinstance(table, HostTable) else "device")
+    again = open_table(kind)
     for start in range(0, 130, 50):
         again.put_records(start, now.records(start, min(start + 50, 130)))
     view = again.open_view(undo)
@@ -209,3 +215,31 @@ def test_rows_of_another_shape_are_refused(table: RecordTable) -> None:
         table.reset(np.arange(2), {"embedding": np.zeros((2, 5), np.float32), "wide": np.zeros((2, 4), np.float32)})
     with pytest.raises(ValueError, match="expected 12"):
         table.put_records(0, np.zeros((2, 11), np.float32))
+
+
+def test_elementwise_adagrad_equals_torchs(kind: str) -> None:
+    table = open_table(kind, [ColumnGroup("wide", 4, AdagradConfig(0.05, row_wise=False, initial_accumulator=0.1))])
+    first = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    table.reset(np.arange(6), {"wide": first.numpy()})
+    reference = first.clone().requires_grad_()
+    optimizer = torch.optim.Adagrad([reference], lr=0.05, initial_accumulator_value=0.1)
+    rows_U, cells_BW = torch.arange(6), torch.arange(6).view(6, 1)
+    by_row = Readers(torch.arange(6), torch.arange(6))
+    for step in range(3):
+        target = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        cells = table.cells(rows_U, cells_BW)
+        (cells.values["wide"].squeeze(1) - target).square().sum().backward()  # type: ignore[no-untyped-call]
+        table.update(rows_U, table.gradients(rows_U, cells, by_row, torch.tensor(1.0)))
+        optimizer.zero_grad()
+        (reference - target).square().sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+        optimizer.step()
+    torch.testing.assert_close(torch.from_numpy(table.values(np.arange(6))["wide"]), reference.detach())
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="learning_rate: 0, expected more than 0"):
+        AdagradConfig(0, True)
+    with pytest.raises(ValueError, match="initial_accumulator: -1, expected at least 0"):
+        AdagradConfig(0.1, True, -1)
+    with pytest.raises(ValueError, match="distinct names"):
+        RecordLayout([GROUPS[0], GROUPS[0]])
