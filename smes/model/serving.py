@@ -167,13 +167,13 @@ class TensorRows:
             keys = _keys(state["table.keys"])
             self._keys = required_keys(schema, state, len(keys))
             self._map = IdMap.from_keys(keys)
+            check_required(self._keys, self._map.find(self._keys.required) != ABSENT)
             self._weights = {
                 name: _checked(f"table.{name}", state[f"table.{name}"], (len(keys), columns)).to(device)
                 for name, columns in group_columns(schema, model).items()
             }
         except KeyError as error:
             raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
-        check_required(self._keys, self._map.find(self._keys.required) != ABSENT)
         self._device = device
 
     def read(self, ids_NW: I64) -> dict[str, Tensor]:
