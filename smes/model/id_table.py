@@ -124,7 +124,7 @@ class IdTable:
     def state_view(self) -> tuple[dict[str, StateArray], tuple[TableView, KeysView]]:
         """The whole table as it is now, piece by piece, and what to close afterwards.
 
-        - ``table.keys``: int64 [R], the key of each row; of a free row anything;
+        - ``table.keys``: int64 [R], the key of each row; 0 for a free row;
         - ``table.records``: float32 [R, X], whole records;
         - ``rows.*``: which rows are free, and what is known of the ids' frequency and age.
         """

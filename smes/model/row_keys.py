@@ -88,13 +88,14 @@ class KeysView:
         self._keep(rows, self._live_keys()[rows], self._live_used.array[rows])
 
     def block(self, start: int, stop: int) -> tuple[I64, Bool]:
-        """Keys of the rows ``start`` … ``stop`` - 1, int64, and which of these rows had an id, bool."""
+        """Keys of the rows ``start`` … ``stop`` - 1, int64 (0 without an id), and which of them had an id, bool."""
         with self._turns.turn():
             keys, used = self._live_keys()[start:stop].copy(), self._live_used.array[start:stop].copy()
             place = self._place[start:stop]
             changed = np.flatnonzero(place)
             keys[changed] = self._keys.array[place[changed] - 1]
             used[changed] = self._used.array[place[changed] - 1]
+        keys[~used] = 0
         return keys, used
 
     def find(self, keys_N: I64, live: Callable[[I64], I64]) -> I64:
