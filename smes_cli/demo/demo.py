@@ -225,6 +225,7 @@ def _await_version(url: str, report: dict[str, Any]) -> None:
 def _add_scorer(report: dict[str, Any], stats: dict[str, Any], tally: RequestTally) -> None:
     """Fill in the report's figures that only the scorer and its callers know."""
     report["freshness_ms"] = {key: stats["freshness_ms"][key] for key in ("p50", "p99")}
+    report["freshness_stages_ms"] = stats["freshness_stages_ms"]
     report["snapshots"]["served"] = stats["versions_answered"]
     report["scorer"] = {
         "requests": tally.requests,

@@ -6,6 +6,7 @@ SIGKILL, none of its processes is left running.
 """
 
 import os
+import re
 import signal
 import subprocess
 import uuid
@@ -18,6 +19,7 @@ import pytest
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from simulators.synthetic import synthesize
+from smes_cli.freshness import DEPENDS_ON
 from smes_io.schema_file import load_builtin
 from tests.e2e.reports import SYNTHETIC_TASKS, assert_documented
 from tests.e2e.shop import Shop
@@ -79,6 +81,10 @@ def assert_served(report: dict[str, Any]) -> None:
     assert snapshots["bytes_last"] > 0
     assert 1 <= snapshots["served"] <= snapshots["published"]
     assert 0 < freshness["p50"] <= freshness["p99"]
+    stages = report["freshness_stages_ms"]
+    assert list(stages) == list(DEPENDS_ON)
+    assert all(spans["p50"] <= spans["p99"] and spans["mean"] >= 0 for spans in stages.values())
+    assert max(spans["p50"] for spans in stages.values()) <= freshness["p99"]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +98,7 @@ def test_everything_on_one_machine(event_log: str, codec: str, tmp_path: Path, r
     text = demo.log.read_text()
     assert "\x1b" not in text  # plain when piped
     assert "conservation: every event that was appended is accounted for" in text
+    assert re.search(r"^ *trained → cut .*trainer\.snapshot_interval_s", text, re.MULTILINE)
     report = demo.report()
     assert_documented(report, SYNTHETIC_TASKS)
     assert_served(report)
