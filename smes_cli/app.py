@@ -115,6 +115,10 @@ def demo(
     write_report(result.report, report)
     print_tasks(result.report)
     console.print(report_table(result.report))
+    if result.report["freshness_ms"]["p50"] is not None:
+        from smes_cli.freshness import freshness_table
+
+        console.print(freshness_table(result.report))
     for failure in result.failures:
         errors.print(f"failed: {failure}", style="bold red", highlight=False)
     if result.failures:
@@ -350,3 +354,18 @@ def serve(
         namespace=config.feature_store.namespace,
         on_listening=lambda url: console.print(f"scorer: listening on {url}", highlight=False),
     )
+
+
+@app.command()
+def freshness(
+    context: typer.Context,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Base URL of the scorer; default: scorer.host and scorer.port of the configuration."),
+    ] = None,
+    report: ReportPath = None,
+) -> None:
+    """Ask a running scorer how fresh its answers are, and print which stage takes how long."""
+    from smes_cli.freshness import run_freshness
+
+    run_freshness(config_of(context), url, report)
