@@ -1,19 +1,23 @@
 """Dead letters: events that were refused, kept with where they were and why, in a topic of their own.
 
 The pipeline goes on without them. A trainer that restarts from a checkpoint reads some records again and so writes
-their letters again: (topic, partition, offset, row) identifies a letter.
+their letters again. Both copies have the same *id*, which :func:`letter_id` makes of where the event was.
+:mod:`stream.dead_letter_reading` reads letters, :mod:`stream.dead_letter_replay` appends their events
+again.
 """
 
 import base64
+import hashlib
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from smes.errors import EventLogError, EventLogUnavailable
 from stream.codec.validation import Code, Problem
-from stream.log.event_log import EventLog, OutRecord, Record, UnreadableRecord
+from stream.log.event_log import EventLog, Headers, OutRecord, Record, TopicPartition, UnreadableRecord
 from stream.topics import DEAD_LETTERS
 
 MAX_PAYLOAD_BYTES = 65_536
@@ -21,6 +25,14 @@ MAX_PAYLOAD_BYTES = 65_536
 
 SHORT_PAYLOAD_BYTES = 512
 """Most payload bytes of a letter where the log refused the longer ones."""
+
+MAX_HEADER_BYTES = 4096
+"""A record's headers are in its letter if they are not larger together."""
+
+LETTER_HEADERS: Headers = (("codec", b"json"), ("kind", b"letter"))
+"""Headers of a letter. Notes on replays lie in the same topic (:mod:`stream.dead_letter_replay`)."""
+
+_INCARNATION_MAX_AGE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +50,9 @@ class DeadLetter:
         payload: The record's value; for a row, that row as JSON.
         place: The server's own name of the record, such as a Redis entry id, where it is unreadable; else None.
         events: How many events it stands for: the rows of an Arrow record refused as a whole, else 1.
+        headers: The record's headers; None where there is no record, or they are larger than ``MAX_HEADER_BYTES``.
+        arrival_ms: When the record reached the log, Unix milliseconds; None where there is no record.
+        is_excerpt: Whether something of the row is missing in ``payload``, such as the end of a long list.
     """
 
     topic: str
@@ -50,6 +65,9 @@ class DeadLetter:
     payload: bytes
     events: int = 1
     place: str | None = None
+    headers: Headers | None = None
+    arrival_ms: int | None = None
+    is_excerpt: bool = False
 
     @classmethod
     def of_record(cls, record: Record, problem: Problem, *, events: int = 1) -> "DeadLetter":
@@ -64,10 +82,14 @@ class DeadLetter:
             field=problem.field,
             payload=record.value,
             events=events,
+            headers=_short(record.headers),
+            arrival_ms=record.arrival_ms,
         )
 
     @classmethod
-    def of_row(cls, record: Record, row: int, problem: Problem, payload: bytes) -> "DeadLetter":
+    def of_row(
+        cls, record: Record, row: int, problem: Problem, payload: bytes, *, is_excerpt: bool = False
+    ) -> "DeadLetter":
         """The letter for one row of an Arrow record."""
         return cls(
             topic=record.topic,
@@ -78,6 +100,9 @@ class DeadLetter:
             reason=problem.reason,
             field=problem.field,
             payload=payload,
+            headers=_short(record.headers),
+            arrival_ms=record.arrival_ms,
+            is_excerpt=is_excerpt,
         )
 
     @classmethod
@@ -96,14 +121,20 @@ class DeadLetter:
             place=record.place,
         )
 
-    def to_json(self, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> bytes:
+    def to_json(self, log: str, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> bytes:
         """The letter as it stands in the log: its fields, with ``payload`` in base64.
 
-        ``payload_bytes`` is the payload's full size; ``payload_truncated`` says that only the first
-        ``max_payload_bytes`` of it are here.
+        ``id`` is :func:`letter_id`. ``payload_bytes`` is the payload's full size; ``payload_truncated`` says that only
+        the first ``max_payload_bytes`` of it are here, or an excerpt.
+
+        Args:
+            log: The incarnation of the partition that the event was read from.
+            max_payload_bytes: At least ``SHORT_PAYLOAD_BYTES``.
         """
         return msgspec.json.encode(
             {
+                "id": letter_id(self, log),
+                "log": log,
                 "topic": self.topic,
                 "partition": self.partition,
                 "offset": self.offset,
@@ -113,11 +144,30 @@ class DeadLetter:
                 "field": self.field,
                 "place": self.place,
                 "events": self.events,
+                "arrival_ms": self.arrival_ms,
+                "headers": None if self.headers is None else [[name, _text(value)] for name, value in self.headers],
                 "payload": base64.b64encode(self.payload[:max_payload_bytes]).decode("ascii"),
                 "payload_bytes": len(self.payload),
-                "payload_truncated": len(self.payload) > max_payload_bytes,
+                "payload_truncated": self.is_excerpt or len(self.payload) > max_payload_bytes,
             }
         )
+
+
+def letter_id(letter: DeadLetter, log: str) -> str:
+    """16 hex digits that all copies of a letter have, and with near certainty no other letter.
+
+    They are made of where the event was. An example of a training step was nowhere (its offset is -1): its payload's
+    beginning tells which impression it is.
+
+    Args:
+        letter: A letter as it was written, or with its payload cut to ``SHORT_PAYLOAD_BYTES`` or more.
+        log: The incarnation of the partition that the event was read from: after a topic was made anew, the same offset
+            is another place.
+    """
+    digest = hashlib.sha256(msgspec.json.encode([log, letter.topic, letter.partition, letter.offset, letter.row]))
+    if letter.offset < 0:
+        digest.update(letter.payload[:SHORT_PAYLOAD_BYTES])
+    return digest.hexdigest()[:16]
 
 
 class DeadLetterWriter:
@@ -128,13 +178,23 @@ class DeadLetterWriter:
         topic: The dead-letter topic; created when it is not there yet.
         partitions: Its number of partitions where it is created. One that exists may have any number. A letter goes to
             the partition that its event was read from, modulo the number that there are.
+        monotonic: Seconds of a clock that never goes back; says when the log is asked for its incarnations again.
     """
 
-    def __init__(self, log: EventLog, topic: str = DEAD_LETTERS, *, partitions: int = 1) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        topic: str = DEAD_LETTERS,
+        *,
+        partitions: int = 1,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         log.ensure_topic(topic, partitions, exact=False)
         self._log = log
         self._topic = topic
+        self._monotonic = monotonic
         self._counts: Counter[tuple[str, Code]] = Counter()
+        self._incarnations: dict[str, tuple[float, dict[TopicPartition, str]]] = {}  # by topic, and since when
 
     @property
     def counts(self) -> Mapping[tuple[str, Code], int]:
@@ -154,18 +214,46 @@ class DeadLetterWriter:
         """
         if not letters:
             return
+        logs: dict[TopicPartition, str] = {}
+        for topic in {letter.topic for letter in letters}:
+            logs |= self._incarnations_of(topic)
         try:
-            self._append(letters, MAX_PAYLOAD_BYTES)
+            self._append(letters, logs, MAX_PAYLOAD_BYTES)
         except EventLogUnavailable:
             raise
         except EventLogError:
             if all(len(letter.payload) <= SHORT_PAYLOAD_BYTES for letter in letters):
                 raise
-            self._append(letters, SHORT_PAYLOAD_BYTES)
+            self._append(letters, logs, SHORT_PAYLOAD_BYTES)
         for letter in letters:
             self._counts[letter.topic, letter.code] += letter.events
 
-    def _append(self, letters: Sequence[DeadLetter], max_payload_bytes: int) -> None:
-        headers, partitions = (("codec", b"json"),), self._log.partitions(self._topic)
-        records = [OutRecord(le.to_json(max_payload_bytes), headers, le.partition % partitions) for le in letters]
+    def _append(
+        self, letters: Sequence[DeadLetter], logs: Mapping[TopicPartition, str], max_payload_bytes: int
+    ) -> None:
+        partitions = self._log.partitions(self._topic)
+        records = []
+        for letter in letters:
+            log = logs.get(TopicPartition(letter.topic, letter.partition), "")
+            value = letter.to_json(log, max_payload_bytes)
+            records.append(OutRecord(value, LETTER_HEADERS, letter.partition % partitions))
         self._log.append(self._topic, records)
+
+    def _incarnations_of(self, topic: str) -> dict[TopicPartition, str]:
+        """As the log says, at most a second ago."""
+        now_s = self._monotonic()
+        asked_s, known = self._incarnations.get(topic, (-_INCARNATION_MAX_AGE_S, {}))
+        if not known or now_s - asked_s >= _INCARNATION_MAX_AGE_S:
+            known = self._log.incarnations(topic)
+            self._incarnations[topic] = now_s, known
+        return known
+
+
+def _short(headers: Headers) -> Headers | None:
+    size = sum(len(name) + len(value) for name, value in headers)
+    return headers if size <= MAX_HEADER_BYTES else None
+
+
+def _text(value: bytes) -> str:
+    """A header's bytes as text, one character each: readable where it is ASCII, and nothing is lost elsewhere."""
+    return value.decode("latin-1")

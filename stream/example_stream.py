@@ -25,7 +25,7 @@ from stream.join.joiner import JoinConfig
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
 from stream.mini_batches import Assembler, BatchTimes, MiniBatchConfig, ended_in
-from stream.sources import Skipped, Sources
+from stream.sources import Counted, Skipped, Sources, counted_in
 
 _logger = logging.getLogger(__name__)
 _FIRST_READ_RECORDS = 8  # an Arrow record may hold thousands of events: only reading tells
@@ -230,10 +230,14 @@ class ExampleStream:
         Returns:
             Source → what that costs, of those that moved.
         """
-        skipped = self._sources.skip_lost()
+        skipped = self._sources.skip_lost(self._counted)
         if skipped:
             self._repeat_none()  # examples are counted from another beginning now
         return skipped
+
+    def _counted(self) -> dict[TopicPartition, Counted]:
+        state = self.assembler.state()
+        return {source: counted_in(state, source) for source in self.assembler.sources}
 
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition (decimal digits) → next record to read."""

@@ -7,6 +7,7 @@ has more partitions can load it:
 ============================ ===========================================================================================
 ``*/p/position``             the next record to read
 ``*/p/incarnation``          which log that is, as UTF-8 (:meth:`stream.log.event_log.EventLog.incarnations`)
+``*/p/began``, ``*/p/lost``  where reading that log began, and what was lost unread (:mod:`stream.sources`)
 ``*/p/vouched_ms``           the event time that enough of the last events have reached (:mod:`stream.join.watermarks`)
 ``*/p/recent_*``             those last events
 ``*/p/ledger``               counts of events (:data:`stream.join.ledgers.COLUMNS`)

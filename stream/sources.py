@@ -12,12 +12,14 @@ What the broker can change is asked again every few seconds:
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from smes.arrays import Arrays
 from smes.errors import EventLogError, LogReplaced
 from smes_io.clock import wait_until
+from stream.join.ledgers import COLUMNS, READ
 from stream.log.event_log import EventLog, Positions, TopicPartition
 from stream.partition_state import state_name
 from stream.topics import FEEDBACK, IMPRESSIONS
@@ -56,12 +58,54 @@ class Skipped:
             return f"{where}: the {self.now - self.before} records between were trimmed unread; {rest}"
         return f"{where}: the log ended before that position; {rest}"
 
+    @property
+    def trimmed(self) -> int:
+        """How many records were trimmed unread, counted in offsets; 0 where nobody can know."""
+        return max(0, self.now - self.before) if self.was is None else 0
+
+
+class Counted(NamedTuple):
+    """What a state has counted of a partition, all incarnations of the log together.
+
+    Attributes:
+        read: Events read, those that were refused among them.
+        dead_lettered: Events refused.
+        gaps: Records passed over.
+    """
+
+    read: int
+    dead_lettered: int
+    gaps: int
+
+
+class Began(NamedTuple):
+    """Where the reading of the present incarnation of a partition began, and what was :class:`Counted` by then."""
+
+    position: int
+    read: int
+    dead_lettered: int
+    gaps: int
+
+
+class Lost(NamedTuple):
+    """What was never read of a partition, and somebody has accepted.
+
+    Attributes:
+        trimmed: Records that retention took unread, counted in offsets.
+        replaced: How often the log was another one. What the one before still held was lost; nobody knows how much.
+    """
+
+    trimmed: int
+    replaced: int
+
 
 class Sources:
     """The partitions of impressions and feedback, and the next record to read of each.
 
     Attributes:
         positions: Next record to read of every partition known.
+        began: Where the reading of each began.
+        lost: What was never read of each.
 
     Args:
         log: Where both topics exist.
@@ -74,6 +118,8 @@ class Sources:
 
     def __init__(self, log: EventLog, refresh_s: float, monotonic: Callable[[], float] = time.monotonic) -> None:
         self.positions: Positions = {}
+        self.began: dict[TopicPartition, Began] = {}
+        self.lost: dict[TopicPartition, Lost] = {}
         self._log, self._refresh_s, self._monotonic = log, refresh_s, monotonic
         self._incarnations: dict[TopicPartition, str] = {}
         self._due_s = monotonic()
@@ -100,6 +146,8 @@ class Sources:
         if added:
             begin = self._begin()
             self.positions.update({source: begin[source] for source in added})
+            self.began.update({source: Began(begin[source], 0, 0, 0) for source in added})
+            self.lost.update({source: Lost(0, 0) for source in added})
         self._incarnations.update(present)
         self._due_s = self._monotonic() + self._refresh_s
         return added
@@ -111,8 +159,11 @@ class Sources:
             self._require_same_log(present)
             self._incarnations.update({s: present[s] for s in self.positions if s in present})
 
-    def skip_lost(self) -> dict[TopicPartition, Skipped]:
+    def skip_lost(self, counted: Callable[[], Mapping[TopicPartition, Counted]]) -> dict[TopicPartition, Skipped]:
         """Move positions that the log does not hold to its oldest record, and take it for the log from now on.
+
+        Args:
+            counted: What was counted so far; asked if anything moves.
 
         Returns:
             What moved.
@@ -129,6 +180,11 @@ class Sources:
                 )
         self.positions.update({source: each.now for source, each in skipped.items()})
         self._incarnations.update(present)
+        counts = counted() if skipped else {}
+        for source, each in skipped.items():
+            before = self.lost.get(source, Lost(0, 0))
+            self.began[source] = Began(each.now, *counts[source])
+            self.lost[source] = Lost(before.trimmed + each.trimmed, before.replaced + (each.was is not None))
         return skipped
 
     def end(self) -> Positions:
@@ -142,6 +198,8 @@ class Sources:
             state[state_name(source.topic, source.partition, "position")] = np.array([position], np.int64)
             text = self._incarnations.get(source, _UNKNOWN).encode()
             state[state_name(source.topic, source.partition, "incarnation")] = np.frombuffer(text, np.uint8)
+            state[state_name(source.topic, source.partition, "began")] = np.array(self.began[source], np.int64)
+            state[state_name(source.topic, source.partition, "lost")] = np.array(self.lost[source], np.int64)
         return state
 
     def load_state(self, state: Arrays) -> None:
@@ -156,6 +214,8 @@ class Sources:
                 incarnation = state.get(state_name(source.topic, source.partition, "incarnation"))
                 text = b"" if incarnation is None else incarnation.tobytes()
                 self._incarnations[source] = text.decode(errors="replace")
+                self.began[source] = began_in(state, source)
+                self.lost[source] = lost_in(state, source)
         self._due_s = self._monotonic()
 
     def _present(self) -> dict[TopicPartition, str]:
@@ -190,6 +250,32 @@ class Sources:
 
     def _begin(self) -> Positions:
         return {**self._log.begin(IMPRESSIONS), **self._log.begin(FEEDBACK)}
+
+
+def counted_in(state: Arrays, source: TopicPartition) -> Counted:
+    """What a stream's state has counted of a partition; zeros where it knows nothing of it."""
+    ledger = state.get(state_name(source.topic, source.partition, "ledger"), np.zeros(len(COLUMNS), np.int64))
+    refused = state.get(state_name(source.topic, source.partition, "refused"), np.zeros(4, np.int64))
+    dead, _, gaps, _ = refused.tolist()[:4]
+    return Counted(int(ledger[READ]) + dead, dead, gaps)
+
+
+def began_in(state: Arrays, source: TopicPartition) -> Began:
+    """Where a stream's state says that the reading of a partition began.
+
+    Raises:
+        KeyError: It does not say so.
+    """
+    return Began(*state[state_name(source.topic, source.partition, "began")].tolist())
+
+
+def lost_in(state: Arrays, source: TopicPartition) -> Lost:
+    """What a stream's state says was lost of a partition.
+
+    Raises:
+        KeyError: It does not say so.
+    """
+    return Lost(*state[state_name(source.topic, source.partition, "lost")].tolist())
 
 
 def _named(incarnation: str) -> str:

@@ -236,9 +236,20 @@ def _dead_letters(
         for row, event in zip(bad_rows.tolist(), events, strict=True):
             problem = explain(event, part.record.arrival_ms)
             problem = problem or Problem("unparsable", "expected an event as the schema describes it")
-            payload = json.dumps(event, default=repr)[:payload_bytes].encode()
-            letters.append(DeadLetter.of_row(part.record, part.first_row + row, problem, payload))
+            text = json.dumps(event, default=repr)
+            is_excerpt = len(text) > payload_bytes or _has_long_list(event, max_elements)
+            payload = text[:payload_bytes].encode()
+            letters.append(
+                DeadLetter.of_row(part.record, part.first_row + row, problem, payload, is_excerpt=is_excerpt)
+            )
     return letters
+
+
+def _has_long_list(value: object, max_elements: int) -> bool:
+    """Whether plain data has a list that may have been cut to ``max_elements``."""
+    if isinstance(value, dict):
+        return any(_has_long_list(each, max_elements) for each in value.values())
+    return isinstance(value, list) and len(value) >= max_elements
 
 
 def _impression_event(columns: dict[str, Any], schema: Schema) -> dict[str, object]:

@@ -95,6 +95,21 @@ def arrow_feedback(block: FeedbackBlock, schema: Schema) -> bytes:
     )
 
 
+def single_row(value: bytes, row: int) -> bytes:
+    """An Arrow record with one row of another one's, whose columns may be any.
+
+    Raises:
+        pyarrow.ArrowException: The record cannot be read.
+    """
+    with pa.ipc.open_stream(pa.py_buffer(value)) as reader:
+        table = reader.read_all()
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.slice(row, 1))
+    encoded: bytes = sink.getvalue().to_pybytes()
+    return encoded
+
+
 def require_finite(name: str, values: F32) -> None:
     """Refuse infinities before they reach a wire form that cannot carry them; NaN stands for absent.
 

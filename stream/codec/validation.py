@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,9 @@ Code = Literal[
     "unreadable",  # in the log, but no record of ours
     "not_finite",  # an example of a training step whose loss or gradients were not finite
 ]
+
+CODES: tuple[Code, ...] = get_args(Code)
+"""All codes."""
 
 MAX_ID = int(np.iinfo(np.int64).max)
 MIN_ID = -MAX_ID
