@@ -9,7 +9,10 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,6 @@ from smes_cli.__main__ import run
 from smes_cli.config import Config
 from smes_cli.demo.processes import spawn, stop
 from smes_io.schema_file import builtin_path, load_builtin, load_schema_file
-from smes_scorer.hot_swap import load_serving_model
 from tests.integration.training import Pairs, drain, fill_servers, read_pairs, snapshots_of
 from tests.running import (
     DEADLINE_S,
@@ -37,6 +39,7 @@ from tests.running import (
     until_log_says,
     write_config,
 )
+from tests.smes_scorer.made_payloads import loaded_from
 
 Captured = pytest.CaptureFixture[str]
 
@@ -415,6 +418,8 @@ def test_serve_from_before_the_first_snapshot_to_sigterm(
         assert http.get("/health/ready").status_code == 503
         refused = http.post("/v1/score", json={"user_id": 1, "items": [1]})
         assert (refused.status_code, refused.json()["detail"][:9]) == (503, "not ready")
+        assert run(["freshness", "--url", url]) == 0
+        assert "has not counted any feedback yet" in capsys.readouterr().out
 
         assert run(["-c", str(path), "features", "load", str(world)]) == 0
         assert "users and" in capsys.readouterr().out
@@ -427,8 +432,30 @@ def test_serve_from_before_the_first_snapshot_to_sigterm(
             assert http.get("/health/ready").status_code == 200
             assert_answers_with_stored_features(config, world, pairs, http, versions[-1])
         assert versions[1] > versions[0] > 0
+        capsys.readouterr()
+        assert run(["freshness", "--url", url, "--report", str(tmp_path / "freshness.json")]) == 0
+        assert_shows_freshness(capsys.readouterr().out, read_json(tmp_path / "freshness.json"))
     assert stop(process, timeout_s=DEADLINE_S) == 0
     assert "Traceback" not in log.read_text()
+
+
+def assert_shows_freshness(text: str, figures: dict[str, Any]) -> None:
+    """Seven stages and the sum."""
+    table = text.splitlines()[3:]
+    assert [line.strip().split("  ")[0] for line in table] == [
+        "event log → joined",
+        "joined → batched",
+        "batched → trained",
+        "trained → cut",
+        "cut → published",
+        "published → in service",
+        "in service → first answer",
+        "freshness",
+    ]
+    means = {stage: spans["mean"] for stage, spans in figures["freshness_stages_ms"].items()}
+    assert figures["freshness_ms"]["count"] > 0
+    assert 0 < figures["freshness_ms"]["p50"] <= 1.01 * sum(means.values()) + 10_000
+    assert all(mean >= 0 for mean in means.values())
 
 
 def assert_answers_with_stored_features(
@@ -461,10 +488,35 @@ def assert_answers_with_stored_features(
     with snapshots_of(config) as store:
         manifest = store.current()
         assert manifest is not None
-        model = load_serving_model(store.load(manifest), schema)
+        model = loaded_from(store, manifest, schema)
     expected = model.score(ids, numerics)
     scores = [[item["scores"][task.name] for task in schema.tasks] for item in answer["items"]]
     np.testing.assert_allclose(np.array(scores, np.float32), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_freshness_of_nobody_is_status_1(capsys: Captured, nobody: str) -> None:
+    assert run(["freshness", "--url", f"http://{nobody}"]) == 1
+    assert f"scorer http://{nobody}: no statistics: " in error_line(capsys)
+
+
+def test_freshness_of_another_service_is_status_1(capsys: Captured, tmp_path: Path) -> None:
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "v1/stats").write_text('{"requests": 3}')
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert run(["freshness", "--url", url]) == 1
+        assert run(["freshness", "--url", f"{url}/elsewhere"]) == 1
+        server.shutdown()
+    errors = capsys.readouterr().err
+
+    assert "/v1/stats: expected the statistics of `smes serve`: KeyError('freshness_ms')" in errors
+    assert "no statistics: Client error '404 File not found'" in errors
 
 
 def test_the_command_is_installed() -> None:
