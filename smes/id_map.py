@@ -139,7 +139,7 @@ class IdMap:
     @classmethod
     def from_state(cls, state: dict[str, I64]) -> "IdMap":
         """Rebuild a map from its :meth:`state`."""
-        result = cls(len(state["ids"]))
+        result = cls(int(state["next_row"][0]))  # a slot holds as many bits of a row as number the slots
         result._next_row, result._num_free = int(state["next_row"][0]), len(state["free"])
         result._keys.reserve(result._next_row)
         result._keys.array[state["rows"]] = state["ids"]

@@ -125,3 +125,12 @@ def test_an_id_takes_few_bytes() -> None:
         if len(id_map) > 100_000:
             assert id_map.nbytes < 27 * len(id_map)
     assert id_map.nbytes < 8 * 600_000 + 4 * 2**20 + 1000
+
+
+def test_a_map_with_few_ids_in_high_rows_survives_a_restart() -> None:
+    id_map = IdMap()
+    keys = np.arange(1000, dtype=np.int64)
+    id_map.insert(keys)
+    id_map.remove(keys[:990])
+    again = IdMap.from_state(id_map.state())
+    assert again.find(keys[985:]).tolist() == id_map.find(keys[985:]).tolist() == [ABSENT] * 5 + [*range(990, 1000)]
