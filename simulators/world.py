@@ -28,7 +28,7 @@ TAGS_PER_ITEM = 3
 INTERESTS_PER_USER = 3
 HIDDEN = 4
 ENTITY_BLOCK = 1024
-NEW_ITEM_BOOST, NEW_ITEM_S = 4.0, 120.0
+NEW_ITEM_BOOST = 4.0
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class WorldConfig:
         segments: S.
         categories: C.
         start_ms: Time of the first request, Unix milliseconds.
+        shortest_drift_s, longest_drift_s: The liking of each segment for each category and the exposure of each
+            category rise and fall in periods between these, each in its own.
+        new_item_s: How long a new item is shown more often than its popularity suggests: the boost decays with this
+            time constant.
     """
 
     users: int = 5000
@@ -83,6 +87,9 @@ class WorldConfig:
     segments: int = 12
     categories: int = 24
     start_ms: int = 1_704_067_200_000
+    shortest_drift_s: float = 600.0
+    longest_drift_s: float = 3600.0
+    new_item_s: float = 120.0
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,10 @@ class World:
         self._maps = rng.normal(0, 1.2 / np.sqrt(HIDDEN), (*shape, HIDDEN, c.latent_dim))
         self._weights = rng.normal(0, 1.3, (*shape, HIDDEN))
         self._device_effect = rng.normal(0, 0.25, (len(TASK_NAMES), 3))
-        self._taste_period_s = rng.uniform(600, 3600, (c.segments, c.categories))
+        drift_s = c.shortest_drift_s, c.longest_drift_s
+        self._taste_period_s = rng.uniform(*drift_s, (c.segments, c.categories))
         self._taste_phase = rng.uniform(0, 2 * np.pi, (c.segments, c.categories))
-        self._exposure_period_s = rng.uniform(600, 3600, c.categories)
+        self._exposure_period_s = rng.uniform(*drift_s, c.categories)
         self._exposure_phase = rng.uniform(0, 2 * np.pi, c.categories)
         self.users = Population(self._make_users, c.users)
         self.items = Population(self._make_items, c.items)
@@ -162,7 +170,7 @@ class World:
         age_s = np.where(born < 0, np.inf, (impression - born) / c.impressions_per_s)
         time_s = impression / c.impressions_per_s
         trend = np.exp(0.7 * np.sin(2 * np.pi * time_s / self._exposure_period_s + self._exposure_phase))
-        novelty = 1 + NEW_ITEM_BOOST * np.exp(-age_s / NEW_ITEM_S)
+        novelty = 1 + NEW_ITEM_BOOST * np.exp(-age_s / c.new_item_s)
         weights: F64 = items.popularity * trend[items.category] * novelty
         return weights
 
