@@ -30,7 +30,7 @@ class RedisAccess:
 
     Attributes:
         user: The ACL user. Null: the one in the URL, else ``default``.
-        password: Where the user's password is. Null: the one in the URL, if any.
+        password: Where the user's password is: ``{file: …}`` or ``{env: …}``. Null: the one in the URL, if any.
         tls: Certificates, for ``rediss://``.
         cluster: Whether the URL names a server of a Redis Cluster. Its other servers are found through it.
     """
@@ -47,6 +47,10 @@ class RedisAccess:
 
 class AccessRefused(redis.AuthenticationError):
     """The server, or what we have to show to it, is not as it should be; to try again would not help."""
+
+
+class Unfit(ValueError):
+    """A URL and what stands beside it do not fit together. The message holds no password."""
 
 
 def key_prefix(namespace: str) -> str:
@@ -69,29 +73,30 @@ def options(url: str, access: RedisAccess, namespace: str) -> dict[str, Any]:
         namespace: Whose keys are wanted; needed for a cluster only.
 
     Raises:
-        ValueError: The URL is malformed, or it does not fit what stands beside it.
+        Unfit: The URL does not fit what stands beside it.
+        ValueError: The URL is malformed; the message may quote a password.
     """
     found: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]  # of redis
     scheme = urlsplit(url).scheme
     more: dict[str, Any] = {"connection_class": _KINDS[scheme]}
     if scheme != "rediss" and access.tls != TlsFiles():
-        raise ValueError(f"certificates for a {scheme}:// URL, expected rediss://")
+        raise Unfit(f"certificates for a {scheme}:// URL, expected rediss://")
     if scheme == "rediss":
         if unknown := next((name for name in found if name.startswith("ssl_")), None):
-            raise ValueError(f"{unknown} in the URL, expected certificates beside it, under tls")
+            raise Unfit(f"{unknown} in the URL, expected certificates beside it, under tls")
         more["tls"] = access.tls
     if access.password is not None:
         if found.get("password"):
-            raise ValueError("a password in the URL and another one beside it, expected one of them")
+            raise Unfit("a password in the URL and another one beside it, expected one of them")
         user = access.user or found.get("username")
         if user is not None and found.get("username") not in (None, user):
-            raise ValueError(f"user {found['username']!r} in the URL and {user!r} beside it, expected one of them")
+            raise Unfit(f"user {found['username']!r} in the URL and {user!r} beside it, expected one of them")
         more |= {"username": None, "password": None, "credential_provider": _Credentials(user, access.password)}
     if access.cluster:
         if scheme == "unix":
-            raise ValueError("a cluster behind a unix:// URL, expected redis:// or rediss://")
+            raise Unfit("a cluster behind a unix:// URL, expected redis:// or rediss://")
         if found.get("db"):
-            raise ValueError(f"database {found['db']} of a cluster, expected 0, the only one that a cluster has")
+            raise Unfit(f"database {found['db']} of a cluster, expected 0, the only one that a cluster has")
         seed = (found.get("host", "localhost"), found.get("port", 6379))
         more["route"] = SlotRoute(seed, key_slot(key_prefix(namespace).encode()))
     return found | more

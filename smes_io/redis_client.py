@@ -18,7 +18,7 @@ from redis.exceptions import AuthenticationError, AuthorizationError
 from redis.retry import Retry
 
 from smes.errors import EventLogError, EventLogUnavailable, FeatureStoreError, FeatureStoreUnavailable, SmesError
-from smes_io.redis_access import AccessRefused, RedisAccess, SlotRoute, options, user_of
+from smes_io.redis_access import AccessRefused, RedisAccess, SlotRoute, Unfit, options, user_of
 from smes_io.secrets import masked_text
 from smes_io.stopping import StoppableCalls
 from smes_io.tls import refusal
@@ -110,7 +110,7 @@ def open_client(
         return redis.Redis.from_pool(pool)
     except ValueError as error:
         # The client's own message may quote a part of the password.
-        why = "" if "@" in url else f" ({error})"
+        why = "" if "@" in url and not isinstance(error, Unfit) else f" ({error})"
         wanted = "redis://[user[:password]@]host:port[/database], special characters of the password as %XX"
         raise ValueError(f"Redis URL {masked(url)!r}{why}, expected {wanted}") from None
 

@@ -41,7 +41,7 @@ class TlsFiles:
         ca_file: Certificates, in PEM, one of which must have signed the server's. Null: those of the system.
         cert_file: The client's own certificate and its chain, in PEM, for a server that asks for one.
         key_file: Its key, in PEM. Null: it is in ``cert_file``.
-        key_password: Where the password of an encrypted key is.
+        key_password: Where the password of an encrypted key is: ``{file: …}`` or ``{env: …}``.
         check_hostname: Whether the server's certificate must be for the name that it is reached by.
     """
 

@@ -10,6 +10,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from smes_cli.demo.local_servers import start_kafka, start_valkey
+from tests.secure_servers import (
+    RedisCluster,
+    SecureKafka,
+    SecureRedis,
+    redis_cluster,
+    secure_kafka,
+    secure_redis,
+    tls_redis_program,
+)
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,6 +64,37 @@ def kafka_bootstrap(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
     home: Path = request.getfixturevalue("kafka_home")
     with start_kafka(home, tmp_path_factory.mktemp("kafka")) as server:
         yield server.bootstrap
+
+
+@pytest.fixture(scope="session")
+def kafka_secure(kafka_home: Path, openssl: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureKafka]:
+    """A real Kafka with TLS, SASL and ACLs; its user of PLAIN is ``plain``, with the password ``pl41n``."""
+    with secure_kafka(kafka_home, tmp_path_factory.mktemp("kafka-secure"), {"plain": "pl41n"}) as kafka:
+        yield kafka
+
+
+@pytest.fixture(scope="session")
+def redis_secure(openssl: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecureRedis]:
+    """A real Redis with TLS and ACL users."""
+    program = tls_redis_program()
+    if program is None:
+        _missing("no Redis that speaks TLS: install redis-tools or valkey-tools of Debian")
+    with secure_redis(str(program), tmp_path_factory.mktemp("redis-secure")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def openssl() -> None:
+    """The command that makes certificates."""
+    if shutil.which("openssl") is None:
+        _missing("no certificates: openssl is not on PATH")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """A real Redis Cluster of three Valkey nodes."""
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        yield nodes
 
 
 @pytest.fixture

@@ -88,9 +88,9 @@ def start_valkey(data_dir: Path, *, port: int | None = None, timeout_s: float = 
     Raises:
         LocalServerError: No program was found, or it did not answer in time; the message ends with its own output.
     """
-    program = _valkey_program()
+    program = valkey_program()
     data_dir.mkdir(parents=True, exist_ok=True)
-    port = _free_ports(1)[0] if port is None else port
+    port = free_ports(1)[0] if port is None else port
     log = data_dir / "valkey.log"
     argv = [program, "--bind", _LOOPBACK, "--port", str(port), "--dir", str(data_dir.resolve())]
     argv += ["--protected-mode", "no", "--daemonize", "no", "--save", "", "--appendonly", "yes"]
@@ -111,7 +111,9 @@ def start_valkey(data_dir: Path, *, port: int | None = None, timeout_s: float = 
     return server
 
 
-def start_kafka(kafka_home: Path, data_dir: Path, *, port: int | None = None, timeout_s: float = 90.0) -> KafkaServer:
+def start_kafka(
+    kafka_home: Path, data_dir: Path, *, port: int | None = None, more: str = "", timeout_s: float = 90.0
+) -> KafkaServer:
     """Start a single KRaft node from the distribution at ``kafka_home`` (its ``libs`` folder), with ``java`` on PATH.
 
     The storage is formatted on the first start. A later start on the same folder keeps the data.
@@ -120,6 +122,7 @@ def start_kafka(kafka_home: Path, data_dir: Path, *, port: int | None = None, ti
         kafka_home: A Kafka distribution.
         data_dir: Folder of configuration, data and log. Created if missing.
         port: The broker's loopback port. Default: a free one. The controller uses a free port each time.
+        more: Further properties. ``{listeners}`` in them stands for the listeners that the node has anyway.
         timeout_s: Longest wait until an admin client can list the topics.
 
     Raises:
@@ -130,10 +133,10 @@ def start_kafka(kafka_home: Path, data_dir: Path, *, port: int | None = None, ti
     if not (kafka_home / "libs").is_dir():
         raise LocalServerError(f"Kafka: expected a distribution with a libs folder at KAFKA_HOME={kafka_home}")
     data_dir.mkdir(parents=True, exist_ok=True)
-    free, controller = _free_ports(2)
+    free, controller = free_ports(2)
     port = free if port is None else port
     log, properties, logs = data_dir / "kafka.log", data_dir / "server.properties", data_dir / "data"
-    properties.write_text(_kafka_properties(port, controller, logs.resolve()))
+    properties.write_text(_kafka_properties(port, controller, logs.resolve(), more))
     classpath = str(kafka_home.resolve() / "libs" / "*")  # the JVM expands the star
     if not (logs / "meta.properties").exists():
         _format_storage(classpath, properties, log, timeout_s)
@@ -143,7 +146,7 @@ def start_kafka(kafka_home: Path, data_dir: Path, *, port: int | None = None, ti
     return server
 
 
-def _valkey_program() -> str:
+def valkey_program() -> str:
     for name in ("redis-server", "valkey-server"):
         if path := shutil.which(name):
             return path
@@ -154,7 +157,7 @@ def _valkey_program() -> str:
     return str(get_binary_path())
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Free loopback ports. All are held until the last one is found, so that they differ."""
     sockets = [socket.socket() for _ in range(count)]
     try:
@@ -230,16 +233,17 @@ def _lists_topics(server: KafkaServer) -> bool:
     return True
 
 
-def _kafka_properties(port: int, controller: int, logs: Path) -> str:
-    """Properties of one node that is broker and controller, on loopback.
+def _kafka_properties(port: int, controller: int, logs: Path, more: str) -> str:
+    """Properties of one node that is broker and controller, on loopback. Of a property given twice, the last counts.
 
     The controller accepts a restarted broker after the session timeout: 3 s here, 9 s by default.
     """
+    listeners = f"BROKER://{_LOOPBACK}:{port},CONTROLLER://{_LOOPBACK}:{controller}"
     return f"""\
 process.roles=broker,controller
 node.id=1
 controller.quorum.bootstrap.servers={_LOOPBACK}:{controller}
-listeners=BROKER://{_LOOPBACK}:{port},CONTROLLER://{_LOOPBACK}:{controller}
+listeners={listeners}
 advertised.listeners=BROKER://{_LOOPBACK}:{port}
 inter.broker.listener.name=BROKER
 controller.listener.names=CONTROLLER
@@ -257,4 +261,5 @@ group.initial.rebalance.delay.ms=0
 auto.create.topics.enable=false
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
+{more.replace("{listeners}", listeners)}
 """

@@ -5,6 +5,7 @@ that nobody answered. So before a client is made, :func:`knock` connects, shakes
 """
 
 import logging
+import re
 import socket
 import ssl
 from collections.abc import Callable
@@ -31,11 +32,15 @@ _T = TypeVar("_T")
 _MOST_STEPS = 4  # of an exchange of credentials; SCRAM has two
 _PIECE = 65_536
 _REFUSAL_S = 0.2
+_RIGHTS = re.compile(r"\w+AuthorizationFailedError")
 _TELLTALE_LOGS = ("kafka.admin", "kafka.consumer", "kafka.net", "kafka.producer", "kafka.protocol")
 
 
 class NotLetIn(KafkaError):  # type: ignore[misc]  # kafka-python has no types
     """The brokers, or what we have to show to them, are not as they should be; to try again would not help."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class KafkaAccess:
         protocol: Of the listener, in Kafka's own words.
         mechanism: Of the ``SASL_`` protocols.
         user: The user's name, for the same.
-        password: Where the user's password is, for the same.
+        password: Where the user's password is, for the same: ``{file: …}`` or ``{env: …}``.
         tls: Certificates, for ``SSL`` and ``SASL_SSL``.
     """
 
@@ -149,9 +154,12 @@ def knock(address: tuple[str, int], options: dict[str, object], timeout_s: float
         raise NotLetIn(f"{host}:{port} {error}") from error.__cause__
 
 
-def lacks_a_right(error: BaseException | None) -> bool:
-    """Whether the brokers say that the user may not do this."""
-    return isinstance(error, AuthorizationError)
+def lacking(error: BaseException | None) -> str | None:
+    """Which kind of right the user lacks, as the brokers say; None for another error."""
+    if isinstance(error, AuthorizationError):
+        return type(error).__name__
+    found = _RIGHTS.search(str(error))  # the producer quotes what it was answered when it asked for its identity
+    return found[0] if found else None
 
 
 def _named(key: str, read: Callable[[], _T]) -> _T:

@@ -13,6 +13,7 @@ from kafka.errors import (
     BrokerNotAvailableError,
     KafkaConnectionError,
     KafkaError,
+    KafkaTimeoutError,
     RetriableError,
     StaleBrokerEpochError,
     StaleControllerEpochError,
@@ -23,7 +24,7 @@ from smes.errors import EventLogError, EventLogUnavailable
 from smes.ranges import PositiveInt, check_ranges
 from smes_io.secrets import masked_text
 from smes_io.stopping import StoppableCalls
-from stream.log.kafka_access import KafkaAccess, NotLetIn, knock, lacks_a_right
+from stream.log.kafka_access import KafkaAccess, NotLetIn, knock, lacking
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -159,19 +160,14 @@ class KafkaConnection:
 
     def unavailable(self, what: str, timeout_s: float, error: Exception) -> EventLogUnavailable:
         """The error to raise when the brokers gave no answer in time."""
-        by = "" if self._access.protocol == "PLAINTEXT" else f" by {self._access.protocol}"
-        return EventLogUnavailable(
-            f"Kafka at {self.bootstrap}: {what}: no answer within {timeout_s:g} s{by}: {error!r}"
-        )
+        return EventLogUnavailable(f"Kafka at {self.bootstrap}: {what}: no answer within {timeout_s:g} s: {error!r}")
 
     def refused(self, what: str, error: Exception | None) -> EventLogError:
         """The error to raise when the brokers answered with one."""
         if isinstance(error, NotLetIn):
             return EventLogError(f"Kafka at {self.bootstrap}: {what}: {error}")
-        if lacks_a_right(error):
-            return EventLogError(
-                f"Kafka at {self.bootstrap}: {what}: {self._access.who} lacks a right (ACL): {error!r}"
-            )
+        if right := lacking(error):
+            return EventLogError(f"Kafka at {self.bootstrap}: {what}: {self._access.who} lacks a right (ACL): {right}")
         return EventLogError(f"Kafka at {self.bootstrap}: {what}: {error!r}")
 
     def _connect(self, kind: Callable[..., _T], options: dict[str, object]) -> _T:
@@ -179,14 +175,17 @@ class KafkaConnection:
         access = self._access.options()
         self._find_listener(access)
         bootstrap_s = min(self.connect_timeout_s, _LONGEST_BOOTSTRAP_S)
-        return kind(
-            bootstrap_servers=self.bootstrap.split(","),
-            bootstrap_timeout_ms=_ms(bootstrap_s),
-            request_timeout_ms=_ms(min(_REQUEST_TIMEOUT_S, self.config.outage_timeout_s)),
-            reconnect_backoff_max_ms=_MOST_RECONNECT_BACKOFF_MS,
-            **access,
-            **options,
-        )
+        try:
+            return kind(
+                bootstrap_servers=self.bootstrap.split(","),
+                bootstrap_timeout_ms=_ms(bootstrap_s),
+                request_timeout_ms=_ms(min(_REQUEST_TIMEOUT_S, self.config.outage_timeout_s)),
+                reconnect_backoff_max_ms=_MOST_RECONNECT_BACKOFF_MS,
+                **access,
+                **options,
+            )
+        except KafkaTimeoutError as error:
+            raise KafkaTimeoutError(f"{error.args[0]} by {self._access.protocol}; is it the listener's?") from error
 
     def _find_listener(self, access: dict[str, object]) -> None:
         """Raise KafkaConnectionError unless a bootstrap server lets us in, NotLetIn if one says that it never will.

@@ -1,4 +1,4 @@
-"""The contract of the event log: one suite for the in-memory log, Redis Streams and Kafka."""
+"""The contract of the event log: one suite for the in-memory log, Redis Streams (also in a cluster) and Kafka."""
 
 import threading
 import time
@@ -13,10 +13,12 @@ from kafka import TopicPartition as KafkaPartition
 
 from smes.errors import EventLogError, PositionOutOfRange
 from smes_io.clock import wall_clock_ms
+from smes_io.redis_access import RedisAccess
 from stream.log.event_log import EventLog, OutRecord, Positions, Record, TopicPartition
 from stream.log.kafka_log import KafkaLog
 from stream.log.memory_log import InMemoryLog
 from stream.log.redis_log import RedisStreamsLog, connect_log
+from tests.secure_servers import RedisCluster
 
 TOPIC = "impressions"
 NOW_MS = wall_clock_ms()  # Kafka's retention would remove records of another year
@@ -47,7 +49,7 @@ class LogUnderTest:
     delete: Callable[[TopicPartition, int], None] | None = None
 
 
-@pytest.fixture(params=["memory", "redis", pytest.param("kafka", marks=pytest.mark.kafka)])
+@pytest.fixture(params=["memory", "redis", "redis cluster", pytest.param("kafka", marks=pytest.mark.kafka)])
 def under_test(request: pytest.FixtureRequest, namespace: str) -> Iterator[LogUnderTest]:
     opened: list[EventLog] = []
 
@@ -68,16 +70,25 @@ def under_test(request: pytest.FixtureRequest, namespace: str) -> Iterator[LogUn
             memory.delete,
         )
     elif request.param == "redis":
-        yield from redis_under_test(request.getfixturevalue("redis_url"), namespace, keep)
+        url: str = request.getfixturevalue("redis_url")
+        yield from redis_under_test(url, url, RedisAccess(), namespace, keep)
+    elif request.param == "redis cluster":
+        cluster: RedisCluster = request.getfixturevalue("cluster")
+        owner = cluster.owner(f"{{{namespace}}}")
+        access = RedisAccess(cluster=True)
+        yield from redis_under_test(cluster.url((owner + 1) % 3), cluster.url(owner), access, namespace, keep)
     else:
         yield from kafka_under_test(request.getfixturevalue("kafka_bootstrap"), namespace, keep)
     for log in opened:
         log.close()
 
 
-def redis_under_test(url: str, namespace: str, keep: Callable[[EventLog], EventLog]) -> Iterator[LogUnderTest]:
+def redis_under_test(
+    url: str, owner_url: str, access: RedisAccess, namespace: str, keep: Callable[[EventLog], EventLog]
+) -> Iterator[LogUnderTest]:
     def open_log() -> EventLog:
-        return keep(RedisStreamsLog(connect_log(url, timeout_s=30), namespace, now_ms=lambda: NOW_MS))
+        client = connect_log(url, timeout_s=30, access=access, namespace=namespace)
+        return keep(RedisStreamsLog(client, namespace, now_ms=lambda: NOW_MS))
 
     def key(at: TopicPartition) -> str:
         return f"{{{namespace}}}:log:{at.topic}:{at.partition}"
@@ -86,7 +97,7 @@ def redis_under_test(url: str, namespace: str, keep: Callable[[EventLog], EventL
         client.hdel(f"{{{namespace}}}:log:topics", topic)
         client.delete(*client.keys(f"{{{namespace}}}:log:{topic}:*"))
 
-    with redis.Redis.from_url(url) as client:
+    with redis.Redis.from_url(owner_url) as client:
         yield LogUnderTest(
             open_log(),
             open_log,
