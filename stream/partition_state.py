@@ -18,9 +18,9 @@ has more partitions can load it:
 ``impressions/p/queued.*``   examples in batches that were not taken yet, and their order
 ============================ ===========================================================================================
 
-These belong to the whole stream: ``watermark_ms``; ``late_counts``, how many positives came within their tasks' wait
-and how many after it; ``ready_sizes``, the sizes of the batches that are ready; ``ended``, how many examples were in
-batches that have ended.
+These belong to the whole stream: ``watermark_ms``; ``waits``, how long each task waits; ``late_counts``, how many
+positives came within their tasks' wait and how many after it; ``ready_sizes``, the sizes of the batches that are ready;
+``ended``, how many examples were in batches that have ended.
 
 One partition's state is enough to go on with that partition alone, in another process for example, if an impression and
 its feedback have the same partition number. :func:`stream.topics.partition_of` gives them the same. When the number of

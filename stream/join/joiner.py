@@ -34,7 +34,8 @@ What becomes of feedback:
   lateness before its impression.
 
 Duplicates. Of several impressions with the same id, and of several feedback events with the same id and task, the first
-counts, whatever became of it. The others are *duplicates*. An id is remembered for ``remember_s`` after its emission.
+counts, whatever became of it. The others are *duplicates*. An id is remembered for ``remember_s`` after its last
+example. Of feedback whose impression never came nothing is remembered once it is orphaned.
 
 Shorter waits. A task that does not wait for its window is trained on when its wait is over, with what is known by then.
 An impression then becomes several examples, each with the labels of some tasks: a *first* one, a *further* one at the
@@ -86,6 +87,7 @@ from stream.join.kernels import (
     Ledgers,
     admit_impressions,
     attach_feedback,
+    restage,
     settle_due,
 )
 from stream.join.late_shares import LateShares
@@ -255,9 +257,8 @@ class Joiner:
         entries, due_ms, example = (column[order] for column in emitted)
         features = self._entries.features(entries, _FEATURES)
         num_stages, num_tasks = len(stages.wait_ms), len(stages.window_ms)
-        kind = np.where(example == 0, FIRST, np.where(example < num_stages + num_tasks, FURTHER, CLOSING))
-        if stages.is_whole:
-            kind = np.full(len(entries), WHOLE)
+        first = WHOLE if stages.is_whole else FIRST
+        kind = np.where(example == 0, first, np.where(example < num_stages + num_tasks, FURTHER, CLOSING))
         self._entries.drop_features(entries[(kind == WHOLE) | (kind == CLOSING)])
 
         bits = np.uint64(1) << np.arange(num_tasks, dtype=np.uint64)
@@ -287,10 +288,11 @@ class Joiner:
     def state(self) -> Arrays:
         """Arrays from which :meth:`load_state` goes on as if nothing had happened.
 
-        Each array but ``watermark_ms`` and ``late_counts`` belongs to one partition; the names are those of
+        Each array but ``watermark_ms``, ``waits`` and ``late_counts`` belongs to one partition; the names are those of
         :mod:`stream.partition_state`.
         """
-        state: Arrays = {"watermark_ms": np.array([self.watermark_ms]), "late_counts": self._late_shares.counts.copy()}
+        state: Arrays = {"watermark_ms": np.array([self.watermark_ms]), "waits": self._waits()}
+        state["late_counts"] = self._late_shares.counts.copy()
         for topic, partition in ((s.topic, s.partition) for s in self.sources):
             state |= self._watermarks[topic].state(topic, partition)
             state[state_name(topic, partition, "ledger")] = self._counts(topic)[partition].copy()
@@ -300,7 +302,8 @@ class Joiner:
     def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`, for a joiner with the same schema, configuration and at least its partitions.
 
-        Partitions that the state does not have start with nothing read; the watermark waits for them.
+        Partitions that the state does not have start with nothing read; the watermark waits for them. If the waits of
+        the tasks are others now, impressions that were trained on for some tasks are so with later feedback alone.
 
         Raises:
             ValueError: The state has more partitions than this joiner.
@@ -316,8 +319,15 @@ class Joiner:
             for partition in saved:
                 self._counts(topic)[partition] = state[state_name(topic, partition, "ledger")]
         entries = self._entries.load_state(state)
+        if not np.array_equal(state["waits"], self._waits()):
+            restage(entries, self._entries.columns, self._stages)
+            self._late_shares.counts[:] = 0
         self._due = DueTimes()
         self._note_due(entries)
+
+    def _waits(self) -> I64:
+        """What stages are made of: each task's wait, and whether its positives always follow. int64 [T, 2]."""
+        return np.stack([self._stages.wait_ms[self._stages.of_task], self._stages.positives_follow], axis=1)
 
     def _counts(self, topic: str) -> I64:
         return self._ledgers.impressions if topic == IMPRESSIONS else self._ledgers.feedback

@@ -124,8 +124,8 @@ def _stage_due(e: int, stage: int, entries: Entries, stages: Stages) -> int:  # 
 @njit(cache=True)
 def _fate_of_label(e: int, t: int, entries: Entries, stages: Stages) -> int:  # pragma: no cover - compiled
     """``USED`` or ``CORRECTED``: whether the label of task ``t`` counts at its stage, or is an example of its own."""
-    is_positive = entries.labels[e, t] > 0
-    in_time = entries.label_due_ms[e, t] <= _stage_due(e, stages.of_task[t], entries, stages)
+    is_positive, stage = entries.labels[e, t] > 0, stages.of_task[t]
+    in_time = entries.label_due_ms[e, t] <= _stage_due(e, stage, entries, stages) and entries.stage[e] <= stage
     if in_time and not (is_positive and stages.positives_follow[t]):
         return USED
     # It was taken for a negative at its stage already.
@@ -275,6 +275,27 @@ def _hold_early(i: int, events: Feedback, entries: Entries, stages: Stages) -> N
 
 
 @njit(cache=True)
+def restage(rows: I64, entries: Entries, stages: Stages) -> None:  # pragma: no cover - compiled
+    """Let waiting impressions go on by other stages than those that they were read under.
+
+    One that was emitted at a stage is emitted at none any more: what comes later are corrections and the closing
+    example. One that was not is as if it had just been read.
+    """
+    for e in rows:
+        if entries.status[e] != WAITING:
+            continue
+        if entries.stage[e] > 0:
+            entries.stage[e] = len(stages.wait_ms)
+        else:
+            entries.pending[e] = 0
+            for t in range(entries.labels.shape[1]):
+                bit = np.uint64(1) << np.uint64(t)
+                if entries.attached[e] & bit != 0 and _fate_of_label(e, t, entries, stages) == CORRECTED:
+                    entries.pending[e] |= bit
+        entries.due_ms[e] = _next_due(e, entries, stages)[0]
+
+
+@njit(cache=True)
 def settle_due(
     candidates: I64, watermark_ms: int, remember_ms: int, entries: Entries, ledgers: Ledgers, stages: Stages
 ) -> tuple[Emitted, I64]:  # pragma: no cover - compiled
@@ -304,7 +325,7 @@ def settle_due(
             if example == 0:
                 ledgers.impressions[entries.partition[e], HELD] -= 1
                 ledgers.impressions[entries.partition[e], USED] += 1
-            if stages.is_whole or example == num_stages + num_tasks:
+            if (stages.is_whole and example == 0) or example == num_stages + num_tasks:
                 entries.status[e] = DONE
                 entries.due_ms[e] = due_ms + remember_ms
                 continue

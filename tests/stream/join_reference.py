@@ -1,6 +1,7 @@
 """The join said a second time: event by event over whole partitions, without a state machine or an order of reads."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -125,6 +126,15 @@ def reference(
         for time, key in sorted((time, key) for key, time in kept.items())
     ]
     return examples, ledger
+
+
+def without_copies(ledger: JoinLedger) -> JoinLedger:
+    """The ledger with further copies of feedback among the orphaned.
+
+    Feedback whose impression never came is forgotten when it is orphaned. A copy that is read after that is orphaned
+    again, one that is read before is a duplicate; so the reads decide which.
+    """
+    return replace(ledger, orphaned=ledger.orphaned + ledger.feedback_duplicate, feedback_duplicate=0)
 
 
 def as_rows(block: ExampleBlock) -> list[Row]:

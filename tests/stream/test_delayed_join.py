@@ -25,6 +25,7 @@ from tests.stream.join_reference import (
     feedback_block,
     impression_block,
     reference,
+    without_copies,
 )
 from tests.stream.test_join import slices
 
@@ -216,10 +217,10 @@ def test_each_impression_closes_once_with_the_labels_of_the_window_and_each_posi
     assert sorted(as_rows(last)) == sorted(as_rows(whole))
     assert (last.label_mask == (last.feedback_arrival_ms != MISSING) | np.array(BINARY)).all()
     # Ledgers: all but the column of an attached label is as if every task had waited.
-    expected = waits.ledger
-    assert join.ledger.attached + join.ledger.corrected == expected.attached
-    expected.attached, expected.corrected = join.ledger.attached, join.ledger.corrected
-    assert join.ledger == expected
+    expected, got = without_copies(waits.ledger), without_copies(join.ledger)
+    assert got.attached + got.corrected == expected.attached
+    expected.attached, expected.corrected = got.attached, got.corrected
+    assert got == expected
     # Every positive and every value is trained on exactly once, and nothing else is.
     trained = block.to_train_on()
     learned = Counter(
@@ -273,6 +274,41 @@ def test_late_shares_are_counted_one_example_after_the_other(  # type: ignore[no
                 if value > 0:
                     counts[t][2 * (example.kind == CLOSING) + ((example.key, t) in late)] += 1
             assert block.late_share[i, t] == pytest.approx(expected, abs=1e-6)
+
+
+@given(EVENTS, st.randoms(use_true_random=False), WAITS, WAITS, CORRECTIONS, CORRECTIONS, st.booleans())
+@settings(max_examples=150, deadline=None)
+@pytest.mark.timeout(600)  # bounds hangs only
+def test_waits_may_change_at_a_restart(  # type: ignore[no-untyped-def] # plain data
+    events, random, wait, other_wait, correction, other_correction, in_order
+):
+    """Every impression is still trained on, and every positive once at most; what closes has its final labels."""
+    impressions, feedback = with_order(events, in_order)
+    waits = joined(impressions, feedback, random, whole_join := join_of(1000, {}))
+    final = {key: labels for _, key, labels in as_rows(waits)}
+    join, blocks = join_of(1000, wait, correction), [ExampleBlock.empty(SCHEMA)]
+    for number, (shown, outcomes) in enumerate(slices(impressions, feedback, random)):
+        blocks.append(join.push(impression_block(shown), feedback_block(outcomes)))
+        if random.random() < 0.2:
+            state, odd = join.state(), number % 2
+            join = join_of(1000, other_wait if odd else wait, other_correction if odd else correction)
+            join.load_state(state)
+        join.ledger.check()
+    blocks.append(join.flush())
+    join.ledger.check()
+    block = ExampleBlock.concat(blocks)
+
+    assert sorted(block.impression_id[block.begins].tolist()) == sorted(final)
+    closed = block.take(np.isin(block.kind, (WHOLE, CLOSING)))
+    assert {key: labels for _, key, labels in as_rows(closed)} == final
+    assert len(closed) == len(final)
+    trained = block.to_train_on()
+    positives = Counter(
+        (int(trained.impression_id[i]), int(t)) for i, t in zip(*np.nonzero(trained.labels > 0), strict=True)
+    )
+    assert max(positives.values(), default=0) <= 1
+    got, expected = join.ledger, whole_join.ledger
+    assert (got.emitted, got.attached + got.corrected) == (expected.emitted, expected.attached)
 
 
 def test_an_impression_is_trained_on_at_once_and_corrected_by_its_click() -> None:

@@ -380,7 +380,7 @@ def test_every_array_is_named_by_topic_and_partition(
     whole = {name for name in state if not name.startswith(("impressions/0/", "impressions/1/"))}
     whole = {name for name in whole if not name.startswith(("feedback/0/", "feedback/1/"))}
 
-    assert whole == {"watermark_ms", "late_counts", "ready_sizes", "ended"}
+    assert whole == {"watermark_ms", "waits", "late_counts", "ready_sizes", "ended"}
 
 
 def test_rows_are_saved_by_partition_and_keep_their_order() -> None:
