@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smes.events import ExampleBlock
+from smes.events import CLOSING, FIRST, FURTHER, ExampleBlock
 from smes.schema import Schema, Task
 from stream.mini_batches import MiniBatchConfig, MiniBatcher
 
@@ -90,6 +90,41 @@ def test_batches_that_a_clock_ended_end_there_again(
     assert repeated[:died] == batches[:died]
     assert repeated_ends[:died] == ends[:died]
     assert again.ended + len(again) == len(times_ms)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9000), st.sampled_from([FIRST, FURTHER, CLOSING])), max_size=60),
+    st.integers(1, 5),
+    st.sampled_from([1, 500, 5000]),
+    st.data(),
+)
+@settings(max_examples=100, deadline=None)
+@pytest.mark.timeout(600)  # bounds hangs only
+def test_a_batch_is_full_by_what_is_trained_on_or_by_as_many_closing_examples(
+    rows: list[tuple[int, int]], size: int, max_age_ms: int, data: st.DataObject
+) -> None:
+    rows = sorted(rows)
+    examples = block([due for due, _ in rows])
+    examples.due_ms[:] = [due for due, _ in rows]
+    examples.kind[:] = [kind for _, kind in rows]
+    expected: list[list[int]] = []
+    for index, (due, _) in enumerate(rows):
+        last = expected[-1] if expected else []
+        closings = sum(rows[i][1] == CLOSING for i in last)
+        full = size in (closings, len(last) - closings)
+        if not last or full or due > rows[last[0]][0] + max_age_ms:
+            expected.append([])
+        expected[-1].append(index)
+
+    batcher, got, start = MiniBatcher(SCHEMA, MiniBatchConfig(size, max_age_ms / 1000)), [], 0
+    while start < len(rows):
+        stop = start + data.draw(st.integers(1, 12))
+        following = rows[stop][0] if stop < len(rows) else rows[-1][0]
+        got += batcher.push(examples.take(slice(start, stop)), data.draw(st.integers(0, following)))
+        start = stop
+    got += batcher.flush()
+
+    assert [b.impression_id.tolist() for b in got] == expected
 
 
 def test_an_old_batch_does_not_wait_to_be_full() -> None:
