@@ -41,8 +41,6 @@ import numpy as np
 import torch
 from msgspec import Meta
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from feature_store.pieces import Payload
 from smes.arrays import F32, I64
@@ -322,33 +320,3 @@ def _checked(call: Callable[[], _T]) -> _T:
 
 def _shown(tensors: list[TensorInfo]) -> str:
     return ", ".join(f"{t.name[:60]} {t.dtype} {list(t.shape)}" for t in tensors[:8])
-
-
-def encode(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    """Pack tensors and text metadata into safetensors bytes, and mark them with :data:`PAYLOAD_FORMAT`."""
-    plain: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        packed = tensor.detach().cpu().contiguous()
-        storage = packed.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share storage, so the second view of a storage gets a copy.
-        plain[name] = packed.clone() if storage in storages else packed
-        storages.add(storage)
-    return save(plain, {**metadata, _FORMAT: str(PAYLOAD_FORMAT)})
-
-
-def decode(payload: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The inverse of :func:`encode`; tensors are on the CPU."""
-    metadata = decode_metadata(payload)
-    try:
-        return load(payload), metadata
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise SnapshotError(f"snapshot payload of {len(payload)} bytes: {error}") from error
-
-
-def decode_metadata(payload: bytes) -> dict[str, str]:
-    """The metadata that :func:`encode` was given, without reading the tensors."""
-    metadata = dict(_checked(partial(PieceReader, (payload,), len(payload))).metadata)
-    if (found := metadata.pop(_FORMAT, "1")) != str(PAYLOAD_FORMAT):
-        raise SnapshotError(f"snapshot payload: format {found}, expected {PAYLOAD_FORMAT}")
-    return metadata

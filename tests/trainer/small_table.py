@@ -107,7 +107,7 @@ class SmallTable:
 
 def arrays(rows: Rows) -> tuple[I64, dict[str, F32]]:
     """Keys and columns of some rows."""
-    values = np.array([*rows.values()], np.float32).reshape(len(rows), -1)
+    values = np.array([*rows.values()], np.float32).reshape(len(rows), sum(GROUPS.values()))
     columns, start = {}, 0
     for name, width in GROUPS.items():
         columns[name] = values[:, start : start + width].reshape(len(rows), width)
