@@ -9,9 +9,11 @@ from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.hashing import splitmix64
 from smes.model.id_rows import IdRows
 from smes.model.id_rows_kernels import not_among, not_seen_since, oldest
-from smes.model.ids import readers, uniform_rows
+from smes.model.ids import uniform_rows
 from smes.model.numeric_moments import NumericMoments
 from smes.model.rows_config import RowsConfig
+from smes.model.serving_kernels import compile_serving_kernels
+from smes.model.table_kernels import compile_kernels
 from smes.schema import Schema
 from smes_cli.config import Config
 from stream.block_stream import BlockStream
@@ -30,6 +32,8 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     examples = stream.next_batch()
     assert examples is not None, "the stream has ended, so its one impression is complete"
     _compile_rows(config, schema, examples)
+    compile_kernels(bool(config.model.table_dim) + config.model.wide)
+    compile_serving_kernels()
     splitmix64(impressions.ids[0])
     NumericMoments(schema).observe(examples.numerics)
     return examples
@@ -39,7 +43,6 @@ def _compile_rows(config: Config, schema: Schema, examples: ExampleBlock) -> Non
     rows = IdRows(schema, RowsConfig(admit_after=2, budget=1))
     batch = rows.assign(examples.ids, 0)
     rows.find(examples.ids)
-    readers(batch.cells_BW, len(batch.rows_U))
     uniform_rows(rows.keys(batch.rows_U), 1, config.model.embedding_scale, config.trainer.seed)
     seen_s, vocabulary = np.zeros(1, np.uint32), np.zeros(1, np.int16)
     oldest(seen_s, vocabulary, np.ones(1, np.bool_), 1)

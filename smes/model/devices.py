@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smes.arrays import F32, I64
+from smes.arrays import F32
 from smes.events import WHOLE, ExampleBlock
 from smes.model.delayed_feedback import DelayedWeights
 from smes.model.features import FeatureInputs
 from smes.model.id_rows import BatchRows
-from smes.model.ids import pool_weights, readers
-from smes.model.table import Cells, Readers
+from smes.model.ids import pool_weights
+from smes.model.table import Cells
 from smes.schema import Schema
 
 
@@ -160,7 +160,6 @@ class RankBatch:
     Attributes:
         rows_U: int64, the distinct table rows of the batch.
         cells_BW: int64, for each id the place of its row in ``rows_U``.
-        readers: For each row in ``rows_U`` the cells that read it; None on a GPU.
         keep_U, rate_U: As in :class:`smes.model.id_rows.BatchRows`.
         pool_BW: float32, weight of each id within its bag or sequence; None for a schema without them.
         numerics_BF: float32, NaN where missing.
@@ -174,7 +173,6 @@ class RankBatch:
 
     rows_U: Tensor
     cells_BW: Tensor
-    readers: Readers | None
     keep_U: Tensor | None
     rate_U: Tensor | None
     pool_BW: Tensor | None
@@ -224,7 +222,6 @@ def send_batch(examples: ExampleBlock, rows: BatchRows, schema: Schema, device: 
     return RankBatch(
         rows_U=send(rows.rows_U),
         cells_BW=send(rows.cells_BW),
-        readers=_readers(rows.cells_BW, len(rows.rows_U), device),
         keep_U=None if rows.keep_U is None else send(rows.keep_U),
         rate_U=None if rows.rate_U is None else send(rows.rate_U),
         pool_BW=None if pool_BW is None else send(pool_BW),
@@ -246,13 +243,6 @@ def _bounded(weight_B: F32) -> F32:
     with np.errstate(invalid="ignore"):  # an infinity becomes NaN, and the step is not taken
         bounded: F32 = weight_B * np.float32(len(weight_B) / total)
     return bounded
-
-
-def _readers(cells_BW: I64, num_rows: int, device: Device) -> Readers | None:
-    if device.device.type != "cpu":
-        return None
-    order, start_U = readers(cells_BW, num_rows)
-    return Readers(device.send(order), device.send(start_U))
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

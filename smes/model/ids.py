@@ -79,21 +79,6 @@ class IdKeys:
         return np.where(count > 0, self._first_shared[vocabulary] + place, vocabulary)
 
 
-def readers(cells_BW: I64, num_rows: int) -> tuple[I64, I64]:
-    """Group the cells of a batch by the row that they read (a counting sort).
-
-    Args:
-        cells_BW: int64, the row that each cell reads, from 0 to U - 1. Every row is read by at least one cell.
-        num_rows: U.
-
-    Returns:
-        (the indices of the flattened cells, first those that read row 0, then those that read row 1, and so on, each in
-        ascending order, int64 [B·W]; where the cells of each row begin, int64 [U]).
-    """
-    order, start_U = _readers(cells_BW.ravel(), num_rows)
-    return order, start_U
-
-
 def per_column(schema: Schema, values: Iterable[int]) -> list[int]:
     """Repeat one value per id feature for each of the feature's columns."""
     return [value for f, value in zip(schema.id_features, values, strict=True) for _ in range(f.width)]
@@ -157,21 +142,3 @@ def _uniform(keys_N: I64, columns: int, scale: np.float32) -> F32:  # pragma: no
             unit = np.float32(np.int64(bits >> np.uint64(40))) * np.float32(2.0**-23) - np.float32(1.0)
             weights[n, c] = unit * scale
     return weights
-
-
-@njit(cache=True, nogil=True)
-def _readers(cells: I64, num_rows: int) -> tuple[I64, I64]:  # pragma: no cover - compiled
-    end = np.zeros(num_rows, np.int64)
-    for cell in cells:
-        end[cell] += 1
-    start = np.empty(num_rows, np.int64)
-    total = 0
-    for row in range(num_rows):
-        start[row] = total
-        total += end[row]
-        end[row] = start[row]
-    order = np.empty(len(cells), np.int64)
-    for i in range(len(cells)):
-        order[end[cells[i]]] = i
-        end[cells[i]] += 1
-    return order, start

@@ -168,7 +168,7 @@ class Learner:
         if self._watcher is not None:
             self._watcher.before_backward(output)
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
-        gradients = self._table.records.gradients(batch.rows_U, cells, batch.readers, total_weight)
+        gradients = self._table.records.gradients(batch.rows_U, cells, total_weight)
         taken = self._is_finite(loss.detach(), gradients)
         if self._watcher is not None and taken:
             self._watcher.after_backward(output, batch)

@@ -7,10 +7,11 @@ Letters: U distinct rows of a batch, B instances, W id columns, N rows, or the B
 group, S columns of all groups, X floats of a record.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from smes.arrays import F32, I64
@@ -22,22 +23,40 @@ class Cells:
     """What every cell of a batch reads from the table.
 
     Args:
-        values: Group → float32 [B, W, C].
+        names: The groups.
+        read: Reads the values of each of them, float32 [B, W, C].
         cells_BW: As for :meth:`RecordTable.cells`.
 
     Attributes:
-        values: What the model computes with; it collects the gradient.
+        values: Group → what the model computes with.
+        gradients: Group → its gradient, after ``backward``; None where nothing depends on the group. It may be spread
+            over memory in any way, and elements of it may share memory.
         cells_BW: As given.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], cells_BW: Tensor) -> None:
-        self.values = {name: value.requires_grad_() for name, value in values.items()}
+    def __init__(self, names: Sequence[str], read: Callable[[], Sequence[Tensor]], cells_BW: Tensor) -> None:
+        self.gradients: dict[str, Tensor | None] = dict.fromkeys(names)
         self.cells_BW = cells_BW
+        wanted = torch.zeros((), device=cells_BW.device, requires_grad=True)
+        values = _Read.apply(wanted, read, self.gradients)  # type: ignore[no-untyped-call]  # torch ships no type for it
+        self.values: dict[str, Tensor] = dict(zip(names, values, strict=True))
 
-    @property
-    def gradients(self) -> dict[str, Tensor | None]:
-        """Group → the gradient, after ``backward``; None where nothing depends on the group."""
-        return {name: value.grad for name, value in self.values.items()}
+
+class _Read(torch.autograd.Function):
+    """Values whose gradients are kept as backward makes them. Those of leaf tensors it would copy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, wanted: Tensor, read: Callable[[], Sequence[Tensor]], gradients: dict[str, Tensor | None]
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.gradients = gradients
+        return tuple(read())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None]:
+        ctx.gradients.update(zip(ctx.gradients, gradients, strict=True))
+        return None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +70,6 @@ class RowGradients:
 
     sums_US: Tensor
     square: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Readers:
-    """The cells of a batch, grouped by the distinct row that they read (:func:`smes.model.ids.readers`).
-
-    Attributes:
-        order: int64 [N], the cells that read row 0, then those that read row 1, and so on.
-        start_U: int64, where the cells of each row begin in ``order``.
-    """
-
-    order: Tensor
-    start_U: Tensor
 
 
 class RecordTable(Protocol):
@@ -98,13 +104,12 @@ class RecordTable(Protocol):
         """
         ...
 
-    def gradients(self, rows_U: Tensor, cells: Cells, readers: Readers | None, scale: Tensor) -> RowGradients:
+    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor) -> RowGradients:
         """Sum the gradients of the cells by row, after ``backward``.
 
         Args:
             rows_U: As for :meth:`cells`.
             cells: What that returned.
-            readers: The cells grouped by row; None on a GPU.
             scale: Scalar. The gradient of the mean loss times this is the gradient of the summed loss.
         """
         ...

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from smes.arrays import F32, I64, Bool
-from smes.model.table import Cells, Readers, RowGradients
+from smes.model.table import Cells, RowGradients
 from smes.model.table_layout import ColumnGroup, RecordLayout
 from smes.model.table_view import UndoLog, weights_by_group
 
@@ -42,11 +42,13 @@ class DeviceTable:
         self._write(torch.from_numpy(rows_N), int(rows_N.max()) + 1, torch.from_numpy(born))
 
     def cells(self, rows_U: Tensor, cells_BW: Tensor) -> Cells:
-        rows_BW = rows_U[cells_BW]
-        read = {name: self._records[:, place.weights][rows_BW] for name, place in self.layout.places.items()}
-        return Cells(read, cells_BW)
+        def read() -> list[Tensor]:
+            rows_BW = rows_U[cells_BW]
+            return [self._records[:, place.weights][rows_BW] for place in self.layout.places.values()]
 
-    def gradients(self, rows_U: Tensor, cells: Cells, readers: Readers | None, scale: Tensor) -> RowGradients:
+        return Cells(list(self.layout.places), read, cells_BW)
+
+    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor) -> RowGradients:
         sums_US = self._records.new_zeros(len(rows_U), self.layout.num_weights)
         for name, place in self.layout.places.items():
             gradient = cells.gradients[name]

@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 from smes.arrays import F32, I64
-from smes.model.table import Cells, Readers, RowGradients
-from smes.model.table_kernels import adagrad, gather_cells, gather_rows, mark, sum_gradients, unmark
+from smes.model.table import Cells, RowGradients
+from smes.model.table_kernels import (
+    Columns,
+    adagrad,
+    add_gradients,
+    mark,
+    read_cells,
+    read_rows,
+    scale_and_square,
+    unmark,
+)
 from smes.model.table_layout import ColumnGroup, RecordLayout
 from smes.model.table_view import HostView, UndoLog, weights_by_group
 from smes.model.turns import Turns
@@ -31,6 +40,7 @@ class HostTable:
     def __init__(self, groups: Sequence[ColumnGroup]) -> None:
         self.layout = RecordLayout(groups)
         self.num_rows = 0
+        self._columns = _columns(self.layout)
         self._records = ReservedArray(np.float32, self.layout.width)
         self._touched = ReservedArray(np.uint8)
         self._touched_rows = ReservedArray(np.int64)
@@ -51,24 +61,22 @@ class HostTable:
                 records[rows_N, place.accumulators] = place.group.config.initial_accumulator
 
     def cells(self, rows_U: Tensor, cells_BW: Tensor) -> Cells:
-        records, rows, cells = self._records.array, rows_U.numpy(), cells_BW.numpy().reshape(-1)
-        read = {}
-        for name, place in self.layout.places.items():
-            out = torch.empty(len(cells), place.group.columns)
-            gather_cells(records, rows, cells, place.weights.start, out.numpy())
-            read[name] = out.view(*cells_BW.shape, place.group.columns)
-        return Cells(read, cells_BW)
+        def read() -> list[Tensor]:
+            values = [torch.empty(*cells_BW.shape, place.group.columns) for place in self.layout.places.values()]
+            outs = tuple(value.numpy().reshape(-1) for value in values)
+            read_cells(self._flat, self.layout.width, rows_U.numpy(), cells_BW.numpy().reshape(-1), self._columns, outs)
+            return values
 
-    def gradients(self, rows_U: Tensor, cells: Cells, readers: Readers | None, scale: Tensor) -> RowGradients:
-        assert readers is not None, "readers of a batch in the host's memory"
+        return Cells(list(self.layout.places), read, cells_BW)
+
+    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor) -> RowGradients:
         sums = np.zeros((len(rows_U), self.layout.num_weights), np.float32)
-        square = 0.0
         for name, place in self.layout.places.items():
-            gradient = cells.gradients.get(name)
+            gradient = cells.gradients[name]
             if gradient is not None:
-                by_cell = gradient.reshape(-1, place.group.columns).contiguous().numpy()
-                order, start = readers.order.numpy(), readers.start_U.numpy()
-                square += sum_gradients(order, start, by_cell, np.float32(scale), place.weights.start, sums)
+                flat, strides = _flat(gradient)
+                add_gradients(cells.cells_BW.numpy(), flat, strides, place.weights.start, place.group.columns, sums)
+        square = scale_and_square(sums.reshape(-1), np.float32(scale))
         return RowGradients(torch.from_numpy(sums), torch.tensor(square, dtype=torch.float32))
 
     def update(
@@ -87,18 +95,14 @@ class HostTable:
         rate = _NONE if rate_U is None else rate_U.numpy()
         with self._turns.turn():
             self._before_change(rows, reset=False)
-            for place in self.layout.places.values():
-                config = place.group.config
-                where = (place.weights.start, place.group.columns, place.accumulators.start, config.row_wise)
-                rule = (np.float32(config.learning_rate), np.float32(config.initial_accumulator))
-                adagrad(self._records.array, rows, sums, where, rule, keep, rate)
+            adagrad(self._flat, self.layout.width, rows, sums, self._columns, keep, rate)
 
     def values(self, rows_N: I64) -> dict[str, F32]:
+        rows_N = np.ascontiguousarray(rows_N, np.int64)
         result = {}
         for name, place in self.layout.places.items():
-            out = np.empty((len(rows_N), place.group.columns), np.float32)
-            gather_rows(self._records.array, np.ascontiguousarray(rows_N), place.weights.start, out)
-            result[name] = out
+            result[name] = np.empty((len(rows_N), place.group.columns), np.float32)
+            read_rows(self._flat, self.layout.width, rows_N, place.weights.start, result[name])
         return result
 
     def view(self) -> HostView:
@@ -124,6 +128,11 @@ class HostTable:
             self._before_change(rows, reset=True)
             self._records.array[start : start + len(rows)] = records_NX
 
+    @property
+    def _flat(self) -> F32:
+        flat: F32 = self._records.array.reshape(-1)
+        return flat
+
     def _grow(self, rows: int) -> None:
         self._records.reserve(rows)
         self._touched.reserve((rows + 7) // 8)
@@ -140,3 +149,26 @@ class HostTable:
         view = HostView(self._records, num_rows, self.layout, self._turns)
         self._views.append(view)
         return view
+
+
+def _columns(layout: RecordLayout) -> Columns:
+    places = layout.places.values()
+    return Columns(
+        weight_G=np.array([place.weights.start for place in places]),
+        columns_G=np.array([place.group.columns for place in places]),
+        accumulator_G=np.array([place.accumulators.start for place in places]),
+        row_wise_G=np.array([place.group.config.row_wise for place in places]),
+        rate_G=np.array([place.group.config.learning_rate for place in places], np.float32),
+        first_G=np.array([place.group.config.initial_accumulator for place in places], np.float32),
+    )
+
+
+def _flat(gradient_BWC: Tensor) -> tuple[F32, tuple[int, int]]:
+    """A gradient's memory, and how far apart in it instances and id columns are; copied only if it must be."""
+    batch, columns, width = gradient_BWC.shape
+    if gradient_BWC.stride(2) != 1:
+        gradient_BWC = gradient_BWC.contiguous()
+    strides = gradient_BWC.stride(0), gradient_BWC.stride(1)
+    extent = (batch - 1) * strides[0] + (columns - 1) * strides[1] + width
+    flat: F32 = gradient_BWC.as_strided((extent,), (1,)).numpy()
+    return flat, strides

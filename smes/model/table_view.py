@@ -90,7 +90,13 @@ class HostView:
         for array in (self._rows, self._reset, self._log):
             array.reserve(room)
         self._length = save_records(
-            self._live.array, rows_N, self._place, self._rows.array, self._log.array, self._length
+            self._live.array.reshape(-1),
+            self._layout.width,
+            rows_N,
+            self._place,
+            self._rows.array,
+            self._log.array.reshape(-1),
+            self._length,
         )
         if reset:
             self._reset.array[self._place[rows_N[rows_N < self.num_rows]] - 1] = True
@@ -150,7 +156,8 @@ class HostView:
 
     def _read(self, rows_N: I64, start: int, out: NDArray[np.float32]) -> None:
         assert self.open, "a view that is not closed"
-        read_as_of(self._live.array, self._log.array, self._place, rows_N, start, out)
+        live, log = self._live.array.reshape(-1), self._log.array.reshape(-1)
+        read_as_of(live, self._layout.width, log, self._place, rows_N, start, out)
 
 
 def weights_by_group(layout: RecordLayout, weights: Mapping[str, F32], rows: int) -> None:

@@ -113,7 +113,6 @@ def _show(
     batch = RankBatch(
         rows_U=nothing,
         cells_BW=nothing,
-        readers=None,
         keep_U=None,
         rate_U=None,
         pool_BW=None,

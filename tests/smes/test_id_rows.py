@@ -9,7 +9,7 @@ from smes.arrays import I64
 from smes.model.admission import Sightings
 from smes.model.id_rows import BatchRows, IdRows
 from smes.model.id_rows_kernels import distinct, not_among, not_seen_since, oldest
-from smes.model.ids import IdKeys, pool_weights, readers, uniform_rows
+from smes.model.ids import IdKeys, pool_weights, uniform_rows
 from smes.model.rows_config import RowRules, RowsConfig
 from smes.schema import MISSING, Feature, Schema, Task
 
@@ -343,9 +343,6 @@ def test_distinct_values_rebuild_the_batch(batch: list[list[int]]) -> None:
     assert np.array_equal(found[place], values)
     assert times.tolist() == [values.tolist().count(value) for value in found]
     assert first.tolist() == [values.tolist().index(value) for value in found]
-    order, start_U = readers(place.reshape(-1, 4), len(found))
-    for row, cells in enumerate(np.split(order, start_U[1:])):
-        assert cells.tolist() == np.flatnonzero(place == row).tolist()
 
 
 @settings(max_examples=50, deadline=None)

@@ -8,8 +8,7 @@ import torch
 
 from smes.arrays import F32, I64
 from smes.model.config import AdagradConfig
-from smes.model.ids import readers
-from smes.model.table import Readers, RecordTable
+from smes.model.table import RecordTable
 from smes.model.table_cuda import DeviceTable
 from smes.model.table_host import HostTable
 from smes.model.table_layout import ColumnGroup, RecordLayout
@@ -47,8 +46,6 @@ class Batch:
         distinct, places = np.unique(self.rows_BW, return_inverse=True)
         self.rows_U = torch.from_numpy(distinct)
         self.cells_BW = torch.from_numpy(places.reshape(shape))
-        order, start = readers(self.cells_BW.numpy(), len(distinct))
-        self.readers = Readers(torch.from_numpy(order), torch.from_numpy(start))
 
 
 class NaiveRows:
@@ -87,7 +84,7 @@ def take_step(table: RecordTable, batch: Batch, gradients: dict[str, F32], **opt
     loss = sum((cells.values[name] * torch.from_numpy(gradient)).sum() for name, gradient in gradients.items())
     assert isinstance(loss, torch.Tensor)
     loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
-    sums = table.gradients(batch.rows_U, cells, batch.readers, torch.tensor(1.0))
+    sums = table.gradients(batch.rows_U, cells, torch.tensor(1.0))
     table.update(batch.rows_U, sums, **options)
 
 
@@ -190,7 +187,7 @@ def test_what_is_not_finite_shows_in_the_sum_of_squares(table: RecordTable) -> N
         gradient = np.ones((4, 3, 5), np.float32)
         gradient[2, 1, 3] = bad
         (cells.values["embedding"] * torch.from_numpy(gradient)).sum().backward()  # type: ignore[no-untyped-call]
-        sums = table.gradients(batch.rows_U, cells, batch.readers, torch.tensor(2.0))
+        sums = table.gradients(batch.rows_U, cells, torch.tensor(2.0))
         assert bool(sums.square.isfinite()) == finite
         if finite:
             by_row = np.zeros((len(batch.rows_U), 8))
@@ -224,12 +221,11 @@ def test_elementwise_adagrad_equals_torchs(kind: str) -> None:
     reference = first.clone().requires_grad_()
     optimizer = torch.optim.Adagrad([reference], lr=0.05, initial_accumulator_value=0.1)
     rows_U, cells_BW = torch.arange(6), torch.arange(6).view(6, 1)
-    by_row = Readers(torch.arange(6), torch.arange(6))
     for step in range(3):
         target = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
         cells = table.cells(rows_U, cells_BW)
         (cells.values["wide"].squeeze(1) - target).square().sum().backward()  # type: ignore[no-untyped-call]
-        table.update(rows_U, table.gradients(rows_U, cells, by_row, torch.tensor(1.0)))
+        table.update(rows_U, table.gradients(rows_U, cells, torch.tensor(1.0)))
         optimizer.zero_grad()
         (reference - target).square().sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
         optimizer.step()
