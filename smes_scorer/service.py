@@ -10,7 +10,9 @@ import uvicorn
 
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
+from smes.model.serving_kernels import compile_serving_kernels
 from smes.schema import Schema
+from smes_io.redis_access import RedisAccess
 from smes_io.redis_client import connect
 from smes_scorer.app import create_app
 from smes_scorer.config import ScorerConfig
@@ -26,6 +28,7 @@ def serve(
     schema: Schema,
     *,
     redis_url: str,
+    redis_access: RedisAccess | None = None,
     namespace: str = "smes",
     load: Load = load_table_model,
     on_listening: Callable[[str], None] = lambda url: None,
@@ -35,7 +38,7 @@ def serve(
     Call it in the main thread of a process: it installs signal handlers.
 
     Args:
-        config, schema, redis_url, namespace, load: As of :func:`smes_scorer.app.create_app`.
+        config, schema, redis_url, redis_access, namespace, load: As of :func:`smes_scorer.app.create_app`.
         on_listening: Called with the base URL once connections are accepted.
 
     Raises:
@@ -45,8 +48,9 @@ def serve(
     """
     torch.set_num_threads(config.torch_threads)
     keep_freed_memory()
-    app = create_app(config, schema, redis_url=redis_url, namespace=namespace, load=load)
-    connect(redis_url, config.redis_timeout_s).close()
+    compile_serving_kernels()
+    app = create_app(config, schema, redis_url=redis_url, redis_access=redis_access, namespace=namespace, load=load)
+    connect(redis_url, config.redis_timeout_s, access=redis_access, namespace=namespace).close()
     with closing(_listen(config.host, config.port)) as listening:
         host = f"[{config.host}]" if ":" in config.host else config.host
         on_listening(f"http://{host}:{listening.getsockname()[1]}")
@@ -58,6 +62,7 @@ def serve(
                 lifespan="on",
                 log_config=None,
                 access_log=False,
+                server_header=False,
                 # uvicorn says int, but waits for any number of seconds.
                 timeout_graceful_shutdown=_ANSWERING_SHARE * config.shutdown_s,  # type: ignore[arg-type]
             )

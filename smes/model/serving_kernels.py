@@ -239,3 +239,24 @@ def empty_slots(count: int) -> Slots:
 def no_rows(count: int) -> NDArray[Any]:
     """N keys that were not looked for yet. int64 [N]."""
     return np.full(count, OPEN, np.int64)
+
+
+def compile_serving_kernels() -> None:
+    """Run each of these once on next to nothing, so that no request and no swap waits for a compiler."""
+    keys, weights = np.arange(2), np.zeros((2, 2), np.float32)
+    slots, records = empty_slots(8), np.zeros((4, 2), np.int64)
+    floats: F32 = records.view(np.float32)
+    add_rows(keys, 0, slots, 4, records)
+    rows = find_rows(keys, slots, 4, records)
+    write_keys(records, rows, keys)
+    write_columns(floats, rows, 2, weights)
+    remove_rows(keys, slots, 4, records)
+    put_rows(keys, rows, slots, 4)
+    copy_slots(slots, 4, records, empty_slots(8), 4)
+    shadow = np.full(8, -1, np.int32)
+    shadow_slots(keys, shadow)
+    found = no_rows(2)
+    find_in_shadow(found, keys, shadow, keys, 1, 0)
+    find_open(found, keys, slots, 4, records)
+    read_columns(found, floats, 2, weights)
+    read_shadow(found, weights, 0, weights)
