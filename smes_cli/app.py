@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from smes.errors import SmesError, Stopped
+from smes_cli.audit import audit
 from smes_cli.command_line import (
+    EXIT_CHECK_FAILED,
     Limit,
     LogPath,
     MaxRejected,
@@ -28,14 +30,13 @@ from smes_cli.console import (
     set_up_logging,
     write_report,
 )
+from smes_cli.dead_letters import dead_letters_app
 from smes_cli.features import features_app
 from smes_cli.snapshots import snapshots_app
 from smes_cli.task_tables import own_experts_table, print_tasks
 
 # Each command imports what it runs inside its function: `smes --help` should not wait for all of it, and commands that
 # touch no weights should not wait for torch.
-
-EXIT_CHECK_FAILED = 3
 
 app = typer.Typer(
     name="smes",
@@ -48,6 +49,8 @@ app = typer.Typer(
     "configuration · 3 the run ended but a check of it failed (something was lost, or a request failed) · "
     "130 interrupted.",
 )
+app.command("audit")(audit)
+app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(features_app, name="features")
 app.add_typer(snapshots_app, name="snapshots")
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from smes_cli.config import Config
 
 
+EXIT_CHECK_FAILED = 3
+"""Exit code of a command that ran to its end and whose check failed."""
+
+
 def writable(path: Path | None) -> Path | None:
     """Check before a run that its report can be written after it.
 

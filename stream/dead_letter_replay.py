@@ -25,12 +25,12 @@ of is taken from the log, if the record is still there.
 import logging
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from smes.arrays import I32, I64, Bool
+from smes.arrays import I32, I64, Arrays, Bool
 from smes.errors import PositionOutOfRange
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
@@ -46,6 +46,7 @@ from stream.dead_letter_reading import (
     topic_bounds,
 )
 from stream.log.event_log import EventLog, Headers, OutRecord, Positions, Record, TopicPartition
+from stream.partition_state import state_name
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 
 _logger = logging.getLogger(__name__)
@@ -286,7 +287,7 @@ def read_notes(log: EventLog, until: Positions | None = None) -> tuple[set[int],
     return done, begun
 
 
-def read_origins(log: EventLog, start: Mapping[TopicPartition, int]) -> Iterator[str]:
+def read_origins(log: EventLog, start: Positions) -> Iterator[str]:
     """The letters that records of the topics of events were made of, from these positions to the present end."""
     for source, first in sorted(start.items()):
         position, end = max(first, log.begin(source.topic)[source]), log.end(source.topic)[source]
@@ -307,20 +308,24 @@ def origin_of(record_headers: Headers) -> str | None:
     return None
 
 
-def too_late_by(schema: Schema, watermarks: Mapping[TopicPartition, int], lateness_ms: int) -> TooLate:
-    """Judges by the watermarks of a checkpoint which events a trainer would not learn from.
+def too_late_by(schema: Schema, state: Arrays, lateness_ms: int) -> TooLate:
+    """Judges by a state of the stream which events a trainer that goes on from there would not learn from.
 
     Args:
         schema: Its tasks' windows.
-        watermarks: Source → event time that it has passed, Unix milliseconds.
+        state: As a checkpoint has it (:mod:`stream.partition_state`).
         lateness_ms: ``allowed_lateness_s``, milliseconds.
     """
     window_ms = max(task.window_ms for task in schema.tasks)
+    floor_ms = int(state["watermark_ms"][0])
+
+    def watermark_of(topic: str, partition: int) -> int:
+        vouched_ms = state.get(state_name(topic, partition, "vouched_ms"))
+        return floor_ms if vouched_ms is None else max(floor_ms, int(vouched_ms[0]) - lateness_ms)
 
     def passed(topic: str, partition: I32, last_ms: I64) -> Bool:
-        start = np.iinfo(np.int64).min
-        watermark_ms = [watermarks.get(TopicPartition(topic, p), start) for p in partition.tolist()]
-        late: Bool = last_ms < np.array(watermark_ms, np.int64)
+        watermarks = {p: watermark_of(topic, p) for p in set(partition.tolist())}
+        late: Bool = last_ms < np.array([watermarks[p] for p in partition.tolist()], np.int64)
         return late
 
     def count(impressions: ImpressionBlock, feedback: FeedbackBlock) -> int:

@@ -128,14 +128,17 @@ def write_checkpoint(path: Path, checkpoint: CheckpointView, sequence: int) -> N
         os.close(folder)
 
 
-def read_checkpoint(path: Path, sequence: int, *, schema: Schema, model: dict[str, Any]) -> Checkpoint:
-    """Read one checkpoint, and verify every bit of it.
+def read_checkpoint(
+    path: Path, sequence: int, *, schema: Schema, model: dict[str, Any], only: tuple[str, ...] = ("",)
+) -> Checkpoint:
+    """Read one checkpoint, and verify every bit that is read.
 
     Args:
         path: Its file.
         sequence: The sequence number in its name.
         schema: The configured schema.
         model: The configured model, plain data.
+        only: What the names of the arrays to read begin with; others are neither read nor verified.
 
     Raises:
         SchemaMismatch: It was trained with another schema.
@@ -158,7 +161,7 @@ def read_checkpoint(path: Path, sequence: int, *, schema: Schema, model: dict[st
         schema=schema.to_dict(),
         schema_hash=metadata["schema_hash"],
         model=trained,
-        arrays=_verified_arrays(path, infos, begin, json.loads(metadata[_ARRAYS])),
+        arrays=_verified_arrays(path, infos, begin, json.loads(metadata[_ARRAYS]), only),
     )
 
 
@@ -208,7 +211,9 @@ def _compatible_model(path: Path, metadata: Mapping[str, str], schema: Schema, m
     return trained
 
 
-def _verified_arrays(path: Path, infos: list[TensorInfo], begin: int, checksums: dict[str, str]) -> Arrays:
+def _verified_arrays(
+    path: Path, infos: list[TensorInfo], begin: int, checksums: dict[str, str], only: tuple[str, ...]
+) -> Arrays:
     if {info.name for info in infos} != checksums.keys():
         raise ValueError(f"arrays: {len(infos)} arrays, expected the {len(checksums)} that the metadata names")
     pages = np.memmap(path, np.uint8, "c")
@@ -216,6 +221,8 @@ def _verified_arrays(path: Path, infos: list[TensorInfo], begin: int, checksums:
     for info in infos:
         data = pages[begin : begin + info.nbytes]
         begin += info.nbytes
+        if not info.name.startswith(only):
+            continue
         sha = hashlib.sha256(_kind_of(info.dtype, info.shape))
         for start in range(0, len(data), _HASHED_AT_ONCE):
             sha.update(data[start : start + _HASHED_AT_ONCE].data)

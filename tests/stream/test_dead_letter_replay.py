@@ -333,12 +333,7 @@ def test_events_that_come_too_late_are_named_before_they_are_appended(log: InMem
     reader = Reader(log)
     reader.read_all()
     state = reader.state()
-    passed = {
-        TopicPartition(topic, p): int(state[f"{topic}/{p}/vouched_ms"][0])
-        for topic in (IMPRESSIONS, FEEDBACK)
-        for p in (0, 1)
-    }
-    judge = too_late_by(SCHEMA, passed, round(CONFIG.join.allowed_lateness_s * 1000))
+    judge = too_late_by(SCHEMA, state, round(CONFIG.join.allowed_lateness_s * 1000))
 
     outcome = Replayer(log, SCHEMA, adopt_schema=True, too_late=judge).run()
 
