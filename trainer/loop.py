@@ -357,7 +357,7 @@ class Trainer:
 
     def _close_publisher(self) -> bool:
         """Close the publisher, if any; whether everything was published."""
-        published = self.publisher is None or self.publisher.close(take_full=lambda: self._take_cut(full=True))
+        published = self.publisher is None or self.publisher.close(take_full=lambda: self.take_cut(full=True))
         if not published:
             _logger.error("the last snapshot, of step %d, was not published", self.learner.step_number)
         return published
@@ -374,9 +374,9 @@ class Trainer:
         if step == self._cut_step and not (full and publisher.has_owed):
             return
         self._cut_step = step
-        publisher.offer(self._take_cut(full=full, base=publisher.wants_base))
+        publisher.offer(self.take_cut(full=full, base=publisher.wants_base))
 
-    def _take_cut(self, *, full: bool, base: bool = False) -> Cut:
+    def take_cut(self, *, full: bool, base: bool = False) -> Cut:
         """The present weights: all of them, or what changed since the last cut, and for a base all of them as well."""
         self._results.deliver()
         deltas: tuple[RowDelta, ...] = ()
@@ -417,7 +417,7 @@ class Trainer:
         arrays = {
             **prefixed("learner.", learner.arrays),
             **prefixed("stream.", _kept(stream)),
-            **prefixed("evaluation.", _kept(self.evaluation.state())),
+            **prefixed("evaluation.", _kept(self.evaluation.state(), final="frozen.")),
             **prefixed("experts.", _kept(self.experts.state())),
             "trainer.trained": whole(np.array([self.trained, self.not_finite])),
         }
@@ -443,6 +443,6 @@ class Trainer:
         self._routing.close_full_segment()
 
 
-def _kept(state: Mapping[str, NDArray[Any]]) -> dict[str, StateArray]:
-    """Copies of arrays that may change when training goes on."""
-    return {name: whole(array.copy()) for name, array in state.items()}
+def _kept(state: Mapping[str, NDArray[Any]], final: str = "\0") -> dict[str, StateArray]:
+    """Copies of arrays that may change when training goes on; those whose name begins with ``final`` do not."""
+    return {name: whole(array if name.startswith(final) else array.copy()) for name, array in state.items()}

@@ -1,6 +1,7 @@
 """A trainer killed anywhere and started again ends with the weights, metrics and counts of one never killed."""
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,14 +13,19 @@ import torch
 from safetensors.numpy import save
 
 from smes.errors import CheckpointError, SchemaMismatch
+from smes.model.config import OptimizerConfig
+from smes.model.rows_config import RowRules, RowsConfig
 from stream.log.memory_log import InMemoryLog
-from tests.trainer.small_world import MODEL, fill, make_trainer, open_log, train_to_the_end
+from tests.running import until
+from tests.trainer.small_world import MODEL, fill, make_learner, make_trainer, open_log, train_to_the_end
+from trainer.checkpoint_file import CheckpointView
 from trainer.checkpoints import CheckpointDirectory
-from trainer.loop import Trainer
+from trainer.loop import CHECKPOINT, Trainer
 from trainer.report import conservation_errors
 from trainer.routing_figures import routing_report, routing_summary
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.run_report import training_report
+from trainer.schedule import Flags
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +38,22 @@ def log() -> InMemoryLog:
     return open_log()
 
 
-def trainer_of(log: InMemoryLog, checkpoints: Path | None, *, prefetch: bool | None = None) -> Trainer:
-    """A trainer whose routing history ends segments often, and merges some."""
+_SHORT_LIVES = RowsConfig(
+    admit_after=2, shared_rows=2, budget=40, vocabularies={"user_id": RowRules(expire_after_s=2, budget=25)}
+)
+_FORGETFUL = OptimizerConfig(accumulator_half_life_s=5, frequency_power=0.2)
+
+
+def trainer_of(
+    log: InMemoryLog, checkpoints: Path | None, *, prefetch: bool | None = None, short_lives: bool = False
+) -> Trainer:
+    """A trainer whose routing history ends segments often, and merges some.
+
+    With ``short_lives``, rows come and go, and accumulators forget.
+    """
     routing = RoutingHistoryConfig(first_steps=3, most_segments=6)
-    return make_trainer(log, checkpoints, prefetch=prefetch, routing=routing)
+    learner = make_learner(rows=_SHORT_LIVES, optimizer=_FORGETFUL) if short_lives else None
+    return make_trainer(log, checkpoints, prefetch=prefetch, routing=routing, learner=learner)
 
 
 def assert_same(one: Trainer, other: Trainer) -> None:
@@ -56,10 +74,11 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     assert one.experts.routing() == routing_summary(one.experts.history, one.learner.expert_limits)
 
 
+@pytest.mark.parametrize("short_lives", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, log: InMemoryLog, tmp_path: Path) -> None:
+def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, short_lives: bool, log: InMemoryLog, tmp_path: Path) -> None:
     fill(log, 3000)
-    never_killed = trainer_of(log, None)
+    never_killed = trainer_of(log, None, short_lives=short_lives)
     train_to_the_end(never_killed)
     assert never_killed.learner.step_number > 20
 
@@ -67,7 +86,7 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, log: InMemoryLog, tmp
     lives = 0
     while True:
         lives += 1
-        trainer = trainer_of(log, tmp_path)
+        trainer = trainer_of(log, tmp_path, short_lives=short_lives)
         resumed = trainer.restore()
         assert (resumed is None) == (lives == 1)
         trainer.checkpoint()
@@ -80,6 +99,55 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, log: InMemoryLog, tmp
             break
     assert lives > 1
     assert_same(trainer, never_killed)
+
+
+@pytest.mark.parametrize("steps_beside", [1, 7])
+def test_a_checkpoint_written_beside_the_training_is_of_the_moment_it_was_begun(
+    steps_beside: int, log: InMemoryLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer reads nothing until the trainer has taken more steps; then the trainer is killed."""
+    fill(log, 3000)
+    never_killed = trainer_of(log, None)
+    train_to_the_end(never_killed)
+    flags, go_on, save_now = Flags(), threading.Event(), CheckpointDirectory.save
+
+    def save_later(self: CheckpointDirectory, checkpoint: CheckpointView) -> Path:
+        assert go_on.wait(60)
+        return save_now(self, checkpoint)
+
+    monkeypatch.setattr(CheckpointDirectory, "save", save_later)
+    trainer = make_trainer(log, tmp_path, flags=flags, routing=RoutingHistoryConfig(first_steps=3, most_segments=6))
+    begun = 0
+    for begin_at in (10, 20):
+        take_steps(trainer, begin_at - trainer.learner.step_number)
+        flags.request(CHECKPOINT)
+        trainer.run_requested()
+        begun = begin_at
+        take_steps(trainer, steps_beside)
+        flags.request(CHECKPOINT)  # one at a time: it is not begun while the other is written
+        trainer.run_requested()
+        assert flags.take(CHECKPOINT)
+        go_on.set()
+        until(lambda begun=begun: max(saved_steps(tmp_path), default=0) == begun)  # type: ignore[misc] # binds the loop's
+        go_on.clear()
+
+    monkeypatch.setattr(CheckpointDirectory, "save", save_now)
+    again = trainer_of(log, tmp_path)
+    assert again.restore() == begun
+    train_to_the_end(again)
+    assert_same(again, never_killed)
+
+
+def take_steps(trainer: Trainer, steps: int) -> None:
+    while steps:
+        if trainer.step():
+            steps -= 1
+        else:
+            trainer.stream.poll(0)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    return [int(path.stem.split("-")[1]) for path in folder.glob("*.safetensors")]
 
 
 def test_batches_sent_ahead_change_nothing(log: InMemoryLog, tmp_path: Path) -> None:

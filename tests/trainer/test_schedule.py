@@ -13,6 +13,7 @@ import torch
 
 from smes.events import ExampleBlock
 from smes.model.config import OptimizerConfig
+from smes.model.deltas import StateView
 from smes.model.devices import RankBatch
 from smes.model.learner import Learner, StepResult
 from tests.trainer.small_world import MODEL, SCHEMA, fill, make_trainer, open_log
@@ -118,19 +119,15 @@ class RecordingLearner(Learner):
         self._note("step")
         return super().step(batch)
 
-    def serving_state(self) -> dict[str, torch.Tensor]:
-        self._note("serving_state")
-        return super().serving_state()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        self._note("state")
-        return super().state()
+    def state_view(self) -> StateView:
+        self._note("state_view")
+        return super().state_view()
 
     def _note(self, method: str) -> None:
         self.callers.setdefault(method, set()).add(threading.get_ident())
 
 
-def test_no_second_thread_uses_the_learner(tmp_path: Path) -> None:
+def test_no_second_thread_calls_the_learner(tmp_path: Path) -> None:
     log, learner, flags = open_log(), RecordingLearner(), Flags()
     fill(log, 3000)
     trainer = make_trainer(log, tmp_path, learner=learner, flags=flags)
@@ -146,5 +143,5 @@ def test_no_second_thread_uses_the_learner(tmp_path: Path) -> None:
         trainer.run(done)
 
     assert learner.step_number > 20
-    assert learner.callers.keys() == {"prepare", "step", "serving_state", "state"}
+    assert learner.callers.keys() == {"prepare", "step", "state_view"}
     assert set().union(*learner.callers.values()) == {threading.get_ident()}
