@@ -9,6 +9,7 @@ from smes.events import FeedbackBlock, ImpressionBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.frozen_model import FrozenModel
 from smes.model.learner import Learner
+from smes.model.rows_config import RowsConfig
 from smes.schema import Feature, Schema, Task
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
@@ -91,9 +92,9 @@ def open_log(partitions: int = 2) -> InMemoryLog:
     return log
 
 
-def make_learner(seed: int = 1) -> Learner:
+def make_learner(seed: int = 1, rows: RowsConfig | None = None, optimizer: OptimizerConfig | None = None) -> Learner:
     """A learner that has learned nothing yet."""
-    return Learner(SCHEMA, MODEL, OptimizerConfig(), device=torch.device("cpu"), seed=seed)
+    return Learner(SCHEMA, MODEL, optimizer or OptimizerConfig(), rows, device=torch.device("cpu"), seed=seed)
 
 
 def make_trainer(

@@ -81,6 +81,7 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, short_lives: bool, lo
     never_killed = trainer_of(log, None, short_lives=short_lives)
     train_to_the_end(never_killed)
     assert never_killed.learner.step_number > 20
+    assert (never_killed.learner.num_rows < 80) == short_lives, "of some 110 ids"
 
     chance = random.Random(seed)
     lives = 0
