@@ -53,7 +53,7 @@ class RowsConfig:
         budget: So many ids at most have rows, of all vocabularies that have no rules of their own together; the least
             recently seen one gives its row to a new id. Null: any number.
         counted_sightings: So many sightings of ids without rows are counted at least before the oldest of them are
-            forgotten. They take 16 bytes each, whatever the number of ids, and only if an ``admit_after`` is above 1.
+            forgotten. They take 16 to 32 bytes each, and only if an ``admit_after`` is above 1.
         vocabularies: Vocabulary → its own rules instead of those above. Its rows do not count for the budget above.
     """
 
