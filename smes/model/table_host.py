@@ -13,17 +13,17 @@ from torch import Tensor
 from smes.arrays import F32, I64
 from smes.model.table import Cells, RowGradients
 from smes.model.table_kernels import (
-    Columns,
     adagrad,
     add_gradients,
     mark,
     read_cells,
     read_rows,
     scale_and_square,
-    unmark,
+    take_marked,
+    write_rows,
 )
 from smes.model.table_layout import ColumnGroup, RecordLayout
-from smes.model.table_view import HostView, UndoLog, weights_by_group
+from smes.model.table_view import HostView, UndoLog, columns_of, empty_weights, weights_by_group
 from smes.model.turns import Turns
 from smes.reserved import ReservedArray
 
@@ -40,11 +40,9 @@ class HostTable:
     def __init__(self, groups: Sequence[ColumnGroup]) -> None:
         self.layout = RecordLayout(groups)
         self.num_rows = 0
-        self._columns = _columns(self.layout)
+        self._columns = columns_of(self.layout)
         self._records = ReservedArray(np.float32, self.layout.width)
-        self._touched = ReservedArray(np.uint8)
-        self._touched_rows = ReservedArray(np.int64)
-        self._num_touched = 0
+        self._touched = ReservedArray(np.uint64)
         self._turns = Turns()
         self._views: list[HostView] = []
 
@@ -55,10 +53,8 @@ class HostTable:
         with self._turns.turn():
             self._grow(int(rows_N.max()) + 1)
             self._before_change(rows_N, reset=True)
-            records = self._records.array
-            for name, place in self.layout.places.items():
-                records[rows_N, place.weights] = weights[name]
-                records[rows_N, place.accumulators] = place.group.config.initial_accumulator
+            given = tuple(np.ascontiguousarray(weights[name], np.float32).reshape(-1) for name in self.layout.places)
+            write_rows(self._flat, self.layout.width, rows_N, self._columns, given)
 
     def cells(self, rows_U: Tensor, cells_BW: Tensor) -> Cells:
         def read() -> list[Tensor]:
@@ -99,10 +95,8 @@ class HostTable:
 
     def values(self, rows_N: I64) -> dict[str, F32]:
         rows_N = np.ascontiguousarray(rows_N, np.int64)
-        result = {}
-        for name, place in self.layout.places.items():
-            result[name] = np.empty((len(rows_N), place.group.columns), np.float32)
-            read_rows(self._flat, self.layout.width, rows_N, place.weights.start, result[name])
+        result, outs = empty_weights(self.layout, len(rows_N))
+        read_rows(self._flat, self.layout.width, rows_N, self._columns, outs)
         return result
 
     def view(self) -> HostView:
@@ -114,10 +108,8 @@ class HostTable:
         return view
 
     def take_touched(self) -> I64:
-        touched = self._touched_rows.array[: self._num_touched].copy()
-        unmark(self._touched.array, touched)
-        self._num_touched = 0
-        return touched
+        rows: I64 = take_marked(self._touched.array)
+        return rows
 
     def put_records(self, start: int, records_NX: F32) -> None:
         if records_NX.shape[1:] != (self.layout.width,):
@@ -135,32 +127,19 @@ class HostTable:
 
     def _grow(self, rows: int) -> None:
         self._records.reserve(rows)
-        self._touched.reserve((rows + 7) // 8)
+        self._touched.reserve((rows + 63) // 64)
         self.num_rows = max(self.num_rows, rows)
 
     def _before_change(self, rows_N: I64, *, reset: bool) -> None:
         self._views = [view for view in self._views if view.open]
         for view in self._views:
             view.before_change(rows_N, reset=reset)
-        self._touched_rows.reserve(self._num_touched + len(rows_N))
-        self._num_touched = mark(self._touched.array, rows_N, self._touched_rows.array, self._num_touched)
+        mark(self._touched.array, rows_N)
 
     def _opened(self, num_rows: int) -> HostView:
         view = HostView(self._records, num_rows, self.layout, self._turns)
         self._views.append(view)
         return view
-
-
-def _columns(layout: RecordLayout) -> Columns:
-    places = layout.places.values()
-    return Columns(
-        weight_G=np.array([place.weights.start for place in places]),
-        columns_G=np.array([place.group.columns for place in places]),
-        accumulator_G=np.array([place.accumulators.start for place in places]),
-        row_wise_G=np.array([place.group.config.row_wise for place in places]),
-        rate_G=np.array([place.group.config.learning_rate for place in places], np.float32),
-        first_G=np.array([place.group.config.initial_accumulator for place in places], np.float32),
-    )
 
 
 def _flat(gradient_BWC: Tensor) -> tuple[F32, tuple[int, int]]:

@@ -1,7 +1,7 @@
 """The compiled loops of the table in the host's memory. Each passes once over the rows that it touches.
 
 The records lie one behind the other in one flat array. A batch reads them at random, so each loop asks for the records
-that it will need a little later. Columns are handled in blocks of eight, a length that the compiler knows.
+that it will need a little later.
 
 Letters: R rows of the table, X floats of a record, U distinct rows of a batch, B instances, W id columns, N cells or
 rows, G groups of columns, C columns of a group, S columns of all groups, L records in an undo log.
@@ -14,13 +14,13 @@ from numba import njit
 from numpy.typing import NDArray
 
 from smes.arrays import F32, I32, I64
+from smes.lanes import LANES, adagrad8, add8, copy8, square8, subtract8
 from smes.prefetch import prefetch
 
-U8 = NDArray[np.uint8]
+U64 = NDArray[np.uint64]
 
 _U = np.uint64
 _AHEAD = 16  # rows
-_LANES = 8
 _LINE = np.uint64(16)  # floats of a cache line
 
 
@@ -56,20 +56,18 @@ def _fetch(flat: F32, start: np.uint64, length: int) -> None:  # pragma: no cove
 
 @njit(cache=True, inline="always")
 def _copy(source: F32, at: np.uint64, target: F32, to: np.uint64, length: int) -> None:  # pragma: no cover - compiled
-    whole = length - length % _LANES
-    for b in range(0, whole, _LANES):
-        for k in range(_LANES):
-            target[to + _U(b + k)] = source[at + _U(b + k)]
+    whole = length - length % LANES
+    for b in range(0, whole, LANES):
+        copy8(source, at + _U(b), target, to + _U(b))
     for c in range(whole, length):
         target[to + _U(c)] = source[at + _U(c)]
 
 
 @njit(cache=True, inline="always")
 def _add(source: F32, at: np.uint64, target: F32, to: np.uint64, length: int) -> None:  # pragma: no cover - compiled
-    whole = length - length % _LANES
-    for b in range(0, whole, _LANES):
-        for k in range(_LANES):
-            target[to + _U(b + k)] += source[at + _U(b + k)]
+    whole = length - length % LANES
+    for b in range(0, whole, LANES):
+        add8(source, at + _U(b), target, to + _U(b))
     for c in range(whole, length):
         target[to + _U(c)] += source[at + _U(c)]
 
@@ -98,14 +96,31 @@ def read_cells(
 
 
 @njit(cache=True, nogil=True)
-def read_rows(flat: F32, width: int, rows_N: I64, start: int, out_NC: F32) -> None:  # pragma: no cover - compiled
-    """Copy the columns from ``start`` on of some records."""
-    length = out_NC.shape[1]
-    out = out_NC.reshape(-1)
+def read_rows(
+    flat: F32, width: int, rows_N: I64, columns: Columns, outs: tuple[F32, ...]
+) -> None:  # pragma: no cover - compiled
+    """Copy the weights of some rows; the arguments are those of :func:`read_cells`."""
+    num_weights = columns.weight_G[-1] + columns.columns_G[-1]
     for n in range(len(rows_N)):
         if n + _AHEAD < len(rows_N):
-            _fetch(flat, _U(rows_N[n + _AHEAD] * width + start), length)
-        _copy(flat, _U(rows_N[n] * width + start), out, _U(n * length), length)
+            _fetch(flat, _U(rows_N[n + _AHEAD] * width), num_weights)
+        for g in range(len(outs)):
+            length = columns.columns_G[g]
+            _copy(flat, _U(rows_N[n] * width + columns.weight_G[g]), outs[g], _U(n * length), length)
+
+
+@njit(cache=True, nogil=True)
+def write_rows(
+    flat: F32, width: int, rows_N: I64, columns: Columns, weights: tuple[F32, ...]
+) -> None:  # pragma: no cover - compiled
+    """Give rows weights, float32 [N·C] for each group, and first accumulators."""
+    for n in range(len(rows_N)):
+        record = rows_N[n] * width
+        for g in range(len(weights)):
+            length = columns.columns_G[g]
+            _copy(weights[g], _U(n * length), flat, _U(record + columns.weight_G[g]), length)
+            for a in range(1 if columns.row_wise_G[g] else length):
+                flat[record + columns.accumulator_G[g] + a] = columns.first_G[g]
 
 
 @njit(cache=True, nogil=True)
@@ -180,19 +195,17 @@ def adagrad(
 def _step_of_row(
     flat: F32, weight: np.uint64, accumulator: np.uint64, sums: F32, at: np.uint64, length: int, rate: np.float32
 ) -> None:  # pragma: no cover - compiled
-    whole = length - length % _LANES
+    whole = length - length % LANES
     square = np.float32(0)
-    for b in range(0, whole, _LANES):
-        for k in range(_LANES):
-            square += sums[at + _U(b + k)] * sums[at + _U(b + k)]
+    for b in range(0, whole, LANES):
+        square += square8(sums, at + _U(b))
     for c in range(whole, length):
         square += sums[at + _U(c)] * sums[at + _U(c)]
     total = flat[accumulator] + square / np.float32(length)
     flat[accumulator] = total
     factor = rate / (np.sqrt(total) + np.float32(1e-10))
-    for b in range(0, whole, _LANES):
-        for k in range(_LANES):
-            flat[weight + _U(b + k)] -= factor * sums[at + _U(b + k)]
+    for b in range(0, whole, LANES):
+        subtract8(sums, at + _U(b), factor, flat, weight + _U(b))
     for c in range(whole, length):
         flat[weight + _U(c)] -= factor * sums[at + _U(c)]
 
@@ -201,13 +214,9 @@ def _step_of_row(
 def _step_of_each(
     flat: F32, weight: np.uint64, accumulator: np.uint64, sums: F32, at: np.uint64, length: int, rate: np.float32
 ) -> None:  # pragma: no cover - compiled
-    whole = length - length % _LANES
-    for b in range(0, whole, _LANES):
-        for k in range(_LANES):
-            c = _U(b + k)
-            total = flat[accumulator + c] + sums[at + c] * sums[at + c]
-            flat[accumulator + c] = total
-            flat[weight + c] -= rate * sums[at + c] / (np.sqrt(total) + np.float32(1e-10))
+    whole = length - length % LANES
+    for b in range(0, whole, LANES):
+        adagrad8(sums, at + _U(b), rate, flat, accumulator + _U(b), weight + _U(b))
     for n in range(whole, length):
         c = _U(n)
         total = flat[accumulator + c] + sums[at + c] * sums[at + c]
@@ -225,21 +234,31 @@ def _forget(flat: F32, record: int, columns: Columns, keep: np.float32) -> None:
 
 
 @njit(cache=True, nogil=True)
-def mark(bits: U8, rows_N: I64, marked: I64, count: int) -> int:  # pragma: no cover - compiled
-    """Append the rows that are not marked yet to ``marked``, and mark them; returns how many are marked now."""
+def mark(bits: U64, rows_N: I64) -> None:  # pragma: no cover - compiled
+    """Set the bits of some rows."""
     for row in rows_N:
-        if not bits[row >> 3] & (1 << (row & 7)):
-            bits[row >> 3] |= 1 << (row & 7)
-            marked[count] = row
-            count += 1
-    return count
+        bits[row >> 6] |= _U(1) << _U(row & 63)
 
 
 @njit(cache=True, nogil=True)
-def unmark(bits: U8, rows_N: I64) -> None:  # pragma: no cover - compiled
-    """Take the marks of some rows away."""
-    for row in rows_N:
-        bits[row >> 3] &= ~(1 << (row & 7))
+def take_marked(bits: U64) -> I64:  # pragma: no cover - compiled
+    """The rows whose bits are set, in the order of their numbers; the bits are cleared."""
+    count = 0
+    for word in bits:
+        while word:
+            word &= word - _U(1)
+            count += 1
+    rows = np.empty(count, np.int64)
+    n = 0
+    for i in range(len(bits)):
+        word = bits[i]
+        if word:
+            for bit in range(64):
+                if (word >> _U(bit)) & _U(1):
+                    rows[n] = i * 64 + bit
+                    n += 1
+            bits[i] = _U(0)
+    return rows
 
 
 @njit(cache=True, nogil=True)
@@ -271,36 +290,48 @@ def save_records(
 
 @njit(cache=True, nogil=True)
 def read_as_of(
-    flat: F32, width: int, log: F32, place_R: I32, rows_N: I64, start: int, out_NC: F32
+    flat: F32, width: int, log: F32, place_R: I32, rows_N: I64, columns: Columns, outs: tuple[F32, ...]
 ) -> None:  # pragma: no cover - compiled
-    """Copy the columns from ``start`` on of some records, as they were when the view was opened."""
-    length = out_NC.shape[1]
-    out = out_NC.reshape(-1)
+    """As :func:`read_rows`, but what the rows were when the view was opened; the log is that of save_records."""
+    num_weights = columns.weight_G[-1] + columns.columns_G[-1]
     for n in range(len(rows_N)):
         if n + _AHEAD < len(rows_N):
             prefetch(place_R, _U(rows_N[n + _AHEAD]))
-            _fetch(flat, _U(rows_N[n + _AHEAD] * width + start), length)
+            _fetch(flat, _U(rows_N[n + _AHEAD] * width), num_weights)
         row = rows_N[n]
         place = np.int64(place_R[row])
-        if place:
-            _copy(log, _U((place - 1) * width + start), out, _U(n * length), length)
-        else:
-            _copy(flat, _U(row * width + start), out, _U(n * length), length)
+        source, record = (log, (place - 1) * width) if place else (flat, row * width)
+        for g in range(len(outs)):
+            length = columns.columns_G[g]
+            _copy(source, _U(record + columns.weight_G[g]), outs[g], _U(n * length), length)
+
+
+@njit(cache=True, nogil=True)
+def records_as_of(
+    flat: F32, width: int, log: F32, place_R: I32, start: int, out: F32
+) -> None:  # pragma: no cover - compiled
+    """Copy whole records from row ``start`` on, as they were when the view was opened."""
+    for n in range(len(out) // width):
+        place = np.int64(place_R[start + n])
+        source, record = (log, (place - 1) * width) if place else (flat, (start + n) * width)
+        _copy(source, _U(record), out, _U(n * width), width)
 
 
 def compile_kernels(num_groups: int) -> None:
     """Run every loop once, on no rows, for a table of so many groups of columns."""
-    flat, rows, bits = np.zeros(1, np.float32), np.zeros(0, np.int64), np.zeros(0, np.uint8)
-    places, wide = np.zeros(0, np.int32), np.zeros((0, 1), np.float32)
+    flat, rows, bits = np.zeros(1, np.float32), np.zeros(0, np.int64), np.zeros(0, np.uint64)
+    places, wide, several = np.zeros(0, np.int32), np.zeros((0, 1), np.float32), (flat,) * num_groups
     none = np.zeros(num_groups, np.int64)
     rates = none.astype(np.float32)
     columns = Columns(none, none, none, none.astype(np.bool_), rates, rates)
-    read_cells(flat, 1, rows, rows, columns, (flat,) * num_groups)
-    read_rows(flat, 1, rows, 0, wide)
+    read_cells(flat, 1, rows, rows, columns, several)
+    read_rows(flat, 1, rows, columns, several)
+    write_rows(flat, 1, rows, columns, several)
     add_gradients(np.zeros((0, 1), np.int64), flat, (0, 0), 0, 1, wide)
     scale_and_square(flat, np.float32(1))
     adagrad(flat, 1, rows, wide, columns, flat[:0], flat[:0])
-    mark(bits, rows, rows, 0)
-    unmark(bits, rows)
+    mark(bits, rows)
+    take_marked(bits)
     save_records(flat, 1, rows, places, rows, flat, 0)
-    read_as_of(flat, 1, flat, places, rows, 0, wide)
+    read_as_of(flat, 1, flat, places, rows, columns, several)
+    records_as_of(flat, 1, flat, places, 0, flat[:0])

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from smes.arrays import F32, I64, Bool
-from smes.model.table_kernels import read_as_of, save_records
+from smes.model.table_kernels import Columns, read_as_of, records_as_of, save_records
 from smes.model.table_layout import RecordLayout
 from smes.model.turns import Turns
 from smes.reserved import ReservedArray
@@ -76,6 +75,7 @@ class HostView:
         self.num_rows = num_rows
         self._live = live
         self._layout = layout
+        self._columns = columns_of(layout)
         self._turns = turns
         self._place = np.zeros(num_rows, np.int32)
         self._rows = ReservedArray(np.int64)
@@ -111,23 +111,26 @@ class HostView:
 
     def weights(self, rows_N: I64) -> dict[str, F32]:
         rows_N = np.ascontiguousarray(rows_N, np.int64)
-        result = {
-            name: np.empty((len(rows_N), place.group.columns), np.float32)
-            for name, place in self._layout.places.items()
-        }
+        result, outs = empty_weights(self._layout, len(rows_N))
         for begin in range(0, len(rows_N), BLOCK_ROWS):
-            block = slice(begin, begin + BLOCK_ROWS)
+            stop = min(begin + BLOCK_ROWS, len(rows_N))
+            block = tuple(
+                out[begin * place.group.columns : stop * place.group.columns]
+                for out, place in zip(outs, self._layout.places.values(), strict=True)
+            )
             with self._turns.turn():
-                for name, place in self._layout.places.items():
-                    self._read(rows_N[block], place.weights.start, result[name][block])
+                live, log = self._memory()
+                rows = rows_N[begin:stop]
+                read_as_of(live, self._layout.width, log, self._place, rows, self._columns, block)
         return result
 
     def records(self, start: int, stop: int) -> F32:
         result = np.empty((stop - start, self._layout.width), np.float32)
         for begin in range(start, stop, BLOCK_ROWS):
-            end = min(begin + BLOCK_ROWS, stop)
+            out = result[begin - start : min(begin + BLOCK_ROWS, stop) - start].reshape(-1)
             with self._turns.turn():
-                self._read(np.arange(begin, end), 0, result[begin - start : end - start])
+                live, log = self._memory()
+                records_as_of(live, self._layout.width, log, self._place, begin, out)
         return result
 
     def same_rows(self, rows_N: I64) -> Bool:
@@ -154,10 +157,29 @@ class HostView:
             self._rows, self._reset = ReservedArray(np.int64), ReservedArray(np.bool_)
             self._log = ReservedArray(np.float32, self._layout.width)
 
-    def _read(self, rows_N: I64, start: int, out: NDArray[np.float32]) -> None:
+    def _memory(self) -> tuple[F32, F32]:
+        """The records and the log, flat."""
         assert self.open, "a view that is not closed"
-        live, log = self._live.array.reshape(-1), self._log.array.reshape(-1)
-        read_as_of(live, self._layout.width, log, self._place, rows_N, start, out)
+        return self._live.array.reshape(-1), self._log.array.reshape(-1)
+
+
+def columns_of(layout: RecordLayout) -> Columns:
+    """A layout as compiled loops take it."""
+    places = layout.places.values()
+    return Columns(
+        weight_G=np.array([place.weights.start for place in places]),
+        columns_G=np.array([place.group.columns for place in places]),
+        accumulator_G=np.array([place.accumulators.start for place in places]),
+        row_wise_G=np.array([place.group.config.row_wise for place in places]),
+        rate_G=np.array([place.group.config.learning_rate for place in places], np.float32),
+        first_G=np.array([place.group.config.initial_accumulator for place in places], np.float32),
+    )
+
+
+def empty_weights(layout: RecordLayout, rows: int) -> tuple[dict[str, F32], tuple[F32, ...]]:
+    """Room for weights of rows: by group, float32 [N, C]; and the same memory, flat."""
+    result = {name: np.empty((rows, place.group.columns), np.float32) for name, place in layout.places.items()}
+    return result, tuple(array.reshape(-1) for array in result.values())
 
 
 def weights_by_group(layout: RecordLayout, weights: Mapping[str, F32], rows: int) -> None:

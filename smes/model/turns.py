@@ -16,6 +16,11 @@ class Turns:
         self._gate = Lock()
         self._lock = Lock()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody waits who will get the lock next, or takes it just now."""
+        return self._gate.locked()
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Hold the lock."""

@@ -1,6 +1,7 @@
 """The table against a dict of rows and a naive Adagrad in float64, on the host and by torch's operations."""
 
 from collections.abc import Sequence
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from smes.model.table_host import HostTable
 from smes.model.table_layout import ColumnGroup, RecordLayout
 
 GROUPS = (
-    ColumnGroup("embedding", 5, AdagradConfig(0.1, row_wise=True, initial_accumulator=0.2)),
-    ColumnGroup("wide", 3, AdagradConfig(0.05, row_wise=False, initial_accumulator=0.1)),
+    ColumnGroup("embedding", 19, AdagradConfig(0.1, row_wise=True, initial_accumulator=0.2)),
+    ColumnGroup("wide", 8, AdagradConfig(0.05, row_wise=False, initial_accumulator=0.1)),
 )
 
 
@@ -141,6 +142,36 @@ def test_views_show_the_table_of_their_moment(table: RecordTable) -> None:
             assert view.same_rows(rows).tolist() == [row not in reset for row in rows.tolist()]
 
 
+def test_another_thread_may_read_a_view_while_rows_change() -> None:
+    rng = np.random.default_rng(8)
+    table = open_table("host")
+    table.reset(np.arange(40_000), first_weights(rng, 40_000))
+    view, before = table.view(), table.view().records(0, 40_000)
+    stop, reads, wrong = Event(), [0], [0]
+
+    def read() -> None:
+        picked = np.random.default_rng(9)
+        while not stop.is_set():
+            rows = picked.permutation(40_000)[:20_000]
+            wrong[0] += not np.array_equal(view.weights(rows)["wide"], before[rows, 19:27])
+            wrong[0] += not np.array_equal(view.records(100, 39_900), before[100:39_900])
+            reads[0] += 1
+
+    thread = Thread(target=read)
+    thread.start()
+    try:
+        while reads[0] < 20:
+            batch = Batch(rng, np.arange(table.num_rows), (64, 7))
+            take_step(table, batch, {g.name: np.ones((64, 7, g.columns), np.float32) for g in GROUPS})
+            reborn = np.append(rng.choice(40_000, 100, replace=False), table.num_rows)
+            table.reset(reborn, first_weights(rng, len(reborn)))
+    finally:
+        stop.set()
+        thread.join()
+    assert wrong == [0]
+    view.close()
+
+
 def test_views_come_back_with_a_table(table: RecordTable, kind: str) -> None:
     rng = np.random.default_rng(3)
     table.reset(np.arange(100), first_weights(rng, 100))
@@ -164,6 +195,28 @@ def test_views_come_back_with_a_table(table: RecordTable, kind: str) -> None:
     assert np.array_equal(again.view().records(10, 130), now.records(10, 130))
 
 
+def test_gradients_may_lie_anyhow_in_memory(table: RecordTable) -> None:
+    """Sums over columns share their gradient, concatenations leave gaps, and transposed ones have no order at all."""
+    rng = np.random.default_rng(7)
+    table.reset(np.arange(30), first_weights(rng, 30))
+    batch = Batch(rng, np.arange(30), (20, 7))
+    shared, gaps = (rng.normal(size=(20, n)).astype(np.float32) for n in (8, 7 * 19 + 4))
+    for transposed in (False, True):
+        cells = table.cells(batch.rows_U, batch.cells_BW)
+        x = torch.cat([torch.zeros(20, 4), cells.values["embedding"].reshape(20, -1)], dim=1)
+        loss = (x * torch.from_numpy(gaps)).sum() + (cells.values["wide"].sum(dim=1) * torch.from_numpy(shared)).sum()
+        if transposed:
+            turned = cells.values["wide"].transpose(0, 2).contiguous()
+            loss = loss + (turned * torch.arange(8.0).view(8, 1, 1)).sum()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+        expected = np.zeros((len(batch.rows_U), 27))
+        by_cell = np.concatenate([gaps[:, 4:].reshape(20, 7, 19), np.repeat(shared[:, None], 7, 1)], axis=2)
+        by_cell[:, :, 19:] += np.arange(8) * transposed
+        np.add.at(expected, batch.cells_BW.numpy(), by_cell)
+        sums = table.gradients(batch.rows_U, cells, torch.tensor(1.0)).sums_US
+        np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_touched_rows_are_told_once(table: RecordTable) -> None:
     rng = np.random.default_rng(4)
     table.reset(np.arange(2000), first_weights(rng, 2000))
@@ -184,14 +237,14 @@ def test_what_is_not_finite_shows_in_the_sum_of_squares(table: RecordTable) -> N
     batch = Batch(rng, np.arange(9), (4, 3))
     for bad, finite in ((1.0, True), (np.nan, False), (np.inf, False), (1e30, False)):
         cells = table.cells(batch.rows_U, batch.cells_BW)
-        gradient = np.ones((4, 3, 5), np.float32)
-        gradient[2, 1, 3] = bad
+        gradient = np.ones((4, 3, 19), np.float32)
+        gradient[2, 1, 17] = bad
         (cells.values["embedding"] * torch.from_numpy(gradient)).sum().backward()  # type: ignore[no-untyped-call]
         sums = table.gradients(batch.rows_U, cells, torch.tensor(2.0))
         assert bool(sums.square.isfinite()) == finite
         if finite:
-            by_row = np.zeros((len(batch.rows_U), 8))
-            np.add.at(by_row[:, :5], batch.cells_BW.numpy().ravel(), gradient.reshape(-1, 5) * 2)
+            by_row = np.zeros((len(batch.rows_U), 27))
+            np.add.at(by_row[:, :19], batch.cells_BW.numpy().ravel(), gradient.reshape(-1, 19) * 2)
             np.testing.assert_allclose(sums.sums_US.numpy(), by_row)
             assert float(sums.square) == pytest.approx((by_row**2).sum())
 
@@ -208,10 +261,10 @@ def test_a_step_that_is_not_taken_changes_nothing(table: RecordTable) -> None:
 
 
 def test_rows_of_another_shape_are_refused(table: RecordTable) -> None:
-    with pytest.raises(ValueError, match=r"'wide': \(2, 3\)"):
-        table.reset(np.arange(2), {"embedding": np.zeros((2, 5), np.float32), "wide": np.zeros((2, 4), np.float32)})
-    with pytest.raises(ValueError, match="expected 12"):
-        table.put_records(0, np.zeros((2, 11), np.float32))
+    with pytest.raises(ValueError, match=r"'wide': \(2, 8\)"):
+        table.reset(np.arange(2), {"embedding": np.zeros((2, 19), np.float32), "wide": np.zeros((2, 4), np.float32)})
+    with pytest.raises(ValueError, match="expected 36"):
+        table.put_records(0, np.zeros((2, 35), np.float32))
 
 
 def test_elementwise_adagrad_equals_torchs(kind: str) -> None:
