@@ -98,6 +98,7 @@ class HotSwap:
         self._thread = threading.Thread(target=self._run, name="snapshot-loader", daemon=True)
         self._refusals = Refusals(monotonic_s)
         self._versions = Versions()
+        telemetry.shadows.set_function(lambda: self.shadows)
         self.problem: str | None = None
         """Why the current snapshot is not served, None when it is (or when nothing was published yet)."""
 
@@ -150,7 +151,7 @@ class HotSwap:
         while not self._stopping.is_set():
             self.refresh()
             try:
-                self._watcher.wait(_FOLD_RETRY_S if self._can_fold else self._poll_s)
+                self._watcher.wait(_FOLD_RETRY_S if self.shadows else self._poll_s)
             except Exception:  # whatever the channel brings, the thread goes on
                 if self._stopping.is_set():
                     return  # the watcher was closed while it waited
@@ -265,6 +266,7 @@ class HotSwap:
         self._versions.put(served)
         self.problem = None
         self._telemetry.swaps.inc()
+        self._telemetry.full_loads.inc(way[0].kind == "full")
         self._telemetry.served_version.set(manifest.version)
         self._telemetry.served_step.set(manifest.step)
         _logger.debug("snapshot %s:%s is in service", *served.key)
@@ -288,9 +290,10 @@ class HotSwap:
         return model
 
     @property
-    def _can_fold(self) -> bool:
-        """Whether something waits for requests to end."""
-        return self.served is not None and isinstance(self.served.model, Foldable) and self.served.model.shadows > 0
+    def shadows(self) -> int:
+        """Deltas that are served and wait for requests to end, so that they can be folded into the table."""
+        served = self.served
+        return served.model.shadows if served is not None and isinstance(served.model, Foldable) else 0
 
     def _fold(self) -> None:
         """Fold what no request reads without any more, and put the same version, without it, into service."""

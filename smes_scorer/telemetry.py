@@ -137,6 +137,10 @@ class Telemetry:
             "smes_scorer_store_damage", "Different broken things found in the store", registry=self.registry
         )
         self.swaps = counter("swaps", "Snapshots put into service")
+        self.full_loads = counter("full_loads", "Full snapshots loaded: at the start, and where no delta led on")
+        self.shadows = Gauge(
+            "smes_scorer_shadows", "Deltas in service that wait to be folded into the table", registry=self.registry
+        )
         self.load_failures = counter("load_failures", "Attempts to load a snapshot that failed")
         self.versions_answered = counter("versions_answered", "Versions that have answered at least once")
         self.freshness_uncounted = counter(

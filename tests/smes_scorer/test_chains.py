@@ -32,17 +32,17 @@ def now_s() -> list[float]:
 
 
 @pytest.fixture
-def make_swap(client: redis.Redis, namespace: str, now_s: list[float]) -> Callable[[], HotSwap]:
+def make_swap(client: redis.Redis, namespace: str, now_s: list[float]) -> Callable[..., HotSwap]:
     """Loaders without their thread."""
 
-    def make_swap() -> HotSwap:
+    def make_swap(telemetry: Telemetry | None = None) -> HotSwap:
         return HotSwap(
             SnapshotStore(client, namespace),
             SnapshotWatcher(client, namespace),
             SCHEMA,
             load_table_model,
             FirstAnswers(),
-            Telemetry(),
+            telemetry or Telemetry(),
             poll_s=0.1,
             monotonic_s=lambda: now_s[0],
         )
@@ -51,8 +51,13 @@ def make_swap(client: redis.Redis, namespace: str, now_s: list[float]) -> Callab
 
 
 @pytest.fixture
-def swap(make_swap: Callable[[], HotSwap]) -> HotSwap:
-    return make_swap()
+def telemetry() -> Telemetry:
+    return Telemetry()
+
+
+@pytest.fixture
+def swap(make_swap: Callable[..., HotSwap], telemetry: Telemetry) -> HotSwap:
+    return make_swap(telemetry)
 
 
 def assert_serves(swap: HotSwap, chain: Chain, version: int | None = None) -> None:
@@ -112,7 +117,7 @@ def test_a_scorer_that_starts_late_loads_the_newest_base_and_the_deltas_after_it
     assert_serves(swap, chain)
 
 
-def test_deltas_that_were_missed_are_caught_up_with(store: SnapshotStore, swap: HotSwap) -> None:
+def test_deltas_that_were_missed_are_caught_up_with(store: SnapshotStore, swap: HotSwap, telemetry: Telemetry) -> None:
     chain = Chain(store)
     chain.publish("full")
     swap.refresh()
@@ -124,6 +129,7 @@ def test_deltas_that_were_missed_are_caught_up_with(store: SnapshotStore, swap: 
 
     assert_serves(swap, chain)
     assert table_of(swap) is table
+    assert telemetry.value("full_loads_total") == 1
 
 
 def test_a_request_keeps_its_version_while_more_deltas_than_shadows_are_served(
@@ -138,7 +144,7 @@ def test_a_request_keeps_its_version_while_more_deltas_than_shadows_are_served(
             swap.refresh()
             assert_serves(swap, chain)
             chain.assert_scores(early.model, 1)
-        assert 1 < model_of(swap).shadows < 15
+        assert 1 < model_of(swap).shadows == swap.shadows < 15
     swap.refresh()
 
     assert model_of(swap).shadows == 0
@@ -198,7 +204,7 @@ def test_a_lost_delta_is_passed_by_the_next_base(
 
 @pytest.mark.parametrize("broken", ["NaN", "another version", "a default row removed"])
 def test_a_delta_that_makes_no_model_leaves_the_version_before_it_in_service(
-    store: SnapshotStore, swap: HotSwap, make_swap: Callable[[], HotSwap], broken: str
+    store: SnapshotStore, swap: HotSwap, make_swap: Callable[..., HotSwap], broken: str
 ) -> None:
     chain = Chain(store)
     chain.publish("full")
@@ -265,7 +271,7 @@ def test_another_lineage_gets_a_table_of_its_own(store: SnapshotStore, swap: Hot
 
 
 def test_a_scorer_that_restarts_serves_what_one_that_ran_on_serves(
-    store: SnapshotStore, make_swap: Callable[[], HotSwap]
+    store: SnapshotStore, make_swap: Callable[..., HotSwap]
 ) -> None:
     chain, running = Chain(store), make_swap()
     for version in range(12):
