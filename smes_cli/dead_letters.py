@@ -107,7 +107,7 @@ def dead_letters_show(
 @dead_letters_app.command("tail")
 def dead_letters_tail(
     context: typer.Context,
-    lines: Annotated[int, typer.Option("-n", "--lines", help="First print so many of the newest letters.", min=0)] = 10,
+    lines: Annotated[int, typer.Option("-n", help="First print so many of the newest letters.", min=0)] = 10,
     reason: Reasons = None,
     topic: Topics = None,
     partition: PartitionsOfEvents = None,
