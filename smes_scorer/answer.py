@@ -150,7 +150,7 @@ class Answerer:
         self._first_answers = first_answers
         self._telemetry = telemetry
         self._now_ms = now_ms
-        self.reader = RequestReader(schema, config.max_items)
+        self.reader = RequestReader(schema, config.max_items, config.max_depth)
         self.writer = AnswerWriter(schema, fusion_weights(config, schema))
 
     def answer(self, body: bytes) -> bytes:

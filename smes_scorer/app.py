@@ -7,7 +7,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.message import Message
@@ -24,18 +24,20 @@ from feature_store.entities import EntityStore
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.errors import SmesError
 from smes.schema import Schema
+from smes_io.redis_access import RedisAccess
 from smes_io.redis_client import open_client
 from smes_scorer.answer import Answerer, FeatureLookup, NotReady
+from smes_scorer.bearer import BearerOnly, Tokens, is_known
 from smes_scorer.config import ScorerConfig
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.loading import Load, load_table_model
-from smes_scorer.middleware import BodyLimit, EndsQuietly, Metered, RequestMeter
+from smes_scorer.middleware import BodyLimit, EndsQuietly, Metered, RequestMeter, TimeLimit
 from smes_scorer.request import FieldError, UnreadableBody
 from smes_scorer.scoring_queue import Busy, Dropped, ScoringQueue
 from smes_scorer.telemetry import Telemetry
 
-SCORE_PATH = "/v1/score"
+SCORE_PATH, LIVE_PATH, READY_PATH = "/v1/score", "/health/live", "/health/ready"
 
 _CLOSING_SHARE = 0.2
 """Of ``shutdown_s``: for the application's own end, after the requests in flight."""
@@ -71,6 +73,7 @@ def create_app(
     schema: Schema,
     *,
     redis_url: str,
+    redis_access: RedisAccess | None = None,
     namespace: str = "smes",
     load: Load = load_table_model,
 ) -> FastAPI:
@@ -80,13 +83,20 @@ def create_app(
         config: See :class:`ScorerConfig`.
         schema: Features and tasks; snapshots and features of another schema are refused.
         redis_url: Where snapshots and features are.
+        redis_access: How Redis lets us in, beside what the URL says.
         namespace: Prefix of their keys.
         load: Builds a model from snapshots' payloads.
 
     Raises:
         ValueError: ``fusion_weights`` names an unknown task, or the URL has a wrong form.
+        SecretError: The tokens cannot be read.
     """
-    parts = _assemble(config, schema, redis_url, namespace, load)
+    tokens = None if config.tokens is None else Tokens(config.tokens)
+
+    def connected(timeout_s: float) -> redis.Redis:
+        return open_client(redis_url, timeout_s, access=redis_access, namespace=namespace)
+
+    parts = _assemble(config, schema, connected, namespace, load)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -99,16 +109,19 @@ def create_app(
     _add_insight(app, parts)
     _describe_bodies(app, parts.answerer)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout_s=config.body_timeout_s)
+    app.add_middleware(TimeLimit, request_timeout_s=config.request_timeout_s)
+    app.add_middleware(BearerOnly, tokens=tokens, open_paths=(LIVE_PATH, READY_PATH))
     app.add_middleware(EndsQuietly)
     app.add_middleware(RequestMeter, path=SCORE_PATH, telemetry=parts.telemetry)  # outermost: sees the 413s too
     app.state.telemetry = parts.telemetry
     return app
 
 
-def _assemble(config: ScorerConfig, schema: Schema, redis_url: str, namespace: str, load: Load) -> _Parts:
+def _assemble(
+    config: ScorerConfig, schema: Schema, connected: Callable[[float], redis.Redis], namespace: str, load: Load
+) -> _Parts:
     telemetry, first_answers = Telemetry(), FirstAnswers()
-    snapshots = open_client(redis_url, config.redis_timeout_s)
-    entities = open_client(redis_url, config.entity_timeout_ms / 1000)
+    snapshots, entities = connected(config.redis_timeout_s), connected(config.entity_timeout_ms / 1000)
     store, entity_store = SnapshotStore(snapshots, namespace), EntityStore(entities, schema, namespace)
     swap = HotSwap(
         store,
@@ -189,11 +202,11 @@ def _documented(request: str, answer: str) -> dict[str, Any]:
         "openapi_extra": {"requestBody": {"required": True, **content(request)}},
         "responses": {
             200: content(answer),
-            400: {"description": "The body cannot be parsed"},
+            400: {"description": "The body cannot be parsed, or is nested deeper than max_depth"},
             408: {"description": "The body did not arrive within body_timeout_s"},
             413: {"description": "The body is larger than max_body_bytes"},
             422: {"description": "A field of the request is wrong", **content("Refusal")},
-            503: {"description": "No snapshot was loaded yet, or too many requests wait"},
+            503: {"description": "No snapshot was loaded yet, too many requests wait, or request_timeout_s is over"},
         },
     }
 
@@ -219,16 +232,21 @@ def _check_content_type(request: Request, body: bytes) -> None:
 
 
 def _add_insight(app: FastAPI, parts: _Parts) -> None:
-    @app.get("/health/live")
+    @app.get(LIVE_PATH)
     async def live() -> Response:
         """200 while the process works, 500 if its snapshot loader has died."""
         alive = parts.swap.alive
         return JSONResponse({"status": "alive" if alive else "the snapshot loader died"}, 200 if alive else 500)
 
-    @app.get("/health/ready")
-    async def ready() -> Response:
-        """503 before the first snapshot, then 200. ``degraded``: requests are answered, but with the problems named."""
+    @app.get(READY_PATH)
+    async def ready(request: Request) -> Response:
+        """503 before the first snapshot, then 200. ``degraded``: requests are answered, but with the problems named.
+
+        Where a token is needed, one learns no more than the status without it.
+        """
         served = parts.swap.served
+        if not is_known(request.scope):
+            return JSONResponse({"status": "ready" if served else "not ready"}, 200 if served else 503)
         problems = {"snapshots": parts.swap.problem, "features": parts.features.problem}
         status = "not ready" if served is None else "degraded" if any(problems.values()) else "ready"
         return JSONResponse({"status": status, **_served(parts.swap), "problems": problems}, 503 if not served else 200)

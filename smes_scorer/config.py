@@ -10,6 +10,7 @@ from annotated_types import Ge, Le
 from smes.arrays import F32
 from smes.ranges import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from smes.schema import Schema
+from smes_io.secrets import SecretPlace
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,11 @@ class ScorerConfig:
         port: TCP port, 0 for any free one.
         fusion_weights: Task → factor of its score in the fused score, by which items are ranked. The default is 1 for
             a binary task and 0 for a regression task.
+        tokens: Where the bearer tokens are that callers must show, one a line: ``{file: …}`` or ``{env: …}``. A file
+            is read again when it changes. Null: everybody may ask for everything.
         max_items: Most items of one request.
         max_body_bytes: Largest request body.
+        max_depth: How deep the lists and objects of a body may be nested. A request needs 3.
         workers: Requests scored at the same time.
         max_waiting: Most requests that wait for one of these; one more is answered 503 with ``Retry-After``.
         max_age_s: Longest wait for one of these, seconds; then the request is answered 503 and not scored. Nor is one
@@ -31,6 +35,7 @@ class ScorerConfig:
             of open files.
         header_timeout_s: Longest time until a request's headers are complete, seconds; then the connection is cut.
         body_timeout_s: Longest time from there until its body is complete; then it is answered 408.
+        request_timeout_s: Longest time from there until its answer begins; then it is answered 503.
         send_timeout_s: Longest time in which a caller may take its answer; then the connection is cut.
         torch_threads: Threads that score one request; 1 leaves the other cores to other requests and to the trainer.
         entity_timeout_ms: Longest wait for the stored features of a request; then it is scored without them.
@@ -44,14 +49,17 @@ class ScorerConfig:
     host: str = "127.0.0.1"
     port: Annotated[int, Ge(0), Le(65535)] = 8000
     fusion_weights: dict[str, float] = field(default_factory=dict)
+    tokens: SecretPlace | None = None
     max_items: PositiveInt = 1000
     max_body_bytes: PositiveInt = 1024 * 1024
+    max_depth: Annotated[int, Ge(3)] = 32
     workers: PositiveInt = 2
     max_waiting: NonNegativeInt = 200
     max_age_s: PositiveFloat = 5.0
     max_connections: PositiveInt = 512
     header_timeout_s: PositiveFloat = 5.0
     body_timeout_s: PositiveFloat = 10.0
+    request_timeout_s: PositiveFloat = 30.0
     send_timeout_s: PositiveFloat = 10.0
     torch_threads: PositiveInt = 1
     entity_timeout_ms: PositiveInt = 50

@@ -1,8 +1,10 @@
-"""What stands around the application: the limits on a request's body, the time to its answer, and the end of both."""
+"""What stands around the application: the limits on a request's body and time, its meter, and the end of both."""
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from fastapi.responses import JSONResponse
@@ -64,6 +66,38 @@ class BodyLimit:
                 return None
             if not message.get("more_body", False):
                 return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+
+class TimeLimit:
+    """Answers 503 to a request whose answer takes too long to begin.
+
+    Args:
+        app: The application behind it.
+        request_timeout_s: Longest time from a request's headers to the beginning of its answer.
+    """
+
+    def __init__(self, app: ASGIApp, request_timeout_s: float) -> None:
+        self._app = app
+        self._request_timeout_s = request_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self._request_timeout_s) as limit:
+
+                async def send_in_time(message: Message) -> None:
+                    limit.reschedule(None)  # how long the caller takes for it is another matter
+                    await send(message)
+
+                await self._app(scope, receive, send_in_time)
+        except TimeoutError:
+            if not limit.expired():
+                raise  # somebody else's
+            Metered.of(scope).outcome = "dropped"
+            detail = f"no answer within {self._request_timeout_s:g} s (request_timeout_s)"
+            await closing(503, detail, {"retry-after": "1"})(scope, receive, send)
 
 
 @dataclass(slots=True)
@@ -152,6 +186,6 @@ class EndsQuietly:
                 await closing(503, "the service stops")(scope, receive, send)
 
 
-def closing(status: int, detail: str) -> JSONResponse:
+def closing(status: int, detail: str, headers: Mapping[str, str] = MappingProxyType({})) -> JSONResponse:
     """An answer after which the connection is closed: the rest of the request is not read."""
-    return JSONResponse({"detail": detail}, status_code=status, headers={"connection": "close"})
+    return JSONResponse({"detail": detail}, status_code=status, headers={"connection": "close", **headers})

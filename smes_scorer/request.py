@@ -38,6 +38,8 @@ _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _Id = Annotated[int, msgspec.Meta(ge=MISSING + 1, le=_LARGEST_ID)]  # an int64 other than the null
 _Number = Annotated[float, msgspec.Meta(ge=-_LARGEST_FLOAT, le=_LARGEST_FLOAT)]
 _TYPES: dict[str, Any] = {"id": _Id, "bag": list[_Id], "sequence": list[_Id], "numeric": _Number}
+_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_OPENING, _CLOSING = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
 _FIELDS = ("user_id", "items", "context")
 _REQUIRED = ("user_id", "items")
 
@@ -92,10 +94,11 @@ class RequestReader:
     Args:
         schema: Features of a request.
         max_items: Most items of a request.
+        max_depth: How deep the lists and objects of a body may be nested, at least 3.
     """
 
-    def __init__(self, schema: Schema, max_items: int) -> None:
-        self._max_items = max_items
+    def __init__(self, schema: Schema, max_items: int, max_depth: int = 32) -> None:
+        self._max_items, self._max_depth = max_items, max_depth
         self._features = [f for f in schema.features if f.source == "context"]
         self._names = {f.name for f in self._features}
         self._columns = [
@@ -124,7 +127,18 @@ class RequestReader:
         try:
             return self._checked(self._decoder.decode(body))
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            self._check_depth(body)  # a good request without names to ignore is no deeper than 3
             return self._read_large(body) if len(body) > _LONGEST_EXPLAINED else self._read_slowly(body)
+
+    def _check_depth(self, body: bytes) -> None:
+        """Refuse a body that is nested too deep, before anything is made of it."""
+        if body.count(b"[") + body.count(b"{") <= self._max_depth:
+            return
+        encoding = json.detect_encoding(body)
+        if encoding != "utf-8" and len(body) <= _LONGEST_EXPLAINED:
+            body = body.decode(encoding, "replace").encode("utf-8", "replace")
+        if (depth := nested(body)) > self._max_depth:
+            raise UnreadableBody(f"body: nested {depth} deep, expected at most {self._max_depth} (max_depth)")
 
     def _read_slowly(self, body: bytes) -> ScoreRequest:
         """Take out the names to ignore and try again, or say what is wrong."""
@@ -227,6 +241,25 @@ class RequestReader:
 
 _RAW_VALUES = msgspec.json.Decoder(dict[str, msgspec.Raw])
 """Decodes an object without looking into its values."""
+
+
+def nested(body: bytes) -> int:
+    """How deep lists and objects are nested in a JSON text in UTF-8, in a few milliseconds for a megabyte.
+
+    Of what is no JSON, it is the depth up to there or more.
+    """
+    text_N = np.frombuffer(body, np.uint8)
+    quotes = np.flatnonzero(text_N == _QUOTE)
+    if b"\\" in body:
+        at_N = np.arange(len(text_N))
+        other_N = np.maximum.accumulate(np.where(text_N != _BACKSLASH, at_N, -1))  # the last that is no backslash
+        quotes = quotes[(quotes == 0) | ((quotes - 1 - other_N[quotes - 1]) % 2 == 0)]
+    opens, closes = np.isin(text_N, _OPENING), np.isin(text_N, _CLOSING)
+    brackets = np.flatnonzero(opens | closes)
+    brackets = brackets[np.searchsorted(quotes, brackets) % 2 == 0]  # those outside of strings
+    if len(brackets) == 0:
+        return 0
+    return max(0, int(np.cumsum(np.where(opens[brackets], 1, -1)).max()))
 
 
 def _request_struct(features: Sequence[Feature], max_items: int, *, ignoring: bool = False) -> type[msgspec.Struct]:

@@ -69,6 +69,7 @@ class ScoringQueue:
             return await answer
         finally:
             leaving.cancel()
+            job.cancel()  # if nobody waits for it any more
             self._inside -= 1
 
     def close(self) -> None:

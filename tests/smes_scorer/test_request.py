@@ -5,10 +5,12 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from feature_store.entities import blank_rows
 from smes.schema import MISSING, Feature, Schema, Task
-from smes_scorer.request import FieldError, RequestReader, ScoreRequest, UnreadableBody
+from smes_scorer.request import FieldError, RequestReader, ScoreRequest, UnreadableBody, nested
 
 
 @pytest.fixture
@@ -151,13 +153,46 @@ def test_a_refusal_quotes_little_of_a_long_value(reader: RequestReader) -> None:
     ("body", "message"),
     [
         (b'{"user_id": "\xff", "items": [1]}', "expected text in UTF-8"),
-        (b"[" * 20_000, "nested too deeply"),
+        (b"[" * 20_000, r"nested 20000 deep, expected at most 32 \(max_depth\)"),
+        (b'{"user_id": 1, "items": [1], "context": {"x": ' + b"[" * 31 + b"]" * 31 + b"}}", "nested 33 deep, expected"),
+        (('{"user_id": 1, "items": ' + "[" * 32 + "]" * 32 + "}").encode("utf-16"), "nested 33 deep, expected at most"),
         (b'{"user_id": ' + b"1" * 5000 + b"}", "an integer of thousands of digits"),
     ],
 )
 def test_a_body_that_cannot_be_parsed(reader: RequestReader, body: bytes, message: str) -> None:
     with pytest.raises(UnreadableBody, match=message):
         reader.read(body)
+
+
+def test_what_is_ignored_may_be_as_deep_as_allowed(reader: RequestReader) -> None:
+    deep = b'{"user_id": 1, "items": [1], "context": {"x": ' + b"[" * 30 + b"]" * 30 + b', "y": "' + b"[" * 99 + b'"}}'
+
+    assert reader.read(deep).ignored_context == 2
+
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(alphabet=r"""[]{}"\a,:é"""),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet=r"""[]{}"\b"""), inner, max_size=3),
+    max_leaves=30,
+)
+
+
+def depth_of(value: object) -> int:
+    """The depth by definition."""
+    if not isinstance(value, list | dict):
+        return 0
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(depth_of, inner), default=0)
+
+
+@given(VALUES, st.booleans())
+def test_the_depth_of_a_text_is_that_of_its_value(value: object, ascii_only: bool) -> None:
+    assert nested(json.dumps(value, ensure_ascii=ascii_only).encode()) == depth_of(value)
+
+
+@given(st.binary(max_size=200) | st.text(alphabet='[]{}"\\', max_size=50).map(str.encode))
+def test_bytes_that_are_no_json_have_a_depth_too(body: bytes) -> None:
+    assert 0 <= nested(body) <= body.count(b"[") + body.count(b"{")
 
 
 def test_half_a_surrogate_pair_is_refused_in_a_printable_way(reader: RequestReader) -> None:
