@@ -96,6 +96,7 @@ def load_table_model(payloads: Iterable[PayloadContent], schema: Schema, before:
     assert rows is not None, "at least one payload"
     assert last is not None, "at least one payload"
     with _unfit("snapshot payload"):
+        rows = rows.with_fewer_shadows(_MOST_SHADOWS)
         return TableModel(ServingModel(schema, last[0], last[1].dense, rows), rows)
 
 
@@ -143,7 +144,7 @@ def _changed(before: TableRows | None, payload: PayloadContent, schema: Schema, 
             },
             removed=payload.removed,
         )
-        shadows = before.after(Shadow(delta, payload.version, table.groups)).with_fewer_shadows(_MOST_SHADOWS).shadows
+        shadows = before.after(Shadow(delta, payload.version, table.groups)).shadows
         rows = TableRows(required_keys(schema, payload.dense, table.num_rows + len(delta)), table, shadows)
         check_required(rows.keys, rows.has(rows.keys.required))
     return rows

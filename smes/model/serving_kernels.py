@@ -158,9 +158,7 @@ def copy_slots(
 def write_columns(records: F32, rows_N: I64, start: int, weights_NC: F32) -> None:  # pragma: no cover - compiled
     """Write the weights of one group into the records of rows, from element ``start`` on."""
     for i in range(len(rows_N)):
-        record = records[rows_N[i]]
-        for c in range(weights_NC.shape[1]):
-            record[start + c] = weights_NC[i, c]
+        records[rows_N[i], start : start + weights_NC.shape[1]] = weights_NC[i]
 
 
 @njit(cache=True, nogil=True)
@@ -175,9 +173,7 @@ def read_columns(found_N: I64, records: F32, start: int, out_NC: F32) -> None:  
     """Copy one group of the rows that were found in the table (≥ 0)."""
     for i in range(len(found_N)):
         if found_N[i] >= 0:
-            record = records[found_N[i]]
-            for c in range(out_NC.shape[1]):
-                out_NC[i, c] = record[start + c]
+            out_NC[i, :] = records[found_N[i], start : start + out_NC.shape[1]]
 
 
 @njit(cache=True, nogil=True)
@@ -227,8 +223,7 @@ def read_shadow(found_N: I64, weights: F32, first: int, out_NC: F32) -> None:  #
     for i in range(len(found_N)):
         place = np.int64(-1) - found_N[i] - first
         if 0 <= place < len(weights):
-            for c in range(out_NC.shape[1]):
-                out_NC[i, c] = weights[place, c]
+            out_NC[i, :] = weights[place]
 
 
 def empty_slots(count: int) -> Slots:

@@ -16,6 +16,7 @@ Letters: R rows, N keys or instances, W id columns, C columns of a group, X word
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -278,10 +279,12 @@ class TableRows:
         return TableRows(self.keys, self.table, self.shadows[len(ready) :])
 
     def with_fewer_shadows(self, most: int) -> "TableRows":
-        """The same rows with at most so many shadows: the oldest ones are merged."""
+        """The same rows with at most so many shadows: the smallest neighbours are merged first."""
         shadows = list(self.shadows)
         while len(shadows) > most:
-            shadows[:2] = [shadows[0].then(shadows[1], self.table.groups)]
+            sizes = [len(a) + len(b) for a, b in pairwise(shadows)]
+            i = sizes.index(min(sizes))
+            shadows[i : i + 2] = [shadows[i].then(shadows[i + 1], self.table.groups)]
         return TableRows(self.keys, self.table, tuple(shadows))
 
     def _find(self, keys_N: I64) -> tuple[I64, F32]:
