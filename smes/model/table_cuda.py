@@ -86,7 +86,7 @@ class DeviceTable:
                 step_UC = step_UC * rate_U.unsqueeze(1)
             record_UX[:, place.weights] -= step_UC
         self._records.index_copy_(0, rows_U, record_UX)
-        self._touched[rows_U] = True
+        self._touched.index_fill_(0, rows_U, True)
 
     def values(self, rows_N: I64) -> dict[str, F32]:
         return weights_of(self._records, rows_N, self.layout)
@@ -121,9 +121,14 @@ class DeviceTable:
         self._views = [view for view in self._views if view.open]
         for view in self._views:
             view.changed[rows_N[rows_N < view.num_rows].numpy()] = True
-        rows = rows_N.to(self._records.device)
-        self._records[rows] = records_NX.to(self._records.device)
-        self._touched[rows] = True
+        rows = self._sent(rows_N)
+        self._records.index_copy_(0, rows, self._sent(records_NX))
+        self._touched.index_fill_(0, rows, True)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """A copy on the device, without waiting for it."""
+        device = self._records.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     def _opened(self, view: "DeviceView") -> "DeviceView":
         self._views.append(view)
