@@ -281,11 +281,11 @@ class SnapshotStore:
         """
         return self._loader.chain(manifest, have)
 
-    def base(self, lineage: str, version: int) -> Manifest | None:
-        """The base of a version, None if it has none."""
-        name = member(lineage, version)
-        with translated(self._client, f"the base of snapshot {name} was looked up"):
-            return next(iter(self._reader.manifests([name], "bases")), None)
+    def bases(self, manifests: Sequence[Manifest]) -> dict[tuple[str, int], Manifest]:
+        """The bases of these versions, by lineage and version; most versions have none."""
+        names = [member(manifest.lineage, manifest.version) for manifest in manifests]
+        with translated(self._client, "the bases of snapshots were looked up"):
+            return {(base.lineage, base.version): base for base in self._reader.manifests(names, "bases")}
 
     def pieces(self, manifest: Manifest) -> Iterator[bytes]:
         """The payload of a manifest that :meth:`chain` gave, chunk by chunk, each verified against the manifest.

@@ -20,21 +20,24 @@ snapshots_app = typer.Typer(no_args_is_help=True, help="Model snapshots in Redis
 
 @snapshots_app.command("list")
 def snapshots_list(context: typer.Context) -> None:
-    """List the snapshots that can be loaded, newest last."""
+    """List the snapshots that can be loaded, newest last, and the bases that deltas can be loaded from."""
     config = config_of(context)
     store = _snapshot_store(config)
     current = store.pointer()
     manifests = store.list()
     if not manifests:
         raise _none_published(config)
+    bases = store.bases(manifests)
     table = Table(box=None)
-    for title in ("lineage", "version", "parent", "bytes", "event time (UTC)", "cut at (UTC)", ""):
+    for title in ("lineage", "version", "parent", "kind", "bytes", "base", "event time (UTC)", "cut at (UTC)", ""):
         table.add_column(title, overflow="fold")
     for manifest in manifests:
         mark = "current" if current == f"{manifest.lineage}:{manifest.version}" else ""
         # Versions without separators: they are typed again, for `show`.
         parent = "–" if manifest.parent is None else str(manifest.parent)
-        cells = [str(manifest.version), parent, number(manifest.total_bytes)]
+        base = bases.get((manifest.lineage, manifest.version))
+        cells = [str(manifest.version), parent, manifest.kind, number(manifest.total_bytes)]
+        cells.append("–" if base is None else number(base.total_bytes))
         table.add_row(manifest.lineage, *cells, _utc(manifest.event_time_ms), _utc(manifest.created_ms), mark)
     console.print(table)
 
@@ -76,7 +79,8 @@ def _snapshot_store(config: "Config") -> "SnapshotStore":
     from feature_store.snapshots import SnapshotStore
     from smes_io.redis_client import connect
 
-    client = connect(config.feature_store.redis_url, config.feature_store.timeout_s)
+    store = config.feature_store
+    client = connect(store.redis_url, store.timeout_s, access=store.redis_access, namespace=store.namespace)
     return SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
 
 

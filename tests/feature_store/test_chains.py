@@ -63,7 +63,7 @@ def base_of(manifest: Manifest) -> Payload:
 
 
 def chunk_keys(client: redis.Redis, namespace: str) -> set[bytes]:
-    return {key for key in client.scan_iter(f"{namespace}:snapshots:chunk:*") if isinstance(key, bytes)}
+    return {key for key in client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*") if isinstance(key, bytes)}
 
 
 def way(store: SnapshotStore, manifest: Manifest, have: int | None = None) -> list[tuple[str, int]]:
@@ -103,12 +103,11 @@ def test_a_base_is_found_by_what_starts_late_and_moves_nothing(
     assert store.current() == third
     assert store.list()[-1] == third
     assert store.get("a", 2) == second
-    assert store.base("a", 2) == base
+    assert store.bases(store.list()) == {("a", 2): base}
     assert (base.kind, base.version, base.metrics) == ("full", 2, {})
     assert way(store, second) == [("full", 2)]
     assert way(store, third) == [("full", 2), ("delta", 3)]
     assert way(store, publish(store, 4)) == [("full", 2), ("delta", 3), ("delta", 4)]
-    assert store.base("a", 3) is None
 
 
 def test_of_two_ways_the_one_with_fewer_bytes_is_taken(store: SnapshotStore) -> None:
@@ -141,10 +140,10 @@ def test_the_commit_itself_refuses_a_delta_to_what_is_not_current_any_more(clien
     store = make_store(client, namespace)
     publish(store, 1, full=True)
     publish(store, 2)
-    back = client.get(f"{namespace}:snapshots:current")
+    back = client.get(f"{{{namespace}}}:snapshots:current")
 
     def restored(_: str) -> None:
-        client.set(f"{namespace}:snapshots:current", "a:1")
+        client.set(f"{{{namespace}}}:snapshots:current", "a:1")
 
     slow = make_store(InterruptedClient(client, 0, restored), namespace)
     with pytest.raises(SnapshotGap, match="snapshot a:3: a:1 is current, expected a:2, to which it applies"):
@@ -160,7 +159,7 @@ def test_a_delta_whose_chain_is_broken_is_refused_and_a_full_one_mends_it(
 ) -> None:
     first = publish(store, 1, full=True)
     second, _ = publish(store, 2), publish(store, 3)
-    prefix = f"{namespace}:snapshots:"
+    prefix = f"{{{namespace}}}:snapshots:"
     if lost == "everything":
         client.delete(*[key for key in client.scan_iter(f"{prefix}*") if isinstance(key, bytes)])
     elif lost == "the manifest between":
@@ -182,7 +181,7 @@ def test_what_is_missing_on_the_way_is_named_and_a_base_after_it_is_enough(
 ) -> None:
     publish(store, 1, full=True)
     manifests = [publish(store, version) for version in (2, 3, 4, 5)]
-    client.hdel(f"{namespace}:snapshots:manifests", "a:3")
+    client.hdel(f"{{{namespace}}}:snapshots:manifests", "a:3")
     reader = make_store(client, namespace)
 
     with pytest.raises(SnapshotError, match="snapshot a:5: a:3 is not listed, expected every version back to one with"):
@@ -198,7 +197,7 @@ def test_what_is_missing_on_the_way_is_named_and_a_base_after_it_is_enough(
 def test_a_broken_base_is_stepped_over(client: redis.Redis, namespace: str, store: SnapshotStore, junk: bytes) -> None:
     publish(store, 1, full=True)
     second = publish(store, 2)
-    client.hset(f"{namespace}:snapshots:bases", "a:2", junk)
+    client.hset(f"{{{namespace}}}:snapshots:bases", "a:2", junk)
 
     assert way(store, second) == [("full", 1), ("delta", 2)]
     assert way(store, publish(store, 3)) == [("full", 1), ("delta", 2), ("delta", 3)]
@@ -210,7 +209,7 @@ def test_a_base_that_is_a_delta_or_another_versions_is_stepped_over(
     first = publish(store, 1, full=True)
     second = publish(store, 2)
     for lie in (second, first):
-        client.hset(f"{namespace}:snapshots:bases", "a:2", lie.to_json())
+        client.hset(f"{{{namespace}}}:snapshots:bases", "a:2", lie.to_json())
         assert way(store, second) == [("full", 1), ("delta", 2)]
     assert store.damage.count == 2
 
@@ -219,11 +218,12 @@ def test_bases_of_another_kind_of_value_are_put_aside(
     client: redis.Redis, namespace: str, store: SnapshotStore
 ) -> None:
     publish(store, 1, full=True)
-    client.rpush(f"{namespace}:snapshots:bases", "x")
+    client.rpush(f"{{{namespace}}}:snapshots:bases", "x")
 
     second = publish(store, 2)
 
-    assert store.publish_base(base_of(second), second) == store.base("a", 2)
+    base = store.publish_base(base_of(second), second)
+    assert store.bases([second]) == {("a", 2): base}
 
 
 def test_retention_removes_whole_chains_only(client: redis.Redis, namespace: str) -> None:
@@ -240,7 +240,7 @@ def test_retention_removes_whole_chains_only(client: redis.Redis, namespace: str
     # A chain has 5 deltas and a base: 11,500 bytes. One and the beginning of the next fit.
     assert [m.version for m in store.list()] == [25, 26, 27, 28, 29, 30]
     assert len(chunk_keys(client, namespace)) == 6 * 2 + 2 * 4
-    assert set(client.hkeys(f"{namespace}:snapshots:bases")) == {b"a:25", b"a:30"}
+    assert set(client.hkeys(f"{{{namespace}}}:snapshots:bases")) == {b"a:25", b"a:30"}
     with pytest.raises(SnapshotNotFound, match="snapshot a:24: retention removed it"):
         store.chain(store.get("a", 24))
 
@@ -330,7 +330,7 @@ def test_versions_are_published_while_a_base_is_uploaded(client: redis.Redis, na
     uploading.join(60)
 
     assert way(store, third) == [("full", 2), ("delta", 3)]
-    assert client.hlen(f"{namespace}:snapshots:uploads") == 0
+    assert client.hlen(f"{{{namespace}}}:snapshots:uploads") == 0
 
 
 def test_a_base_of_a_version_that_went_meanwhile_is_dropped(client: redis.Redis, namespace: str) -> None:
@@ -345,7 +345,7 @@ def test_a_base_of_a_version_that_went_meanwhile_is_dropped(client: redis.Redis,
         store.publish_base(base_of(second), second)
 
     assert chunk_keys(client, namespace) == before
-    assert client.hlen(f"{namespace}:snapshots:bases") == 0
+    assert client.hlen(f"{{{namespace}}}:snapshots:bases") == 0
 
 
 def test_a_zombie_can_publish_neither_a_delta_nor_a_base(
@@ -358,7 +358,7 @@ def test_a_zombie_can_publish_neither_a_delta_nor_a_base(
 
     def take_over(_: str) -> None:
         if not taken:
-            client.delete(f"{namespace}:snapshots:lease")  # it expired
+            client.delete(f"{{{namespace}}}:snapshots:lease")  # it expired
             taken.append(store.acquire("heir", 60.0).number)
 
     slow = make_store(InterruptedClient(client, 3, take_over), namespace)
@@ -369,11 +369,12 @@ def test_a_zombie_can_publish_neither_a_delta_nor_a_base(
     with pytest.raises(LeaseHeld, match="held by heir"):
         publish(store, 3, fencing=None)
 
-    assert store.base("a", 2) is None
+    assert store.bases([second]) == {}
     assert store.current() == second
     third = publish(store, 3, fencing=taken[0])
-    assert store.publish_base(base_of(third), third, fencing=taken[0]) == store.base("a", 3)
-    assert client.hlen(f"{namespace}:snapshots:uploads") == 0
+    base = store.publish_base(base_of(third), third, fencing=taken[0])
+    assert store.bases([second, third]) == {("a", 3): base}
+    assert client.hlen(f"{{{namespace}}}:snapshots:uploads") == 0
 
 
 def test_a_commit_of_a_base_whose_answer_was_lost_may_be_sent_again(

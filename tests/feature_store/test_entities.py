@@ -143,11 +143,11 @@ def test_another_schema_is_refused_with_both_hashes(store: EntityStore, client: 
 def test_a_broken_value_is_missing_and_named_and_the_others_are_read(
     store: EntityStore, client: redis.Redis, namespace: str, value: bytes, message: str
 ) -> None:
-    client.set(f"{namespace}:features:item:100", value)
+    client.set(f"{{{namespace}}}:features:item:100", value)
 
     rows = store.get(7, np.array([100, 2**62]))
 
-    assert rows.problem == f"Redis key {namespace}:features:item:100: {message}"
+    assert rows.problem == f"Redis key {{{namespace}}}:features:item:100: {message}"
     assert store.damage.count == 1
     assert np.isnan(rows.numerics[0, 1])
     np.testing.assert_array_equal(rows.numerics[1], np.array([31.5, 0, np.nan], "f4"))
@@ -158,19 +158,19 @@ def test_a_broken_value_is_missing_and_named_and_the_others_are_read(
 
 
 def test_a_value_of_another_kind_is_missing(store: EntityStore, client: redis.Redis, namespace: str) -> None:
-    client.delete(f"{namespace}:features:item:100")
-    client.rpush(f"{namespace}:features:item:100", "a list")
+    client.delete(f"{{{namespace}}}:features:item:100")
+    client.rpush(f"{{{namespace}}}:features:item:100", "a list")
 
     assert store.get(7, np.array([100, 2**62])).items_known.tolist() == [False, True]
 
 
 @pytest.mark.parametrize("mark", [b"junk", b"\xff\xfe", b"", b"x" * 5_000_000], ids=["text", "bytes", "empty", "5 MB"])
 def test_a_junk_mark_is_named(store: EntityStore, client: redis.Redis, namespace: str, mark: bytes) -> None:
-    client.set(f"{namespace}:features:schema", mark)
+    client.set(f"{{{namespace}}}:features:schema", mark)
 
     for attempt in (lambda: store.get(7, np.array([100])), lambda: store.put_many("user", np.array([1]), {})):
         with pytest.raises(
-            FeatureStoreError, match=f"Redis key {namespace}:features:schema: .*, expected {SCHEMA.hash}"
+            FeatureStoreError, match=f"Redis key {{{namespace}}}:features:schema: .*, expected {SCHEMA.hash}"
         ):
             attempt()
     assert store.clear() == 4
@@ -180,9 +180,9 @@ def test_a_junk_mark_is_named(store: EntityStore, client: redis.Redis, namespace
 def test_values_without_a_mark_are_not_taken_for_ours(
     store: EntityStore, client: redis.Redis, namespace: str, listed: bool
 ) -> None:
-    client.delete(f"{namespace}:features:schema")
+    client.delete(f"{{{namespace}}}:features:schema")
     if listed:
-        client.rpush(f"{namespace}:features:schema", "a list")
+        client.rpush(f"{{{namespace}}}:features:schema", "a list")
 
     with pytest.raises(FeatureStoreError, match="features:schema: missing or no string, expected"):
         store.get(7, np.array([100]))

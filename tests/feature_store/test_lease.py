@@ -43,8 +43,8 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def expire(client: redis.Redis, namespace: str) -> None:
     """Let the lease end by Redis' own clock."""
-    client.pexpire(f"{namespace}:snapshots:lease", 1)
-    wait_for(lambda: not client.exists(f"{namespace}:snapshots:lease"))
+    client.pexpire(f"{{{namespace}}}:snapshots:lease", 1)
+    wait_for(lambda: not client.exists(f"{{{namespace}}}:snapshots:lease"))
 
 
 def test_a_second_holder_is_told_who_holds_it_since_when_and_until_when(store: SnapshotStore) -> None:
@@ -83,11 +83,11 @@ def test_a_released_lease_is_free_at_once_and_released_twice(store: SnapshotStor
 
 def test_renewing_moves_the_end(client: redis.Redis, namespace: str, store: SnapshotStore) -> None:
     lease = store.acquire("one", 60)
-    client.pexpire(f"{namespace}:snapshots:lease", 5_000)
+    client.pexpire(f"{{{namespace}}}:snapshots:lease", 5_000)
 
     lease.renew()
 
-    assert 50_000 < client.pttl(f"{namespace}:snapshots:lease") <= 60_000
+    assert 50_000 < client.pttl(f"{{{namespace}}}:snapshots:lease") <= 60_000
 
 
 def test_an_expired_lease_that_nobody_took_is_renewed(
@@ -138,7 +138,7 @@ def test_a_lease_taken_over_during_the_upload_is_refused_by_the_commit(
         publish(slow, 1, zombie.number)
 
     assert store.current() is None
-    assert list(client.scan_iter(f"{namespace}:snapshots:chunk:*")) == []
+    assert list(client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*")) == []
 
 
 def test_without_a_number_one_may_publish_only_while_nobody_holds_the_lease(store: SnapshotStore) -> None:
@@ -160,7 +160,7 @@ def test_junk_is_no_lease(
 ) -> None:
     before = store.acquire("one", 60)
     before.release()
-    name = f"{namespace}:snapshots:{key}"
+    name = f"{{{namespace}}}:snapshots:{key}"
     client.delete(name)
     client.rpush(name, "a list") if junk is None else client.set(name, junk)
 

@@ -18,6 +18,7 @@ MANIFEST = Manifest(
     schema_hash="0123456789abcdef",
     step=7,
     created_ms=1_700_000_000_000,
+    published_ms=1_700_000_000_050,
     total_bytes=30,
     chunks=(Chunk(20, "ab" * 32), Chunk(10, "cd" * 32)),
     upload="a-1:7:00",
@@ -26,7 +27,7 @@ MANIFEST = Manifest(
     precision="fp32",
     positions={"impressions": {"0": 12, "1": 0}},
     metrics={"click": {"auc": 0.75}},
-    feedback_arrivals=((1_700_000_000_001, 3), (1_700_000_000_009, 1)),
+    feedback_arrivals=((1_700_000_000_001, 3, 5, 6, 7), (1_700_000_000_009, 1, 0, 0, 2)),
 )
 
 
@@ -67,8 +68,8 @@ def test_undefined_metrics_become_null_and_numpy_scalars_numbers() -> None:
         ({"total_bytes": 31}, "total_bytes: expected the sum of the chunks, 30, got 31"),
         ({"positions": {"impressions": {"0": "12"}}}, r"positions\[...\]\[...\]: expected `int`, got `str`"),
         ({"positions": {"impressions": {"0": -1}}}, r"positions\[...\]\[...\]: expected `int` >= 0"),
-        ({"feedback_arrivals": [[1]]}, r"feedback_arrivals\[0\]: expected `array` of length 2"),
-        ({"feedback_arrivals": [[1, -1]]}, r"feedback_arrivals\[0\]\[1\]: expected `int` >= 0"),
+        ({"feedback_arrivals": [[1]]}, r"feedback_arrivals\[0\]: expected `array` of length 5"),
+        ({"feedback_arrivals": [[1, -1, 0, 0, 0]]}, r"feedback_arrivals\[0\]\[1\]: expected `int` >= 0"),
         ({"metrics": []}, "metrics: expected `object`, got `array`"),
         ({"colour": "blue"}, "object contains unknown field `colour`"),
     ],

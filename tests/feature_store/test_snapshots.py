@@ -52,7 +52,7 @@ class InterruptedClient(redis.Redis):
 
 
 def make_store(client: redis.Redis, namespace: str, **config: int) -> SnapshotStore:
-    return SnapshotStore(client, namespace, SnapshotStoreConfig(**{"chunk_bytes": 1000, **config}))
+    return SnapshotStore(client, namespace, SnapshotStoreConfig(**{"chunk_bytes": 1000, **config}))  # type: ignore[arg-type] # tests name the numbers
 
 
 def publish(store: SnapshotStore, version: int, payload: bytes, lineage: str = "a") -> Manifest:
@@ -63,12 +63,12 @@ def publish(store: SnapshotStore, version: int, payload: bytes, lineage: str = "
         schema_hash=SCHEMA_HASH,
         step=version,
         created_ms=1_700_000_000_000 + version,
-        feedback_arrivals=((1_700_000_000_000, version),),
+        feedback_arrivals=((1_700_000_000_000, version, 0, 0, 0),),
     )
 
 
 def chunk_keys(client: redis.Redis, namespace: str) -> set[bytes]:
-    return {key for key in client.scan_iter(f"{namespace}:snapshots:chunk:*") if isinstance(key, bytes)}
+    return {key for key in client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*") if isinstance(key, bytes)}
 
 
 def test_an_empty_store_has_no_snapshots(client: redis.Redis, namespace: str) -> None:
@@ -92,7 +92,7 @@ def test_what_is_published_is_loaded(client: redis.Redis, namespace: str) -> Non
         event_time_ms=4,
         positions={"impressions": {"0": 9}},
         metrics={"auc": 0.5},
-        feedback_arrivals=((1, 2),),
+        feedback_arrivals=((1, 2, 3, 4, 5),),
     )
 
     assert [chunk.bytes for chunk in published.chunks] == [1000, 1000, 1000, 500]
@@ -144,8 +144,8 @@ def test_of_two_publishers_the_later_version_wins(client: redis.Redis, namespace
     fast = make_store(client, namespace)
 
     def overtake(key: str) -> None:
-        client.hset(f"{namespace}:snapshots:manifests", "a:9", fast.get("b", 1).to_json())
-        client.set(f"{namespace}:snapshots:current", "a:9")
+        client.hset(f"{{{namespace}}}:snapshots:manifests", "a:9", fast.get("b", 1).to_json())
+        client.set(f"{{{namespace}}}:snapshots:current", "a:9")
 
     publish(fast, 1, b"other", lineage="b")
     slow = make_store(InterruptedClient(client, 0, overtake), namespace)
@@ -187,7 +187,7 @@ def test_a_damaged_chunk_is_named(client: redis.Redis, namespace: str, damage: b
     store = make_store(client, namespace)
     manifest = publish(store, 1, bytes(2500))
 
-    key = f"{namespace}:snapshots:chunk:{manifest.upload}:1"
+    key = f"{{{namespace}}}:snapshots:chunk:{manifest.upload}:1"
 
     assert client.exists(key)
 
@@ -235,7 +235,7 @@ def test_manifests_are_bounded_too(client: redis.Redis, namespace: str) -> None:
     manifests = [publish(store, version, bytes(1000)) for version in range(1, 10)]
 
     assert store.manifests_between("a", 0, 100) == tuple(manifests[-4:])
-    assert client.hlen(f"{namespace}:snapshots:manifests") == 4
+    assert client.hlen(f"{{{namespace}}}:snapshots:manifests") == 4
     with pytest.raises(SnapshotNotFound, match="snapshot a:1: not in Redis"):
         store.get("a", 1)
 
@@ -294,7 +294,7 @@ def test_the_next_publisher_of_the_lineage_removes_them(client: redis.Redis, red
 
     assert not orphans & chunk_keys(client, namespace)
     assert store.load(second) == b"two"
-    assert client.hlen(f"{namespace}:snapshots:uploads") == 0
+    assert client.hlen(f"{{{namespace}}}:snapshots:uploads") == 0
 
 
 def test_a_publisher_of_another_lineage_leaves_an_upload_that_may_still_run(
@@ -394,7 +394,7 @@ def test_a_callers_mistake_is_a_value_error(
 @pytest.mark.parametrize("name", ["chunk_bytes", "retain_bytes", "min_retained", "max_manifests", "upload_ttl_s"])
 def test_a_config_value_out_of_range_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"SnapshotStoreConfig.{name}: 0, expected at least 1"):
-        SnapshotStoreConfig(**{name: 0})
+        SnapshotStoreConfig(**{name: 0})  # type: ignore[arg-type] # a number
 
 
 def test_fewer_manifests_than_snapshots_are_refused() -> None:

@@ -168,7 +168,7 @@ def test_a_chain_that_is_longer_than_the_bounds_asks_for_a_base(client: redis.Re
 
         publish(table, publisher)
         until(lambda publisher=publisher: publisher.bases == 1, "a base")  # type: ignore[misc] # binds the loop's
-        assert store.base("line", table.step) is not None
+        assert store.bases(store.list()).keys() == {("line", table.step)}
         assert not wants_base(publisher)
         assert publisher.close()
 
