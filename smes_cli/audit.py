@@ -2,17 +2,18 @@
 
 import json
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from smes.errors import CheckpointError
-from smes_cli.command_line import EXIT_CHECK_FAILED, SchemaOfEvents, config_of
+from smes_cli.command_line import EXIT_CHECK_FAILED, SchemaOfEvents, config_of, writable
 from smes_cli.console import console, errors, number, progress
 
 if TYPE_CHECKING:
-    from stream.audit import AuditResult
+    from stream.audit_result import AuditResult
 
 _COLUMNS = (
     "appended", "read", "trained", "waiting", "late", "duplicate", "orphaned", "dead_lettered", "unread",
@@ -23,12 +24,20 @@ _COLUMNS = (
 def audit(
     context: typer.Context,
     schema: SchemaOfEvents = None,
+    marks: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file that remembers where audits have ended: what was audited once may be trimmed before the next.",
+            callback=writable,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Recount the event log against the ledgers of the newest checkpoint. Changes nothing; exits with 3 if it fails."""
     config = config_of(context, schema)
     from smes_cli.stream_state import newest_stream_state
     from stream.audit import audit as recount
+    from stream.audit_marks import read_marks, write_marks
     from stream.log.open_log import open_event_log
 
     if config.trainer.checkpoint.directory is None:
@@ -38,6 +47,7 @@ def audit(
         raise CheckpointError(
             f"checkpoint folder {config.trainer.checkpoint.directory}: no checkpoint, expected one to audit"
         )
+    known = [] if marks is None else read_marks(marks)
     with closing(open_event_log(config.event_log)) as log, progress("audit", None) as advance:
         result = recount(
             log,
@@ -45,6 +55,7 @@ def audit(
             state.arrays,
             trained=state.trained,
             not_finite=state.not_finite,
+            marks=known,
             on_progress=None if as_json else lambda records: advance(records, "records read"),
         )
     about = {"lineage": state.lineage, "step": state.step}
@@ -56,6 +67,8 @@ def audit(
         for each in result.imbalances:
             errors.print(f"does not balance: {each}", style="bold red", highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_CHECK_FAILED)
+    if marks is not None:
+        write_marks(marks, [*known, *result.marks])
 
 
 def _print(result: "AuditResult", about: dict[str, Any]) -> None:

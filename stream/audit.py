@@ -7,8 +7,8 @@ than the trainer; the ledgers are the trainer's own. For every partition of both
 ``log``
     The checkpoint's position lies in the log, and it is the log that the checkpoint means.
 ``read``
-    events read = events in the log from where reading began to the position. ``≥`` if retention, or somebody, has taken
-    records from there since.
+    events read = events in the log from where reading began to the position. If retention has taken records from there
+    since: from where an earlier audit ended (:mod:`stream.audit_marks`), or ``≥``, as where somebody deleted records.
 ``ledger``
     impressions read = emitted + waiting + late + duplicate; feedback read = attached + corrected + waiting + late +
     orphaned + duplicate; without those that were refused.
@@ -30,14 +30,16 @@ What lies behind the position is unread: counted, and part of no equation.
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from smes.arrays import Arrays
 from smes.events import FIRST
 from smes.schema import Schema
+from stream.audit_marks import Mark, oldest_that_counts
+from stream.audit_result import AuditResult, Equation, Imbalance, PartitionAudit
 from stream.join.kernels import EARLY, WAITING
 from stream.join.ledgers import CORRECTED, DUPLICATE, HELD, LATE, ORPHANED, READ, USED
 from stream.log.event_log import EventLog, Positions, TopicPartition
@@ -45,111 +47,6 @@ from stream.partition_state import saved_partitions, state_name
 from stream.recount import LetterRecount, Progress, Recount, Recounter, Span, recount_letters
 from stream.sources import Began, began_in, counted_in, lost_in
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
-
-Equation = Literal["log", "read", "ledger", "waiting", "dead_letters", "trained", "replayed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Imbalance:
-    """An equation that does not hold.
-
-    Attributes:
-        equation: Which one.
-        topic, partition: Where; None for one that is about all partitions.
-        message: In words, with the numbers.
-        numbers: The numbers by name.
-    """
-
-    equation: Equation
-    topic: str | None
-    partition: int | None
-    message: str
-    numbers: dict[str, int]
-
-    def __str__(self) -> str:
-        where = "" if self.topic is None else f"{self.topic}/{self.partition}: "
-        return f"{self.equation}: {where}{self.message}"
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionAudit:
-    """One partition, in events unless said otherwise.
-
-    Attributes:
-        topic, partition: Which one.
-        begin, position, end: Offsets: the oldest record kept, the checkpoint's next record to read, the end.
-        appended: Read and unread together. What was lost unread was appended, too, and never counted.
-        read: Read by the trainer, those refused among them.
-        recounted: Of these, in the log now.
-        trained: Handed to the trainer; of feedback: attached to an impression, or trained on as a correction.
-        waiting: In the join, or in batches not yet taken.
-        late, duplicate, orphaned, dead_lettered: Not trained on, and why.
-        unread: In the log behind the position.
-        trimmed_read: Records that retention took after they were read, in offsets.
-        trimmed_unread: Records that retention took unread: they are lost, in offsets. The trainer was told to go on
-            without them, or it has yet to find out.
-        logs_replaced: How often the log was another one; what the one before held unread is lost, uncounted.
-        gaps: Records that somebody deleted before they were read.
-        unreadable: What was no record of ours; among the dead-lettered.
-        letters: Events of the dead letters on it that were found, copies not counted.
-        reinjected: Records that a replay of dead letters appended, among the others.
-    """
-
-    topic: str
-    partition: int
-    begin: int
-    position: int
-    end: int
-    appended: int = 0
-    read: int = 0
-    recounted: int = 0
-    trained: int = 0
-    waiting: int = 0
-    late: int = 0
-    duplicate: int = 0
-    orphaned: int = 0
-    dead_lettered: int = 0
-    unread: int = 0
-    trimmed_read: int = 0
-    trimmed_unread: int = 0
-    logs_replaced: int = 0
-    gaps: int = 0
-    unreadable: int = 0
-    letters: int = 0
-    reinjected: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class AuditResult:
-    """What an audit found.
-
-    Attributes:
-        partitions: Every partition of both topics.
-        imbalances: Equations that do not hold; empty: the audit balances.
-        equations: How many were checked.
-        notes: What could not be checked, and why.
-        letters: Dead letters found, by code, in events; copies not counted.
-        letters_replayed: How many letters were re-injected.
-        trained, not_finite: Impressions, by the trainer's own count.
-    """
-
-    partitions: list[PartitionAudit]
-    imbalances: list[Imbalance]
-    equations: int
-    notes: list[str]
-    letters: dict[str, int]
-    letters_replayed: int
-    trained: int
-    not_finite: int
-
-    @property
-    def balanced(self) -> bool:
-        """Whether every equation holds."""
-        return not self.imbalances
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"balanced": self.balanced, **asdict(self)}
 
 
 def audit(
@@ -159,6 +56,7 @@ def audit(
     *,
     trained: int,
     not_finite: int,
+    marks: Sequence[Mark] = (),
     on_progress: Progress | None = None,
 ) -> AuditResult:
     """Recount the log against a state of the stream.
@@ -169,17 +67,20 @@ def audit(
         state: Of the stream, as a checkpoint has it (:mod:`stream.partition_state`).
         trained: Impressions trained on, as the trainer counts them.
         not_finite: Impressions of steps that were not finite, likewise.
+        marks: Where earlier audits have ended.
         on_progress: Told how many records were read so far.
 
     Raises:
         EventLogError, EventLogUnavailable: As the log raises them.
         KeyError: The state is not one of this version.
     """
-    return _Audit(log, schema, state, on_progress or (lambda records: None)).run(trained, not_finite)
+    return _Audit(log, schema, state, marks, on_progress or (lambda records: None)).run(trained, not_finite)
 
 
 class _Audit:
-    def __init__(self, log: EventLog, schema: Schema, state: Arrays, on_progress: Progress) -> None:
+    def __init__(
+        self, log: EventLog, schema: Schema, state: Arrays, marks: Sequence[Mark], on_progress: Progress
+    ) -> None:
         self._log, self._schema, self._state, self._on_progress = log, schema, state, on_progress
         self._imbalances: list[Imbalance] = []
         self._equations = 0
@@ -187,6 +88,9 @@ class _Audit:
         saved = [TopicPartition(topic, p) for topic in (IMPRESSIONS, FEEDBACK) for p in saved_partitions(state, topic)]
         self._saved = [s for s in saved if state_name(s.topic, s.partition, "position") in state]
         self._present = log.incarnations(IMPRESSIONS) | log.incarnations(FEEDBACK)
+        begin = log.begin(IMPRESSIONS) | log.begin(FEEDBACK)
+        self._ends_here = {source: self._mark(source) for source in self._saved}
+        self._start = {source: self._recount_from(source, marks, begin.get(source, 0)) for source in self._saved}
         self._queued = Counter(
             {
                 source: int(np.count_nonzero(self._array(source, "queued.kind") <= FIRST))
@@ -227,6 +131,7 @@ class _Audit:
             letters_replayed=len(letters.replayed),
             trained=trained,
             not_finite=not_finite,
+            marks=list(self._ends_here.values()),
         )
 
     def _note_letters(self, letters: LetterRecount) -> None:
@@ -248,10 +153,20 @@ class _Audit:
             begin = self._log.begin(source.topic)[source]
             return Span("", begin, begin)
         incarnation = self._array(source, "incarnation").tobytes().decode(errors="replace")
-        return Span(incarnation, self._began(source).position, int(self._array(source, "position")[0]))
+        return Span(incarnation, self._start[source].position, int(self._array(source, "position")[0]))
 
-    def _began(self, source: TopicPartition) -> Began:
-        return began_in(self._state, source)
+    def _mark(self, source: TopicPartition) -> Mark:
+        """Where the checkpoint is."""
+        began, counted = began_in(self._state, source), counted_in(self._state, source)
+        log = self._array(source, "incarnation").tobytes().decode(errors="replace")
+        position = int(self._array(source, "position")[0])
+        return Mark(source.topic, source.partition, log, began.position, position, *counted)
+
+    def _recount_from(self, source: TopicPartition, marks: Sequence[Mark], begin: int) -> Began:
+        """Where counting begins: where reading did, or if that is gone, where an earlier audit has ended."""
+        began = began_in(self._state, source)
+        mark = oldest_that_counts(marks, self._ends_here[source], begin) if begin > began.position else None
+        return began if mark is None else Began(mark.position, mark.read, mark.dead_lettered, mark.gaps)
 
     def _row(
         self, source: TopicPartition, span: Span, recount: Recount, letters: LetterRecount, end: int
@@ -285,7 +200,7 @@ class _Audit:
             orphaned=ledger[ORPHANED],
             dead_lettered=counted.dead_lettered,
             unread=recount.unread,
-            trimmed_read=max(0, min(recount.begin, span.position) - span.began),
+            trimmed_read=max(0, min(recount.begin, span.position) - began_in(self._state, source).position),
             trimmed_unread=lost.trimmed + max(0, recount.begin - span.position),
             logs_replaced=lost.replaced,
             gaps=counted.gaps,
@@ -318,7 +233,7 @@ class _Audit:
         return begin <= position <= end
 
     def _check_read(self, source: TopicPartition, span: Span, recount: Recount) -> None:
-        began, counted = self._began(source), counted_in(self._state, source)
+        began, counted = self._start[source], counted_in(self._state, source)
         read, gone = counted.read - began.read, max(0, recount.begin - began.position)
         deleted = max(0, recount.gaps - (counted.gaps - began.gaps))
         since = f"offsets {max(began.position, recount.begin)} … {span.position - 1}"
@@ -366,7 +281,7 @@ class _Audit:
         return count
 
     def _check_letters(self, source: TopicPartition, letters: LetterRecount) -> None:
-        began, counted, found = self._began(source), counted_in(self._state, source), letters.spans[source]
+        began, counted, found = self._start[source], counted_in(self._state, source), letters.spans[source]
         dead = counted.dead_lettered - began.dead_lettered
         what = f"{dead:,} events dead-lettered, but the letters there are stand for {found.all:,}"
         holds = found.sure <= dead and (dead <= found.all or bool(letters.trimmed))

@@ -147,7 +147,9 @@ def test_letters_are_listed_shown_replayed_trained_on_once_and_the_audit_balance
     assert result["balanced"]
     assert sum(each["reinjected"] for each in result["partitions"]) == result["letters_replayed"] == fixable
     assert result["checkpoint"]["step"] == after["version"]
-    text = smes(path, capsys, "audit")
+    marks = path.parent / "marks"
+    text = smes(path, capsys, "audit", "--marks", str(marks))
+    assert len(marks.read_text().splitlines()) == 4
     assert f"balanced: {4 * 5 + 2} equations hold" in text
     assert "impressions, all" in text
 

@@ -15,7 +15,8 @@ from kafka import TopicPartition as KafkaPartition
 from smes.arrays import Arrays
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema, Task
-from stream.audit import AuditResult, audit
+from stream.audit import audit
+from stream.audit_result import AuditResult
 from stream.codec.codec import Codec, encode_feedback, encode_impressions, headers
 from stream.dead_letter_reading import StoredLetter, read_entries
 from stream.dead_letters import DeadLetterWriter

@@ -6,13 +6,17 @@ wrongly; every kind of loss, and every wrong count, is named with its equation, 
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 
 from smes.errors import PositionOutOfRange
-from stream.audit import AuditResult
+from stream.audit import audit
+from stream.audit_marks import Mark, oldest_that_counts, read_marks, write_marks
+from stream.audit_result import AuditResult
 from stream.codec.codec import decode
 from stream.dead_letter_replay import Replayer
 from stream.dead_letters import DeadLetterWriter
@@ -233,6 +237,54 @@ def test_records_trimmed_after_they_were_read_are_no_loss_and_the_rest_is_still_
     state = reader.state()
     state[f"{IMPRESSIONS}/1/ledger"][[READ, USED]] -= 101  # fewer than are there
     assert ("read", *_of(SHOWN)) in equations(reader.audit(state))
+
+
+def test_audits_that_follow_each_other_leave_nothing_unchecked_where_retention_takes_what_was_read(
+    world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "marks"
+    reader = Reader(world.log)
+    for i in range(3):
+        append_good(world.log, range(400 * i, 400 * i + 400))
+        world.log.append(IMPRESSIONS, [impression(10**6 + i, item_id="x")])
+        reader.read_all()
+        marks = read_marks(path)
+        result = audit(world.log, SCHEMA, reader.state(), trained=reader.trained, not_finite=0, marks=marks)
+        assert (result.balanced, result.notes) == (True, [])
+        write_marks(path, [*marks, *result.marks])
+        for at, end in world.log.end(IMPRESSIONS).items():
+            world.trim(at, end - 20)
+
+    # Without the marks, one side only: an event that is not in the log would not be found.
+    append_good(world.log, range(2000, 2100))
+    reader.read_all()
+    state = reader.state()
+    state[f"{IMPRESSIONS}/1/ledger"][[READ, LATE]] += 1
+    assert reader.audit(state).balanced
+    found = audit(world.log, SCHEMA, state, trained=reader.trained, not_finite=0, marks=read_marks(path))
+    assert equations(found) == {("read", *_of(SHOWN))}
+    [wrong] = found.imbalances
+    assert wrong.numbers["read"] == wrong.numbers["recounted"] + 1 < 150
+
+
+def test_a_file_of_marks_keeps_the_newest_and_names_a_line_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "marks"
+    assert read_marks(path) == []
+    marks = [Mark(IMPRESSIONS, p, "a", 0, i, i, 0, 0) for i in range(150) for p in (0, 1)]
+    write_marks(path, marks)
+    assert sorted(read_marks(path), key=lambda mark: mark.position) == marks[-200:]
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(ValueError, match="line 201: expected a mark of an audit"):
+        read_marks(path)
+    here = Mark(IMPRESSIONS, 0, "a", 0, 120, 0, 0, 0)
+    assert oldest_that_counts(marks, here, 30) == marks[60]
+    assert oldest_that_counts(marks, here, 121) is None
+    others = [replace_mark(here, log="b"), replace_mark(here, began=1), replace_mark(here, partition=2)]
+    assert all(oldest_that_counts(marks, other, 30) is None for other in others)
+
+
+def replace_mark(mark: Mark, **changes: object) -> Mark:
+    return msgspec.structs.replace(mark, **changes)
 
 
 def test_deleted_and_unreadable_records_balance(log: InMemoryLog) -> None:
