@@ -174,7 +174,8 @@ def _trainer(config: Config, schema: Schema, log: EventLog, stack: ExitStack) ->
     stream = ExampleStream(schema, config.stream, log, DeadLetterWriter(log))
     trainer = Trainer(learner, stream, build_evaluation(config, learner), Flags(), lineage="a1b2c3d4")
     warm_up(config, schema)
-    client = connect(config.feature_store.redis_url, config.feature_store.timeout_s)
+    place = config.feature_store
+    client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
     stack.callback(client.close)
     store = SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
     model = config.model.to_dict()
@@ -187,7 +188,9 @@ def _trainer(config: Config, schema: Schema, log: EventLog, stack: ExitStack) ->
 def _scorer(config: Config, schema: Schema) -> Iterator[int]:
     """Run the scorer in a thread of this process, on a free port, which is given."""
     store = config.feature_store
-    app = create_app(config.scorer, schema, redis_url=store.redis_url, namespace=store.namespace)
+    app = create_app(
+        config.scorer, schema, redis_url=store.redis_url, redis_access=store.redis_access, namespace=store.namespace
+    )
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, name="scorer")
     thread.start()

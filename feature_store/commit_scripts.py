@@ -4,13 +4,12 @@
 """
 
 from feature_store.lease import LEASE_FUNCTIONS
-from feature_store.manifest import MAX_CHUNKS
 
 # Commits an upload in one atomic step.
 #
-# KEYS: current, manifests, index, history, sequence, uploads, lease, fencing.
-# ARGV: lineage, version, manifest JSON, upload, number of chunks, prefix of the chunk keys, fencing number, channel,
-#       the version that a delta applies to ('' for a full snapshot).
+# KEYS: current, manifests, index, history, sequence, uploads, lease, fencing, then the chunks in order.
+# ARGV: lineage, version, manifest JSON, upload, fencing number, channel, the version that a delta applies to ('' for a
+#       full snapshot).
 # Returns
 #   'ok'         committed, now or by an earlier call whose answer the client lost;
 #   'fenced …'   another publisher holds or held the lease (as taken() has it), nothing was changed;
@@ -20,10 +19,9 @@ from feature_store.manifest import MAX_CHUNKS
 #
 # A pointer counts only if it names a snapshot that has a manifest.
 COMMIT = f"""{LEASE_FUNCTIONS}
-local current, manifests, index, history, sequence, uploads, lease, fencing = unpack(KEYS)
-local lineage, version, manifest, upload, chunks, prefix, number, channel, parent = unpack(ARGV)
+local current, manifests, index, history, sequence, uploads, lease, fencing = unpack(KEYS, 1, 8)
+local lineage, version, manifest, upload, number, channel, parent = unpack(ARGV)
 local member = lineage .. ':' .. version
-chunks = math.min(tonumber(chunks), {MAX_CHUNKS})
 local other = taken(lease, fencing, number)
 if other then return 'fenced ' .. other end
 if redis.call('HEXISTS', uploads, upload) == 0 then
@@ -38,10 +36,10 @@ if type(pointer) == 'string' and redis.call('HEXISTS', manifests, pointer) == 1 
     end
 end
 if parent ~= '' and pointer ~= lineage .. ':' .. parent then return 'gap ' .. tostring(pointer) end
-for i = 0, chunks - 1 do
-    if redis.call('EXISTS', prefix .. upload .. ':' .. i) == 0 then return 'lost ' .. i end
+for i = 9, #KEYS do
+    if redis.call('EXISTS', KEYS[i]) == 0 then return 'lost ' .. (i - 9) end
 end
-for i = 0, chunks - 1 do redis.call('PERSIST', prefix .. upload .. ':' .. i) end
+for i = 9, #KEYS do redis.call('PERSIST', KEYS[i]) end
 local order = redis.call('INCR', sequence)
 redis.call('HSET', manifests, member, manifest)
 redis.call('ZADD', index, order, member)
@@ -54,14 +52,13 @@ return 'ok'
 
 # Commits the base of a version that was published as a delta, in one atomic step.
 #
-# KEYS: index, manifests, bases, uploads, lease, fencing.
-# ARGV: lineage, version, manifest JSON, upload, number of chunks, prefix of the chunk keys, fencing number.
+# KEYS: index, manifests, bases, uploads, lease, fencing, then the chunks in order.
+# ARGV: lineage, version, manifest JSON, upload, fencing number.
 # Returns 'ok', 'fenced …' and 'lost I' as above, or 'gone': the version itself cannot be loaded any more.
 COMMIT_BASE = f"""{LEASE_FUNCTIONS}
-local index, manifests, bases, uploads, lease, fencing = unpack(KEYS)
-local lineage, version, manifest, upload, chunks, prefix, number = unpack(ARGV)
+local index, manifests, bases, uploads, lease, fencing = unpack(KEYS, 1, 6)
+local lineage, version, manifest, upload, number = unpack(ARGV)
 local member = lineage .. ':' .. version
-chunks = math.min(tonumber(chunks), {MAX_CHUNKS})
 local other = taken(lease, fencing, number)
 if other then return 'fenced ' .. other end
 if redis.call('HEXISTS', uploads, upload) == 0 then
@@ -69,10 +66,10 @@ if redis.call('HEXISTS', uploads, upload) == 0 then
     return 'lost 0'
 end
 if not redis.call('ZSCORE', index, member) or redis.call('HEXISTS', manifests, member) == 0 then return 'gone' end
-for i = 0, chunks - 1 do
-    if redis.call('EXISTS', prefix .. upload .. ':' .. i) == 0 then return 'lost ' .. i end
+for i = 7, #KEYS do
+    if redis.call('EXISTS', KEYS[i]) == 0 then return 'lost ' .. (i - 7) end
 end
-for i = 0, chunks - 1 do redis.call('PERSIST', prefix .. upload .. ':' .. i) end
+for i = 7, #KEYS do redis.call('PERSIST', KEYS[i]) end
 redis.call('HSET', bases, member, manifest)
 redis.call('HDEL', uploads, upload)
 return 'ok'
@@ -80,15 +77,18 @@ return 'ok'
 
 # Puts keys of the wrong kind aside, and lets the sequence go on above every order given so far.
 #
-# KEYS: sequence, index, history, manifests, uploads, bases. Returns the keys that were broken.
+# KEYS: sequence, index, history, manifests, uploads, bases, then the names under which each of these is put aside.
+# Returns the keys that were broken.
 MEND = """
-local sequence, index, history, manifests, uploads, bases = unpack(KEYS)
+local sequence, index, history, manifests, uploads, bases = unpack(KEYS, 1, 6)
+local aside = {}
+for i = 1, 6 do aside[KEYS[i]] = KEYS[i + 6] end
 local broken = {}
 local function expect(key, kind)
     local found = redis.call('TYPE', key).ok
     if found == 'none' or found == kind then return end
-    redis.call('RENAME', key, key .. ':broken')
-    redis.call('EXPIRE', key .. ':broken', 86400)
+    redis.call('RENAME', key, aside[key])
+    redis.call('EXPIRE', aside[key], 86400)
     table.insert(broken, key)
 end
 expect(sequence, 'string')

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from smes.ranges import PositiveFloat, PositiveInt, check_ranges
+from smes_io.redis_access import RedisAccess, key_prefix
 
 _MIB = 1024 * 1024
 
@@ -54,16 +55,22 @@ class FeatureStoreConfig:
     """Where snapshots and entity features are stored.
 
     Attributes:
-        redis_url: The Redis server, ``redis://[user:password@]host:port/database``.
+        redis_url: The Redis server, ``redis://[user:password@]host:port/database``, by TLS ``rediss://…``.
+        redis_access: How Redis lets us in, beside what the URL says.
         namespace: Prefix of every key. Deployments with different namespaces can share a server.
         timeout_s: Longest wait for the server, at the start and for each answer.
         snapshots: Sizes and retention.
     """
 
     redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_access: RedisAccess = field(default_factory=RedisAccess)
     namespace: str = "smes"
     timeout_s: PositiveFloat = 10.0
     snapshots: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        try:
+            key_prefix(self.namespace)
+        except ValueError as error:
+            raise ValueError(f"FeatureStoreConfig.namespace: {error}") from error

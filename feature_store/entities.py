@@ -1,6 +1,6 @@
 """User and item features in Redis: one fixed-width value per entity, many entities in one round trip.
 
-Keys, all under ``{namespace}:features:``
+Keys, all under ``{namespace}:features:``; the braces are part of the key, a hash tag
 
 ============ ====== ===================================================================================
 ``schema``     string :attr:`smes.schema.Schema.hash` of the schema that the values were written with
@@ -27,6 +27,7 @@ from feature_store.damage import Damage, shown
 from smes.arrays import F32, I64, Bool
 from smes.errors import FeatureStoreError, SchemaMismatch
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
+from smes_io.redis_access import key_prefix
 from smes_io.redis_client import address, translated
 
 Entity = Literal["user", "item"]
@@ -77,7 +78,7 @@ class EntityStore:
         """What was found broken in the store."""
         self._client = client
         self._schema = schema
-        self._prefix = f"{namespace}:features:"
+        self._prefix = f"{key_prefix(namespace)}:features:"
         self._layouts: dict[Entity, _Layout] = {e: _Layout.of(schema, e) for e in ("user", "item")}
 
     def put_many(self, entity: Entity, ids: I64, columns: Mapping[str, NDArray[Any]]) -> None:

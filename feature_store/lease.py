@@ -1,6 +1,6 @@
 """The publisher's lease: at most one trainer publishes in a namespace, and a trainer that lost its lease cannot.
 
-Keys, both under ``{namespace}:snapshots:``
+Keys, both under ``{namespace}:snapshots:``; the braces are part of the key, a hash tag
 
 ============ ====== =======================================================================================
 ``lease``    string ``number:since:token:holder`` of the publisher; it expires by Redis' own clock

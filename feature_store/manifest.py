@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import Meta
 
 from smes.errors import SnapshotError, SnapshotStale
+from smes_io.redis_access import key_prefix
 
 LARGEST_INTEGER = 2**53 - 1
 """JSON readers and Lua keep integers exactly up to here."""
@@ -195,13 +196,13 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class SnapshotKeys:
-    """Names of the keys in the module's table."""
+    """Names of the keys in the module's table. All have one hash tag, so that one server of a cluster has them."""
 
     namespace: str
 
     def key(self, name: str) -> str:
         """The key of this name in the table."""
-        return f"{self.namespace}:snapshots:{name}"
+        return f"{key_prefix(self.namespace)}:snapshots:{name}"
 
     def chunk(self, upload: str, i: int) -> str:
         """The key of chunk i of an upload."""

@@ -1,6 +1,7 @@
 """How a snapshot is written to Redis and removed from it.
 
-The keys are :class:`feature_store.manifest.SnapshotKeys`, all under ``{namespace}:snapshots:``
+The keys are :class:`feature_store.manifest.SnapshotKeys`, all under ``{namespace}:snapshots:``; the braces
+are part of the key: a hash tag, so that one server of a Redis Cluster has all of them.
 
 ================== ======= ==========================================================================
 ``current``        string  ``lineage:version`` of the snapshot that serving should load
@@ -22,8 +23,8 @@ writes the manifest, moves ``current`` and announces the snapshot. So readers se
 one, whenever the publisher dies. A delta is committed only while ``current`` names the version that it applies to. A
 base is written likewise, but its script neither moves ``current`` nor announces anything: nothing new is served by it.
 
-No script loops over more than a bounded number of keys, so that none keeps Redis from answering others. A key of the
-wrong kind is put aside, as ``{key}:broken``, for a day.
+No script loops over more than a bounded number of keys, so that none keeps Redis from answering others. All keys that a
+script touches are given to it as its KEYS. A key of the wrong kind is put aside, as ``{key}:broken``, for a day.
 """
 
 import hashlib
@@ -109,6 +110,7 @@ class Publication:
         """Put aside what would refuse a publication: keys of the wrong kind, orders beyond all bounds."""
         names = ("sequence", "index", "history", "manifests", "uploads", "bases")
         keys = [self._keys.key(name) for name in names]
+        keys += [f"{key}:broken" for key in keys]
         broken = self._tried("the snapshots' keys were checked", lambda: self._mend_script(keys=keys))
         for key in broken:
             self._damage.note(f"Redis key {key.decode(errors='replace')}: mended, expected what publications write")
@@ -167,9 +169,9 @@ class Publication:
         self, script: Any, names: Sequence[str], manifest: Manifest, fencing: int | None, more: Sequence[str]
     ) -> None:
         name = member(manifest.lineage, manifest.version)
-        keys = [self._keys.key(key) for key in names]
+        keys = [*(self._keys.key(key) for key in names), *self._keys.chunks(manifest)]
         args: list[str | int | bytes] = [manifest.lineage, manifest.version, manifest.to_json(), manifest.upload]
-        args += [len(manifest.chunks), self._keys.key("chunk:"), "" if fencing is None else str(fencing), *more]
+        args += ["" if fencing is None else str(fencing), *more]
         answer: bytes = self._tried(f"snapshot {name} was published", lambda: script(keys=keys, args=args))
         outcome, _, detail = answer.decode(errors="replace").partition(" ")
         if outcome == "fenced":

@@ -9,7 +9,7 @@ from redis.client import PubSub
 from feature_store.damage import Damage
 from feature_store.manifest import SnapshotKeys
 from feature_store.reading import SnapshotReader
-from smes_io.redis_client import address
+from smes_io.redis_client import address, drop_connections, not_now
 
 
 class SnapshotWatcher:
@@ -95,6 +95,8 @@ class SnapshotWatcher:
     def _lost(self, error: redis.RedisError) -> None:
         self.problem = f"Redis at {address(self._client)} gave no answer: {error}"
         self._unsubscribe()
+        if not_now(error) is not None:  # another server may have the keys, or be the primary, by now
+            drop_connections(self._client)
 
     def _unsubscribe(self) -> None:
         pubsub, self._pubsub = self._pubsub, None

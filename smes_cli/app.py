@@ -354,6 +354,7 @@ def serve(
         scorer,
         config.schema_file().schema,
         redis_url=config.feature_store.redis_url,
+        redis_access=config.feature_store.redis_access,
         namespace=config.feature_store.namespace,
         on_listening=lambda url: console.print(f"scorer: listening on {url}", highlight=False),
     )

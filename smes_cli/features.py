@@ -55,7 +55,8 @@ def load_features(config: "Config", log: Path, *, replace: bool = False) -> dict
     from smes_io.redis_client import connect
 
     schema_file = config.schema_file(log)
-    client = connect(config.feature_store.redis_url, config.feature_store.timeout_s)
+    place = config.feature_store
+    client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
     loaded = {"user": 0, "item": 0}
     try:
         store = EntityStore(client, schema_file.schema, config.feature_store.namespace)

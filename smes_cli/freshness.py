@@ -9,6 +9,7 @@ from rich.table import Table
 from smes.errors import SmesError
 from smes_cli.config import Config
 from smes_cli.console import console, number, write_report
+from smes_scorer.bearer import one_token
 
 _TIMEOUT_S = 10.0
 
@@ -28,16 +29,17 @@ def run_freshness(config: Config, url: str | None, report: Path | None) -> dict[
     """Ask a scorer for its freshness and print it; the figures, which are also written to ``report``.
 
     Args:
-        config: Names the scorer's host and port.
+        config: Names the scorer's host and port, and where its tokens are.
         url: Base URL of the scorer; None: the configured one.
         report: Where to write the figures as JSON, if anywhere.
 
     Raises:
-        SmesError: The scorer gave no answer, or one that has no freshness.
+        SmesError: The scorer gave no answer, or one that has no freshness; or its tokens cannot be read.
     """
     url = (url or _configured(config)).rstrip("/")
+    headers = {} if config.scorer.tokens is None else {"authorization": f"Bearer {one_token(config.scorer.tokens)}"}
     try:
-        response = httpx.get(f"{url}/v1/stats", timeout=_TIMEOUT_S)
+        response = httpx.get(f"{url}/v1/stats", headers=headers, timeout=_TIMEOUT_S)
         response.raise_for_status()
         stats = response.json()
         figures = {key: stats[key] for key in ("freshness_ms", "freshness_stages_ms")}

@@ -79,8 +79,8 @@ def _snapshot_store(config: "Config") -> "SnapshotStore":
     from feature_store.snapshots import SnapshotStore
     from smes_io.redis_client import connect
 
-    store = config.feature_store
-    client = connect(store.redis_url, store.timeout_s, access=store.redis_access, namespace=store.namespace)
+    place = config.feature_store
+    client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
     return SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
 
 

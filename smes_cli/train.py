@@ -214,6 +214,10 @@ def _event_log(config: Config, waits: Waits, stack: ExitStack) -> WaitingLog:
 
 def _store(config: Config, waits: Waits, stack: ExitStack) -> SnapshotStore:
     settings = config.feature_store
-    client = waits.run("feature store", lambda: connect(settings.redis_url, settings.timeout_s))
+    access, namespace = settings.redis_access, settings.namespace
+    client = waits.run(
+        "feature store",
+        lambda: connect(settings.redis_url, settings.timeout_s, access=access, namespace=namespace),
+    )
     stack.callback(client.close)
     return SnapshotStore(client, settings.namespace, settings.snapshots)

@@ -76,12 +76,25 @@ class Tokens:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
 
+def one_token(place: SecretPlace) -> str:
+    """The first of the tokens, for a caller of one's own.
+
+    Raises:
+        SecretError: As of :class:`Tokens`.
+    """
+    return _tokens(place)[0]
+
+
 def _hashes(place: SecretPlace) -> list[bytes]:
+    return [hashlib.sha256(token.encode()).digest() for token in _tokens(place)]
+
+
+def _tokens(place: SecretPlace) -> list[str]:
     try:
         text = place.read()
     except SecretError as error:
         raise SecretError(f"scorer.tokens: {error}") from error
-    hashes = []
+    tokens = []
     for number, line in enumerate(text.splitlines(), 1):
         token = line.strip()
         if not token or token.startswith("#"):
@@ -89,10 +102,10 @@ def _hashes(place: SecretPlace) -> list[bytes]:
         if not _TOKEN.fullmatch(token):
             wanted = f"{LEAST_CHARACTERS} or more of letters, digits and -._~+/, then perhaps ="
             raise SecretError(f"scorer.tokens: {place}: line {number} is no token, expected {wanted}")
-        hashes.append(hashlib.sha256(token.encode()).digest())
-    if not hashes:
+        tokens.append(token)
+    if not tokens:
         raise SecretError(f"scorer.tokens: {place}: no token, expected one a line")
-    return hashes
+    return tokens
 
 
 class BearerOnly:

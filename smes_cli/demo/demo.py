@@ -24,7 +24,9 @@ from smes_cli.demo.requests import RequestLoop, RequestTally
 from smes_cli.demo.workers import Workers
 from smes_cli.features import load_features
 from smes_io.clock import wait_until
+from smes_io.redis_access import RedisAccess, key_prefix
 from smes_io.redis_client import connect
+from stream.log.kafka_access import KafkaAccess
 from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.report import conservation_errors
@@ -137,7 +139,10 @@ def _open_log(config: Config, options: DemoOptions, folder: Path) -> tuple[Path,
 
 
 def _with_servers(config: Config, options: DemoOptions, folder: Path, stack: ExitStack) -> Config:
-    """The configuration with the servers of this run. They are started unless the environment names running ones."""
+    """The configuration with the servers of this run. They are started unless the environment names running ones.
+
+    They let everybody in, and so does the scorer, which is for this run alone.
+    """
     namespace = f"demo-{os.getpid()}-{int(time.time())}"
     given = os.environ.get("REDIS_URL")
     if given:
@@ -145,21 +150,22 @@ def _with_servers(config: Config, options: DemoOptions, folder: Path, stack: Exi
         stack.callback(_remove_keys, redis_url, namespace)
     else:
         redis_url = stack.enter_context(start_valkey(folder / "valkey")).url
-    event_log = replace(config.event_log, redis_url=redis_url, namespace=namespace, kind="redis")
+    place: dict[str, Any] = {"redis_url": redis_url, "redis_access": RedisAccess(), "namespace": namespace}
+    event_log = replace(config.event_log, **place, kafka_access=KafkaAccess(), kind="redis")
     if options.event_log == "kafka":
         event_log = replace(event_log, kind="kafka", kafka_bootstrap=_kafka(folder, stack))
     trainer = config.trainer
     return replace(
         config,
         event_log=event_log,
-        feature_store=replace(config.feature_store, redis_url=redis_url, namespace=namespace),
+        feature_store=replace(config.feature_store, **place),
         # One core for training and one for everything else; any free port; enough time for the features.
         trainer=replace(
             trainer,
             threads=trainer.threads or 1,
             checkpoint=replace(trainer.checkpoint, directory=folder / "checkpoints"),
         ),
-        scorer=replace(config.scorer, port=0, entity_timeout_ms=1000),
+        scorer=replace(config.scorer, port=0, entity_timeout_ms=1000, tokens=None),
     )
 
 
@@ -198,7 +204,7 @@ def _remove_keys(redis_url: str, namespace: str) -> None:
     """Remove the run's keys from a Redis server that is not its own."""
     client = connect(redis_url, 10.0)
     try:
-        for key in client.scan_iter(match=f"{namespace}:*", count=1000):
+        for key in client.scan_iter(match=f"{key_prefix(namespace)}:*", count=1000):
             client.unlink(key)
     except redis.RedisError as error:
         console.print(f"keys under {namespace}: could not be removed: {error}")

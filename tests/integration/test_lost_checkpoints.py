@@ -138,7 +138,7 @@ def test_in_an_empty_namespace_nothing_is_asked(config: Config, pairs: Pairs) ->
 
 def test_a_snapshot_that_cannot_be_read_is_in_service_too(config: Config, served: Manifest) -> None:
     with connect(config.feature_store.redis_url, 20.0) as client:
-        manifests = f"{config.feature_store.namespace}:snapshots:manifests"
+        manifests = f"{{{config.feature_store.namespace}}}:snapshots:manifests"
         client.hset(manifests, mapping=dict.fromkeys(client.hkeys(manifests), b"junk"))
 
     with pytest.raises(ServingWithoutCheckpoint, match=r"a snapshot .* is in service"):

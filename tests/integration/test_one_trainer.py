@@ -112,7 +112,7 @@ def take_over(config: Config, store: SnapshotStore) -> None:
     from smes_io.redis_client import connect
 
     with connect(config.feature_store.redis_url, 20.0) as client:
-        client.delete(f"{config.feature_store.namespace}:snapshots:lease")
+        client.delete(f"{{{config.feature_store.namespace}}}:snapshots:lease")
     store.acquire("somebody else", 3600)
 
 

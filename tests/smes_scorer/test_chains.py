@@ -80,7 +80,7 @@ def table_of(swap: HotSwap) -> ServingTable:
 def lose(client: redis.Redis, namespace: str, manifest: Manifest) -> None:
     """Remove a payload behind the store's back."""
     assert client.delete(f"{{{namespace}}}:snapshots:chunk:{manifest.upload}:0") or client.delete(
-        f"{namespace}:snapshots:chunk:{manifest.upload}:0"
+        f"{{{namespace}}}:snapshots:chunk:{manifest.upload}:0"
     )
 
 

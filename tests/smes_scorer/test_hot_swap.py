@@ -175,7 +175,7 @@ def test_a_damaged_chunk_is_tried_again_after_a_while(
     client: redis.Redis, namespace: str, store: SnapshotStore, publish: Publish, swap: HotSwap, now_s: list[float]
 ) -> None:
     manifest = publish(store, 1)
-    key = f"{namespace}:snapshots:chunk:{manifest.upload}:0"
+    key = f"{{{namespace}}}:snapshots:chunk:{manifest.upload}:0"
     intact = client.get(key)
     assert isinstance(intact, bytes)
 
@@ -226,7 +226,7 @@ def test_an_older_version_is_not_put_back_into_service(
     publish(store, 5)
     swap.refresh()
 
-    client.set(f"{namespace}:snapshots:current", "a:4")  # Redis restored from an older state
+    client.set(f"{{{namespace}}}:snapshots:current", "a:4")  # Redis restored from an older state
     swap.refresh()
 
     assert version_of(swap) == 5
@@ -252,7 +252,7 @@ def test_a_version_without_its_manifest_is_counted_as_uncounted(
     for number in (2, 3, 4):
         publish(store, number)
 
-    client.zrem(f"{namespace}:snapshots:history", "a:2")
+    client.zrem(f"{{{namespace}}}:snapshots:history", "a:2")
     swap.refresh()
 
     assert version_of(swap) == 4

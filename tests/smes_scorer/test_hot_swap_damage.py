@@ -94,7 +94,7 @@ def test_junk_leaves_the_model_in_service_and_the_next_snapshot_is_loaded(
     for version in (1, 2, 3):
         publish(store, version)
     swap.refresh()
-    junk(client, f"{namespace}:snapshots:")
+    junk(client, f"{{{namespace}}}:snapshots:")
 
     swap.refresh()
     assert version_of(swap) == 3
@@ -113,12 +113,12 @@ def test_a_scorer_that_starts_beside_a_broken_pointer_serves_the_newest_snapshot
 ) -> None:
     for version in (1, 2, 3):
         publish(store, version)
-    junk(client, f"{namespace}:snapshots:")
+    junk(client, f"{{{namespace}}}:snapshots:")
 
     swap.refresh()
 
     assert version_of(swap) in (2, 3)
-    assert f"Redis key {namespace}:snapshots:current: " in str(swap.problem)
+    assert f"Redis key {{{namespace}}}:snapshots:current: " in str(swap.problem)
 
 
 def lies_of(payload: bytes) -> dict[str, bytes]:
@@ -167,7 +167,7 @@ def test_damaged_bytes_are_tried_again_after_longer_and_longer_pauses(
     now_s: list[float],
 ) -> None:
     manifest = publish(store, 1)
-    client.set(f"{namespace}:snapshots:chunk:{manifest.upload}:0", b"junk")
+    client.set(f"{{{namespace}}}:snapshots:chunk:{manifest.upload}:0", b"junk")
 
     for _ in range(3600):
         swap.refresh()
@@ -204,7 +204,7 @@ def test_a_broken_manifest_between_two_versions_is_a_gap_of_freshness_and_no_mor
     swap.refresh()
     for version in (2, 3, 4):
         publish(store, version)
-    client.hset(f"{namespace}:snapshots:manifests", "a:2", "junk")
+    client.hset(f"{{{namespace}}}:snapshots:manifests", "a:2", "junk")
 
     swap.refresh()
 
@@ -296,7 +296,7 @@ def test_a_broken_pointer_is_degraded_in_health_and_metrics_until_the_next_publi
         assert http.get("/health/ready").json()["status"] == "ready"
         assert metric(http, "degraded") == 0
 
-        client.set(f"{namespace}:snapshots:current", "junk")
+        client.set(f"{{{namespace}}}:snapshots:current", "junk")
         until(lambda: metric(http, "degraded") == 1)
         health = http.get("/health/ready")
         assert (health.status_code, health.json()["status"]) == (200, "degraded")
@@ -314,11 +314,11 @@ def test_a_junk_mark_of_the_features_is_degraded_and_no_error(
     client: redis.Redis, namespace: str, store: SnapshotStore, publish: Publish, ready: Ready, mark: bytes
 ) -> None:
     publish(store, 1)
-    client.set(f"{namespace}:features:schema", mark)
+    client.set(f"{{{namespace}}}:features:schema", mark)
     with ready(entity_timeout_ms=5000) as http:
         answers = [http.post("/v1/score", json={"user_id": 1, "items": [1, 2]}) for _ in range(3)]
 
         assert [answer.status_code for answer in answers] == [200] * 3
         assert metric(http, "scored_without_features_total") == 3
         assert metric(http, "degraded") == 1
-        assert f"{namespace}:features:schema: " in http.get("/health/ready").json()["problems"]["features"]
+        assert f"{{{namespace}}}:features:schema: " in http.get("/health/ready").json()["problems"]["features"]
