@@ -14,7 +14,6 @@ from smes.schema import MISSING
 from stream.join.joiner import JoinConfig, Joiner, join_sources
 from stream.join.waits import Correction, Wait
 from tests.stream.join_reference import (
-    EVENTS,
     PARTITIONS,
     SCHEMA,
     Feedback,
@@ -37,6 +36,21 @@ WAITS = st.fixed_dictionaries(
     },
 )
 CORRECTIONS = st.sampled_from(["es_dfm", "fnw", "none"])
+
+
+def _events(seed: int) -> tuple[list[Impression], list[Feedback]]:
+    """Impressions, and feedback near the ends of their waits and windows, in any order."""
+    rng = Random(seed)
+    impressions = [(rng.randint(0, 12), rng.randint(1, 25_000)) for _ in range(rng.randint(0, 20))]
+    feedback = []
+    for _ in range(rng.randint(0, 40)):
+        key, shown_ms = rng.choice([*impressions, (99, 20_000)])
+        delay_ms = rng.choice([rng.randint(-1500, 11_000), -1000, 0, 500, 2000, 5000, 7500, 8000, 10_000])
+        feedback.append((key, max(1, shown_ms + delay_ms), rng.randint(0, 2), rng.choice([0.0, 1.0, 1.0])))
+    return impressions, feedback
+
+
+EVENTS, RANDOMS = st.integers(0, 2**32).map(_events), st.integers(0, 2**32).map(Random)
 WINDOWS_MS = [task.window_ms for task in SCHEMA.tasks]
 BINARY = [task.kind == "binary" for task in SCHEMA.tasks]
 
@@ -173,7 +187,7 @@ def with_order(events: Any, in_order: bool) -> tuple[list[Impression], list[Feed
 
 ANY = (
     EVENTS,
-    st.randoms(use_true_random=False),
+    RANDOMS,
     st.sampled_from([0, 1000, 20_000]),
     st.sampled_from([1, 2, 4]),
     st.booleans(),
@@ -247,7 +261,7 @@ def test_each_impression_closes_once_with_the_labels_of_the_window_and_each_posi
     assert max(negatives.values(), default=0) <= 1
 
 
-@given(EVENTS, st.randoms(use_true_random=False), WAITS, CORRECTIONS)
+@given(EVENTS, RANDOMS, WAITS, CORRECTIONS)
 @settings(max_examples=100, deadline=None)
 @pytest.mark.timeout(600)  # bounds hangs only
 def test_late_shares_are_counted_one_example_after_the_other(  # type: ignore[no-untyped-def] # plain data
@@ -276,7 +290,7 @@ def test_late_shares_are_counted_one_example_after_the_other(  # type: ignore[no
             assert block.late_share[i, t] == pytest.approx(expected, abs=1e-6)
 
 
-@given(EVENTS, st.randoms(use_true_random=False), WAITS, WAITS, CORRECTIONS, CORRECTIONS, st.booleans())
+@given(EVENTS, RANDOMS, WAITS, WAITS, CORRECTIONS, CORRECTIONS, st.booleans())
 @settings(max_examples=150, deadline=None)
 @pytest.mark.timeout(600)  # bounds hangs only
 def test_waits_may_change_at_a_restart(  # type: ignore[no-untyped-def] # plain data
