@@ -2,9 +2,10 @@
 
 One learner trains on the log once, in the order of event time. Beside it stand copies of its weights. One is *replaced
 every* so many seconds of event time: it answers with the weights of the last full period, so they are half a period old
-on average and a period at most. One is never replaced after the warm-up. And the learner itself scores each mini-batch
-just before its step: those weights are as old as a mini-batch, 10 s of event time at most. All copies score the same
-examples, and no example was seen by the weights that score it.
+on average and a period at most. One is never replaced after the warm-up, and one with every mini-batch, just before the
+step on it: those weights are as old as a mini-batch, :data:`CUT_S` of event time at most. All copies score the same examples,
+as a scorer does (an id that they do not know reads its vocabulary's default row), and no example was seen by the
+weights that score it.
 
 What is left out on purpose: labels are known at once. So it is the age of the weights alone that differs, not what the
 join waits for. Features are fresh for all: only the weights age.
@@ -27,10 +28,11 @@ from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from simulators.synthetic import synthesize
 from simulators.world import WorldConfig
-from smes.arrays import F32, I64, Bool
+from smes.arrays import F32, I64, Bool, under
 from smes.events import ExampleBlock
-from smes.model.frozen_model import FrozenModel
+from smes.model.frozen import FrozenWeights
 from smes.model.learner import Learner
+from smes.model.serving import ServingModel
 from smes.schema import Schema
 from smes_cli.building import build_learner
 from smes_cli.config import Config
@@ -40,7 +42,9 @@ from stream.mini_batches import MiniBatchConfig
 AGES: dict[str, float] = {"never": np.inf, "1 day": 86_400, "1 h": 3600, "10 min": 600, "1 min": 60, "every cut": 0}
 """Name → seconds of event time after which the weights that answer are replaced; 0: with every mini-batch."""
 
-BATCH = MiniBatchConfig(size=64, max_age_s=10.0, max_wait_s=None)
+CUT_S = {"KuaiRand": 30.0, "drifting world": 10.0}
+"""Log → seconds of event time in a mini-batch: KuaiRand has an impression every 5 s, the drifting world two a second."""
+
 DRIFTING = WorldConfig(impressions_per_s=2.0, shortest_drift_s=7200, longest_drift_s=86_400, new_item_s=10_800)
 """A world slow enough to pass days: tastes and exposure drift in periods of 2 to 24 h, new items are shown more often
 for some 3 h. It was written down before anything was trained in it."""
@@ -90,9 +94,10 @@ class ValueRun:
     @property
     def config(self) -> Config:
         config = Config(schema="kuairand" if self.log else "synthetic")
+        batch = MiniBatchConfig(size=64, max_age_s=CUT_S[self.name], max_wait_s=None)
         return replace(
             config,
-            stream=replace(config.stream, batch=BATCH),
+            stream=replace(config.stream, batch=batch),
             trainer=replace(config.trainer, seed=self.seed, device="cpu"),
         )
 
@@ -146,29 +151,37 @@ def binary_tasks(schema: Schema) -> list[int]:
     return [t for t, task in enumerate(schema.tasks) if task.kind == "binary"]
 
 
+class _Refillable(ServingModel):
+    """A serving model whose weights are replaced in place: building one takes longer than a step."""
+
+    def refill(self, weights: FrozenWeights) -> None:
+        """Take other weights of the same model."""
+        self._model.load_state_dict(under("dense.", weights.dense))
+        self._rows = weights.rows
+
+
 class _Copy:
-    """Weights that are replaced every so many milliseconds of event time; infinite: never.
+    """Weights that are replaced every so many milliseconds of event time; infinite: never; 0: with every batch.
 
     A copy that is there scores examples later, many at once: its weights stay what they were.
     """
 
     def __init__(self, learner: Learner, every_ms: float, tasks: Sequence[int]) -> None:
         self._learner, self._every_ms, self._tasks = learner, every_ms, tasks
-        self._frozen: FrozenModel | None = None
-        self._period = -1.0
+        self._weights: FrozenWeights | None = None
+        self._model: _Refillable | None = None
+        self._period: float | None = None
         self._waiting: list[ExampleBlock] = []
         self._scores: list[F32] = []
         self.replaced = 0
 
     def before_step(self, examples: ExampleBlock, since_ms: int) -> None:
         """Take a batch that begins so long after the warm-up."""
-        period = since_ms // self._every_ms
-        if self._frozen is None or period != self._period:
+        period = since_ms // self._every_ms if self._every_ms else None
+        if period is None or period != self._period:
             self._score()
-            if self._frozen is not None:
-                self._frozen.close()
-            self._frozen, self._period = FrozenModel.freeze(self._learner), period
-            self.replaced += 1
+            self._replace()
+            self._period = period
         self._waiting.append(examples)
         if sum(map(len, self._waiting)) >= _MOST_WAITING:
             self._score()
@@ -178,10 +191,19 @@ class _Copy:
         self._score()
         return np.concatenate(self._scores)
 
+    def _replace(self) -> None:
+        if self._weights is not None:
+            self._weights.close()
+        self._weights = weights = self._learner.freeze()
+        if self._model is None:
+            self._model = _Refillable(self._learner.schema, self._learner.config, weights.dense, weights.rows)
+        self._model.refill(weights)
+        self.replaced += 1
+
     def _score(self) -> None:
-        if self._waiting and self._frozen is not None:
+        if self._waiting and self._model is not None:
             examples = ExampleBlock.concat(self._waiting)
-            self._scores.append(self._frozen.score(examples.ids, examples.numerics)[:, self._tasks])
+            self._scores.append(self._model.score(examples.ids, examples.numerics)[:, self._tasks])
             self._waiting = []
 
 
@@ -196,8 +218,7 @@ class _AgedScores:
     def __init__(self, learner: Learner, warm_up_ms: int) -> None:
         self._learner, self._warm_up_ms = learner, warm_up_ms
         self._tasks = binary_tasks(learner.schema)
-        self._copies = {name: _Copy(learner, 1000 * s, self._tasks) for name, s in AGES.items() if s}
-        self._fresh: list[F32] = []
+        self._copies = {name: _Copy(learner, 1000 * seconds, self._tasks) for name, seconds in AGES.items()}
         self._labels: list[F32] = []
         self._mask: list[Bool] = []
         self._user: list[I64] = []
@@ -213,9 +234,8 @@ class _AgedScores:
         if since_ms >= 0:
             for copy in self._copies.values():
                 copy.before_step(examples, since_ms)
-        result = self._learner.step(self._learner.prepare(examples))
+        self._learner.step(self._learner.prepare(examples))
         if since_ms >= 0:
-            self._fresh.append(result.scores.numpy()[:, self._tasks].copy())
             self._labels.append(examples.labels[:, self._tasks])
             self._mask.append(examples.label_mask[:, self._tasks])
             self._user.append(examples.user_id)
@@ -223,10 +243,8 @@ class _AgedScores:
 
     def arrays(self) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
         """Scores [A, N, T] in the order of :data:`AGES`, labels and masks [N, T], users [N]."""
-        fresh = np.concatenate(self._fresh)
-        scores = [self._copies[name].scores() if seconds else fresh for name, seconds in AGES.items()]
         return {
-            "scores": np.stack(scores),
+            "scores": np.stack([copy.scores() for copy in self._copies.values()]),
             "labels": np.concatenate(self._labels).astype(np.uint8),
             "mask": np.concatenate(self._mask),
             "user": np.concatenate(self._user),
