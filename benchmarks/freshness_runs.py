@@ -3,9 +3,9 @@
 One learner trains on the log once, in the order of event time. Beside it stand copies of its weights. One is *replaced
 every* so many seconds of event time: it answers with the weights of the last full period, so they are half a period old
 on average and a period at most. One is never replaced after the warm-up, and one with every mini-batch, just before the
-step on it: those weights are as old as a mini-batch, :data:`CUT_S` of event time at most. All copies score the same examples,
-as a scorer does (an id that they do not know reads its vocabulary's default row), and no example was seen by the
-weights that score it.
+step on it: those weights are as old as a mini-batch, :data:`CUT_S` of event time at most. All copies score the same
+examples, as a scorer does (an id that they do not know reads its vocabulary's default row), and no example was seen by
+the weights that score it.
 
 What is left out on purpose: labels are known at once. So it is the age of the weights alone that differs, not what the
 join waits for. Features are fresh for all: only the weights age.
@@ -43,7 +43,8 @@ AGES: dict[str, float] = {"never": np.inf, "1 day": 86_400, "1 h": 3600, "10 min
 """Name → seconds of event time after which the weights that answer are replaced; 0: with every mini-batch."""
 
 CUT_S = {"KuaiRand": 30.0, "drifting world": 10.0}
-"""Log → seconds of event time in a mini-batch: KuaiRand has an impression every 5 s, the drifting world two a second."""
+"""Log → seconds of event time in a mini-batch. KuaiRand has an impression every 5 s, the drifting world two a second.
+"""
 
 DRIFTING = WorldConfig(impressions_per_s=2.0, shortest_drift_s=7200, longest_drift_s=86_400, new_item_s=10_800)
 """A world slow enough to pass days: tastes and exposure drift in periods of 2 to 24 h, new items are shown more often
