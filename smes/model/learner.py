@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +18,14 @@ from smes.arrays import F32, I64, Arrays, prefixed, under
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.deltas import FullView, RowDelta, StateView, whole
+from smes.model.dense_optimizer import DenseOptimizer
 from smes.model.devices import RankBatch, open_device, send_batch
 from smes.model.features import FeatureInputs
 from smes.model.frozen import FrozenWeights
 from smes.model.id_table import IdTable
 from smes.model.ids import pool_weights
 from smes.model.numeric_moments import NumericMoments
-from smes.model.rank_model import ModelOutput, RankModel, build_model
+from smes.model.rank_model import ModelOutput, build_model
 from smes.model.rows_config import RowsConfig
 from smes.model.step_watcher import StepWatcher
 from smes.model.table import RowGradients
@@ -100,7 +100,7 @@ class Learner:
         self._model = build_model(schema, model, seed)
         self._model.shared_rows_V.copy_(torch.from_numpy(self._table.rows.ids.shared_rows))
         self._model.to(self._device.device)
-        self._dense, self._dense_names = _dense_optimizer(self._model, optimizer)
+        self._dense = DenseOptimizer(self._model, optimizer)
         assert isinstance(self._model.ranker, torch.nn.Module), "every ranker is one"
         self._undo = Undo(self._model.ranker)
         self._numerics = NumericMoments(schema)
@@ -177,7 +177,7 @@ class Learner:
             self._undo.unless(taken)
         if not known or taken:
             self._learn(batch, output, gradients, None if known else taken)
-        self._dense.zero_grad(set_to_none=True)
+        self._dense.clear()
         self._steps += 1
         self._unsettled.append((self._device.read_later(taken), len(batch)))
         self._settle(0 if known else 1)
@@ -201,15 +201,11 @@ class Learner:
 
     def _is_finite(self, loss: Tensor, rows: RowGradients) -> Tensor:
         """Whether the loss, and the squares of all gradients, which the optimisers add up, are finite. bool scalar."""
-        dense = [p.grad for group in self._dense.param_groups for p in group["params"] if p.grad is not None]
-        return torch.stack([loss, rows.square, *map(_square, dense)]).sum().isfinite()
+        return torch.stack([loss, rows.square, *map(_square, self._dense.gradients())]).sum().isfinite()
 
     def _learn(self, batch: RankBatch, output: ModelOutput, rows: RowGradients, taken: Tensor | None) -> None:
         """Change what a step changes; if ``taken`` is false, on the device nothing. None: it is true."""
-        # As torch.amp.GradScaler tells a fused optimiser that its step is not to be taken.
-        self._dense.grad_scale = None  # type: ignore[attr-defined]
-        self._dense.found_inf = None if taken is None else (~taken).float()  # type: ignore[attr-defined]
-        self._dense.step()
+        self._dense.step(taken)
         self._table.records.update(batch.rows_U, rows, taken, keep_U=batch.keep_U, rate_U=batch.rate_U)
         mask_BT, weight_B = batch.mask_BT, batch.weight_B
         if taken is not None:
@@ -304,8 +300,7 @@ class Learner:
         """
         self._settle(0)
         tensors = self.dense_serving_state()
-        for index, moments in self._dense.state_dict()["state"].items():
-            tensors |= prefixed(f"adam.{self._dense_names[index]}.", _copies(moments))
+        tensors |= prefixed("adam.", _copies(self._dense.state()))
         if self._finder is not None:
             tensors |= prefixed("groups.", self._finder.state())
         tensors |= prefixed("numerics.", {name: torch.from_numpy(a) for name, a in self._numerics.state().items()})
@@ -333,7 +328,7 @@ class Learner:
         with _of_another_model():
             self._table.load_state(state)
             self._load_dense(state)
-            self._load_adam(state)
+            self._dense.load_state(under("adam.", state))
             self._finder = self._new_finder() if "groups.seen" in state else None
             if self._finder is not None:
                 self._finder.load_state(under("groups.", state))
@@ -357,7 +352,7 @@ class Learner:
             shared_rows: I64 = state["dense.shared_rows_V"].numpy()
             self._table.load_values(under("table.", state), shared_rows)
             self._load_dense({**state, "dense.shared_rows_V": torch.from_numpy(self._table.rows.ids.shared_rows)})
-            self._load_adam({})
+            self._dense.load_state({})
             self._finder = self._new_finder()
             self._unsettled.clear()
             self._steps = step_number
@@ -372,14 +367,6 @@ class Learner:
             {name: state[f"dense.features.moments.{name}_C"].numpy() for name in moments},
             {name: tensor.numpy() for name, tensor in under("numerics.", state).items()},
         )
-
-    def _load_adam(self, state: Mapping[str, Tensor]) -> None:
-        adam = {
-            index: under(f"adam.{name}.", state)
-            for index, name in enumerate(self._dense_names)
-            if f"adam.{name}.step" in state
-        }
-        self._dense.load_state_dict({"state": adam, "param_groups": self._dense.state_dict()["param_groups"]})
 
     def _new_finder(self) -> GroupSearch | None:
         ranker = self._model.ranker
@@ -419,25 +406,3 @@ def _square(gradient: Tensor) -> Tensor:
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-
-
-def _dense_optimizer(model: RankModel, config: OptimizerConfig) -> tuple[torch.optim.AdamW, list[str]]:
-    """Make AdamW for all dense weights. Those of the linear part do not decay.
-
-    Returns:
-        The optimiser, and the names of the weights in the order in which its state numbers them.
-    """
-    wide = {n: p for n, p in model.named_parameters() if n == "features.wide_numerics"}
-    others = {n: p for n, p in model.named_parameters() if n not in wide}
-    groups: list[dict[str, Any]] = [
-        {"params": [*others.values()]},
-        {"params": [*wide.values()], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    return adamw, [*others, *wide]
