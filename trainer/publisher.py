@@ -24,13 +24,14 @@ from smes.errors import LeaseLost, SmesError, SnapshotGap, SnapshotStale
 from smes.schema import Schema
 from trainer.cuts import Cancelled, Cut, Payloads
 from trainer.lease import LeaseKeeper
+from trainer.waiting_cuts import WaitingCuts
 
 _logger = logging.getLogger(__name__)
 _RETRY_S = 1.0
 _LONGEST_RETRY_S = 30.0  # of a full snapshot that the store does not take
+_AT_ONCE_S = 0.1  # so long a close does not ask whether the store is there
 _ANSWER_S = 0.7  # a store that is there answers a small read in much less
 _UNANSWERED = 2  # so many small reads without an answer: it is not there
-_ALWAYS_WAITING_BYTES = 64 * 1024 * 1024  # of deltas; beyond it, and beyond a full snapshot, that is published instead
 
 
 class Publisher:
@@ -65,16 +66,12 @@ class Publisher:
         self._payloads = Payloads(schema, model, lineage, store.config.precision)
         self._lease = lease
         self._changed = threading.Condition()
-        self._waiting: list[Cut] = []  # at most one after each with a view
-        self._owed: Cut | None = None  # not published, and no delta of it applies: a full snapshot is to replace it
-        self._wants_full = True
+        self._waiting = WaitingCuts()
         self._closing = False
         self._give_up_s = 0.0  # of the monotonic clock, once it is closing
         self._pause_s = _RETRY_S  # after a full snapshot that was not taken
-        self._chain = Chain()
         self._applies_to: set[int] = set()  # the version published last, and later ones of which it is not known
         self._base_thread: threading.Thread | None = None
-        self._has_base_view = False
         self._no_base_before_s = 0.0
         self.published = self.bases = 0
         self.failures = 0
@@ -88,7 +85,7 @@ class Publisher:
     def wants_full(self) -> bool:
         """Whether the next cut is to have a view and no delta."""
         with self._changed:
-            return self._wants_full
+            return self._waiting.wants_full
 
     @property
     def wants_base(self) -> bool:
@@ -96,8 +93,8 @@ class Publisher:
         config = self._store.config
         with self._changed:
             return (
-                not (self._wants_full or self._closing or self._has_base_view)
-                and self._chain.is_longer_than(config.max_chain_length, config.max_chain_bytes_ratio)
+                not (self._waiting.wants_full or self._closing or self._waiting.has_base_view)
+                and self._waiting.chain.is_longer_than(config.max_chain_length, config.max_chain_bytes_ratio)
                 and time.monotonic() >= self._no_base_before_s
             )
 
@@ -105,7 +102,7 @@ class Publisher:
     def has_owed(self) -> bool:
         """Whether a cut was offered that only a full snapshot can replace."""
         with self._changed:
-            return self._owed is not None
+            return self._waiting.owed is not None
 
     def offer(self, cut: Cut) -> None:
         """Hand over a cut; returns at once.
@@ -122,16 +119,7 @@ class Publisher:
             cut.without_view()
             raise
         with self._changed:
-            if cut.is_full:
-                for gone in self._forget_waiting():
-                    self._owe(gone)
-                self._waiting, self._owed = [cut.after(self._owed) if self._owed else cut], None
-                self._wants_full = False
-            elif self._wants_full or self._owed:
-                self._owe(cut)
-            else:
-                self._has_base_view = self._has_base_view or cut.view is not None
-                self._add(cut)
+            self._waiting.add(cut)
             self._changed.notify_all()
 
     def check(self) -> None:
@@ -160,6 +148,7 @@ class Publisher:
             self._closing = True
             self._give_up_s = deadline_s
             self._changed.notify_all()
+        self._thread.join(_AT_ONCE_S)
         unanswered = 0
         while unanswered < _UNANSWERED and self._thread.is_alive() and time.monotonic() < deadline_s:
             if take_full is not None and self.wants_full and self.has_owed:
@@ -170,8 +159,8 @@ class Publisher:
             unanswered = unanswered + 1 if not answers else 0 if answers[0] else _UNANSWERED
         with self._changed:
             self._give_up_s = 0.0
-            published = not self._thread.is_alive() and not self._waiting and self._owed is None
-            self._forget_waiting()
+            published = not self._thread.is_alive() and not self._waiting and self._waiting.owed is None
+            self._waiting.give_up()
             self._changed.notify_all()
         if self._base_thread is not None:
             self._base_thread.join(_ANSWER_S)
@@ -185,7 +174,8 @@ class Publisher:
         answers: list[bool] = []
 
         def ask() -> None:
-            answers.append(self._store_answers())
+            with suppress(TypeError, ValueError, AttributeError):  # of redis-py, whose client was closed meanwhile
+                answers.append(self._store_answers())
 
         threading.Thread(target=ask, name="publisher-probe", daemon=True).start()
         return answers
@@ -211,14 +201,12 @@ class Publisher:
     def _run(self) -> None:
         while True:
             with self._changed:
-                # While it is closing, an owed cut waits for a full one until no time is left.
                 self._changed.wait_for(
-                    lambda: self._waiting or (self._closing and (self._owed is None or self._time_is_over())),
-                    timeout=_RETRY_S if self._closing else None,
+                    lambda: self._waiting or self._is_over(), timeout=_RETRY_S if self._closing else None
                 )
-                if not self._waiting and self._closing and (self._owed is None or self._time_is_over()):
+                if not self._waiting and self._is_over():
                     return
-                cut = self._waiting.pop(0) if self._waiting else None
+                cut = self._waiting.take() if self._waiting else None
             if cut is None:
                 continue
             try:
@@ -226,7 +214,7 @@ class Publisher:
             except LeaseLost as error:  # nothing more will be published: the trainer's thread hears it by check()
                 with self._changed:
                     self._lost = error
-                    self._waiting.insert(0, cut.without_view())
+                    self._waiting.give_up(cut)
                 return
             if outcome == "gap" or (outcome == "failed" and cut.is_full):
                 over = self._until_full(cut, wait=outcome == "failed")
@@ -283,7 +271,7 @@ class Publisher:
         self._pause_s = _RETRY_S
         self.bytes_last = manifest.total_bytes
         with self._changed:
-            self._chain.add(manifest)
+            self._waiting.chain.add(manifest)
         what = f"{self.lineage}:{cut.step} ({manifest.kind}, {manifest.total_bytes} bytes)"
         _logger.debug("published %s in %.0f ms", what, 1000 * (time.monotonic() - started_s))
         if cut.view is not None and not cut.is_full:
@@ -316,7 +304,7 @@ class Publisher:
             self._no_base_before_s = time.monotonic() + _LONGEST_RETRY_S
         else:
             with self._changed:
-                self._chain.begin_at(base)
+                self._waiting.chain.begin_at(base)
             self.bases += 1
             _logger.debug(
                 "the base of %s:%d: %d bytes in %.1f s",
@@ -328,39 +316,11 @@ class Publisher:
         finally:
             cut.without_view()
             with self._changed:
-                self._has_base_view = False
-
-    def _add(self, cut: Cut) -> None:
-        """Put a delta into the mailbox; one that waits there last and has no view joins it."""
-        if self._waiting and self._waiting[-1].view is None:
-            cut = cut.after(self._waiting.pop())
-        self._waiting.append(cut)
-        self._bound_waiting()
-
-    def _bound_waiting(self) -> None:
-        """Where more waits than a full snapshot has, wait for that instead."""
-        if sum(c.waiting_bytes for c in self._waiting) > max(_ALWAYS_WAITING_BYTES, self._chain.base_bytes):
-            for cut in self._forget_waiting():
-                self._owe(cut)
-            self._wants_full = True
-
-    def _owe(self, cut: Cut) -> None:
-        bare = replace(cut.without_view(), dense={}, deltas=())
-        self._owed = bare.after(self._owed) if self._owed else bare
-
-    def _forget_waiting(self) -> list[Cut]:
-        """Empty the mailbox, and close what views are in it; what was there is to be owed or is replaced."""
-        gone, self._waiting = [self._without_view(cut) for cut in self._waiting], []
-        return gone
-
-    def _without_view(self, cut: Cut) -> Cut:
-        if cut.view is not None and not cut.is_full:
-            self._has_base_view = False
-        return cut.without_view()
+                self._waiting.has_base_view = False
 
     def _drop_view(self, cut: Cut) -> None:
         with self._changed:
-            self._without_view(cut)
+            self._waiting.without_view(cut)
 
     def _until_full(self, cut: Cut, *, wait: bool) -> bool:
         """Only a full snapshot can follow: ask for one, after a pause and as soon as the store answers.
@@ -368,8 +328,7 @@ class Publisher:
         True if no time is left for one.
         """
         with self._changed:
-            for gone in [self._without_view(cut), *self._forget_waiting()]:
-                self._owe(gone)
+            self._waiting.give_up(cut)
         while wait:
             if self._pause(self._pause_s):
                 return True
@@ -377,18 +336,13 @@ class Publisher:
         if cut.is_full:
             self._pause_s = min(2 * self._pause_s, _LONGEST_RETRY_S)
         with self._changed:
-            self._wants_full = True
+            self._waiting.wants_full = True
         return False
 
     def _put_back(self, cut: Cut) -> bool:
         """After a failure: put the cut back and pause before the next try; True if no time is left for one."""
         with self._changed:
-            cut = self._without_view(cut)
-            if self._waiting:
-                self._waiting[0] = self._waiting[0].after(cut)
-            else:
-                self._waiting = [cut]
-            self._bound_waiting()
+            self._waiting.put_back(cut)
         return self._pause(_RETRY_S)
 
     def _pause(self, seconds: float) -> bool:
@@ -402,34 +356,6 @@ class Publisher:
             self._changed.wait(_RETRY_S)
             return False
 
-    def _time_is_over(self) -> bool:
-        return time.monotonic() >= self._give_up_s
-
-
-class Chain:
-    """The newest full payload of what is published, and the deltas after it.
-
-    Attributes:
-        base_bytes: Bytes of that payload, 0 before the first.
-    """
-
-    def __init__(self) -> None:
-        self.base_bytes = 0
-        self._deltas: list[tuple[int, int]] = []  # version, bytes
-
-    def add(self, manifest: Manifest) -> None:
-        """A version was published."""
-        if manifest.kind == "full":
-            self.base_bytes, self._deltas = manifest.total_bytes, []
-        else:
-            self._deltas.append((manifest.version, manifest.total_bytes))
-
-    def begin_at(self, base: Manifest) -> None:
-        """A version got a base."""
-        self.base_bytes = base.total_bytes
-        self._deltas = [(version, size) for version, size in self._deltas if version > base.version]
-
-    def is_longer_than(self, length: int, bytes_ratio: float) -> bool:
-        """Whether there are more deltas than that, or more bytes of them than this multiple of the full payload's."""
-        total_bytes = sum(size for _, size in self._deltas)
-        return len(self._deltas) > length or total_bytes > bytes_ratio * self.base_bytes
+    def _is_over(self) -> bool:
+        """Whether nothing more is to be done. While it is closing, what is owed waits until no time is left."""
+        return self._closing and (self._waiting.owed is None or time.monotonic() >= self._give_up_s)

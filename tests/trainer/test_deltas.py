@@ -211,12 +211,12 @@ def test_after_a_loss_in_the_store_a_full_snapshot_follows(client: redis.Redis, 
     for _ in range(4):
         publish(table, publisher)
     follower.follow()
-    keys = [key for key in client.scan_iter(f"{namespace}:snapshots:*") if isinstance(key, bytes)]
+    keys = [key for key in client.scan_iter(f"{{{namespace}}}:snapshots:*") if isinstance(key, bytes)]
     if lost == "everything":
         client.delete(*keys)
     elif lost == "the newest versions":  # a replica that had not seen them took over
-        client.set(f"{namespace}:snapshots:current", "line:2")
-        client.zrem(f"{namespace}:snapshots:index", "line:3", "line:4")
+        client.set(f"{{{namespace}}}:snapshots:current", "line:2")
+        client.zrem(f"{{{namespace}}}:snapshots:index", "line:3", "line:4")
     else:
         client.delete(next(key for key in keys if b":line:2:" in key and key.endswith(b":0")))
 
@@ -240,7 +240,7 @@ def test_the_last_cut_is_published_in_full_where_its_delta_does_not_apply(client
     store = make_store(client, namespace)
     publisher, table = make_publisher(store), SmallTable()
     publish(table, publisher)
-    client.delete(*[key for key in client.scan_iter(f"{namespace}:snapshots:*") if isinstance(key, bytes)])
+    client.delete(*[key for key in client.scan_iter(f"{{{namespace}}}:snapshots:*") if isinstance(key, bytes)])
     rows = table.offer_to(publisher)
     until(lambda: publisher.has_owed, "the delta refused")
 
@@ -256,7 +256,7 @@ def test_without_a_full_cut_a_close_says_that_the_last_one_is_not_published(
     store = make_store(client, namespace)
     publisher, table = make_publisher(store), SmallTable()
     publish(table, publisher)
-    client.delete(*[key for key in client.scan_iter(f"{namespace}:snapshots:*") if isinstance(key, bytes)])
+    client.delete(*[key for key in client.scan_iter(f"{{{namespace}}}:snapshots:*") if isinstance(key, bytes)])
     table.offer_to(publisher)
     until(lambda: publisher.has_owed, "the delta refused")
 
@@ -291,7 +291,7 @@ def test_a_full_snapshot_that_the_store_refuses_is_tried_again_from_a_new_view(
 def test_what_waits_never_grows_beyond_a_full_snapshot(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.publisher._ALWAYS_WAITING_BYTES", 1000)
+    monkeypatch.setattr("trainer.waiting_cuts._ALWAYS_WAITING_BYTES", 1000)
     server = stack.enter_context(start_valkey(tmp_path))
     client = stack.enter_context(connect(server.url, 2.0))
     store, table = make_store(client, "full"), SmallTable()
@@ -302,7 +302,7 @@ def test_what_waits_never_grows_beyond_a_full_snapshot(
     waiting_bytes = []
     for _ in range(60):
         table.offer_to(publisher)
-        waiting_bytes.append(sum(cut.waiting_bytes for cut in publisher._waiting))
+        waiting_bytes.append(publisher._waiting.nbytes)
     until(lambda: publisher.failures > 0, "a failure")
     assert max(waiting_bytes) <= max(1000, current_bytes(publisher))
     assert publisher.has_owed
@@ -319,7 +319,7 @@ def test_what_waits_never_grows_beyond_a_full_snapshot(
 
 
 def current_bytes(publisher: Publisher) -> int:
-    return publisher._chain.base_bytes
+    return publisher._waiting.chain.base_bytes
 
 
 def test_a_restart_begins_with_a_full_snapshot_and_a_fork_too(client: redis.Redis, namespace: str) -> None:
@@ -351,7 +351,7 @@ def test_a_zombie_publishes_neither_deltas_nor_bases(client: redis.Redis, namesp
     zombie_lease = stack.enter_context(LeaseKeeper(store, 60.0, holder="zombie"))
     zombie, table = make_publisher(store, lease=zombie_lease), SmallTable()
     publish(table, zombie)
-    client.delete(f"{namespace}:snapshots:lease")  # it expired, and another trainer took over
+    client.delete(f"{{{namespace}}}:snapshots:lease")  # it expired, and another trainer took over
     heir_lease = stack.enter_context(LeaseKeeper(store, 60.0, holder="heir"))
     heir, heirs = make_publisher(store, "line.h", heir_lease), SmallTable(1)
     rows = publish(heirs, heir)
@@ -402,7 +402,7 @@ def test_what_a_killed_publisher_uploaded_is_not_served_and_the_next_one_publish
     store, table = make_store(client, namespace), SmallTable()
 
     assert died.returncode == -signal.SIGKILL
-    assert client.hlen(f"{namespace}:snapshots:uploads") == 1
+    assert client.hlen(f"{{{namespace}}}:snapshots:uploads") == 1
     assert (current(store).version, current(store).kind) == (2, "delta")
     for _ in range(2):
         table.change()
@@ -413,7 +413,7 @@ def test_what_a_killed_publisher_uploaded_is_not_served_and_the_next_one_publish
 
     assert (current(store).version, current(store).kind) == (3, "full")
     assert_rows(served(store, current(store)), rows)
-    assert client.hlen(f"{namespace}:snapshots:uploads") == 0
+    assert client.hlen(f"{{{namespace}}}:snapshots:uploads") == 0
     assert again.close()
 
 
@@ -468,5 +468,5 @@ def test_a_stop_does_not_wait_for_a_base(client: redis.Redis, namespace: str) ->
     until(lambda: view.is_closed, "the view closed")
 
     assert publisher.bases == 0
-    assert client.hlen(f"{namespace}:snapshots:uploads") == 0
+    assert client.hlen(f"{{{namespace}}}:snapshots:uploads") == 0
     assert_rows(served(store, current(store)), table.rows)

@@ -1,0 +1,116 @@
+"""Which cuts wait to be published, and how one takes the place of several.
+
+A delta joins the one before it: one delta leads over both. A delta with a view stays by itself, because its base is to
+be of its version. When deltas cannot be published any more, or have grown beyond a full snapshot, a full one is wanted;
+it takes the place of all that is *owed* by then, and takes over the feedback noted for it.
+"""
+
+from dataclasses import replace
+
+from feature_store.manifest import Manifest
+from trainer.cuts import Cut
+
+_ALWAYS_WAITING_BYTES = 64 * 1024 * 1024  # of deltas; beyond it, and beyond a full snapshot, that is published instead
+
+
+class WaitingCuts:
+    """The mailbox. Not thread-safe: its user holds a lock.
+
+    Attributes:
+        wants_full: Whether the next cut is to be full.
+        has_base_view: Whether a view for a base waits or is being read.
+        owed: Stands for cuts that were not published and that no delta can follow; None: there is none.
+        chain: What is published.
+    """
+
+    def __init__(self) -> None:
+        self.wants_full = True
+        self.has_base_view = False
+        self.owed: Cut | None = None
+        self.chain = Chain()
+        self._cuts: list[Cut] = []  # at most one after each with a view
+
+    def __bool__(self) -> bool:
+        """Whether a cut waits."""
+        return bool(self._cuts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the deltas that wait."""
+        return sum(cut.waiting_bytes for cut in self._cuts)
+
+    def add(self, cut: Cut) -> None:
+        """Add a cut. A delta that does not follow what waits, because a full one is wanted, is owed."""
+        if cut.is_full:
+            self.give_up()
+            self._cuts, self.owed = [cut.after(self.owed) if self.owed else cut], None
+            self.wants_full = False
+        elif self.wants_full or self.owed:
+            self._owe(cut)
+        else:
+            self.has_base_view = self.has_base_view or cut.view is not None
+            if self._cuts and self._cuts[-1].view is None:
+                cut = cut.after(self._cuts.pop())
+            self._cuts.append(cut)
+            self._bound()
+
+    def take(self) -> Cut:
+        """The oldest; there is one."""
+        return self._cuts.pop(0)
+
+    def put_back(self, cut: Cut) -> None:
+        """Put a delta back that could not be published; its base is made another time."""
+        cut = self.without_view(cut)
+        self._cuts = [self._cuts[0].after(cut), *self._cuts[1:]] if self._cuts else [cut]
+        self._bound()
+
+    def give_up(self, *cuts: Cut) -> None:
+        """Owe these cuts and then all that wait: only a full one can follow them."""
+        gone, self._cuts = [*cuts, *self._cuts], []
+        for cut in gone:
+            self._owe(self.without_view(cut))
+
+    def without_view(self, cut: Cut) -> Cut:
+        """The cut without its view, which is closed."""
+        if cut.view is not None and not cut.is_full:
+            self.has_base_view = False
+        return cut.without_view()
+
+    def _owe(self, cut: Cut) -> None:
+        bare = replace(cut.without_view(), dense={}, deltas=())
+        self.owed = bare.after(self.owed) if self.owed else bare
+
+    def _bound(self) -> None:
+        """Where more waits than a full snapshot has, wait for that instead."""
+        if self.nbytes > max(_ALWAYS_WAITING_BYTES, self.chain.base_bytes):
+            self.give_up()
+            self.wants_full = True
+
+
+class Chain:
+    """The newest full payload of what is published, and the deltas after it.
+
+    Attributes:
+        base_bytes: Bytes of that payload, 0 before the first.
+    """
+
+    def __init__(self) -> None:
+        self.base_bytes = 0
+        self._deltas: list[tuple[int, int]] = []  # version, bytes
+
+    def add(self, manifest: Manifest) -> None:
+        """A version was published."""
+        if manifest.kind == "full":
+            self.base_bytes, self._deltas = manifest.total_bytes, []
+        else:
+            self._deltas.append((manifest.version, manifest.total_bytes))
+
+    def begin_at(self, base: Manifest) -> None:
+        """A version got a base."""
+        self.base_bytes = base.total_bytes
+        self._deltas = [(version, size) for version, size in self._deltas if version > base.version]
+
+    def is_longer_than(self, length: int, bytes_ratio: float) -> bool:
+        """Whether there are more deltas than that, or more bytes of them than this multiple of the full payload's."""
+        total_bytes = sum(size for _, size in self._deltas)
+        return len(self._deltas) > length or total_bytes > bytes_ratio * self.base_bytes
