@@ -1,5 +1,6 @@
 """The journal of batch ends: what a restart reads is what was written before it, up to the first damage."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,9 @@ def test_no_file_is_an_empty_journal(tmp_path: Path) -> None:
         (lambda text: b"9" * 5000 + b" 00000000\n" + text, []),
     ],
 )
-def test_reading_stops_at_the_first_damage(tmp_path: Path, change, expected: list[int]) -> None:  # type: ignore[no-untyped-def] # plain data
+def test_reading_stops_at_the_first_damage(
+    tmp_path: Path, change: Callable[[bytes], bytes], expected: list[int]
+) -> None:
     journal = opened(tmp_path)
     for end in (3, 10, 12):
         journal.add(end)
