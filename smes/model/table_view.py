@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from smes.arrays import F32, I64, Bool
+from smes.arrays import F32, I32, I64, Bool
 from smes.model.table_kernels import Columns, read_as_of, records_as_of, save_records
 from smes.model.table_layout import RecordLayout
 from smes.model.turns import Turns
@@ -77,12 +77,19 @@ class HostView:
         self._layout = layout
         self._columns = columns_of(layout)
         self._turns = turns
-        self._place = np.zeros(num_rows, np.int32)
+        self._places = ReservedArray(np.int32, largest_bytes=4 * num_rows)
+        self._places.reserve(num_rows)
         self._rows = ReservedArray(np.int64)
         self._reset = ReservedArray(np.bool_)
         self._log = ReservedArray(np.float32, layout.width)
         self._length = 0
         self.open = True
+
+    @property
+    def _place(self) -> I32:
+        """0 for a row that has not changed; else 1 + its place in the log."""
+        place: I32 = self._places.array[: self.num_rows]
+        return place
 
     def before_change(self, rows_N: I64, *, reset: bool) -> None:
         """Keep the records of rows that are about to change. For the table, which holds the lock."""
@@ -153,7 +160,7 @@ class HostView:
     def close(self) -> None:
         with self._turns.turn():
             self.open = False
-            self._place = np.zeros(0, np.int32)
+            self._places = ReservedArray(np.int32)
             self._rows, self._reset = ReservedArray(np.int64), ReservedArray(np.bool_)
             self._log = ReservedArray(np.float32, self._layout.width)
 
