@@ -8,23 +8,20 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from feature_store.publication import Manifest
-from smes.arrays import Arrays, prefixed, under
+from smes.arrays import prefixed, under
 from smes.errors import CheckpointError, FeatureStoreUnavailable, SmesError, StepsNotFinite, Stopped
 from smes.events import ExampleBlock
 from smes.model.deltas import RowDelta, StateArray, whole
 from smes.model.learner import Learner
 from smes_io.clock import wall_clock_ms
 from stream.dead_letters import DeadLetter
-from stream.join.ledgers import StreamLedger
-from stream.log.event_log import Positions
-from stream.mini_batches import BatchTimes
 from trainer.checkpoint_file import CheckpointView
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.checkpoints import CheckpointDirectory
@@ -38,52 +35,13 @@ from trainer.publisher import Publisher
 from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
+from trainer.stream import Stream
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 
 SNAPSHOT, CHECKPOINT = "snapshot", "checkpoint"
 """Names of the flags that the loop takes."""
-
-
-class Stream(Protocol):
-    """Where batches come from: :class:`stream.example_stream.ExampleStream`, or blocks in memory for a backtest."""
-
-    def poll(self, timeout_s: float) -> int:
-        """Read once; the number of events read."""
-
-    def next_batch(self) -> ExampleBlock | None:
-        """Take the next complete mini-batch out of the queue; None when none is ready."""
-
-    def taken_times(self) -> BatchTimes | None:
-        """When the examples of the batch taken last came, in seconds of ``time.monotonic``; None if unknown."""
-
-    def upcoming(self) -> ExampleBlock | None:
-        """Look at the next complete mini-batch without taking it: the object that ``next_batch`` will return."""
-
-    def flush(self) -> None:
-        """End the stream: everything that waits becomes batches."""
-
-    def ledger(self) -> StreamLedger:
-        """Where every event read so far is now."""
-
-    def end(self) -> Positions:
-        """Where the log ends now."""
-
-    def has_reached(self, end: Positions) -> bool:
-        """Whether everything before ``end`` has been read."""
-
-    def positions_by_topic(self) -> dict[str, dict[str, int]]:
-        """Topic → partition → next record to read."""
-
-    def state(self) -> Arrays:
-        """Arrays from which ``load_state`` continues."""
-
-    def load_state(self, state: Arrays) -> None:
-        """The inverse of ``state``."""
-
-    def saved(self, state: Arrays) -> None:
-        """Note that a state is on disk."""
 
 
 class Trainer:

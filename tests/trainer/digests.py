@@ -20,8 +20,9 @@ from tests.fixtures.stored import digest
 from tests.trainer.small_world import SCHEMA, STREAM, events, open_log
 from trainer.config import EvaluationConfig
 from trainer.evaluation import ProgressiveEvaluation
-from trainer.loop import Stream, Trainer
+from trainer.loop import Trainer
 from trainer.schedule import Flags
+from trainer.stream import Stream
 
 MODELS: dict[str, ModelConfig] = {
     "default": model_preset("default"),
