@@ -1,0 +1,216 @@
+"""Training and serving where Kafka, Redis and the scorer do not let everybody in, and on a Redis Cluster.
+
+The users have the rights that the documentation gives them, and no others. No secret shows anywhere.
+"""
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from kafka.admin import ACLOperation
+
+from smes_cli.demo.processes import stop
+from smes_io.redis_access import key_prefix
+from tests.running import DEADLINE_S, environment, read_json, start_smes, until, until_log_says, write_config
+from tests.secure_servers import RedisCluster, SecureKafka, SecureRedis
+from trainer.report import conservation_errors
+
+ROOT = Path(__file__).parents[2]
+SECRETS = {"kafka": "k4fka-s3cret", "redis": "r3dis-s3cret", "tokens": "t0ken-0123456789abcdef", "key": "k3y-s3cret"}
+
+
+def documented(command: str) -> dict[str, list[str]]:
+    """The words after this command in docs/operations.md, by user."""
+    page = (ROOT / "docs" / "operations.md").read_text().replace("\\\n", " ")
+    lines = [shlex.split(line.removeprefix(command)) for line in page.splitlines() if line.startswith(command)]
+    return {re.sub("^User:", "", next(w for w in words if not w.startswith("-"))): words for words in lines}
+
+
+def redis_rules(user: str, namespace: str) -> list[str]:
+    _, *rules = documented("redis-cli ACL SETUSER ")[user]
+    return [rule.replace("{smes}", key_prefix(namespace)).replace("PASSWORD", SECRETS["redis"]) for rule in rules]
+
+
+def kafka_operations(user: str) -> list[ACLOperation]:
+    page = (ROOT / "docs" / "operations.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(rf"^kafka-acls\.sh .*User:{user} .*$", page, re.MULTILINE)
+    return [ACLOperation[name.upper()] for name in re.findall(r"--operation (\w+)", line)]
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, dict[str, str]]:
+    """Where the secrets are, as the configuration says it."""
+    found = {}
+    for name, secret in SECRETS.items():
+        path = tmp_path / f"secret-{name}"
+        path.write_text(f"{secret}\n")
+        path.chmod(0o600)
+        found[name] = {"file": str(path)}
+    return found
+
+
+Written = Callable[[str], Path]
+"""Writes the configuration of a user."""
+
+
+@pytest.fixture(params=["kafka and redis by TLS", "redis by TLS", "redis cluster"])
+def written(
+    request: pytest.FixtureRequest, namespace: str, tmp_path: Path, places: dict[str, dict[str, str]]
+) -> Iterator[Written]:
+    scorer = {"port": 0, "poll_s": 0.05, "entity_timeout_ms": 5000, "tokens": places["tokens"]}
+    if request.param == "redis cluster":
+        cluster: RedisCluster = request.getfixturevalue("cluster")
+        url = cluster.url((cluster.owner(key_prefix(namespace)) + 1) % 3)
+        of_cluster = {"redis_access": {"cluster": True}}
+        yield lambda user: write_config(
+            tmp_path / user, url, namespace, event_log=of_cluster, feature_store=of_cluster, scorer=scorer
+        )
+        return
+    redis: SecureRedis = request.getfixturevalue("redis_secure")
+    client = redis.authority.signed(f"client-{namespace}", password=SECRETS["key"])
+    tls = {"ca_file": str(redis.authority.cert), "cert_file": str(client.cert), "key_file": str(client.key)}
+    for user in ("trainer", "scorer", "producer"):
+        redis.set_user(user, *redis_rules(user, namespace))
+    kafka: SecureKafka | None = None
+    more: dict[str, Any] = {}
+    if "kafka" in request.param:
+        kafka = request.getfixturevalue("kafka_secure")
+        for user in ("trainer", "producer"):
+            kafka.add_user(f"{user}-{namespace}", SECRETS["kafka"])
+            kafka.allow(f"User:{user}-{namespace}", kafka_operations(user), f"{namespace}.")
+        more = {"protocol": "SASL_SSL", "password": places["kafka"], "tls": {"ca_file": str(kafka.authority.cert)}}
+
+    def write(user: str) -> Path:
+        access = {"user": user, "password": places["redis"], "tls": {**tls, "key_password": places["key"]}}
+        kafka_access = {**more, "user": f"{user}-{namespace}"} if kafka else {}
+        return write_config(
+            tmp_path / user,
+            redis.url,
+            namespace,
+            kafka=kafka.sasl_ssl if kafka else None,
+            event_log={"redis_access": access, "kafka_access": kafka_access},
+            feature_store={"redis_access": access},
+            scorer=scorer,
+        )
+
+    yield write
+    for user in ("trainer", "scorer", "producer"):
+        redis.owner.execute_command("ACL DELUSER", user)
+
+
+def processes_as_ps_shows_them() -> str:
+    """Every process with its arguments and, where we may see it, its environment."""
+    return subprocess.run(["ps", "auxeww"], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.kafka
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("kafka_secure")
+def test_documented_rights_are_enough_and_no_secret_shows(written: Written, world: Path, tmp_path: Path) -> None:
+    trainer, scorer, producer = (str(written(user)) for user in ("trainer", "scorer", "producer"))
+    logs = {name: tmp_path / f"{name}.log" for name in ("features", "train", "serve", "replay", "snapshots")}
+
+    def finish(name: str, *arguments: str) -> None:
+        process = start_smes(logs[name], *arguments)
+        assert process.wait(DEADLINE_S) == 0, logs[name].read_text()
+
+    finish("features", "-v", "-c", trainer, "features", "load", str(world))
+    train = start_smes(logs["train"], "-v", "-c", trainer, "train", "--drain", "--report", "train.json")
+    serve = start_smes(logs["serve"], "-v", "-c", scorer, "serve")
+    finish("replay", "-v", "-c", producer, "replay", str(world), "--speed", "max", "--report", "replay.json")
+    until_log_says(logs["serve"], "scorer: listening on http://", serve)
+    url = logs["serve"].read_text().split("listening on ")[1].split()[0]
+    bearer = {"authorization": f"Bearer {SECRETS['tokens']}"}
+    with httpx.Client(base_url=url, timeout=30) as http:
+        until(lambda: http.get("/health/ready").status_code == 200, "a snapshot in service")
+        scored = http.post("/v1/score", json={"user_id": 1, "items": [1, 2]}, headers=bearer)
+        refused = [
+            http.get("/metrics"),
+            http.get("/v1/stats"),
+            http.post("/v1/score", json={"user_id": 1, "items": [1]}),
+        ]
+        seen = processes_as_ps_shows_them()
+        raw = first_bytes(url)
+        assert stop(train, timeout_s=DEADLINE_S) == 0, logs["train"].read_text()
+        report = read_json(tmp_path / "train.json")
+        until(lambda: http.get("/v1/stats", headers=bearer).json()["version"] == report["version"], "the last version")
+        details = http.get("/health/ready", headers=bearer).json()
+        shown = http.get("/metrics", headers=bearer).text + http.get("/v1/stats", headers=bearer).text
+    finish("snapshots", "-v", "-c", scorer, "snapshots", "list")
+    assert stop(serve, timeout_s=DEADLINE_S) == 0
+
+    assert (scored.status_code, [answer.status_code for answer in refused]) == (200, [401] * 3)
+    assert conservation_errors(report) == []
+    assert report["events"]["trained"] > 1000
+    assert (details["status"], set(details["problems"].values())) == ("ready", {None})
+    assert b"server:" not in raw.lower()
+    assert b"uvicorn" not in raw.lower()
+    assert "smes_cli" in seen
+    everything = [seen, shown, *(path.read_text() for path in logs.values())]
+    everything += [(tmp_path / name).read_text() for name in ("train.json", "replay.json")]
+    assert not [secret for secret in SECRETS.values() if any(secret in text for text in everything)]
+
+
+def first_bytes(url: str) -> bytes:
+    """What a scorer sends to a caller without a token, as it comes over the wire."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n")
+        received = b""
+        while piece := connection.recv(65_536):
+            received += piece
+    return received
+
+
+@pytest.mark.kafka
+@pytest.mark.xdist_group("kafka_secure")
+@pytest.mark.parametrize("command", [["train"], ["replay", "WORLD"]])
+@pytest.mark.parametrize("wrong", ["kafka", "redis"])
+def test_a_command_that_is_not_let_in_says_why_in_one_line(
+    kafka_secure: SecureKafka,
+    redis_secure: SecureRedis,
+    namespace: str,
+    world: Path,
+    tmp_path: Path,
+    wrong: str,
+    command: list[str],
+) -> None:
+    password = tmp_path / "password"
+    password.write_text("wr0ng-s3cret")
+    kafka = wrong == "kafka"
+    ca = str((kafka_secure if kafka else redis_secure).authority.cert)
+    client = redis_secure.client
+    tls = {"ca_file": ca} | ({} if kafka else {"cert_file": str(client.cert), "key_file": str(client.key)})
+    access: dict[str, Any] = {"user": "nobody", "password": {"file": str(password)}, "tls": tls}
+    path = write_config(
+        tmp_path,
+        redis_secure.url,
+        namespace,
+        kafka=kafka_secure.sasl_ssl if kafka else None,
+        event_log={"kafka_access": {"protocol": "SASL_SSL", **access}} if kafka else {"redis_access": access},
+    )
+    arguments = [str(world) if word == "WORLD" else word for word in command]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "smes_cli", "-v", "-c", str(path), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=tmp_path,
+        timeout=DEADLINE_S,
+    )
+
+    last = done.stderr.strip().splitlines()[-1]
+    server = kafka_secure.sasl_ssl if kafka else redis_secure.url.removeprefix("rediss://")
+    assert done.returncode == 1
+    assert last.startswith("smes: ")
+    assert server in last
+    assert "refused the credentials" in last
+    assert "nobody" in last
+    assert "wr0ng-s3cret" not in done.stdout + done.stderr
