@@ -32,7 +32,6 @@ class SwapWorld:
 
     Args:
         rows: R.
-        changed: Rows that a delta changes, those of the ids that are asked for included.
         seed: Of everything.
 
     Attributes:
@@ -40,7 +39,7 @@ class SwapWorld:
         model: Its default model.
     """
 
-    def __init__(self, rows: int, changed: int, seed: int = 0) -> None:
+    def __init__(self, rows: int, seed: int = 0) -> None:
         tasks = tuple(Task(f"task{i}") for i in range(8))
         self.schema = Schema("swaps", tasks=tasks, features=tuple(Feature(f"field{i}", "id") for i in range(_CONTEXT)))
         self.model = ModelConfig()
@@ -54,7 +53,6 @@ class SwapWorld:
         self._fixed: I64 = np.setdiff1d(others, np.concatenate([asked, required]))
         self._asked: I64 = np.setdiff1d(asked, required)
         self._required = required
-        self._changed = max(0, changed - len(self._asked))
         self._random: dict[str, F32] = {
             name: rng.normal(0, 0.1, (_BLOCK_ROWS, columns)).astype(np.float32)
             for name, columns in self._groups.items()
@@ -96,10 +94,11 @@ class SwapWorld:
 
         return write_payload(self._marks(lineage, version), self.dense(version), self._groups, count, blocks)
 
-    def delta(self, lineage: str, version: int) -> Payload:
-        """What changes in a version."""
-        start = int(np.random.default_rng([self._seed, version]).integers(max(1, len(self._fixed) - self._changed)))
-        some = self._fixed[start : start + self._changed]
+    def delta(self, lineage: str, version: int, rows: int) -> Payload:
+        """What changes in a version: so many rows, those of the ids that are asked for included."""
+        more = min(max(0, rows - len(self._asked)), len(self._fixed))
+        start = int(np.random.default_rng([self._seed, version]).integers(len(self._fixed) - more + 1))
+        some = self._fixed[start : start + more]
         keys = np.concatenate([self._asked, some])
         asked = self._values(self._asked, version)
         columns = {

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from benchmarks.swap_world import ITEMS, REQUESTS, SwapWorld
 from feature_store.config import SnapshotStoreConfig
+from feature_store.pieces import Payload
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes_cli.demo.local_servers import start_valkey
@@ -49,7 +50,7 @@ serve(ScorerConfig(port=0), Schema.from_dict(json.loads(sys.argv[1])), redis_url
 _PATIENCE_S = 600.0
 _SAMPLE_S = 0.01
 _TOLERANCE = 2e-5
-_SMALL_ROWS = 2000
+_FEW_ROWS = 2000
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,15 @@ class Answers:
 
 
 def call(url: str, bodies: list[bytes], rate: float, tasks: int, control: Connection) -> None:
-    """Ask at a fixed rate while told to; runs in a process of its own."""
+    """Ask at a fixed rate from one message until the next; None ends it. Runs in a process of its own."""
     decoder = msgspec.json.Decoder()
     with httpx.Client(base_url=url, timeout=60) as http:
-        while (seconds := control.recv()) is not None:
+        control.send("ready")
+        while control.recv() is not None:
             rows: list[tuple[float, int, int, F32]] = []
             begin_s = time.perf_counter()
-            for number in range(int(seconds * rate)):
+            while not control.poll():
+                number = len(rows)
                 due_s = begin_s + number / rate
                 time.sleep(max(0.0, due_s - time.perf_counter()))
                 request = number % REQUESTS
@@ -102,11 +105,8 @@ def call(url: str, bodies: list[bytes], rate: float, tasks: int, control: Connec
                 body = decoder.decode(answer.content)
                 scores = np.array([list(item["scores"].values()) for item in body["items"]], np.float32)
                 rows.append((took_s, request, body["version"], scores))
+            control.recv()
             control.send(tuple(np.array(column) for column in zip(*rows, strict=True)))
-
-
-def _nothing() -> None:
-    pass
 
 
 class Callers:
@@ -119,11 +119,13 @@ class Callers:
         arguments = (url, bodies, rate, world.schema.num_tasks, theirs)
         self._process = context.Process(target=call, args=arguments, daemon=True)
         self._process.start()
+        self._control.recv()
 
-    def ask(self, seconds: float, meanwhile: Callable[[], None] = _nothing) -> Answers:
-        """Let them ask for so long."""
-        self._control.send(seconds)
+    def ask(self, meanwhile: Callable[[], object]) -> Answers:
+        """Let them ask as long as this takes."""
+        self._control.send("begin")
         meanwhile()
+        self._control.send("end")
         return Answers(*self._control.recv())
 
     def close(self) -> None:
@@ -180,29 +182,33 @@ class Bench:
     def replace(self, lineage: str) -> None:
         """Publish the full snapshot of another lineage, and wait until it serves."""
         self._lineage, self._version = lineage, 1
-        self._published(None)
+        self._published(self.world.full(lineage, 1), None)
         self.until_served()
 
-    def publish(self) -> None:
+    def deltas(self, count: int, rows: int) -> list[Payload]:
+        """The next deltas, made beforehand: what the trainer does is not measured here."""
+        return [self.world.delta(self._lineage, self._version + 1 + number, rows) for number in range(count)]
+
+    def publish(self, delta: Payload) -> None:
         """Publish the next delta."""
         self._version += 1
-        self._published(self._version - 1)
+        self._published(delta, self._version - 1)
 
     def until_served(self) -> None:
         """Wait for the version that was published last."""
         deadline_s = time.monotonic() + _PATIENCE_S
         expected = (self._lineage, self._version)
-        while time.monotonic() < deadline_s:
+        while True:
             health = self._http.get("/health/ready").json()
             if (health.get("lineage"), health.get("version")) == expected:
                 return
-            time.sleep(0.01)
-        raise TimeoutError(f"version {expected} was not served within {_PATIENCE_S} s: {health}")
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"version {expected} was not served within {_PATIENCE_S} s: {health}")
+            time.sleep(0.02)
 
-    def _published(self, after: int | None) -> None:
-        payload = self.world.full if after is None else self.world.delta
+    def _published(self, payload: Payload, after: int | None) -> None:
         self._store.publish(
-            payload(self._lineage, self._version),
+            payload,
             lineage=self._lineage,
             version=self._version,
             schema_hash=self.world.schema.hash,
@@ -211,12 +217,18 @@ class Bench:
             applies_to=None if after is None else {after},
         )
 
-    def every(self, interval_s: float, count: int) -> None:
-        """Publish deltas, one every so often."""
+    def every_second(self, deltas: list[Payload]) -> None:
+        """Publish deltas, one a second."""
         begin_s = time.monotonic()
-        for number in range(count):
-            time.sleep(max(0.0, begin_s + (number + 0.5) * interval_s - time.monotonic()))
-            self.publish()
+        for number, delta in enumerate(deltas, 1):
+            self.publish(delta)
+            time.sleep(max(0.0, begin_s + number - time.monotonic()))
+
+    def in_succession(self, deltas: list[Payload]) -> None:
+        """Publish deltas, each as soon as the one before serves."""
+        for delta in deltas:
+            self.publish(delta)
+            self.until_served()
 
 
 @contextmanager
@@ -243,8 +255,7 @@ def _python_below(pid: int) -> int:
 
 def run(arguments: argparse.Namespace) -> dict[str, float]:
     """All figures."""
-    world = SwapWorld(arguments.rows, round(arguments.rows * arguments.changed))
-    small = SwapWorld(_SMALL_ROWS, _SMALL_ROWS)
+    world, small = SwapWorld(arguments.rows), SwapWorld(_FEW_ROWS)
     config = SnapshotStoreConfig(retain_bytes=8 * world.weights_bytes)
     with tempfile.TemporaryDirectory() as name, start_valkey(Path(name)) as valkey:
         client = connect(valkey.url, 60.0)
@@ -252,13 +263,14 @@ def run(arguments: argparse.Namespace) -> dict[str, float]:
             memory, callers = Memory(pid), Callers(url, world, arguments.rate)
             store = SnapshotStore(client, config=config)
             Bench(store, small, http).replace("small")
-            callers.ask(5)
+            callers.ask(partial(time.sleep, 5))
             empty = memory.resident
             bench = Bench(store, world, http)
             figures = _measured(bench, callers, memory, arguments, empty)
             callers.close()
             memory.end()
-            figures["refused"] = float(http.get("/v1/stats").json()["load_failures"])
+            stats = http.get("/v1/stats").json()
+            figures |= {"swaps": float(stats["swaps"]), "refused": float(stats["load_failures"])}
     return figures
 
 
@@ -266,20 +278,22 @@ def _measured(
     bench: Bench, callers: Callers, memory: Memory, arguments: argparse.Namespace, empty: int
 ) -> dict[str, float]:
     bench.replace("a")
-    callers.ask(5)
+    callers.ask(partial(time.sleep, 5))
+    changed = round(arguments.rows * arguments.changed)
     phases: dict[bool, list[Answers]] = {False: [], True: []}
     memory.begin()
     for number in range(2 * arguments.pairs):
         swaps = number % 2 == 1
-        meanwhile = partial(bench.every, 1.0, arguments.phase_s) if swaps else _nothing
-        phases[swaps].append(callers.ask(arguments.phase_s, meanwhile))
+        if swaps:
+            phase = callers.ask(partial(bench.every_second, bench.deltas(arguments.phase_s, changed)))
+        else:
+            phase = callers.ask(partial(time.sleep, arguments.phase_s))
+        phases[swaps].append(phase)
     bench.until_served()
-    many = callers.ask(arguments.swaps * arguments.swap_s, lambda: bench.every(arguments.swap_s, arguments.swaps))
-    bench.until_served()
+    many = callers.ask(partial(bench.in_succession, bench.deltas(arguments.swaps, _FEW_ROWS)))
     swapping = memory.peak
     memory.begin()
-    beside = callers.ask(5, lambda: bench.replace("b"))
-    bench.until_served()
+    beside = callers.ask(partial(bench.replace, "b"))
     replacing = memory.peak
     answers = [*phases[False], *phases[True], many]
     p99 = {swaps: [float(np.quantile(phase.seconds, 0.99)) for phase in of] for swaps, of in phases.items()}
@@ -296,7 +310,6 @@ def _measured(
         "mixed_versions": float(sum(each.mixed(bench.world.scores) for each in answers)),
         "answers": float(sum(len(each.seconds) for each in answers)),
         "versions_answered": float(len(np.unique(np.concatenate([each.version for each in answers])))),
-        "swaps": float(arguments.swaps + arguments.pairs * arguments.phase_s),
         "serving_bytes_ratio": (max(swapping, replacing) - empty) / weights,
         "swapping_bytes_ratio": (swapping - empty) / weights,
         "weights_mib": weights / 2**20,
@@ -308,13 +321,14 @@ def main() -> None:
     """Print the figures; ``--json FILE`` also writes them as one flat object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the table")
-    parser.add_argument("--changed", type=float, default=0.01, help="share of the rows that a delta changes")
+    parser.add_argument("--rows", type=int, default=10_000_000, help="rows of the table")
+    parser.add_argument(
+        "--changed", type=float, default=0.01, help="share of the rows that a delta changes each second"
+    )
     parser.add_argument("--rate", type=float, default=20.0, help="requests a second, of 100 items each")
     parser.add_argument("--pairs", type=int, default=8, help="phases without and with a swap every second")
     parser.add_argument("--phase-s", type=int, default=10, help="length of a phase")
-    parser.add_argument("--swaps", type=int, default=1000, help="swaps under load for errors and mixed versions")
-    parser.add_argument("--swap-s", type=float, default=0.2, help="seconds between these")
+    parser.add_argument("--swaps", type=int, default=1000, help="swaps of 2,000 rows in quick succession")
     arguments = parser.parse_args()
     figures = run(arguments)
     for name, value in figures.items():
