@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-BENCHMARKS = ("benchmarks.decode", "benchmarks.pipeline", "benchmarks.speed")
+BENCHMARKS = ("benchmarks.decode", "benchmarks.pipeline", "benchmarks.speed", "benchmarks.swaps")
 
 
 def main() -> int:
