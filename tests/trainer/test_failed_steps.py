@@ -95,8 +95,8 @@ def test_several_in_a_row_stop_at_the_last_good_checkpoint(
     good = trainer.learner.step_number
     found = CheckpointDirectory(tmp_path, keep=2).newest(schema=SCHEMA, model=MODEL.to_dict())
     assert found is not None
-    assert found.step == good
-    assert found.arrays["trainer.trained"].tolist() == [64 * good, 0]  # none of the failed ones is behind it
+    assert 8 <= found.step <= good  # the one of the last good step is not begun while another is being written
+    assert found.arrays["trainer.trained"].tolist() == [64 * found.step, 0]  # none of the failed ones is behind it
     report = training_report(trainer, seconds=1, trained=1).to_dict()
     assert conservation_errors(report) == []
     assert report["events"]["trained"] == 64 * good
