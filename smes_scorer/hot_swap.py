@@ -151,12 +151,20 @@ class HotSwap:
         while not self._stopping.is_set():
             self.refresh()
             try:
-                self._watcher.wait(_FOLD_RETRY_S if self.shadows else self._poll_s)
+                self._wait()
             except Exception:  # whatever the channel brings, the thread goes on
                 if self._stopping.is_set():
                     return  # the watcher was closed while it waited
                 _logger.warning("waiting for a snapshot failed", exc_info=True)
                 self._stopping.wait(self._poll_s)
+
+    def _wait(self) -> None:
+        """Wait for a publication, and fold meanwhile what waits for requests to end."""
+        until_s = time.monotonic() + self._poll_s
+        while (left_s := until_s - time.monotonic()) > 0 and not self._stopping.is_set():
+            if self._watcher.wait(min(left_s, _FOLD_RETRY_S) if self.shadows else left_s):
+                return
+            self._fold()
 
     def _is_new(self, manifest: Manifest | None) -> bool:
         """Whether the current snapshot is to be loaded now; sets :attr:`problem` when it is not."""

@@ -299,3 +299,20 @@ def test_rows_on_the_wire_in_fewer_bits_score_nearly_the_same(
     scores = swap.served.model.score(chain.ids, np.zeros((len(chain.ids), 0), np.float32))
     assert swap.served.manifest.precision == precision
     assert 0 < np.abs(scores - chain.scores[chain.version]).max() < error
+
+
+def test_the_loader_folds_without_a_publication_when_the_last_old_request_has_ended(
+    store: SnapshotStore, swap: HotSwap, until: Callable[[Callable[[], object]], None]
+) -> None:
+    chain = Chain(store)
+    chain.publish("full")
+    swap.start()
+    try:
+        until(lambda: swap.served is not None)
+        with swap.reading():
+            chain.publish()
+            until(lambda: swap.shadows == 1)
+        until(lambda: swap.shadows == 0)
+        assert_serves(swap, chain)
+    finally:
+        swap.stop()
