@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smes.arrays import I64, Arrays, prefixed, under
+from smes.arrays import I64, Arrays, prefixed
 from smes.model.id_rows import IdRows
 from smes.model.row_keys import KeysView
 from smes.model.table_view import TableView, UndoLog
@@ -81,8 +81,3 @@ class FrozenWeights:
     def close(self) -> None:
         """Keep nothing any more. May be called twice."""
         self.rows.close()
-
-
-def rows_state(state: Arrays) -> Arrays:
-    """The rows' part of a :meth:`FrozenWeights.state`."""
-    return under("rows.", state)
