@@ -65,15 +65,19 @@ class DistinctBefore:
 
 
 class WeightsBefore:
-    """Weights [R, C] and their Adagrad accumulators."""
+    """Weights [R, C] and their Adagrad accumulators.
+
+    Attributes:
+        weights: As given; written to.
+    """
 
     def __init__(self, weights: Tensor, config: AdagradConfig) -> None:
         columns = 1 if config.row_wise else weights.shape[1]
-        self._config, self._weights = config, weights
+        self._config, self.weights = config, weights
         self._accumulators = torch.full((len(weights), columns), config.initial_accumulator)
 
     def gather(self, rows_U: Tensor) -> Tensor:
-        return self._weights.index_select(0, rows_U).requires_grad_()
+        return self.weights.index_select(0, rows_U).requires_grad_()
 
     @torch.no_grad()
     def update(self, rows_U: Tensor, leaf_UC: Tensor, gradient_scale: Tensor) -> None:
@@ -84,7 +88,7 @@ class WeightsBefore:
             square = square.mean(dim=1, keepdim=True)
         accumulator = self._accumulators.index_select(0, rows_U).add_(square)
         step_UC = gradient_UC.div_(accumulator.sqrt().add_(1e-10)).mul_(self._config.learning_rate)
-        self._weights.index_copy_(0, rows_U, leaf_UC.detach() - step_UC)
+        self.weights.index_copy_(0, rows_U, leaf_UC.detach() - step_UC)
         self._accumulators.index_copy_(0, rows_U, accumulator)
 
 

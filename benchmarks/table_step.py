@@ -89,7 +89,10 @@ class TableBefore:
     """The same by the operations of before.
 
     Args:
-        table: Whose ids get rows here, too.
+        table: Whose ids and weights are copied.
+
+    Attributes:
+        tables: By group of columns, in the order of the table's rows.
     """
 
     def __init__(self, table: IdTable) -> None:
@@ -99,21 +102,22 @@ class TableBefore:
         for start in range(0, len(keys), 100_000):
             self._map.insert(keys[start : start + 100_000])
         self._distinct = DistinctBefore(len(keys))
-        self._tables = (
-            WeightsBefore(torch.full((len(keys), DIM), 0.01), _OPTIMIZER.embedding),
-            WeightsBefore(torch.zeros(len(keys), TASKS), _OPTIMIZER.wide),
-        )
+        weights = table.records.values(np.arange(len(keys)))
+        self.tables = {
+            name: WeightsBefore(torch.from_numpy(weights[name]), rule)
+            for name, rule in (("embedding", _OPTIMIZER.embedding), ("wide", _OPTIMIZER.wide))
+        }
 
     def step(self, ids_BW: I64) -> None:
         found_U, place_BW = self._distinct(self._map.insert(self._ids.own(ids_BW)).reshape(ids_BW.shape))
         order, start_U = (torch.from_numpy(array) for array in readers(place_BW.ravel(), len(found_U)))
         rows_U, cells_BW = torch.from_numpy(found_U), torch.from_numpy(place_BW)
-        leaves = [table.gather(rows_U) for table in self._tables]
+        leaves = [table.gather(rows_U) for table in self.tables.values()]
         embedding, wide = (read_cells(leaf, cells_BW, order, start_U) for leaf in leaves)
         torch.autograd.backward(_pooled(embedding, wide), self._gradients)
         scale = torch.tensor(float(BATCH))
         assert torch.stack([square_sum(leaf, scale) for leaf in leaves]).sum().isfinite()
-        for table, leaf in zip(self._tables, leaves, strict=True):
+        for table, leaf in zip(self.tables.values(), leaves, strict=True):
             table.update(rows_U, leaf, scale)
 
 
