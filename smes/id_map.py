@@ -10,23 +10,16 @@ one position says which ids have moved: a search looks into one table only.
 """
 
 import numpy as np
-from numba import njit
-from numpy.typing import NDArray
 
 from smes.arrays import I64
-from smes.hashing import scatter
-from smes.prefetch import prefetch
+from smes.id_map_kernels import ABSENT, U32, find, insert, move, place, remove
 from smes.reserved import ReservedArray
 
-ABSENT = -1
-"""The row that :meth:`IdMap.find` returns for an id that is not in the map."""
-
-_U32 = NDArray[np.uint32]
+__all__ = ["ABSENT", "IdMap"]
 
 _MAX_LOAD = 0.7
 _MOVED_PER_INSERT = 10  # slots: the old table's load stays below 0.7 + 1/10 until all its ids have moved
 _MOST_SLOT_BITS = 31
-_BLOCK = 128  # ids whose slots, and then whose rows, are fetched from memory side by side
 
 
 class IdMap:
@@ -76,7 +69,7 @@ class IdMap:
     def find(self, ids: I64) -> I64:
         """Look up the row of each id; ``ABSENT`` for unknown ids. int64 [N] → int64 [N]."""
         ids = np.ascontiguousarray(ids, np.int64)
-        rows: I64 = _find(self._slots, self._old, self._first, self._moved, self._keys.array, ids)
+        rows: I64 = find(self._slots, self._old, self._first, self._moved, self._keys.array, ids)
         return rows
 
     def insert(self, ids: I64) -> I64:
@@ -98,7 +91,7 @@ class IdMap:
             int64 [N], the row that each id had; ``ABSENT`` for unknown ids.
         """
         ids = np.ascontiguousarray(ids, np.int64)
-        rows: I64 = _remove(self._slots, self._old, self._first, self._moved, self._keys.array, ids)
+        rows: I64 = remove(self._slots, self._old, self._first, self._moved, self._keys.array, ids)
         freed = rows[rows != ABSENT]
         self._free.reserve(self._num_free + len(freed))
         self._free.array[self._num_free : self._num_free + len(freed)] = freed
@@ -145,12 +138,12 @@ class IdMap:
         result._keys.array[state["rows"]] = state["ids"]
         result._free.reserve(result._num_free)
         result._free.array[: result._num_free] = state["free"]
-        _place(result._slots, result._keys.array, np.ascontiguousarray(state["rows"], np.int64))
+        place(result._slots, result._keys.array, np.ascontiguousarray(state["rows"], np.int64))
         return result
 
     def _insert(self, ids: I64, rows: I64) -> None:
         known = len(self)
-        self._num_free, self._next_row = _insert(
+        self._num_free, self._next_row = insert(
             self._slots,
             self._old,
             self._first,
@@ -184,247 +177,22 @@ class IdMap:
     def _move(self, count: int) -> None:
         if len(self._old) == 1:
             return
-        self._moved = _move(self._slots, self._old, self._first, self._moved, self._keys.array, count)
+        self._moved = move(self._slots, self._old, self._first, self._moved, self._keys.array, count)
         if self._moved == len(self._old):
             self._old, self._first, self._moved = _no_slots(0), 0, 1
 
 
-def _no_slots(bits: int) -> _U32:
+def _no_slots(bits: int) -> U32:
     slots = ReservedArray(np.uint32, largest_bytes=4 << bits)
     slots.reserve(1 << bits)
-    empty: _U32 = slots.array[: 1 << bits]
+    empty: U32 = slots.array[: 1 << bits]
     return empty
 
 
-def _bits(slots: _U32) -> int:
+def _bits(slots: U32) -> int:
     return len(slots).bit_length() - 1
 
 
-def _step(old: _U32) -> int:
+def _step(old: U32) -> int:
     """How many ids may be inserted at once while the map grows."""
     return len(old) // 256 + 1
-
-
-# A slot is 0 if it is empty. Else its lower bits, as many as number the slots, are the row plus 1, and its upper ones
-# are those bits of the hash that follow the bits which say where the search begins.
-
-_ONE, _HALF, _WORD = np.uint64(1), np.uint64(32), np.uint64(0xFFFFFFFF)
-
-
-@njit(cache=True, inline="always")
-def _hash(key: int) -> np.uint64:  # pragma: no cover - compiled
-    """32 bits: where the search for an id begins, then those that its slot holds."""
-    hashed: np.uint64 = scatter(np.uint64(key)) >> _HALF
-    return hashed
-
-
-@njit(cache=True)
-def _slot_bits(slots: _U32) -> np.uint64:  # pragma: no cover - compiled
-    bits = np.uint64(0)
-    while np.uint64(len(slots)) >> bits > _ONE:
-        bits += _ONE
-    return bits
-
-
-@njit(cache=True, inline="always")
-def _is_old(
-    hashed: np.uint64, old_bits: np.uint64, old_mask: np.uint64, first: np.uint64, moved: np.uint64
-) -> bool:  # pragma: no cover - compiled
-    """Whether ids of this hash have not moved from the old table yet."""
-    return bool((((hashed >> (_HALF - old_bits)) - first) & old_mask) >= moved)
-
-
-@njit(cache=True, inline="always")
-def _candidate(
-    slots: _U32, bits: np.uint64, hashed: np.uint64, slot: np.uint64
-) -> np.uint64:  # pragma: no cover - compiled
-    """The first slot from ``slot`` on that is empty, or whose bits of the hash agree."""
-    mask = (_ONE << bits) - _ONE
-    tag = (hashed << bits) & _WORD
-    while True:
-        word = np.uint64(slots[slot])
-        if word == np.uint64(0) or (word ^ tag) >> bits == np.uint64(0):
-            return slot
-        slot = (slot + _ONE) & mask
-
-
-@njit(cache=True, inline="always")
-def _row(slots: _U32, bits: np.uint64, slot: np.uint64) -> np.uint64:  # pragma: no cover - compiled
-    """The row of a slot that is not empty."""
-    return (np.uint64(slots[slot]) & ((_ONE << bits) - _ONE)) - _ONE
-
-
-@njit(cache=True, inline="always")
-def _search(
-    slots: _U32, bits: np.uint64, keys: I64, hashed: np.uint64, key: int, slot: np.uint64
-) -> np.uint64:  # pragma: no cover - compiled
-    """The slot of an id, or the empty one where it would go, from the slot on that :func:`_candidate` found."""
-    mask = (_ONE << bits) - _ONE
-    while slots[slot] != np.uint32(0) and keys[_row(slots, bits, slot)] != key:
-        slot = _candidate(slots, bits, hashed, (slot + _ONE) & mask)
-    return slot
-
-
-@njit(cache=True, nogil=True)
-def _fetch(
-    slots: _U32,
-    old: _U32,
-    first: int,
-    moved: int,
-    keys: I64,
-    ids: I64,
-    hashes: NDArray[np.uint64],
-    at: NDArray[np.uint64],
-) -> None:  # pragma: no cover - compiled
-    """Note the hash of each id of a block and its first candidate slot, and fetch the candidates' keys."""
-    bits, old_bits = _slot_bits(slots), _slot_bits(old)
-    old_mask = (_ONE << old_bits) - _ONE
-    for i in range(len(ids)):
-        hashed = _hash(ids[i])
-        hashes[i] = hashed
-        if _is_old(hashed, old_bits, old_mask, np.uint64(first), np.uint64(moved)):
-            prefetch(old, hashed >> (_HALF - old_bits))
-        else:
-            prefetch(slots, hashed >> (_HALF - bits))
-    for i in range(len(ids)):
-        hashed = hashes[i]
-        if _is_old(hashed, old_bits, old_mask, np.uint64(first), np.uint64(moved)):
-            at[i] = _candidate(old, old_bits, hashed, hashed >> (_HALF - old_bits))
-            prefetch(keys, _row(old, old_bits, at[i]))
-        else:
-            at[i] = _candidate(slots, bits, hashed, hashed >> (_HALF - bits))
-            prefetch(keys, _row(slots, bits, at[i]))
-
-
-@njit(cache=True, nogil=True)
-def _find(slots: _U32, old: _U32, first: int, moved: int, keys: I64, ids: I64) -> I64:  # pragma: no cover - compiled
-    bits, old_bits = _slot_bits(slots), _slot_bits(old)
-    old_mask = (_ONE << old_bits) - _ONE
-    hashes, at = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
-    rows = np.empty(len(ids), np.int64)
-    for start in range(0, len(ids), _BLOCK):
-        block = ids[start : start + _BLOCK]
-        _fetch(slots, old, first, moved, keys, block, hashes, at)
-        for i in range(len(block)):
-            if _is_old(hashes[i], old_bits, old_mask, np.uint64(first), np.uint64(moved)):
-                slot = _search(old, old_bits, keys, hashes[i], block[i], at[i])
-                rows[start + i] = np.int64(_row(old, old_bits, slot)) if old[slot] else ABSENT
-            else:
-                slot = _search(slots, bits, keys, hashes[i], block[i], at[i])
-                rows[start + i] = np.int64(_row(slots, bits, slot)) if slots[slot] else ABSENT
-    return rows
-
-
-@njit(cache=True, nogil=True)
-def _insert(
-    slots: _U32,
-    old: _U32,
-    first: int,
-    moved: int,
-    keys: I64,
-    ids: I64,
-    rows: I64,
-    free: I64,
-    num_free: int,
-    next_row: int,
-) -> tuple[int, int]:  # pragma: no cover - compiled
-    bits, old_bits = _slot_bits(slots), _slot_bits(old)
-    old_mask = (_ONE << old_bits) - _ONE
-    hashes, at = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
-    for start in range(0, len(ids), _BLOCK):
-        block = ids[start : start + _BLOCK]
-        _fetch(slots, old, first, moved, keys, block, hashes, at)
-        for i in range(len(block)):
-            # An id that was inserted since the block was fetched filled an empty slot: the search from there finds it.
-            in_old = _is_old(hashes[i], old_bits, old_mask, np.uint64(first), np.uint64(moved))
-            table, table_bits = (old, old_bits) if in_old else (slots, bits)
-            slot = _search(table, table_bits, keys, hashes[i], block[i], at[i])
-            if table[slot]:
-                rows[start + i] = np.int64(_row(table, table_bits, slot))
-                continue
-            if num_free > 0:
-                num_free -= 1
-                row = free[num_free]
-            else:
-                row = next_row
-                next_row += 1
-            keys[row] = block[i]
-            table[slot] = np.uint32(((hashes[i] << table_bits) & _WORD) | np.uint64(row + 1))
-            rows[start + i] = row
-    return num_free, next_row
-
-
-@njit(cache=True, nogil=True)
-def _remove(slots: _U32, old: _U32, first: int, moved: int, keys: I64, ids: I64) -> I64:  # pragma: no cover - compiled
-    bits, old_bits = _slot_bits(slots), _slot_bits(old)
-    old_mask = (_ONE << old_bits) - _ONE
-    rows = np.empty(len(ids), np.int64)
-    for i in range(len(ids)):
-        hashed = _hash(ids[i])
-        in_old = _is_old(hashed, old_bits, old_mask, np.uint64(first), np.uint64(moved))
-        table, table_bits = (old, old_bits) if in_old else (slots, bits)
-        home = hashed >> (_HALF - table_bits)
-        slot = _search(table, table_bits, keys, hashed, ids[i], _candidate(table, table_bits, hashed, home))
-        rows[i] = np.int64(_row(table, table_bits, slot)) if table[slot] else ABSENT
-        if rows[i] != ABSENT:
-            _close_gap(table, table_bits, keys, slot)
-    return rows
-
-
-@njit(cache=True, nogil=True)
-def _close_gap(slots: _U32, bits: np.uint64, keys: I64, hole: np.uint64) -> None:  # pragma: no cover - compiled
-    """Empty a slot by shifting back those behind it: no tombstones, so searches stay short as long as the map lives."""
-    mask = (_ONE << bits) - _ONE
-    slot = (hole + _ONE) & mask
-    while slots[slot]:
-        home = _hash(keys[_row(slots, bits, slot)]) >> (_HALF - bits)
-        if ((slot - home) & mask) >= ((slot - hole) & mask):
-            slots[hole] = slots[slot]
-            hole = slot
-        slot = (slot + _ONE) & mask
-    slots[hole] = np.uint32(0)
-
-
-@njit(cache=True, nogil=True)
-def _place(slots: _U32, keys: I64, rows: I64) -> None:  # pragma: no cover - compiled
-    """Insert ids that are not in the map, by their rows."""
-    bits = _slot_bits(slots)
-    mask = (_ONE << bits) - _ONE
-    for i in range(len(rows)):
-        hashed = _hash(keys[rows[i]])
-        slot = hashed >> (_HALF - bits)
-        while slots[slot]:
-            slot = (slot + _ONE) & mask
-        slots[slot] = np.uint32(((hashed << bits) & _WORD) | np.uint64(rows[i] + 1))
-
-
-@njit(cache=True, nogil=True)
-def _move(slots: _U32, old: _U32, first: int, moved: int, keys: I64, count: int) -> int:  # pragma: no cover - compiled
-    """Move the ids of at least ``count`` slots of the old table; returns how many slots are done.
-
-    It stops at an empty slot only, so that no id is left behind on the wrong side of the position. The first slot was
-    empty when the growth began. Ids that came later may lie in it and behind it, though their search begins at the end
-    of the table; they are moved last. They never reach the position: more slots are done than ids came.
-    """
-    old_bits = _slot_bits(old)
-    mask = (_ONE << old_bits) - _ONE
-    rows = np.empty(_BLOCK, np.int64)
-    while True:
-        num_rows, at_end = 0, False
-        while num_rows < _BLOCK:
-            slot = (np.uint64(first) + np.uint64(moved)) & mask
-            empty = old[slot] == np.uint32(0)
-            if empty and (moved >= len(old) or count <= 0):
-                at_end = True
-                break
-            if not empty:
-                row = _row(old, old_bits, slot)
-                prefetch(keys, row)
-                rows[num_rows] = np.int64(row)
-                num_rows += 1
-                old[slot] = np.uint32(0)
-            moved += 1
-            count -= 1
-        _place(slots, keys, rows[:num_rows])
-        if at_end:
-            return min(moved, len(old))
