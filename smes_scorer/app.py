@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import redis
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from feature_store.entities import EntityStore
@@ -108,6 +108,8 @@ def create_app(
     _add_scoring(app, parts)
     _add_insight(app, parts)
     _describe_bodies(app, parts.answerer)
+    if tokens is not None:
+        _describe_tokens(app)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout_s=config.body_timeout_s)
     app.add_middleware(TimeLimit, request_timeout_s=config.request_timeout_s)
     app.add_middleware(BearerOnly, tokens=tokens, open_paths=(LIVE_PATH, READY_PATH))
@@ -232,13 +234,13 @@ def _check_content_type(request: Request, body: bytes) -> None:
 
 
 def _add_insight(app: FastAPI, parts: _Parts) -> None:
-    @app.get(LIVE_PATH)
+    @app.get(LIVE_PATH, responses={500: {"description": "The snapshot loader died"}})
     async def live() -> Response:
         """200 while the process works, 500 if its snapshot loader has died."""
         alive = parts.swap.alive
         return JSONResponse({"status": "alive" if alive else "the snapshot loader died"}, 200 if alive else 500)
 
-    @app.get(READY_PATH)
+    @app.get(READY_PATH, responses={503: {"description": "No snapshot was loaded yet"}})
     async def ready(request: Request) -> Response:
         """503 before the first snapshot, then 200. ``degraded``: requests are answered, but with the problems named.
 
@@ -256,7 +258,7 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
         """Counters and quantiles since the start; times in milliseconds."""
         return JSONResponse({**_served(parts.swap), **parts.telemetry.summary()})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         """All counters, gauges and histograms, for Prometheus."""
         return Response(generate_latest(parts.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
@@ -279,6 +281,17 @@ def _describe_bodies(app: FastAPI, answerer: Answerer) -> None:
     schemas["Context"]["additionalProperties"] = True  # other names are ignored and counted
     document = app.openapi()  # made once and kept by the application
     document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+
+
+def _describe_tokens(app: FastAPI) -> None:
+    """Say in the OpenAPI document who needs a token."""
+    document = app.openapi()
+    document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            if path not in (LIVE_PATH, READY_PATH):
+                operation["security"] = [{"bearer": []}]
+                operation["responses"]["401"] = {"description": "Without a bearer token"}
 
 
 def _age_s(swap: HotSwap) -> float | None:

@@ -1,11 +1,13 @@
 """What the scorer's OpenAPI document says of requests and answers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
 from smes.schema import Schema
+from smes_io.secrets import SecretPlace
 
 
 def schemas(make_app: Callable[..., FastAPI]) -> dict[str, Any]:
@@ -39,6 +41,17 @@ def test_openapi_shows_the_limits_of_a_request(make_app: Callable[..., FastAPI])
 
 def test_openapi_shows_the_tasks_of_an_answer(make_app: Callable[..., FastAPI]) -> None:
     assert schemas(make_app)["Scores"]["required"] == ["click", "like", "watch_s"]
+
+
+def test_openapi_says_who_needs_a_token(make_app: Callable[..., FastAPI], tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("0123456789abcdef")
+    closed = make_app(tokens=SecretPlace(file=tokens)).openapi()
+    paths = {path: next(iter(methods.values())) for path, methods in closed["paths"].items()}
+
+    assert {path for path, one in paths.items() if "security" in one} == {"/v1/score", "/v1/stats", "/metrics"}
+    assert all(("401" in one["responses"]) == ("security" in one) for one in paths.values())
+    assert "securitySchemes" not in make_app().openapi()["components"]
 
 
 def test_openapi_describes_every_endpoint(make_app: Callable[..., FastAPI]) -> None:
