@@ -34,7 +34,8 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
 
 
 def make_store(client: redis.Redis, namespace: str, **config: int) -> SnapshotStore:
-    return SnapshotStore(client, namespace, SnapshotStoreConfig(**{"chunk_bytes": 1000, **config}))  # type: ignore[arg-type]
+    sizes = SnapshotStoreConfig(**{"chunk_bytes": 1000, **config})  # type: ignore[arg-type] # all are numbers
+    return SnapshotStore(client, namespace, sizes)
 
 
 @pytest.fixture

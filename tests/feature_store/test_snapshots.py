@@ -52,7 +52,8 @@ class InterruptedClient(redis.Redis):
 
 
 def make_store(client: redis.Redis, namespace: str, **config: int) -> SnapshotStore:
-    return SnapshotStore(client, namespace, SnapshotStoreConfig(**{"chunk_bytes": 1000, **config}))  # type: ignore[arg-type] # tests name the numbers
+    sizes = SnapshotStoreConfig(**{"chunk_bytes": 1000, **config})  # type: ignore[arg-type] # all are numbers
+    return SnapshotStore(client, namespace, sizes)
 
 
 def publish(store: SnapshotStore, version: int, payload: bytes, lineage: str = "a") -> Manifest:

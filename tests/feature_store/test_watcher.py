@@ -65,7 +65,8 @@ def test_polling_finds_a_publication_without_a_notification(client: redis.Redis,
 
     assert not watcher.wait(0)
 
-    mover = threading.Timer(0.2, client.set, (f"{{{namespace}}}:snapshots:current", "a:1"))  # SET alone announces nothing
+    pointer = f"{{{namespace}}}:snapshots:current"
+    mover = threading.Timer(0.2, client.set, (pointer, "a:1"))  # SET alone announces nothing
     mover.start()
 
     assert watcher.wait(100.0)
