@@ -158,7 +158,7 @@ def draw_positives(user_P: I64, drawn_UL: U8, first: int, seed: int, task: int) 
     return np.ascontiguousarray(drawn_LP.T)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba ships no types
+@njit(cache=True)
 def _twice_pairs(who_N: NDArray[np.int32], tied_N: Bool, drawn_UL: U8, drawn_PL: U8) -> I64:
     """Twice the weighted pairs in which a positive is above a negative, ties half. int64 [L]."""
     below_L = np.zeros(_AT_ONCE, np.int64)  # draws of the negatives with lower scores
