@@ -14,7 +14,7 @@ from typing import Any
 from smes.errors import SmesError
 
 HIDDEN = "***"
-_SECRET_KEY = re.compile(r"pass|secret|token|credential|sasl|api_?key", re.IGNORECASE)
+_SECRET_KEY = re.compile(r"pas|pwd|secret|token|credential|sasl|api_?key", re.IGNORECASE)
 _PASSWORD = re.compile(r"(?P<user>(?<![^\s'\"=,\[/])[^\s'\":@/,]*):(?!//).*@", re.DOTALL)
 _IN_QUERY = re.compile(r"(?P<key>[?&]\w*pass\w*=)[^&\s'\"]*", re.IGNORECASE)
 _MOST_BYTES = 64 * 1024
@@ -78,7 +78,7 @@ def shown(key: str, value: Any) -> str:
     """A value for a message: its ``repr`` without passwords; a number is none.
 
     Args:
-        key: The value's key in the file; one that is named like a secret hides the whole value.
+        key: The value's key in the file; if a part of it is named like a secret, the whole value is hidden.
         value: As it was read.
     """
     return repr(value) if isinstance(value, bool | int | float) else masked_text(repr(_hidden(key, value)))
@@ -88,7 +88,7 @@ def _hidden(key: str, value: Any) -> Any:
     """The value with everything hidden that lies under a key that is named like a secret."""
     if isinstance(value, dict):
         return {name: _hidden(str(name), below) for name, below in value.items()}
-    return HIDDEN if _SECRET_KEY.search(key.rpartition(".")[2]) else value
+    return HIDDEN if _SECRET_KEY.search(key) else value
 
 
 def masked_text(text: str) -> str:

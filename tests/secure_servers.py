@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +40,7 @@ class SecureKafka:
         sasl_ssl, ssl, sasl_plaintext: Bootstrap servers. ``ssl`` wants a client's certificate.
         authority: Signed the node's certificate, and signs the clients'.
         client: A client's certificate; the node calls its owner ``User:CN=client``.
+        start: Starts it again after its server was stopped.
     """
 
     server: KafkaServer
@@ -48,6 +49,7 @@ class SecureKafka:
     sasl_plaintext: str
     authority: Authority
     client: Pair
+    start: Callable[[], KafkaServer]
 
     def add_user(self, name: str, password: str) -> None:
         """Make a user for SCRAM, or change the password."""
@@ -94,7 +96,8 @@ def secure_kafka(home: Path, folder: Path, plain_users: dict[str, str]) -> Itera
     lines += ["super.users=User:ANONYMOUS"]
     port = free_ports(1)[0]
     more = "\n".join(lines).replace("{port}", str(port))
-    with start_kafka(home, folder / "node", port=port, more=more) as server:
+    start = partial(start_kafka, home, folder / "node", port=port, more=more)
+    with start() as server:
         yield SecureKafka(
             server,
             f"{LOOPBACK}:{sasl_ssl}",
@@ -102,6 +105,7 @@ def secure_kafka(home: Path, folder: Path, plain_users: dict[str, str]) -> Itera
             f"{LOOPBACK}:{sasl_plaintext}",
             authority,
             client,
+            start,
         )
 
 

@@ -1,6 +1,7 @@
 """Kafka that does not let everybody in: TLS, SASL and ACLs of a real node. Errors name what and where, no secrets."""
 
 import logging
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from stream.log.kafka_access import KafkaAccess
 from stream.log.kafka_connection import KafkaLogConfig
 from stream.log.kafka_log import KafkaLog
 from tests.certificates import Authority
-from tests.secure_servers import SecureKafka
+from tests.secure_servers import SecureKafka, secure_kafka
 
 pytestmark = [pytest.mark.kafka, pytest.mark.xdist_group("kafka_secure")]
 
@@ -137,6 +138,29 @@ def test_a_new_password_is_read_for_the_next_client(
     log.append("t", [RECORD])  # a producer is made
 
     assert log.end("t") == {AT: 1}
+
+
+@pytest.mark.timeout(300)
+def test_after_an_outage_the_clients_log_in_again(
+    kafka_home: Path, openssl: None, tmp_path: Path, open_log: Callable[..., KafkaLog], namespace: str
+) -> None:
+    password = tmp_path / "password"
+    password.write_text("pl41n")
+    with secure_kafka(kafka_home, tmp_path / "kafka", {"plain": "pl41n"}) as kafka:
+        kafka.allow("User:plain", ALL, f"{namespace}.")
+        tls = TlsFiles(ca_file=kafka.authority.cert)
+        access = KafkaAccess("SASL_SSL", "PLAIN", "plain", SecretPlace(file=password), tls)
+        log = open_log(kafka.sasl_ssl, access, 120.0)
+        assert used(log) == [b"x"]
+        kafka.server.stop()
+
+        appending = threading.Thread(target=log.append, args=("t", [RECORD]))
+        appending.start()
+        with kafka.start():
+            appending.join(120)
+            assert not appending.is_alive()
+            assert used(log) == [b"x"] * 3
+            log.close()
 
 
 REFUSALS: dict[str, tuple[Callable[[SecureKafka, Path], dict[str, Any]], str]] = {
