@@ -87,6 +87,7 @@ from stream.join.kernels import (
     Ledgers,
     admit_impressions,
     attach_feedback,
+    known_labels,
     restage,
     settle_due,
 )
@@ -261,28 +262,18 @@ class Joiner:
         kind = np.where(example == 0, first, np.where(example < num_stages + num_tasks, FURTHER, CLOSING))
         self._entries.drop_features(entries[(kind == WHOLE) | (kind == CLOSING)])
 
-        bits = np.uint64(1) << np.arange(num_tasks, dtype=np.uint64)
-        attached = (columns.attached[entries][:, None] & bits) != 0
-        labels, label_due_ms = columns.labels[entries], columns.label_due_ms[entries]
-        waited_ms = columns.event_time_ms[entries][:, None] + stages.wait_ms[stages.of_task]
-        waited_ms = np.maximum(waited_ms, columns.read_ms[entries][:, None])
-        is_positive, is_late = attached & (labels > 0), label_due_ms > waited_ms
-        # What an example has: at a stage its tasks' labels of that time, in a correction one label, in the end all.
-        at_stage = example[:, None] == stages.of_task
-        corrected = example[:, None] == num_stages + np.arange(num_tasks)
-        follows = is_late | (stages.positives_follow & is_positive)
-        attached &= (at_stage & ~follows) | corrected | (kind == CLOSING)[:, None]
-        label_mask = attached | (stages.is_binary & (at_stage | (kind == CLOSING)[:, None]))
         kind = kind.astype(np.int8)
+        known, label_mask, is_late = known_labels(entries, example, columns, stages)
+        labels = np.where(known, columns.labels[entries], np.float32(0))
         return ExampleBlock(
             **features,
-            labels=np.where(attached, labels, np.float32(0)),
+            labels=labels,
             label_mask=label_mask,
             weight=np.ones(len(entries), np.float32),
-            feedback_arrival_ms=np.where(attached, columns.label_arrival_ms[entries], MISSING),
+            feedback_arrival_ms=np.where(known, columns.label_arrival_ms[entries], MISSING),
             due_ms=due_ms,
             kind=kind,
-            late_share=self._late_shares.of_examples(kind, label_mask, is_positive & attached, is_late),
+            late_share=self._late_shares.of_examples(kind, label_mask, labels, is_late),
         )
 
     def state(self) -> Arrays:

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from smes.arrays import F32, I32, I64, Arrays, GrowingColumns
+from smes.arrays import F32, I32, I64, Arrays, Bool, GrowingColumns
 from smes.events import ImpressionBlock
 from smes.id_map import IdMap
 from smes.schema import Schema
@@ -272,6 +272,40 @@ def _hold_early(i: int, events: Feedback, entries: Entries, stages: Stages) -> N
     entries.status[e] = EARLY
     entries.not_before_ms[e, t] = max(time - stages.window_ms[t], events.before_ms[i] - max_window_ms)
     entries.label_partition[e, t] = events.partition[i]
+
+
+@njit(cache=True)
+def known_labels(
+    rows: I64, examples: I64, entries: Entries, stages: Stages
+) -> tuple[Bool, Bool, Bool]:  # pragma: no cover - compiled
+    """Find what examples of waiting entries show: at a stage its labels so far, in a correction one, in the end all.
+
+    Args:
+        rows: int64 [N], the entries.
+        examples: int64 [N], as :attr:`Emitted.example`.
+        entries: All entries.
+        stages: The tasks' stages.
+
+    Returns:
+        bool [N, T] each: is there feedback in the example; does the label count; did the feedback come after the wait.
+    """
+    num_stages, num_tasks = len(stages.wait_ms), len(stages.window_ms)
+    known = np.zeros((len(rows), num_tasks), np.bool_)
+    counts, is_late = np.zeros_like(known), np.zeros_like(known)
+    for i in range(len(rows)):
+        e, example = rows[i], examples[i]
+        is_closing = example == num_stages + num_tasks
+        for t in range(num_tasks):
+            stage = stages.of_task[t]
+            is_attached = entries.attached[e] & (np.uint64(1) << np.uint64(t)) != 0
+            is_late[i, t] = is_attached and entries.label_due_ms[e, t] > _stage_due(e, stage, entries, stages)
+            if is_closing or example == num_stages + t:
+                known[i, t] = is_attached
+            elif example == stage:
+                follows = is_late[i, t] or (stages.positives_follow[t] and entries.labels[e, t] > 0)
+                known[i, t] = is_attached and not follows
+            counts[i, t] = known[i, t] or (stages.is_binary[t] and (is_closing or example == stage))
+    return known, counts, is_late
 
 
 @njit(cache=True)

@@ -40,24 +40,26 @@ class LateShares:
         self._corrects, self._correction = stages.corrects, correction
         self.counts: F64 = np.zeros((len(stages.corrects), 4))
 
-    def of_examples(self, kind: I8, label_mask: Bool, is_positive: Bool, is_late: Bool) -> F32:
+    def of_examples(self, kind: I8, label_mask: Bool, labels: F32, is_late: Bool) -> F32:
         """The late share of each label of some examples, which are then counted.
 
         Args:
             kind: int8 [N], as in :class:`smes.events.ExampleBlock`.
             label_mask: bool [N, T].
-            is_positive: bool [N, T], whether the label is a positive.
-            is_late: bool [N, T], whether that positive came after its task's wait.
+            labels: float32 [N, T], above 0 for a positive, 0 where masked.
+            is_late: bool [N, T], whether the label came after its task's wait.
 
         Returns:
             float32 [N, T], 0 where there is no label, for tasks that wait for their window, and for regression.
         """
         shares: F32 = np.zeros(label_mask.shape, np.float32)
+        if self._correction == "none" or not self._corrects.any():
+            return shares
         cells = label_mask & self._corrects & (kind != CLOSING)[:, None]
         if self._correction == "fnw":
             shares[cells] = 1
-        elif self._correction == "es_dfm" and self._corrects.any():
-            _tell_and_count(kind, cells, label_mask & is_positive & self._corrects, is_late, self.counts, shares)
+        else:
+            _tell_and_count(kind, cells, (labels > 0) & self._corrects, is_late, self.counts, shares)
         return shares
 
 

@@ -39,15 +39,19 @@ CORRECTIONS = st.sampled_from(["es_dfm", "fnw", "none"])
 
 
 def _events(seed: int) -> tuple[list[Impression], list[Feedback]]:
-    """Impressions, and feedback near the ends of their waits and windows, in any order."""
+    """Impressions, and feedback near the ends of their waits and windows, in any order.
+
+    Copies of feedback follow the first one at once: of an orphan without an impression nothing is remembered.
+    """
     rng = Random(seed)
     impressions = [(rng.randint(0, 12), rng.randint(1, 25_000)) for _ in range(rng.randint(0, 20))]
-    feedback = []
+    feedback: dict[tuple[int, int], list[Feedback]] = {}
     for _ in range(rng.randint(0, 40)):
-        key, shown_ms = rng.choice([*impressions, (99, 20_000)])
+        (key, shown_ms), task = rng.choice([*impressions, (99, 20_000)]), rng.randint(0, 2)
         delay_ms = rng.choice([rng.randint(-1500, 11_000), -1000, 0, 500, 2000, 5000, 7500, 8000, 10_000])
-        feedback.append((key, max(1, shown_ms + delay_ms), rng.randint(0, 2), rng.choice([0.0, 1.0, 1.0])))
-    return impressions, feedback
+        event = (key, max(1, shown_ms + delay_ms), task, rng.choice([0.0, 1.0, 1.0]))
+        feedback.setdefault((key, task), [event, (*event[:3], 1.0)] if rng.random() < 0.2 else [event])
+    return impressions, [event for events in feedback.values() for event in events]
 
 
 EVENTS, RANDOMS = st.integers(0, 2**32).map(_events), st.integers(0, 2**32).map(Random)
