@@ -40,7 +40,7 @@ from smes.events import FIRST
 from smes.schema import Schema
 from stream.audit_marks import Mark, oldest_that_counts
 from stream.audit_result import AuditResult, Equation, Imbalance, PartitionAudit
-from stream.join.kernels import EARLY, WAITING
+from stream.join.entries import EARLY, WAITING
 from stream.join.ledgers import CORRECTED, DUPLICATE, HELD, LATE, ORPHANED, READ, USED
 from stream.log.event_log import EventLog, Positions, TopicPartition
 from stream.partition_state import saved_partitions, state_name

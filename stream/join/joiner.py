@@ -77,11 +77,9 @@ from smes.arrays import I64, Arrays
 from smes.events import CLOSING, FIRST, FURTHER, WHOLE, ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.ranges import NonNegativeFloat, check_ranges
 from smes.schema import MISSING, Schema
+from stream.join.entries import FREE, DueTimes, EntryTable
 from stream.join.kernels import (
-    FREE,
-    DueTimes,
     Emitted,
-    EntryTable,
     Feedback,
     Impressions,
     Ledgers,
