@@ -112,7 +112,8 @@ def report_table(report: dict[str, Any]) -> Table:
     table.title_justify = "left"
     table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")
-    for section in ("events", "feedback", "throughput", "freshness_ms", "snapshots", "scorer", "active_experts"):
+    sections = ("events", "feedback", "throughput", "freshness_ms", "snapshots", "scorer", "rows", "active_experts")
+    for section in sections:
         parts = [f"{key} {number(value, 1)}" for key, value in report[section].items() if value is not None]
         if parts:
             table.add_row(section, " · ".join(parts))

@@ -6,6 +6,7 @@ Imports no torch: the demo's own process reads reports without it.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from smes.model.rows_config import RowCounts
 from stream.join.ledgers import StreamLedger
 from trainer.task_figures import Headline, TaskFigures
 
@@ -130,6 +131,7 @@ class TrainingReport:
         freshness_ms, scorer: Measured by the demo; None in a report of training alone.
         freshness_stages_ms: Likewise: stage → its median, 99th percentile and mean; else empty.
         snapshots: What was published and served.
+        rows: The rows that ids have, and what became of others.
         active_experts, routing: What the routing executed; None for a ranker without experts.
         headline: Means over the dense binary tasks, and over the rare ones.
         tasks: Task name → metrics.
@@ -145,6 +147,7 @@ class TrainingReport:
     freshness_stages_ms: dict[str, dict[str, float | None]]
     snapshots: Snapshots
     scorer: ScorerFigures
+    rows: RowCounts
     active_experts: ActiveExperts
     routing: RoutingSummary
     headline: Headline

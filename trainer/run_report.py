@@ -59,6 +59,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
         freshness_stages_ms={},
         snapshots=Snapshots(publisher.published, publisher.bytes_last) if publisher else Snapshots(),
         scorer=ScorerFigures(),
+        rows=trainer.learner.row_counts,
         active_experts=ActiveExperts(
             mean=tally.mean,
             max=tally.max,

@@ -15,7 +15,7 @@ from smes.model.id_rows_kernels import distinct
 from smes.model.ids import IdKeys
 from smes.model.row_ages import RowAges
 from smes.model.row_keys import KeysView, RowKeys
-from smes.model.rows_config import RowsConfig
+from smes.model.rows_config import RowCounts, RowsConfig
 from smes.schema import Schema
 
 _NO_ROWS: I64 = np.zeros(0, np.int64)
@@ -78,6 +78,7 @@ class IdRows:
         self._map = IdMap()
         self._keys = RowKeys(lambda: self._map.key_by_row)
         self._removed: list[I64] | None = None
+        self._born = self._expired = self._replaced = self._turned_away = 0
         self._required_rows = self._adopt(self.ids.required)
         if self._ages is not None:
             self._ages.born_required(self._required_rows)
@@ -85,6 +86,12 @@ class IdRows:
     def __len__(self) -> int:
         """How many rows have an id, those that every table has included."""
         return len(self._map)
+
+    @property
+    def counts(self) -> RowCounts:
+        """The rows of ids, those that every table has not included."""
+        in_use = len(self) - len(self._required_rows)
+        return RowCounts(in_use, self._born, self._expired, self._replaced, self._turned_away)
 
     @property
     def num_rows(self) -> int:
@@ -114,7 +121,7 @@ class IdRows:
         """
         keys_K, cells, times_K, first_K = distinct(self.ids.own(ids_BW))
         if self._ages is not None:
-            self._give_back(self._ages.advance(event_time_ms))
+            self._expired += self._give_back(self._ages.advance(event_time_ms))
         rows_K = self._map.find(keys_K)
         absent = np.flatnonzero(rows_K == ABSENT)
         vocabulary = self.ids.vocabulary_W[first_K % ids_BW.shape[1]]
@@ -123,10 +130,12 @@ class IdRows:
             known = np.flatnonzero(rows_K != ABSENT)
             self._ages.know(rows_K[known], vocabulary[known])
             given_back, fits = self._ages.make_room(vocabulary[absent[admitted]], rows_K[known])
-            self._give_back(given_back)
+            self._replaced += self._give_back(given_back)
+            self._turned_away += int(np.count_nonzero(~fits))
             admitted[admitted] = fits
         new, others = absent[admitted], absent[~admitted]
         rows_K[new] = born = self._adopt(keys_K[new])
+        self._born += len(born)
         if self._ages is not None:
             self._ages.born(born, vocabulary[new])
         if len(others):
@@ -144,8 +153,10 @@ class IdRows:
         """Give keys of unknown vocabularies rows; those that have one keep it. int64 [N] → int64 [N]."""
         known = self.num_rows
         rows = self._adopt(keys_N)
+        born = rows[rows >= known]
+        self._born += len(born)
         if self._ages is not None:
-            self._ages.born_unknown(rows[rows >= known])
+            self._ages.born_unknown(born)
         return rows
 
     def note_removed(self) -> None:
@@ -169,7 +180,8 @@ class IdRows:
 
     def state(self) -> Arrays:
         """What :meth:`load_state` continues from, beside the keys; copies."""
-        state: Arrays = {"free": self._map.free_rows.copy()}
+        counts = np.array([self._born, self._expired, self._replaced, self._turned_away])
+        state: Arrays = {"free": self._map.free_rows.copy(), "counts": counts}
         if self._ages is not None:
             state |= prefixed("ages.", self._ages.state())
         if self._sightings is not None:
@@ -192,6 +204,7 @@ class IdRows:
         self._map = IdMap.from_state(
             {"ids": keys_R[rows], "rows": rows, "free": state["free"], "next_row": np.array([len(keys_R)])}
         )
+        self._born, self._expired, self._replaced, self._turned_away = (int(n) for n in state["counts"])
         self._keys = RowKeys(lambda: self._map.key_by_row)
         self._keys.born(np.arange(len(keys_R)))
         self._keys.give_back(state["free"])
@@ -224,13 +237,15 @@ class IdRows:
         self._keys.born(rows)
         return rows
 
-    def _give_back(self, rows_N: I64) -> None:
+    def _give_back(self, rows_N: I64) -> int:
+        """Take ids away from rows; how many."""
         if len(rows_N):
             keys = self.keys(rows_N)
             self._keys.give_back(rows_N)
             self._map.remove(keys)
             if self._removed is not None:
                 self._removed.append(keys)
+        return len(rows_N)
 
 
 def find_rows(ids: IdKeys, ids_NW: I64, find: Callable[[I64], I64]) -> I64:

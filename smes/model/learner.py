@@ -26,7 +26,7 @@ from smes.model.id_table import IdTable
 from smes.model.ids import pool_weights
 from smes.model.numeric_moments import NumericMoments
 from smes.model.rank_model import ModelOutput, build_model
-from smes.model.rows_config import RowsConfig
+from smes.model.rows_config import RowCounts, RowsConfig
 from smes.model.step_watcher import StepWatcher
 from smes.model.table import RowGradients
 from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
@@ -117,6 +117,11 @@ class Learner:
     def num_rows(self) -> int:
         """Number of rows of the id table in use."""
         return len(self._table.rows)
+
+    @property
+    def row_counts(self) -> RowCounts:
+        """How many rows ids have, and what became of those that they had."""
+        return self._table.rows.counts
 
     @property
     def overlaps_copies(self) -> bool:

@@ -37,6 +37,26 @@ class RowRules:
         check_ranges(self)
 
 
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """The rows of ids: ``in_use`` is ``born`` less ``expired`` less ``replaced``.
+
+    Attributes:
+        in_use: Ids that have a row now.
+        born: Rows that ids got.
+        expired: Rows given back because their ids were not seen for long.
+        replaced: Rows given back because the budget was used up.
+        turned_away: New ids that got no row because the budget was used up by ids that had just been seen, each counted
+            in every batch that had it.
+    """
+
+    in_use: int
+    born: int
+    expired: int
+    replaced: int
+    turned_away: int
+
+
 @dataclass(frozen=True)
 class RowsConfig:
     """Which ids get a row of the table, and when a row is given back.

@@ -24,6 +24,7 @@ SECTIONS = {
     "freshness_stages_ms": None,
     "snapshots": {"published", "bytes_last", "served"},
     "scorer": {"requests", "errors", "mixed_versions", "p50_ms", "p99_ms"},
+    "rows": {"in_use", "born", "expired", "replaced", "turned_away"},
     "active_experts": {"mean", "max", "bound", "num_experts"},
     "routing": {"segment_steps", "dead", "load_skew", "drift", "overlap"},
     "headline": {"dense", "rare"},
@@ -52,6 +53,8 @@ def assert_documented(report: dict[str, Any], tasks: set[str]) -> None:
         assert means.keys() == OF_A_HEADLINE, kind
         assert all((report["tasks"][name]["base_rate"] < 0.01) == (kind == "rare") for name in means["tasks"])
     events, feedback, experts = report["events"], report["feedback"], report["active_experts"]
+    rows = report["rows"]
+    assert rows["in_use"] == rows["born"] - rows["expired"] - rows["replaced"]
     assert events["impressions"] == sum(n for key, n in events.items() if key not in {"impressions", *NOT_READ})
     assert feedback["received"] == sum(n for key, n in feedback.items() if key not in {"received", *NOT_READ})
     if events["trained"]:

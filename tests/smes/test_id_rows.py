@@ -10,7 +10,7 @@ from smes.model.admission import Sightings
 from smes.model.id_rows import BatchRows, IdRows
 from smes.model.id_rows_kernels import distinct, not_among, not_seen_since, oldest
 from smes.model.ids import IdKeys, pool_weights, uniform_rows
-from smes.model.rows_config import RowRules, RowsConfig
+from smes.model.rows_config import RowCounts, RowRules, RowsConfig
 from smes.schema import MISSING, Feature, Schema, Task
 
 _SCHEMA = Schema(
@@ -191,6 +191,7 @@ def test_rows_of_this_batch_and_of_the_one_before_stay() -> None:
     _see(rows, 0, 6)
     assert _has_row(rows, 1, 2, 3, 6) == [False, True, True, True], "two batches later, in the same second"
     assert len(rows) == 6
+    assert rows.counts == RowCounts(in_use=3, born=4, expired=0, replaced=1, turned_away=3)
 
 
 def test_vocabularies_with_rules_of_their_own_have_their_own_budget() -> None:
@@ -285,12 +286,15 @@ def test_rows_live_and_go_as_a_dictionary_says(seed: int) -> None:
         naive.check(rows, users, second, next_check)
         if second >= next_check:
             next_check = second + every
+        counts = rows.counts
+        assert counts.in_use == len(rows) - len(rows.required) == counts.born - counts.expired - counts.replaced
         if step % 90 == 70:
             again = IdRows(_SCHEMA, config)
             keys, used = rows.view().block(0, rows.num_rows)
             assert used.sum() == len(rows)
             again.load_state(keys, rows.state())
             rows = again
+    assert rows.counts.born > rows.counts.replaced > 0
 
 
 def test_rows_of_a_checkpoint_without_ages_count_as_seen_when_the_first_batch_comes() -> None:
