@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from feature_store.manifest import MAX_CHUNKS
 from smes_io.tensor_pieces import Piece
 
@@ -35,17 +37,18 @@ def chunk_sizes(total_bytes: int, chunk_bytes: int) -> list[int]:
     return [min(size, total_bytes - start) for start in range(0, total_bytes, size)]
 
 
-def in_chunks(pieces: Iterable[Piece], size: int) -> Iterator[bytes]:
-    """The same bytes in pieces of this length, the last one shorter."""
-    filling = bytearray()
+def in_chunks(pieces: Iterable[Piece], size: int) -> Iterator[memoryview]:
+    """The same bytes in pieces of this length, the last one shorter. A piece is good until the next is asked for."""
+    filling, filled = np.empty(size, np.uint8), 0
     for piece in pieces:
-        view = memoryview(piece).cast("B")
-        while len(view):
-            taken = view[: size - len(filling)]
-            filling += taken
-            view = view[len(taken) :]
-            if len(filling) == size:
-                yield bytes(filling)
-                filling.clear()
-    if filling:
-        yield bytes(filling)
+        rest = np.frombuffer(piece, np.uint8)  # NumPy copies without the interpreter's lock
+        while len(rest):
+            taken = rest[: size - filled]
+            filling[filled : filled + len(taken)] = taken
+            filled += len(taken)
+            rest = rest[len(taken) :]
+            if filled == size:
+                yield filling.data
+                filled = 0
+    if filled:
+        yield filling[:filled].data

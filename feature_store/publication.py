@@ -278,7 +278,7 @@ class Publication:
         for keys in _slices([self._keys.chunk(name, i) for i in range(chunks)]):
             self._remove_script(keys=keys)
 
-    def _writing(self, key: str, piece: bytes) -> Callable[[], object]:
+    def _writing(self, key: str, piece: memoryview) -> Callable[[], object]:
         return lambda: self._client.set(key, piece, ex=self._upload_ttl_s)
 
     def _tried(self, doing: str, call: Callable[[], _T]) -> _T:

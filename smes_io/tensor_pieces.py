@@ -149,14 +149,14 @@ class PieceReader:
 
     def __init__(self, pieces: Iterable[Piece], total_bytes: int) -> None:
         self._pieces: Iterator[Piece] = iter(pieces)
-        self._rest = memoryview(b"")
+        self._rest = np.zeros(0, np.uint8)
         self._left = total_bytes
-        length = int.from_bytes(self._take(LENGTH_BYTES, "header"), "little")
+        length = int.from_bytes(self._take(LENGTH_BYTES, "header").tobytes(), "little")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"header of {length} bytes, expected at most {MAX_HEADER_BYTES}")
         if length > self._left:
             raise ValueError(f"header cut short ({total_bytes} bytes, header of {length} expected)")
-        text = bytes(self._take(length, "header"))
+        text = self._take(length, "header").tobytes()
         self.tensors, self.metadata = read_header(text, self._left)
 
     def read(self, tensor: TensorInfo) -> NDArray[Any]:
@@ -165,7 +165,7 @@ class PieceReader:
         Raises:
             ValueError: The file is shorter than it said.
         """
-        return np.frombuffer(self._take(tensor.nbytes, f"tensor {tensor.name}"), tensor.dtype).reshape(tensor.shape)
+        return self._take(tensor.nbytes, f"tensor {tensor.name}").view(tensor.dtype).reshape(tensor.shape)
 
     def end(self) -> None:
         """Check that nothing is left.
@@ -176,25 +176,26 @@ class PieceReader:
         if self._left or len(self._rest) or next(self._pieces, None) is not None:
             raise ValueError("more bytes after the last tensor, expected none")
 
-    def _take(self, count: int, what: str) -> bytearray:
+    def _take(self, count: int, what: str) -> NDArray[np.uint8]:
+        """The next bytes, copied. NumPy copies without the interpreter's lock."""
         if count > self._left:
             raise ValueError(f"{what} cut short ({self._left} bytes left, {count} expected)")
         self._left -= count
-        taken = bytearray(min(count, _AT_ONCE))
+        taken = np.empty(min(count, _AT_ONCE), np.uint8)
         filled = 0
         while filled < count:
             if not len(self._rest):
                 piece = next(self._pieces, None)
                 if piece is None:
                     raise ValueError(f"{what} cut short ({filled} bytes, {count} expected)")
-                self._rest = memoryview(piece).cast("B")
+                self._rest = np.frombuffer(piece, np.uint8)
                 continue
-            some = self._rest[: count - filled]
-            if filled + len(some) <= len(taken):
-                taken[filled : filled + len(some)] = some
-            else:
-                del taken[filled:]
-                taken += some
+            if filled == len(taken):
+                longer = np.empty(min(count, 2 * len(taken)), np.uint8)
+                longer[:filled] = taken
+                taken = longer
+            some = self._rest[: len(taken) - filled]
+            taken[filled : filled + len(some)] = some
             filled += len(some)
             self._rest = self._rest[len(some) :]
         return taken
