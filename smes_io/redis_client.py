@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, AuthorizationError
+from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
 from redis.retry import Retry
 
 from smes.errors import EventLogError, EventLogUnavailable, FeatureStoreError, FeatureStoreUnavailable, SmesError
@@ -46,7 +46,7 @@ _NOT_NOW = frozenset(
 """First words of the answers of a server that will, or another server that does, serve the same command later."""
 
 _IN_PIPELINE = "of pipeline caused error: "  # the client puts this, and the command, before an answer in a pipeline
-_NO_RIGHT = ("NOPERM", "ACL failure in script", "has no permissions to ")  # as commands, and scripts, are answered
+_NO_RIGHT_IN_SCRIPT = ("ACL failure in script", "The user executing the script can't")  # the latter before Redis 7.2
 
 
 class NotNow(redis.ConnectionError):
@@ -242,7 +242,7 @@ def translated(
         if isinstance(error, redis.OutOfMemoryError):
             more = f"raise its maxmemory or keep less ({errors.size_key})"
             raise errors.refused(f"{where} has no memory left while {doing}: {more}: {error}") from error
-        if any(words in str(error) for words in _NO_RIGHT):
+        if isinstance(error, NoPermissionError) or any(words in str(error) for words in _NO_RIGHT_IN_SCRIPT):
             user = user_of(client.connection_pool.connection_kwargs) or "default"
             raise errors.refused(f"{where}: user {user!r} lacks a right while {doing}: {error}") from error
         raise errors.refused(f"{where} refused while {doing}: {error}") from error

@@ -38,7 +38,7 @@ def password(tmp_path: Path) -> Path:
 @pytest.fixture
 def let_in(redis_secure: SecureRedis, namespace: str, password: Path) -> Callable[..., RedisAccess]:
     """How the user ``smes`` of the namespace gets in; arguments change that."""
-    rights = (f"~{key_prefix(namespace)}:*", "+@read", "+@write", "+@connection", "+acl|whoami")
+    rights = (f"~{key_prefix(namespace)}:*", "+@read", "+@write", "+@connection", "+acl|whoami", "+eval")
     redis_secure.set_user("smes", "on", f">{SECRET}", *rights)
 
     def let_in(**changes: Any) -> RedisAccess:
@@ -154,7 +154,12 @@ def test_a_server_without_tls_is_named(redis_url: str) -> None:
     ("doing", "call", "answer"),
     [
         ("a key was read", lambda client: client.get("another"), "access a key|access one of the keys"),
-        ("a script ran", lambda client: client.eval("return 1", 0), "run the 'eval' command"),
+        ("a script ran", lambda client: client.evalsha("0" * 40, 0), "run the 'evalsha' command"),
+        (
+            "another key was named in a script",
+            lambda client: client.eval("redis.call('GET', 'x')", 0),
+            "in script|the script",
+        ),
         ("a pipeline ran", lambda client: in_a_pipeline(client), "access a key|access one of the keys"),
         ("somebody was told", lambda client: client.publish("there", "x"), "run the 'publish' command|channel"),
     ],
