@@ -38,7 +38,7 @@ class Cells:
         self.gradients: dict[str, Tensor | None] = dict.fromkeys(names)
         self.cells_BW = cells_BW
         wanted = torch.zeros((), device=cells_BW.device, requires_grad=True)
-        values = _Read.apply(wanted, read, self.gradients)  # type: ignore[no-untyped-call]  # torch ships no type for it
+        values = _Read.apply(wanted, read, self.gradients)  # type: ignore[no-untyped-call]  # torch
         self.values: dict[str, Tensor] = dict(zip(names, values, strict=True))
 
 

@@ -30,7 +30,7 @@ def client(cluster: RedisCluster, namespace: str) -> Iterator[redis.Redis]:
 def publish(store: SnapshotStore, version: int, **more: int) -> bytes:
     """A payload of several chunks."""
     payload = np.random.default_rng(version).bytes(950)
-    store.publish(payload, lineage="a", version=version, schema_hash="h", step=version, created_ms=1, **more)  # type: ignore[arg-type]  # the fencing number
+    store.publish(payload, lineage="a", version=version, schema_hash="h", step=version, created_ms=1, **more)  # type: ignore[arg-type]
     return payload
 
 

@@ -223,7 +223,7 @@ def test_every_example_is_as_declared_however_reads_are_sliced(  # type: ignore[
 @given(*ANY)
 @settings(max_examples=100, deadline=None)
 @pytest.mark.timeout(600)  # bounds hangs only
-def test_each_impression_closes_once_with_the_labels_of_the_window_and_each_positive_trains_once(  # type: ignore[no-untyped-def]
+def test_each_impression_closes_once_by_the_window_and_each_positive_trains_once(  # type: ignore[no-untyped-def]
     events, random, lateness_ms, vouchers, in_order, wait, correction
 ):
     impressions, feedback = with_order(events, in_order)
