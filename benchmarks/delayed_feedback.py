@@ -107,7 +107,7 @@ def scores(shown: Shown, policy: Policy, seed: int) -> F32:
     schema, cpu = shown.world.schema, torch.device("cpu")
     learner = Learner(schema, ModelConfig(), OptimizerConfig(), device=cpu, seed=seed)
     scored = []
-    for examples, batches in _moments(shown, policy):
+    for examples, batches in moments(shown, policy):
         frozen = FrozenModel.freeze(learner, cpu)
         scored.append(frozen.score(examples.ids, examples.numerics))
         frozen.close()
@@ -120,7 +120,7 @@ def scores(shown: Shown, policy: Policy, seed: int) -> F32:
     return np.concatenate(scored)
 
 
-def _moments(shown: Shown, policy: Policy) -> Iterator[tuple[ExampleBlock, list[ExampleBlock]]]:
+def moments(shown: Shown, policy: Policy) -> Iterator[tuple[ExampleBlock, list[ExampleBlock]]]:
     """What is shown next, and the batches to train on after that."""
     wait = policy.wait or "window"
     join = JoinConfig(allowed_lateness_s=0.0, vouchers=1, wait={"default": wait}, correction=policy.correction)

@@ -76,6 +76,11 @@ class _Baseline(Observer):
         result = self._learner.step(self._learner.prepare(examples))
         self._evaluation.after_step(examples, fetch(result))
 
+    def after_closing(self, examples: ExampleBlock) -> None:
+        """Count impressions whose final labels have come."""
+        self._learner.observe_closed(examples)
+        self._evaluation.after_closing(examples)
+
     def report(self) -> dict[str, Any]:
         """``tasks`` and ``headline``, as in a report."""
         tasks = task_figures(self._evaluation.report())
@@ -94,7 +99,7 @@ class _MemorySamples(Observer):
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Take a sample every so many impressions."""
-        self._trained += len(examples)
+        self._trained += examples.num_impressions
         if self._trained >= _MEMORY_EVERY * (len(self.samples) + 1):
             self.take()
 
@@ -112,7 +117,7 @@ class _Progress(Observer):
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Show impressions trained on, and how many a second."""
-        self._trained += len(examples)
+        self._trained += examples.num_impressions
         rate = self._trained / (time.monotonic() - self._started_s)
         self._advance(self._trained, f"{rate:,.0f} impressions/s")
 

@@ -1,0 +1,53 @@
+"""A backtest that trains before the windows close: the same labels are counted, and a task that is none is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulators.synthetic import synthesize
+from smes_cli.__main__ import run
+from smes_cli.backtest import run_backtest
+from smes_cli.config import load_config
+from tests.running import write_config
+from trainer.report import conservation_errors
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("delayed") / "world.parquet"
+    synthesize(path, 3000, seed=6)
+    return path
+
+
+def backtest(tmp_path: Path, world: Path, wait: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The report, and the positives of each task by a baseline that is the same ranker on the same examples."""
+    config = load_config(write_config(tmp_path, "redis://unused:1/0", "unused"), {"SMES_STREAM__JOIN__WAIT": wait})
+    result = run_backtest(config, world, limit=None, seed=0, baseline="smes", should_stop=lambda: False)
+    assert result.baseline is not None
+    return result.report.to_dict(), {name: task["positives"] for name, task in result.baseline["tasks"].items()}
+
+
+def test_a_backtest_counts_the_same_labels_whenever_tasks_are_trained_on(tmp_path: Path, world: Path) -> None:
+    waits, waits_baseline = backtest(tmp_path, world, "{default: window}")
+    at_once, at_once_baseline = backtest(tmp_path, world, "{default: immediate, click: 2}")
+
+    assert conservation_errors(at_once) == conservation_errors(waits) == []
+    assert at_once["events"] == waits["events"]
+    assert at_once["feedback"]["corrected"] > 0
+    assert waits["feedback"]["corrected"] == 0
+    positives = {name: task["positives"] for name, task in waits["tasks"].items()}
+    assert {name: task["positives"] for name, task in at_once["tasks"].items()} == positives
+    assert waits_baseline == at_once_baseline == positives
+
+
+def test_a_wait_of_a_task_that_does_not_exist_is_named(
+    capsys: Captured, tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMES_STREAM__JOIN__WAIT", "{clicks: immediate}")
+    path = write_config(tmp_path, "redis://unused:1/0", "unused")
+
+    assert run(["-c", str(path), "backtest", str(world)]) == 2
+    assert "JoinConfig.wait: unknown tasks ['clicks'], expected 'default' or names among" in capsys.readouterr().err
