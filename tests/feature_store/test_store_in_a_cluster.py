@@ -27,10 +27,10 @@ def client(cluster: RedisCluster, namespace: str) -> Iterator[redis.Redis]:
         yield client
 
 
-def publish(store: SnapshotStore, version: int, **more: int) -> bytes:
+def publish(store: SnapshotStore, version: int, fencing: int | None = None) -> bytes:
     """A payload of several chunks."""
     payload = np.random.default_rng(version).bytes(950)
-    store.publish(payload, lineage="a", version=version, schema_hash="h", step=version, created_ms=1, **more)  # type: ignore[arg-type]
+    store.publish(payload, lineage="a", version=version, schema_hash="h", step=version, created_ms=1, fencing=fencing)
     return payload
 
 
