@@ -348,6 +348,24 @@ def test_an_impression_is_trained_on_at_once_and_corrected_by_its_click() -> Non
     assert (join.ledger.corrected, join.ledger.attached) == (1, 4)
 
 
+def test_what_was_trained_on_before_waits_changed_is_corrected_and_not_trained_on_again() -> None:
+    join = join_of(0, {"default": "immediate"})
+    join.push(impression_block([(2, 1000), (3, 1000)]), feedback_block([]))
+    first = join.push(impression_block([(4, 3000), (5, 3000)]), feedback_block([(4, 3000, 1, 0.0), (5, 3000, 1, 0.0)]))
+    state = join.state()
+    join = join_of(0, {})
+    join.load_state(state)
+
+    join.push(impression_block([]), feedback_block([(2, 4000, 0, 1.0)]))
+    end = join.flush()
+
+    assert first.impression_id.tolist() == [2, 3]
+    of_two = end.take(end.impression_id == 2)
+    assert as_examples(of_two) == [(11_000, 2, FURTHER, (1, None, None)), (11_000, 2, CLOSING, (1, 0, None))]
+    assert end.take(end.impression_id == 4).kind.tolist() == [WHOLE]
+    assert join.ledger.corrected == 1
+
+
 def test_features_are_kept_until_the_window_closes_and_no_longer() -> None:
     join = join_of(0, {"default": "immediate"})
     join.push(impression_block([(2, 1000), (3, 1000)]), feedback_block([]))
