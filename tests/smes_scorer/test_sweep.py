@@ -57,8 +57,9 @@ def sweep(url: str, cases: int, headers: dict[str, str]) -> Counter[tuple[str, i
         scores = operation.path == "/v1/score"
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE) if scores else (GenerationMode.POSITIVE,):
             limits = settings(LIMITS, max_examples=-(-cases // 2) if scores else 10)
-            run: Any = seed(12)(limits(given(operation.as_strategy(generation_mode=mode))(check)))
-            run()
+            checked: Any = given(operation.as_strategy(generation_mode=mode))(check)
+            always_the_same: Any = seed(12)
+            always_the_same(limits(checked))()
     return seen
 
 
