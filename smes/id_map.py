@@ -12,7 +12,7 @@ one position says which ids have moved: a search looks into one table only.
 import numpy as np
 
 from smes.arrays import I64
-from smes.id_map_kernels import ABSENT, U32, find, insert, move, place, remove
+from smes.id_map_kernels import ABSENT, U32, find, find_while_growing, insert, move, place, remove
 from smes.reserved import ReservedArray
 
 __all__ = ["ABSENT", "IdMap"]
@@ -69,7 +69,11 @@ class IdMap:
     def find(self, ids: I64) -> I64:
         """Look up the row of each id; ``ABSENT`` for unknown ids. int64 [N] → int64 [N]."""
         ids = np.ascontiguousarray(ids, np.int64)
-        rows: I64 = find(self._slots, self._old, self._first, self._moved, self._keys.array, ids)
+        rows: I64
+        if len(self._old) == 1:
+            rows = find(self._slots, self._keys.array, ids)
+        else:
+            rows = find_while_growing(self._slots, self._old, self._first, self._moved, self._keys.array, ids)
         return rows
 
     def insert(self, ids: I64) -> I64:

@@ -20,6 +20,8 @@ ABSENT = -1
 
 U32 = NDArray[np.uint32]
 
+_BEHIND = 16  # ids between the places at which a search is begun, goes on, and ends
+_RING = 64  # a power of 2, more than twice that
 _BLOCK = 128  # ids whose slots, and then whose rows, are fetched from memory side by side
 _ONE, _HALF, _WORD = np.uint64(1), np.uint64(32), np.uint64(0xFFFFFFFF)
 
@@ -110,7 +112,39 @@ def _fetch(
 
 
 @njit(cache=True, nogil=True)
-def find(slots: U32, old: U32, first: int, moved: int, keys: I64, ids: I64) -> I64:  # pragma: no cover - compiled
+def find(slots: U32, keys: I64, ids: I64) -> I64:  # pragma: no cover - compiled
+    """The row of each id in a map that does not grow.
+
+    Three places run through the ids, one behind the other: at the first the slot is fetched, at the second the key of
+    the candidate in it, at the third the key is compared. So fetches never pause.
+    """
+    bits = _slot_bits(slots)
+    hashes, at = np.empty(_RING, np.uint64), np.empty(_RING, np.uint64)
+    rows = np.empty(len(ids), np.int64)
+    for first in range(len(ids) + 2 * _BEHIND):
+        if first < len(ids):
+            hashed = _hash(ids[first])
+            hashes[first & (_RING - 1)] = hashed
+            prefetch(slots, hashed >> (_HALF - bits))
+        second = first - _BEHIND
+        if 0 <= second < len(ids):
+            hashed = hashes[second & (_RING - 1)]
+            slot = _candidate(slots, bits, hashed, hashed >> (_HALF - bits))
+            at[second & (_RING - 1)] = slot
+            prefetch(keys, _row(slots, bits, slot))
+        third = second - _BEHIND
+        if third >= 0:
+            place = third & (_RING - 1)
+            slot = _search(slots, bits, keys, hashes[place], ids[third], at[place])
+            rows[third] = np.int64(_row(slots, bits, slot)) if slots[slot] else ABSENT
+    return rows
+
+
+@njit(cache=True, nogil=True)
+def find_while_growing(
+    slots: U32, old: U32, first: int, moved: int, keys: I64, ids: I64
+) -> I64:  # pragma: no cover - compiled
+    """The row of each id in a map that grows."""
     bits, old_bits = _slot_bits(slots), _slot_bits(old)
     old_mask = (_ONE << old_bits) - _ONE
     hashes, at = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
@@ -241,3 +275,14 @@ def move(slots: U32, old: U32, first: int, moved: int, keys: I64, count: int) ->
         place(slots, keys, rows[:num_rows])
         if at_end:
             return min(moved, len(old))
+
+
+def compile_map_kernels() -> None:
+    """Run every loop once, on no ids."""
+    slots, old, none = np.zeros(16, np.uint32), np.zeros(1, np.uint32), np.zeros(0, np.int64)
+    find(slots, none, none)
+    find_while_growing(slots, old, 0, 1, none, none)
+    insert(slots, old, 0, 1, none, none, none, none, 0, 0)
+    remove(slots, old, 0, 1, none, none)
+    place(slots, none, none)
+    move(slots, old, 0, 1, none, 0)

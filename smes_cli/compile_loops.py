@@ -7,6 +7,7 @@ import numpy as np
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.hashing import splitmix64
+from smes.id_map_kernels import compile_map_kernels
 from smes.model.id_rows import IdRows
 from smes.model.id_rows_kernels import not_among, not_seen_since, oldest
 from smes.model.ids import uniform_rows
@@ -32,6 +33,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     examples = stream.next_batch()
     assert examples is not None, "the stream has ended, so its one impression is complete"
     _compile_rows(config, schema, examples)
+    compile_map_kernels()
     compile_kernels(bool(config.model.table_dim) + config.model.wide)
     compile_serving_kernels()
     splitmix64(impressions.ids[0])
