@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from feature_store.manifest import Manifest
 from feature_store.snapshots import SnapshotStore
@@ -69,7 +69,7 @@ class Publisher:
         self._waiting = WaitingCuts()
         self._closing = False
         self._give_up_s = 0.0  # of the monotonic clock, once it is closing
-        self._pause_s = _RETRY_S  # after a full snapshot that was not taken
+        self._pause_s = _RETRY_S  # before the next full snapshot; longer after each that was not taken
         self._applies_to: set[int] = set()  # the version published last, and later ones of which it is not known
         self._base_thread: threading.Thread | None = None
         self._no_base_before_s = 0.0
@@ -199,31 +199,41 @@ class Publisher:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        while True:
+        is_over = False
+        while not is_over:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._waiting or self._is_over(), timeout=_RETRY_S if self._closing else None
+                    lambda: self._waiting or self._waiting.needs_full or self._is_over(),
+                    timeout=_RETRY_S if self._closing else None,
                 )
-                if not self._waiting and self._is_over():
-                    return
                 cut = self._waiting.take() if self._waiting else None
-            if cut is None:
-                continue
-            try:
-                outcome = self._publish(cut)
-            except LeaseLost as error:  # nothing more will be published: the trainer's thread hears it by check()
-                with self._changed:
-                    self._lost = error
-                    self._waiting.give_up(cut)
-                return
-            if outcome == "gap" or (outcome == "failed" and cut.is_full):
-                over = self._until_full(cut, wait=outcome == "failed")
-            else:
-                over = outcome == "failed" and self._put_back(cut)
-            if over:
-                return
+                needs_full = cut is None and self._waiting.needs_full
+                is_over = cut is None and self._is_over()
+            if cut is not None:
+                is_over = self._try(cut)
+            elif needs_full:
+                is_over = self._until_full()
 
-    def _publish(self, cut: Cut) -> str:
+    def _try(self, cut: Cut) -> bool:
+        """Publish a cut, or see to it that it is tried again; whether nothing more is to be done."""
+        try:
+            outcome = self._publish(cut)
+        except LeaseLost as error:  # nothing more will be published: the trainer's thread hears it by check()
+            with self._changed:
+                self._lost = error
+                self._waiting.give_up(cut)
+            return True
+        if outcome == "done":
+            return False
+        with self._changed:
+            if outcome == "gap" or cut.is_full:
+                self._waiting.give_up(cut)
+            else:
+                self._waiting.put_back(cut)
+            pause = bool(self._waiting)
+        return pause and self._pause(_RETRY_S)
+
+    def _publish(self, cut: Cut) -> Literal["done", "failed", "gap"]:
         """Publish a cut: ``done``, ``failed``: try again, or ``gap``: only a full snapshot can be published."""
         started_s = time.monotonic()
         if self._last_failure is not None and not cut.is_full and not self._store_answers():
@@ -322,28 +332,20 @@ class Publisher:
         with self._changed:
             self._waiting.without_view(cut)
 
-    def _until_full(self, cut: Cut, *, wait: bool) -> bool:
-        """Only a full snapshot can follow: ask for one, after a pause and as soon as the store answers.
+    def _until_full(self) -> bool:
+        """Ask for a full snapshot as soon as the store answers; after a failure not before a pause is over.
 
         True if no time is left for one.
         """
-        with self._changed:
-            self._waiting.give_up(cut)
-        while wait:
+        failed = self._last_failure is not None
+        while failed or not self._store_answers():
             if self._pause(self._pause_s):
                 return True
-            wait = not self._store_answers()
-        if cut.is_full:
-            self._pause_s = min(2 * self._pause_s, _LONGEST_RETRY_S)
+            if failed:
+                self._pause_s, failed = min(2 * self._pause_s, _LONGEST_RETRY_S), False
         with self._changed:
             self._waiting.wants_full = True
         return False
-
-    def _put_back(self, cut: Cut) -> bool:
-        """After a failure: put the cut back and pause before the next try; True if no time is left for one."""
-        with self._changed:
-            self._waiting.put_back(cut)
-        return self._pause(_RETRY_S)
 
     def _pause(self, seconds: float) -> bool:
         """Wait before the next try; True if no time is left for one."""

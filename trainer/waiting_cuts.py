@@ -35,6 +35,11 @@ class WaitingCuts:
         return bool(self._cuts)
 
     @property
+    def needs_full(self) -> bool:
+        """Whether something is owed, and no full cut was asked for yet."""
+        return self.owed is not None and not self.wants_full
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the deltas that wait."""
         return sum(cut.waiting_bytes for cut in self._cuts)
@@ -60,6 +65,9 @@ class WaitingCuts:
 
     def put_back(self, cut: Cut) -> None:
         """Put a delta back that could not be published; its base is made another time."""
+        if self.owed is not None:
+            self.give_up(cut)
+            return
         cut = self.without_view(cut)
         self._cuts = [self._cuts[0].after(cut), *self._cuts[1:]] if self._cuts else [cut]
         self._bound()
@@ -81,10 +89,9 @@ class WaitingCuts:
         self.owed = bare.after(self.owed) if self.owed else bare
 
     def _bound(self) -> None:
-        """Where more waits than a full snapshot has, wait for that instead."""
+        """Where more waits than a full snapshot has, that is published instead, as soon as the store takes it."""
         if self.nbytes > max(_ALWAYS_WAITING_BYTES, self.chain.base_bytes):
             self.give_up()
-            self.wants_full = True
 
 
 class Chain:
