@@ -108,7 +108,7 @@ class HostTable:
         return view
 
     def take_touched(self) -> I64:
-        rows: I64 = take_marked(self._touched.array)
+        rows: I64 = take_marked(self._touched.array[: _words(self.num_rows)])  # the array may be far longer
         return rows
 
     def put_records(self, start: int, records_NX: F32) -> None:
@@ -127,7 +127,7 @@ class HostTable:
 
     def _grow(self, rows: int) -> None:
         self._records.reserve(rows)
-        self._touched.reserve((rows + 63) // 64)
+        self._touched.reserve(_words(rows))
         self.num_rows = max(self.num_rows, rows)
 
     def _before_change(self, rows_N: I64, *, reset: bool) -> None:
@@ -151,3 +151,8 @@ def _flat(gradient_BWC: Tensor) -> tuple[F32, tuple[int, int]]:
     extent = (batch - 1) * strides[0] + (columns - 1) * strides[1] + width
     flat: F32 = gradient_BWC.as_strided((extent,), (1,)).numpy()
     return flat, strides
+
+
+def _words(rows: int) -> int:
+    """Words of 64 bits, a bit for each row."""
+    return (rows + 63) // 64

@@ -6,12 +6,14 @@ from threading import Event, Thread
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from smes.arrays import F32, I64
 from smes.model.config import AdagradConfig
 from smes.model.table import RecordTable
 from smes.model.table_cuda import DeviceTable
 from smes.model.table_host import HostTable
+from smes.model.table_kernels import take_marked
 from smes.model.table_layout import ColumnGroup, RecordLayout
 
 GROUPS = (
@@ -292,3 +294,22 @@ def test_wrong_settings_are_refused() -> None:
         AdagradConfig(0.1, True, -1)
     with pytest.raises(ValueError, match="distinct names"):
         RecordLayout([GROUPS[0], GROUPS[0]])
+
+
+def test_the_search_for_touched_rows_ends_at_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits lie in address space that is reserved for far more rows than there are."""
+    monkeypatch.setattr("smes.reserved.SMALL_BYTES", 64)
+    searched = []
+
+    def take(bits: NDArray[np.uint64]) -> I64:
+        searched.append(len(bits))
+        return take_marked(bits)
+
+    monkeypatch.setattr("smes.model.table_host.take_marked", take)
+    table = HostTable(GROUPS)
+    table.reset(np.arange(2000), first_weights(np.random.default_rng(0), 2000))
+
+    touched = table.take_touched()
+
+    assert sorted(touched.tolist()) == list(range(2000))
+    assert searched == [32]
