@@ -303,7 +303,8 @@ def test_the_search_for_touched_rows_ends_at_the_last_row(monkeypatch: pytest.Mo
 
     def take(bits: NDArray[np.uint64]) -> I64:
         searched.append(len(bits))
-        return take_marked(bits)
+        rows: I64 = take_marked(bits)
+        return rows
 
     monkeypatch.setattr("smes.model.table_host.take_marked", take)
     table = HostTable(GROUPS)
