@@ -103,8 +103,9 @@ class TableBefore:
             self._map.insert(keys[start : start + 100_000])
         self._distinct = DistinctBefore(len(keys))
         weights = table.records.values(np.arange(len(keys)))
+        # In torch's memory, as they were: NumPy's lies in huge pages, torch's does not.
         self.tables = {
-            name: WeightsBefore(torch.from_numpy(weights[name]), rule)
+            name: WeightsBefore(torch.from_numpy(weights[name]).clone(), rule)
             for name, rule in (("embedding", _OPTIMIZER.embedding), ("wide", _OPTIMIZER.wide))
         }
 
