@@ -14,33 +14,15 @@ from pathlib import Path
 import pytest
 import redis
 
-from feature_store.config import SnapshotStoreConfig
 from feature_store.manifest import Manifest
 from feature_store.pieces import Payload
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.errors import LeaseHeld, LeaseLost, SnapshotError, SnapshotGap, SnapshotNotFound
-from smes_io.redis_client import connect
+from tests.feature_store.stores import make_store
 from tests.feature_store.test_snapshots import InterruptedClient
 
 FULL, DELTA = 4000, 1500
 """Bytes of the payloads, in chunks of 1,000."""
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    client = connect(redis_url, 30.0)
-    yield client
-    client.close()
-
-
-def make_store(client: redis.Redis, namespace: str, **config: int) -> SnapshotStore:
-    sizes = SnapshotStoreConfig(**{"chunk_bytes": 1000, **config})  # type: ignore[arg-type] # all are numbers
-    return SnapshotStore(client, namespace, sizes)
-
-
-@pytest.fixture
-def store(client: redis.Redis, namespace: str) -> SnapshotStore:
-    return make_store(client, namespace)
 
 
 def publish(

@@ -2,40 +2,22 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import redis
 from msgspec.structs import replace
 
-from feature_store.config import SnapshotStoreConfig
 from feature_store.manifest import MAX_CHUNKS, Chunk, Manifest
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.errors import SnapshotError, SnapshotNotFound
-from smes_io.redis_client import connect
+from tests.feature_store.stores import make_store
 
 Junk = Callable[[redis.Redis, str], object]
 """Breaks something, given a client and the prefix of the keys; versions 1, 2 and 3 of lineage a are published."""
 
 BIG = 5 * 1024 * 1024
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    client = connect(redis_url, 30.0)
-    yield client
-    client.close()
-
-
-def make_store(client: redis.Redis, namespace: str, **config: int) -> SnapshotStore:
-    sizes = SnapshotStoreConfig(**{"chunk_bytes": 1000, **config})  # type: ignore[arg-type] # all are numbers
-    return SnapshotStore(client, namespace, sizes)
-
-
-@pytest.fixture
-def store(client: redis.Redis, namespace: str) -> SnapshotStore:
-    return make_store(client, namespace)
 
 
 def publish(store: SnapshotStore, version: int, lineage: str = "a", **more: Any) -> Manifest:

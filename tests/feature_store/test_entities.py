@@ -1,7 +1,6 @@
 """Entity features against a real server: what is written is what the matrices get, in one round trip."""
 
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import redis
 from feature_store.entities import EntityStore
 from smes.errors import FeatureStoreError, FeatureStoreUnavailable, SchemaMismatch
 from smes.schema import MISSING, Feature, Schema, Task
-from smes_io.redis_client import connect, open_client
+from smes_io.redis_client import open_client
 from tests.running import valkey_server
 
 SCHEMA = Schema(
@@ -27,13 +26,6 @@ SCHEMA = Schema(
     ),
 )
 # ids: user_id, item_id, hour, tags ×3, country, author; numerics: age, length, battery
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    client = connect(redis_url, 30.0)
-    yield client
-    client.close()
 
 
 @pytest.fixture

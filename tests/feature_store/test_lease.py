@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import redis
@@ -14,13 +14,6 @@ from smes_io.redis_client import connect
 from tests.running import valkey_server
 
 from .test_snapshots import InterruptedClient
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    client = connect(redis_url, 30.0)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,10 @@ from smes.errors import (
     SnapshotStale,
 )
 from smes_io.redis_client import connect
+from tests.feature_store.stores import make_store
 from tests.running import valkey_server
 
 SCHEMA_HASH = "0123456789abcdef"
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    client = connect(redis_url, 30.0)
-    yield client
-    client.close()
 
 
 class InterruptedClient(redis.Redis):
@@ -49,11 +43,6 @@ class InterruptedClient(redis.Redis):
         if name.endswith(self._last):
             self._interrupt(name)
         return answer
-
-
-def make_store(client: redis.Redis, namespace: str, **config: int) -> SnapshotStore:
-    sizes = SnapshotStoreConfig(**{"chunk_bytes": 1000, **config})  # type: ignore[arg-type] # all are numbers
-    return SnapshotStore(client, namespace, sizes)
 
 
 def publish(store: SnapshotStore, version: int, payload: bytes, lineage: str = "a") -> Manifest:

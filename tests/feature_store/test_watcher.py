@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
 import redis
@@ -17,13 +16,6 @@ HANG_S = 30.0  # longer than any load makes these waits, shorter than what would
 
 def publish(store: SnapshotStore, version: int) -> None:
     store.publish(b"payload", lineage="a", version=version, schema_hash="h", step=version, created_ms=1)
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    client = connect(redis_url, 30.0)
-    yield client
-    client.close()
 
 
 def closing(watcher: SnapshotWatcher) -> None:

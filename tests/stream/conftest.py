@@ -1,11 +1,14 @@
-"""A small schema with every kind of feature and task, and records as a log would return them."""
+"""A small schema with every kind of feature and task, records as a log would return them, and logs of events."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from smes.schema import Feature, Schema, Task
 from stream.log.event_log import Headers, Record
+from stream.log.memory_log import InMemoryLog
+from stream.topics import FEEDBACK, IMPRESSIONS
+from tests.stream.refused_events import KINDS, World, open_world
 
 ARRIVAL_MS = 1_700_000_000_000
 
@@ -47,3 +50,19 @@ def as_record() -> Callable[..., Record]:
 def arrow_headers(wire_schema: Schema) -> Headers:
     """The headers of a good Arrow record in ``wire_schema``."""
     return (("codec", b"arrow"), ("schema", wire_schema.hash.encode()))
+
+
+@pytest.fixture(params=KINDS)
+def world(request: pytest.FixtureRequest, namespace: str) -> Iterator[World]:
+    """A log in memory, on a real Valkey or on a real Kafka, and what happens to it."""
+    with open_world(request, namespace) as made:
+        yield made
+
+
+@pytest.fixture
+def log() -> InMemoryLog:
+    """Both topics of events, with two partitions each."""
+    log = InMemoryLog()
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, 2)
+    return log

@@ -4,7 +4,6 @@ Guarantee shown: whatever the log went through, the recount balances while nothi
 wrongly; every kind of loss, and every wrong count, is named with its equation, its place and its numbers.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -28,7 +27,6 @@ from stream.recount import Recounter, Span
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 from tests.stream.refused_events import (
     CONFIG,
-    KINDS,
     ONE_TASK,
     SCHEMA,
     START_MS,
@@ -37,25 +35,10 @@ from tests.stream.refused_events import (
     append_good,
     feedback,
     impression,
-    open_world,
     with_headers,
 )
 
 SHOWN = TopicPartition(IMPRESSIONS, 1)
-
-
-@pytest.fixture(params=KINDS)
-def world(request: pytest.FixtureRequest, namespace: str) -> Iterator[World]:
-    with open_world(request, namespace) as made:
-        yield made
-
-
-@pytest.fixture
-def log() -> InMemoryLog:
-    log = InMemoryLog()
-    for topic in (IMPRESSIONS, FEEDBACK):
-        log.ensure_topic(topic, 2)
-    return log
 
 
 def append_everything(log: EventLog) -> None:

@@ -6,7 +6,7 @@ balances at every step.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from stream.log.memory_log import InMemoryLog
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 from tests.stream.refused_events import (
     CONFIG,
-    KINDS,
     ONE_TASK,
     SCHEMA,
     START_MS,
@@ -34,23 +33,8 @@ from tests.stream.refused_events import (
     feedback,
     impression,
     letters_in,
-    open_world,
     with_headers,
 )
-
-
-@pytest.fixture(params=KINDS)
-def world(request: pytest.FixtureRequest, namespace: str) -> Iterator[World]:
-    with open_world(request, namespace) as made:
-        yield made
-
-
-@pytest.fixture
-def log() -> InMemoryLog:
-    log = InMemoryLog()
-    for topic in (IMPRESSIONS, FEEDBACK):
-        log.ensure_topic(topic, 2)
-    return log
 
 
 def likes(ids: range) -> list[OutRecord]:

@@ -36,18 +36,6 @@ from trainer.publisher import Publisher
 SCHEMA = Schema("published", tasks=(Task("click"),))
 
 
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    with connect(redis_url, 20.0) as client:
-        yield client
-
-
 def make_store(client: redis.Redis, namespace: str, **config: Any) -> SnapshotStore:
     return SnapshotStore(client, namespace, SnapshotStoreConfig(**{"chunk_bytes": 1000, **config}))
 

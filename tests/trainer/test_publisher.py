@@ -30,18 +30,6 @@ SCHEMA = Schema("published", tasks=(Task("click"),))
 DEADLINE_S = 60.0
 
 
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    with connect(redis_url, 20.0) as client:
-        yield client
-
-
 def until(condition: Callable[[], bool]) -> None:
     pause, deadline = threading.Event(), time.monotonic() + DEADLINE_S
     while not condition():

@@ -6,7 +6,6 @@ fork where it had published more.
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from smes.model.config import OptimizerConfig
 from smes.model.learner import Learner
 from smes.model.rows_config import RowsConfig
 from smes_io.clock import wall_clock_ms
-from smes_io.redis_client import connect
 from tests.running import until
 from tests.trainer.small_world import MODEL, SCHEMA, fill, make_trainer, open_log
 from trainer.loop import Trainer
@@ -33,12 +31,6 @@ ROWS = {
     "every id": RowsConfig(),
     "some ids": RowsConfig(admit_after=3, shared_rows=4, expire_after_s=8.0, budget=60),
 }
-
-
-@pytest.fixture
-def client(redis_url: str) -> Iterator[redis.Redis]:
-    with connect(redis_url, 20.0) as client:
-        yield client
 
 
 def by_key(tensors: dict[str, torch.Tensor]) -> dict[str, NDArray[Any]]:
