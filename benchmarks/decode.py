@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.figures import save, show
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Feature, Schema, Task
 from stream.codec.codec import Codec, decode, encode_feedback, encode_impressions
@@ -181,10 +182,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds, at least 5 for a figure to quote")
     arguments = parser.parse_args()
     figures = run(arguments.impressions, arguments.repeats)
-    for name, value in figures.items():
-        print(f"{name:32} {value:14,.2f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    show(figures)
+    save(figures, arguments.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ Letters: N impressions, T tasks, M feedback events.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.figures import save
 from benchmarks.worlds import NUM_TASKS, WORLDS, World
 from smes.arrays import F32, F64, I64
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
@@ -215,8 +215,7 @@ def main() -> None:
                 result[f"{figure}_{policy}_{name}"] for figure in ("ece", "ece_ratio", "ne", "calibration")
             )
             print(f"{name:8} {policy:24} {ece:7.4f} {ratio:8.2f} {ne:7.4f} {mean:13.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(result, arguments.json)
 
 
 if __name__ == "__main__":

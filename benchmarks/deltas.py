@@ -20,7 +20,6 @@ that follows the store, and the trainer's own loop and publisher in this one. On
 """
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 import time
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.delta_precision import precision_losses
+from benchmarks.figures import save, show
 from benchmarks.table_step import FIELDS, SCHEMA, draw, filled_learner
 from feature_store.config import SnapshotStoreConfig
 from feature_store.feedback_times import FeedbackTimes
@@ -333,10 +333,8 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     result = measure(options)
-    for name, value in result.items():
-        print(f"{name:28} {value:18,.4f}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(result)
+    save(result, options.json)
 
 
 if __name__ == "__main__":

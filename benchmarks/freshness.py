@@ -9,9 +9,9 @@ million rows. With it: how much AUC and normalised entropy lose when the weights
 """
 
 import argparse
-import json
 from pathlib import Path
 
+from benchmarks.figures import save
 from benchmarks.freshness_live import LiveFigures, LiveSetting, run_live
 from benchmarks.freshness_runs import value_runs
 from benchmarks.freshness_value import plot_value, value_figures, value_json, value_table
@@ -82,8 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console.quiet = True
     figures = value(arguments) if arguments.value else live(arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    save(figures, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ synthetic log, by default a synthetic one that is made first.
 
 import argparse
 import gc
-import json
 import resource
 import statistics
 import tempfile
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.figures import save, show
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from simulators.synthetic import synthesize
@@ -106,10 +106,8 @@ def main() -> None:
             log = Path(folder) / "world.parquet"
             synthesize(log, arguments.limit, seed=0)
         figures = run(config, log, arguments.limit, arguments.repeats)
-    for name, value in figures.items():
-        print(f"{name:24} {value:14,.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    show(figures)
+    save(figures, arguments.json)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Letters: N examples after the warm-up, T binary tasks, S settings, R resamples.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks.auc_bootstrap import TaskExamples, resampled_auc_and_ne
 from benchmarks.bootstrap import F64, Interval, Paired
+from benchmarks.figures import save
 from benchmarks.freshness_runs import DRIFTING, binary_tasks
 from benchmarks.quality_config import key_of
 from benchmarks.run_cache import RunCache, RunResult, run_missing
@@ -279,8 +279,7 @@ def main() -> None:
         figures = rule_figures(log, arguments.seeds, impressions, cache, arguments.resamples)
         print(rule_table(name.replace("_", " "), figures))
         flat |= rule_json(name, figures)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(flat, indent=2) + "\n")
+    save(flat, arguments.json)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.figures import save, show
 from benchmarks.swap_world import ITEMS, REQUESTS, SwapWorld
 from feature_store.config import SnapshotStoreConfig
 from feature_store.pieces import Payload
@@ -331,10 +332,8 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=1000, help="swaps of 2,000 rows in quick succession")
     arguments = parser.parse_args()
     figures = run(arguments)
-    for name, value in figures.items():
-        print(f"{name:32} {value:14,.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    show(figures)
+    save(figures, arguments.json)
 
 
 if __name__ == "__main__":

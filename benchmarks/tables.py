@@ -10,7 +10,6 @@ measured, and how, is said where it is: table_step.py (``fused_vs_ops``, ``step_
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from benchmarks.figures import save, show
 from benchmarks.table_before import IdMapBefore
 from benchmarks.table_expiry import expiry_loss
 from benchmarks.table_memory import budget_growth, table_bytes
@@ -100,10 +100,8 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     result = measure(options)
-    for name, value in result.items():
-        print(f"{name:28} {value:14,.4f}")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    show(result)
+    save(result, options.json)
 
 
 if __name__ == "__main__":
