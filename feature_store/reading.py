@@ -111,14 +111,16 @@ class SnapshotReader:
     def manifests(self, names: Sequence[str], key: str = "manifests") -> tuple[Manifest, ...]:
         """The manifests of these names, in their order, without those that are gone or broken.
 
+        Where they are more than is read at once, the first ones are left out.
+
         Args:
-            names: ``lineage:version`` each.
+            names: ``lineage:version`` each, oldest first.
             key: ``manifests``, or ``bases``: those of full payloads of versions that were published as deltas.
         """
         found: list[Manifest] = []
         total_bytes = 0
-        for start in range(0, len(names), _SLICE):
-            some = names[start : start + _SLICE]
+        for stop in range(len(names), 0, -_SLICE):
+            some = names[max(0, stop - _SLICE) : stop]
             sizes = dict(zip(some, self._sizes(some, key), strict=True))
             readable = [name for name in some if 0 < sizes[name] <= MAX_MANIFEST_BYTES]
             for name in some:
@@ -133,7 +135,7 @@ class SnapshotReader:
                     f"expected less; keep fewer (max_manifests)"
                 )
                 break
-            found += self._read(readable, key)
+            found[:0] = self._read(readable, key)
         return tuple(found)
 
     def manifest(self, name: str) -> Manifest:

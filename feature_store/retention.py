@@ -1,4 +1,4 @@
-"""Which snapshots are kept: by bytes, in whole chains.
+"""Which snapshots are kept: by bytes and by number, in whole chains.
 
 A *chain* is a version with a full payload and the versions that lead on from it by deltas. None of them can be loaded
 without those before it in the chain, so a chain is removed whole, in one atomic step, the oldest first. The chain of
@@ -16,6 +16,8 @@ from feature_store.reading import SnapshotReader
 
 _MAX_SEARCHES = 3  # for the chunks of broken snapshots, before one publication
 _READ_AGAIN = 16  # versions, before one publication
+_READ_AT_ONCE = 16  # manifests: so many are read whole, however long each is
+_MOST_VERSIONS = 4096  # readers look through all that are listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Retention:
         self._next = 0  # of the versions to read again
 
     def make_room(self, new_bytes: int) -> None:
-        """Remove the oldest chains until ``new_bytes`` more fit."""
+        """Remove the oldest chains until one more version of ``new_bytes`` fits."""
         listed = self._reader.raw_names("index")
         for name in listed[self._next : self._next + _READ_AGAIN]:
             self._known.pop(name.decode(errors="replace"), None)
@@ -87,8 +89,9 @@ class Retention:
         needed = {name.decode() for name in listed[max(0, len(listed) - max(1, self._config.min_retained - 1)) :]}
         needed.add(pointer.decode(errors="replace"))
         surplus_bytes = sum(version.total_bytes for version in kept.values()) + new_bytes - self._config.retain_bytes
+        surplus = len(kept) + 1 - _MOST_VERSIONS
         for chain in _chains(kept):
-            if surplus_bytes <= 0:
+            if surplus_bytes <= 0 and surplus <= 0:
                 break
             if needed.isdisjoint(version.name for version in chain):
                 self._publication.remove(
@@ -96,6 +99,7 @@ class Retention:
                     [key for version in chain for key in (*version.chunks, *version.base_chunks)],
                 )
                 surplus_bytes -= sum(version.total_bytes for version in chain)
+                surplus -= len(chain)
         self._trim_history()
 
     def chain_of(self, name: str) -> list[Kept] | None:
@@ -119,9 +123,10 @@ class Retention:
         """The versions of these names that can be read, by name, in their order."""
         names = [name.decode() for name in listed if split_member(name) is not None]
         unknown = [name for name in names if name not in self._known]
-        if unknown:
-            bases = {member(m.lineage, m.version): m for m in self._reader.manifests(unknown, "bases")}
-            for manifest in self._reader.manifests(unknown):
+        for start in range(0, len(unknown), _READ_AT_ONCE):
+            some = unknown[start : start + _READ_AT_ONCE]
+            bases = {member(m.lineage, m.version): m for m in self._reader.manifests(some, "bases")}
+            for manifest in self._reader.manifests(some):
                 name = member(manifest.lineage, manifest.version)
                 self._known[name] = self._of(manifest, bases.get(name))
         self._known = {name: self._known[name] for name in names if name in self._known}
