@@ -28,6 +28,7 @@ from smes_scorer.versions import Foldable, Scorable, ServedModel, Versions
 _WARM_UP_ITEMS = (1, 100)
 _OLDER_TRIED = 3
 _FOLD_RETRY_S = 0.02
+_FAILED_FOLD_RETRY_S = 5.0
 _logger = logging.getLogger(__name__)
 
 
@@ -96,7 +97,9 @@ class HotSwap:
         self._poll_s = poll_s
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="snapshot-loader", daemon=True)
+        self._monotonic_s = monotonic_s
         self._refusals = Refusals(monotonic_s)
+        self._no_fold_before_s = 0.0
         self._versions = Versions()
         telemetry.shadows.set_function(lambda: self.shadows)
         self.problem: str | None = None
@@ -308,13 +311,16 @@ class HotSwap:
         served = self.served
         if served is None or not isinstance(served.model, Foldable) or not served.model.shadows:
             return
+        if self._monotonic_s() < self._no_fold_before_s:
+            return
         up_to = self._versions.oldest_read()
         if up_to is None:
             return
         try:
             folded = served.model.folded(up_to)
-        except MemoryError:  # the version goes on as it is
+        except Exception:  # for want of memory, for instance; the version goes on as it is
             _logger.warning("a delta could not be folded into the table; tried again later", exc_info=True)
+            self._no_fold_before_s = self._monotonic_s() + _FAILED_FOLD_RETRY_S
             return
         if folded is not served.model:
             self._versions.put(ServedModel(folded, served.manifest))

@@ -12,7 +12,7 @@ from feature_store.payload import Precision
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.model.deltas import RowDelta
 from smes.model.ids import IdKeys
-from smes.model.serving_rows import ServingTable
+from smes.model.serving_rows import ServingTable, Shadow
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.loading import TableModel, load_table_model
@@ -96,6 +96,37 @@ def test_every_delta_is_served_bit_for_bit_in_one_table(store: SnapshotStore, sw
         assert_serves(swap, chain)
         assert table_of(swap) is table
         assert model_of(swap).shadows == 0, "nobody reads an older version"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("a table of 2147483649 rows, expected fewer")])
+def test_a_delta_that_cannot_be_folded_is_served_before_the_table_and_folded_later(
+    store: SnapshotStore,
+    swap: HotSwap,
+    now_s: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    def fail(table: ServingTable, shadow: Shadow) -> None:
+        raise error
+
+    chain = Chain(store)
+    chain.publish("full")
+    swap.refresh()
+    with monkeypatch.context() as patched:
+        patched.setattr(ServingTable, "fold", fail)
+        chain.publish()
+        for _ in range(10):
+            swap.refresh()
+        assert_serves(swap, chain)
+        assert model_of(swap).shadows == 1
+        assert [message.split(";")[0] for message in caplog.messages] == ["a delta could not be folded into the table"]
+
+    now_s[0] += 5.0
+    swap.refresh()
+
+    assert_serves(swap, chain)
+    assert model_of(swap).shadows == 0
 
 
 def test_a_scorer_that_starts_late_loads_the_newest_base_and_the_deltas_after_it(
