@@ -28,7 +28,7 @@ class CheckpointWriter:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, checkpoint: CheckpointView, on_saved: Callable[[], object]) -> None:
-        """Begin to write a checkpoint, when the one before is done. If the disk refuses it, that is logged.
+        """Begin to write a checkpoint, when the one before is done. If it cannot be written, that is logged.
 
         Args:
             checkpoint: What to write; closed when that is over.
@@ -59,5 +59,9 @@ class CheckpointWriter:
             self._directory.save(checkpoint)
         except CheckpointError as error:
             _logger.error("%s; the checkpoint before it stays valid", error)
+        except Exception:  # training goes on; if the last checkpoint cannot be written either, that is raised
+            _logger.exception(
+                "checkpoint of step %d: not written; the checkpoint before it stays valid", checkpoint.step
+            )
         else:
             on_saved()

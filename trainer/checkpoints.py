@@ -101,10 +101,11 @@ class CheckpointDirectory:
         Raises:
             CheckpointError: The disk refused it; earlier checkpoints stay valid.
         """
-        entries = self._entries()
-        self._last_sequence = max([self._last_sequence, *(entry.sequence for entry in entries)]) + 1
-        path = self.directory / f"step-{checkpoint.step:012d}-{self._last_sequence:08d}.safetensors"
+        path = self.directory
         try:
+            entries = self._entries()
+            self._last_sequence = max([self._last_sequence, *(entry.sequence for entry in entries)]) + 1
+            path /= f"step-{checkpoint.step:012d}-{self._last_sequence:08d}.safetensors"
             write_checkpoint(path, checkpoint, self._last_sequence)
             for old in self._surplus(entries):
                 old.unlink(missing_ok=True)

@@ -130,6 +130,41 @@ def test_a_disk_that_refuses_is_logged_and_the_view_is_closed(tmp_path: Path, ca
     assert "not written: No such file or directory; the checkpoint before it stays valid" in caplog.text
 
 
+def test_what_goes_wrong_beside_the_training_is_logged_whatever_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pieces() -> Iterator[NDArray[Any]]:
+        raise MemoryError("no room for a block")
+
+    directory = CheckpointDirectory(tmp_path, keep=2)
+    writer, saved, closed = CheckpointWriter(directory), [], []
+    failing = replace(
+        checkpoint(1),
+        arrays={"learner.rows": StateArray(np.dtype(np.float32), (7,), pieces)},
+        close=lambda: closed.append(1),
+    )
+
+    writer.start(failing, lambda: saved.append(1))
+    writer.wait()
+
+    assert (saved, closed, list(tmp_path.iterdir())) == ([], [1], [])
+    assert "MemoryError: no room for a block" in caplog.text
+    assert "; the checkpoint before it stays valid" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_closes_the_view(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def glob(path: Path, pattern: str) -> Iterator[Path]:
+        raise OSError(5, "Input/output error")
+
+    directory, closed = CheckpointDirectory(tmp_path, keep=2), []
+    monkeypatch.setattr(Path, "glob", glob)
+
+    with pytest.raises(CheckpointError, match="not written: Input/output error"):
+        directory.save(replace(checkpoint(1), close=lambda: closed.append(1)))
+
+    assert closed == [1]
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_with_the_clock_set_back_the_newest_is_kept_and_read(keep: int, tmp_path: Path) -> None:
     """Each file looks an hour older than the one before it; a fork of the lineage also counts its steps anew."""
