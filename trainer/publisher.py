@@ -285,10 +285,11 @@ class Publisher:
         what = f"{self.lineage}:{cut.step} ({manifest.kind}, {manifest.total_bytes} bytes)"
         _logger.debug("published %s in %.0f ms", what, 1000 * (time.monotonic() - started_s))
         if cut.view is not None and not cut.is_full:
-            self._base_thread = threading.Thread(
+            base_thread = threading.Thread(
                 target=self._publish_base, args=[replace(cut, deltas=()), manifest], name="publisher-base", daemon=True
             )
-            self._base_thread.start()
+            base_thread.start()
+            self._base_thread = base_thread  # a close may wait for it from now on
         else:
             self._drop_view(cut)
         return "done"
@@ -309,8 +310,13 @@ class Publisher:
             )
         except Cancelled:
             return
-        except SmesError as error:  # later versions can still be loaded from the base before
-            _logger.warning("the base of step %d was not published, trying again later: %s", cut.step, error)
+        except Exception as error:  # later versions can still be loaded from the base before
+            _logger.warning(
+                "the base of step %d was not published, trying again later: %s",
+                cut.step,
+                error,
+                exc_info=not isinstance(error, SmesError),
+            )
             self._no_base_before_s = time.monotonic() + _LONGEST_RETRY_S
         else:
             with self._changed:

@@ -457,3 +457,52 @@ def test_a_stop_does_not_wait_for_a_base(client: redis.Redis, namespace: str) ->
     assert publisher.bases == 0
     assert client.hlen(f"{{{namespace}}}:snapshots:uploads") == 0
     assert_rows(served(store, current(store)), table.rows)
+
+
+def offer_base(publisher: Publisher, table: SmallTable) -> None:
+    """Offer a cut with a base, as soon as one is wanted."""
+    while not wants_base(publisher):
+        publish(table, publisher)
+    table.change()
+    publisher.offer(table.cut(base=True))
+
+
+def test_a_base_that_failed_is_tried_again_after_a_pause_whatever_the_reason(
+    client: redis.Redis, namespace: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no room for a block")
+
+    store = make_store(client, namespace, max_chain_length=1)
+    monkeypatch.setattr(store, "publish_base", fail)
+    publisher, table = make_publisher(store), SmallTable()
+
+    offer_base(publisher, table)
+    until(lambda: base_is_done(table) and not publisher._waiting.has_base_view, "the view closed")
+
+    assert not wants_base(publisher)
+    assert "trying again later: no room for a block" in caplog.text
+    assert publisher.close()
+    assert_rows(served(store, current(store)), table.rows)
+
+
+def test_a_stop_may_come_just_when_a_base_begins(
+    client: redis.Redis, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beginning, go_on, start = threading.Event(), threading.Event(), threading.Thread.start
+
+    def slow_start(thread: threading.Thread) -> None:
+        if thread.name == "publisher-base":
+            beginning.set()
+            assert go_on.wait(60)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", slow_start)
+    publisher, table = make_publisher(make_store(client, namespace, max_chain_length=1)), SmallTable()
+    offer_base(publisher, table)
+    assert beginning.wait(60)
+
+    assert not publisher.close(timeout_s=0.2)
+
+    go_on.set()
+    until(lambda: base_is_done(table) and not publisher.is_running, "everything closed")
