@@ -47,7 +47,6 @@ class FrozenRows:
             "keys.used": used,
             "undo.rows": undo.rows,
             "undo.records": undo.records,
-            "undo.reset": undo.reset,
         }
 
     def close(self) -> None:
@@ -58,7 +57,7 @@ class FrozenRows:
 
 def undo_log(state: Mapping[str, NDArray[Any]]) -> UndoLog:
     """The table's part of a :meth:`FrozenRows.state`."""
-    return UndoLog(int(state["num_rows"][0]), state["undo.rows"], state["undo.records"], state["undo.reset"])
+    return UndoLog(int(state["num_rows"][0]), state["undo.rows"], state["undo.records"])
 
 
 @dataclass(frozen=True, slots=True)

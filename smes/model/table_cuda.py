@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smes.arrays import F32, I64, Bool
+from smes.arrays import F32, I64
 from smes.model.table import Cells, RowGradients
 from smes.model.table_layout import ColumnGroup, RecordLayout
 from smes.model.table_view import UndoLog, weights_by_group
@@ -29,7 +29,6 @@ class DeviceTable:
         self.num_rows = 0
         self._records = torch.zeros(0, self.layout.width, device=device)
         self._touched = torch.zeros(0, dtype=torch.bool, device=device)
-        self._views: list[DeviceView] = []
 
     def reset(self, rows_N: I64, weights: Mapping[str, F32]) -> None:
         weights_by_group(self.layout, weights, len(rows_N))
@@ -92,14 +91,12 @@ class DeviceTable:
         return weights_of(self._records, rows_N, self.layout)
 
     def view(self) -> "DeviceView":
-        return self._opened(DeviceView(self._records[: self.num_rows].clone(), self.layout))
+        return DeviceView(self._records[: self.num_rows].clone(), self.layout)
 
     def open_view(self, undo: UndoLog) -> "DeviceView":
         records = self._records[: undo.num_rows].clone()
         records[torch.from_numpy(undo.rows)] = torch.from_numpy(undo.records).to(records.device)
-        view = DeviceView(records, self.layout)
-        view.changed[undo.rows[undo.reset]] = True
-        return self._opened(view)
+        return DeviceView(records, self.layout)
 
     def take_touched(self) -> I64:
         rows: I64 = self._touched.nonzero().squeeze(1).cpu().numpy()
@@ -118,9 +115,6 @@ class DeviceTable:
             self._records = _grown(self._records, capacity)
             self._touched = _grown(self._touched, capacity)
         self.num_rows = max(self.num_rows, num_rows)
-        self._views = [view for view in self._views if view.open]
-        for view in self._views:
-            view.changed[rows_N[rows_N < view.num_rows].numpy()] = True
         rows = self._sent(rows_N)
         self._records.index_copy_(0, rows, self._sent(records_NX))
         self._touched.index_fill_(0, rows, True)
@@ -130,10 +124,6 @@ class DeviceTable:
         device = self._records.device
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
-    def _opened(self, view: "DeviceView") -> "DeviceView":
-        self._views.append(view)
-        return view
-
 
 class DeviceView:
     """A view of a table on a device: a copy there.
@@ -141,16 +131,10 @@ class DeviceView:
     Args:
         records_RX: The copy.
         layout: What a record holds.
-
-    Attributes:
-        changed: bool [R] on the host, which rows were reset since.
-        open: Whether it was not closed yet.
     """
 
     def __init__(self, records_RX: Tensor, layout: RecordLayout) -> None:
         self.num_rows = len(records_RX)
-        self.changed = np.zeros(self.num_rows, np.bool_)
-        self.open = True
         self._records = records_RX
         self._layout = layout
 
@@ -161,17 +145,12 @@ class DeviceView:
         records: F32 = self._records[start:stop].cpu().numpy().copy()
         return records
 
-    def same_rows(self, rows_N: I64) -> Bool:
-        same: Bool = ~self.changed[rows_N]
-        return same
-
     def undo(self) -> UndoLog:
         """All rows count as changed: what changed on the device is not written down there."""
         rows = np.arange(self.num_rows)
-        return UndoLog(self.num_rows, rows, self.records(0, self.num_rows), self.changed.copy())
+        return UndoLog(self.num_rows, rows, self.records(0, self.num_rows))
 
     def close(self) -> None:
-        self.open = False
         self._records = self._records[:0].clone()
 
 

@@ -52,7 +52,7 @@ class HostTable:
             return
         with self._turns.turn():
             self._grow(int(rows_N.max()) + 1)
-            self._before_change(rows_N, reset=True)
+            self._before_change(rows_N)
             given = tuple(np.ascontiguousarray(weights[name], np.float32).reshape(-1) for name in self.layout.places)
             write_rows(self._flat, self.layout.width, rows_N, self._columns, given)
 
@@ -90,7 +90,7 @@ class HostTable:
         keep = _NONE if keep_U is None else keep_U.numpy()
         rate = _NONE if rate_U is None else rate_U.numpy()
         with self._turns.turn():
-            self._before_change(rows, reset=False)
+            self._before_change(rows)
             adagrad(self._flat, self.layout.width, rows, sums, self._columns, keep, rate)
 
     def values(self, rows_N: I64) -> dict[str, F32]:
@@ -117,7 +117,7 @@ class HostTable:
         rows = np.arange(start, start + len(records_NX))
         with self._turns.turn():
             self._grow(start + len(rows))
-            self._before_change(rows, reset=True)
+            self._before_change(rows)
             self._records.array[start : start + len(rows)] = records_NX
 
     @property
@@ -130,10 +130,10 @@ class HostTable:
         self._touched.reserve(_words(rows))
         self.num_rows = max(self.num_rows, rows)
 
-    def _before_change(self, rows_N: I64, *, reset: bool) -> None:
+    def _before_change(self, rows_N: I64) -> None:
         self._views = [view for view in self._views if view.open]
         for view in self._views:
-            view.before_change(rows_N, reset=reset)
+            view.before_change(rows_N)
         mark(self._touched.array, rows_N)
 
     def _opened(self, num_rows: int) -> HostView:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from smes.arrays import F32, I32, I64, Bool
+from smes.arrays import F32, I32, I64
 from smes.model.table_kernels import Columns, read_as_of, records_as_of, save_records
 from smes.model.table_layout import RecordLayout
 from smes.model.turns import Turns
@@ -26,14 +26,12 @@ class UndoLog:
         num_rows: Rows of the table when the view was opened.
         rows: int64 [L], the rows that changed since, each once.
         records: float32 [L, X], what they were before.
-        reset: bool [L], whether the row was reset since.
     """
 
-    def __init__(self, num_rows: int, rows: I64, records: F32, reset: Bool) -> None:
+    def __init__(self, num_rows: int, rows: I64, records: F32) -> None:
         self.num_rows = num_rows
         self.rows = rows
         self.records = records
-        self.reset = reset
 
 
 class TableView(Protocol):
@@ -55,12 +53,8 @@ class TableView(Protocol):
         """Whole records, weights and accumulators, of rows ``start`` … ``stop`` - 1. float32 [stop - start, X]."""
         ...
 
-    def same_rows(self, rows_N: I64) -> Bool:
-        """Which rows were not reset since: their key is still the one of that moment. int64 [N] → bool [N]."""
-        ...
-
     def undo(self) -> UndoLog:
-        """What changed since, for a checkpoint of the view (:meth:`RecordTable.open_view`). Copies next to nothing."""
+        """What changed since, for a checkpoint of the view (:meth:`RecordTable.open_view`). Copies nothing."""
         ...
 
     def close(self) -> None:
@@ -80,7 +74,6 @@ class HostView:
         self._places = ReservedArray(np.int32, largest_bytes=4 * num_rows)
         self._places.reserve(num_rows)
         self._rows = ReservedArray(np.int64)
-        self._reset = ReservedArray(np.bool_)
         self._log = ReservedArray(np.float32, layout.width)
         self._length = 0
         self.open = True
@@ -91,10 +84,10 @@ class HostView:
         place: I32 = self._places.array[: self.num_rows]
         return place
 
-    def before_change(self, rows_N: I64, *, reset: bool) -> None:
+    def before_change(self, rows_N: I64) -> None:
         """Keep the records of rows that are about to change. For the table, which holds the lock."""
         room = self._length + len(rows_N)
-        for array in (self._rows, self._reset, self._log):
+        for array in (self._rows, self._log):
             array.reserve(room)
         self._length = save_records(
             self._live.array.reshape(-1),
@@ -105,13 +98,11 @@ class HostView:
             self._log.array.reshape(-1),
             self._length,
         )
-        if reset:
-            self._reset.array[self._place[rows_N[rows_N < self.num_rows]] - 1] = True
 
     def restore(self, undo: UndoLog) -> None:
         """Begin with what an earlier view kept."""
         self._length = len(undo.rows)
-        for array, kept in ((self._rows, undo.rows), (self._reset, undo.reset), (self._log, undo.records)):
+        for array, kept in ((self._rows, undo.rows), (self._log, undo.records)):
             array.reserve(self._length)
             array.array[: self._length] = kept
         self._place[undo.rows] = np.arange(1, self._length + 1)
@@ -140,28 +131,16 @@ class HostView:
                 records_as_of(live, self._layout.width, log, self._place, begin, out)
         return result
 
-    def same_rows(self, rows_N: I64) -> Bool:
-        with self._turns.turn():
-            place = self._place[rows_N]
-            same: Bool = place == 0
-            same[~same] = ~self._reset.array[place[~same] - 1]
-        return same
-
     def undo(self) -> UndoLog:
         with self._turns.turn():
             length = self._length
-            return UndoLog(
-                self.num_rows,
-                self._rows.array[:length],
-                self._log.array[:length],
-                self._reset.array[:length].copy(),
-            )
+            return UndoLog(self.num_rows, self._rows.array[:length], self._log.array[:length])
 
     def close(self) -> None:
         with self._turns.turn():
             self.open = False
             self._places = ReservedArray(np.int32)
-            self._rows, self._reset = ReservedArray(np.int64), ReservedArray(np.bool_)
+            self._rows = ReservedArray(np.int64)
             self._log = ReservedArray(np.float32, self._layout.width)
 
     def _memory(self) -> tuple[F32, F32]:

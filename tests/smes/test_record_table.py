@@ -128,20 +128,17 @@ def test_views_show_the_table_of_their_moment(table: RecordTable) -> None:
     for step in range(12):
         view = table.view()
         everything = np.arange(view.num_rows)
-        opened.append((view, view.records(0, view.num_rows), table.values(everything), table.num_rows, set[int]()))
+        opened.append((view, view.records(0, view.num_rows), table.values(everything), table.num_rows))
         batch = Batch(rng, np.arange(table.num_rows), (20, 7))
         take_step(table, batch, {g.name: rng.normal(size=(20, 7, g.columns)).astype(np.float32) for g in GROUPS})
         reborn = rng.choice(500 + 40 * step, 30, replace=False)
         reborn = np.unique(np.append(reborn, np.arange(500 + 40 * step, 540 + 40 * step)))
         table.reset(reborn, first_weights(rng, len(reborn)))
-        for *_, reset in opened:
-            reset.update(reborn.tolist())
-        for view, records, weights, num_rows, reset in opened:
+        for view, records, weights, num_rows in opened:
             rows = rng.permutation(num_rows)
             assert view.num_rows == num_rows
             assert np.array_equal(view.records(0, num_rows), records)
             assert all(np.array_equal(view.weights(rows)[name], weights[name][rows]) for name in weights)
-            assert view.same_rows(rows).tolist() == [row not in reset for row in rows.tolist()]
 
 
 def test_another_thread_may_read_a_view_while_rows_change() -> None:
@@ -193,7 +190,6 @@ def test_views_come_back_with_a_table(table: RecordTable, kind: str) -> None:
     view = again.open_view(undo)
     again.reset(np.arange(10), first_weights(rng, 10))
     assert np.array_equal(view.records(0, 100), before)
-    assert view.same_rows(np.arange(100)).tolist() == [10 <= row < 90 for row in range(100)]
     assert np.array_equal(again.view().records(10, 130), now.records(10, 130))
 
 
