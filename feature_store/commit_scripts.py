@@ -7,20 +7,21 @@ from feature_store.lease import LEASE_FUNCTIONS
 
 # Commits an upload in one atomic step.
 #
-# KEYS: current, manifests, index, history, sequence, uploads, lease, fencing, then the chunks in order.
+# KEYS: current, manifests, index, history, held, sequence, uploads, lease, fencing, then the chunks in order.
 # ARGV: lineage, version, manifest JSON, upload, fencing number, channel, the version that a delta applies to ('' for a
-#       full snapshot).
+#       full snapshot), 'held' to keep it aside ('' otherwise).
 # Returns
 #   'ok'         committed, now or by an earlier call whose answer the client lost;
 #   'fenced …'   another publisher holds or held the lease (as taken() has it), nothing was changed;
-#   'stale V'    the lineage's current version V is this one or a later one, nothing was changed;
+#   'stale V'    the lineage's current version V is this one or a later one, or V is this one and is listed, though
+#                another one is current; nothing was changed;
 #   'gap P'      the current version is not the one that the delta applies to, nothing was changed;
 #   'lost I'     chunk I (or, with I = 0, the whole upload) is gone, nothing was announced.
 #
 # A pointer counts only if it names a snapshot that has a manifest.
 COMMIT = f"""{LEASE_FUNCTIONS}
-local current, manifests, index, history, sequence, uploads, lease, fencing = unpack(KEYS, 1, 8)
-local lineage, version, manifest, upload, number, channel, parent = unpack(ARGV)
+local current, manifests, index, history, held, sequence, uploads, lease, fencing = unpack(KEYS, 1, 9)
+local lineage, version, manifest, upload, number, channel, parent, aside = unpack(ARGV)
 local member = lineage .. ':' .. version
 local other = taken(lease, fencing, number)
 if other then return 'fenced ' .. other end
@@ -35,13 +36,22 @@ if type(pointer) == 'string' and redis.call('HEXISTS', manifests, pointer) == 1 
         return 'stale ' .. served_version
     end
 end
-if parent ~= '' and pointer ~= lineage .. ':' .. parent then return 'gap ' .. tostring(pointer) end
-for i = 9, #KEYS do
-    if redis.call('EXISTS', KEYS[i]) == 0 then return 'lost ' .. (i - 9) end
+if redis.call('ZSCORE', index, member) and redis.call('HEXISTS', manifests, member) == 1 then
+    return 'stale ' .. version
 end
-for i = 9, #KEYS do redis.call('PERSIST', KEYS[i]) end
+if parent ~= '' and pointer ~= lineage .. ':' .. parent then return 'gap ' .. tostring(pointer) end
+for i = 10, #KEYS do
+    if redis.call('EXISTS', KEYS[i]) == 0 then return 'lost ' .. (i - 10) end
+end
+for i = 10, #KEYS do redis.call('PERSIST', KEYS[i]) end
 local order = redis.call('INCR', sequence)
 redis.call('HSET', manifests, member, manifest)
+if aside == 'held' then
+    redis.call('ZADD', held, order, member)
+    redis.call('HDEL', uploads, upload)
+    return 'ok'
+end
+redis.call('ZREM', held, member)
 redis.call('ZADD', index, order, member)
 redis.call('ZADD', history, order, member)
 redis.call('HDEL', uploads, upload)
@@ -77,12 +87,12 @@ return 'ok'
 
 # Puts keys of the wrong kind aside, and lets the sequence go on above every order given so far.
 #
-# KEYS: sequence, index, history, manifests, uploads, bases, then the names under which each of these is put aside.
+# KEYS: sequence, index, history, held, manifests, uploads, bases, then the names under which each of these is put aside.
 # Returns the keys that were broken.
 MEND = """
-local sequence, index, history, manifests, uploads, bases = unpack(KEYS, 1, 6)
+local sequence, index, history, held, manifests, uploads, bases = unpack(KEYS, 1, 7)
 local aside = {}
-for i = 1, 6 do aside[KEYS[i]] = KEYS[i + 6] end
+for i = 1, 7 do aside[KEYS[i]] = KEYS[i + 7] end
 local broken = {}
 local function expect(key, kind)
     local found = redis.call('TYPE', key).ok
@@ -94,11 +104,12 @@ end
 expect(sequence, 'string')
 expect(index, 'zset')
 expect(history, 'zset')
+expect(held, 'zset')
 expect(manifests, 'hash')
 expect(uploads, 'hash')
 expect(bases, 'hash')
 local largest, last = 2^52, 0
-for _, key in ipairs({index, history}) do
+for _, key in ipairs({index, history, held}) do
     for _ = 1, 200 do
         local top = redis.call('ZREVRANGE', key, 0, 0, 'WITHSCORES')
         local order = tonumber(top[2] or '0') or 1/0

@@ -27,6 +27,7 @@ class SnapshotStoreConfig:
         retain_bytes: Payload bytes kept in all; the oldest chains are removed first, each as a whole.
         min_retained: The chains of so many newest snapshots are kept whatever their size, so that a slow reader can
             finish.
+        max_held: Versions kept that were published aside, because they are not to be served; the oldest go first.
         max_manifests: Manifests kept, at least ``min_retained``. Freshness reads them after their payload is removed.
         upload_ttl_s: Longest time for an upload. The chunks of a publisher that died expire after it, unless a
             restarted publisher of the same lineage removes them before.
@@ -38,6 +39,7 @@ class SnapshotStoreConfig:
     chunk_bytes: Annotated[int, Ge(1), Le(256 * _MIB)] = 8 * _MIB
     retain_bytes: PositiveInt = 512 * _MIB
     min_retained: PositiveInt = 2
+    max_held: PositiveInt = 3
     max_manifests: PositiveInt = 256
     upload_ttl_s: PositiveInt = 600
 

@@ -35,7 +35,7 @@ class SnapshotLoader:
         name = member(manifest.lineage, manifest.version)
         with translated(self._client, f"the way to snapshot {name} was looked up"):
             versions = self._listed(manifest)
-            if manifest.version not in versions:
+            if manifest.version not in versions and name not in self._reader.names("held"):
                 raise SnapshotNotFound(f"snapshot {name}: retention removed it")
             names = [member(manifest.lineage, version) for version in versions]
             listed = {found.version: found for found in self._reader.manifests(names)} | {manifest.version: manifest}
@@ -77,7 +77,7 @@ class SnapshotLoader:
 
     def _missing(self, manifest: Manifest, which: str) -> SnapshotError:
         name = member(manifest.lineage, manifest.version)
-        listed = self._client.zscore(self._keys.key("index"), name) is not None
+        listed = any(self._client.zscore(self._keys.key(key), name) is not None for key in ("index", "held"))
         if listed:
             kept = [*self._reader.manifests([name]), *self._reader.manifests([name], "bases")]
             listed = any(found.upload == manifest.upload for found in kept)

@@ -28,6 +28,9 @@ LATEST_MS = 7_258_118_400_000
 MAX_CHUNKS = 4096
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_METRICS_BYTES = 1024 * 1024
+MAX_REASON = 1000
+"""Characters of a reason that is stored."""
+
 _MAX_CHUNK_BYTES = 512 * 1024 * 1024  # Redis' own limit for a value
 _MAX_DEPTH = 16
 _LARGEST_METRIC = 2**63 - 1
@@ -73,6 +76,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         feedback_arrivals: The feedback trained since the parent, as :mod:`feature_store.feedback_times` has it:
             (arrival at the log in Unix milliseconds, number of events, milliseconds to joined, from there to batched,
             from there to trained). The scorer computes freshness from it.
+        held: Why the trainer did not put it into service; None: it did. It tells what was so when it was published.
     """
 
     lineage: Lineage
@@ -93,6 +97,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     feedback_arrivals: Annotated[
         tuple[tuple[Milliseconds, Count, Milliseconds, Milliseconds, Milliseconds], ...], Meta(max_length=16_384)
     ]
+    held: Annotated[str, Meta(min_length=1, max_length=MAX_REASON)] | None
 
     def to_json(self) -> bytes:
         """Compact JSON from which :meth:`from_json` builds an equal manifest (NaN metrics come back as None)."""

@@ -9,6 +9,7 @@ are part of the key: a hash tag, so that one server of a Redis Cluster has all o
 ``bases``          hash    ``lineage:version`` → manifest JSON of the full payload of a version that is a delta
 ``index``          zset    ``lineage:version`` of every loadable snapshot, in order of publication
 ``history``        zset    ``lineage:version`` of every manifest kept, in order of publication
+``held``           zset    ``lineage:version`` of what was published aside, not to be served, in order of publication
 ``sequence``       integer number of publications so far
 ``uploads``        hash    upload → lineage, chunks and begin (JSON) of an unfinished upload
 ``chunk:{u}:{i}``  string  chunk i of upload u; expires unless its upload is committed
@@ -108,7 +109,7 @@ class Publication:
 
     def mend(self) -> None:
         """Put aside what would refuse a publication: keys of the wrong kind, orders beyond all bounds."""
-        names = ("sequence", "index", "history", "manifests", "uploads", "bases")
+        names = ("sequence", "index", "history", "held", "manifests", "uploads", "bases")
         keys = [self._keys.key(name) for name in names]
         keys += [f"{key}:broken" for key in keys]
         broken = self._tried("the snapshots' keys were checked", lambda: self._mend_script(keys=keys))
@@ -138,7 +139,7 @@ class Publication:
         return tuple(chunks)
 
     def commit(self, manifest: Manifest, fencing: int | None = None) -> None:
-        """Make an upload the current snapshot, atomically.
+        """Make an upload the current snapshot, or keep it aside if its manifest says that it is held; atomically.
 
         Args:
             manifest: What was uploaded.
@@ -146,12 +147,13 @@ class Publication:
 
         Raises:
             LeaseHeld, LeaseLost: As :meth:`feature_store.lease.Leases.check`.
-            SnapshotStale: The lineage's current version is this one or a later one.
+            SnapshotStale: The lineage's current version is this one or a later one, or this one is listed.
             SnapshotGap: It is a delta, and the current version is not its parent.
             SnapshotError: A chunk is gone.
         """
-        names = ("current", "manifests", "index", "history", "sequence", "uploads", "lease", "fencing")
-        more = (self._keys.key("published"), "" if manifest.kind == "full" else str(manifest.parent))
+        names = ("current", "manifests", "index", "history", "held", "sequence", "uploads", "lease", "fencing")
+        parent = "" if manifest.kind == "full" else str(manifest.parent)
+        more = (self._keys.key("published"), parent, "" if manifest.held is None else "held")
         self._commit(self._commit_script, names, manifest, fencing, more)
 
     def commit_base(self, manifest: Manifest, fencing: int | None = None) -> None:
@@ -229,6 +231,16 @@ class Publication:
             for some in _slices(names):
                 pipeline.zrem(self._keys.key("index"), *some)
                 pipeline.hdel(self._keys.key("bases"), *some)
+            for keys in _slices(chunks):
+                pipeline.unlink(*keys)
+            pipeline.execute()
+
+    def remove_held(self, names: Sequence[str], chunks: Sequence[str]) -> None:
+        """Remove versions that were kept aside, with their payloads, in one atomic step."""
+        with self._client.pipeline(transaction=True) as pipeline:
+            for some in _slices(names):
+                pipeline.zrem(self._keys.key("held"), *some)
+                pipeline.hdel(self._keys.key("manifests"), *some)
             for keys in _slices(chunks):
                 pipeline.unlink(*keys)
             pipeline.execute()

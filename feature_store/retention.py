@@ -102,6 +102,21 @@ class Retention:
                 surplus -= len(chain)
         self._trim_history()
 
+    def drop_held(self, name: str, one_more: bool) -> None:
+        """Remove the oldest held versions, so that no more than configured are left, and this one, if it is held.
+
+        Args:
+            name: ``lineage:version`` of what is about to be published.
+            one_more: Whether it will be held.
+        """
+        held = self._reader.raw_names("held")
+        surplus = len(held) + one_more - self._config.max_held
+        gone = [old for i, old in enumerate(held) if i < surplus or old == name.encode() or split_member(old) is None]
+        self._publication.forget("held", [old for old in gone if split_member(old) is None])
+        names = [old.decode() for old in gone if split_member(old) is not None]
+        chunks = [key for manifest in self._reader.manifests(names) for key in self._keys.chunks(manifest)]
+        self._publication.remove_held(names, chunks)
+
     def chain_of(self, name: str) -> list[Kept] | None:
         """The versions from the newest one with a full payload to this one; None where one of them is not listed."""
         kept = self._kept(self._reader.raw_names("index"))

@@ -26,6 +26,7 @@ from feature_store.loading import SnapshotLoader
 from feature_store.manifest import (
     LARGEST_INTEGER,
     LATEST_MS,
+    MAX_REASON,
     Chunk,
     Manifest,
     SnapshotKeys,
@@ -98,8 +99,13 @@ class SnapshotStore:
         feedback_arrivals: Sequence[FeedbackRow] = (),
         now_ms: Callable[[], int] = wall_clock_ms,
         fencing: int | None = None,
+        held: str | None = None,
     ) -> Manifest:
         """Store a payload and make it the current snapshot; readers see all of it or nothing.
+
+        With ``held``, it is kept aside: what is current stays, nobody is told, and later deltas lead on from what is
+        current. :meth:`held` lists what is kept so, at most ``max_held`` versions; the oldest go first. The same
+        version may be published again, held or not; that replaces the one that was held.
 
         Args:
             payload: What :func:`feature_store.payload.write_payload` makes.
@@ -110,9 +116,12 @@ class SnapshotStore:
             now_ms: Wall clock, Unix milliseconds; gives ``published_ms``.
             fencing: :attr:`feature_store.lease.Lease.number` of the publisher's lease; None is allowed while nobody
                 holds one.
+            held: Why it is not to be served; None: it is. Whoever promotes it makes it current: then the publisher's
+                next delta applies if ``applies_to`` has this version, too, as it may if that delta has all changes
+                since the version that was current before. Otherwise SnapshotGap asks for a full payload.
 
         Raises:
-            ValueError: The payload is empty, or lineage or version have the wrong form.
+            ValueError: The payload is empty, or lineage or version have the wrong form, or the reason is empty.
             LeaseHeld: No fencing number was given, and somebody holds the lease; nothing was changed.
             LeaseLost: Another publisher took the lease over; nothing was changed.
             SnapshotStale: The lineage's current version is this one or a later one; nothing was changed.
@@ -124,6 +133,8 @@ class SnapshotStore:
         """
         payload = Payload.of(payload) if isinstance(payload, bytes) else payload
         _check_cut(payload, lineage, version)
+        if held == "":
+            raise ValueError("held: empty, expected why the snapshot is not to be served")
         self._publication.leases.check(fencing)
         name = member(lineage, version)
         with translated(self._client, f"snapshot {name} was published"):
@@ -150,8 +161,11 @@ class SnapshotStore:
                     positions={topic: dict(partitions) for topic, partitions in (positions or {}).items()},
                     metrics=storable_metrics(metrics or {}),
                     feedback_arrivals=_storable_arrivals(feedback_arrivals),
+                    held=None if held is None else held[:MAX_REASON],
                 )
 
+            with self._bookkeeper:
+                self._bookkeeping("held ones were removed", lambda: self._retention.drop_held(name, held is not None))
             return self._write(name, payload, described, lambda manifest: self._publication.commit(manifest, fencing))
 
     def publish_base(
@@ -190,6 +204,7 @@ class SnapshotStore:
                 upload=upload,
                 metrics={},
                 feedback_arrivals=(),
+                held=None,
             )
 
         with translated(self._client, f"the base of snapshot {name} was published"):
@@ -252,6 +267,11 @@ class SnapshotStore:
         """Manifests of the snapshots that can be loaded, in order of publication. Broken ones are left out."""
         with translated(self._client, "snapshots were listed"):
             return self._reader.manifests(self._reader.names("index"))
+
+    def held(self) -> tuple[Manifest, ...]:
+        """Manifests of the versions that were published aside, in order of publication. Broken ones are left out."""
+        with translated(self._client, "held snapshots were listed"):
+            return self._reader.manifests(self._reader.names("held"))
 
     def manifests_between(self, lineage: str, after_version: int, up_to: int) -> tuple[Manifest, ...]:
         """Manifests of a lineage with ``after_version < version <= up_to``, ascending.

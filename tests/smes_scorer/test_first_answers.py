@@ -23,6 +23,7 @@ MANIFEST = Manifest(
     positions={},
     metrics={},
     feedback_arrivals=(),
+    held=None,
 )
 
 

@@ -58,6 +58,7 @@ def manifest(version: int, lineage: str = "a") -> Manifest:
         positions={},
         metrics={},
         feedback_arrivals=(),
+        held=None,
     )
 
 
