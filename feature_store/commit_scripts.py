@@ -4,12 +4,14 @@
 """
 
 from feature_store.lease import LEASE_FUNCTIONS
+from feature_store.pointer import MAX_POINTER_BYTES
 
 # Commits an upload in one atomic step.
 #
-# KEYS: current, manifests, index, history, held, sequence, uploads, lease, fencing, then the chunks in order.
+# KEYS: current, manifests, index, history, held, sequence, uploads, lease, fencing, fenced, then the chunks in order.
 # ARGV: lineage, version, manifest JSON, upload, fencing number, channel, the version that a delta applies to ('' for a
-#       full snapshot), 'held' to keep it aside ('' otherwise).
+#       full snapshot), 'held' to keep it aside ('' otherwise), the new pointer, the pointer that is there if it is
+#       forged ('' otherwise).
 # Returns
 #   'ok'         committed, now or by an earlier call whose answer the client lost;
 #   'fenced …'   another publisher holds or held the lease (as taken() has it), nothing was changed;
@@ -20,17 +22,21 @@ from feature_store.lease import LEASE_FUNCTIONS
 #
 # A pointer counts only if it names a snapshot that has a manifest.
 COMMIT = f"""{LEASE_FUNCTIONS}
-local current, manifests, index, history, held, sequence, uploads, lease, fencing = unpack(KEYS, 1, 9)
-local lineage, version, manifest, upload, number, channel, parent, aside = unpack(ARGV)
+local current, manifests, index, history, held, sequence, uploads, lease, fencing, fenced = unpack(KEYS, 1, 10)
+local lineage, version, manifest, upload, number, channel, parent, aside, text, forged = unpack(ARGV)
 local member = lineage .. ':' .. version
 local other = taken(lease, fencing, number)
-if other then return 'fenced ' .. other end
+if other then
+    note_fenced(fenced, number, member)
+    return 'fenced ' .. other
+end
 if redis.call('HEXISTS', uploads, upload) == 0 then
     if redis.call('HGET', manifests, member) == manifest then return 'ok' end
     return 'lost 0'
 end
-local pointer = redis.pcall('GETRANGE', current, 0, 200)
-if type(pointer) == 'string' and redis.call('HEXISTS', manifests, pointer) == 1 then
+local raw = redis.pcall('GETRANGE', current, 0, {MAX_POINTER_BYTES})
+local pointer = type(raw) == 'string' and raw ~= forged and string.match(raw, '^[^ ]*') or ''
+if redis.call('HEXISTS', manifests, pointer) == 1 then
     local served_lineage, served_version = string.match(pointer, '^(.*):(%d+)$')
     if served_lineage == lineage and tonumber(served_version) >= tonumber(version) then
         return 'stale ' .. served_version
@@ -39,11 +45,11 @@ end
 if redis.call('ZSCORE', index, member) and redis.call('HEXISTS', manifests, member) == 1 then
     return 'stale ' .. version
 end
-if parent ~= '' and pointer ~= lineage .. ':' .. parent then return 'gap ' .. tostring(pointer) end
-for i = 10, #KEYS do
-    if redis.call('EXISTS', KEYS[i]) == 0 then return 'lost ' .. (i - 10) end
+if parent ~= '' and pointer ~= lineage .. ':' .. parent then return 'gap ' .. pointer end
+for i = 11, #KEYS do
+    if redis.call('EXISTS', KEYS[i]) == 0 then return 'lost ' .. (i - 11) end
 end
-for i = 10, #KEYS do redis.call('PERSIST', KEYS[i]) end
+for i = 11, #KEYS do redis.call('PERSIST', KEYS[i]) end
 local order = redis.call('INCR', sequence)
 redis.call('HSET', manifests, member, manifest)
 if aside == 'held' then
@@ -55,7 +61,7 @@ redis.call('ZREM', held, member)
 redis.call('ZADD', index, order, member)
 redis.call('ZADD', history, order, member)
 redis.call('HDEL', uploads, upload)
-redis.call('SET', current, member)
+redis.call('SET', current, text)
 redis.call('PUBLISH', channel, member)
 return 'ok'
 """
@@ -87,7 +93,8 @@ return 'ok'
 
 # Puts keys of the wrong kind aside, and lets the sequence go on above every order given so far.
 #
-# KEYS: sequence, index, history, held, manifests, uploads, bases, then the names under which each of these is put aside.
+# KEYS: sequence, index, history, held, manifests, uploads, bases, then the names under which each of these is put
+#       aside.
 # Returns the keys that were broken.
 MEND = """
 local sequence, index, history, held, manifests, uploads, bases = unpack(KEYS, 1, 7)

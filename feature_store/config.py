@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
+from feature_store.signing import SigningConfig
 from smes.ranges import PositiveFloat, PositiveInt, check_ranges
 from smes_io.redis_access import RedisAccess, key_prefix
 
@@ -62,6 +63,7 @@ class FeatureStoreConfig:
         namespace: Prefix of every key. Deployments with different namespaces can share a server.
         timeout_s: Longest wait for the server, at the start and for each answer.
         snapshots: Sizes and retention.
+        signing: Keys by which snapshots are signed and verified.
     """
 
     redis_url: str = "redis://127.0.0.1:6379/0"
@@ -69,6 +71,7 @@ class FeatureStoreConfig:
     namespace: str = "smes"
     timeout_s: PositiveFloat = 10.0
     snapshots: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
+    signing: SigningConfig = field(default_factory=SigningConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -1,11 +1,21 @@
-"""What is broken in a store: named in the log once, counted, and stepped over."""
+"""What is broken or forged in a store: named in the log once, counted, and stepped over."""
 
 import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal
+
+from smes.errors import SchemaMismatch, SnapshotDamaged, SnapshotForged
 
 _MAX_REMEMBERED = 1000
 _SHOWN_BYTES = 40
+
+Reason = Literal["key", "pointer", "pin", "manifest", "chunk", "payload", "schema", "signature", "older", "fenced"]
+"""Why something of a store is refused: a key holds another kind of value or junk; what is current, or a pin, or a
+manifest cannot be read or names what is not there; a chunk is missing or not the one that was published; verified bytes
+make no model; another schema; unsigned or wrongly signed; older than what was read before; a publisher whose lease
+another one has."""
 
 _logger = logging.getLogger(__name__)
 
@@ -16,15 +26,17 @@ class Damage:
     Attributes:
         count: How many different things were found.
         last: The last one, None before the first.
+        on_new: Called with each different one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_new: Callable[[Reason, str], None] = lambda reason, message: None) -> None:
         self._lock = threading.Lock()
         self._known: OrderedDict[str, None] = OrderedDict()
         self.count = 0
         self.last: str | None = None
+        self.on_new = on_new
 
-    def note(self, message: str) -> str:
+    def note(self, message: str, reason: Reason = "key") -> str:
         """Note ``<key>: <value>, expected <what>``, and return it. What is known already is not logged again."""
         with self._lock:
             self.last = message
@@ -36,7 +48,19 @@ class Damage:
             self.count += not known
         if not known:
             _logger.warning("stepped over what is broken in the store: %s", message)
+            self.on_new(reason, message)
         return message
+
+
+def reason_of(error: BaseException | None, otherwise: Reason) -> Reason:
+    """Why something is refused, as far as the exception says it."""
+    if isinstance(error, SnapshotForged):
+        return "signature"
+    if isinstance(error, SnapshotDamaged):
+        return "chunk"
+    if isinstance(error, SchemaMismatch):
+        return "schema"
+    return otherwise
 
 
 def shown(value: bytes | str) -> str:

@@ -1,10 +1,11 @@
 """The publisher's lease: at most one trainer publishes in a namespace, and a trainer that lost its lease cannot.
 
-Keys, both under ``{namespace}:snapshots:``; the braces are part of the key, a hash tag
+Keys, all under ``{namespace}:snapshots:``; the braces are part of the key, a hash tag
 
 ============ ====== =======================================================================================
 ``lease``    string ``number:since:token:holder`` of the publisher; it expires by Redis' own clock
 ``fencing``  string the last number given out; every new holder gets a higher one
+``fenced``   string ``tries:at:number:lineage:version`` of the last try to publish without the lease, at in milliseconds
 ============ ====== =======================================================================================
 
 A number is at least the server's time in milliseconds. So numbers grow even over a server that came back empty, or
@@ -31,6 +32,8 @@ _logger = logging.getLogger(__name__)
 # Defines for a script:
 #   read_lease(key)          {number, since, left, token, holder}, or nil if there is no lease that runs;
 #   last_number(key)         the last fencing number, 0 if there is none;
+#   note_fenced(key, n, m)   note that the publisher with number n, which others keep from it, tried to publish m: the
+#                            number of such tries, the server's time in milliseconds, n and m;
 #   taken(lease, fencing, n) who keeps the holder of number n ('' for none) from publishing, or nil. A lease that
 #                            expired stays good until somebody else takes one.
 LEASE_FUNCTIONS = f"""
@@ -56,6 +59,11 @@ local function last_number(key)
 end
 local function describe(held)
     return string.format('%s %s %.0f %s', held.number, held.since, server_ms() + held.left, held.holder)
+end
+local function note_fenced(key, number, member)
+    local text = redis.pcall('GETRANGE', key, 0, 16)
+    local tries = type(text) == 'string' and tonumber(string.match(text, '^%d+')) or 0
+    redis.call('SET', key, string.format('%.0f:%.0f:%s:%s', tries + 1, server_ms(), number, member))
 end
 local function taken(lease, fencing, number)
     local held = read_lease(lease)
@@ -97,10 +105,13 @@ if held and held.number == ARGV[1] then redis.call('DEL', KEYS[1]) end
 return 'ok'
 """
 
-# KEYS: lease, fencing. ARGV: number, '' for none. Returns 'ok', or 'lost …' as taken() has it.
+# KEYS: lease, fencing, fenced. ARGV: number, '' for none; what is to be published. Returns 'ok', or 'lost …' as taken()
+# has it.
 _CHECK = f"""{LEASE_FUNCTIONS}
 local other = taken(KEYS[1], KEYS[2], ARGV[1])
-return other and 'lost ' .. other or 'ok'
+if not other then return 'ok' end
+note_fenced(KEYS[3], ARGV[1], ARGV[2])
+return 'lost ' .. other
 """
 
 
@@ -158,6 +169,7 @@ class Leases:
         self._client = client
         self._outage_timeout_s = outage_timeout_s
         self.keys = (f"{prefix}lease", f"{prefix}fencing")
+        self._fenced = f"{prefix}fenced"
         scripts = {"acquire": _ACQUIRE, "renew": _RENEW, "release": _RELEASE, "check": _CHECK}
         self._scripts: dict[str, Any] = {name: client.register_script(text) for name, text in scripts.items()}
 
@@ -174,15 +186,15 @@ class Leases:
         number, since = detail.split(" ")
         return Lease(self, holder, int(number), ttl_s, token, since)
 
-    def check(self, fencing: int | None) -> None:
-        """Check that this publisher may still publish.
+    def check(self, fencing: int | None, name: str) -> None:
+        """Check that this publisher may still publish ``name``; where it may not, that is noted in the store.
 
         Raises:
             LeaseHeld: There is no fencing number, and somebody holds the lease.
             LeaseLost: The number is not the one that may publish.
         """
         number = "" if fencing is None else str(fencing)
-        outcome, _, detail = self.run("check", [number]).partition(" ")
+        outcome, _, detail = self.run("check", [number, name]).partition(" ")
         if outcome != "ok":
             raise self.refused(fencing, detail)
 
@@ -213,7 +225,7 @@ class Leases:
 
     def run(self, name: str, args: list[str]) -> str:
         """Run a script, trying again while the server is away."""
-        keys = list(self.keys)
+        keys = [*self.keys, self._fenced]
         call: Callable[[], bytes] = lambda: self._scripts[name](keys=keys, args=args)  # noqa: E731
         doing = f"the publisher's lease was asked for ({name})"
         answer = retry_during_outage(self._client, doing, call, FEATURE_STORE, self._outage_timeout_s)

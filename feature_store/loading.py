@@ -10,7 +10,7 @@ import redis
 
 from feature_store.manifest import Manifest, SnapshotKeys, member, split_member
 from feature_store.reading import SnapshotReader, is_wrong_type
-from smes.errors import SnapshotError, SnapshotNotFound
+from smes.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from smes_io.redis_client import translated
 
 
@@ -53,10 +53,10 @@ class SnapshotLoader:
                     raise self._missing(manifest, which)
             if len(piece) != chunk.bytes:
                 more = "at least " if len(piece) > chunk.bytes else ""
-                raise SnapshotError(f"{which}: {more}{len(piece)} bytes, expected {chunk.bytes}")
+                raise SnapshotDamaged(f"{which}: {more}{len(piece)} bytes, expected {chunk.bytes}")
             digest = hashlib.sha256(piece).hexdigest()
             if digest != chunk.sha256:
-                raise SnapshotError(f"{which}: SHA-256 {digest[:12]}…, expected {chunk.sha256[:12]}…")
+                raise SnapshotDamaged(f"{which}: SHA-256 {digest[:12]}…, expected {chunk.sha256[:12]}…")
             yield piece
 
     def _listed(self, manifest: Manifest) -> list[int]:
@@ -71,7 +71,7 @@ class SnapshotLoader:
         except redis.ResponseError as error:
             if not is_wrong_type(error):
                 raise
-            raise SnapshotError(f"{which}: another kind of value, expected {expected_bytes} bytes") from error
+            raise SnapshotDamaged(f"{which}: another kind of value, expected {expected_bytes} bytes") from error
         assert isinstance(piece, bytes), "the client must return bytes (decode_responses=False)"
         return piece
 
@@ -83,7 +83,7 @@ class SnapshotLoader:
             listed = any(found.upload == manifest.upload for found in kept)
         if not listed:
             return SnapshotNotFound(f"snapshot {name}: retention removed it")
-        return SnapshotError(f"{which}: missing, though the snapshot is listed (evicted by a maxmemory-policy?)")
+        return SnapshotDamaged(f"{which}: missing, though the snapshot is listed (evicted by a maxmemory-policy?)")
 
 
 def _shortest(

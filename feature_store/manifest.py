@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from feature_store.signing import MAX_SIGNATURE_BYTES, Signer
 from smes.errors import SnapshotError, SnapshotStale
 from smes_io.redis_access import key_prefix
 
@@ -77,6 +78,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             (arrival at the log in Unix milliseconds, number of events, milliseconds to joined, from there to batched,
             from there to trained). The scorer computes freshness from it.
         held: Why the trainer did not put it into service; None: it did. It tells what was so when it was published.
+        signature: As :mod:`feature_store.signing` has it, of the JSON with null in its place; None: unsigned. It is the
+            last field, so that what was signed can be told from the text.
     """
 
     lineage: Lineage
@@ -98,11 +101,27 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         tuple[tuple[Milliseconds, Count, Milliseconds, Milliseconds, Milliseconds], ...], Meta(max_length=16_384)
     ]
     held: Annotated[str, Meta(min_length=1, max_length=MAX_REASON)] | None
+    signature: Annotated[str, Meta(max_length=MAX_SIGNATURE_BYTES)] | None
 
     def to_json(self) -> bytes:
         """Compact JSON from which :meth:`from_json` builds an equal manifest (NaN metrics come back as None)."""
         # Not msgspec's encoder: it writes floats and non-ASCII text in another way.
         return json.dumps(_plain(self), separators=(",", ":"), allow_nan=False).encode()
+
+    def signed(self, signer: Signer, kind: Literal["manifest", "base"]) -> "Manifest":
+        """The same, signed by the first key; unsigned if there is none."""
+        unsigned = msgspec.structs.replace(self, signature=None)
+        return msgspec.structs.replace(unsigned, signature=signer.sign(kind, unsigned.to_json()))
+
+    def verify(self, signer: Signer, kind: Literal["manifest", "base"], text: bytes) -> None:
+        """Check the signature of the text from which this manifest was read.
+
+        Raises:
+            SnapshotForged: As :meth:`feature_store.signing.Signer.verify`.
+        """
+        end = b'"signature":%s}'
+        begin = text.removesuffix(end % json.dumps(self.signature).encode())
+        signer.verify(kind, begin + end % b"null", None if len(begin) == len(text) else self.signature)
 
     @classmethod
     def from_json(cls, text: bytes | str) -> "Manifest":

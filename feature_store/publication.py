@@ -4,7 +4,7 @@ The keys are :class:`feature_store.manifest.SnapshotKeys`, all under ``{namespac
 are part of the key: a hash tag, so that one server of a Redis Cluster has all of them.
 
 ================== ======= ==========================================================================
-``current``        string  ``lineage:version`` of the snapshot that serving should load
+``current``        string  which snapshot serving should load (:mod:`feature_store.pointer`)
 ``manifests``      hash    ``lineage:version`` → manifest JSON; kept longer than the chunks, for freshness
 ``bases``          hash    ``lineage:version`` → manifest JSON of the full payload of a version that is a delta
 ``index``          zset    ``lineage:version`` of every loadable snapshot, in order of publication
@@ -15,6 +15,7 @@ are part of the key: a hash tag, so that one server of a Redis Cluster has all o
 ``chunk:{u}:{i}``  string  chunk i of upload u; expires unless its upload is committed
 ``lease``          string  who may publish (:mod:`feature_store.lease`)
 ``fencing``        string  the last fencing number given out
+``fenced``         string  the last try to publish without the lease, and the number of such tries
 ================== ======= ==========================================================================
 
 The channel ``published`` announces every ``lineage:version``.
@@ -53,6 +54,8 @@ from feature_store.manifest import (
     stale,
 )
 from feature_store.pieces import Payload, in_chunks
+from feature_store.pointer import Pointers
+from feature_store.signing import Signer
 from smes.errors import SnapshotError, SnapshotGap, SnapshotNotFound
 from smes_io.redis_client import FEATURE_STORE, retry_during_outage
 
@@ -84,6 +87,7 @@ class Publication:
         upload_ttl_s: When the chunks of an unfinished upload expire.
         outage_timeout_s: How long each operation is tried while the server is away or is a replica.
         damage: Where what is broken is noted.
+        signer: Signs what is written; None: nothing is signed.
     """
 
     def __init__(
@@ -93,12 +97,14 @@ class Publication:
         upload_ttl_s: int,
         outage_timeout_s: float = 2.0,
         damage: Damage | None = None,
+        signer: Signer | None = None,
     ) -> None:
         self._client = client
         self._keys = keys
         self._upload_ttl_s = upload_ttl_s
         self._outage_timeout_s = outage_timeout_s
         self._damage = damage or Damage()
+        self._pointers = Pointers(client, keys, signer)
         self.leases = Leases(client, keys.key(""), outage_timeout_s)
         self._running: set[str] = set()
         self._lock = threading.Lock()  # of the line above
@@ -138,12 +144,15 @@ class Publication:
         assert [chunk.bytes for chunk in chunks] == list(sizes), "a payload is as long as it says"
         return tuple(chunks)
 
-    def commit(self, manifest: Manifest, fencing: int | None = None) -> None:
+    def commit(self, manifest: Manifest, fencing: int | None = None) -> Manifest:
         """Make an upload the current snapshot, or keep it aside if its manifest says that it is held; atomically.
 
         Args:
             manifest: What was uploaded.
             fencing: The number of the publisher's lease; None is allowed while nobody holds one.
+
+        Returns:
+            The manifest, signed.
 
         Raises:
             LeaseHeld, LeaseLost: As :meth:`feature_store.lease.Leases.check`.
@@ -151,13 +160,18 @@ class Publication:
             SnapshotGap: It is a delta, and the current version is not its parent.
             SnapshotError: A chunk is gone.
         """
-        names = ("current", "manifests", "index", "history", "held", "sequence", "uploads", "lease", "fencing")
+        names = ("current", "manifests", "index", "history", "held", "sequence", "uploads")
+        names += ("lease", "fencing", "fenced")
         parent = "" if manifest.kind == "full" else str(manifest.parent)
-        more = (self._keys.key("published"), parent, "" if manifest.held is None else "held")
+        name = member(manifest.lineage, manifest.version)
+        text, forged = self._tried(f"snapshot {name} was published", lambda: self._pointers.to(name))
+        more = (self._keys.key("published"), parent, "" if manifest.held is None else "held", text, forged)
+        manifest = manifest.signed(self._pointers.signer, "manifest")
         self._commit(self._commit_script, names, manifest, fencing, more)
+        return manifest
 
-    def commit_base(self, manifest: Manifest, fencing: int | None = None) -> None:
-        """Make an upload the base of a version that was published as a delta, atomically.
+    def commit_base(self, manifest: Manifest, fencing: int | None = None) -> Manifest:
+        """Make an upload the base of a version that was published as a delta, atomically; its manifest, signed.
 
         Raises:
             LeaseHeld, LeaseLost: As :meth:`feature_store.lease.Leases.check`.
@@ -165,10 +179,12 @@ class Publication:
             SnapshotError: A chunk is gone.
         """
         names = ("index", "manifests", "bases", "uploads", "lease", "fencing")
+        manifest = manifest.signed(self._pointers.signer, "base")
         self._commit(self._commit_base_script, names, manifest, fencing, ())
+        return manifest
 
     def _commit(
-        self, script: Any, names: Sequence[str], manifest: Manifest, fencing: int | None, more: Sequence[str]
+        self, script: Any, names: Sequence[str], manifest: Manifest, fencing: int | None, more: Sequence[str | bytes]
     ) -> None:
         name = member(manifest.lineage, manifest.version)
         keys = [*(self._keys.key(key) for key in names), *self._keys.chunks(manifest)]

@@ -8,13 +8,14 @@ from typing import cast
 
 import redis
 
-from feature_store.damage import Damage, shown
+from feature_store.damage import Damage, Reason, reason_of, shown
 from feature_store.manifest import MAX_MANIFEST_BYTES, Manifest, SnapshotKeys, member, split_member
-from smes.errors import SnapshotError, SnapshotNotFound
+from feature_store.pointer import Pointer, Pointers
+from feature_store.signing import Signer
+from smes.errors import SnapshotError, SnapshotForged, SnapshotNotFound
 from smes_io.redis_client import address
 
 MAX_NAMES = 10_000
-_MAX_POINTER_BYTES = 200
 _MAX_READ_BYTES = 64 * 1024 * 1024  # manifests read at once
 _SLICE = 100
 
@@ -31,12 +32,16 @@ class SnapshotReader:
         client: A client that returns bytes.
         keys: Names of the keys.
         damage: Where what is broken is noted.
+        signer: Verifies what is read; None: nothing is signed.
     """
 
-    def __init__(self, client: redis.Redis, keys: SnapshotKeys, damage: Damage) -> None:
+    def __init__(self, client: redis.Redis, keys: SnapshotKeys, damage: Damage, signer: Signer | None = None) -> None:
         self._client = client
         self._keys = keys
         self._damage = damage
+        self._pointers = Pointers(client, keys, signer)
+        self._signer = self._pointers.signer
+        self._order = 0  # the highest of a pointer
         self.pointer_problem: str | None = None
         """What was wrong with the pointer when it was last read, None when nothing was."""
 
@@ -46,21 +51,21 @@ class SnapshotReader:
         raw = self.raw_pointer()
         if not raw:
             return None
-        if split_member(raw) is None:
-            self._pointer_is_broken(f"{shown(raw)}, expected lineage:version")
+        try:
+            pointer = Pointer.read(raw, self._signer)
+        except SnapshotError as error:
+            self._pointer_is_broken(str(error), reason_of(error, "pointer"))
             return None
-        return raw.decode()
+        if pointer.order < self._order:
+            what = f"{pointer.name}, signed before what was read last, expected what was signed after it"
+            self._pointer_is_broken(what, "older")
+            return None
+        self._order = pointer.order
+        return pointer.name
 
     def raw_pointer(self) -> bytes:
         """The beginning of what the pointer holds, empty if there is none. Its own length is not trusted."""
-        try:
-            raw = self._client.getrange(self._keys.key("current"), 0, _MAX_POINTER_BYTES)
-        except redis.ResponseError as error:
-            if not is_wrong_type(error):
-                raise
-            return b"(no string)"
-        assert isinstance(raw, bytes), "the client must return bytes (decode_responses=False)"
-        return raw
+        return self._pointers.raw()
 
     def current(self) -> Manifest | None:
         """The manifest that the pointer names. If that is broken, the newest that can be read; None without any.
@@ -75,7 +80,8 @@ class SnapshotReader:
                 return self.manifest(pointer)
             except SnapshotError as error:
                 gone = isinstance(error, SnapshotNotFound)
-                self._pointer_is_broken(f"{pointer}, expected a snapshot with a manifest: {error}")
+                what = f"{pointer}, expected a snapshot with a manifest: {error}"
+                self._pointer_is_broken(what, reason_of(error, "pointer"))
         for name in reversed(self.names("index")[-_SLICE:]):
             for manifest in self.manifests([name]):
                 if self.pointer_problem is None:
@@ -126,7 +132,8 @@ class SnapshotReader:
             for name in some:
                 if sizes[name] > MAX_MANIFEST_BYTES:
                     self._damage.note(
-                        f"{self._place(name, key)}: {sizes[name]} bytes, expected at most {MAX_MANIFEST_BYTES}"
+                        f"{self._place(name, key)}: {sizes[name]} bytes, expected at most {MAX_MANIFEST_BYTES}",
+                        "manifest",
                     )
             total_bytes += sum(sizes[name] for name in readable)
             if total_bytes > _MAX_READ_BYTES:
@@ -160,13 +167,15 @@ class SnapshotReader:
                 try:
                     yield self._parsed(name, text, key)
                 except SnapshotError as error:
-                    self._damage.note(str(error))
+                    self._damage.note(str(error), reason_of(error, "manifest"))
 
     def _parsed(self, name: str, text: bytes | str, key: str = "manifests") -> Manifest:
         try:
             manifest = Manifest.from_json(text)
+            manifest.verify(self._signer, "base" if key == "bases" else "manifest", _encoded(text))
         except SnapshotError as error:
-            raise SnapshotError(f"{self._place(name, key)}: {error}") from error
+            kind = SnapshotForged if isinstance(error, SnapshotForged) else SnapshotError
+            raise kind(f"{self._place(name, key)}: {error}") from error
         if (found := member(manifest.lineage, manifest.version)) != name:
             raise SnapshotError(f"{self._place(name, key)}: the manifest of {found}, expected that of {name}")
         if key == "bases" and manifest.kind != "full":
@@ -190,5 +199,9 @@ class SnapshotReader:
     def _place(self, name: str, key: str = "manifests") -> str:
         return f"Redis key {self._keys.key(key)}, {name}"
 
-    def _pointer_is_broken(self, what: str) -> None:
-        self.pointer_problem = self._damage.note(f"Redis key {self._keys.key('current')}: {what}")
+    def _pointer_is_broken(self, what: str, reason: Reason = "pointer") -> None:
+        self.pointer_problem = self._damage.note(f"Redis key {self._keys.key('current')}: {what}", reason)
+
+
+def _encoded(text: bytes | str) -> bytes:
+    return text.encode() if isinstance(text, str) else text

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from feature_store.config import SnapshotStoreConfig
 from feature_store.damage import Damage, shown
 from feature_store.manifest import Manifest, SnapshotKeys, member, split_member
+from feature_store.pointer import name_in
 from feature_store.publication import Publication
 from feature_store.reading import SnapshotReader
 
@@ -84,7 +85,7 @@ class Retention:
             self._known.pop(name.decode(errors="replace"), None)
         self._next = self._next + _READ_AGAIN if self._next + _READ_AGAIN < len(listed) else 0
         kept = self._kept(listed)
-        pointer = self._reader.raw_pointer()
+        pointer = name_in(self._reader.raw_pointer())
         self._forget([name for name in listed if name.decode(errors="replace") not in kept and name != pointer])
         needed = {name.decode() for name in listed[max(0, len(listed) - max(1, self._config.min_retained - 1)) :]}
         needed.add(pointer.decode(errors="replace"))

@@ -39,6 +39,7 @@ from feature_store.pieces import Payload, chunk_sizes
 from feature_store.publication import Publication
 from feature_store.reading import SnapshotReader
 from feature_store.retention import Retention
+from feature_store.signing import Signer
 from feature_store.watcher import SnapshotWatcher
 from smes.errors import FeatureStoreUnavailable, SnapshotError, SnapshotGap
 from smes_io.clock import wall_clock_ms
@@ -59,6 +60,7 @@ class SnapshotStore:
         client: A client that returns bytes (see :func:`smes_io.redis_client.connect`).
         namespace: Prefix of every key.
         config: Sizes and retention.
+        signer: Signs what is written, and verifies what is read; None: nothing is signed.
         outage_timeout_s: How long a publication and the lease are tried while the server is away or is a replica.
     """
 
@@ -68,6 +70,7 @@ class SnapshotStore:
         namespace: str = "smes",
         config: SnapshotStoreConfig | None = None,
         *,
+        signer: Signer | None = None,
         outage_timeout_s: float = 2.0,
     ) -> None:
         self._client = client
@@ -76,9 +79,11 @@ class SnapshotStore:
         self._keys = SnapshotKeys(namespace)
         self.damage = Damage()
         """What was found broken in the store."""
-        self._reader = SnapshotReader(client, self._keys, self.damage)
+        self._reader = SnapshotReader(client, self._keys, self.damage, signer)
         self._loader = SnapshotLoader(client, self._keys, self._reader)
-        self._publication = Publication(client, self._keys, self.config.upload_ttl_s, outage_timeout_s, self.damage)
+        self._publication = Publication(
+            client, self._keys, self.config.upload_ttl_s, outage_timeout_s, self.damage, signer
+        )
         self._retention = Retention(self._keys, self._reader, self._publication, self.config, self.damage)
         self._bookkeeper = threading.Lock()  # of the retention
 
@@ -135,8 +140,8 @@ class SnapshotStore:
         _check_cut(payload, lineage, version)
         if held == "":
             raise ValueError("held: empty, expected why the snapshot is not to be served")
-        self._publication.leases.check(fencing)
         name = member(lineage, version)
+        self._publication.leases.check(fencing, name)
         with translated(self._client, f"snapshot {name} was published"):
             self._bookkeeping("the keys were mended", self._publication.mend)
             parent = self._parent(lineage, version)
@@ -162,6 +167,7 @@ class SnapshotStore:
                     metrics=storable_metrics(metrics or {}),
                     feedback_arrivals=_storable_arrivals(feedback_arrivals),
                     held=None if held is None else held[:MAX_REASON],
+                    signature=None,
                 )
 
             with self._bookkeeper:
@@ -191,8 +197,8 @@ class SnapshotStore:
             SnapshotNotFound: The version cannot be loaded any more.
             LeaseHeld, LeaseLost, SnapshotError, FeatureStoreError, FeatureStoreUnavailable: As of :meth:`publish`.
         """
-        self._publication.leases.check(fencing)
         name = member(of.lineage, of.version)
+        self._publication.leases.check(fencing, name)
 
         def described(upload: str, chunks: tuple[Chunk, ...]) -> Manifest:
             return structs.replace(
@@ -325,7 +331,7 @@ class SnapshotStore:
         name: str,
         payload: Payload,
         described: Callable[[str, tuple[Chunk, ...]], Manifest],
-        commit: Callable[[Manifest], None],
+        commit: Callable[[Manifest], Manifest],
     ) -> Manifest:
         """Make room, upload and commit."""
         upload = f"{name}:{secrets.token_hex(4)}"
@@ -337,8 +343,7 @@ class SnapshotStore:
             self._bookkeeping("abandoned uploads were removed", lambda: publication.remove_abandoned(lineage))
             self._bookkeeping("room was made", lambda: self._retention.make_room(payload.total_bytes))
         try:
-            manifest = described(upload, publication.upload(name, upload, payload, sizes))
-            commit(manifest)
+            manifest = commit(described(upload, publication.upload(name, upload, payload, sizes)))
         except BaseException:
             publication.abandon(upload, len(sizes))
             raise

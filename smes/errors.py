@@ -3,6 +3,8 @@
     SmesError                     what goes wrong in operation
     ├── SchemaMismatch            two parts were built from different schemas
     ├── SnapshotError             a snapshot is incomplete, damaged or unreadable
+    │   ├── SnapshotDamaged       the bytes of its payload are not those that were published
+    │   ├── SnapshotForged        it, or what says that it is served, is not signed as configured
     │   ├── SnapshotNotFound      nothing was published yet, or retention removed it
     │   └── SnapshotStale         its lineage has already published this version or a later one
     ├── LeaseHeld                 another trainer holds the right to publish
@@ -46,6 +48,14 @@ class SchemaMismatch(SmesError):
 
 class SnapshotError(SmesError):
     """A snapshot is incomplete, damaged or unreadable."""
+
+
+class SnapshotDamaged(SnapshotError):
+    """The bytes of a payload are not those that were published. The message names the chunk."""
+
+
+class SnapshotForged(SnapshotError):
+    """A record of the store is unsigned or wrongly signed, where keys are configured, or is one of before."""
 
 
 class SnapshotNotFound(SnapshotError):

@@ -29,6 +29,7 @@ MANIFEST = Manifest(
     metrics={"click": {"auc": 0.75}},
     feedback_arrivals=((1_700_000_000_001, 3, 5, 6, 7), (1_700_000_000_009, 1, 0, 0, 2)),
     held=None,
+    signature=None,
 )
 
 

@@ -24,6 +24,7 @@ MANIFEST = Manifest(
     metrics={},
     feedback_arrivals=(),
     held=None,
+    signature=None,
 )
 
 

@@ -59,6 +59,7 @@ def manifest(version: int, lineage: str = "a") -> Manifest:
         metrics={},
         feedback_arrivals=(),
         held=None,
+        signature=None,
     )
 
 
