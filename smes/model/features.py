@@ -8,6 +8,7 @@ Letters: B instances, W id columns, L columns of a sequence, F numeric features,
 indicators), D embedding width, A width in which target and entries are compared, T tasks, I output width.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smes.model.ids import per_column
-from smes.model.numeric_moments import CLIP
+from smes.model.numeric_moments import CLIP, KNOWN_FROM, far_limits
 from smes.rankers.ranker import RunningMoments
 from smes.schema import Feature, Schema
 
@@ -48,7 +49,8 @@ class FeatureLayer(nn.Module):
       embedding of an entry is the sum of its own embedding and those of the sequences that accompany it.
     - Numeric feature: transformed as the schema says, standardised by its running mean and deviation
       (:class:`smes.model.numeric_moments.NumericMoments`) and clipped at ±8; then 1 where the value is missing, else 0
-      (unless the schema turns this indicator off).
+      (unless the schema turns this indicator off). A value that nothing measures
+      (:data:`smes.model.numeric_moments.FAR`, as 10³⁰) is missing.
 
     The linear part sums one weight per id and task (for bags and sequences the mean) and a weighted sum of the numeric
     columns. Sequences with a query are left out of it: their ids would read the weights that the same items have as
@@ -64,6 +66,7 @@ class FeatureLayer(nn.Module):
     """
 
     log1p_F: Tensor
+    far_F2: Tensor
     indicated_F: Tensor
     wide_W: Tensor
 
@@ -82,6 +85,7 @@ class FeatureLayer(nn.Module):
         self.moments = RunningMoments(schema.num_numerics)
         log1p = [f.transform == "log1p" for f in schema.numeric_features]
         self.register_buffer("log1p_F", torch.tensor(log1p, dtype=torch.bool), persistent=False)
+        self.register_buffer("far_F2", torch.from_numpy(far_limits(schema)).float(), persistent=False)
         self.wide_numerics = nn.Parameter(torch.zeros(num_columns, schema.num_tasks)) if wide else None
 
     def forward(self, inputs: FeatureInputs) -> tuple[Tensor, Tensor | None]:
@@ -113,11 +117,13 @@ class FeatureLayer(nn.Module):
         return pieces
 
     def _numerics(self, numerics_BF: Tensor) -> Tensor:
-        missing_BF = numerics_BF.isnan()
-        x_BF = self.moments.standardise(self._squash(numerics_BF), clip=CLIP)
-        return torch.cat(
-            [x_BF.masked_fill(missing_BF, 0.0), missing_BF.index_select(1, self.indicated_F).float()], dim=1
-        )
+        squashed_BF = self._squash(numerics_BF)
+        z_BF = self.moments.standardise(squashed_BF, clip=math.inf)
+        least_F, deviations_F = self.far_F2.unbind(1)
+        far_BF = (squashed_BF.abs() > least_F) & (z_BF.abs() > deviations_F) & (self.moments.count_C >= KNOWN_FROM)
+        missing_BF = numerics_BF.isnan() | far_BF
+        x_BF = z_BF.clamp_(-CLIP, CLIP).masked_fill(missing_BF, 0.0)
+        return torch.cat([x_BF, missing_BF.index_select(1, self.indicated_F).float()], dim=1)
 
     def _squash(self, x_BF: Tensor) -> Tensor:
         x_BF = torch.nan_to_num(x_BF, nan=0.0, posinf=3e38, neginf=-3e38)

@@ -15,9 +15,20 @@ from smes.schema import Schema
 CLIP = 8.0
 """Standardised values are clipped here, those that the model reads and those that count for the moments."""
 
+FAR: dict[str, tuple[float, float]] = {"none": (2.0**20, 2.0**20), "log1p": (80 * math.log(2), CLIP)}
+"""Transform → (least distance from zero, least deviations from the mean), both after it, of a *far* value.
+
+That is one which nothing measures: a million, and a million deviations away; for a logarithm, 10²⁴. It counts for no
+moment, and the model reads it as missing.
+"""
+
+KNOWN_FROM = 256
+"""Moments of fewer values cannot tell what is far."""
+
 _HORIZON = 1e6  # from so many values on, old ones fade out
 _LARGEST = 3e38
-_RECENT = 256  # K
+_RECENT = KNOWN_FROM  # K
+_GAP_FACTOR, _GAP_OF_LOG = 2.0**20, 40 * math.log(2)  # far ones of the recent values begin after such a step
 _STRIDE = 8  # one value in so many is kept once there are K
 _COMPARED = 512  # values between two comparisons, once there are K
 _TRIMMED = 64  # a 64th of the recent values at each end says nothing about the spread
@@ -52,6 +63,11 @@ class NumericMoments:
     The moments of few values, or of a constant, cannot tell what is extreme; the fences do. A feature that nearly
     always has the same value may go as far as its fences, too.
 
+    Clipping bounds what one value does, not what a twentieth of all does: each would widen what the next may add. So
+    values that nothing measures (:data:`FAR`) do not count at all. The recent ones are found without the moments, by a
+    gap: with a step from one distance from the median to the next of a factor 2²⁰ (2⁴⁰ for a logarithm), and fewer than
+    half beyond it. If half of the recent values are beyond it, they are what the feature is now.
+
     Values count one after the other: how the stream is cut into batches makes no difference.
 
     Args:
@@ -61,6 +77,7 @@ class NumericMoments:
     def __init__(self, schema: Schema) -> None:
         shape = schema.num_numerics
         self._log1p_F = np.array([f.transform == "log1p" for f in schema.numeric_features], np.bool_)
+        self._far_F2 = far_limits(schema)
         self._moments: dict[str, F64] = {
             "count": np.zeros(shape),
             "mean": np.zeros(shape),
@@ -77,7 +94,7 @@ class NumericMoments:
 
     def observe(self, numerics_BF: F32) -> None:
         """Take in a batch. float32 [B, F], NaN where missing."""
-        _observe(numerics_BF, self._log1p_F, *self._moments.values(), *self._kept.values())
+        _observe(numerics_BF, self._log1p_F, self._far_F2, *self._moments.values(), *self._kept.values())
 
     @property
     def moments(self) -> dict[str, F64]:
@@ -107,9 +124,14 @@ class NumericMoments:
                 array[...] = given[name]
 
 
+def far_limits(schema: Schema) -> F64:
+    """:data:`FAR` of each numeric feature. float64 [F, 2]."""
+    return np.array([FAR[f.transform] for f in schema.numeric_features], np.float64).reshape(-1, 2)
+
+
 @njit(cache=True, nogil=True)
 def _observe(  # type: ignore[no-untyped-def]  # compiled, and called in one place
-    numerics_BF, log1p_F, count_F, mean_F, variance_F, values_FK, seen_F, low_F, high_F, sparse_F, shrunk_F
+    numerics_BF, log1p_F, far_F2, count_F, mean_F, variance_F, values_FK, seen_F, low_F, high_F, sparse_F, shrunk_F
 ):  # pragma: no cover - compiled
     for f in range(numerics_BF.shape[1]):
         count, mean, variance = count_F[f], mean_F[f], variance_F[f]  # locals: ten times as fast as the arrays
@@ -120,17 +142,19 @@ def _observe(  # type: ignore[no-untyped-def]  # compiled, and called in one pla
             x = min(max(x, -_LARGEST), _LARGEST)
             if log1p_F[f]:
                 x = math.copysign(math.log1p(abs(x)), x)
-            low, high = low_F[f], high_F[f]
+            low, high, is_far, index = low_F[f], high_F[f], False, seen_F[f]
+            if max(count, index) >= _RECENT and variance > 0:
+                is_far = abs(x) > far_F2[f, 0] and abs(x - mean) > far_F2[f, 1] * math.sqrt(variance)
             if count >= _RECENT and variance > 0:
                 reach = CLIP * math.sqrt(variance)
                 low = min(low, mean - reach) if sparse_F[f] else mean - reach
                 high = max(high, mean + reach) if sparse_F[f] else mean + reach
-            difference, share = min(max(x, low), high) - mean, 1.0 / (count + 1.0)
-            # For the first value the share is 1, so the initial variance of 1 drops out.
-            variance = (1.0 - share) * (variance + share * difference * difference)
-            mean += share * difference
-            count = min(count + 1.0, _HORIZON)
-            index = seen_F[f]
+            if not is_far:
+                difference, share = min(max(x, low), high) - mean, 1.0 / (count + 1.0)
+                # For the first value the share is 1, so the initial variance of 1 drops out.
+                variance = (1.0 - share) * (variance + share * difference * difference)
+                mean += share * difference
+                count = min(count + 1.0, _HORIZON)
             seen_F[f] += 1
             if index < _RECENT:
                 values_FK[f, index] = x
@@ -139,17 +163,33 @@ def _observe(  # type: ignore[no-untyped-def]  # compiled, and called in one pla
             every = _COMPARED if index >= _RECENT else _STRIDE
             if index + 1 >= _TRIMMED and (index + 1) % every == 0:
                 count_F[f], mean_F[f], variance_F[f] = count, mean, variance
-                _compare(f, every, count_F, mean_F, variance_F, values_FK, seen_F, low_F, high_F, sparse_F, shrunk_F)
+                held = min(seen_F[f], _RECENT)
+                recent = _near(np.sort(values_FK[f, :held]), log1p_F[f], far_F2[f, 0])
+                anew = index < _RECENT and len(recent) < held  # far values were counted
+                _compare(f, recent, every, anew, count_F, mean_F, variance_F, low_F, high_F, sparse_F, shrunk_F)
                 count, mean, variance = count_F[f], mean_F[f], variance_F[f]
         count_F[f], mean_F[f], variance_F[f] = count, mean, variance
 
 
 @njit(cache=True, nogil=True)
+def _near(recent, is_log, least):  # type: ignore[no-untyped-def]  # as above
+    # pragma: no cover - compiled
+    """Those of the recent values, in order, that are not far; all of them unless there is a gap."""
+    median = recent[(len(recent) - 1) // 2]
+    distances = np.sort(np.abs(recent - median))
+    for i in range(len(distances) // 2, len(distances) - 1):
+        rest, further = distances[i], distances[i + 1]
+        gap = further - rest > _GAP_OF_LOG if is_log else further > _GAP_FACTOR * rest
+        if rest > 0 and gap and further > least:
+            return recent[np.abs(recent - median) <= rest]
+    return recent
+
+
+@njit(cache=True, nogil=True)
 def _compare(  # type: ignore[no-untyped-def]  # as above
-    f, new, count_F, mean_F, variance_F, values_FK, seen_F, low_F, high_F, sparse_F, shrunk_F
+    f, recent, new, anew, count_F, mean_F, variance_F, low_F, high_F, sparse_F, shrunk_F
 ):  # pragma: no cover - compiled
-    """Compare the moments of a feature with its recent values; start anew from these where they contradict."""
-    recent = np.sort(values_FK[f, : min(seen_F[f], _RECENT)])
+    """Compare the moments of a feature with its recent values, in order; start anew from these if they contradict."""
     held, trimmed = len(recent), len(recent) // _TRIMMED
     median = recent[(held - 1) // 2]
     low = low_F[f] = median - _FENCE * (median - recent[trimmed])
@@ -169,7 +209,8 @@ def _compare(  # type: ignore[no-untyped-def]  # as above
     near = (mean * mean + variance) * _SHRUNK**2 < mean_F[f] * mean_F[f] + variance_F[f]
     shrunk_F[f] = shrunk_F[f] + new if narrow and near else 0
     if (
-        outside * _OUTSIDE >= held
+        anew
+        or outside * _OUTSIDE >= held
         or abs(median - mean_F[f]) > _SHIFTED * deviation
         or (narrow and count_F[f] < _YOUNG)
         or shrunk_F[f] >= max(count_F[f] / 8, _STRIDE * _RECENT)

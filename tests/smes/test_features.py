@@ -86,9 +86,10 @@ def test_a_constant_reads_as_zero_and_what_differs_from_it_as_extreme() -> None:
     moments.observe(np.full((3000, 1), 1234.567, np.float32))
     layer.standardise_by({name: torch.from_numpy(array) for name, array in moments.moments.items()})
 
-    x_BI, _ = layer(FeatureInputs(None, None, None, torch.tensor([[1234.567], [1235.0], [-1e30], [float("nan")]])))
+    given = torch.tensor([[1234.567], [1235.0], [-1e5], [-1e30], [float("nan")]])
+    x_BI, _ = layer(FeatureInputs(None, None, None, given))
 
-    assert x_BI[:, 0].tolist() == [pytest.approx(0, abs=1e-3), 8, -8, 0]
+    assert x_BI[:, 0].tolist() == [pytest.approx(0, abs=1e-3), 8, -8, 0, 0]
 
 
 def test_a_feature_without_indicator_reads_as_the_mean_where_it_is_missing() -> None:

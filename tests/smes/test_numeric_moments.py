@@ -96,6 +96,37 @@ def test_several_outliers_leave_a_feature_usable(rows: NDArray[np.int64], deviat
     assert 5 < seen < deviation
 
 
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("since", [0, 100, 10_000])
+@pytest.mark.parametrize("transform", ["none", "log1p"])
+def test_values_that_nothing_measures_count_for_nothing(share: float, since: int, transform: str) -> None:
+    values = np.abs(_prices())
+    bad = np.random.default_rng(7).random(_N) < share
+    bad[:since] = False
+    values[bad] = np.where(np.random.default_rng(8).random(bad.sum()) < 0.5, 1e30, -1e30)
+    seen = np.log1p(values[~bad]) if transform == "log1p" else values[~bad]
+
+    for count in (4000, 12_000, _N):
+        mean, deviation = _mean_and_deviation(_observed(values[:count], transform=transform))
+        assert mean == pytest.approx(seen.mean(), abs=0.25 * seen.std())
+        assert deviation == pytest.approx(seen.std(), rel=0.25)
+    assert mean == pytest.approx(seen.mean(), abs=0.03 * seen.std())
+    assert deviation == pytest.approx(seen.std(), rel=0.03)
+
+
+def test_a_feature_of_two_scales_is_not_taken_for_one_with_values_that_nothing_measures() -> None:
+    """A saturated probability: most are 10⁻¹², a third near 1. And zeros beside times in nanoseconds."""
+    rng = np.random.default_rng(9)
+    large = rng.random(_N) < 0.3
+    saturated = np.where(large, rng.uniform(0.1, 1, _N), 1e-12 * rng.random(_N))
+    stamped = np.where(large, 1.7e18, 0.0)
+
+    for values in (saturated, stamped):
+        mean, deviation = _mean_and_deviation(_observed(values))
+        assert mean == pytest.approx(values.mean(), rel=0.02)
+        assert deviation == pytest.approx(values.std(), rel=0.02)
+
+
 _CHANGES: dict[str, Callable[[F64], F64]] = {
     "thousandfold": lambda x: x * 1000,
     "a thousandth": lambda x: x / 1000,

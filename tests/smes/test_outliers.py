@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from smes.arrays import F64
+from smes.arrays import F64, Bool
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
@@ -27,8 +27,9 @@ _Z: F64 = np.random.default_rng(0).normal(size=_N)
 _PRICE: F64 = 20 + 5 * _Z
 
 
-def _aucs(price: F64, transform: str = "none") -> NDArray[np.float64]:
-    """AUC of each eighth of a stream whose clicks the price decides."""
+def _aucs(price: F64, transform: str = "none", counts: Bool | None = None) -> NDArray[np.float64]:
+    """AUC of each eighth of a stream whose clicks the price decides, of the rows that count."""
+    counts = np.ones(_N, np.bool_) if counts is None else counts
     features = (Feature("price", kind="numeric", transform=transform),)  # type: ignore[arg-type]
     schema = Schema("prices", (Task("click"),), features)
     learner = Learner(schema, _MODEL, OptimizerConfig(), device=torch.device("cpu"))
@@ -40,7 +41,8 @@ def _aucs(price: F64, transform: str = "none") -> NDArray[np.float64]:
     results = [learner.step(learner.prepare(examples.take(slice(s, s + 256)))) for s in range(0, _N, 256)]
     scores = np.concatenate([result.scores.numpy()[:, 0] for result in results])
     parts = (slice(start, start + _PART) for start in range(0, _N, _PART))
-    return np.array([roc_auc_score(examples.labels[part, 0], scores[part]) for part in parts])
+    labels = examples.labels[:, 0]
+    return np.array([roc_auc_score(labels[part][counts[part]], scores[part][counts[part]]) for part in parts])
 
 
 @cache
@@ -70,6 +72,24 @@ def test_extreme_prices_cost_no_auc_from_the_next_eighth_on(price: F64, first: i
 
     assert _control()[since:].min() > 0.72
     np.testing.assert_allclose(_aucs(price)[since:], _control()[since:], atol=0.005)
+
+
+@pytest.mark.parametrize("transform", ["none", "log1p"])
+@pytest.mark.parametrize(
+    ("share", "rows"),
+    [(0.05, slice(0, _N)), (0.05, slice(_N // 4, _N)), (0.2, slice(0, _N)), (0.2, slice(_N // 4, _N))],
+    ids=["1 in 20", "1 in 20 later", "1 in 5", "1 in 5 later"],
+)
+def test_prices_that_nothing_measures_cost_the_other_rows_no_auc(share: float, rows: slice, transform: str) -> None:
+    """However many: what clipping lets each add would grow with those before it."""
+    bad = np.zeros(_N, np.bool_)
+    bad[rows] = np.random.default_rng(5).random(rows.stop - rows.start) < share
+    price = np.where(bad, 1e30, np.exp(_PRICE / 5) if transform == "log1p" else _PRICE)
+
+    difference = _control(transform)[2:] - _aucs(price, transform, ~bad)[2:]
+
+    assert difference.max() < 0.025
+    assert difference[-2:].mean() < 0.006
 
 
 def test_an_extreme_value_of_a_logarithmic_feature() -> None:
