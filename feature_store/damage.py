@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Literal
 
-from smes.errors import SchemaMismatch, SnapshotDamaged, SnapshotForged
+from smes.errors import PinError, SchemaMismatch, SnapshotDamaged, SnapshotForged
 
 _MAX_REMEMBERED = 1000
 _SHOWN_BYTES = 40
@@ -60,6 +60,8 @@ def reason_of(error: BaseException | None, otherwise: Reason) -> Reason:
         return "chunk"
     if isinstance(error, SchemaMismatch):
         return "schema"
+    if isinstance(error, PinError):
+        return "pin"
     return otherwise
 
 

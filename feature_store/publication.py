@@ -160,8 +160,8 @@ class Publication:
             SnapshotGap: It is a delta, and the current version is not its parent.
             SnapshotError: A chunk is gone.
         """
-        names = ("current", "manifests", "index", "history", "held", "sequence", "uploads")
-        names += ("lease", "fencing", "fenced")
+        names = ["current", "manifests", "index", "history", "held", "sequence", "uploads"]
+        names += ["lease", "fencing", "fenced"]
         parent = "" if manifest.kind == "full" else str(manifest.parent)
         name = member(manifest.lineage, manifest.version)
         text, forged = self._tried(f"snapshot {name} was published", lambda: self._pointers.to(name))

@@ -3,13 +3,23 @@
 Only plain reading commands, so that a scorer can use a replica and needs no right to run scripts.
 """
 
+import re
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import cast
 
 import redis
 
 from feature_store.damage import Damage, Reason, reason_of, shown
-from feature_store.manifest import MAX_MANIFEST_BYTES, Manifest, SnapshotKeys, member, split_member
+from feature_store.manifest import (
+    LARGEST_INTEGER,
+    LATEST_MS,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    SnapshotKeys,
+    member,
+    split_member,
+)
 from feature_store.pointer import Pointer, Pointers
 from feature_store.signing import Signer
 from smes.errors import SnapshotError, SnapshotForged, SnapshotNotFound
@@ -18,6 +28,8 @@ from smes_io.redis_client import address
 MAX_NAMES = 10_000
 _MAX_READ_BYTES = 64 * 1024 * 1024  # manifests read at once
 _SLICE = 100
+_MAX_FENCED_BYTES = 250
+_FENCED = re.compile(r"([0-9]{1,15}):([0-9]{1,15}):([0-9]{0,16}):([A-Za-z0-9._:-]{1,150})")
 
 
 def is_wrong_type(error: Exception) -> bool:
@@ -67,6 +79,25 @@ class SnapshotReader:
         """The beginning of what the pointer holds, empty if there is none. Its own length is not trusted."""
         return self._pointers.raw()
 
+    def fenced(self) -> tuple[int, str]:
+        """How often somebody without the lease tried to publish, and a message that names the last one."""
+        key = self._keys.key("fenced")
+        try:
+            raw = self._client.getrange(key, 0, _MAX_FENCED_BYTES)
+        except redis.ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            raw = "(no string)"
+        text = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+        found = _FENCED.fullmatch(text)
+        if found is None:
+            if text:
+                self._damage.note(f"Redis key {key}: {shown(text)}, expected tries:at:number:lineage:version")
+            return 0, ""
+        at = datetime.fromtimestamp(min(int(found[2]), LATEST_MS) / 1000, UTC).isoformat(timespec="milliseconds")
+        who = f"the lease with number {found[3]}" if found[3] else "no lease"
+        return int(found[1]), f"{found[4]}, published with {who} at {at}: another publisher has the lease"
+
     def current(self) -> Manifest | None:
         """The manifest that the pointer names. If that is broken, the newest that can be read; None without any.
 
@@ -113,6 +144,23 @@ class SnapshotReader:
                 raise
             self._damage.note(f"Redis key {name}: another kind of value, expected a sorted set")
             return []
+
+    def orders(self) -> dict[str, int]:
+        """The newest names in ``index``, at most 10,000: their place in the order of publications, ascending."""
+        key = self._keys.key("index")
+        try:
+            raw = self._client.zrange(key, -MAX_NAMES, -1, withscores=True)
+        except redis.ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            self._damage.note(f"Redis key {key}: another kind of value, expected a sorted set")
+            return {}
+        places = cast("list[tuple[bytes, float]]", raw)
+        return {
+            name.decode(): int(order)
+            for name, order in places
+            if split_member(name) is not None and 0 <= order <= LARGEST_INTEGER
+        }
 
     def manifests(self, names: Sequence[str], key: str = "manifests") -> tuple[Manifest, ...]:
         """The manifests of these names, in their order, without those that are gone or broken.

@@ -33,9 +33,12 @@ from feature_store.manifest import (
     member,
     split_member,
     stale,
+    storable_arrivals,
     storable_metrics,
 )
+from feature_store.operator import Operator
 from feature_store.pieces import Payload, chunk_sizes
+from feature_store.pins import Pins
 from feature_store.publication import Publication
 from feature_store.reading import SnapshotReader
 from feature_store.retention import Retention
@@ -84,8 +87,13 @@ class SnapshotStore:
         self._publication = Publication(
             client, self._keys, self.config.upload_ttl_s, outage_timeout_s, self.damage, signer
         )
-        self._retention = Retention(self._keys, self._reader, self._publication, self.config, self.damage)
+        pins = Pins(client, self._keys, self._reader, self.damage, signer)
+        self._retention = Retention(self._keys, self._reader, self._publication, pins, self.config, self.damage)
         self._bookkeeper = threading.Lock()  # of the retention
+        self.pins = pins
+        """What operators decided about serving."""
+        self.operator = Operator(client, self._keys, self._reader, self._loader, pins, signer, outage_timeout_s)
+        """Decides what is served."""
 
     def publish(
         self,
@@ -165,7 +173,7 @@ class SnapshotStore:
                     precision=precision,
                     positions={topic: dict(partitions) for topic, partitions in (positions or {}).items()},
                     metrics=storable_metrics(metrics or {}),
-                    feedback_arrivals=_storable_arrivals(feedback_arrivals),
+                    feedback_arrivals=storable_arrivals(feedback_arrivals),
                     held=None if held is None else held[:MAX_REASON],
                     signature=None,
                 )
@@ -257,6 +265,31 @@ class SnapshotStore:
         """
         with translated(self._client, "the current snapshot was looked up"):
             return self._reader.current()
+
+    def fenced(self) -> tuple[int, str]:
+        """How often somebody without the lease tried to publish, and a message that names the last one."""
+        with translated(self._client, "refused publications were looked up"):
+            return self._reader.fenced()
+
+    def to_serve(self) -> Manifest | None:
+        """Manifest of what scorers are to serve: what an operator decided, else :meth:`current`.
+
+        Raises:
+            SnapshotForged: The operator's decision is not signed as it should be.
+            PinError: It is broken or gone, or names a version that is.
+            SnapshotNotFound, SnapshotError: As :meth:`current`.
+        """
+        with translated(self._client, "the snapshot to serve was looked up"):
+            return self.pins.to_serve()
+
+    def fallbacks(self) -> tuple[Manifest, ...]:
+        """What may be served where nothing is and what is to be served cannot be, the best first.
+
+        First what is pinned, then what was published before it; without a pin, what was published last. Never what was
+        rolled back.
+        """
+        with translated(self._client, "snapshots were listed"):
+            return self.pins.fallbacks()
 
     def get(self, lineage: str, version: int) -> Manifest:
         """Manifest of one snapshot. Its payload may be removed already.
@@ -400,12 +433,3 @@ def _check_cut(payload: Payload, lineage: str, version: int) -> None:
         raise ValueError(f"lineage {lineage!r}, expected 1 … 128 letters, digits, dots, underscores or hyphens")
     if not 0 <= version <= LARGEST_INTEGER:
         raise ValueError(f"version {version}, expected 0 … {LARGEST_INTEGER}")
-
-
-def _storable_arrivals(rows: Sequence[FeedbackRow]) -> tuple[FeedbackRow, ...]:
-    """The arrivals that a manifest can hold: freshness leaves times out that are none."""
-    return tuple(
-        row
-        for row in rows
-        if 0 <= row[0] <= LATEST_MS and all(0 <= n <= LARGEST_INTEGER for n in row) and sum(row[2:]) <= LATEST_MS
-    )

@@ -5,6 +5,7 @@
     ├── SnapshotError             a snapshot is incomplete, damaged or unreadable
     │   ├── SnapshotDamaged       the bytes of its payload are not those that were published
     │   ├── SnapshotForged        it, or what says that it is served, is not signed as configured
+    │   ├── PinError              what an operator decided about serving cannot be read, or names what is gone
     │   ├── SnapshotNotFound      nothing was published yet, or retention removed it
     │   └── SnapshotStale         its lineage has already published this version or a later one
     ├── LeaseHeld                 another trainer holds the right to publish
@@ -56,6 +57,10 @@ class SnapshotDamaged(SnapshotError):
 
 class SnapshotForged(SnapshotError):
     """A record of the store is unsigned or wrongly signed, where keys are configured, or is one of before."""
+
+
+class PinError(SnapshotError):
+    """What an operator decided about serving is broken, gone or an older record, or names a version that is gone."""
 
 
 class SnapshotNotFound(SnapshotError):

@@ -356,6 +356,7 @@ def serve(
         redis_url=config.feature_store.redis_url,
         redis_access=config.feature_store.redis_access,
         namespace=config.feature_store.namespace,
+        signing=config.feature_store.signing,
         on_listening=lambda url: console.print(f"scorer: listening on {url}", highlight=False),
     )
 

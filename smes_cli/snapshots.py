@@ -76,12 +76,14 @@ def _newest(config: "Config", store: "SnapshotStore", lineage: str) -> int:
 
 
 def _snapshot_store(config: "Config") -> "SnapshotStore":
+    from feature_store.signing import Signer
     from feature_store.snapshots import SnapshotStore
     from smes_io.redis_client import connect
 
     place = config.feature_store
+    signer = Signer.of(place.signing, place.namespace)
     client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
-    return SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
+    return SnapshotStore(client, place.namespace, place.snapshots, signer=signer)
 
 
 def _none_published(config: "Config") -> SnapshotNotFound:

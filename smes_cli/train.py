@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from feature_store.signing import Signer
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
@@ -215,9 +216,10 @@ def _event_log(config: Config, waits: Waits, stack: ExitStack) -> WaitingLog:
 def _store(config: Config, waits: Waits, stack: ExitStack) -> SnapshotStore:
     settings = config.feature_store
     access, namespace = settings.redis_access, settings.namespace
+    signer = Signer.of(settings.signing, namespace)
     client = waits.run(
         "feature store",
         lambda: connect(settings.redis_url, settings.timeout_s, access=access, namespace=namespace),
     )
     stack.callback(client.close)
-    return SnapshotStore(client, settings.namespace, settings.snapshots)
+    return SnapshotStore(client, namespace, settings.snapshots, signer=signer)

@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from feature_store.entities import EntityStore
+from feature_store.signing import Signer, SigningConfig
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.errors import SmesError
 from smes.schema import Schema
@@ -59,7 +60,7 @@ class _Parts:
 
     def close(self) -> None:
         """Stop the threads and close the connections, in a part of ``shutdown_s``."""
-        # A snapshot that is being loaded cannot be interrupted, and nobody waits for it any more.
+        # A load ends at its next chunk. Where that takes long, nobody waits for it.
         stopping = threading.Thread(target=self.swap.stop, daemon=True)
         stopping.start()
         self.queue.close()
@@ -75,6 +76,7 @@ def create_app(
     redis_url: str,
     redis_access: RedisAccess | None = None,
     namespace: str = "smes",
+    signing: SigningConfig | None = None,
     load: Load = load_table_model,
 ) -> FastAPI:
     """Make the application. While it runs it loads each new snapshot; Redis need not be reachable yet.
@@ -85,18 +87,19 @@ def create_app(
         redis_url: Where snapshots and features are.
         redis_access: How Redis lets us in, beside what the URL says.
         namespace: Prefix of their keys.
+        signing: Keys by which snapshots are verified; None: they are not.
         load: Builds a model from snapshots' payloads.
 
     Raises:
         ValueError: ``fusion_weights`` names an unknown task, or the URL has a wrong form.
-        SecretError: The tokens cannot be read.
+        SecretError: The tokens or the keys cannot be read.
     """
     tokens = None if config.tokens is None else Tokens(config.tokens)
 
     def connected(timeout_s: float) -> redis.Redis:
         return open_client(redis_url, timeout_s, access=redis_access, namespace=namespace)
 
-    parts = _assemble(config, schema, connected, namespace, load)
+    parts = _assemble(config, schema, connected, Signer.of(signing or SigningConfig(), namespace), load)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -120,11 +123,12 @@ def create_app(
 
 
 def _assemble(
-    config: ScorerConfig, schema: Schema, connected: Callable[[float], redis.Redis], namespace: str, load: Load
+    config: ScorerConfig, schema: Schema, connected: Callable[[float], redis.Redis], signer: Signer, load: Load
 ) -> _Parts:
+    namespace = signer.namespace
     telemetry, first_answers = Telemetry(), FirstAnswers()
     snapshots, entities = connected(config.redis_timeout_s), connected(config.entity_timeout_ms / 1000)
-    store, entity_store = SnapshotStore(snapshots, namespace), EntityStore(entities, schema, namespace)
+    store, entity_store = SnapshotStore(snapshots, namespace, signer=signer), EntityStore(entities, schema, namespace)
     swap = HotSwap(
         store,
         SnapshotWatcher(snapshots, namespace, config.poll_s),
@@ -138,6 +142,7 @@ def _assemble(
     answerer = Answerer(config, schema, swap, features, first_answers, telemetry)
     telemetry.snapshot_age_s.set_function(lambda: _age_s(swap) or 0.0)
     telemetry.degraded.set_function(lambda: float(not swap.served or bool(swap.problem or features.problem)))
+    store.damage.on_new = entity_store.damage.on_new = telemetry.refused.note
     telemetry.store_damage.set_function(lambda: store.damage.count + entity_store.damage.count)
     queue = ScoringQueue(config.workers, config.max_waiting, config.max_age_s)
     telemetry.waiting.set_function(lambda: queue.depth)
@@ -244,6 +249,8 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
     async def ready(request: Request) -> Response:
         """503 before the first snapshot, then 200. ``degraded``: requests are answered, but with the problems named.
 
+        ``refused``: what was refused since the start, by reason, whether or not it is over.
+
         Where a token is needed, one learns no more than the status without it.
         """
         served = parts.swap.served
@@ -251,7 +258,9 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
             return JSONResponse({"status": "ready" if served else "not ready"}, 200 if served else 503)
         problems = {"snapshots": parts.swap.problem, "features": parts.features.problem}
         status = "not ready" if served is None else "degraded" if any(problems.values()) else "ready"
-        return JSONResponse({"status": status, **_served(parts.swap), "problems": problems}, 503 if not served else 200)
+        refused = parts.telemetry.refused.summary()
+        body = {"status": status, **_served(parts.swap), "problems": problems, "refused": refused}
+        return JSONResponse(body, 503 if not served else 200)
 
     @app.get("/v1/stats")
     async def stats() -> Response:

@@ -13,14 +13,15 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
+from feature_store.damage import Reason, reason_of
 from feature_store.entities import blank_rows
 from feature_store.manifest import Manifest
-from feature_store.payload import PayloadContent, read_payload
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
-from smes.errors import FeatureStoreError, SchemaMismatch, SmesError, SnapshotError, SnapshotNotFound
+from smes.errors import FeatureStoreError, SmesError, SnapshotError, SnapshotNotFound
 from smes.schema import Schema
 from smes_scorer.first_answers import Arrivals, FirstAnswers
 from smes_scorer.loading import Load
+from smes_scorer.payloads import LoadStopped, Payloads
 from smes_scorer.refusals import Refusals
 from smes_scorer.telemetry import Telemetry
 from smes_scorer.versions import Foldable, Scorable, ServedModel, Versions
@@ -100,6 +101,7 @@ class HotSwap:
         self._monotonic_s = monotonic_s
         self._refusals = Refusals(monotonic_s)
         self._no_fold_before_s = 0.0
+        self._fenced_tries: int | None = None
         self._versions = Versions()
         telemetry.shadows.set_function(lambda: self.shadows)
         self.problem: str | None = None
@@ -124,7 +126,7 @@ class HotSwap:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the loader thread and wait for its end."""
+        """Stop the loader thread and wait for its end. A load under way ends at its next chunk."""
         self._stopping.set()
         self._watcher.close()
         self._thread.join()
@@ -137,6 +139,9 @@ class HotSwap:
                 assert manifest is not None
                 self._swap_or_refuse(manifest)
             self.problem = self._store.pointer_problem or self.problem
+            self._look_for_fenced()
+        except LoadStopped:
+            return
         except (FeatureStoreError, SnapshotNotFound) as error:
             # Redis is away or was restarted, or the snapshot was trimmed while it was read: look again next time.
             if self.problem is None:
@@ -145,7 +150,7 @@ class HotSwap:
         except Exception as error:  # whatever a bad store raises, the model in service stays
             reason = str(error) if isinstance(error, SmesError) else repr(error)
             if reason != self.problem:
-                self._count_failure(error, reason)
+                self._count_failure(error, reason, "pointer")
             _logger.debug("the store could not be read", exc_info=True)
             self.problem = reason
         self._fold()
@@ -180,11 +185,19 @@ class HotSwap:
             self.problem = (
                 f"version {manifest.version} is published, older than version {served.manifest.version} in service"
             )
+            self._telemetry.refused.note("older", self.problem)
             return False
         reason = self._refusals.why(manifest)
         if reason is not None:
             self.problem = reason
         return reason is None
+
+    def _look_for_fenced(self) -> None:
+        """Name publications that the store refused since the last look, because another publisher had the lease."""
+        tries, message = self._store.fenced()
+        if self._fenced_tries is not None and tries > self._fenced_tries:
+            self._telemetry.refused.note("fenced", message)
+        self._fenced_tries = tries
 
     def _swap_or_refuse(self, manifest: Manifest) -> None:
         """Put a snapshot into service. If it is refused, say why; without a model in service, serve an older one."""
@@ -199,7 +212,7 @@ class HotSwap:
             raise
         except SnapshotError as error:  # no way leads there
             reason = str(error)
-            self._count_failure(error, reason)
+            self._count_failure(error, reason, "manifest")
         if self._refusals.why(manifest) is None:
             # A payload on its way was refused. Others may lead to it before the pause is over, by a newer base.
             self._refusals.note(manifest, reason, for_ever=False)
@@ -221,6 +234,8 @@ class HotSwap:
                     tried += 1
                     if tried == _OLDER_TRIED:
                         return
+        except LoadStopped:
+            raise
         except Exception:
             _logger.warning("no older snapshot could be served", exc_info=True)
 
@@ -245,7 +260,7 @@ class HotSwap:
                 return
             except _Refused as error:
                 _logger.debug("a snapshot was refused", exc_info=True)
-                self._count_failure(error.__cause__, error.reason)
+                self._count_failure(error.__cause__, error.reason, "payload")
                 self._refusals.note(error.manifest, error.reason, for_ever=error.for_ever)
                 refused = error
         if refused is not None:
@@ -289,11 +304,11 @@ class HotSwap:
             _Refused: A payload could not be read, or no model be made of it.
             FeatureStoreError, SnapshotNotFound: As the store.
         """
-        payloads = _Payloads(self._store, self._schema, way)
+        payloads = Payloads(self._store, self._schema, way, self._stopping)
         try:
             model = self._load(payloads, self._schema, before)
             self._warm_up(payloads.at, model)
-        except (FeatureStoreError, SnapshotNotFound):
+        except (FeatureStoreError, SnapshotNotFound, LoadStopped):
             raise
         except Exception as error:  # whatever a bad snapshot raises, the model in service stays
             verified = error is not payloads.store_error
@@ -351,44 +366,11 @@ class HotSwap:
                     f"{list(scores.shape)} or not all finite"
                 )
 
-    def _count_failure(self, error: BaseException | None, reason: str) -> None:
+    def _count_failure(self, error: BaseException | None, reason: str, what: Reason) -> None:
         self._telemetry.load_failures.inc()
+        self._telemetry.refused.note(reason_of(error, what), reason)
         exc_info = error if error is not None and not isinstance(error, SmesError) else None
         _logger.warning("a snapshot was refused: %s", reason, exc_info=exc_info)
-
-
-class _Payloads:
-    """The payloads of a way, each opened when the one before was read.
-
-    Attributes:
-        at: The manifest of the payload that was opened last.
-        store_error: What the store raised, whose bytes are not verified.
-    """
-
-    def __init__(self, store: SnapshotStore, schema: Schema, way: tuple[Manifest, ...]) -> None:
-        self._store = store
-        self._schema = schema
-        self._way = way
-        self.at = way[0]
-        self.store_error: Exception | None = None
-
-    def __iter__(self) -> Iterator[PayloadContent]:
-        for manifest in self._way:
-            self.at = manifest
-            name = f"snapshot {manifest.lineage}:{manifest.version}"
-            if manifest.schema_hash != self._schema.hash:
-                raise SchemaMismatch(name, expected=self._schema.hash, got=manifest.schema_hash)
-            payload = read_payload(self._pieces(manifest), manifest.total_bytes)
-            if (payload.lineage, payload.version, payload.kind) != (manifest.lineage, manifest.version, manifest.kind):
-                raise SnapshotError(f"{name}: its payload says {payload.lineage}:{payload.version}, {payload.kind}")
-            yield payload
-
-    def _pieces(self, manifest: Manifest) -> Iterator[bytes]:
-        try:
-            yield from self._store.pieces(manifest)
-        except Exception as error:
-            self.store_error = error
-            raise
 
 
 def _key(manifest: Manifest) -> tuple[str, int]:

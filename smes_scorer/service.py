@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 import torch
 import uvicorn
 
+from feature_store.signing import SigningConfig
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
 from smes.model.serving_kernels import compile_serving_kernels
@@ -30,6 +31,7 @@ def serve(
     redis_url: str,
     redis_access: RedisAccess | None = None,
     namespace: str = "smes",
+    signing: SigningConfig | None = None,
     load: Load = load_table_model,
     on_listening: Callable[[str], None] = lambda url: None,
 ) -> None:
@@ -38,7 +40,7 @@ def serve(
     Call it in the main thread of a process: it installs signal handlers.
 
     Args:
-        config, schema, redis_url, redis_access, namespace, load: As of :func:`smes_scorer.app.create_app`.
+        config, schema, redis_url, redis_access, namespace, signing, load: As of :func:`smes_scorer.app.create_app`.
         on_listening: Called with the base URL once connections are accepted.
 
     Raises:
@@ -49,7 +51,15 @@ def serve(
     torch.set_num_threads(config.torch_threads)
     keep_freed_memory()
     compile_serving_kernels()
-    app = create_app(config, schema, redis_url=redis_url, redis_access=redis_access, namespace=namespace, load=load)
+    app = create_app(
+        config,
+        schema,
+        redis_url=redis_url,
+        redis_access=redis_access,
+        namespace=namespace,
+        signing=signing,
+        load=load,
+    )
     connect(redis_url, config.redis_timeout_s, access=redis_access, namespace=namespace).close()
     with closing(_listen(config.host, config.port)) as listening:
         host = f"[{config.host}]" if ":" in config.host else config.host

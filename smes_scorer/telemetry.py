@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from smes.arrays import F64, I64
 from smes_scorer.first_answers import STAGES, FirstAnswer
+from smes_scorer.refused import Refused
 
 _LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _FRESHNESS_BUCKETS_MS = (100, 250, 500, 1000, 1500, 2000, 3000, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
@@ -136,6 +137,8 @@ class Telemetry:
         self.store_damage = Gauge(
             "smes_scorer_store_damage", "Different broken things found in the store", registry=self.registry
         )
+        self.refused = Refused()
+        self.registry.register(self.refused)
         self.swaps = counter("swaps", "Snapshots put into service")
         self.full_loads = counter("full_loads", "Full snapshots loaded: at the start, and where no delta led on")
         self.shadows = Gauge(

@@ -1,6 +1,8 @@
 """The scorer follows chains of deltas, and finds another way where one is broken. It looks when a test asks it to."""
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -96,6 +98,32 @@ def test_every_delta_is_served_bit_for_bit_in_one_table(store: SnapshotStore, sw
         assert_serves(swap, chain)
         assert table_of(swap) is table
         assert model_of(swap).shadows == 0, "nobody reads an older version"
+
+
+def test_a_stop_does_not_wait_for_a_long_load(
+    store: SnapshotStore, swap: HotSwap, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loading, chunks = threading.Event(), swap._store.pieces
+
+    def slowly(manifest: Manifest) -> Iterator[bytes]:
+        for chunk in chunks(manifest):
+            for start in range(len(chunk)):
+                yield chunk[start : start + 1]
+                loading.set()
+                time.sleep(0.02)
+
+    monkeypatch.setattr(swap._store, "pieces", slowly)
+    size = Chain(store).publish("full").total_bytes
+    assert size * 0.02 > 60
+    swap.start()
+    assert loading.wait(60)
+
+    started_s = time.monotonic()
+    swap.stop()
+
+    assert time.monotonic() - started_s < 10
+    assert swap.served is None
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ValueError("a table of 2147483649 rows, expected fewer")])
