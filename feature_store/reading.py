@@ -113,16 +113,29 @@ class SnapshotReader:
                 gone = isinstance(error, SnapshotNotFound)
                 what = f"{pointer}, expected a snapshot with a manifest: {error}"
                 self._pointer_is_broken(what, reason_of(error, "pointer"))
-        for name in reversed(self.names("index")[-_SLICE:]):
-            for manifest in self.manifests([name]):
-                if self.pointer_problem is None:
-                    if self.raw_pointer():
-                        return self.current()  # the first publication came between the two reads
-                    self._pointer_is_broken(f"missing, expected {name}, which was published last")
-                return manifest
+        for manifest in self._newest_first(self.names("index")[-_SLICE:]):
+            if self.pointer_problem is None:
+                if self.raw_pointer():
+                    return self.current()  # the first publication came between the two reads
+                name = member(manifest.lineage, manifest.version)
+                self._pointer_is_broken(f"missing, expected {name}, which was published last")
+            return manifest
         if self.pointer_problem is not None:
             raise (SnapshotNotFound if gone else SnapshotError)(self.pointer_problem)
         return None
+
+    def _newest_first(self, names: Sequence[str]) -> Iterator[Manifest]:
+        """What can be read of these names, which are in order of publication.
+
+        With keys, the order is that of the signed times, for who may write to the store may order names anew; and what
+        was published aside is left out, for they may list it.
+        """
+        if not self._signer.active:
+            for name in reversed(names):
+                yield from self.manifests([name])
+            return
+        published = [manifest for manifest in self.manifests(names) if manifest.held is None]
+        yield from sorted(published, key=lambda manifest: manifest.published_ms, reverse=True)
 
     def names(self, key: str) -> list[str]:
         """The newest names in ``index`` or ``history``, at most 10,000, in order of publication."""
