@@ -6,12 +6,13 @@ Letters: N rows, W id columns (:attr:`Schema.id_width`), F numeric columns, T ta
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from smes.arm_names import ArmColumn, no_arms
 from smes.arrays import F32, I8, I32, I64, Bool
 from smes.schema import MISSING, Schema
 
@@ -29,22 +30,23 @@ class _Rows:
     """Columns of equal length."""
 
     def __len__(self) -> int:
-        return len(getattr(self, fields(self)[0].name))
+        return len(getattr(self, next(iter(self.__dataclass_fields__))))
 
     def take(self, rows: Index) -> Self:
         """Choose rows, in the given order."""
-        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return type(self)(**{name: column[rows] for name, column in self.arrays().items()})
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Column name → array. ``type(block)(**block.arrays())`` builds an equal block."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        # Not by ``fields()``: CPython keeps up to 2,000 of the tuples that it makes, when they are longer than ten.
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def concat(cls, blocks: Sequence[Self]) -> Self:
         """Join the rows of one or more blocks, in the given order."""
         if len(blocks) == 1:
             return blocks[0]
-        return cls(**{f.name: np.concatenate([getattr(b, f.name) for b in blocks]) for f in fields(cls)})
+        return cls(**{name: np.concatenate([getattr(b, name) for b in blocks]) for name in cls.__dataclass_fields__})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class ImpressionBlock(_Rows):
         numerics: float32 [N, F], NaN where a value is missing.
         served_version: int64 [N], the version that scored the impression, ``MISSING`` if it was not served.
         served_scores: float32 [N, T], the scores that it was served with, NaN where missing.
+        served_arm: uint8 [N, 16], the scorer's arm that scored it; see :mod:`smes.arm_names`.
         partition: int32 [N], the event-log partition that the row was read from.
         offset: int64 [N], the record's offset in that partition. Rows of one Arrow record have the same offset.
         arrival_ms: int64 [N], when the record reached the event log, Unix milliseconds.
@@ -71,6 +74,7 @@ class ImpressionBlock(_Rows):
     numerics: F32
     served_version: I64
     served_scores: F32
+    served_arm: ArmColumn
     partition: I32
     offset: I64
     arrival_ms: I64
@@ -98,6 +102,7 @@ class ImpressionBlock(_Rows):
             numerics=np.full((n, schema.num_numerics), np.nan, np.float32),
             served_version=np.full(n, MISSING, np.int64),
             served_scores=np.full((n, schema.num_tasks), np.nan, np.float32),
+            served_arm=no_arms(n),
             partition=np.zeros(n, np.int32),
             offset=np.zeros(n, np.int64),
             arrival_ms=np.zeros(n, np.int64),
@@ -143,8 +148,8 @@ class ExampleBlock(_Rows):
     """Examples, one per row. An example is an impression with the labels that the join attached.
 
     Attributes:
-        impression_id, request_id, event_time_ms, ids, numerics, served_version, served_scores, partition: As in
-            :class:`ImpressionBlock`.
+        impression_id, request_id, event_time_ms, ids, numerics, served_version, served_scores, served_arm, partition:
+            As in :class:`ImpressionBlock`.
         labels: float32 [N, T], 0 where ``label_mask`` is false.
         label_mask: bool [N, T], false where the row has no label of the task. Such a cell adds nothing to any loss or
             metric.
@@ -166,6 +171,7 @@ class ExampleBlock(_Rows):
     numerics: F32
     served_version: I64
     served_scores: F32
+    served_arm: ArmColumn
     partition: I32
     labels: F32
     label_mask: Bool
@@ -214,6 +220,7 @@ class ExampleBlock(_Rows):
             numerics=impressions.numerics,
             served_version=impressions.served_version,
             served_scores=impressions.served_scores,
+            served_arm=impressions.served_arm,
             partition=impressions.partition,
             labels=np.zeros(shape, np.float32),
             label_mask=np.ones(shape, np.bool_),

@@ -34,7 +34,7 @@ from smes.schema import Schema
 from smes.schema_difference import describe_difference_from
 from smes_io.tensor_pieces import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, read_header, write_header
 
-FORMAT = 4
+FORMAT = 5
 """Number of the format: names and meaning of the arrays and of the metadata. Any other number is refused."""
 
 _NAME_OF_FORMAT_1 = "smes-checkpoint-1"  # what stood in the metadata before formats were numbers

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from smes.ranges import PositiveFloat, PositiveInt, check_ranges
+from smes.arm_names import EXPECTED, MAIN, is_arm_name
+from smes.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +45,73 @@ class EvaluationConfig:
         window_examples: Most examples in a window, ≥ 1; bounds memory and checkpoints (about 100 bytes an example).
             Early windows are shorter: none is longer than all that was trained on before it began. None: 16,384, or
             262,144 if the schema has a history, whose windows end by time, whatever the traffic.
+        arm: The scorer's arm by which this trainer's snapshots answer. Scores that an impression was served with by it,
+            or without an arm, count instead of ours; those that another arm served do not.
     """
 
     window_s: Annotated[float, Ge(1e-3)] | None = None
     window_examples: PositiveInt | None = None
+    arm: str = MAIN
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if not is_arm_name(self.arm):
+            raise ValueError(f"EvaluationConfig.arm: {self.arm!r}, expected {EXPECTED}")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The publish gate: which cuts are published, and what happens when one is not. See :mod:`trainer.gate`.
+
+    Attributes:
+        enabled: Whether cuts are judged. Without, every cut is published.
+        sample_share: Share of the impressions that the version in service scores, too, > 0, at most 1. Together with
+            the model's size it sets what the gate costs.
+        stretch_examples: Sampled examples that are kept to judge by, ≥ 256; about 20 bytes a task each. Differences are
+            looked for in the newest 64th, 16th, quarter, and in all of them.
+        warm_up_examples: Sampled examples before a stream counts as known, ≥ 1. Until then the calibration and the
+            stream are not judged.
+        z: Standard errors beyond which a difference counts, ≥ 2. A difference has to exceed a margin, too.
+        max_loss: Margin of the loss: a candidate may be worse than the version in service by this share, ≥ 0.
+        max_auc_loss: Margin of the AUC, ≥ 0.
+        max_calibration: Margin of the calibration: Σ label against Σ score, as odds (regression: as a ratio), may
+            differ by this factor, > 1.
+        max_base_rate_ratio: Likewise for labels and scores against the base rate of all that went before, > 1.
+        max_shift: The stream is suspect where the labels differ by more than this factor, likewise, from what the
+            version in service expected, > 1.
+        max_slope_drop: The stream is suspect where the slope of the labels on that version's scores, usually about 1,
+            is lower than before by more than this, > 0. Flipped labels lower it by 2.
+        max_user_share: The stream is suspect where one user has more than this share of the examples, or of a task's
+            positives, and thrice what was usual, > 0.
+        max_range: A numeric value is far out of its range where it lies outside of what was seen by more than so many
+            times the range's width, > 0.
+        max_odd_share: The stream is suspect where more than this share of the examples have such values, > 0.
+        max_refusals: So many refused cuts in a row are an alarm, ≥ 1.
+        then: What follows an alarm: ``hold``, the version in service stays, or ``go_back``, the weights and optimisers
+            go back to the last cut that passed, too.
+        accept_after_s: Event time, seconds, ≥ 0, after which a stream that stays different is accepted, if the
+            candidate fits it. None: only ``smes snapshots promote`` accepts it.
+        held_interval_s: A refused cut is uploaded to be looked at, at most one in so many seconds, ≥ 0.
+    """
+
+    enabled: bool = False
+    sample_share: Annotated[float, Gt(0), Le(1)] = 0.25
+    stretch_examples: Annotated[int, Ge(256)] = 8192
+    warm_up_examples: PositiveInt = 4096
+    z: Annotated[float, Ge(2)] = 5.0
+    max_loss: NonNegativeFloat = 0.02
+    max_auc_loss: NonNegativeFloat = 0.005
+    max_calibration: Annotated[float, Gt(1)] = 2.0
+    max_base_rate_ratio: Annotated[float, Gt(1)] = 3.0
+    max_shift: Annotated[float, Gt(1)] = 1.5
+    max_slope_drop: PositiveFloat = 0.5
+    max_user_share: PositiveFloat = 0.02
+    max_range: PositiveFloat = 10.0
+    max_odd_share: PositiveFloat = 0.005
+    max_refusals: PositiveInt = 5
+    then: Literal["hold", "go_back"] = "hold"
+    accept_after_s: NonNegativeFloat | None = 3600.0
+    held_interval_s: NonNegativeFloat = 60.0
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -4,7 +4,7 @@ AUC, NE and calibration come from the scores of the weights just before each ste
 of the stream that one frozen copy of the weights scores, taken at the window's start. Weights that adapt to a user's
 own labels would bias a pooled GAUC within that user downwards. The group is the request where the log has one, else
 (user, window). The first window does not count, because its weights have seen nothing. Where an impression carries the
-score that it was served with, that score counts instead of ours.
+score that our own arm served it with, that score counts instead of ours.
 
 An impression that is trained on before its labels are final counts once: with the scores from before its first
 training, when its longest window has closed, with its final labels.
@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
+from smes.arm_names import named
 from smes.arrays import F32, I64, Arrays, prefixed, under
 from smes.events import WHOLE, ExampleBlock
 from smes.metrics import BinaryTally, RegressionTally
@@ -99,6 +100,7 @@ class ProgressiveEvaluation(Observer):
     ) -> None:
         self._schema, self._freeze, self._thaw = schema, freeze, thaw
         history = schema.history
+        self._arm = config.arm
         self._window_ms = round((config.window_s or (history.window_s if history else _DAY_S)) * 1000)
         if history and history.window_ms % self._window_ms:
             raise ValueError(
@@ -133,7 +135,7 @@ class ProgressiveEvaluation(Observer):
                 continue
             part = examples.take(rows) if len(rows) < len(examples) else examples
             frozen = self._open_window(int(period_B[rows[0]]))
-            scores = _as_served(part, frozen.score(part.ids, part.numerics))
+            scores = self._as_served(part, frozen.score(part.ids, part.numerics))
             self._window.scored += len(part)
             if whole:
                 self._window.add(part, scores)
@@ -159,7 +161,7 @@ class ProgressiveEvaluation(Observer):
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Take the scores that the weights gave the batch just before they were trained on it."""
         beginning, whole = _beginning(examples)
-        scores = _as_served(beginning, figures.scores[examples.begins])
+        scores = self._as_served(beginning, figures.scores[examples.begins])
         if whole:
             self._tally(beginning, scores)
         else:
@@ -182,6 +184,13 @@ class ProgressiveEvaluation(Observer):
             tally.add(scores[rows, t], examples.labels[rows, t])
 
     def _count_labelled(self) -> None:
+    def _as_served(self, examples: ExampleBlock, scores: F32) -> F32:
+        """The served score where the impression carries one of our own arm, else the given one."""
+        arms = examples.served_arm
+        is_ours = ~arms.any(axis=1) | named(arms, self._arm)
+        served: F32 = np.where(np.isnan(examples.served_scores) | ~is_ours[:, None], scores, examples.served_scores)
+        return served
+
         """Count the closed windows whose impressions all have their final labels."""
         for number, window in list(self._unlabelled.items()):
             if window.labelled == window.scored:
@@ -267,12 +276,6 @@ def _beginning(examples: ExampleBlock) -> tuple[ExampleBlock, bool]:
     begins = examples.begins
     beginning = examples if begins.all() else examples.take(begins)
     return beginning, bool((examples.kind == WHOLE).all())
-
-
-def _as_served(examples: ExampleBlock, scores: F32) -> F32:
-    """The served score where the impression carries one, else the given one."""
-    served: F32 = np.where(np.isnan(examples.served_scores), scores, examples.served_scores)
-    return served
 
 
 def _defined(value: float) -> float | None:

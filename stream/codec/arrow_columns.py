@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from smes.arm_names import ArmColumn, arm_column, is_arm_name, no_arms
 from smes.arrays import I32, I64, Bool
 from smes.schema import MISSING
 from stream.codec.validation import MAX_FLOAT, MAX_ID
@@ -127,6 +128,10 @@ def _is_list(kind: Any) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
+def _is_text(kind: Any) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def _holds_numbers(kind: Any) -> bool:
     return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind))
 
@@ -160,17 +165,39 @@ def scores(column: Array, num_tasks: int) -> tuple[NDArray[np.float32], Bool | N
     return out, wrong
 
 
+def arms(column: Array) -> tuple[ArmColumn, Bool | None]:
+    """The arm of each row by its name, none at nulls; and the rows [N] that hold another text, or no text."""
+    n = len(column)
+    if pa.types.is_null(column.type) or n == 0:
+        return no_arms(n), None
+    if not pa.types.is_dictionary(column.type):
+        if not _is_text(column.type):
+            return no_arms(n), _valid(column)
+        column = column.dictionary_encode()
+    if not _is_text(column.dictionary.type):
+        return no_arms(n), _valid(column)
+    # As bytes: Arrow does not promise that a text is UTF-8. At the end is what stands for null.
+    kind = pa.large_binary() if pa.types.is_large_string(column.dictionary.type) else pa.binary()
+    texts = [None if text is None else text.decode("latin-1") for text in column.dictionary.view(kind).to_pylist()]
+    texts.append(None)
+    good = [text is None or is_arm_name(text) for text in texts]
+    names = arm_column([text if is_good else None for text, is_good in zip(texts, good, strict=True)])
+    indices = column.indices.cast(pa.int64()).fill_null(-1).to_numpy()
+    bad: Bool = ~np.array(good)[indices]
+    return names[indices], bad if bad.any() else None
+
+
 def task_indices(column: Array, index: dict[str, int]) -> I32:
     """Int32 [N]: the task of each row by name, -1 where the name is null or no task's.
 
     The names travel with the rows, as a dictionary or as plain strings, so no numbering has to agree.
     """
     if not pa.types.is_dictionary(column.type):
-        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        if not _is_text(column.type):
             return np.full(len(column), -1, np.int32)
         column = column.dictionary_encode()
     names = column.dictionary
-    if not (pa.types.is_string(names.type) or pa.types.is_large_string(names.type)):
+    if not _is_text(names.type):
         return np.full(len(column), -1, np.int32)
     tasks = pc.index_in(names, value_set=pa.array(index, names.type))  # the tasks' names, in their order
     task_of = np.append(tasks.fill_null(-1).to_numpy().astype(np.int32), np.int32(-1))

@@ -2,9 +2,10 @@
 
 Impressions have the columns ``impression_id, user_id, item_id, event_time_ms`` (int64), and, where there are any,
 ``request_id`` (int64), one column ``features.NAME`` per feature (int64, list<int64>, float32), ``served_version``
-(int64) and ``served_scores`` (fixed_size_list<float32>[T], tasks in schema order). Feedback has ``impression_id,
-event_time_ms`` (int64), ``task`` (the task's name, dictionary-encoded or plain) and ``value`` (float32). Nulls mean
-absent, as in JSON. Columns are found by name. Columns of other names are kept out; each counts once per row.
+(int64), ``served_scores`` (fixed_size_list<float32>[T], tasks in schema order) and ``served_arm`` (the arm's name,
+dictionary-encoded or plain). Feedback has ``impression_id, event_time_ms`` (int64), ``task`` (the task's name,
+dictionary-encoded or plain) and ``value`` (float32). Nulls mean absent, as in JSON. Columns are found by name. Columns
+of other names are kept out; each counts once per row.
 """
 
 import json
@@ -139,7 +140,7 @@ def decode_feedback(
 def impression_columns(schema: Schema) -> tuple[str, ...]:
     """The names of all columns that an impression record may have."""
     features = (FEATURE_PREFIX + f.name for f in schema.features if f.name not in (USER_ID, ITEM_ID))
-    return (*_IMPRESSION_REQUIRED, "request_id", *features, "served_version", "served_scores")
+    return (*_IMPRESSION_REQUIRED, "request_id", *features, "served_version", "served_scores", "served_arm")
 
 
 def max_rows(schema: Schema) -> int:
@@ -181,6 +182,9 @@ def _fill_impressions(part: Part, out: ImpressionBlock, bad: Bool, schema: Schem
             _mark(bad, bad_rows)
     if "served_scores" in columns:
         out.served_scores[:], bad_rows = arrow_columns.scores(columns["served_scores"], schema.num_tasks)
+        _mark(bad, bad_rows)
+    if "served_arm" in columns:
+        out.served_arm[:], bad_rows = arrow_columns.arms(columns["served_arm"])
         _mark(bad, bad_rows)
 
 
@@ -262,7 +266,8 @@ def _impression_event(columns: dict[str, Any], schema: Schema) -> dict[str, obje
     scores = columns.get("served_scores")
     if isinstance(scores, list) and len(scores) == schema.num_tasks:
         scores = {task.name: _absent_if_nan(score) for task, score in zip(schema.tasks, scores, strict=True)}
-    event["served"] = {"version": columns.get("served_version"), "scores": scores}
+    served = {"arm": columns.get("served_arm"), "version": columns.get("served_version"), "scores": scores}
+    event["served"] = served
     for feature in schema.numeric_features:
         features: Any = event["features"]
         if feature.name in features:

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from smes.arm_names import names_of
 from smes.arrays import F32, I64
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import ITEM_ID, MISSING, USER_ID, Schema
@@ -29,10 +30,11 @@ def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
         block.numerics.tolist(),
         block.served_version.tolist(),
         block.served_scores.tolist(),
+        names_of(block.served_arm),
     )
     encode = msgspec.json.Encoder().encode
     rows = zip(*columns, strict=False)  # without bags one of the columns has no end
-    for (impression_id, time_ms), request_id, entities, ids, id_bags, numbers, version, scores in rows:
+    for (impression_id, time_ms), request_id, entities, ids, id_bags, numbers, version, scores, arm in rows:
         event: dict[str, Any] = {"impression_id": impression_id, **_ids((USER_ID, ITEM_ID), entities)}
         event["event_time_ms"] = time_ms
         event |= _ids(("request_id",), (request_id,))
@@ -42,7 +44,8 @@ def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
             if present:
                 features[name] = present
         event["features"] = features | _numbers(numerics, numbers)
-        served: dict[str, Any] = _ids(("version",), (version,))
+        served: dict[str, Any] = {} if arm is None else {"arm": arm}
+        served |= _ids(("version",), (version,))
         present_scores = _numbers(tasks, scores)
         if present_scores:
             served["scores"] = present_scores
@@ -79,6 +82,7 @@ def arrow_impressions(block: ImpressionBlock, schema: Schema) -> bytes:
     unscored = np.isnan(block.served_scores).all(axis=1)
     flat_scores = _nullable(block.served_scores.reshape(-1))
     columns["served_scores"] = pa.FixedSizeListArray.from_arrays(flat_scores, schema.num_tasks, mask=pa.array(unscored))
+    columns["served_arm"] = pa.array(names_of(block.served_arm), pa.string()).dictionary_encode()
     return _stream(columns)
 
 

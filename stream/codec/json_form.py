@@ -3,7 +3,8 @@
 Impression::
 
     {"impression_id": 1, "user_id": 7, "item_id": 9, "event_time_ms": 1700000000000, "request_id": 5,
-     "features": {"tab": 1, "tags": [1, 2], "price": 1.5}, "served": {"version": 12, "scores": {"click": 0.1}}}
+     "features": {"tab": 1, "tags": [1, 2], "price": 1.5},
+     "served": {"arm": "main", "version": 12, "scores": {"click": 0.1}}}
 
 Feedback::
 
@@ -25,6 +26,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from smes.arm_names import PATTERN, arm_column
 from smes.arrays import F32, I32, I64, Bool
 from smes.events import FeedbackBlock, ImpressionBlock, misaligned, scatter_bags
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
@@ -45,6 +47,7 @@ from stream.log.event_log import Record, TopicPartition
 
 _Id = Annotated[int, msgspec.Meta(ge=MIN_ID, le=MAX_ID)]
 _Int64 = Annotated[int, msgspec.Meta(ge=MISSING, le=MAX_ID)]
+_Arm = Annotated[str, msgspec.Meta(pattern=PATTERN)]
 _Number = Annotated[float, msgspec.Meta(ge=-MAX_FLOAT, le=MAX_FLOAT)]
 _TYPES: dict[str, Any] = {"id": _Id, "bag": list[_Id], "sequence": list[_Id], "numeric": _Number}
 _ABSENT: dict[str, Any] = {"id": MISSING, "bag": None, "sequence": None, "numeric": float("nan")}
@@ -72,7 +75,12 @@ def _impression_struct(schema: Schema, *, strict: bool) -> type[msgspec.Struct]:
     scores = [(f"f{i}", _Number | None, _ABSENT["numeric"]) for i in range(schema.num_tasks)]
     columns = [(f"f{i}", _TYPES[f.kind] | None, _ABSENT[f.kind]) for i, f in enumerate(features)]
     scores_type = struct("Scores", scores, [t.name for t in schema.tasks])
-    served_type = struct("Served", [("version", _Id | None, MISSING), ("scores", scores_type | None, None)])
+    served: list[Any] = [
+        ("version", _Id | None, MISSING),
+        ("scores", scores_type | None, None),
+        ("arm", _Arm | None, None),
+    ]
+    served_type = struct("Served", served)
     features_type = struct("Features", columns, [f.name for f in features])
     required: list[Any] = ["impression_id", USER_ID, ITEM_ID]
     optional = [("request_id", _Id | None, MISSING), ("features", features_type | None, None)]
@@ -292,6 +300,7 @@ def _fill_served(block: ImpressionBlock, served: Sequence[Any], wire: Wire) -> N
         block.served_version[rows] = _ints([served[row].version for row in rows])
         for task, scores in enumerate(_transposed([served[row].scores for row in rows], wire.no_scores)):
             block.served_scores[rows, task] = _floats(scores)
+        block.served_arm[rows] = arm_column([served[row].arm for row in rows])
 
 
 def _ints(values: Sequence[int | None]) -> I64:

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from smes.arm_names import EXPECTED, is_arm_name
 from smes.arrays import I32, I64, Bool
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema, Task
 
@@ -186,7 +187,7 @@ def unknown_impression_fields(schema: Schema) -> Callable[[object], int]:
         served = event.get("served")
         unknown = _extra_keys(event, top) + _extra_keys(event.get("features"), names)
         if isinstance(served, dict):
-            unknown += _extra_keys(served, {"version", "scores"}) + _extra_keys(served.get("scores"), tasks)
+            unknown += _extra_keys(served, {"arm", "version", "scores"}) + _extra_keys(served.get("scores"), tasks)
         return unknown
 
     return count
@@ -291,7 +292,7 @@ def _served_problem(served: object, schema: Schema) -> Problem | None:
         return None
     if not isinstance(served, dict):
         return Problem("bad_type", f"served: expected an object, got {quoted(served)}", "served")
-    problem = _id_problem(served.get("version"), "served.version")
+    problem = _id_problem(served.get("version"), "served.version") or _arm_problem(served.get("arm"))
     scores = served.get("scores")
     if problem or scores is None:
         return problem
@@ -302,6 +303,12 @@ def _served_problem(served: object, schema: Schema) -> Problem | None:
         if problem:
             return problem
     return None
+
+
+def _arm_problem(arm: object) -> Problem | None:
+    if arm is None or (isinstance(arm, str) and is_arm_name(arm)):
+        return None
+    return Problem("bad_type", f"served.arm: expected {EXPECTED}, got {quoted(arm)}", "served.arm")
 
 
 def _task_problem(event: dict[str, object], schema: Schema) -> Problem | None:

@@ -30,6 +30,12 @@ BAGS = st.sampled_from(
         (pa.int64(), IDS),
     ]
 )
+ARMS = st.sampled_from(
+    [
+        (pa.string(), st.none() | st.sampled_from(["main", "b", "", "B", "sixteen-letters-", "seventeen-letters"])),
+        (pa.int64(), IDS),
+    ]
+)
 TIMES = st.none() | st.sampled_from([0, -1, 1, ARRIVAL_MS, ARRIVAL_MS + 300_000, ARRIVAL_MS + 300_001])
 
 
@@ -53,6 +59,7 @@ def impression_columns(draw: st.DrawFn) -> dict[str, Any]:
         "features.tags": BAGS,
         "features.price": NUMBERS,
         "served_version": OPTIONAL_IDS,
+        "served_arm": ARMS,
         "features.unknown": OPTIONAL_IDS,
     }
     columns = {name: draw(_column(st.just(kind), n)) for name, kind in required.items()}
@@ -65,7 +72,7 @@ def impression_columns(draw: st.DrawFn) -> dict[str, Any]:
 def _json_event(row: dict[str, Any]) -> dict[str, Any]:
     event = {name: value for name, value in row.items() if not name.startswith(("features.", "served_"))}
     event["features"] = {name[9:]: value for name, value in row.items() if name.startswith("features.")}
-    event["served"] = {"version": row.get("served_version")}
+    event["served"] = {"version": row.get("served_version"), "arm": row.get("served_arm")}
     return event
 
 

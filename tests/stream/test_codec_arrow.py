@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from smes.arm_names import arm_column, names_of
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
 from stream.codec.codec import encode_feedback, encode_impressions
@@ -38,6 +39,8 @@ def _random_impressions(schema: Schema, n: int, seed: int) -> ImpressionBlock:
     block.served_version[served] = 12
     block.served_scores[served] = rng.random((served.sum(), schema.num_tasks))
     block.served_scores[rng.random(block.served_scores.shape) < 0.2] = np.nan
+    arms = ("main", "b", "a-name_of16bytes", None)
+    block.served_arm[served] = arm_column([arms[i] for i in rng.integers(0, 4, int(served.sum()))])
     return block
 
 
@@ -193,6 +196,15 @@ def test_served_scores_are_read_from_any_list_of_numbers(
             "got inf",
         ),
         (pa.array([None, [0.5], None]), "served_scores", "bad_type", "served.scores", "a score per task, got [0.5]"),
+        (
+            pa.array(["b", "no arm", None]),
+            "served_arm",
+            "bad_type",
+            "served.arm",
+            "the first a letter or digit, got 'no arm'",
+        ),
+        (pa.array([None, "seventeen-letters", "b"]), "served_arm", "bad_type", "served.arm", "got 'seventeen-letters'"),
+        (pa.array([None, 3, None]), "served_arm", "bad_type", "served.arm", "got 3"),
         (pa.array([1, None, 3]), "user_id", "missing_field", "user_id", "expected an integer, got null"),
         (pa.array([1, MISSING, 3]), "item_id", "bad_id", "item_id", "null sentinel"),
         (_times(0), "event_time_ms", "bad_time", "event_time_ms", "got 0"),
@@ -224,6 +236,32 @@ def test_a_bad_row_is_refused_alone_and_says_why(
     assert words in letter.reason
     assert json.loads(letter.payload)["impression_id"] == 2
     assert (decoded.dead_impressions, decoded.dead_feedback) == (1, 0)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string()), pa.null()])
+def test_arms_are_read_from_any_column_of_texts(
+    kind: Any, wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    names = [None, None, None] if kind == pa.null() else ["b", None, "main"]
+
+    value = ipc(_required(3) | {"served_arm": pa.array(names, kind)})
+
+    decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+    assert decoded.dead == []
+    assert names_of(decoded.impressions.served_arm) == names
+
+
+def test_an_arm_that_is_no_text_at_all_costs_its_record(
+    wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers
+) -> None:
+    not_utf8 = pa.array([b"b", b"\xff\xfe", None], pa.binary()).view(pa.string())
+
+    value = ipc(_required(3) | {"served_arm": not_utf8})
+
+    decoded = decode([as_record("impressions", value, headers=arrow_headers)], wire_schema)
+    [letter] = decoded.dead
+    assert (letter.code, letter.row) == ("unparsable", None)
+    assert (len(decoded.impressions), decoded.dead_impressions) == (0, 3)
 
 
 def _feedback(n: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from smes.arm_names import names_of
 from smes.schema import MISSING, Schema
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.log.event_log import Record
@@ -22,7 +23,7 @@ IMPRESSION: dict[str, Any] = {
     "item_id": 9,
     "event_time_ms": ARRIVAL_MS - 10,
     "features": {"tab": 4, "tags": [11, 12], "30day_retention": -3, "price": 1.5, "age": 30},
-    "served": {"version": 12, "scores": {"like": 0.25, "click": 0.5}},
+    "served": {"arm": "b-2", "version": 12, "scores": {"like": 0.25, "click": 0.5}},
 }
 FEEDBACK: dict[str, Any] = {"impression_id": 1, "event_time_ms": ARRIVAL_MS, "task": "rating", "value": 3.5}
 
@@ -58,6 +59,7 @@ def test_a_full_impression_becomes_one_row(wire_schema: Schema, as_record: MakeR
     assert block.ids.tolist() == [[7, 9, 4, 11, 12, MISSING, -3]]
     assert block.numerics.tolist() == [[1.5, 30.0]]
     assert block.served_version.tolist() == [12]
+    assert names_of(block.served_arm) == ["b-2"]
     np.testing.assert_array_equal(block.served_scores, np.array([[0.5, 0.25, NAN]], np.float32))
     assert (block.partition.tolist(), block.offset.tolist(), block.arrival_ms.tolist()) == ([3], [41], [ARRIVAL_MS])
 
@@ -85,6 +87,7 @@ def test_what_is_optional_may_be_absent_null_or_empty(
     assert np.isnan(block.served_scores[1]).all()
     assert block.request_id.tolist() == [5, MISSING, 5]
     assert block.served_version.tolist() == [12, MISSING, 12]
+    assert names_of(block.served_arm) == ["b-2", None, "b-2"]
     assert block.ids[0].tolist() == block.ids[2].tolist() == [7, 9, 4, 11, 12, MISSING, -3]
 
 
@@ -132,6 +135,9 @@ def test_a_long_bag_is_cut_not_refused(wire_schema: Schema, as_record: MakeRecor
         ),
         (_with(IMPRESSION, "served", 3), "bad_type", "served", "got 3"),
         (_with(IMPRESSION, "served.version", 1.5), "bad_id", "served.version", "got 1.5"),
+        (_with(IMPRESSION, "served.arm", "B"), "bad_type", "served.arm", "the name of an arm"),
+        (_with(IMPRESSION, "served.arm", "b\n"), "bad_type", "served.arm", "got 'b\\n'"),
+        (_with(IMPRESSION, "served.arm", 7), "bad_type", "served.arm", "got 7"),
         (_with(IMPRESSION, "served.scores", [0.1]), "bad_type", "served.scores", "score per task"),
         (_with(IMPRESSION, "served.scores.click", "hi"), "bad_number", "served.scores.click", "got 'hi'"),
         (_with(IMPRESSION, "event_time_ms", 0), "bad_time", "event_time_ms", "got 0"),

@@ -16,6 +16,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from smes.arrays import F32, I64, Arrays
+from smes.arm_names import arm_column
 from smes.events import ExampleBlock
 from smes.schema import MISSING, Feature, History, Schema, Task
 from trainer.config import EvaluationConfig
@@ -171,6 +172,23 @@ def test_auc_counts_the_served_score_where_there_is_one() -> None:
         assert report[name].auc == pytest.approx(roc_auc_score(labels, scores[rows, task]), abs=2e-4)
         assert report[name].auc != pytest.approx(roc_auc_score(labels, ours[rows, task]), abs=1e-3)
         assert (report[name].examples, report[name].positives) == (rows.sum(), labels.sum())
+
+
+def test_scores_that_another_arm_served_do_not_count() -> None:
+    stream, weights = batches(900, served=0.8), Weights()
+    for batch in stream:
+        names = np.array(["", "b", "main"])[np.arange(len(batch)) % 3]
+        batch.served_arm[:] = arm_column([name or None for name in names.tolist()])
+    block = ExampleBlock.concat(stream)
+    is_others = np.concatenate([np.arange(len(batch)) % 3 == 1 for batch in stream])
+    evaluated = evaluation(EvaluationConfig(), weights)
+
+    run(evaluated, weights, stream)
+
+    ours = np.concatenate([scores_of(version, batch.ids) for version, batch in enumerate(stream)])
+    scores = np.where(np.isnan(block.served_scores) | is_others[:, None], ours, block.served_scores)
+    expected = roc_auc_score(block.labels[:, CLICK], scores[:, CLICK])
+    assert evaluated.report()["click"].auc == pytest.approx(expected, abs=2e-4)
 
 
 def test_xauc_is_the_share_of_pairs_in_order() -> None:
