@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 
 from smes.arm_names import EXPECTED, MAIN, is_arm_name
 from smes.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
@@ -135,6 +135,7 @@ class TrainerConfig:
         steps_before_replacing: Steps of weights that were started anew before they replace a model in service, ≥ 1.
         checkpoint: Checkpoints on disk.
         evaluation: Windows of frozen weights.
+        gate: Which cuts are published.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -146,6 +147,7 @@ class TrainerConfig:
     steps_before_replacing: PositiveInt = 1
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)
