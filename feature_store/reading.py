@@ -112,7 +112,7 @@ class SnapshotReader:
             except SnapshotError as error:
                 gone = isinstance(error, SnapshotNotFound)
                 what = f"{pointer}, expected a snapshot with a manifest: {error}"
-                self._pointer_is_broken(what, reason_of(error, "pointer"))
+                self._pointer_is_broken(what, reason_of(error, "pointer" if gone else "manifest"))
         for manifest in self._newest_first(self.names("index")[-_SLICE:]):
             if self.pointer_problem is None:
                 if self.raw_pointer():

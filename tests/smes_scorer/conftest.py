@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from feature_store.manifest import Manifest
 from feature_store.payload import PayloadContent
+from feature_store.signing import SigningConfig
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes.schema import Feature, Schema, Task
@@ -123,10 +124,12 @@ def make_app(redis_url: str, namespace: str) -> Callable[..., FastAPI]:
     However slow the machine is, it waits for stored features.
     """
 
-    def make_app(url: str = redis_url, load: Load = _load, **config: object) -> FastAPI:
+    def make_app(
+        url: str = redis_url, load: Load = _load, signing: SigningConfig | None = None, **config: object
+    ) -> FastAPI:
         fast: dict[str, object] = {"poll_s": 0.05, "entity_timeout_ms": 60_000, **config}
         scorer_config = ScorerConfig(**fast)  # type: ignore[arg-type]  # tests name the fields
-        return create_app(scorer_config, SCHEMA, redis_url=url, namespace=namespace, load=load)
+        return create_app(scorer_config, SCHEMA, redis_url=url, namespace=namespace, signing=signing, load=load)
 
     return make_app
 
