@@ -4,6 +4,7 @@
 """
 
 from feature_store.lease import LEASE_FUNCTIONS
+from feature_store.pins import MAX_DECISION_BYTES
 from feature_store.pointer import MAX_POINTER_BYTES
 
 # Commits an upload in one atomic step.
@@ -145,4 +146,55 @@ REMOVE_CHUNKS = """
 for _, key in ipairs(KEYS) do
     if redis.call('PTTL', key) >= 0 then redis.call('UNLINK', key) end
 end
+"""
+
+# Puts what an operator decided into force, in one atomic step.
+#
+# KEYS: decision, decisions, current, manifests, index, history, held, sequence, then the names under which the first
+#       two are put aside if they hold another kind of value.
+# ARGV: the record in force and the pointer as the operator saw them, in the first and fifth place; the new record, its
+#       number, the version that it names; in the sixth place the new pointer ('' to leave it); channel, 'held' if the
+#       version may be one that is held, decisions to keep.
+# Returns
+#   'ok'       decided, now or by an earlier call whose answer the client lost;
+#   'changed'  another record is in force, or another snapshot is current; nothing was changed;
+#   'gone'     the version is not listed any more; nothing was changed.
+DECIDE = f"""
+local decision, decisions, current, manifests, index, history, held, sequence = unpack(KEYS, 1, 8)
+local before, record, number, member, seen, pointer, channel, aside, most = unpack(ARGV)
+local function text_of(key, bytes)
+    local text = redis.pcall('GETRANGE', key, 0, bytes)
+    return type(text) == 'string' and text or '(no string)'
+end
+local function put_aside(key, kind, name)
+    local found = redis.call('TYPE', key).ok
+    if found == 'none' or found == kind then return end
+    redis.call('RENAME', key, name)
+    redis.call('EXPIRE', name, 86400)
+end
+local found = text_of(decision, {MAX_DECISION_BYTES})
+if found == record then return 'ok' end
+if found ~= before or text_of(current, {MAX_POINTER_BYTES}) ~= seen then return 'changed' end
+if redis.call('HEXISTS', manifests, member) == 0 then return 'gone' end
+if not redis.call('ZSCORE', index, member) then
+    if aside ~= 'held' or not redis.call('ZSCORE', held, member) then return 'gone' end
+    local order = redis.call('INCR', sequence)
+    redis.call('ZREM', held, member)
+    redis.call('ZADD', index, order, member)
+    redis.call('ZADD', history, order, member)
+end
+if pointer ~= '' then redis.call('SET', current, pointer) end
+put_aside(decision, 'string', KEYS[9])
+put_aside(decisions, 'hash', KEYS[10])
+if redis.call('HLEN', decisions) > 2 * tonumber(most) then
+    redis.call('RENAME', decisions, KEYS[10])
+    redis.call('EXPIRE', KEYS[10], 86400)
+end
+redis.call('SET', decision, record)
+redis.call('HSET', decisions, number, record)
+local numbers = redis.call('HKEYS', decisions)
+table.sort(numbers, function(a, b) return (tonumber(a) or 0) < (tonumber(b) or 0) end)
+for i = 1, #numbers - tonumber(most) do redis.call('HDEL', decisions, numbers[i]) end
+redis.call('PUBLISH', channel, member)
+return 'ok'
 """

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from feature_store.feedback_times import FeedbackRow
 from feature_store.signing import MAX_SIGNATURE_BYTES, Signer
 from smes.errors import SnapshotError, SnapshotStale
 from smes_io.redis_access import key_prefix
@@ -179,6 +180,15 @@ def storable_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
         why = f"expected JSON: {error}"
     _logger.warning("a snapshot is published without its metrics: metrics: %s", why)
     return {}
+
+
+def storable_arrivals(rows: Sequence[FeedbackRow]) -> tuple[FeedbackRow, ...]:
+    """The arrivals that a manifest can hold: freshness leaves times out that are none."""
+    return tuple(
+        row
+        for row in rows
+        if 0 <= row[0] <= LATEST_MS and all(0 <= n <= LARGEST_INTEGER for n in row) and sum(row[2:]) <= LATEST_MS
+    )
 
 
 def _wrong_in(metrics: object) -> str | None:

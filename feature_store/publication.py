@@ -10,6 +10,8 @@ are part of the key: a hash tag, so that one server of a Redis Cluster has all o
 ``index``          zset    ``lineage:version`` of every loadable snapshot, in order of publication
 ``history``        zset    ``lineage:version`` of every manifest kept, in order of publication
 ``held``           zset    ``lineage:version`` of what was published aside, not to be served, in order of publication
+``decision``       string  what an operator decided about serving (:mod:`feature_store.pins`)
+``decisions``      hash    number → decision, of the newest ones
 ``sequence``       integer number of publications so far
 ``uploads``        hash    upload → lineage, chunks and begin (JSON) of an unfinished upload
 ``chunk:{u}:{i}``  string  chunk i of upload u; expires unless its upload is committed
@@ -18,7 +20,7 @@ are part of the key: a hash tag, so that one server of a Redis Cluster has all o
 ``fenced``         string  the last try to publish without the lease, and the number of such tries
 ================== ======= ==========================================================================
 
-The channel ``published`` announces every ``lineage:version``.
+The channel ``published`` announces every ``lineage:version`` that is published, or that an operator put into service.
 
 A publication writes the ``uploads`` entry, then the chunks, which expire. Then one script makes the chunks permanent,
 writes the manifest, moves ``current`` and announces the snapshot. So readers see the snapshot before or all of this

@@ -2,21 +2,26 @@
 
 A *chain* is a version with a full payload and the versions that lead on from it by deltas. None of them can be loaded
 without those before it in the chain, so a chain is removed whole, in one atomic step, the oldest first. The chain of
-the current version and those of the newest ``min_retained`` versions stay, whatever their size.
+the current version and those of the newest ``min_retained`` versions stay, whatever their size. So do those that
+operators' decisions need: what is pinned, what is in service, and what was before it. A version that is held goes with
+the chain that it leads on from.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from feature_store.config import SnapshotStoreConfig
 from feature_store.damage import Damage, shown
 from feature_store.manifest import Manifest, SnapshotKeys, member, split_member
+from feature_store.pins import Pins
 from feature_store.pointer import name_in
 from feature_store.publication import Publication
 from feature_store.reading import SnapshotReader
 
 _MAX_SEARCHES = 3  # for the chunks of broken snapshots, before one publication
 _READ_AGAIN = 16  # versions, before one publication
+_logger = logging.getLogger(__name__)
 _READ_AT_ONCE = 16  # manifests: so many are read whole, however long each is
 _MOST_VERSIONS = 4096  # readers look through all that are listed
 
@@ -61,6 +66,7 @@ class Retention:
         keys: Names of the keys.
         reader: Reads names and manifests.
         publication: Removes snapshots.
+        pins: Says what is kept for operators' decisions.
         config: How much is kept.
         damage: Where what is broken is noted.
     """
@@ -70,16 +76,23 @@ class Retention:
         keys: SnapshotKeys,
         reader: SnapshotReader,
         publication: Publication,
+        pins: Pins,
         config: SnapshotStoreConfig,
         damage: Damage,
     ) -> None:
-        self._keys, self._reader, self._publication = keys, reader, publication
+        self._keys, self._reader, self._publication, self._pins = keys, reader, publication, pins
         self._config, self._damage = config, damage
         self._known: dict[str, Kept] = {}
         self._next = 0  # of the versions to read again
+        self._beyond: str | None = None  # the warning that was given last
 
-    def make_room(self, new_bytes: int) -> None:
-        """Remove the oldest chains until one more version of ``new_bytes`` fits."""
+    def make_room(self, new_bytes: int, *, replaces: bool) -> None:
+        """Remove the oldest chains until one more version of ``new_bytes`` fits.
+
+        Args:
+            new_bytes: Of its payload.
+            replaces: Whether it takes the place of what is current.
+        """
         listed = self._reader.raw_names("index")
         for name in listed[self._next : self._next + _READ_AGAIN]:
             self._known.pop(name.decode(errors="replace"), None)
@@ -89,18 +102,30 @@ class Retention:
         self._forget([name for name in listed if name.decode(errors="replace") not in kept and name != pointer])
         needed = {name.decode() for name in listed[max(0, len(listed) - max(1, self._config.min_retained - 1)) :]}
         needed.add(pointer.decode(errors="replace"))
-        surplus_bytes = sum(version.total_bytes for version in kept.values()) + new_bytes - self._config.retain_bytes
+        decided = self._pins.kept(replaced=replaces)
+        held = {member(manifest.lineage, manifest.version): manifest for manifest in self._held()}
+        in_all = sum(version.total_bytes for version in kept.values()) + sum(m.total_bytes for m in held.values())
+        surplus_bytes = in_all + new_bytes - self._config.retain_bytes
         surplus = len(kept) + 1 - _MOST_VERSIONS
+        beyond: list[str] = []
         for chain in _chains(kept):
             if surplus_bytes <= 0 and surplus <= 0:
                 break
-            if needed.isdisjoint(version.name for version in chain):
-                self._publication.remove(
-                    [version.name for version in chain],
-                    [key for version in chain for key in (*version.chunks, *version.base_chunks)],
-                )
-                surplus_bytes -= sum(version.total_bytes for version in chain)
-                surplus -= len(chain)
+            names = [version.name for version in chain]
+            if not needed.isdisjoint(names):
+                continue
+            if not decided.isdisjoint(names):
+                beyond += sorted(decided.intersection(names))
+                continue
+            self._publication.remove(
+                names, [key for version in chain for key in (*version.chunks, *version.base_chunks)]
+            )
+            surplus_bytes -= sum(version.total_bytes for version in chain)
+            surplus -= len(chain)
+            lost = [m for m in held.values() if m.kind == "delta" and member(m.lineage, m.parent or 0) in names]
+            self._remove_held(lost)
+            surplus_bytes -= sum(manifest.total_bytes for manifest in lost)
+        self._say_beyond(beyond if surplus_bytes > 0 else [])
         self._trim_history()
 
     def drop_held(self, name: str, one_more: bool) -> None:
@@ -113,10 +138,29 @@ class Retention:
         held = self._reader.raw_names("held")
         surplus = len(held) + one_more - self._config.max_held
         gone = [old for i, old in enumerate(held) if i < surplus or old == name.encode() or split_member(old) is None]
-        self._publication.forget("held", [old for old in gone if split_member(old) is None])
-        names = [old.decode() for old in gone if split_member(old) is not None]
-        chunks = [key for manifest in self._reader.manifests(names) for key in self._keys.chunks(manifest)]
-        self._publication.remove_held(names, chunks)
+        manifests = self._reader.manifests([old.decode() for old in gone if split_member(old) is not None])
+        self._remove_held(manifests)
+        removed = {member(manifest.lineage, manifest.version).encode() for manifest in manifests}
+        self._publication.forget("held", [old for old in gone if old not in removed])
+
+    def _held(self) -> tuple[Manifest, ...]:
+        return self._reader.manifests(self._reader.names("held"))
+
+    def _remove_held(self, manifests: Sequence[Manifest]) -> None:
+        names = [member(manifest.lineage, manifest.version) for manifest in manifests]
+        self._publication.remove_held(names, [key for m in manifests for key in self._keys.chunks(m)])
+
+    def _say_beyond(self, names: Sequence[str]) -> None:
+        """Warn, once for each state, that decisions keep more than the configured bytes."""
+        message = ", ".join(names) or None
+        if message is not None and message != self._beyond:
+            _logger.warning(
+                "snapshots take more than retain_bytes (%d): %s and what they lead on from stay, because they are "
+                "pinned, in service or what a rollback goes back to",
+                self._config.retain_bytes,
+                message,
+            )
+        self._beyond = message
 
     def chain_of(self, name: str) -> list[Kept] | None:
         """The versions from the newest one with a full payload to this one; None where one of them is not listed."""

@@ -80,6 +80,7 @@ class SnapshotStore:
         self.config = config or SnapshotStoreConfig()
         """As given."""
         self._keys = SnapshotKeys(namespace)
+        self._signer = signer or Signer(namespace)
         self.damage = Damage()
         """What was found broken in the store."""
         self._reader = SnapshotReader(client, self._keys, self.damage, signer)
@@ -180,7 +181,13 @@ class SnapshotStore:
 
             with self._bookkeeper:
                 self._bookkeeping("held ones were removed", lambda: self._retention.drop_held(name, held is not None))
-            return self._write(name, payload, described, lambda manifest: self._publication.commit(manifest, fencing))
+            return self._write(
+                name,
+                payload,
+                described,
+                lambda manifest: self._publication.commit(manifest, fencing),
+                replaces=held is None,
+            )
 
     def publish_base(
         self,
@@ -223,7 +230,11 @@ class SnapshotStore:
 
         with translated(self._client, f"the base of snapshot {name} was published"):
             base = self._write(
-                name, payload, described, lambda manifest: self._publication.commit_base(manifest, fencing)
+                name,
+                payload,
+                described,
+                lambda manifest: self._publication.commit_base(manifest, fencing),
+                replaces=False,
             )
         with self._bookkeeper:
             self._retention.forget(name)
@@ -242,6 +253,11 @@ class SnapshotStore:
             FeatureStoreUnavailable: Redis gave no answer in time.
         """
         return self._publication.leases.acquire(holder, ttl_s)
+
+    @property
+    def signed(self) -> bool:
+        """Whether there are keys, so that what is unsigned is refused."""
+        return self._signer.active
 
     @property
     def pointer_problem(self) -> str | None:
@@ -365,6 +381,8 @@ class SnapshotStore:
         payload: Payload,
         described: Callable[[str, tuple[Chunk, ...]], Manifest],
         commit: Callable[[Manifest], Manifest],
+        *,
+        replaces: bool,
     ) -> Manifest:
         """Make room, upload and commit."""
         upload = f"{name}:{secrets.token_hex(4)}"
@@ -374,7 +392,9 @@ class SnapshotStore:
         lineage, publication = name.rpartition(":")[0], self._publication
         with self._bookkeeper:
             self._bookkeeping("abandoned uploads were removed", lambda: publication.remove_abandoned(lineage))
-            self._bookkeeping("room was made", lambda: self._retention.make_room(payload.total_bytes))
+            self._bookkeeping(
+                "room was made", lambda: self._retention.make_room(payload.total_bytes, replaces=replaces)
+            )
         try:
             manifest = commit(described(upload, publication.upload(name, upload, payload, sizes)))
         except BaseException:

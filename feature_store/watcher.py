@@ -1,4 +1,4 @@
-"""Notices when the ``current`` pointer moves, by notification and by polling."""
+"""Notices when the ``current`` pointer moves or an operator decides what is served, by notification and by polling."""
 
 import threading
 import time
@@ -8,14 +8,17 @@ from redis.client import PubSub
 
 from feature_store.damage import Damage
 from feature_store.manifest import SnapshotKeys
+from feature_store.pins import Pins
 from feature_store.reading import SnapshotReader
 from smes_io.redis_client import address, drop_connections, not_now
 
 
 class SnapshotWatcher:
-    """Notices when the ``current`` pointer moves. For one thread; only :meth:`close` may be called from another.
+    """Notices when the ``current`` pointer moves, or what an operator decided changes.
 
-    Redis may restart or be away at any time. The watcher then subscribes again. It also reads the pointer at least
+    For one thread; only :meth:`close` may be called from another.
+
+    Redis may restart or be away at any time. The watcher then subscribes again. It also reads both records at least
     every ``poll_s``, so it sees a publication whose notification was lost.
 
     Args:
@@ -30,15 +33,16 @@ class SnapshotWatcher:
         self._client = client
         self._keys = SnapshotKeys(namespace)
         self._reader = SnapshotReader(client, self._keys, Damage())
+        self._pins = Pins(client, self._keys, self._reader, Damage())
         self._poll_s = poll_s
-        self._seen: bytes | None = None
+        self._seen: tuple[bytes, bytes] | None = None
         self._pubsub: PubSub | None = None
         self._closed = threading.Event()
         self.problem: str | None = None
         """Why Redis did not answer the last time, None when it did."""
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait up to ``timeout_s`` for the pointer to move; whether it moved since this last returned True.
+        """Wait up to ``timeout_s`` for a change; whether there was one since this last returned True.
 
         The first call returns True at once if anything is published.
         """
@@ -60,16 +64,16 @@ class SnapshotWatcher:
 
     def _moved(self) -> bool:
         try:
-            # Subscribe before reading the pointer, so that a publication after the read is announced.
+            # Subscribe before reading, so that what comes after the read is announced.
             self._subscribe()
-            pointer = self._reader.raw_pointer()
+            found = self._reader.raw_pointer(), self._pins.raw()
         except redis.RedisError as error:
             self._lost(error)
             return False
         self.problem = None
-        if not pointer or pointer == self._seen:
+        if not any(found) or found == self._seen:
             return False
-        self._seen = pointer
+        self._seen = found
         return True
 
     def _subscribe(self) -> PubSub:

@@ -17,7 +17,7 @@ from feature_store.damage import Reason, reason_of
 from feature_store.entities import blank_rows
 from feature_store.manifest import Manifest
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
-from smes.errors import FeatureStoreError, SmesError, SnapshotError, SnapshotNotFound
+from smes.errors import FeatureStoreError, PinError, SmesError, SnapshotError, SnapshotForged, SnapshotNotFound
 from smes.schema import Schema
 from smes_scorer.first_answers import Arrivals, FirstAnswers
 from smes_scorer.loading import Load
@@ -56,11 +56,14 @@ class _WaitsForRetry(Exception):
 
 
 class HotSwap:
-    """Keeps the ``current`` snapshot in service.
+    """Keeps the snapshot in service that is to be served: the current one, unless an operator decided otherwise.
 
-    When that fails (Redis is away, the snapshot is damaged or of another schema), the model in service stays, and
-    :attr:`problem` gives the reason until the failure is over. A scorer without a model then serves the newest older
-    snapshot that it can. A snapshot whose verified bytes make no model is not tried again; one whose bytes are damaged
+    It goes back to an older version of a lineage only if an operator decided so.
+
+    When that fails (Redis is away, the snapshot is damaged or of another schema, or the decision cannot be read), the
+    model in service stays, and :attr:`problem` gives the reason until the failure is over. A scorer without a model
+    then serves the best other snapshot that it can: what is pinned, or the newest, but never what was rolled back. A
+    snapshot whose verified bytes make no model is not tried again; one whose bytes are damaged
     is, after longer and longer pauses. Requests never wait for loading.
 
     A version is reached by the deltas since the one in service, or from the newest full snapshot: where the scorer
@@ -103,6 +106,7 @@ class HotSwap:
         self._no_fold_before_s = 0.0
         self._fenced_tries: int | None = None
         self._versions = Versions()
+        self._newest: tuple[str, int] | None = None  # of the lineage in service, the newest version that served
         telemetry.shadows.set_function(lambda: self.shadows)
         self.problem: str | None = None
         """Why the current snapshot is not served, None when it is (or when nothing was published yet)."""
@@ -134,7 +138,9 @@ class HotSwap:
     def refresh(self) -> None:
         """Look at the store once and load a new snapshot; fold what can be folded. Never raises."""
         try:
-            manifest = self._store.current()
+            manifest = self._store.to_serve()
+            decision = self._store.pins.last
+            self._telemetry.pinned.set(decision is not None and decision.pins)
             if self._is_new(manifest):
                 assert manifest is not None
                 self._swap_or_refuse(manifest)
@@ -152,6 +158,8 @@ class HotSwap:
             if reason != self.problem:
                 self._count_failure(error, reason, "pointer")
             _logger.debug("the store could not be read", exc_info=True)
+            if self.served is None and isinstance(error, PinError | SnapshotForged):
+                self._serve_a_fallback()
             self.problem = reason
         self._fold()
 
@@ -180,7 +188,11 @@ class HotSwap:
         if manifest is None or (served is not None and served.key == _key(manifest)):
             self.problem = None
             return False
-        if served is not None and served.manifest.lineage == manifest.lineage and served.key > _key(manifest):
+        if served is not None and self._store.signed and (problem := self._store.pointer_problem):
+            self.problem = problem  # what else can be read need not be what is to be served
+            return False
+        goes_back = served is not None and served.key[0] == manifest.lineage and served.key > _key(manifest)
+        if served is not None and goes_back and not self._store.pins.may_go_back_to(manifest):
             # Redis was restored from an older state; the trainer's next publication ends this.
             self.problem = (
                 f"version {manifest.version} is published, older than version {served.manifest.version} in service"
@@ -217,14 +229,14 @@ class HotSwap:
             # A payload on its way was refused. Others may lead to it before the pause is over, by a newer base.
             self._refusals.note(manifest, reason, for_ever=False)
         if self.served is None:
-            self._serve_an_older(manifest)
+            self._serve_a_fallback(manifest)
         self.problem = reason
 
-    def _serve_an_older(self, current: Manifest) -> None:
-        """Put the newest snapshot but the current one into service, if one can be loaded."""
+    def _serve_a_fallback(self, refused: Manifest | None = None) -> None:
+        """Put the best snapshot into service that is not the refused one, if one can be loaded."""
         tried = 0
         try:
-            for manifest in [m for m in reversed(self._store.list()) if _key(m) != _key(current)]:
+            for manifest in [m for m in self._store.fallbacks() if refused is None or _key(m) != _key(refused)]:
                 try:
                     self._swap(manifest)
                     return
@@ -285,10 +297,8 @@ class HotSwap:
         """Load a way's payloads, and put the version that it leads to into service."""
         before = self.served
         model = self._built(way, before.model if before and way[0].kind == "delta" else None)
-        arrivals, gaps = self._new_arrivals(manifest)
         served = ServedModel(model, manifest)
-        dropped = self._first_answers.loaded(served.key, arrivals)
-        self._telemetry.freshness_uncounted.inc(gaps + dropped)
+        self._note_arrivals(manifest)
         self._versions.put(served)
         self.problem = None
         self._telemetry.swaps.inc()
@@ -340,18 +350,28 @@ class HotSwap:
         if folded is not served.model:
             self._versions.put(ServedModel(folded, served.manifest))
 
+    def _note_arrivals(self, manifest: Manifest) -> None:
+        """Note the feedback of a version that is about to serve. One that serves again brings none."""
+        newest = self._newest
+        if newest is not None and newest[0] == manifest.lineage and newest[1] >= manifest.version:
+            return
+        arrivals, gaps = self._new_arrivals(manifest)
+        self._newest = _key(manifest)
+        dropped = self._first_answers.loaded(self._newest, arrivals)
+        self._telemetry.freshness_uncounted.inc(gaps + dropped)
+
     def _new_arrivals(self, manifest: Manifest) -> tuple[Arrivals, int]:
-        """The feedback trained on since the version in service, and how many versions between have no manifest."""
-        before = self.served
-        if before is None or before.manifest.lineage != manifest.lineage:
+        """The feedback trained on since the newest version that served, and how many between have no manifest."""
+        if self._newest is None or self._newest[0] != manifest.lineage:
             return Arrivals.of(()), 0
+        before = self._newest[1]
         try:
-            between = self._store.manifests_between(manifest.lineage, before.manifest.version, manifest.version - 1)
+            between = self._store.manifests_between(manifest.lineage, before, manifest.version - 1)
         except SmesError as error:  # freshness is left out, and the swap goes on
             _logger.warning("freshness leaves out what was published before %s: %s", manifest.version, error)
             between = ()
         manifests = [*between, manifest]
-        parents = [before.manifest.version, *(m.version for m in manifests)]
+        parents = [before, *(m.version for m in manifests)]
         gaps = sum(m.parent != parent for m, parent in zip(manifests, parents, strict=False))
         return Arrivals.of(manifests), gaps
 

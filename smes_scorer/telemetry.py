@@ -139,6 +139,9 @@ class Telemetry:
         )
         self.refused = Refused()
         self.registry.register(self.refused)
+        self.pinned = Gauge(
+            "smes_scorer_pinned", "1 while an operator has pinned what is served", registry=self.registry
+        )
         self.swaps = counter("swaps", "Snapshots put into service")
         self.full_loads = counter("full_loads", "Full snapshots loaded: at the start, and where no delta led on")
         self.shadows = Gauge(
