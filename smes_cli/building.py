@@ -1,13 +1,16 @@
 """From the configuration to a learner and its evaluation, as several commands build them."""
 
+from smes.arrays import Arrays
 from smes.model.config import ModelConfig
-from smes.model.frozen_model import FrozenModel
+from smes.model.frozen_model import FrozenModel, KeptModel
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.schema import Schema
 from smes_cli.compile_loops import compile_loops
 from smes_cli.config import Config
 from trainer.evaluation import ProgressiveEvaluation
+from trainer.gate import PublishGate
+from trainer.gated_cuts import GatedCuts
 
 
 def build_learner(config: Config, schema: Schema, model: ModelConfig | None = None) -> Learner:
@@ -26,6 +29,24 @@ def build_evaluation(config: Config, learner: Learner) -> ProgressiveEvaluation:
         config.trainer.evaluation,
         freeze=lambda: FrozenModel.freeze(learner, device),
         thaw=lambda state: FrozenModel.thaw(learner, state, device),
+    )
+
+
+def build_gate(config: Config, learner: Learner) -> GatedCuts | None:
+    """The publish gate of a learner, if it is enabled; the version in service scores on the training device."""
+    gate = config.trainer.gate
+    if not gate.enabled:
+        return None
+    device, goes_back = config.trainer.open_device(), gate.then == "go_back"
+
+    def thaw(state: Arrays) -> FrozenModel:
+        again = KeptModel.keep_again if goes_back else FrozenModel.thaw
+        return again(learner, state, device)
+
+    return GatedCuts(
+        PublishGate(learner.schema, gate, thaw=thaw),
+        reference=lambda: FrozenModel.freeze(learner, device),
+        keep=lambda: KeptModel.keep(learner, device),
     )
 
 

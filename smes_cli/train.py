@@ -11,7 +11,7 @@ from feature_store.signing import Signer
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
-from smes_cli.building import build_evaluation, build_learner, warm_up
+from smes_cli.building import build_evaluation, build_gate, build_learner, warm_up
 from smes_cli.config import Config
 from smes_cli.console import console, write_report
 from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
@@ -116,6 +116,7 @@ def _new_trainer(
         checkpoints=checkpoints,
         max_failed_steps=config.trainer.max_failed_steps,
         dead_letters=letters.write,
+        gated=build_gate(config, learner),
     )
 
 

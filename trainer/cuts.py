@@ -38,6 +38,7 @@ class Cut:
         metrics: Plain JSON values.
         cut_ms: Wall time of the cut, Unix milliseconds.
         feedback: The feedback events trained on since the last cut.
+        held: Why it is only to be kept aside; None: it is to be served.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Cut:
     metrics: dict[str, Any]
     cut_ms: int
     feedback: FeedbackTimes
+    held: str | None = None
 
     @property
     def is_full(self) -> bool:

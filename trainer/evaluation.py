@@ -158,6 +158,12 @@ class ProgressiveEvaluation(Observer):
         self._frozen = self._freeze()
         return self._frozen
 
+    def reopen(self) -> None:
+        """Open a new window before the next step: the weights are not those that the open one goes on from."""
+        if self._frozen is not None:
+            self._frozen.close()
+            self._frozen = None
+
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Take the scores that the weights gave the batch just before they were trained on it."""
         beginning, whole = _beginning(examples)
@@ -178,12 +184,6 @@ class ProgressiveEvaluation(Observer):
             window.add(known.take(rows), noted["frozen"][rows])
         self._count_labelled()
 
-    def _tally(self, examples: ExampleBlock, scores: F32) -> None:
-        for t, tally in enumerate(self._tallies):
-            rows = examples.label_mask[:, t]
-            tally.add(scores[rows, t], examples.labels[rows, t])
-
-    def _count_labelled(self) -> None:
     def _as_served(self, examples: ExampleBlock, scores: F32) -> F32:
         """The served score where the impression carries one of our own arm, else the given one."""
         arms = examples.served_arm
@@ -191,6 +191,12 @@ class ProgressiveEvaluation(Observer):
         served: F32 = np.where(np.isnan(examples.served_scores) | ~is_ours[:, None], scores, examples.served_scores)
         return served
 
+    def _tally(self, examples: ExampleBlock, scores: F32) -> None:
+        for t, tally in enumerate(self._tallies):
+            rows = examples.label_mask[:, t]
+            tally.add(scores[rows, t], examples.labels[rows, t])
+
+    def _count_labelled(self) -> None:
         """Count the closed windows whose impressions all have their final labels."""
         for number, window in list(self._unlabelled.items()):
             if window.labelled == window.scored:

@@ -7,7 +7,7 @@ weights, optimiser state, id table, join state, positions and metrics are all of
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from trainer.cuts import Cut
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.failed_steps import DEFAULT_MAX_FAILED_STEPS, FailedSteps
 from trainer.freshness import FeedbackArrivals
+from trainer.gated_cuts import GatedCuts
 from trainer.lineages import lineage_to_publish, new_lineage, root_of
 from trainer.observers import BatchSender, DelayedResults, Observer
 from trainer.publisher import Publisher
@@ -66,6 +67,7 @@ class Trainer:
         observers: Further observers.
         max_failed_steps: So many steps in a row that are not finite stop the trainer.
         dead_letters: Where the examples of such steps go; None: they are only counted.
+        gated: Judges the cuts; None: every cut is published.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Trainer:
         observers: Sequence[Observer] = (),
         max_failed_steps: int = DEFAULT_MAX_FAILED_STEPS,
         dead_letters: Callable[[Sequence[DeadLetter]], None] | None = None,
+        gated: GatedCuts | None = None,
     ) -> None:
         self.learner, self.stream, self.evaluation = learner, stream, evaluation
         self.lineage = lineage or new_lineage()
@@ -94,7 +97,8 @@ class Trainer:
         self._results = DelayedResults(self._observers)
         self._routing = RoutingObserver(learner, self.experts, self._results.deliver)
         self._failed = FailedSteps(max_failed_steps, self._forget, dead_letters)
-        self._observers += [self._routing, evaluation, *observers, self._failed]
+        self.gated = gated
+        self._observers += [self._routing, evaluation, *([gated.gate] if gated else []), *observers, self._failed]
         self.publisher: Publisher | None = None
         self._arrivals = FeedbackArrivals(stream.taken_times)
         self._event_time_ms: int | None = None
@@ -124,6 +128,9 @@ class Trainer:
             self.evaluation.load_state(under("evaluation.", checkpoint.arrays))
             self.experts.load_state(under("experts.", checkpoint.arrays))
             self.trained, self.not_finite = (int(n) for n in checkpoint.arrays["trainer.trained"])
+            gate = under("gate.", checkpoint.arrays)
+            if self.gated is not None and gate:
+                self.gated.gate.load_state(gate)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint of step {checkpoint.step}: {error}") from error
         self.lineage = checkpoint.lineage
@@ -264,7 +271,8 @@ class Trainer:
     def run_requested(self) -> None:
         """Do what the schedules requested since the last step.
 
-        Between two failed steps no checkpoint is written: the last good one must not be rotated away.
+        Between two failed steps no checkpoint is written, nor while the first cuts of a row are refused: the last good
+        one must not be rotated away. A trainer that is killed then begins again before the refused stretch.
 
         Raises:
             LeaseLost: Another trainer publishes in this namespace.
@@ -275,7 +283,7 @@ class Trainer:
             self.cut()
         if self._flags.take(CHECKPOINT):
             self._results.deliver()  # did the last step fail?
-            if self._failed.in_a_row:
+            if self._failed.in_a_row or (self.gated is not None and self.gated.postpones_checkpoints):
                 self._flags.request(CHECKPOINT)  # later
                 return
             if self._writer is not None and self._writer.is_busy:
@@ -315,7 +323,9 @@ class Trainer:
 
     def _close_publisher(self) -> bool:
         """Close the publisher, if any; whether everything was published."""
-        published = self.publisher is None or self.publisher.close(take_full=lambda: self.take_cut(full=True))
+        refused = self.gated is not None and self.gated.gate.refuses
+        take_full = None if refused else lambda: self.take_cut(full=True)
+        published = self.publisher is None or self.publisher.close(take_full=take_full)
         if not published:
             _logger.error("the last snapshot, of step %d, was not published", self.learner.step_number)
         return published
@@ -331,8 +341,34 @@ class Trainer:
         full = publisher.wants_full
         if step == self._cut_step and not (full and publisher.has_owed):
             return
+        if self.gated is not None:
+            self._cut_gated(self.gated, publisher, full=full)
+            return
         self._cut_step = step
         publisher.offer(self.take_cut(full=full, base=publisher.wants_base))
+
+    def _cut_gated(self, gated: GatedCuts, publisher: Publisher, *, full: bool) -> None:
+        """Offer the present weights if the gate lets them pass. If not, they are kept aside, or go back."""
+        self._results.deliver()
+        step = self.learner.step_number
+        outcome = gated.judge(step, publisher)
+        if outcome == "skip":
+            return
+        if outcome == "go_back":
+            gated.go_back(step)
+            self.evaluation.reopen()
+            self._sender.forget()
+        passed = outcome != "hold"
+        cut = self.take_cut(full=full or outcome == "go_back", base=passed and publisher.wants_base)
+        if passed and outcome == "publish" and gated.refused_weights(cut) is not None:
+            passed = False
+        if not passed:
+            publisher.offer(replace(cut, held=gated.gate.reason))
+            return
+        self._cut_step = step
+        publisher.offer(cut)
+        if outcome == "publish":
+            gated.published(step)
 
     def take_cut(self, *, full: bool, base: bool = False) -> Cut:
         """The present weights: all of them, or what changed since the last cut, and for a base all of them as well."""
@@ -353,6 +389,7 @@ class Trainer:
             metrics={
                 "tasks": {name: asdict(metrics) for name, metrics in self.evaluation.progressive().items()},
                 "experts": self.experts.summary(),
+                **({"gate": self.gated.gate.summary()} if self.gated else {}),
             },
             cut_ms=wall_clock_ms(),
             feedback=self._arrivals.take(),
@@ -379,6 +416,8 @@ class Trainer:
             **prefixed("experts.", _kept(self.experts.state())),
             "trainer.trained": whole(np.array([self.trained, self.not_finite])),
         }
+        if self.gated is not None:
+            arrays |= prefixed("gate.", _kept(self.gated.gate.state(), final="reference."))
         view = CheckpointView(
             lineage=self.lineage,
             step=self.learner.step_number,

@@ -122,6 +122,10 @@ class BatchSender:
             return sent[1]
         return self._learner.prepare(to_train_on)
 
+    def forget(self) -> None:
+        """Forget what was sent ahead: the table has other rows now."""
+        self._sent = None
+
     def send_ahead(self, upcoming: ExampleBlock | None) -> None:
         """Prepare the upcoming batch while the device is busy with a step.
 

@@ -40,6 +40,8 @@ class Publisher:
     Attributes:
         published: Snapshots published, bases not counted.
         bases: Bases published.
+        held: Snapshots uploaded to be kept aside, not served.
+        promoted: Whether one of them was found to be in service since this was last set to False.
         failures: Publications that failed; each was tried again.
         bytes_last: Bytes of the last snapshot published; None before the first.
 
@@ -73,8 +75,10 @@ class Publisher:
         self._applies_to: set[int] = set()  # the version published last, and later ones of which it is not known
         self._base_thread: threading.Thread | None = None
         self._no_base_before_s = 0.0
-        self.published = self.bases = 0
-        self.failures = 0
+        self.published = self.bases = self.held = self.failures = 0
+        self.promoted = False
+        self._held: set[int] = set()
+        self._is_asked = False
         self.bytes_last: int | None = None
         self._last_failure: str | None = None
         self._lost: LeaseLost | None = None
@@ -203,12 +207,15 @@ class Publisher:
         while not is_over:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._waiting or self._waiting.needs_full or self._is_over(),
+                    lambda: self._waiting or self._waiting.needs_full or self._is_asked or self._is_over(),
                     timeout=_RETRY_S if self._closing else None,
                 )
                 cut = self._waiting.take() if self._waiting else None
                 needs_full = cut is None and self._waiting.needs_full
                 is_over = cut is None and self._is_over()
+                asked, self._is_asked = self._is_asked, False
+            if asked:
+                self._look_for_promoted()
             if cut is not None:
                 is_over = self._try(cut)
             elif needs_full:
@@ -217,7 +224,7 @@ class Publisher:
     def _try(self, cut: Cut) -> bool:
         """Publish a cut, or see to it that it is tried again; whether nothing more is to be done."""
         try:
-            outcome = self._publish(cut)
+            outcome = self._hold(cut) if cut.held else self._publish(cut)
         except LeaseLost as error:  # nothing more will be published: the trainer's thread hears it by check()
             with self._changed:
                 self._lost = error
@@ -240,23 +247,7 @@ class Publisher:
             self.failures += 1
             return "failed"
         try:
-            payload = self._payloads.full(cut) if cut.is_full else self._payloads.delta(cut)
-            manifest = self._store.publish(
-                payload,
-                lineage=self.lineage,
-                version=cut.step,
-                schema_hash=self._schema_hash,
-                step=cut.step,
-                created_ms=cut.cut_ms,
-                applies_to=None if cut.is_full else self._applies_to,
-                precision=self._payloads.precision,
-                event_time_ms=cut.event_time_ms,
-                positions=cut.positions,
-                metrics=cut.metrics,
-                feedback_arrivals=cut.feedback.merged().rows(),
-                now_ms=self._now_ms,
-                fencing=self._fencing,
-            )
+            manifest = self._upload(cut)
         except SnapshotStale as error:
             _logger.info("%s", error)
             self._applies_to = {cut.step}
@@ -293,6 +284,54 @@ class Publisher:
         else:
             self._drop_view(cut)
         return "done"
+
+    def _upload(self, cut: Cut) -> Manifest:
+        return self._store.publish(
+            self._payloads.full(cut) if cut.is_full else self._payloads.delta(cut),
+            lineage=self.lineage,
+            version=cut.step,
+            schema_hash=self._schema_hash,
+            step=cut.step,
+            created_ms=cut.cut_ms,
+            applies_to=None if cut.is_full else self._applies_to,
+            precision=self._payloads.precision,
+            event_time_ms=cut.event_time_ms,
+            positions=cut.positions,
+            metrics=cut.metrics,
+            feedback_arrivals=() if cut.held else cut.feedback.merged().rows(),
+            now_ms=self._now_ms,
+            fencing=self._fencing,
+            held=cut.held,
+        )
+
+    def _hold(self, cut: Cut) -> Literal["done"]:
+        """Keep a cut aside, if the store takes it at once; in any case what changed in it goes on to the next one."""
+        try:
+            self._upload(cut)
+        except LeaseLost:
+            raise
+        except SmesError as error:
+            _logger.warning("the refused cut of step %d was not kept aside: %s", cut.step, error)
+        else:
+            self.held += 1
+        self._held.add(cut.step)
+        self._applies_to.add(cut.step)  # if it is promoted, the next delta still applies: it has all of this one, too
+        with self._changed:
+            self._waiting.keep(cut)
+        return "done"
+
+    def look_for_promoted(self) -> None:
+        """Have the publishing thread ask the store whether a cut that was held is in service: :attr:`promoted`."""
+        with self._changed:
+            self._is_asked = bool(self._held)
+            self._changed.notify_all()
+
+    def _look_for_promoted(self) -> None:
+        with suppress(SmesError):
+            lineage, _, version = (self._store.pointer() or "").rpartition(":")
+            if lineage == self.lineage and version.isdecimal() and int(version) in self._held:
+                self._held.clear()
+                self.promoted = True
 
     @property
     def _fencing(self) -> int | None:

@@ -3,6 +3,9 @@
 A delta joins the one before it: one delta leads over both. A delta with a view stays by itself, because its base is to
 be of its version. When deltas cannot be published any more, or have grown beyond a full snapshot, a full one is wanted;
 it takes the place of all that is *owed* by then, and takes over the feedback noted for it.
+
+A cut that was held back is *kept* after its upload: what changed in it belongs to the next one that is served. It never
+joins one before it that is to be served.
 """
 
 from dataclasses import replace
@@ -28,7 +31,8 @@ class WaitingCuts:
         self.has_base_view = False
         self.owed: Cut | None = None
         self.chain = Chain()
-        self._cuts: list[Cut] = []  # at most one after each with a view
+        self._cuts: list[Cut] = []  # at most one after each with a view, and after that one that is held
+        self._kept: Cut | None = None
 
     def __bool__(self) -> bool:
         """Whether a cut waits."""
@@ -46,6 +50,8 @@ class WaitingCuts:
 
     def add(self, cut: Cut) -> None:
         """Add a cut. A delta that does not follow what waits, because a full one is wanted, is owed."""
+        if self._kept is not None:
+            cut, self._kept = cut.after(self._kept), None
         if cut.is_full:
             self.give_up()
             self._cuts, self.owed = [cut.after(self.owed) if self.owed else cut], None
@@ -54,7 +60,7 @@ class WaitingCuts:
             self._owe(cut)
         else:
             self.has_base_view = self.has_base_view or cut.view is not None
-            if self._cuts and self._cuts[-1].view is None:
+            if self._cuts and self._cuts[-1].view is None and not (cut.held and not self._cuts[-1].held):
                 cut = cut.after(self._cuts.pop())
             self._cuts.append(cut)
             self._bound()
@@ -71,6 +77,27 @@ class WaitingCuts:
         cut = self.without_view(cut)
         self._cuts = [self._cuts[0].after(cut), *self._cuts[1:]] if self._cuts else [cut]
         self._bound()
+
+    def keep(self, cut: Cut) -> None:
+        """A cut that was held is done with: what changed in it belongs to the next one.
+
+        After a full one that is a full one again.
+        """
+        was_full = cut.is_full
+        cut = replace(self.without_view(cut), held=None)
+        if was_full:
+            self.give_up(cut)
+            self._kept, self.owed = self.owed, None  # nothing is owed to the store: it is the gate that said no
+            self.wants_full = True
+        elif self.owed is not None:
+            self.give_up(cut)
+        elif self._cuts:
+            self._cuts[0] = self._cuts[0].after(cut)
+            self._bound()
+        else:
+            self._kept = cut
+            if cut.waiting_bytes > self._most_bytes:
+                self._kept, self.wants_full = replace(cut, dense={}, deltas=()), True
 
     def give_up(self, *cuts: Cut) -> None:
         """Owe these cuts and then all that wait: only a full one can follow them."""
@@ -90,8 +117,12 @@ class WaitingCuts:
 
     def _bound(self) -> None:
         """Where more waits than a full snapshot has, that is published instead, as soon as the store takes it."""
-        if self.nbytes > max(_ALWAYS_WAITING_BYTES, self.chain.base_bytes):
+        if self.nbytes > self._most_bytes:
             self.give_up()
+
+    @property
+    def _most_bytes(self) -> int:
+        return max(_ALWAYS_WAITING_BYTES, self.chain.base_bytes)
 
 
 class Chain:

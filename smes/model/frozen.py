@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smes.arrays import I64, Arrays, prefixed
+from smes.model.deltas import StateArray
 from smes.model.id_rows import IdRows
 from smes.model.row_keys import KeysView
 from smes.model.table_view import TableView, UndoLog
@@ -80,3 +81,25 @@ class FrozenWeights:
     def close(self) -> None:
         """Keep nothing any more. May be called twice."""
         self.rows.close()
+
+
+@dataclass(frozen=True, slots=True)
+class KeptState:
+    """A learner's whole state at one moment: to score with, and to go back to.
+
+    Attributes:
+        arrays: What :meth:`smes.model.learner.Learner.load_state` takes; those of the table are read when asked for.
+        weights: The weights of that moment.
+    """
+
+    arrays: Mapping[str, StateArray]
+    weights: FrozenWeights
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state in memory."""
+        return {name: torch.from_numpy(array.read()) for name, array in self.arrays.items()}
+
+    def state(self) -> Arrays:
+        """What :meth:`smes.model.learner.Learner.keep_again` makes the same of, in a learner of the same state."""
+        small = {name: array.read() for name, array in self.arrays.items() if not name.startswith("table.")}
+        return small | prefixed("then.", self.weights.rows.state())

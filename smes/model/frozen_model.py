@@ -6,7 +6,7 @@ Letters: N instances, W id columns, F numeric features, T tasks.
 import torch
 
 from smes.arrays import F32, I64, Arrays
-from smes.model.frozen import FrozenWeights
+from smes.model.frozen import FrozenWeights, KeptState
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 
@@ -51,3 +51,45 @@ class FrozenModel:
     def close(self) -> None:
         """Let the table forget what it kept for this model. May be called twice."""
         self._weights.close()
+
+
+class KeptModel(FrozenModel):
+    """A frozen model whose whole state was kept, so that the learner can go back to it. On the learner's thread.
+
+    Args:
+        learner: Whose state.
+        kept: Its :meth:`~smes.model.learner.Learner.keep` or :meth:`~smes.model.learner.Learner.keep_again`.
+        device: Where to score.
+    """
+
+    def __init__(self, learner: Learner, kept: KeptState, device: torch.device = _CPU) -> None:
+        super().__init__(learner, kept.weights, device)
+        self._learner, self._kept = learner, kept
+
+    @classmethod
+    def keep(cls, learner: Learner, device: torch.device = _CPU) -> "KeptModel":
+        """The learner's state as it is now."""
+        return cls(learner, learner.keep(), device)
+
+    @classmethod
+    def keep_again(cls, learner: Learner, state: Arrays, device: torch.device = _CPU) -> "KeptModel":
+        """The model of a :meth:`state`, once the learner is in the state of the same moment.
+
+        Raises:
+            ValueError: The learner is in another state.
+        """
+        return cls(learner, learner.keep_again(state), device)
+
+    def state(self) -> Arrays:
+        """Everything but the table, and what changed in the table since. Nothing writes to these arrays any more."""
+        return self._kept.state()
+
+    def go_back(self) -> None:
+        """Put the learner's weights, optimisers and ids back as they were; its step number stays.
+
+        It reads the whole table into memory once more. Views of the table that are open stay those of before. This
+        model is closed: the learner is in its state now.
+        """
+        step = self._learner.step_number
+        self._learner.load_state(self._kept.tensors() | {"step_number": torch.tensor(step)})
+        self.close()

@@ -114,12 +114,16 @@ class IdTable:
         Raises:
             ValueError: The table does not have the rows of the state.
         """
+        return FrozenRows(self.rows, *self.views_of(state))
+
+    def views_of(self, state: Arrays) -> tuple[KeysView, TableView]:
+        """The views of a :meth:`thaw`."""
         undo = undo_log(state)
         if undo.num_rows > self.rows.num_rows:
             raise ValueError(f"frozen rows: {undo.num_rows}, expected at most the {self.rows.num_rows} of the table")
         keys = self.rows.view(undo.num_rows)
         keys.restore(state["keys.rows"], state["keys.keys"], state["keys.used"])
-        return FrozenRows(self.rows, keys, self.records.open_view(undo))
+        return keys, self.records.open_view(undo)
 
     def state_view(self) -> tuple[dict[str, StateArray], tuple[TableView, KeysView]]:
         """The whole table as it is now, piece by piece, and what to close afterwards.
@@ -129,20 +133,24 @@ class IdTable:
         - ``rows.*``: which rows are free, and what is known of the ids' frequency and age.
         """
         keys, records = self.rows.view(), self.records.view()
-        num_rows = keys.num_rows
+        arrays = {name: whole(array) for name, array in prefixed("rows.", self.rows.state()).items()}
+        return arrays | self.pieces(keys, records), (records, keys)
+
+    def pieces(self, keys: KeysView, records: TableView) -> dict[str, StateArray]:
+        """``table.keys`` and ``table.records`` of a :meth:`state_view`, at the moment of these views."""
+        num_rows, width = keys.num_rows, self.records.layout.width
 
         def blocks() -> Iterator[tuple[int, int]]:
             return ((start, min(start + BLOCK_ROWS, num_rows)) for start in range(0, num_rows, BLOCK_ROWS))
 
-        arrays = {name: whole(array) for name, array in prefixed("rows.", self.rows.state()).items()}
-        arrays["table.keys"] = StateArray(
-            np.dtype(np.int64), (num_rows,), lambda: (keys.block(*block)[0] for block in blocks())
-        )
-        width = self.records.layout.width
-        arrays["table.records"] = StateArray(
-            np.dtype(np.float32), (num_rows, width), lambda: (records.records(*block) for block in blocks())
-        )
-        return arrays, (records, keys)
+        return {
+            "table.keys": StateArray(
+                np.dtype(np.int64), (num_rows,), lambda: (keys.block(*block)[0] for block in blocks())
+            ),
+            "table.records": StateArray(
+                np.dtype(np.float32), (num_rows, width), lambda: (records.records(*block) for block in blocks())
+            ),
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from the arrays of a :meth:`state_view`.

@@ -21,7 +21,7 @@ from smes.model.deltas import FullView, RowDelta, StateView, whole
 from smes.model.dense_optimizer import DenseOptimizer
 from smes.model.devices import RankBatch, open_device, send_batch
 from smes.model.features import FeatureInputs
-from smes.model.frozen import FrozenWeights
+from smes.model.frozen import FrozenRows, FrozenWeights, KeptState
 from smes.model.id_table import IdTable
 from smes.model.ids import pool_weights
 from smes.model.numeric_moments import NumericMoments
@@ -297,21 +297,45 @@ class Learner:
         dense = {name: torch.from_numpy(array) for name, array in state.items() if name.startswith("dense.")}
         return FrozenWeights(dense, self._table.thaw(under("rows.", state)))
 
+    def keep(self) -> KeptState:
+        """The whole state as it is now, for scoring with it while training goes on, and for going back to it."""
+        arrays, (records, keys) = self._table.state_view()
+        dense = self.dense_serving_state()
+        own = {name: whole(tensor.numpy()) for name, tensor in self._own_state(dense).items()}
+        return KeptState(own | arrays, FrozenWeights(dense, FrozenRows(self._table.rows, keys, records)))
+
+    def keep_again(self, state: Arrays) -> KeptState:
+        """What a :meth:`KeptState.state` was taken from, in the learner's state of the same moment.
+
+        Raises:
+            ValueError: The learner is in another state.
+        """
+        keys, records = self._table.views_of(under("then.", state))
+        dense = {name: torch.from_numpy(array) for name, array in state.items() if name.startswith("dense.")}
+        own = {name: whole(array) for name, array in state.items() if not name.startswith("then.")}
+        rows = FrozenRows(self._table.rows, keys, records)
+        return KeptState(own | self._table.pieces(keys, records), FrozenWeights(dense, rows))
+
     def state_view(self) -> StateView:
         """Everything from which :meth:`load_state` continues exactly, for a reader beside the training.
 
         Copied are the dense part, and what is known of the ids' frequency and age. The rest of the table
         (:meth:`IdTable.state_view`) is read piece by piece.
         """
+        own = self._own_state(self.dense_serving_state())
+        arrays, views = self._table.state_view()
+        return StateView({name: whole(t.numpy()) for name, t in own.items()} | arrays, views)
+
+    def _own_state(self, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state without the table; ``dense`` is a :meth:`dense_serving_state`."""
         self._settle(0)
-        tensors = self.dense_serving_state()
+        tensors = dict(dense)
         tensors |= prefixed("adam.", _copies(self._dense.state()))
         if self._finder is not None:
             tensors |= prefixed("groups.", self._finder.state())
         tensors |= prefixed("numerics.", {name: torch.from_numpy(a) for name, a in self._numerics.state().items()})
         tensors["step_number"] = torch.tensor(self.step_number)
-        arrays, views = self._table.state_view()
-        return StateView({name: whole(t.numpy()) for name, t in tensors.items()} | arrays, views)
+        return tensors
 
     def state(self) -> dict[str, Tensor]:
         """A :meth:`state_view` as tensors in memory."""
