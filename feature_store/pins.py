@@ -263,7 +263,12 @@ class Pins:
         decision = self.newest_known()
         if decision is not None and decision.pins and decision.name in orders:
             names = names[: names.index(decision.name) + 1]
-        return self._reader.manifests([name for name in names if name not in back])[::-1]
+        names = [name for name in names if name not in back]
+        if not self._signer.active:
+            return self._reader.manifests(names)[::-1]
+        pinned = decision.name if decision is not None and decision.pins else ""
+        found = self._reader.newest_first(names)
+        return tuple(sorted(found, key=lambda manifest: member(manifest.lineage, manifest.version) != pinned))
 
     def kept(self, *, replaced: bool) -> set[str]:
         """``lineage:version`` of what retention keeps for decisions.

@@ -113,7 +113,7 @@ class SnapshotReader:
                 gone = isinstance(error, SnapshotNotFound)
                 what = f"{pointer}, expected a snapshot with a manifest: {error}"
                 self._pointer_is_broken(what, reason_of(error, "pointer" if gone else "manifest"))
-        for manifest in self._newest_first(self.names("index")[-_SLICE:]):
+        for manifest in self.newest_first(self.names("index")[-_SLICE:]):
             if self.pointer_problem is None:
                 if self.raw_pointer():
                     return self.current()  # the first publication came between the two reads
@@ -124,7 +124,7 @@ class SnapshotReader:
             raise (SnapshotNotFound if gone else SnapshotError)(self.pointer_problem)
         return None
 
-    def _newest_first(self, names: Sequence[str]) -> Iterator[Manifest]:
+    def newest_first(self, names: Sequence[str]) -> Iterator[Manifest]:
         """What can be read of these names, which are in order of publication.
 
         With keys, the order is that of the signed times, for who may write to the store may order names anew; and what

@@ -1,9 +1,9 @@
 """Who may say what is served: records in the store are signed with HMAC-SHA256 (RFC 2104) where keys are configured.
 
-A record is a manifest, the pointer to the current snapshot, a pin or a line of the history of pins. A signature is
-``{key id}:{64 hexadecimal digits}``. It covers the record's bytes, what kind of record it is, the namespace and the
-key's id. So a record that was signed for another place is no good here. A manifest has the SHA-256 of every chunk of
-its payload, so its signature covers the weights too.
+A record is a manifest, the manifest of a base, the pointer to the current snapshot, or what an operator decided about
+serving. A signature is ``{key id}:{64 hexadecimal digits}``. It covers the record's bytes, what kind of record it is,
+the namespace and the key's id. So a record that was signed for another place is no good here. A manifest has the
+SHA-256 of every chunk of its payload, so its signature covers the weights too.
 
 The first key signs, every key verifies. With keys, what is unsigned is refused like what is wrongly signed. Without
 keys nothing is signed, and nothing is refused for its signature.
@@ -22,7 +22,7 @@ LEAST_CHARACTERS = 32
 
 MAX_SIGNATURE_BYTES = 105
 
-Kind = Literal["manifest", "base", "pointer", "pin", "history"]
+Kind = Literal["manifest", "base", "pointer", "pin"]
 """What is signed. No record can stand for one of another kind."""
 
 _ID = r"[A-Za-z0-9._-]{1,40}"

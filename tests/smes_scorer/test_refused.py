@@ -268,6 +268,28 @@ def test_an_older_lineage_does_not_come_back_either(signed: Store, ready: Ready,
         assert_answers(http, 1)
 
 
+def test_an_older_decision_of_an_operator_does_not_come_back(signed: Store, ready: Ready, until: Until) -> None:
+    signed.publish(1)
+    signed.publish(2)
+    key, operator = f"{signed.prefix}decision", signed.store.operator
+    with ready(signing=SIGNING) as http:
+        operator.pin(1, by="somebody")
+        until(lambda: http.get("/health/ready").json()["version"] == 1)
+        old = signed.client.get(key)
+        assert isinstance(old, bytes)
+        operator.unpin(by="somebody")
+        until(lambda: http.get("/health/ready").json()["version"] == 2)
+
+        signed.client.set(key, old)
+        until(lambda: refusals(http, "pin"))
+        assert_answers(http, 2)
+        assert re.search(r"decision \d+, expected \d+ or later", str(refused(http)["pin"]["last"]))
+
+        signed.client.delete(key, f"{key}s")
+        until(lambda: http.get("/health/ready").json()["status"] == "ready")
+        assert_answers(http, 2)
+
+
 NAMES = ["current", "manifests", "bases", "index", "history", "held", "sequence", "uploads", "lease", "fencing"]
 NAMES += ["fenced", "decision", "decisions"]
 
