@@ -175,10 +175,11 @@ class Operator:
             with translated(self._client, f"{action} was decided"):
                 found = self._look()
                 name, rolled_back = chosen(found)
-                self._check_loadable(self._reader.manifest(name))
+                if action != "unpin":  # which follows what is current, as without any decision
+                    self._check_loadable(self._reader.manifest(name))
                 number = self._next_number()
                 place = split_member(name)
-                assert place is not None, "a manifest was read by this name"
+                assert place is not None, "it was built or read as a name"
                 decision = Decision(
                     number=number,
                     action=action,

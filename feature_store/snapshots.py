@@ -38,7 +38,7 @@ from feature_store.manifest import (
 )
 from feature_store.operator import Operator
 from feature_store.pieces import Payload, chunk_sizes
-from feature_store.pins import Pins
+from feature_store.pins import Decision, Pins
 from feature_store.publication import Publication
 from feature_store.reading import SnapshotReader
 from feature_store.retention import Retention
@@ -306,6 +306,16 @@ class SnapshotStore:
         """
         with translated(self._client, "snapshots were listed"):
             return self.pins.fallbacks()
+
+    def rolled_back(self) -> set[str]:
+        """``lineage:version`` of what was rolled back, and not put into service by a decision since."""
+        with translated(self._client, "decisions were read"):
+            return self.pins.rolled_back(self._reader.orders())
+
+    def decisions(self) -> tuple[Decision, ...]:
+        """The newest decisions about serving, oldest first. Broken ones are left out."""
+        with translated(self._client, "decisions were read"):
+            return self.pins.history()
 
     def get(self, lineage: str, version: int) -> Manifest:
         """Manifest of one snapshot. Its payload may be removed already.

@@ -1,45 +1,90 @@
 """``smes snapshots``: the model snapshots in Redis."""
 
 import json
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from smes.errors import SnapshotNotFound
+from smes.errors import SnapshotError, SnapshotNotFound
 from smes_cli.command_line import config_of
 from smes_cli.console import console, number
+from smes_cli.serving_decisions import history, pin, promote, rollback, unpin
+from smes_cli.snapshot_diff import diff
+from smes_cli.snapshot_places import none_published, snapshot_store, utc
 
 if TYPE_CHECKING:
+    from feature_store.manifest import Manifest
     from feature_store.snapshots import SnapshotStore
     from smes_cli.config import Config
 
-snapshots_app = typer.Typer(no_args_is_help=True, help="Model snapshots in Redis.")
+snapshots_app = typer.Typer(no_args_is_help=True, help="Model snapshots in Redis, and which of them is served.")
+for _command in (pin, unpin, rollback, promote, history, diff):
+    snapshots_app.command(_command.__name__)(_command)
 
 
 @snapshots_app.command("list")
 def snapshots_list(context: typer.Context) -> None:
-    """List the snapshots that can be loaded, newest last, and the bases that deltas can be loaded from."""
+    """List the snapshots that can be loaded, newest last, and what is held: which is current, pinned, rolled back."""
     config = config_of(context)
-    store = _snapshot_store(config)
-    current = store.pointer()
-    manifests = store.list()
-    if not manifests:
-        raise _none_published(config)
+    store = snapshot_store(config)
+    marks = _Marks(store)
+    manifests, held = store.list(), store.held()
+    if not manifests and not held:
+        raise none_published(config)
     bases = store.bases(manifests)
     table = Table(box=None)
     for title in ("lineage", "version", "parent", "kind", "bytes", "base", "event time (UTC)", "cut at (UTC)", ""):
         table.add_column(title, overflow="fold")
-    for manifest in manifests:
-        mark = "current" if current == f"{manifest.lineage}:{manifest.version}" else ""
+    for manifest in (*manifests, *held):
         # Versions without separators: they are typed again, for `show`.
         parent = "–" if manifest.parent is None else str(manifest.parent)
         base = bases.get((manifest.lineage, manifest.version))
         cells = [str(manifest.version), parent, manifest.kind, number(manifest.total_bytes)]
         cells.append("–" if base is None else number(base.total_bytes))
-        table.add_row(manifest.lineage, *cells, _utc(manifest.event_time_ms), _utc(manifest.created_ms), mark)
+        cells += [utc(manifest.event_time_ms), utc(manifest.created_ms)]
+        table.add_row(manifest.lineage, *cells, marks.of(manifest, is_held=manifest in held))
     console.print(table)
+    for problem in marks.problems:
+        console.print(problem, highlight=False, soft_wrap=True)
+
+
+class _Marks:
+    """What is said of each version: current, in service, pinned, held, rolled back."""
+
+    def __init__(self, store: "SnapshotStore") -> None:
+        self.problems: list[str] = []
+        self._current, self._serves, self._pinned = store.pointer(), "", False
+        if store.pointer_problem is not None:
+            self.problems.append(store.pointer_problem)
+        try:
+            served = store.to_serve()
+        except SnapshotNotFound:
+            served = None
+        except SnapshotError as error:
+            served = None
+            self.problems.append(str(error))
+        else:
+            decision = store.pins.last
+            self._pinned = decision is not None and decision.pins
+        if served is not None:
+            self._serves = f"{served.lineage}:{served.version}"
+        self._rolled_back = store.rolled_back()
+
+    def of(self, manifest: "Manifest", *, is_held: bool) -> str:
+        name = f"{manifest.lineage}:{manifest.version}"
+        marks = []
+        if name == self._current:
+            marks.append("current")
+        if name == self._serves and self._pinned:
+            marks.append("pinned")
+        elif name == self._serves != self._current:
+            marks.append("in service")
+        if name in self._rolled_back:
+            marks.append("rolled back")
+        if manifest.held is not None:
+            marks.append(f"{'held' if is_held else 'promoted, was held'}: {manifest.held}")
+        return ", ".join(marks)
 
 
 @snapshots_app.command("show")
@@ -52,13 +97,13 @@ def snapshots_show(
 ) -> None:
     """Show a snapshot's manifest as JSON."""
     config = config_of(context)
-    store = _snapshot_store(config)
+    store = snapshot_store(config)
     if lineage is not None:
         manifest = store.get(lineage, _newest(config, store, lineage) if version is None else version)
     else:
         current = store.current()
         if current is None:
-            raise _none_published(config)
+            raise none_published(config)
         manifest = current if version is None else store.get(current.lineage, version)
     console.print_json(json.dumps(json.loads(manifest.to_json())))
 
@@ -67,35 +112,9 @@ def _newest(config: "Config", store: "SnapshotStore", lineage: str) -> int:
     """The newest version of a lineage that can be loaded."""
     kept = store.list()
     if not kept:
-        raise _none_published(config)
+        raise none_published(config)
     versions = [manifest.version for manifest in kept if manifest.lineage == lineage]
     if not versions:
         there = ", ".join(sorted({manifest.lineage for manifest in kept}))
         raise SnapshotNotFound(f"--lineage {lineage}: no snapshot of that lineage, expected one of {there}")
     return max(versions)
-
-
-def _snapshot_store(config: "Config") -> "SnapshotStore":
-    from feature_store.signing import Signer
-    from feature_store.snapshots import SnapshotStore
-    from smes_io.redis_client import connect
-
-    place = config.feature_store
-    signer = Signer.of(place.signing, place.namespace)
-    client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
-    return SnapshotStore(client, place.namespace, place.snapshots, signer=signer)
-
-
-def _none_published(config: "Config") -> SnapshotNotFound:
-    from smes_io.redis_client import masked
-
-    place = config.feature_store
-    return SnapshotNotFound(
-        f"no snapshot was published yet in Redis at {masked(place.redis_url)}, namespace {place.namespace}"
-    )
-
-
-def _utc(unix_ms: int | None) -> str:
-    if unix_ms is None:
-        return "–"
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
