@@ -24,6 +24,7 @@ from trainer.report import conservation_errors
 
 ROOT = Path(__file__).parents[2]
 SECRETS = {"kafka": "k4fka-s3cret", "redis": "r3dis-s3cret", "tokens": "t0ken-0123456789abcdef", "key": "k3y-s3cret"}
+SECRETS["signing"] = "s1gning-0123456789abcdef0123456789abcdef"
 
 
 def documented(command: str) -> dict[str, list[str]]:
@@ -65,12 +66,18 @@ def written(
     request: pytest.FixtureRequest, namespace: str, tmp_path: Path, places: dict[str, dict[str, str]]
 ) -> Iterator[Written]:
     scorer = {"port": 0, "poll_s": 0.05, "entity_timeout_ms": 5000, "tokens": places["tokens"]}
+    signing = {"keys": [{"id": "k1", **places["signing"]}]}
     if request.param == "redis cluster":
         cluster: RedisCluster = request.getfixturevalue("cluster")
         url = cluster.url((cluster.owner(key_prefix(namespace)) + 1) % 3)
         of_cluster = {"redis_access": {"cluster": True}}
         yield lambda user: write_config(
-            tmp_path / user, url, namespace, event_log=of_cluster, feature_store=of_cluster, scorer=scorer
+            tmp_path / user,
+            url,
+            namespace,
+            event_log=of_cluster,
+            feature_store={**of_cluster, "signing": signing},
+            scorer=scorer,
         )
         return
     redis: SecureRedis = request.getfixturevalue("redis_secure")
@@ -96,7 +103,7 @@ def written(
             namespace,
             kafka=kafka.sasl_ssl if kafka else None,
             event_log={"redis_access": access, "kafka_access": kafka_access},
-            feature_store={"redis_access": access},
+            feature_store={"redis_access": access, "signing": signing},
             scorer=scorer,
         )
 
@@ -115,7 +122,8 @@ def processes_as_ps_shows_them() -> str:
 @pytest.mark.xdist_group("kafka_secure")
 def test_documented_rights_are_enough_and_no_secret_shows(written: Written, world: Path, tmp_path: Path) -> None:
     trainer, scorer, producer = (str(written(user)) for user in ("trainer", "scorer", "producer"))
-    logs = {name: tmp_path / f"{name}.log" for name in ("features", "train", "serve", "replay", "snapshots")}
+    names = ("features", "train", "serve", "replay", "snapshots", "show")
+    logs = {name: tmp_path / f"{name}.log" for name in names}
 
     def finish(name: str, *arguments: str) -> None:
         process = start_smes(logs[name], *arguments)
@@ -144,12 +152,14 @@ def test_documented_rights_are_enough_and_no_secret_shows(written: Written, worl
         details = http.get("/health/ready", headers=bearer).json()
         shown = http.get("/metrics", headers=bearer).text + http.get("/v1/stats", headers=bearer).text
     finish("snapshots", "-v", "-c", scorer, "snapshots", "list")
+    finish("show", "-v", "-c", scorer, "snapshots", "show")
     assert stop(serve, timeout_s=DEADLINE_S) == 0
 
     assert (scored.status_code, [answer.status_code for answer in refused]) == (200, [401] * 3)
     assert conservation_errors(report) == []
     assert report["events"]["trained"] > 1000
     assert (details["status"], set(details["problems"].values())) == ("ready", {None})
+    assert re.search(r'"signature": "k1:[0-9a-f]{64}"', logs["show"].read_text())
     assert b"server:" not in raw.lower()
     assert b"uvicorn" not in raw.lower()
     assert "smes_cli" in seen
