@@ -64,8 +64,12 @@ class Chain:
         train: bool = True,
         payload: bytes | None = None,
         changed: Mapping[str, torch.Tensor] | None = None,
+        **more: Any,
     ) -> Manifest:
-        """Train, and publish what changed, or everything. ``changed`` tensors are published instead of the own ones."""
+        """Train, and publish what changed, or everything. ``changed`` tensors are published instead of the own ones.
+
+        ``more`` goes to the store.
+        """
         if train:
             self.train()
         before, self.version = self.version, self.learner.step_number
@@ -85,6 +89,7 @@ class Chain:
             created_ms=0,
             applies_to=None if kind == "full" else {before},
             precision=self._precision if kind == "delta" else "fp32",
+            **more,
         )
         state = self.learner.serving_state()
         self.scores[self.version] = ServingModel.from_state(SCHEMA, MODEL, state).score(self.ids, self._numerics)
