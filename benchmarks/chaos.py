@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos_faults import plan
+from benchmarks.chaos_gate import run_gate
 from benchmarks.chaos_kills import Replayed, run_kills
+from benchmarks.chaos_malformed import run_malformed
 from benchmarks.chaos_outages import run_outages
+from benchmarks.chaos_rollback import run_rollback
+from benchmarks.chaos_soak import run_soak
 from benchmarks.chaos_system import EventLogKind, System
 from benchmarks.figures import save
 from simulators.synthetic import synthesize
@@ -65,9 +69,29 @@ def _outages(system: Callable[[], System], arguments: argparse.Namespace, home: 
     return run_outages(system(), _replayed(arguments, home), faults, seed=arguments.seed)
 
 
+def _malformed(system: Callable[[], System], arguments: argparse.Namespace, home: Path) -> Figures:
+    return run_malformed(system(), home, impressions=arguments.malformed, seed=arguments.seed)
+
+
+def _rollback(system: Callable[[], System], arguments: argparse.Namespace, home: Path) -> Figures:
+    return run_rollback(system(), _replayed(arguments, home), rounds=arguments.rounds)
+
+
+def _gate(system: Callable[[], System], arguments: argparse.Namespace, home: Path) -> Figures:
+    return run_gate(system(), _replayed(arguments, home, arguments.gate_limit), rounds=arguments.rounds)
+
+
+def _soak(system: Callable[[], System], arguments: argparse.Namespace, home: Path) -> Figures:
+    return run_soak(system(), minutes=arguments.minutes, events_per_s=arguments.events_per_s, seed=arguments.seed)
+
+
 RUNS: Mapping[str, Callable[[Callable[[], System], argparse.Namespace, Path], Figures]] = {
     "kills": _kills,
     "outages": _outages,
+    "malformed": _malformed,
+    "rollback": _rollback,
+    "gate": _gate,
+    "soak": _soak,
 }
 
 
@@ -94,13 +118,14 @@ def summary(figures: Figures) -> Figures:
     return flat
 
 
-def _replayed(arguments: argparse.Namespace, home: Path) -> Replayed:
-    """The log of a part."""
+def _replayed(arguments: argparse.Namespace, home: Path, limit: int | None = None) -> Replayed:
+    """The log of a part, and how much of it."""
+    limit = limit or arguments.limit
     if arguments.kuairand is not None:
-        return Replayed(arguments.kuairand, arguments.limit, "kuairand")
+        return Replayed(arguments.kuairand, limit, "kuairand")
     log = home / "world.parquet"
-    synthesize(log, arguments.limit, arguments.seed)
-    return Replayed(log, arguments.limit, "synthetic")
+    synthesize(log, limit, arguments.seed)
+    return Replayed(log, limit, "synthetic")
 
 
 def _print(figures: Figures) -> None:
@@ -110,20 +135,19 @@ def _print(figures: Figures) -> None:
 
 
 def holds(figures: Figures) -> list[str]:
-    """What did not hold, in words; the limits are those of docs/chaos.md."""
-    wrong = [f"{name}: {figures[name]}, expected {value}" for name, value in _EXACT.items() if name in figures]
-    wrong = [
-        text
-        for text, name in zip(wrong, (n for n in _EXACT if n in figures), strict=True)
-        if figures[name] != _EXACT[name]
-    ]
+    """What did not hold, in words.
+
+    The times and the memory of a run on a busy machine say little, so that they are judged by who reads them.
+    """
+    expected = {"digests_equal": True, "audit_balanced": True, "scorer_errors": 0}
     for name, of in (("malformed_dead_lettered", "malformed"), ("good_trained", "good")):
-        if name in figures and figures[name] != figures[of]:
-            wrong.append(f"{name}: {figures[name]}, expected {figures[of]}")
-    return wrong
-
-
-_EXACT: Mapping[str, Any] = {"digests_equal": True, "audit_balanced": True, "scorer_errors": 0}
+        if of in figures:
+            expected[name] = figures[of]
+    return [
+        f"{name}: {figures[name]}, expected {value}"
+        for name, value in expected.items()
+        if name in figures and figures[name] != value
+    ]
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -137,6 +161,11 @@ def parsed(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=40_000, help="impressions that are replayed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--time-scale", type=float, default=1.0, help="of outages; less than 1 only to try it")
+    parser.add_argument("--malformed", type=int, default=10_000, help="good impressions among as many malformed ones")
+    parser.add_argument("--rounds", type=int, default=5, help="of rollback and gate")
+    parser.add_argument("--gate-limit", type=int, default=200_000, help="impressions that the part gate trains on")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of soak")
+    parser.add_argument("--events-per-s", type=float, default=500.0, help="of soak")
     parser.add_argument("--kuairand", type=Path, help="replay this KuaiRand folder instead of the synthetic log")
     parser.add_argument("--folder", type=Path, help="keep what the processes wrote here")
     return parser.parse_args(argv)

@@ -29,6 +29,7 @@ from smes_cli.features import load_features
 from trainer.report import conservation_errors
 
 _LEARNER = "learner."
+_SLOWER_START = 1.3  # a start with a checkpoint, while a replay runs, against one without
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,11 @@ def run_kills(system: System, replayed: Replayed, *, kills: int, life_s: float, 
     urls = scorer_urls(1)
     [(name, url)] = urls.items()
     scorer = system.start_plain(name, config, "serve", "--port", url.rpartition(":")[2])
-    replay = start_replay(system, config, replayed, kills * (0.5 * life_s + 3.0))
+    began_s = time.monotonic()
     trainer = system.start_plain("train", config, "train")
+    system.await_said("train", WAITING, trainer)
+    start_s = time.monotonic() - began_s
+    replay = start_replay(system, config, replayed, kills * (_SLOWER_START * start_s + 0.5 * life_s))
     system.await_ready([url], {name: scorer, "train": trainer})
     caller = Caller(
         urls, np.array(loaded["users_sample"]), np.array(loaded["items_sample"]), task_names(config), seed=seed

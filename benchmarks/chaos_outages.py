@@ -42,6 +42,7 @@ class _Run:
         return self.system.start(name, self.config, "serve", "--port", self.urls[name].rpartition(":")[2])
 
     def _start_trainer(self) -> subprocess.Popen[bytes]:
+        self._begins = self.system.written("train")
         report = self.system.folder / "train.json"
         return self.system.start("train", self.config, "train", "--flush", "--report", str(report))
 
@@ -55,6 +56,7 @@ class _Run:
         elif what == "scorer":
             self._fail_scorer(how, fault.seconds)
         elif what == "disk":
+            self.await_training()
             with self._disk.full(self.trainer.pid):
                 time.sleep(fault.seconds)
         else:
@@ -93,6 +95,10 @@ class _Run:
                 _pause(self.scorers[name], seconds)
             if not wait_until(lambda: is_ready(self.urls[name]), timeout_s=_READY_AGAIN_S):
                 raise LocalServerError(f"{name}: not ready again in {_READY_AGAIN_S:g} s:\n{self.system.tail(name)}")
+
+    def await_training(self) -> None:
+        """Wait until the trainer has begun to read."""
+        self.system.await_said("train", WAITING, self.trainer, after=self._begins)
 
     def supervise(self) -> None:
         """Start again what has ended by itself, and count it: nothing should."""
@@ -148,7 +154,7 @@ def run_outages(system: System, replayed: Replayed, faults: list[Fault], *, seed
     replay_ended = replay.poll() is not None
     system.finish("replay", replay, terminate=False)
     run.supervise()
-    system.await_said("train", WAITING, run.trainer, after=0)
+    run.await_training()
     system.finish("train", run.trainer, terminate=True)
     answers = caller.stop()
     report = read_json(system.folder / "train.json")
