@@ -31,6 +31,11 @@ def print_tasks(report: Mapping[str, Any], baseline: Mapping[str, Any] | None = 
         console.print()
     for line in headline_lines(report["headline"], baseline and baseline["headline"], named=named):
         console.print(line, highlight=False)
+    if report.get("arms"):
+        console.print()
+        console.print(arms_table(report["arms"]))
+    if report.get("arms_left_out"):
+        console.print(f"{report['arms_left_out']:,} impressions of further arms are left out", highlight=False)
 
 
 def task_tables(tasks: Figures, baseline: Figures | None = None, *, named: str = "") -> list[Table]:
@@ -91,6 +96,36 @@ def own_experts_table(report: Sequence[Mapping[str, Any]]) -> Table:
     }
     title = "Which tasks need experts of their own? How much of its loss a task would gain by them"
     return _table(cells, title=title, left=("task", "verdict"))
+
+
+def arms_table(arms: Mapping[str, Mapping[str, Any]]) -> Table:
+    """How each arm of the scorer served, task by task; below its figures how much they are above the main arm's."""
+    columns = {"mean_label": "mean label", "auc": "AUC", "ne": "NE", "calibration": "calibration", "mae": "MAE"}
+    tasks = next(iter(arms.values()))["tasks"]
+    rows = [(task, arm, figures["tasks"][task]) for task in tasks for arm, figures in arms.items()]
+    cells = {
+        "task": [task for task, _, _ in rows],
+        "arm": [arm for _, arm, _ in rows],
+        "examples": [number(figures["examples"]) for _, _, figures in rows],
+    }
+    for key, title in columns.items():
+        if any(figures[key] for _, _, figures in rows):
+            cells[title] = [_arm_cell(figures[key]) for _, _, figures in rows]
+    title = "Arms of the scorer: scores as served, 95 % intervals over users; below them, over main"
+    return _table(cells, title=title, left=("task", "arm"))
+
+
+def _arm_cell(figure: Mapping[str, Any] | None) -> str:
+    if figure is None or figure["value"] is None:
+        return "–"
+    own = number(figure["value"]) + _half(figure["value"], figure["high"])
+    if figure["over_main"] is None:
+        return own
+    return f"{own}\n{figure['over_main']:+,.4f}{_half(figure['over_main'], figure['over_main_high'])}"
+
+
+def _half(value: float, high: float | None) -> str:
+    return "" if high is None else f"±{high - value:,.4f}"
 
 
 def _means(means: Mapping[str, Any]) -> str:

@@ -1,13 +1,14 @@
-"""One scoring request from its body to the body of its answer, by one version of the weights.
+"""One scoring request from its body to the body of its answer, by one arm and one version of its weights.
 
 An answer::
 
-    {"lineage": "a1b2", "version": 1200,
+    {"arm": "main", "lineage": "a1b2", "version": 1200,
      "items": [{"item_id": 7, "scores": {"click": 0.31, "watch_time_s": 12.5}, "fused": 0.31}], "ranking": [7]}
 
 Letters: N items, T tasks.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,16 +17,21 @@ import msgspec
 import numpy as np
 
 from feature_store.entities import EntityRows, EntityStore, blank_rows
+from smes.arm_names import MAIN
 from smes.arrays import F32, I64
 from smes.errors import SmesError
 from smes.events import fill_elapsed
 from smes.schema import Schema
 from smes_io.clock import wall_clock_ms
+from smes_scorer.arms import NO_ARMS, Arm, Arms
 from smes_scorer.config import ScorerConfig, fusion_weights
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.request import RequestReader, described
+from smes_scorer.shadow_scoring import Answered
 from smes_scorer.telemetry import Telemetry
+
+_logger = logging.getLogger(__name__)
 
 
 class NotReady(SmesError):
@@ -97,10 +103,11 @@ class AnswerWriter:
         self._scores, self._item_scores, self.struct = _answer_structs(schema)
         self._encoder = msgspec.json.Encoder()
 
-    def write(self, key: tuple[str, int], items: list[int], scores_NT: F32) -> bytes:
+    def write(self, arm: str, key: tuple[str, int], items: list[int], scores_NT: F32) -> bytes:
         """The JSON of an answer.
 
         Args:
+            arm: Name of the arm that answers.
             key: Lineage and version that answer.
             items: The items as requested.
             scores_NT: float32 [N, T], their scores.
@@ -115,7 +122,7 @@ class AnswerWriter:
         rows = zip(items, scores_NT.tolist(), fused_N.tolist(), strict=True)
         scored = [self._item_scores(item, self._scores(*scores), fused) for item, scores, fused in rows]
         ranking = [items[i] for i in np.argsort(-fused_N, kind="stable").tolist()]
-        return self._encoder.encode(self.struct(lineage, version, scored, ranking))
+        return self._encoder.encode(self.struct(arm, lineage, version, scored, ranking))
 
 
 class Answerer:
@@ -127,8 +134,9 @@ class Answerer:
         swap: Holds the model in service.
         features: Stored features.
         first_answers: Notes each version's first answer, for freshness.
-        telemetry: Counts ignored context and freshness.
+        telemetry: Counts ignored context, freshness, and what became of the arms' requests.
         now_ms: Wall clock in Unix milliseconds, the one that stamps arrivals at the event log.
+        arms: The other arms.
 
     Raises:
         ValueError: ``fusion_weights`` names an unknown task.
@@ -143,9 +151,11 @@ class Answerer:
         first_answers: FirstAnswers,
         telemetry: Telemetry,
         now_ms: Callable[[], int] = wall_clock_ms,
+        arms: Arms = NO_ARMS,
     ) -> None:
         self._schema = schema
         self._swap = swap
+        self._arms = arms
         self._features = features
         self._first_answers = first_answers
         self._telemetry = telemetry
@@ -170,13 +180,44 @@ class Answerer:
         rows = self._features.rows(request.user_id, np.array(request.items, np.int64))
         fill_elapsed(rows.numerics, self._schema, self._now_ms())
         request.write_context(rows)
+        arm = self._arms.chosen(request.user_id)
+        by_arm = None if arm is None else self._by_arm(arm, rows)
+        if by_arm is not None and arm is not None:
+            key, scores_NT = by_arm
+            answer = self.writer.write(arm.name, key, request.items, scores_NT)
+            self._note(arm.name, key, arm.first_answers, arm.telemetry)
+            return answer
         with self._swap.reading() as served:  # everything below is of this version
             scores_NT = served.model.score(rows.ids, rows.numerics)
-        answer = self.writer.write(served.key, request.items, scores_NT)
-        first = self._first_answers.answered(served.key, self._now_ms())
-        if first is not None:
-            self._telemetry.first_answer(first)
+        answer = self.writer.write(MAIN, served.key, request.items, scores_NT)
+        self._note(MAIN, served.key, self._first_answers, self._telemetry)
+        self._arms.shadow(request.user_id, Answered(rows.ids, rows.numerics, scores_NT))
         return answer
+
+    def _by_arm(self, arm: Arm, rows: EntityRows) -> tuple[tuple[str, int], F32] | None:
+        """A split arm's version and scores; None where it has none, and the main arm is to answer."""
+        if not arm.is_ready:
+            self._telemetry.arms.fell_back(arm.name, "not_ready")
+            return None
+        try:
+            with arm.swap.reading() as served:
+                scores_NT = served.model.score(rows.ids, rows.numerics)
+        except Exception:
+            _logger.warning("arm %s could not score a request, so the main arm does", arm.name, exc_info=True)
+            self._telemetry.arms.fell_back(arm.name, "failed")
+            return None
+        if not np.isfinite(scores_NT).all():
+            self._telemetry.arms.fell_back(arm.name, "failed")
+            return None
+        return served.key, scores_NT
+
+    def _note(self, arm: str, key: tuple[str, int], first_answers: FirstAnswers, telemetry: Telemetry) -> None:
+        """Count an answer, and the freshness of its version if it is the version's first."""
+        if self._arms.any:
+            self._telemetry.arms.answered(arm)
+        first = first_answers.answered(key, self._now_ms())
+        if first is not None:
+            telemetry.first_answer(first)
 
 
 def _answer_structs(schema: Schema) -> tuple[type[Any], type[Any], type[Any]]:
@@ -209,6 +250,7 @@ def _answer_structs(schema: Schema) -> tuple[type[Any], type[Any], type[Any]]:
     answer = msgspec.defstruct(
         "Answer",
         [
+            ("arm", described(str, "The arm that answered; copy it into what is logged of the impression.")),
             ("lineage", described(str, "Lineage of the weights.")),
             ("version", described(int, "Version of the weights within the lineage.")),
             # mypy knows no types made at run time.

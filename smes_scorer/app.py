@@ -28,6 +28,7 @@ from smes.schema import Schema
 from smes_io.redis_access import RedisAccess
 from smes_io.redis_client import open_client
 from smes_scorer.answer import Answerer, FeatureLookup, NotReady
+from smes_scorer.arms import ArmPlaces, Arms, open_arms
 from smes_scorer.bearer import BearerOnly, Tokens, is_known
 from smes_scorer.config import ScorerConfig
 from smes_scorer.first_answers import FirstAnswers
@@ -57,14 +58,24 @@ class _Parts:
     answerer: Answerer
     queue: ScoringQueue
     clients: tuple[redis.Redis, ...]
+    arms: Arms
+
+    def start(self) -> None:
+        """Start loading."""
+        self.swap.start()
+        self.arms.start()
 
     def close(self) -> None:
         """Stop the threads and close the connections, in a part of ``shutdown_s``."""
         # A load ends at its next chunk. Where that takes long, nobody waits for it.
-        stopping = threading.Thread(target=self.swap.stop, daemon=True)
-        stopping.start()
+        stopping = [threading.Thread(target=stop, daemon=True) for stop in (self.swap.stop, self.arms.stop)]
+        for thread in stopping:
+            thread.start()
         self.queue.close()
-        stopping.join(_CLOSING_SHARE * self.config.shutdown_s)
+        until_s = time.monotonic() + _CLOSING_SHARE * self.config.shutdown_s
+        for thread in stopping:
+            thread.join(max(0.0, until_s - time.monotonic()))
+        self.arms.close()
         for client in self.clients:
             client.close()
 
@@ -96,14 +107,14 @@ def create_app(
     """
     tokens = None if config.tokens is None else Tokens(config.tokens)
 
-    def connected(timeout_s: float) -> redis.Redis:
-        return open_client(redis_url, timeout_s, access=redis_access, namespace=namespace)
+    def connected(timeout_s: float, of: str) -> redis.Redis:
+        return open_client(redis_url, timeout_s, access=redis_access, namespace=of)
 
-    parts = _assemble(config, schema, connected, Signer.of(signing or SigningConfig(), namespace), load)
+    parts = _assemble(config, schema, connected, signing or SigningConfig(), namespace, load)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        parts.swap.start()
+        parts.start()
         yield
         await asyncio.to_thread(parts.close)
 
@@ -123,11 +134,17 @@ def create_app(
 
 
 def _assemble(
-    config: ScorerConfig, schema: Schema, connected: Callable[[float], redis.Redis], signer: Signer, load: Load
+    config: ScorerConfig,
+    schema: Schema,
+    connected: Callable[[float, str], redis.Redis],
+    signing: SigningConfig,
+    namespace: str,
+    load: Load,
 ) -> _Parts:
-    namespace = signer.namespace
+    signer = Signer.of(signing, namespace)
     telemetry, first_answers = Telemetry(), FirstAnswers()
-    snapshots, entities = connected(config.redis_timeout_s), connected(config.entity_timeout_ms / 1000)
+    snapshots = connected(config.redis_timeout_s, namespace)
+    entities = connected(config.entity_timeout_ms / 1000, namespace)
     store, entity_store = SnapshotStore(snapshots, namespace, signer=signer), EntityStore(entities, schema, namespace)
     swap = HotSwap(
         store,
@@ -139,14 +156,18 @@ def _assemble(
         poll_s=config.poll_s,
     )
     features = FeatureLookup(entity_store, schema, telemetry, retry_s=config.entity_retry_s)
-    answerer = Answerer(config, schema, swap, features, first_answers, telemetry)
+    places = ArmPlaces(partial(connected, config.redis_timeout_s), namespace, signing)
+    arms = open_arms(config, schema, places, load, telemetry)
+    answerer = Answerer(config, schema, swap, features, first_answers, telemetry, arms=arms)
     telemetry.snapshot_age_s.set_function(lambda: _age_s(swap) or 0.0)
-    telemetry.degraded.set_function(lambda: float(not swap.served or bool(swap.problem or features.problem)))
+    telemetry.degraded.set_function(
+        lambda: float(not swap.served or bool(swap.problem or features.problem or _problems(arms)))
+    )
     store.damage.on_new = entity_store.damage.on_new = telemetry.refused.note
     telemetry.store_damage.set_function(lambda: store.damage.count + entity_store.damage.count)
     queue = ScoringQueue(config.workers, config.max_waiting, config.max_age_s)
     telemetry.waiting.set_function(lambda: queue.depth)
-    return _Parts(config, telemetry, swap, features, answerer, queue, (snapshots, entities))
+    return _Parts(config, telemetry, swap, features, answerer, queue, (snapshots, entities), arms)
 
 
 def _add_scoring(app: FastAPI, parts: _Parts) -> None:
@@ -256,21 +277,31 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
         served = parts.swap.served
         if not is_known(request.scope):
             return JSONResponse({"status": "ready" if served else "not ready"}, 200 if served else 503)
-        problems = {"snapshots": parts.swap.problem, "features": parts.features.problem}
+        problems = {"snapshots": parts.swap.problem, "features": parts.features.problem, **_problems(parts.arms)}
         status = "not ready" if served is None else "degraded" if any(problems.values()) else "ready"
         refused = parts.telemetry.refused.summary()
-        body = {"status": status, **_served(parts.swap), "problems": problems, "refused": refused}
+        body = {"status": status, **_served(parts.swap), "problems": problems, "refused": refused, **_shown(parts.arms)}
         return JSONResponse(body, 503 if not served else 200)
 
     @app.get("/v1/stats")
     async def stats() -> Response:
         """Counters and quantiles since the start; times in milliseconds."""
-        return JSONResponse({**_served(parts.swap), **parts.telemetry.summary()})
+        return JSONResponse({**_served(parts.swap), **parts.telemetry.summary(), **_shown(parts.arms)})
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         """All counters, gauges and histograms, for Prometheus."""
         return Response(generate_latest(parts.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _problems(arms: Arms) -> dict[str, str]:
+    """What is wrong with which arm."""
+    return {f"arms.{arm.name}": arm.problem for arm in arms if arm.problem is not None}
+
+
+def _shown(arms: Arms) -> dict[str, object]:
+    """What is said of the arms, where there are any."""
+    return {"arms": {arm.name: arm.summary() for arm in arms}} if arms.any else {}
 
 
 def _served(swap: HotSwap) -> dict[str, object]:

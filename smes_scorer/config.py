@@ -5,12 +5,43 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 
+from smes.arm_names import EXPECTED, MAIN, is_arm_name
 from smes.arrays import F32
 from smes.ranges import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from smes.schema import Schema
 from smes_io.secrets import SecretPlace
+
+_LONGEST_SALT = 64  # bytes; BLAKE2b takes no longer key
+
+
+@dataclass(frozen=True)
+class ArmConfig:
+    """Another model beside the one in service: what another trainer publishes, or a candidate that was held back.
+
+    It has features and tasks of the same schema, and memory of its own.
+
+    Attributes:
+        namespace: Where another trainer publishes. Null: ``held``.
+        held: Serve the newest version that was published aside in the scorer's own namespace. While there is none, the
+            main arm answers.
+        share: Which share of the users it answers, or sees as a shadow, more than 0, at most 1. Null: all, for a
+            shadow.
+        shadow: It only scores what the main arm answered, after the answer, and is measured.
+    """
+
+    namespace: str | None = None
+    held: bool = False
+    share: Annotated[float, Gt(0), Le(1)] | None = None
+    shadow: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if (self.namespace is None) != self.held:
+            raise ValueError(f"ArmConfig.namespace: {self.namespace!r}, expected either a namespace or held: true")
+        if self.share is None and not self.shadow:
+            raise ValueError("ArmConfig.share: null, expected a share of the users, or shadow: true")
 
 
 @dataclass(frozen=True)
@@ -22,6 +53,13 @@ class ScorerConfig:
         port: TCP port, 0 for any free one.
         fusion_weights: Task → factor of its score in the fused score, by which items are ranked. The default is 1 for
             a binary task and 0 for a regression task.
+        arms: Name → another model beside the one in service, which is the arm ``main``:
+            ``{namespace: …, share: 0.1}`` or ``{held: true, shadow: true}``. ``namespace`` is where another trainer
+            publishes, and ``held: true`` stands for the newest candidate that was kept aside in the scorer's own
+            namespace. The arm answers ``share`` of the users, or with ``shadow: true`` only scores what the main arm
+            answered. A name has up to 16 of ``a-z``, ``0-9``, ``_`` and ``-``.
+        split_salt: Goes into the hash that gives each user to an arm, at most 64 bytes: another salt, another split.
+        max_shadow_waiting: Most answered requests that wait for a shadow; one more is left out, and counted.
         tokens: Where the bearer tokens are that callers must show, one a line: ``{file: …}`` or ``{env: …}``. A file
             is read again when it changes. Null: everybody may ask for everything.
         max_items: Most items of one request.
@@ -49,6 +87,9 @@ class ScorerConfig:
     host: str = "127.0.0.1"
     port: Annotated[int, Ge(0), Le(65535)] = 8000
     fusion_weights: dict[str, float] = field(default_factory=dict)
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+    split_salt: str = ""
+    max_shadow_waiting: PositiveInt = 32
     tokens: SecretPlace | None = None
     max_items: PositiveInt = 1000
     max_body_bytes: PositiveInt = 1024 * 1024
@@ -73,6 +114,14 @@ class ScorerConfig:
         for task, weight in self.fusion_weights.items():
             if not math.isfinite(weight):
                 raise ValueError(f"ScorerConfig.fusion_weights.{task}: {weight}, expected a finite number")
+        for name in self.arms:
+            if name == MAIN or not is_arm_name(name):
+                raise ValueError(f"ScorerConfig.arms: {name!r}, expected {EXPECTED}, and not {MAIN}")
+        if len(self.split_salt.encode()) > _LONGEST_SALT:
+            raise ValueError(f"ScorerConfig.split_salt: {self.split_salt!r}, expected at most {_LONGEST_SALT} bytes")
+        shares = math.fsum(arm.share or 0.0 for arm in self.arms.values() if not arm.shadow)
+        if shares > 1:
+            raise ValueError(f"ScorerConfig.arms: shares of {shares:g} in all, expected at most 1")
 
 
 def fusion_weights(config: ScorerConfig, schema: Schema) -> F32:

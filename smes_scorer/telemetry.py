@@ -15,6 +15,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from smes.arrays import F64, I64
+from smes_scorer.arm_telemetry import ArmTelemetry
 from smes_scorer.first_answers import STAGES, FirstAnswer
 from smes_scorer.refused import Refused
 
@@ -142,6 +143,7 @@ class Telemetry:
         self.pinned = Gauge(
             "smes_scorer_pinned", "1 while an operator has pinned what is served", registry=self.registry
         )
+        self.arms = ArmTelemetry(self.registry)
         self.swaps = counter("swaps", "Snapshots put into service")
         self.full_loads = counter("full_loads", "Full snapshots loaded: at the start, and where no delta led on")
         self.shadows = Gauge(

@@ -22,6 +22,7 @@ from smes.model.deltas import RowDelta, StateArray, whole
 from smes.model.learner import Learner
 from smes_io.clock import wall_clock_ms
 from stream.dead_letters import DeadLetter
+from trainer.arms_report import ArmTallies
 from trainer.checkpoint_file import CheckpointView
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.checkpoints import CheckpointDirectory
@@ -53,6 +54,7 @@ class Trainer:
         not_finite: Impressions whose first step was not taken because loss or gradients were not finite, likewise.
         lineage: Name of this history of weights.
         experts: What the routing executed.
+        arms: How well the scorer's arms served.
         publisher: Publishes cuts for serving; None until :meth:`publish_to`.
 
     Args:
@@ -90,6 +92,7 @@ class Trainer:
         self.lineage = lineage or new_lineage()
         self.trained = self.not_finite = 0
         self.experts = ExpertTally(learner.expert_limits, routing)
+        self.arms = ArmTallies(learner.schema)
         self._flags, self._checkpoints = flags, checkpoints
         self._writer = CheckpointWriter(checkpoints) if checkpoints else None
         self._sender = BatchSender(learner, ahead=learner.overlaps_copies if prefetch is None else prefetch)
@@ -98,7 +101,8 @@ class Trainer:
         self._routing = RoutingObserver(learner, self.experts, self._results.deliver)
         self._failed = FailedSteps(max_failed_steps, self._forget, dead_letters)
         self.gated = gated
-        self._observers += [self._routing, evaluation, *([gated.gate] if gated else []), *observers, self._failed]
+        gates = [gated.gate] if gated else []
+        self._observers += [self._routing, evaluation, self.arms, *gates, *observers, self._failed]
         self.publisher: Publisher | None = None
         self._arrivals = FeedbackArrivals(stream.taken_times)
         self._event_time_ms: int | None = None
@@ -127,6 +131,7 @@ class Trainer:
             self.stream.load_state(under("stream.", checkpoint.arrays))
             self.evaluation.load_state(under("evaluation.", checkpoint.arrays))
             self.experts.load_state(under("experts.", checkpoint.arrays))
+            self.arms.load_state(under("arms.", checkpoint.arrays))
             self.trained, self.not_finite = (int(n) for n in checkpoint.arrays["trainer.trained"])
             gate = under("gate.", checkpoint.arrays)
             if self.gated is not None and gate:
@@ -414,6 +419,7 @@ class Trainer:
             **prefixed("stream.", _kept(stream)),
             **prefixed("evaluation.", _kept(self.evaluation.state(), final="frozen.")),
             **prefixed("experts.", _kept(self.experts.state())),
+            **prefixed("arms.", _kept(self.arms.state())),
             "trainer.trained": whole(np.array([self.trained, self.not_finite])),
         }
         if self.gated is not None:

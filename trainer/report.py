@@ -8,6 +8,7 @@ from typing import Any
 
 from smes.model.rows_config import RowCounts
 from stream.join.ledgers import StreamLedger
+from trainer.arm_figures import ArmFigures
 from trainer.task_figures import Headline, TaskFigures
 
 
@@ -135,6 +136,9 @@ class TrainingReport:
         active_experts, routing: What the routing executed; None for a ranker without experts.
         headline: Means over the dense binary tasks, and over the rare ones.
         tasks: Task name → metrics.
+        arms: Arm of the scorer → how well it served, over final labels; see :mod:`trainer.arms_report`. Empty where the
+            log does not say what was served.
+        arms_left_out: Impressions served by arms beyond those.
     """
 
     schema: str
@@ -152,6 +156,8 @@ class TrainingReport:
     routing: RoutingSummary
     headline: Headline
     tasks: dict[str, TaskFigures]
+    arms: dict[str, ArmFigures]
+    arms_left_out: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the documented keys: the one form in which reports are written."""

@@ -69,6 +69,8 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
         routing=tally.routing(),
         headline=headline(tasks),
         tasks=tasks,
+        arms=trainer.arms.report(),
+        arms_left_out=trainer.arms.left_out,
     )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smes_cli.console import console, number
-from smes_cli.task_tables import headline_lines, own_experts_table, task_tables
+from smes_cli.task_tables import arms_table, headline_lines, own_experts_table, task_tables
 
 BINARY: dict[str, Any] = {
     "positives": 1_234_567,
@@ -95,3 +95,33 @@ def test_who_needs_experts_fits_a_terminal(width: int) -> None:
     rows = [line.split() for line in lines if "162,268" in line]
     assert len(rows) == 40
     assert rows[7][:7] == ["task_07", "162,268", "-12.35±10.02", "-12.35±10.02", "–", "-0.12", "too"]
+
+
+def _figure(value: float | None, half: float | None, over_main: float | None = None) -> dict[str, float | None]:
+    """A figure of an arm as reports have it; the difference has twice the interval."""
+    own = value is not None and half is not None
+    return {
+        "value": value,
+        "high": value + half if value is not None and half is not None else None,
+        "over_main": over_main,
+        "over_main_high": over_main + 2 * half if own and over_main is not None and half is not None else None,
+    }
+
+
+def test_the_arms_stand_side_by_side_with_their_difference_to_the_main_one() -> None:
+    def click(auc: float, over_main: float | None) -> dict[str, Any]:
+        figures = {"examples": 12_345, "mean_label": _figure(0.31, 0.0123), "auc": _figure(auc, 0.003, over_main)}
+        return {**figures, "ne": _figure(0.9, None), "calibration": _figure(None, None), "mae": None}
+
+    arms = {"main": {"tasks": {"click": click(0.7412, None)}}, "b": {"tasks": {"click": click(0.7433, 0.0021)}}}
+
+    title, head, _, *lines = printed(arms_table(arms), width=120)
+
+    assert "95 % intervals over users" in title
+    assert head.split() == ["task", "arm", "examples", "mean", "label", "AUC", "NE", "calibration"]
+    cells = [line.split() for line in lines if line.strip()]
+    assert cells == [
+        ["click", "main", "12,345", "0.3100±0.0123", "0.7412±0.0030", "0.9000", "–"],
+        ["click", "b", "12,345", "0.3100±0.0123", "0.7433±0.0030", "0.9000", "–"],
+        ["+0.0021±0.0060"],
+    ]

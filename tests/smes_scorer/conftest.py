@@ -88,6 +88,7 @@ def publish() -> Callable[..., Manifest]:
         schema_hash: str = SCHEMA.hash,
         payload: bytes | None = None,
         arrivals: tuple[tuple[int, int], ...] = (),
+        held: str | None = None,
     ) -> Manifest:
         metadata = {"lineage": lineage, "version": str(version), "schema_hash": schema_hash}
         return store.publish(
@@ -98,6 +99,7 @@ def publish() -> Callable[..., Manifest]:
             step=version * 10,
             created_ms=1_700_000_000_000,
             feedback_arrivals=[(ms, count, 0, 0, 0) for ms, count in arrivals],
+            held=held,
         )
 
     return publish

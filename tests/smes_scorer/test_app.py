@@ -55,6 +55,7 @@ def test_an_answer(http: httpx.Client) -> None:
 
     assert answer.status_code == 200
     assert answer.json() == {
+        "arm": "main",
         "lineage": "a",
         "version": 4,
         "items": [
