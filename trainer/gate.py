@@ -1,7 +1,8 @@
 """The publish gate: whether a cut may be published, by examples that neither it nor the version in service has seen.
 
-Of each batch, before the step on it, a sample is scored by the version in service, as it was at the last cut that
-passed. The weights that are trained score every batch anyway. A cut is refused if
+A sample of the stream is scored by the version in service, as it was at the last cut that passed. That version does
+not change, so it does not matter when it scores. The weights that are trained score every batch just before the step on
+it anyway. A cut is refused if
 
 1. a weight or a score is not finite;
 2. it is out of calibration: the labels of the newest stretch are not what it expected, or its scores are far from the
@@ -25,7 +26,6 @@ nothing of them.
 
 import json
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ from smes.schema import Schema
 from trainer.config import GateConfig
 from trainer.gate_candidate import find_faults
 from trainer.gate_findings import BASE_RATE, LEARNED, NOT_FINITE, TOO_FEW, Finding, reason_of
-from trainer.gate_sample import SampledStretch
+from trainer.gate_sample import Examples, SampledStretch
 from trainer.gate_stream import FEWEST, StreamHistory
 from trainer.observers import Observer, StepFigures
 from trainer.ranked_windows import OpenImpressions
@@ -50,6 +50,7 @@ _BACKS_KEPT = 16
 _FEWEST_AFTER_REFUSAL = 256  # sampled examples
 _Z_AFTER_REFUSAL = 2.5
 _ALL = 2.0**64
+_SCORED_AT_ONCE = 512  # examples: a call costs as much as some 300 of them
 
 
 class Reference(Protocol):
@@ -134,9 +135,9 @@ class PublishGate(Observer):
     def __init__(self, schema: Schema, config: GateConfig, *, thaw: Callable[[Arrays], Reference]) -> None:
         self.config, self._schema, self._thaw = config, schema, thaw
         self._history = StreamHistory(schema, config)
-        self._sample = SampledStretch(config.stretch_examples, schema.num_tasks)
+        self._sample = SampledStretch(config.stretch_examples, self._history.binary)
         self._open = OpenImpressions(schema.num_tasks)
-        self._pending: deque[tuple[ExampleBlock, I64, F32 | None]] = deque()
+        self._unscored: list[tuple[ExampleBlock, F32]] = []
         self._suspicion: list[Finding] = []
         self._marks = _Marks()
         self._new_range: F64 = _no_range(schema.num_numerics)
@@ -146,35 +147,38 @@ class PublishGate(Observer):
 
     # What the observer sees.
 
-    def before_step(self, examples: ExampleBlock) -> None:
-        """Let the version in service score a sample of the batch."""
-        rows = np.flatnonzero(examples.begins & self._sampled(examples.impression_id))
-        scores = None
-        if self.reference is not None and len(rows):
-            scores = self.reference.score(examples.ids[rows], examples.numerics[rows])
-        self._pending.append((examples, rows, scores))
-
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Take the scores that the weights gave the batch just before they were trained on it."""
-        _, rows, served = self._pending.popleft()
         marks = self._marks
         marks.event_time_ms = max(marks.event_time_ms, int(examples.event_time_ms.max()))
         marks.not_finite += int((~np.isfinite(figures.scores)).any(axis=1).sum())
-        if served is None:
+        rows = np.flatnonzero(examples.begins & self._sampled(examples.impression_id))
+        if self.reference is None or not len(rows):
             return
-        sampled, live = examples.take(rows), figures.scores[rows]
-        if (examples.kind == WHOLE).all():
-            self._add(sampled, served, live)
-        else:
-            self._open.begin(sampled.impression_id, 0, served)
-            self._open.score(sampled.impression_id, live)
+        self._unscored.append((examples.take(rows), figures.scores[rows]))
+        if sum(len(sampled) for sampled, _ in self._unscored) >= _SCORED_AT_ONCE:
+            self._score()
 
-    def after_failed_step(self, examples: ExampleBlock) -> None:
-        """Forget the batch: nothing was learned from it."""
-        self._pending.popleft()
+    def _score(self) -> None:
+        """Let the version in service score what it has not yet."""
+        if not self._unscored or self.reference is None:
+            return
+        blocks, scores = zip(*self._unscored, strict=True)
+        sampled, live = ExampleBlock.concat(blocks), np.concatenate(scores)
+        self._unscored = []
+        served = self.reference.score(sampled.ids, sampled.numerics)
+        whole = sampled.kind == WHOLE
+        if whole.all():
+            self._add(sampled, served, live)
+            return
+        self._add(sampled.take(whole), served[whole], live[whole])
+        begun = sampled.impression_id[~whole]
+        self._open.begin(begun, 0, served[~whole])
+        self._open.score(begun, live[~whole])
 
     def after_closing(self, examples: ExampleBlock) -> None:
         """Take in the impressions whose final labels have come."""
+        self._score()
         known, noted = self._open.close(examples)
         if len(known):
             self._add(known, noted["frozen"], noted["scores"])
@@ -194,14 +198,8 @@ class PublishGate(Observer):
             self._new_range = np.stack(
                 [np.fmin(low, np.fmin.reduce(usual, axis=0)), np.fmax(high, np.fmax.reduce(usual, axis=0))]
             )
-        self._sample.add(
-            user=examples.user_id,
-            odd=odd,
-            labels=examples.labels,
-            mask=examples.label_mask & np.isfinite(served) & np.isfinite(live),
-            served=served,
-            live=live,
-        )
+        mask = examples.label_mask & np.isfinite(served) & np.isfinite(live)
+        self._sample.add(Examples(examples.user_id.copy(), odd, examples.labels, mask, served, live))
         if self._sample.total - self._marks.looked_at >= self._sample.size // 2:
             self._look()
 
@@ -252,8 +250,9 @@ class PublishGate(Observer):
             findings.append(Finding(NOT_FINITE, "", text))
         if self.reference is None:
             return findings
+        self._score()
         self._look()
-        kept = self._sample.since(marks.compared_from)
+        kept = self._sample.newest(self._sample.length(marks.compared_from))
         faults = find_faults(kept, self._history, config, z=config.z if marks.is_open else _Z_AFTER_REFUSAL)
         if not marks.is_open and len(kept) < _FEWEST_AFTER_REFUSAL:
             text = f"{len(kept)} examples since it was refused, expected {_FEWEST_AFTER_REFUSAL}"
@@ -276,10 +275,10 @@ class PublishGate(Observer):
         """Compare what came since the last suspicion with what is usual."""
         marks, total = self._marks, self._sample.total
         marks.looked_at = total
-        kept = self._sample.since(marks.suspect_from)
-        if len(kept) < FEWEST or total == marks.trusted_until:
+        length = self._sample.length(marks.suspect_from)
+        if length < FEWEST or total == marks.trusted_until:
             return
-        findings, look = self._history.compare(kept)
+        findings, look = self._history.compare(self._sample, length)
         if findings:
             if not self._suspicion:
                 marks.suspect_since_ms = marks.event_time_ms
@@ -289,12 +288,12 @@ class PublishGate(Observer):
             marks.suspect_from = marks.trusted_until = total
             marks.is_open, marks.learned_suspect = 0, 1
             self._suspicion = findings
-        elif not self._suspicion or len(kept) >= marks.needed:
+        elif not self._suspicion or length >= marks.needed:
             if self._suspicion:
-                _logger.warning("the stream is as usual again, for %d sampled examples", len(kept))
+                _logger.warning("the stream is as usual again, for %d sampled examples", length)
                 self._suspicion, marks.needed = [], 0
                 marks.compared_from = marks.suspect_from
-            self._history.accept(look, total - marks.trusted_until)
+            self._history.accept(look, self._sample, self._sample.length(marks.trusted_until))
             self._history.see(self._new_range)
             marks.trusted_until = total
         else:
@@ -335,6 +334,7 @@ class PublishGate(Observer):
 
     def _replace(self, reference: Reference) -> None:
         if self.reference is not None:
+            self._score()
             self.reference.close()
         self.reference = reference
 
@@ -369,6 +369,10 @@ class PublishGate(Observer):
             **prefixed("history.", self._history.state()),
             **prefixed("open.", self._open.state()),
         }
+        if self._unscored:
+            blocks, scores = zip(*self._unscored, strict=True)
+            state |= prefixed("unscored.", ExampleBlock.concat(blocks).arrays())
+            state["unscored_live"] = np.concatenate(scores)
         if self.reference is not None:
             state |= prefixed("reference.", self.reference.state())
         return state
@@ -384,6 +388,8 @@ class PublishGate(Observer):
         self._sample.load_state(under("sample.", state))
         self._history.load_state(under("history.", state))
         self._open.load_state(under("open.", state))
+        unscored = under("unscored.", state)
+        self._unscored = [(ExampleBlock(**unscored), state["unscored_live"])] if unscored else []
         reference = under("reference.", state)
         self.reference = self._thaw(reference) if reference else None
 

@@ -50,22 +50,6 @@ def terms(scores: F32, labels: F32, mask: Bool, binary: Bool) -> F64:
     return result
 
 
-def tail_sums(terms_NST: F64, lengths: Sequence[int]) -> F64:
-    """Sums over the newest examples.
-
-    Args:
-        terms_NST: :func:`terms`, oldest first.
-        lengths: Of the K tails, growing, each 1 … N.
-
-    Returns:
-        float64 [K, 10, T].
-    """
-    starts = len(terms_NST) - np.array(lengths)[::-1]
-    parts = np.add.reduceat(terms_NST, starts, axis=0)
-    sums: F64 = np.cumsum(parts[::-1], axis=0)
-    return sums
-
-
 def slope(sums_ST: F64) -> tuple[F64, F64, F64]:
     """The score of the slope, its information, and its variance, each [T]."""
     s = sums_ST
@@ -129,17 +113,32 @@ _FEWEST = 30  # examples of which a standard error is taken
 
 
 def compare_losses(candidate: F32, served: F32, labels: F32, *, binary: bool) -> Comparison:
-    """Paired test of the losses: their differences, example by example. float [N] each."""
-    if len(labels) < _FEWEST:
+    """Paired test of the losses: their differences, example by example. float [N] each.
+
+    Of a rare label the differences hardly vary until a positive comes, which then counts much. So their variance is
+    taken to be at least what it is on average where the version in service is right.
+    """
+    n = len(labels)
+    if n < _FEWEST:
         return _UNKNOWN
     ours, theirs = losses(candidate, labels, binary=binary), losses(served, labels, binary=binary)
     difference = ours - theirs
-    error = float(difference.std(ddof=1)) / np.sqrt(len(difference))
-    z = float(difference.mean()) / error if error > 0 else 0.0
+    variance = float(difference.var(ddof=1)) * n
+    if binary:
+        p, q = (np.clip(scores.astype(np.float64), _CLIP, 1 - _CLIP) for scores in (served, candidate))
+        if max(float(labels.sum()), float(p.sum())) < _FEWEST_OF_A_CLASS:
+            return _UNKNOWN
+        variance = max(variance, float((p * (1 - p) * (_logit(p) - _logit(q)) ** 2).sum()))
+    z = float(difference.sum() / np.sqrt(variance)) if variance > 0 else 0.0
     return Comparison(float(ours.mean()), float(theirs.mean()), z)
 
 
-_FEWEST_OF_A_CLASS = 10
+def _logit(p: F64) -> F64:
+    result: F64 = np.log(p / (1 - p))
+    return result
+
+
+_FEWEST_OF_A_CLASS = 20
 
 
 def compare_auc(candidate: F32, served: F32, labels: F32) -> Comparison:

@@ -21,7 +21,7 @@ from trainer.gate_findings import (
     STREAM_USER,
     Finding,
 )
-from trainer.gate_sample import Examples
+from trainer.gate_sample import SampledStretch
 from trainer.gate_statistics import (
     SUMS,
     N,
@@ -32,8 +32,6 @@ from trainer.gate_statistics import (
     odds_ratio,
     signed_deviance,
     slope,
-    tail_sums,
-    terms,
 )
 
 FEWEST = 32
@@ -112,19 +110,22 @@ class StreamHistory:
         """Widen the ranges by the smallest and the largest usual values of a trusted stretch. float64 [2, F]."""
         self._range[0], self._range[1] = np.fmin(self._range[0], low_high[0]), np.fmax(self._range[1], low_high[1])
 
-    def compare(self, examples: Examples) -> tuple[list[Finding], "Look"]:
-        """What is unusual about a stretch, by its tails; and what :meth:`accept` takes in if nothing is."""
-        lengths = [length for length in self._lengths if length < len(examples)] + [len(examples)]
+    def compare(self, sample: SampledStretch, length: int) -> tuple[list[Finding], "Look"]:
+        """What is unusual about the newest examples, by their tails; what :meth:`accept` takes in if nothing is.
+
+        Args:
+            sample: The examples.
+            length: How many of the newest, ≥ 1.
+        """
+        lengths = [shorter for shorter in self._lengths if shorter < length] + [length]
         lengths = lengths[-len(self._lengths) :]
         places = [int(np.searchsorted(self._lengths, length)) for length in lengths]
         places = [min(place, len(self._lengths) - 1) for place in places]
-        each = terms(examples.served, examples.labels, examples.mask, self.binary)
-        sums = tail_sums(each, lengths)
+        examples, sums = sample.newest(length), sample.tail_sums(lengths)
         most, total = largest_shares(examples.user, examples.mask & (examples.labels > 0), lengths)
         odd = np.array([int(examples.odd[-length:].sum()) for length in lengths])
-        look = Look(
-            each, places, np.zeros((len(lengths), _TESTS, len(self.names))), most, total, odd, np.array(lengths)
-        )
+        z = np.zeros((len(lengths), _TESTS, len(self.names)))
+        look = Look(places, z, most, total, odd, np.array(lengths))
         findings: list[Finding] = []
         for i, place in enumerate(places):
             findings += self._compare_labels(sums[i], place, look.z[i])
@@ -189,8 +190,8 @@ class StreamHistory:
             )
         return findings
 
-    def accept(self, look: "Look", new: int) -> None:
-        """Take in a look that found nothing; ``new`` of its newest examples were in none before."""
+    def accept(self, look: "Look", sample: SampledStretch, new: int) -> None:
+        """Take in a look that found nothing; ``new`` of the sample's newest examples were in none before."""
         for i, place in enumerate(look.places):
             if self.knows:
                 self._looks[place] += 1
@@ -201,10 +202,8 @@ class StreamHistory:
                 shares = np.where(look.most[i] >= _FEWEST_OF_ONE // 4, look.most[i] / look.total[i], 0.0)
             shares = np.append(shares, look.odd[i] / look.lengths[i])
             self._shares[place] = np.maximum(self._shares[place] * _SHARES_FADE, shares)
-        new = min(new, len(look.each))
-        if new:
-            kept = np.exp(-new / (_LONG_RUN * self._config.stretch_examples))
-            self._sums = kept * self._sums + look.each[-new:].sum(axis=0)
+        kept = np.exp(-new / (_LONG_RUN * self._config.stretch_examples))
+        self._sums = kept * self._sums + sample.tail_sums([new])[0]
 
     def state(self) -> Arrays:
         """Copies of the arrays from which :meth:`load_state` goes on."""
@@ -226,8 +225,8 @@ class StreamHistory:
 class Look:
     """What one comparison computed."""
 
-    def __init__(self, each: F64, places: Sequence[int], z: F64, most: I64, total: I64, odd: I64, lengths: I64) -> None:
-        self.each, self.places, self.z = each, places, z
+    def __init__(self, places: Sequence[int], z: F64, most: I64, total: I64, odd: I64, lengths: I64) -> None:
+        self.places, self.z = places, z
         self.most, self.total, self.odd, self.lengths = most, total, odd, lengths
 
 
