@@ -1,7 +1,7 @@
 """Everything else fails during one replay: servers, scorers, disk and clock, each for a while, one after the other.
 
-A replay appends the whole time. Two scorers are asked the whole time, so that one may be taken down. Whatever failed is
-started again, as a supervisor would.
+A replay appends the whole time, and the scorers are asked the whole time. Whatever failed is started again, as a
+supervisor would.
 """
 
 import signal
@@ -29,10 +29,10 @@ _READY_AGAIN_S = 120.0
 class _Run:
     """The processes of one run, and what is done to them."""
 
-    def __init__(self, system: System, config: Path, disk: Disk, clock: Clock, seed: int) -> None:
+    def __init__(self, system: System, config: Path, disk: Disk, clock: Clock, scorers: int, seed: int) -> None:
         self.system, self.config, self._disk, self._clock = system, config, disk, clock
         self._rng = np.random.default_rng(seed)
-        self.urls = scorer_urls(2)
+        self.urls = scorer_urls(scorers)
         self.scorers = {name: self._start_scorer(name) for name in self.urls}
         self.trainer = self._start_trainer()
         self.caller: Caller | None = None
@@ -129,7 +129,8 @@ def run_outages(system: System, replayed: Replayed, faults: list[Fault], *, seed
     checkpoint = {"checkpoint": {"directory": str(disk.folder / "checkpoints")}}
     config = system.write_config("outages", schema=replayed.schema, trainer=checkpoint)
     loaded = prepare(system, config, replayed)
-    run = _Run(system, config, disk, clock, seed)
+    scorers = 2 if any(fault.kind.startswith("scorer") for fault in faults) else 1  # one may be taken down
+    run = _Run(system, config, disk, clock, scorers, seed)
     replay = start_replay(system, config, replayed, seconds_of(faults) + _RESTART_S * len(faults) / 2)
     system.await_ready(list(run.urls.values()), {**run.scorers, "train": run.trainer})
     users, items = np.array(loaded["users_sample"]), np.array(loaded["items_sample"])
