@@ -48,13 +48,17 @@ class HeldCandidates(SnapshotStore):
 
     def to_serve(self) -> Manifest | None:
         """Manifest of the newest candidate, None without any."""
-        held = self.held()
+        held = self._candidates()
         self._names = frozenset((manifest.lineage, manifest.version) for manifest in held)
         return held[-1] if held else None
 
     def fallbacks(self) -> tuple[Manifest, ...]:
         """The other candidates, the newest first."""
-        return tuple(reversed(self.held()))
+        return tuple(reversed(self._candidates()))
+
+    def _candidates(self) -> tuple[Manifest, ...]:
+        """What is listed as held, and says so itself: the list is not signed."""
+        return tuple(manifest for manifest in self.held() if manifest.held is not None)
 
     def holds(self, key: tuple[str, int]) -> bool:
         """Whether this version was a candidate still when the store was last looked at."""

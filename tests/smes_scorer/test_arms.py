@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from feature_store.payload import PayloadContent
+from feature_store.signing import KeyPlace, Signer, SigningConfig
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes.schema import Schema
@@ -303,6 +304,45 @@ def test_a_candidate_that_is_held_back_is_served_by_its_arm_alone(
         until(lambda: http.get("/health/ready").json()["version"] == 5)
         until(lambda: not arm_ready(http))
         assert {(a["arm"], a["version"]) for a in (ask(http, user) for user in USERS)} == {("main", 5)}
+
+
+def test_a_version_that_is_only_listed_as_held_is_no_candidate(
+    ready: Ready, store: SnapshotStore, publish: Publish, client: redis.Redis, namespace: str, until: Until
+) -> None:
+    publish(store, 4)
+    publish(store, 5)
+    client.zadd(f"{{{namespace}}}:snapshots:held", {"a:4": 1.0})
+    assert [manifest.version for manifest in store.held()] == [4]  # whoever can write to Redis can write the list
+    with ready(arms={"b": ArmConfig(held=True, share=0.5)}) as http:
+        publish(store, 6, held="worse")
+        until(lambda: arm_ready(http, version=6))
+        client.zrem(f"{{{namespace}}}:snapshots:held", "a:6")
+
+        until(lambda: not arm_ready(http))
+        assert {(a["arm"], a["version"]) for a in (ask(http, user) for user in USERS)} == {("main", 5)}
+
+
+def test_signatures_are_verified_in_every_arm(
+    ready: Ready,
+    client: redis.Redis,
+    namespace: str,
+    publish: Publish,
+    half: dict[str, Any],
+    until: Until,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KEY_OF_A_TEST", "k" * 40)
+    signing = SigningConfig((KeyPlace(id="k1", env="KEY_OF_A_TEST"),))
+    publish(SnapshotStore(client, namespace, signer=Signer.of(signing, namespace)), 4)
+    publish(SnapshotStore(client, f"{namespace}-b"), 7)  # not signed
+    with ready(signing=signing, **half) as http:
+        until(lambda: "unsigned" in str(http.get("/health/ready").json()["problems"].get("arms.b")))
+
+        assert metric(http, "arm_refusals_total", arm="b", reason="signature") >= 1
+        assert {ask(http, user)["arm"] for user in USERS} == {"main"}
+
+        publish(SnapshotStore(client, f"{namespace}-b", signer=Signer.of(signing, f"{namespace}-b")), 8)
+        until(lambda: arm_ready(http, version=8))
 
 
 @pytest.mark.parametrize("user", [0, 1, -1, 2**62, -(2**63) + 1])
