@@ -130,6 +130,7 @@ def test_a_lease_taken_over_during_the_upload_is_refused_by_the_commit(
     with pytest.raises(LeaseLost, match="held by holder"):
         publish(slow, 1, zombie.number)
 
+    assert store.fenced()[0] == 1
     assert store.current() is None
     assert list(client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*")) == []
 

@@ -257,6 +257,17 @@ def test_an_older_pointer_does_not_come_back_and_what_is_kept_aside_does_not_bec
         assert reader.current() == second
 
 
+def test_a_reader_without_keys_follows_a_trainer_that_signs_no_more(make_store: Callable[..., SnapshotStore]) -> None:
+    reader = make_store()
+    signed = publish(make_store(k1=K1), 1)
+    assert reader.current() == signed
+
+    unsigned = publish(make_store(), 2)
+
+    assert reader.current() == unsigned
+    assert reader.pointer_problem is None
+
+
 def test_the_next_publication_takes_no_heed_of_a_forged_pointer(
     client: redis.Redis, prefix: str, store: SnapshotStore, make_store: Callable[..., SnapshotStore]
 ) -> None:
