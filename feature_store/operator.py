@@ -17,7 +17,7 @@ from feature_store.pointer import Pointers
 from feature_store.reading import SnapshotReader
 from feature_store.signing import Signer
 from smes.errors import SnapshotError, SnapshotNotFound
-from smes_io.redis_client import FEATURE_STORE, retry_during_outage, translated
+from smes_io.redis_client import FEATURE_STORE, retry_during_outage
 
 _TRIES = 50  # a trainer may publish several times a second
 _EXISTS_AT_ONCE = 200
@@ -171,17 +171,22 @@ class Operator:
         by: str,
     ) -> Decision:
         """Choose, check that the version can be loaded, and write; again if something has changed meanwhile."""
-        for _ in range(_TRIES):
-            with translated(self._client, f"{action} was decided"):
-                found = self._look()
-                name, rolled_back = chosen(found)
-                if action != "unpin":  # which follows what is current, as without any decision
-                    self._check_loadable(self._reader.manifest(name))
-                number = self._next_number()
-                place = split_member(name)
-                assert place is not None, "it was built or read as a name"
-                decision = Decision(
-                    number=number,
+
+        tried: list[Decision] = []
+
+        def attempt() -> tuple[str, Decision]:
+            for decision in tried:  # the answer to one of them may have been lost
+                if self._client.hget(self._keys.key("decisions"), str(decision.number)) == self._text(decision):
+                    return "ok", decision
+            found = self._look()
+            name, rolled_back = chosen(found)
+            if action != "unpin":  # which follows what is current, as without any decision
+                self._check_loadable(self._reader.manifest(name))
+            place = split_member(name)
+            assert place is not None, "it was built or read as a name"
+            decision, moves = self._moved(
+                Decision(
+                    number=self._next_number(),
                     action=action,
                     lineage=place[0],
                     version=place[1],
@@ -191,14 +196,20 @@ class Operator:
                     why=why[:MAX_REASON],
                     by=by[:300] or "unknown",
                     at_ms=min(self._server_ms(), LATEST_MS),
-                )
-                decision, moves = self._moved(decision, found)
-                outcome = self._write(decision, moves, found)
+                ),
+                found,
+            )
+            tried.append(decision)
+            return self._write(decision, moves, found), decision
+
+        doing = f"what is served was decided ({action})"
+        for _ in range(_TRIES):
+            outcome, decision = retry_during_outage(self._client, doing, attempt, FEATURE_STORE, self._outage_timeout_s)
             if outcome == "ok":
                 self._pins.last = decision
                 return decision
             if outcome == "gone":
-                raise SnapshotNotFound(f"snapshot {name}: retention removed it")
+                raise SnapshotNotFound(f"snapshot {decision.name}: retention removed it")
         raise SnapshotError(f"{action}: something was published or decided {_TRIES} times meanwhile, try again")
 
     def _look(self) -> _Found:
@@ -222,7 +233,7 @@ class Operator:
         keys = [self._keys.key(name) for name in (*names, "decision:broken", "decisions:broken")]
         args: list[str | int | bytes] = [
             found.raw,
-            decision.text(self._pointers.signer),
+            self._text(decision),
             str(decision.number),
             decision.name,
             found.raw_pointer,
@@ -231,9 +242,11 @@ class Operator:
             "held" if decision.action == "promote" else "",
             MAX_DECISIONS,
         ]
-        call: Callable[[], bytes] = lambda: self._script(keys=keys, args=args)  # noqa: E731
-        doing = f"{decision.action} of snapshot {decision.name} was decided"
-        return retry_during_outage(self._client, doing, call, FEATURE_STORE, self._outage_timeout_s).decode()
+        answer: bytes = self._script(keys=keys, args=args)
+        return answer.decode()
+
+    def _text(self, decision: Decision) -> bytes:
+        return decision.text(self._pointers.signer)
 
     def _before(self, found: _Found, lineage: str | None) -> str:
         """What a rollback goes back to."""

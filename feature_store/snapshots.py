@@ -10,8 +10,6 @@ load for a version.
 """
 
 import logging
-import secrets
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,7 +22,6 @@ from feature_store.feedback_times import FeedbackRow
 from feature_store.lease import Lease
 from feature_store.loading import SnapshotLoader
 from feature_store.manifest import (
-    LARGEST_INTEGER,
     LATEST_MS,
     MAX_REASON,
     Chunk,
@@ -32,21 +29,20 @@ from feature_store.manifest import (
     SnapshotKeys,
     member,
     split_member,
-    stale,
     storable_arrivals,
     storable_metrics,
 )
 from feature_store.operator import Operator
-from feature_store.pieces import Payload, chunk_sizes
+from feature_store.pieces import Payload
 from feature_store.pins import Decision, Pins
 from feature_store.publication import Publication
+from feature_store.publication_steps import PublicationSteps, check_cut
 from feature_store.reading import SnapshotReader
 from feature_store.retention import Retention
 from feature_store.signing import Signer
 from feature_store.watcher import SnapshotWatcher
-from smes.errors import FeatureStoreUnavailable, SnapshotError, SnapshotGap
 from smes_io.clock import wall_clock_ms
-from smes_io.redis_client import not_now, translated
+from smes_io.redis_client import translated
 
 __all__ = ["SnapshotStore", "SnapshotWatcher"]
 
@@ -89,8 +85,10 @@ class SnapshotStore:
             client, self._keys, self.config.upload_ttl_s, outage_timeout_s, self.damage, signer
         )
         pins = Pins(client, self._keys, self._reader, self.damage, signer)
-        self._retention = Retention(self._keys, self._reader, self._publication, pins, self.config, self.damage)
-        self._bookkeeper = threading.Lock()  # of the retention
+        retention = Retention(self._keys, self._reader, self._publication, pins, self.config, self.damage)
+        self._steps = PublicationSteps(
+            client, self._keys, self._reader, self._publication, retention, self.config, self.damage
+        )
         self.pins = pins
         """What operators decided about serving."""
         self.operator = Operator(client, self._keys, self._reader, self._loader, pins, signer, outage_timeout_s)
@@ -146,16 +144,16 @@ class SnapshotStore:
             FeatureStoreUnavailable: Redis gave no answer in time.
         """
         payload = Payload.of(payload) if isinstance(payload, bytes) else payload
-        _check_cut(payload, lineage, version)
+        check_cut(payload, lineage, version)
         if held == "":
             raise ValueError("held: empty, expected why the snapshot is not to be served")
         name = member(lineage, version)
         self._publication.leases.check(fencing, name)
         with translated(self._client, f"snapshot {name} was published"):
-            self._bookkeeping("the keys were mended", self._publication.mend)
-            parent = self._parent(lineage, version)
+            self._steps.bookkeeping("the keys were mended", self._publication.mend)
+            parent = self._steps.parent(lineage, version)
             if applies_to is not None:
-                self._check_delta(name, lineage, parent, applies_to)
+                self._steps.check_delta(name, lineage, parent, applies_to)
 
             def described(upload: str, chunks: tuple[Chunk, ...]) -> Manifest:
                 return Manifest(
@@ -179,9 +177,8 @@ class SnapshotStore:
                     signature=None,
                 )
 
-            with self._bookkeeper:
-                self._bookkeeping("held ones were removed", lambda: self._retention.drop_held(name, held is not None))
-            return self._write(
+            self._steps.drop_held(name, one_more=held is not None)
+            return self._steps.write(
                 name,
                 payload,
                 described,
@@ -229,15 +226,14 @@ class SnapshotStore:
             )
 
         with translated(self._client, f"the base of snapshot {name} was published"):
-            base = self._write(
+            base = self._steps.write(
                 name,
                 payload,
                 described,
                 lambda manifest: self._publication.commit_base(manifest, fencing),
                 replaces=False,
             )
-        with self._bookkeeper:
-            self._retention.forget(name)
+        self._steps.forget(name)
         return base
 
     def acquire(self, holder: str, ttl_s: float) -> Lease:
@@ -384,82 +380,3 @@ class SnapshotStore:
     def load(self, manifest: Manifest) -> bytes:
         """The payload as a whole; otherwise as :meth:`pieces`."""
         return b"".join(self.pieces(manifest))
-
-    def _write(
-        self,
-        name: str,
-        payload: Payload,
-        described: Callable[[str, tuple[Chunk, ...]], Manifest],
-        commit: Callable[[Manifest], Manifest],
-        *,
-        replaces: bool,
-    ) -> Manifest:
-        """Make room, upload and commit."""
-        upload = f"{name}:{secrets.token_hex(4)}"
-        # What no reader would accept is not even uploaded.
-        sizes = chunk_sizes(payload.total_bytes, self.config.chunk_bytes)
-        Manifest.from_json(described(upload, tuple(Chunk(size, "0" * 64) for size in sizes)).to_json())
-        lineage, publication = name.rpartition(":")[0], self._publication
-        with self._bookkeeper:
-            self._bookkeeping("abandoned uploads were removed", lambda: publication.remove_abandoned(lineage))
-            self._bookkeeping(
-                "room was made", lambda: self._retention.make_room(payload.total_bytes, replaces=replaces)
-            )
-        try:
-            manifest = commit(described(upload, publication.upload(name, upload, payload, sizes)))
-        except BaseException:
-            publication.abandon(upload, len(sizes))
-            raise
-        return manifest
-
-    def _check_delta(self, name: str, lineage: str, parent: int | None, applies_to: Collection[int]) -> None:
-        """Check that a delta leads on from what is current, and that this can be loaded by what starts late."""
-        if parent is None or parent not in applies_to:
-            raise SnapshotGap(
-                f"snapshot {name}: {'another lineage' if parent is None else member(lineage, parent)} is current, "
-                f"expected version {' or '.join(str(v) for v in sorted(applies_to)[-3:])}, to which it applies"
-            )
-        with self._bookkeeper:
-            chain = self._retention.chain_of(member(lineage, parent))
-        if chain is None:
-            raise SnapshotGap(f"snapshot {name}: a version before {parent} is not listed, expected every one")
-        keys = [*(chain[0].base_chunks or chain[0].chunks), *(key for version in chain[1:] for key in version.chunks)]
-        for start in range(0, len(keys), _EXISTS_AT_ONCE):
-            some = keys[start : start + _EXISTS_AT_ONCE]
-            if (found := int(self._client.exists(*some))) < len(some):
-                raise SnapshotGap(
-                    f"snapshot {name}: {len(some) - found} chunks of the versions that it leads on from are missing, "
-                    f"expected all (evicted by a maxmemory-policy?)"
-                )
-
-    def _parent(self, lineage: str, version: int) -> int | None:
-        try:
-            served = self._reader.current()
-        except SnapshotError:  # noted; this publication mends it
-            return None
-        if served is None or served.lineage != lineage:
-            return None
-        if served.version >= version:
-            raise stale(lineage, version, served.version)
-        return served.version
-
-    def _bookkeeping(self, doing: str, call: Callable[[], None]) -> None:
-        """Do what a publication can go on without. An outage is not that."""
-        try:
-            call()
-        except (redis.ConnectionError, redis.TimeoutError, FeatureStoreUnavailable):
-            raise
-        except Exception as error:
-            if not_now(error):
-                raise
-            self.damage.note(f"Redis keys {self._keys.key('*')}: {error}, expected no error while {doing}")
-            _logger.debug("bookkeeping failed", exc_info=True)
-
-
-def _check_cut(payload: Payload, lineage: str, version: int) -> None:
-    if not payload.total_bytes:
-        raise ValueError("snapshot payload: expected at least one byte")
-    if split_member(member(lineage, 0)) is None:
-        raise ValueError(f"lineage {lineage!r}, expected 1 … 128 letters, digits, dots, underscores or hyphens")
-    if not 0 <= version <= LARGEST_INTEGER:
-        raise ValueError(f"version {version}, expected 0 … {LARGEST_INTEGER}")

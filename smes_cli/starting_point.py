@@ -28,7 +28,7 @@ class WithoutCheckpoint:
     """What to do where there is no checkpoint but a model is in service. Neither: stop and ask.
 
     Attributes:
-        from_snapshot: Go on from the snapshot in service.
+        from_snapshot: Go on from the snapshot in service; where operators decided which that is, from that one.
         anew: Start over, and replace it.
     """
 
@@ -88,7 +88,9 @@ def find_starting_point(
     elif served is None:
         raise SnapshotError(f"--from-snapshot: {problem}, expected a snapshot that can be read, or --anew")
     else:
-        _go_on_from(served, trainer, stream, store)
+        # What operators put into service, rather than what they rolled back. It may be an older version; the trainer
+        # forks from it.
+        _go_on_from(store.to_serve() or served, trainer, stream, store)
     trainer.checkpoint()  # so that the question is answered once
     return in_service
 

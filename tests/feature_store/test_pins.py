@@ -1,6 +1,7 @@
 """What operators decide about serving: pins, ways back, promotions, and what becomes of their records."""
 
 import logging
+from typing import Any
 
 import pytest
 import redis
@@ -287,6 +288,23 @@ def test_what_is_published_while_an_operator_decides_is_seen(
     store.operator.rollback(by=BY)
 
     assert (len(looks), served(store), rolled_back(store)) == (2, "a:2", {"a:3"})
+
+
+def test_a_lost_answer_does_not_go_back_twice(store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(store, 1, 2, 3)
+    script, calls = store.operator._script, []
+
+    def losing(**arguments: Any) -> object:
+        answer = script(**arguments)
+        calls.append(answer)
+        if len(calls) == 1:
+            raise redis.ConnectionError("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(store.operator, "_script", losing)
+    decision = store.operator.rollback(by=BY)
+
+    assert (decision.version, served(store), len(store.decisions())) == (2, "a:2", 1)
 
 
 @pytest.mark.parametrize(

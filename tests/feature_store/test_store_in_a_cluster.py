@@ -101,3 +101,24 @@ def test_features_are_found_at_their_new_node(cluster: RedisCluster, client: red
         store.get(7, np.array([1]))
     assert store.get(7, np.array([1])).numerics.tolist() == [[7.0]]
     assert store.clear() == 3000
+
+
+def test_operators_decide_while_the_keys_move(cluster: RedisCluster, client: redis.Redis, namespace: str) -> None:
+    store = SnapshotStore(client, namespace, CHUNKS, outage_timeout_s=20.0)
+    for version in (1, 2, 3):
+        publish(store, version)
+
+    served = []
+    for version in (2, 1, 3, None):
+        if version is None:
+            store.operator.unpin(by="a test")
+        else:
+            store.operator.pin(version, by="a test")
+        manifest = store.to_serve()
+        served.append(None if manifest is None else manifest.version)
+        move(cluster, namespace)
+
+    store.operator.pin(1, by="a test")  # so that reads find the keys, too
+    assert served == [2, 1, 3, 3]
+    assert [decision.version for decision in store.decisions()] == [*served, 1]
+    assert store.damage.count == 0

@@ -101,6 +101,25 @@ def test_from_the_snapshot_what_comes_after_its_positions_is_trained_on(
     assert current(config).version == report["version"]
 
 
+def test_from_the_snapshot_means_the_one_that_an_operator_went_back_to(config: Config, served: Manifest) -> None:
+    with snapshots_of(config) as store:
+        good = next(manifest for manifest in reversed(store.list()) if manifest.version < served.version)
+        store.operator.rollback(good.version, why="the newest is bad", by="a test")
+        expected = by_key(store, good)
+
+    drain(config, FROM_SNAPSHOT)
+
+    with snapshots_of(config) as store:
+        in_service = store.to_serve()
+        first = next(manifest for manifest in store.list() if manifest.lineage != served.lineage)
+        weights = by_key(store, first)
+    assert in_service is not None
+    assert (in_service.lineage, in_service.version) == (good.lineage, good.version)  # pinned, until somebody unpins
+    assert (first.version, first.positions) == (good.version, good.positions)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(weights[name], tensor, err_msg=name)
+
+
 def test_anew_it_starts_over_and_replaces_the_model_once_it_has_learned(
     config: Config, served: Manifest, pairs: Pairs
 ) -> None:

@@ -122,7 +122,7 @@ def processes_as_ps_shows_them() -> str:
 @pytest.mark.xdist_group("kafka_secure")
 def test_documented_rights_are_enough_and_no_secret_shows(written: Written, world: Path, tmp_path: Path) -> None:
     trainer, scorer, producer = (str(written(user)) for user in ("trainer", "scorer", "producer"))
-    names = ("features", "train", "serve", "replay", "snapshots", "show")
+    names = ("features", "train", "serve", "replay", "rollback", "snapshots", "show")
     logs = {name: tmp_path / f"{name}.log" for name in names}
 
     def finish(name: str, *arguments: str) -> None:
@@ -151,6 +151,8 @@ def test_documented_rights_are_enough_and_no_secret_shows(written: Written, worl
         until(lambda: http.get("/v1/stats", headers=bearer).json()["version"] == report["version"], "the last version")
         details = http.get("/health/ready", headers=bearer).json()
         shown = http.get("/metrics", headers=bearer).text + http.get("/v1/stats", headers=bearer).text
+        finish("rollback", "-v", "-c", trainer, "snapshots", "rollback", "--why", "a test")
+        until(lambda: http.get("/v1/stats", headers=bearer).json()["version"] < report["version"], "the version before")
     finish("snapshots", "-v", "-c", scorer, "snapshots", "list")
     finish("show", "-v", "-c", scorer, "snapshots", "show")
     assert stop(serve, timeout_s=DEADLINE_S) == 0
