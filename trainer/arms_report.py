@@ -12,16 +12,17 @@ Source of the bootstrap in one pass: Chamandy et al., "Estimating Uncertainty fo
 we draw groups of users where they draw a weight for each. Letters: N examples, T tasks, G groups, R draws.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smes.arm_names import MAIN, arm_column, distinct, named, names_of
-from smes.arrays import F32, F64, I64, Arrays, Bool, prefixed, under
+from smes.arrays import F64, I64, Arrays, Bool, prefixed, under
 from smes.events import WHOLE, ExampleBlock
 from smes.hashing import splitmix64
-from smes.schema import MISSING, Schema, Task
+from smes.schema import MISSING, Schema
 from trainer.arm_figures import ArmFigure, ArmFigures, ArmTaskFigures
 from trainer.observers import Observer, StepFigures
 
@@ -57,23 +58,23 @@ class ArmTallies(Observer):
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Count the impressions whose labels are final already."""
-        self._count(examples.take(examples.kind == WHOLE))
+        self._count(examples, examples.kind == WHOLE)
 
     def after_failed_step(self, examples: ExampleBlock) -> None:
         """Count them, too: they were served, whatever became of the step."""
-        self._count(examples.take(examples.kind == WHOLE))
+        self._count(examples, examples.kind == WHOLE)
 
     def after_closing(self, examples: ExampleBlock) -> None:
         """Count impressions whose final labels have come."""
-        self._count(examples)
+        self._count(examples, np.ones(len(examples), np.bool_))
 
-    def _count(self, examples: ExampleBlock) -> None:
-        arms = examples.served_arm
+    def _count(self, examples: ExampleBlock, is_final: Bool) -> None:
         has_scores = ~np.isnan(examples.served_scores).all(axis=1)
-        served = arms.any(axis=1) | (examples.served_version != MISSING) | has_scores
-        if not served.any():
+        served = examples.served_arm.any(axis=1) | (examples.served_version != MISSING) | has_scores
+        counted = served & is_final
+        if not counted.any():
             return
-        examples = examples if served.all() else examples.take(served)
+        examples = examples if counted.all() else examples.take(counted)
         arms = examples.served_arm
         unnamed = ~arms.any(axis=1)
         for name in sorted({*distinct(arms), *((MAIN,) if unnamed.any() else ())}):
@@ -111,74 +112,73 @@ class ArmTallies(Observer):
 
 
 class _ArmTally:
-    """Sums of one arm."""
+    """Sums of one arm, by task and group of users."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
+        self._is_binary = np.array([task.kind == "binary" for task in schema.tasks])
+        self._binary = np.cumsum(self._is_binary) - 1  # task → place among the binary ones
         self._impressions = np.zeros(1, np.int64)
-        self._tasks = [_TaskTally(task) for task in schema.tasks]
+        self._sums = np.zeros((schema.num_tasks, _GROUPS, 8), np.float64)
+        # Negatives, positives by bin of the score's logit, of each binary task and group.
+        self._counts = np.zeros((int(self._is_binary.sum()), _GROUPS, 2, _BINS), np.uint32)
 
     def add(self, examples: ExampleBlock) -> None:
+        """Add examples; a score that is not finite is none."""
         self._impressions += len(examples)
-        group_N = _groups(examples.user_id)
-        for t, tally in enumerate(self._tasks):
-            rows = examples.label_mask[:, t]
-            tally.add(group_N[rows], examples.served_scores[rows, t], examples.labels[rows, t])
+        row, task = np.nonzero(examples.label_mask)
+        group = _groups(examples.user_id)[row]
+        label = examples.labels[row, task].astype(np.float64)
+        score = examples.served_scores[row, task].astype(np.float64)
+        cell = task * _GROUPS + group
+        self._sum(cell, {_EXAMPLES: None, _POSITIVES: label > 0, _LABELS: label})
+        scored = np.isfinite(score)
+        task, group, cell, label, score = task[scored], group[scored], cell[scored], label[scored], score[scored]
+        positive, loss = label > 0, np.abs(score - label)
+        binary = self._is_binary[task]
+        p = np.clip(score[binary], _EPSILON, 1 - _EPSILON)
+        log_p, log_not_p = np.log(p), np.log1p(-p)
+        loss[binary] = -np.where(positive[binary], log_p, log_not_p)
+        bins = np.clip((log_p - log_not_p - _LOWEST) / _WIDTH, 0, _BINS - 1).astype(np.int64)
+        at = ((self._binary[task[binary]] * _GROUPS + group[binary]) * 2 + positive[binary]) * _BINS + bins
+        np.add.at(self._counts.reshape(-1), at, np.ones(len(at), np.uint32))  # another type is slow
+        of_scored = {_SCORED: None, _SCORES: score, _SCORED_LABELS: label, _SCORED_POSITIVES: positive, _LOSS: loss}
+        self._sum(cell, of_scored)
+
+    def _sum(self, cell: I64, values: Mapping[int, NDArray[Any] | None]) -> None:
+        """Add to columns of the sums, at ``cell`` = task · G + group: values, or one each."""
+        for column, weights in values.items():
+            added = np.bincount(cell, weights, self._schema.num_tasks * _GROUPS)
+            self._sums[:, :, column] += added.reshape(-1, _GROUPS)
 
     def figures(self, main: "_ArmTally | None", weights_RG: F64) -> ArmFigures:
+        """The figures; ``main`` is the main arm's tally, None for the main arm's own figures."""
         tasks = {
-            task.name: tally.figures(main._tasks[t] if main else None, weights_RG)
-            for t, (task, tally) in enumerate(zip(self._schema.tasks, self._tasks, strict=True))
+            task.name: self._of(t).figures(main._of(t) if main else None, weights_RG)
+            for t, task in enumerate(self._schema.tasks)
         }
         return ArmFigures(int(self._impressions[0]), tasks)
 
+    def _of(self, task: int) -> "_TaskTally":
+        return _TaskTally(self._sums[task], self._counts[self._binary[task]] if self._is_binary[task] else None)
+
     def state(self) -> Arrays:
-        state: Arrays = {"impressions": self._impressions.copy()}
-        for t, tally in enumerate(self._tasks):
-            state |= prefixed(f"{t}.", tally.state())
-        return state
+        """Copies of the sums."""
+        arrays: Arrays = {"impressions": self._impressions, "sums": self._sums, "counts": self._counts}
+        return {name: array.copy() for name, array in arrays.items()}
 
     def load_state(self, state: Arrays) -> None:
-        self._impressions = state["impressions"].copy()
-        for t, tally in enumerate(self._tasks):
-            tally.load_state(under(f"{t}.", state))
+        """The inverse of :meth:`state`."""
+        self._impressions, self._sums, self._counts = (state[n].copy() for n in ("impressions", "sums", "counts"))
 
 
 class _TaskTally:
-    """Sums of one arm and task, by group of users."""
+    """The sums of one arm and task. ``counts`` uint32 [G, 2, bins], None for a regression task."""
 
-    def __init__(self, task: Task) -> None:
-        self._is_binary = task.kind == "binary"
-        self._sums = np.zeros((_GROUPS, 8), np.float64)
-        bins = _BINS if self._is_binary else 0
-        self._counts = np.zeros((_GROUPS, 2, bins), np.uint32)  # negatives, positives by bin of the score's logit
-
-    def add(self, group_N: I64, score_N: F32, label_N: F32) -> None:
-        """Add labelled examples; a score that is not finite is none."""
-        scored: Bool = np.isfinite(score_N)
-        self._sum(_EXAMPLES, group_N, np.ones(len(group_N)))
-        self._sum(_POSITIVES, group_N, label_N > 0)
-        self._sum(_LABELS, group_N, label_N)
-        group_N, score, label = group_N[scored], score_N[scored].astype(np.float64), label_N[scored].astype(np.float64)
-        positive = label > 0
-        loss = np.abs(score - label)
-        if self._is_binary:
-            p = np.clip(score, _EPSILON, 1 - _EPSILON)
-            loss = -np.where(positive, np.log(p), np.log1p(-p))
-            logit = np.log(p) - np.log1p(-p)
-            bin_N = np.clip((logit - _LOWEST) / _WIDTH, 0, _BINS - 1).astype(np.int64)
-            np.add.at(self._counts, (group_N, positive.astype(np.int64), bin_N), 1)
-        self._sum(_SCORED, group_N, np.ones(len(group_N)))
-        self._sum(_SCORES, group_N, score)
-        self._sum(_SCORED_LABELS, group_N, label)
-        self._sum(_SCORED_POSITIVES, group_N, positive)
-        self._sum(_LOSS, group_N, loss)
-
-    def _sum(self, column: int, group_N: I64, values_N: NDArray[Any]) -> None:
-        self._sums[:, column] += np.bincount(group_N, weights=values_N, minlength=_GROUPS)
+    def __init__(self, sums: F64, counts: NDArray[np.uint32] | None) -> None:
+        self._sums, self._counts = sums, counts
 
     def figures(self, main: "_TaskTally | None", weights_RG: F64) -> ArmTaskFigures:
-        """The figures; ``main`` is the main arm's tally, None for the main arm's own figures."""
         ours, theirs = self._estimates(weights_RG), main._estimates(weights_RG) if main else None
         enough = self._groups_with_examples >= _FEWEST_GROUPS
         both = enough and main is not None and main._groups_with_examples >= _FEWEST_GROUPS
@@ -212,25 +212,21 @@ class _TaskTally:
                 "calibration": np.where(s[_SCORED_LABELS] > 0, s[_SCORES] / s[_SCORED_LABELS], np.nan),
             }
             mean_loss = s[_LOSS] / s[_SCORED]
-            if not self._is_binary:
+            if self._counts is None:
                 return {**estimates, "mae": mean_loss}
             rate = s[_SCORED_POSITIVES] / s[_SCORED]
             entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))  # NaN without one of the classes
-            return {**estimates, "ne": mean_loss / entropy, "auc": self._auc(weights)}
+            return {**estimates, "ne": mean_loss / entropy, "auc": _auc(weights @ self._counts.reshape(_GROUPS, -1))}
 
-    def _auc(self, weights: F64) -> F64:
-        counts = (weights @ self._counts.reshape(_GROUPS, -1)).reshape(len(weights), 2, _BINS)
-        negatives, positives = counts[:, 0], counts[:, 1]
-        below = np.cumsum(negatives, axis=1) - negatives
-        pairs: F64 = (positives * (below + negatives / 2)).sum(axis=1)
-        auc: F64 = pairs / (positives.sum(axis=1) * negatives.sum(axis=1))
-        return auc
 
-    def state(self) -> Arrays:
-        return {"sums": self._sums.copy(), "counts": self._counts.copy()}
-
-    def load_state(self, state: Arrays) -> None:
-        self._sums, self._counts = state["sums"].copy(), state["counts"].copy()
+def _auc(counts: F64) -> F64:
+    """Of each row of counts: negatives by bin, then positives. float64 [R, 2 · bins] → float64 [R]."""
+    counts = counts.reshape(-1, 2, _BINS)
+    negatives, positives = counts[:, 0], counts[:, 1]
+    below = np.cumsum(negatives, axis=1) - negatives
+    pairs: F64 = (positives * (below + negatives / 2)).sum(axis=1)
+    auc: F64 = pairs / (positives.sum(axis=1) * negatives.sum(axis=1))
+    return auc
 
 
 def _groups(user_id: I64) -> I64:
