@@ -186,7 +186,7 @@ class HotSwap:
         """Whether the current snapshot is to be loaded now; sets :attr:`problem` when it is not."""
         served = self.served
         if manifest is None or (served is not None and served.key == _key(manifest)):
-            self.problem = None
+            self.problem = self._store.pointer_problem
             return False
         if served is not None and self._store.signed and (problem := self._store.pointer_problem):
             self.problem = problem  # what else can be read need not be what is to be served
