@@ -27,7 +27,7 @@ from trainer.arm_figures import ArmFigure, ArmFigures, ArmTaskFigures
 from trainer.observers import Observer, StepFigures
 
 MAX_ARMS = 8
-"""Most arms whose figures are kept. Impressions of further ones are only counted."""
+"""Most arms whose figures are kept, the main arm always. Impressions of further ones are only counted."""
 
 _GROUPS = 64
 _FEWEST_GROUPS = 20
@@ -54,7 +54,7 @@ class ArmTallies(Observer):
         self._schema = schema
         self._arms: dict[str, _ArmTally] = {}
         self.left_out = 0
-        """Impressions of arms beyond the first :data:`MAX_ARMS`."""
+        """Impressions of arms beyond those."""
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Count the impressions whose labels are final already."""
@@ -79,7 +79,8 @@ class ArmTallies(Observer):
         unnamed = ~arms.any(axis=1)
         for name in sorted({*distinct(arms), *((MAIN,) if unnamed.any() else ())}):
             rows = named(arms, name) | (unnamed if name == MAIN else False)
-            if name not in self._arms and len(self._arms) == MAX_ARMS:
+            others = len(self._arms.keys() - {MAIN})
+            if name not in self._arms and name != MAIN and others == MAX_ARMS - 1:
                 self.left_out += int(np.count_nonzero(rows))
                 continue
             self._arms.setdefault(name, _ArmTally(self._schema)).add(examples.take(rows))

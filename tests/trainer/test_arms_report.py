@@ -185,12 +185,14 @@ def test_examples_without_a_score_count_for_the_mean_label_alone() -> None:
 
 
 def test_a_producer_that_makes_up_arms_takes_no_more_memory() -> None:
-    tallies = tallies_of(served(4000, [f"arm-{i}" for i in range(30)], users=3000))
+    made_up, ours = served(4000, [f"arm-{i}" for i in range(30)], users=3000), served(500, ["main"])
+    tallies = tallies_of(made_up, ours)
 
     report = tallies.report()
 
     assert len(report) == MAX_ARMS
-    assert sum(figures.impressions for figures in report.values()) + tallies.left_out == 4000
+    assert report["main"].impressions == 500
+    assert sum(figures.impressions for figures in report.values()) + tallies.left_out == 4500
 
 
 def test_a_state_goes_on_as_if_there_had_been_no_end() -> None:
