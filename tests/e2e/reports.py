@@ -29,6 +29,9 @@ SECTIONS = {
     "routing": {"segment_steps", "dead", "load_skew", "drift", "overlap"},
     "headline": {"dense", "rare"},
     "tasks": None,
+    "arms": None,
+    "arms_left_out": None,
+    "gate": None,
 }
 SYNTHETIC_TASKS = {"click", "long_view", "watch_time", "like", "profile_enter", "comment", "follow", "forward"}
 OF_A_BINARY_TASK = {"base_rate", "auc", "gauc_windowed", "ne", "calibration", "ece"}
