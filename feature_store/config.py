@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from feature_store.signing import SigningConfig
-from smes.ranges import PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import PositiveFloat, PositiveInt, Seconds, check_ranges
 from smes_io.redis_access import RedisAccess, key_prefix
 
 _MIB = 1024 * 1024
@@ -69,7 +69,7 @@ class FeatureStoreConfig:
     redis_url: str = "redis://127.0.0.1:6379/0"
     redis_access: RedisAccess = field(default_factory=RedisAccess)
     namespace: str = "smes"
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: Seconds = 10.0
     snapshots: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
     signing: SigningConfig = field(default_factory=SigningConfig)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt, Le
 
-from smes.ranges import PositiveFloat, PositiveInt, Share, check_ranges
+from smes.ranges import PositiveFloat, PositiveInt, Seconds, Share, check_ranges
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ReplayConfig:
     slice_s: Annotated[float, Gt(0), Le(1)] = 0.05
     max_slice_events: PositiveInt = 8192
     max_slice_bytes: PositiveInt = 4 * 2**20
-    outage_timeout_s: PositiveFloat = 600.0
+    outage_timeout_s: Seconds = 600.0
 
     def __post_init__(self) -> None:
         check_ranges(self)

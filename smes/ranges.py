@@ -17,6 +17,7 @@ ValueError: Config.size: 0, expected at least 1
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import lru_cache
+from math import isinf
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -28,6 +29,12 @@ PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
+Seconds = Annotated[float, Gt(0), Le(1_000_000)]
+"""Of the clock on the wall: sockets and locks wait for some weeks at most."""
+SecondsOrZero = Annotated[float, Ge(0), Le(1_000_000)]
+EventSeconds = Annotated[float, Gt(0), Le(1_000_000_000)]
+"""Of event time, 30 years at most: in milliseconds they can be added to any time."""
+EventSecondsOrZero = Annotated[float, Ge(0), Le(1_000_000_000)]
 Share = Annotated[float, Ge(0), Le(1)]
 
 
@@ -48,6 +55,8 @@ def check_ranges(config: object, where: str | None = None) -> None:
         wanted = expected(hint)
         if wanted and not _fits(value, hint):
             quoted = list(value) if isinstance(value, tuple) else value
+            if isinstance(value, float) and isinf(value):
+                wanted = f"a finite number, {wanted}"
             raise ValueError(f"{where or type(config).__name__}.{name}: {quoted!r}, expected {wanted}")
 
 
@@ -99,6 +108,8 @@ def _bounds(metadata: Iterable[Any]) -> Iterator[Any]:
 def _within(value: Any, bound: Any) -> bool:
     if isinstance(value, str) and isinstance(bound, Ge | Gt | Le | Lt | MultipleOf):
         return False  # such as a word where a union also allows a number
+    if isinstance(value, float) and isinf(value):
+        return False  # nothing can be computed with it
     match bound:
         case Ge(least):
             return bool(value >= least)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import Ge, Le
 
-from smes.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import EventSeconds, NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
 
 MISSING: int = int(np.iinfo(np.int64).min)
 """The null of every int64 column: an id feature without a value, an impression without a request, bag padding."""
@@ -152,7 +152,7 @@ class Task:
 
     name: str
     kind: Literal["binary", "regression"] = "binary"
-    window_s: PositiveFloat = 600.0
+    window_s: EventSeconds = 600.0
     loss_weight: NonNegativeFloat = 1.0
     max_value: PositiveFloat = 86_400.0
     unit: str = ""
@@ -192,7 +192,7 @@ class History:
     items: str
     outcomes: str
     tasks: tuple[str, ...] = ()
-    window_s: Annotated[float, Ge(1e-3)] = 57_600.0
+    window_s: Annotated[float, Ge(1e-3), Le(1_000_000_000)] = 57_600.0
 
     def __post_init__(self) -> None:
         check_ranges(self, where="history")

@@ -28,6 +28,10 @@ def run(arguments: list[str]) -> int:
     except (SmesError, OSError) as error:  # OSError: a full disk, a folder without rights
         _print(error)
         return EXIT_FAILED
+    except MemoryError as error:
+        error.add_note("expected more memory, or a configuration that asks for less")
+        _print(error)
+        return EXIT_FAILED
     except ValueError as error:
         _print(error)
         return EXIT_USAGE

@@ -15,7 +15,7 @@ import numpy as np
 from smes.arrays import Arrays
 from smes.errors import PositionOutOfRange
 from smes.events import ExampleBlock
-from smes.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import EventSecondsOrZero, PositiveInt, Seconds, check_ranges
 from smes.schema import Schema
 from smes_io.clock import wall_clock_ms
 from stream.batch_journal import BatchJournal
@@ -50,9 +50,9 @@ class StreamConfig:
     join: JoinConfig = field(default_factory=JoinConfig)
     batch: MiniBatchConfig = field(default_factory=MiniBatchConfig)
     events_per_read: PositiveInt = 16_384
-    idle_after_s: PositiveFloat = 2.0
-    max_future_s: NonNegativeFloat = 300.0
-    metadata_refresh_s: PositiveFloat = 5.0
+    idle_after_s: Seconds = 2.0
+    max_future_s: EventSecondsOrZero = 300.0
+    metadata_refresh_s: Seconds = 5.0
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -16,7 +16,7 @@ import numpy as np
 
 from smes.arrays import F64, Arrays
 from smes.events import CLOSING, ExampleBlock, FeedbackBlock, ImpressionBlock
-from smes.ranges import PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import EventSeconds, PositiveInt, Seconds, check_ranges
 from smes.schema import Schema
 from stream.join.joiner import JoinConfig, Joiner, join_sources
 from stream.join.ledgers import StreamLedger
@@ -38,8 +38,8 @@ class MiniBatchConfig:
     """
 
     size: PositiveInt = 256
-    max_age_s: PositiveFloat = 3600.0
-    max_wait_s: PositiveFloat | None = 0.5
+    max_age_s: EventSeconds = 3600.0
+    max_wait_s: Seconds | None = 0.5
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Gt, Le
 
 from smes.arm_names import EXPECTED, MAIN, is_arm_name
-from smes.ranges import NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import (
+    EventSecondsOrZero,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    SecondsOrZero,
+    check_ranges,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +35,8 @@ class CheckpointConfig:
     """
 
     directory: Path | None = None
-    interval_s: PositiveFloat = 30.0
-    first_interval_s: PositiveFloat = 1.0
+    interval_s: Seconds = 30.0
+    first_interval_s: Seconds = 1.0
     keep: PositiveInt = 2
 
     def __post_init__(self) -> None:
@@ -49,7 +57,7 @@ class EvaluationConfig:
             or without an arm, count instead of ours; those that another arm served do not.
     """
 
-    window_s: Annotated[float, Ge(1e-3)] | None = None
+    window_s: Annotated[float, Ge(1e-3), Le(1_000_000_000)] | None = None
     window_examples: PositiveInt | None = None
     arm: str = MAIN
 
@@ -110,8 +118,8 @@ class GateConfig:
     max_odd_share: PositiveFloat = 0.005
     max_refusals: PositiveInt = 5
     then: Literal["hold", "go_back"] = "hold"
-    accept_after_s: NonNegativeFloat | None = 3600.0
-    held_interval_s: NonNegativeFloat = 60.0
+    accept_after_s: EventSecondsOrZero | None = 3600.0
+    held_interval_s: SecondsOrZero = 60.0
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -141,7 +149,7 @@ class TrainerConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     threads: PositiveInt | None = 1
-    snapshot_interval_s: PositiveFloat = 1.0
+    snapshot_interval_s: Seconds = 1.0
     lease_s: Annotated[float, Ge(0.5), Le(3600)] = 5.0
     max_failed_steps: PositiveInt = 5
     steps_before_replacing: PositiveInt = 1

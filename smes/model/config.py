@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from annotated_types import Ge, Le, Lt
 
-from smes.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import EventSeconds, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
 from smes.rankers.sparse.config import SmesConfig, smes_default, smes_large, smes_paper
 
@@ -202,7 +202,7 @@ class OptimizerConfig:
     embedding_learning_rate: PositiveFloat = 0.01
     wide_learning_rate: PositiveFloat = 0.03
     initial_accumulator: NonNegativeFloat = 0.1
-    accumulator_half_life_s: PositiveFloat | None = None
+    accumulator_half_life_s: EventSeconds | None = None
     frequency_power: Annotated[float, Ge(-0.5), Le(0.5)] = 0.0
 
     def __post_init__(self) -> None:

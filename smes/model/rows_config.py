@@ -9,9 +9,10 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from smes.ranges import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import EventSeconds, PositiveInt, check_ranges
 
 AdmitAfter = Annotated[int, Ge(1), Le(255)]
+SharedRows = Annotated[int, Ge(0), Le(2**20)]
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class RowRules:
     """
 
     admit_after: AdmitAfter = 1
-    shared_rows: NonNegativeInt = 0
-    expire_after_s: PositiveFloat | None = None
+    shared_rows: SharedRows = 0
+    expire_after_s: EventSeconds | None = None
     budget: PositiveInt | None = None
 
     def __post_init__(self) -> None:
@@ -78,10 +79,10 @@ class RowsConfig:
     """
 
     admit_after: AdmitAfter = 1
-    shared_rows: NonNegativeInt = 0
-    expire_after_s: PositiveFloat | None = None
+    shared_rows: SharedRows = 0
+    expire_after_s: EventSeconds | None = None
     budget: PositiveInt | None = None
-    counted_sightings: PositiveInt = 1_000_000
+    counted_sightings: Annotated[int, Ge(1), Le(2**30)] = 1_000_000
     vocabularies: dict[str, RowRules] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

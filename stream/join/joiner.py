@@ -75,7 +75,7 @@ from annotated_types import Ge, Le
 
 from smes.arrays import I64, Arrays
 from smes.events import CLOSING, FIRST, FURTHER, WHOLE, ExampleBlock, FeedbackBlock, ImpressionBlock
-from smes.ranges import NonNegativeFloat, check_ranges
+from smes.ranges import EventSecondsOrZero, check_ranges
 from smes.schema import MISSING, Schema
 from stream.join.entries import FREE, DueTimes, EntryTable
 from stream.join.kernels import (
@@ -121,8 +121,8 @@ class JoinConfig:
             waits for its window, there are none.
     """
 
-    allowed_lateness_s: NonNegativeFloat = 1.0
-    remember_s: NonNegativeFloat = 600.0
+    allowed_lateness_s: EventSecondsOrZero = 1.0
+    remember_s: EventSecondsOrZero = 600.0
     vouchers: Annotated[int, Ge(1), Le(64)] = 4
     wait: dict[str, Wait] = field(default_factory=lambda: {"default": "window"})
     correction: Correction = "es_dfm"

@@ -5,15 +5,15 @@ tasks alone. Letters: T tasks, G stages.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from annotated_types import Gt
 
 from smes.arrays import I64, Bool
+from smes.ranges import EventSeconds
 from smes.schema import Schema, Task
 
-Wait = Literal["immediate", "window"] | Annotated[float, Gt(0)]
+Wait = Literal["immediate", "window"] | EventSeconds
 Correction = Literal["es_dfm", "fnw", "none"]
 DEFAULT = "default"
 """The key that stands for every task that is not named."""
@@ -56,7 +56,7 @@ def stages_of(schema: Schema, wait: Mapping[str, Wait], correction: Correction, 
     names = {task.name for task in schema.tasks}
     if unknown := sorted(wait.keys() - names - {DEFAULT}):
         raise ValueError(
-            f"JoinConfig.wait: unknown tasks {unknown}, expected {DEFAULT!r} or names among {sorted(names)}"
+            f"stream.join.wait: unknown tasks {unknown}, expected {DEFAULT!r} or names among {sorted(names)}"
         )
     waits_ms = [_wait_ms(task, wait.get(task.name, wait.get(DEFAULT, "window"))) for task in schema.tasks]
     window_ms = np.array([task.window_ms for task in schema.tasks], np.int64)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from smes.ranges import PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import PositiveInt, Seconds, check_ranges
 from smes_io.redis_access import RedisAccess
 from stream.log.event_log import EventLog
 from stream.log.kafka_access import KafkaAccess
@@ -39,7 +39,7 @@ class EventLogConfig:
     kafka_access: KafkaAccess = field(default_factory=KafkaAccess)
     namespace: str = "smes"
     partitions: PositiveInt = 2
-    connect_timeout_s: PositiveFloat = 10.0
+    connect_timeout_s: Seconds = 10.0
     redis: RedisLogConfig = field(default_factory=RedisLogConfig)
     kafka: KafkaLogConfig = field(default_factory=KafkaLogConfig)
 

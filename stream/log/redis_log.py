@@ -28,7 +28,7 @@ import redis
 from redis.typing import KeyT, StreamIdT
 
 from smes.errors import EventLogError, PositionOutOfRange
-from smes.ranges import NonNegativeFloat, PositiveInt, check_ranges
+from smes.ranges import PositiveInt, SecondsOrZero, check_ranges
 from smes_io.clock import wall_clock_ms
 from smes_io.redis_access import RedisAccess, key_prefix
 from smes_io.redis_client import EVENT_LOG, address, connect, retry_during_outage
@@ -83,7 +83,7 @@ class RedisLogConfig:
     max_entries_per_partition: PositiveInt = 1_000_000
     fetch_max_bytes: PositiveInt = 32 * 1024 * 1024
     append_chunk_bytes: PositiveInt = 4 * 1024 * 1024
-    outage_timeout_s: NonNegativeFloat = 30.0
+    outage_timeout_s: SecondsOrZero = 30.0
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -17,6 +17,7 @@ class Config:
     size: Annotated[int, Ge(8), MultipleOf(8)] = 8
     rate: Annotated[float, Gt(0), Lt(1)] = 0.5
     share: Annotated[float, Ge(0), Le(1)] = 1.0
+    boost: Annotated[float, Gt(0)] = 1.0
     form: Literal["wide", "narrow"] = "wide"
     limit: Annotated[int, Ge(1)] | None = None
     until: Literal["end"] | Annotated[int, Ge(0)] = "end"
@@ -38,6 +39,7 @@ class Config:
         ({"rate": 1.0}, "Config.rate: 1.0, expected more than 0, less than 1"),
         ({"share": 1.5}, "Config.share: 1.5, expected at least 0, at most 1"),
         ({"share": float("nan")}, "Config.share: nan, expected at least 0, at most 1"),
+        ({"boost": float("inf")}, "Config.boost: inf, expected a finite number, more than 0"),
         ({"form": "flat"}, "Config.form: 'flat', expected one of wide, narrow"),
         ({"limit": 0}, "Config.limit: 0, expected at least 1, or null"),
         ({"until": -1}, "Config.until: -1, expected end or at least 0"),

@@ -50,4 +50,4 @@ def test_a_wait_of_a_task_that_does_not_exist_is_named(
     path = write_config(tmp_path, "redis://unused:1/0", "unused")
 
     assert run(["-c", str(path), "backtest", str(world)]) == 2
-    assert "JoinConfig.wait: unknown tasks ['clicks'], expected 'default' or names among" in capsys.readouterr().err
+    assert "stream.join.wait: unknown tasks ['clicks'], expected 'default' or names among" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import pytest
 import redis
@@ -95,6 +95,19 @@ def test_an_error_of_the_system_is_one_line_and_status_1(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert "No such file or directory" in line
+
+
+def test_a_lack_of_memory_is_one_line_and_status_1(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: Path
+) -> None:
+    def learner_of_everything(*arguments: object) -> NoReturn:
+        raise MemoryError("Unable to allocate 64 GiB")
+
+    path = write_config(tmp_path, "redis://unused:1/0", "unused")
+    monkeypatch.setattr("smes_cli.backtest.build_learner", learner_of_everything)
+    assert run(["-c", str(path), "backtest", str(world)]) == 1
+    line = capsys.readouterr().err
+    assert line == "smes: Unable to allocate 64 GiB; expected more memory, or a configuration that asks for less\n"
 
 
 @pytest.mark.parametrize("name", ["nowhere/report.json", "."])

@@ -378,7 +378,7 @@ def test_features_are_kept_until_the_window_closes_and_no_longer() -> None:
 @pytest.mark.parametrize(
     ("wait", "message"),
     [
-        ({"clicks": "immediate"}, r"JoinConfig\.wait: unknown tasks \['clicks'\], expected 'default' or names among"),
+        ({"clicks": "immediate"}, r"stream\.join\.wait: unknown tasks \['clicks'\], expected 'default' or names among"),
     ],
 )
 def test_refuses_a_task_that_does_not_exist(wait: dict[str, Wait], message: str) -> None:
