@@ -109,11 +109,11 @@ def test_operators_decide_while_the_keys_move(cluster: RedisCluster, client: red
         publish(store, version)
 
     served = []
-    for version in (2, 1, 3, None):
-        if version is None:
+    for wanted in (2, 1, 3, None):
+        if wanted is None:
             store.operator.unpin(by="a test")
         else:
-            store.operator.pin(version, by="a test")
+            store.operator.pin(wanted, by="a test")
         manifest = store.to_serve()
         served.append(None if manifest is None else manifest.version)
         move(cluster, namespace)
