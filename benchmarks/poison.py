@@ -9,8 +9,8 @@ service stays), and with weights that go back to the last good cut (``go_back``)
 
 The loss of a run is the AUC of its version in service below that of the run without poison and gate, at the same
 impression, on the same clean impressions that no version has seen; the figure is the largest loss, over all points and
-over the binary tasks with enough positives there (:mod:`benchmarks.poison_runs`). A largest difference of many is above
-0 for two good runs, too: the rows of ``nothing`` say how much the gate alone costs.
+over the binary tasks with enough positives there (:mod:`benchmarks.poison_runs`). The rows of ``nothing`` say what the
+gate alone costs; ``served_auc_loss_of_age`` says what a version loses if nothing takes its place for 5 % of the stream.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def losses(unpoisoned: Served, served: Served) -> F64:
 def figures(runs: Runs) -> dict[str, float]:
     """The largest losses, and what the gate did: ``served_auc_loss`` with weights that go back, over all poisons."""
     unpoisoned = runs["nothing", "none"]
-    found: dict[str, float] = {}
+    found = {"served_auc_loss_of_age": float(np.nanmax(_of_age(unpoisoned)))}
     largest: dict[Gate, list[float]] = {gate: [] for gate in GATES}
     for (poison, gate), served in runs.items():
         if (poison, gate) == ("nothing", "none"):
@@ -80,6 +80,12 @@ def table(runs: Runs) -> str:
             f"{np.nanmax(loss[-1]):.4f} | {refused} | {facts['went_back']} | {reasons} |"
         )
     return "\n".join(lines)
+
+
+def _of_age(unpoisoned: Served) -> F64:
+    """What a version loses by age alone, from the poison's beginning to the end of a stretch. float64 [P, T]."""
+    loss: F64 = unpoisoned.auc - unpoisoned.old_auc
+    return loss
 
 
 def _key(poison: str) -> str:

@@ -71,6 +71,11 @@ class Setting:
         """Number of the impression at which the poison begins."""
         return round(self.begin * self.impressions)
 
+    @property
+    def last_of_stretch(self) -> int:
+        """Number of the first impression after a poison in a row."""
+        return self.first_poisoned + round(self.share * self.impressions)
+
     def next_look(self, look: int) -> int:
         """The look after the one at so many impressions."""
         is_close = self.first_poisoned <= look < self.first_poisoned + 3 * self.look_every
@@ -106,9 +111,8 @@ class Setting:
         Raises:
             ValueError: It is none of them.
         """
-        first = self.first_poisoned
-        stretch = Part(first, first + round(self.share * self.impressions))
-        throughout = Part(first, self.impressions, self.share)
+        stretch = Part(self.first_poisoned, self.last_of_stretch)
+        throughout = Part(self.first_poisoned, self.impressions, self.share)
         if name == "flips in a row":
             return FlippedLabels(stretch)
         if name == "flips throughout":
@@ -199,12 +203,14 @@ class Served:
     Attributes:
         at: Impressions of the log trained on or seen, int [P].
         auc: float64 [P, T], of the version in service; NaN where a task has too few positives.
+        old_auc: The same of the version that was in service when the poison began; NaN but for the stretch.
         behind: Steps between the version in service and the weights trained, int [P].
         facts: Counts for a table.
     """
 
     at: list[int]
     auc: F64
+    old_auc: F64
     behind: list[int]
     facts: dict[str, Any]
 
@@ -224,7 +230,10 @@ def run(setting: Setting, clean: CleanLog, poison: str, gate: Gate) -> Served:
     trainer.publish_to(lambda lineage: service, None)  # type: ignore[arg-type, return-value]  # takes its place
     at: list[int] = []
     aucs: list[F64] = []
+    old_aucs: list[F64] = []
     behind: list[int] = []
+    old: ServingModel | None = None
+    back_at, backs = -1, 0
     next_cut = next_look = 0
     reasons: Counter[str] = Counter()
     while True:
@@ -239,21 +248,28 @@ def run(setting: Setting, clean: CleanLog, poison: str, gate: Gate) -> Served:
         trainer.run_requested()
         if gated is not None and gated.gate.refuses:
             reasons[gated.gate.reason.split(":")[0]] += 1
+        if gated is not None and gated.gate.backs and gated.gate.backs[-1].at_step != back_at:
+            back_at, backs = gated.gate.backs[-1].at_step, backs + 1
+        if old is None and stream.taken >= setting.first_poisoned:
+            old = service.model()
         if stream.taken >= next_look and stream.taken + setting.looked_at <= setting.impressions:
             next_look = setting.next_look(next_look)
             if service.step >= 0:
                 at.append(stream.taken)
                 aucs.append(_auc(service.model(), clean, stream.taken, setting))
+                is_past = stream.taken > setting.last_of_stretch
+                unknown = np.full_like(aucs[-1], np.nan)
+                old_aucs.append(unknown if old is None or is_past else _auc(old, clean, stream.taken, setting))
                 behind.append(learner.step_number - service.step)
     facts = {
         "published": service.published,
         "refused": gated.gate.summary()["refused"] if gated else 0,
         "reasons": dict(reasons),
-        "went_back": len(gated.gate.backs) if gated else 0,
+        "went_back": backs,
         "steps": learner.step_number,
         "seconds": time.monotonic() - started_s,
     }
-    return Served(at, np.array(aucs), behind, facts)
+    return Served(at, np.array(aucs), np.array(old_aucs), behind, facts)
 
 
 def _auc(model: ServingModel, clean: CleanLog, first: int, setting: Setting) -> F64:

@@ -146,7 +146,11 @@ def test_poison_lowers_the_auc_of_what_is_served_and_the_figures_say_by_how_much
     assert max(unpoisoned.behind) == 0
     assert np.nanmax(np.abs(loss[before])) == 0
     assert np.nanmax(loss) > 0.02
+    stretch = [3000 <= at <= 4200 for at in unpoisoned.at]
+    assert (np.isfinite(unpoisoned.old_auc).any(axis=1) == stretch).all()
+    assert np.nanmax(unpoisoned.old_auc - unpoisoned.auc) < 0.05  # weights of then, and not of later
     flat = figures(runs)
+    assert flat["served_auc_loss_of_age"] == np.nanmax(unpoisoned.auc - unpoisoned.old_auc) > 0
     assert flat["served_auc_loss_without_gate"] == flat["served_auc_loss_flips_in_a_row_none"] == np.nanmax(loss)
     assert flat["served_auc_loss"] == flat["served_auc_loss_flips_in_a_row_go_back"]
     gated = runs["flips in a row", "go_back"].facts
@@ -155,7 +159,7 @@ def test_poison_lowers_the_auc_of_what_is_served_and_the_figures_say_by_how_much
 
 
 def test_runs_that_were_looked_at_elsewhere_are_not_compared() -> None:
-    one, other = (Served([at], np.zeros((1, 7)), [0], {}) for at in (256, 512))
+    one, other = (Served([at], np.zeros((1, 7)), np.zeros((1, 7)), [0], {}) for at in (256, 512))
 
     with pytest.raises(ValueError, match="points"):
         losses(one, other)
