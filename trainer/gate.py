@@ -157,9 +157,9 @@ class PublishGate(Observer):
             return
         self._unscored.append((examples.take(rows), figures.scores[rows]))
         if sum(len(sampled) for sampled, _ in self._unscored) >= _SCORED_AT_ONCE:
-            self._score()
+            self.score_rest()
 
-    def _score(self) -> None:
+    def score_rest(self) -> None:
         """Let the version in service score what it has not yet."""
         if not self._unscored or self.reference is None:
             return
@@ -178,7 +178,7 @@ class PublishGate(Observer):
 
     def after_closing(self, examples: ExampleBlock) -> None:
         """Take in the impressions whose final labels have come."""
-        self._score()
+        self.score_rest()
         known, noted = self._open.close(examples)
         if len(known):
             self._add(known, noted["frozen"], noted["scores"])
@@ -250,7 +250,7 @@ class PublishGate(Observer):
             findings.append(Finding(NOT_FINITE, "", text))
         if self.reference is None:
             return findings
-        self._score()
+        self.score_rest()
         self._look()
         kept = self._sample.newest(self._sample.length(marks.compared_from))
         faults = find_faults(kept, self._history, config, z=config.z if marks.is_open else _Z_AFTER_REFUSAL)
@@ -328,13 +328,15 @@ class PublishGate(Observer):
 
     def went_back(self, reference: Reference, step: int) -> None:
         """The weights are again those of the last cut that passed; ``step`` steps are behind them by number."""
-        self.backs = [*self.backs, WentBack(step, self._marks.reference_step, self.reason)][-_BACKS_KEPT:]
-        self._marks.in_a_row = 0
-        self.published(reference, step)
+        marks, to_step = self._marks, self._marks.reference_step
+        self.backs = [*self.backs, WentBack(step, to_step, self.reason)][-_BACKS_KEPT:]
+        marks.in_a_row = 0
+        self.published(reference, to_step)
+        marks.learned_suspect = int(bool(self._suspicion))  # what comes until the stream is as usual again
 
     def _replace(self, reference: Reference) -> None:
         if self.reference is not None:
-            self._score()
+            self.score_rest()
             self.reference.close()
         self.reference = reference
 

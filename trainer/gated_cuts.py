@@ -106,6 +106,7 @@ class GatedCuts:
         """Put the learner back to the last cut that passed; ``step`` is the present step number, which stays."""
         gate, before = self.gate, self.gate.reference
         assert before is not None, "a gate that goes back has a reference"
+        gate.score_rest()
         before.go_back()  # type: ignore[attr-defined]  # ``keep`` made it
         gate.went_back(self._reference(), step)
         back = gate.backs[-1]

@@ -139,6 +139,7 @@ class TrainingReport:
         arms: Arm of the scorer → how well it served, over final labels; see :mod:`trainer.arms_report`. Empty where the
             log does not say what was served.
         arms_left_out: Impressions served by arms beyond those.
+        gate: Cuts that passed and were refused, as :meth:`trainer.gate.PublishGate.summary` has it; None without a gate.
     """
 
     schema: str
@@ -158,6 +159,7 @@ class TrainingReport:
     tasks: dict[str, TaskFigures]
     arms: dict[str, ArmFigures]
     arms_left_out: int
+    gate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the documented keys: the one form in which reports are written."""

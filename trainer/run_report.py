@@ -71,6 +71,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
         tasks=tasks,
         arms=trainer.arms.report(),
         arms_left_out=trainer.arms.left_out,
+        gate=trainer.gated.gate.summary() if trainer.gated else None,
     )
 
 

@@ -23,6 +23,7 @@ from tests.smes.plain_smes import plain
 from trainer.checkpoints import CheckpointDirectory
 from trainer.config import EvaluationConfig
 from trainer.evaluation import ProgressiveEvaluation
+from trainer.gated_cuts import GatedCuts
 from trainer.loop import Trainer
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
@@ -106,6 +107,7 @@ def make_trainer(
     flags: Flags | None = None,
     routing: RoutingHistoryConfig | None = None,
     stream: ExampleStream | None = None,
+    gated: GatedCuts | None = None,
 ) -> Trainer:
     """A trainer that has trained on nothing yet; ``learner`` replaces the one of :func:`make_learner`.
 
@@ -126,6 +128,7 @@ def make_trainer(
         prefetch=prefetch,
         routing=routing,
         dead_letters=letters.write,
+        gated=gated,
     )
 
 
