@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from smes.arrays import F32, I64, Arrays
 from smes.arm_names import arm_column
+from smes.arrays import F32, I64, Arrays
 from smes.events import ExampleBlock
 from smes.schema import MISSING, Feature, History, Schema, Task
 from trainer.config import EvaluationConfig
