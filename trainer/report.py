@@ -139,7 +139,7 @@ class TrainingReport:
         arms: Arm of the scorer → how well it served, over final labels; see :mod:`trainer.arms_report`. Empty where the
             log does not say what was served.
         arms_left_out: Impressions served by arms beyond those.
-        gate: Cuts that passed and were refused, as :meth:`trainer.gate.PublishGate.summary` has it; None without a gate.
+        gate: Cuts passed and refused, as :meth:`trainer.gate.PublishGate.summary` has it; None without a gate.
     """
 
     schema: str
