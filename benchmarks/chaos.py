@@ -10,6 +10,7 @@ what its figures mean and what was measured. The exit status is 1 if something d
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -175,6 +176,7 @@ def main() -> int:
     """Run the parts, write the figures, and say what did not hold."""
     arguments = parsed(sys.argv[1:])
     console.quiet = True
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that everything is ended
     if arguments.folder is not None:
         figures = run(arguments, arguments.folder)
     else:

@@ -1,7 +1,8 @@
 """Run ``smes`` with a clock that this benchmark moves: ``python chaos_clock.py FILE ARGUMENT …``.
 
 ``FILE`` holds seconds to add to the wall clock. It is read again every 0.1 s. The monotonic clock is left alone, as a
-clock that an operator or NTP sets leaves it alone. Used where libfaketime is not installed.
+clock that an operator or NTP sets leaves it alone. Every module of the process sees it. libfaketime was tried instead:
+under it a client of Kafka read nothing, or the monotonic clock jumped, too.
 """
 
 import contextlib

@@ -1,9 +1,8 @@
 """What is done to the system: one fault after the other, in a seeded order, at seeded moments.
 
 A disk that is full is a file system of its own with the trainer's checkpoints, which is filled to the last byte. Where
-it cannot be mounted, the kernel limits the length of the trainer's files instead. A clock that jumps is libfaketime's,
-and where that is not installed, :mod:`benchmarks.chaos_clock`'s. Both move the clocks of trainer and scorers, not those
-of the servers.
+it cannot be mounted, the kernel limits the length of the trainer's files instead. The clock that jumps is that of
+trainer and scorers (:mod:`benchmarks.chaos_clock`), not that of the servers.
 """
 
 import errno
@@ -37,7 +36,6 @@ _FAULTS: tuple[tuple[Kind, int, float], ...] = (
     ("clock ahead", 1, 10.0),
     ("clock back", 1, 10.0),
 )
-_LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
 _DISK_BYTES = 256 * 1024 * 1024
 _LIMITED_BYTES = 64 * 1024
 CLOCK_JUMPS_S: dict[str, int] = {"clock ahead": 3600, "clock back": -7200}
@@ -151,40 +149,18 @@ class Clock:
 
     Args:
         file: What says by how much it is moved.
-        library: libfaketime; None: the program's own clock is replaced.
 
     Attributes:
-        env: For their environment.
         launcher: For their command line.
-        way: How they are moved, in words.
     """
 
-    def __init__(self, file: Path, library: Path | None) -> None:
-        self._file, self._uses_library = file, library is not None
-        if library is not None:
-            self.env = {
-                "LD_PRELOAD": str(library),
-                "FAKETIME_TIMESTAMP_FILE": str(file),
-                "FAKETIME_CACHE_DURATION": "1",
-                "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-                "FAKETIME_FORCE_MONOTONIC_FIX": "0",  # else a wait of 10 ms may take 0.4 s
-            }
-            self.launcher: tuple[str, ...] = ("-m", "smes_cli")
-            self.way = "libfaketime"
-        else:
-            self.env = {}
-            self.launcher = (str(Path(__file__).with_name("chaos_clock.py")), str(file))
-            self.way = "time.time replaced"
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.launcher = (str(Path(__file__).with_name("chaos_clock.py")), str(file))
         self.set(0)
 
     def set(self, offset_s: int) -> None:
         """Move the clock to so many seconds from the true time."""
         partial = self._file.with_suffix(".partial")
-        partial.write_text(f"{offset_s:+d}" + ("\n" if self._uses_library else ""))
+        partial.write_text(f"{offset_s:+d}")
         partial.replace(self._file)
-
-
-def find_faketime() -> Path | None:
-    """libfaketime for programs with threads, where Debian and others put it."""
-    root = Path("/")
-    return next((path for pattern in _LIBRARIES for path in sorted(root.glob(pattern.lstrip("/")))), None)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.chaos_client import Caller
-from benchmarks.chaos_faults import CLOCK_JUMPS_S, Clock, Disk, Fault, find_faketime, make_disk, seconds_of
+from benchmarks.chaos_faults import CLOCK_JUMPS_S, Clock, Disk, Fault, make_disk, seconds_of
 from benchmarks.chaos_kills import Replayed, compare_with_undisturbed, prepare, start_replay, task_names
 from benchmarks.chaos_system import WAITING, Server, System, is_ready, newest_step, read_json, scorer_urls
 from smes_cli.demo.local_servers import LocalServerError
@@ -124,8 +124,8 @@ def run_outages(system: System, replayed: Replayed, faults: list[Fault], *, seed
         ChaosError, LocalServerError: Something did not come back.
     """
     disk = make_disk(system.folder / "disk", system.stack)
-    clock = Clock(system.folder / "clock", find_faketime())
-    system.env, system.launcher = clock.env, clock.launcher
+    clock = Clock(system.folder / "clock")
+    system.launcher = clock.launcher
     checkpoint = {"checkpoint": {"directory": str(disk.folder / "checkpoints")}}
     config = system.write_config("outages", schema=replayed.schema, trainer=checkpoint)
     loaded = prepare(system, config, replayed)
@@ -164,7 +164,6 @@ def run_outages(system: System, replayed: Replayed, faults: list[Fault], *, seed
     return {
         "faults": dict(Counter(fault.kind for fault in faults)),
         "disk_full_by": disk.way,
-        "clock_moved_by": clock.way,
         "checkpoints_refused": system.log_of("train").read_text(errors="replace").count("not written"),
         "happened": done,
         "replay_ended_before_the_last_fault": replay_ended,

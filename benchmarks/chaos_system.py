@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,7 +86,6 @@ class System:
         folder: Of everything.
         stack: Ends everything when it is closed.
         kafka_home: A Kafka distribution, for ``kafka``.
-        env: What the processes get beside the environment.
         launcher: How ``smes`` is started.
     """
 
@@ -94,7 +93,6 @@ class System:
     folder: Path
     stack: ExitStack
     kafka_home: Path | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
     launcher: Sequence[str] = ("-m", "smes_cli")
 
     def __post_init__(self) -> None:
@@ -147,17 +145,15 @@ class System:
 
     def start(self, name: str, config: Path, *arguments: str) -> subprocess.Popen[bytes]:
         """Start ``smes ARGUMENTS``; it is killed at the end, if it has not ended."""
-        return self._start(name, self.launcher, [str(config), *arguments], self.env)
+        return self._start(name, self.launcher, [str(config), *arguments])
 
     def start_plain(self, name: str, config: Path, *arguments: str) -> subprocess.Popen[bytes]:
         """:meth:`start` without what faults need."""
-        return self._start(name, ("-m", "smes_cli"), [str(config), *arguments], {})
+        return self._start(name, ("-m", "smes_cli"), [str(config), *arguments])
 
-    def _start(
-        self, name: str, launcher: Sequence[str], arguments: Sequence[str], more: Mapping[str, str]
-    ) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, launcher: Sequence[str], arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         argv = [sys.executable, "-P", *launcher, "-c", *arguments]
-        process = spawn(argv, log=self.log_of(name), env={**environment(), **more}, cwd=self.folder)
+        process = spawn(argv, log=self.log_of(name), env=environment(), cwd=self.folder)
         self.stack.callback(stop, process, timeout_s=0)
         return process
 

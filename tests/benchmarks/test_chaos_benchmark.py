@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from benchmarks.chaos import holds, parsed, summary
 from benchmarks.chaos_client import Caller
-from benchmarks.chaos_faults import Clock, Disk, Fault, find_faketime, make_disk, plan, seconds_of
+from benchmarks.chaos_faults import Clock, Disk, Fault, make_disk, plan, seconds_of
 from benchmarks.chaos_kills import Replayed, run_kills
 from benchmarks.chaos_malformed import run_malformed
 from benchmarks.chaos_outages import run_outages
@@ -288,8 +288,7 @@ def test_a_plan_is_seeded_and_has_every_fault_of_the_table() -> None:
 _ASK_CLOCK = """
 import pathlib, sys, threading, time
 from benchmarks.chaos_clock import move_clock
-if len(sys.argv) > 1:
-    move_clock(pathlib.Path(sys.argv[1]))
+move_clock(pathlib.Path(sys.argv[1]))
 wait = threading.Event()
 for line in sys.stdin:
     print(time.time() - float(line), flush=True)
@@ -299,16 +298,10 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("way", ["libfaketime", "time.time replaced"])
-def test_a_clock_jumps_there_and_back_and_waits_do_not(way: str, tmp_path: Path) -> None:
-    library = find_faketime() if way == "libfaketime" else None
-    if way == "libfaketime" and library is None:
-        pytest.skip("libfaketime is not installed")
-    clock = Clock(tmp_path / "clock", library)
-    assert clock.way == way
-
-    argv = [sys.executable, "-c", _ASK_CLOCK, *([] if library else [str(tmp_path / "clock")])]
-    env = {**clock.env, "PATH": "/usr/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
+def test_a_clock_jumps_there_and_back_and_waits_do_not(tmp_path: Path) -> None:
+    clock = Clock(tmp_path / "clock")
+    argv = [sys.executable, "-c", _ASK_CLOCK, str(tmp_path / "clock")]
+    env = {"PATH": "/usr/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdin is not None
         assert process.stdout is not None
