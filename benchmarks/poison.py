@@ -10,7 +10,8 @@ service stays), and with weights that go back to the last good cut (``go_back``)
 The loss of a run is the AUC of its version in service below that of the run without poison and gate, at the same
 impression, on the same clean impressions that no version has seen; the figure is the largest loss, over all points and
 over the binary tasks with enough positives there (:mod:`benchmarks.poison_runs`). The rows of ``nothing`` say what the
-gate alone costs; ``served_auc_loss_of_age`` says what a version loses if nothing takes its place for 5 % of the stream.
+gate alone costs. What is not learned from a stretch is missing afterwards, poisoned or not: ``served_auc_loss_of_age``
+says what a version loses if nothing takes its place for as long as one stretch lasts. ``--bursts`` divides the stretch.
 """
 
 import argparse
@@ -113,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--impressions", type=int, default=400_000, help="of the log")
     parser.add_argument("--begin", type=float, default=0.5, help="share of the log before the poison begins")
+    parser.add_argument("--bursts", type=int, default=1, help="in how many stretches a poison in a row comes")
     parser.add_argument("--seed", type=int, default=0, help="of the world and of the first weights")
     parser.add_argument("--poisons", nargs="+", choices=POISONS, default=list(POISONS))
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
@@ -122,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "world.parquet"
         synthesize(log, options.impressions, options.seed)
-        setting = Setting(log, options.impressions, options.begin, seed=options.seed)
+        setting = Setting(log, options.impressions, options.begin, bursts=options.bursts, seed=options.seed)
         runs = measure(setting, options.poisons, options.gates)
     print(table(runs))
     found = figures(runs)

@@ -49,8 +49,9 @@ class Setting:
         impressions: Of the log, from its beginning.
         begin: Share of the impressions before the poison begins, 0 … 1.
         share: Of the stream that is poisoned.
+        bursts: In how many stretches of equal length and distance, for a poison in a row.
         cut_every: Impressions between two cuts, rounded up to whole batches.
-        look_every: Impressions between two looks; a quarter of it for a while after the poison's beginning.
+        look_every: Impressions between two looks; a quarter of it for a while after a stretch begins.
         looked_at: Clean impressions that a look scores.
         fewest_positives: A task counts at a point where it has so many expected positives.
         seed: Of the first weights.
@@ -60,6 +61,7 @@ class Setting:
     impressions: int
     begin: float = 0.4
     share: float = 0.05
+    bursts: int = 1
     cut_every: int = 256
     look_every: int = 2048
     looked_at: int = 6144
@@ -73,12 +75,18 @@ class Setting:
 
     @property
     def last_of_stretch(self) -> int:
-        """Number of the first impression after a poison in a row."""
-        return self.first_poisoned + round(self.share * self.impressions)
+        """Number of the first impression after the first stretch of a poison in a row."""
+        return self.first_poisoned + round(self.share * self.impressions / self.bursts)
+
+    @property
+    def period(self) -> int:
+        """Impressions from the beginning of a stretch to that of the next."""
+        return (self.impressions - self.first_poisoned) // self.bursts
 
     def next_look(self, look: int) -> int:
         """The look after the one at so many impressions."""
-        is_close = self.first_poisoned <= look < self.first_poisoned + 3 * self.look_every
+        since = look - self.first_poisoned
+        is_close = since >= 0 and since % self.period < 3 * self.look_every
         return look + (self.look_every // 4 if is_close else self.look_every)
 
     @property
@@ -111,7 +119,7 @@ class Setting:
         Raises:
             ValueError: It is none of them.
         """
-        stretch = Part(self.first_poisoned, self.last_of_stretch)
+        stretch = Part(self.first_poisoned, self.last_of_stretch, period=self.period)
         throughout = Part(self.first_poisoned, self.impressions, self.share)
         if name == "flips in a row":
             return FlippedLabels(stretch)
@@ -203,7 +211,7 @@ class Served:
     Attributes:
         at: Impressions of the log trained on or seen, int [P].
         auc: float64 [P, T], of the version in service; NaN where a task has too few positives.
-        old_auc: The same of the version that was in service when the poison began; NaN but for the stretch.
+        old_auc: The same of the version that was in service when the poison began; NaN but for the first stretch.
         behind: Steps between the version in service and the weights trained, int [P].
         facts: Counts for a table.
     """

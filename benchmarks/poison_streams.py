@@ -47,15 +47,18 @@ class Part:
     Attributes:
         first, last: Numbers of impressions, from the first on, up to but not with the last.
         share: Of those in between, at random by their number, 0 … 1.
+        period: The same again so many impressions later, and so on to the end of the log; None: once.
     """
 
     first: int
     last: int
     share: float = 1.0
+    period: int | None = None
 
     def of(self, impression_id: I64) -> Bool:
         """int64 [N] → bool [N]."""
-        chosen: Bool = (impression_id >= self.first) & (impression_id < self.last)
+        since = impression_id - self.first
+        chosen: Bool = (since >= 0) & ((since if self.period is None else since % self.period) < self.last - self.first)
         if self.share < 1:
             chosen &= splitmix64(impression_id ^ 0x5EED) < np.uint64(self.share * 2.0**64)
         return chosen

@@ -1,5 +1,7 @@
 """The poison benchmark: poisons change what they say and nothing else; its figures are of the version in service."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -133,6 +135,15 @@ def test_parts_are_shares_of_what_lies_between() -> None:
     assert not chosen[40_000:].any()
     assert chosen[10_000:40_000].mean() == pytest.approx(0.1, abs=0.006)
     assert Part(10, 20).of(numbers).sum() == 10
+    assert np.flatnonzero(Part(10, 12, period=7).of(numbers[:30])).tolist() == [10, 11, 17, 18, 24, 25]
+
+
+def test_bursts_are_as_much_poison_in_equal_stretches(setting: Setting, clean: CleanLog) -> None:
+    batches, _ = _poisoned(setting, replace(setting, bursts=3).poison("flips in a row", clean))
+    got, was = ExampleBlock.concat(batches), clean.examples
+    flipped = np.sort(was.impression_id[(got.labels != was.labels).any(axis=1)])
+
+    assert flipped.tolist() == [*range(3000, 3400), *range(4000, 4400), *range(5000, 5400)]
 
 
 def test_poison_lowers_the_auc_of_what_is_served_and_the_figures_say_by_how_much(setting: Setting) -> None:
