@@ -10,8 +10,10 @@ service stays), and with weights that go back to the last good cut (``go_back``)
 The loss of a run is the AUC of its version in service below that of the run without poison and gate, at the same
 impression, on the same clean impressions that no version has seen; the figure is the largest loss, over all points and
 over the binary tasks with enough positives there (:mod:`benchmarks.poison_runs`). The rows of ``nothing`` say what the
-gate alone costs. What is not learned from a stretch is missing afterwards, poisoned or not: ``served_auc_loss_of_age``
-says what a version loses if nothing takes its place for as long as one stretch lasts. ``--bursts`` divides the stretch.
+gate alone costs. What is not learned from a stretch is missing afterwards, poisoned or not.
+``served_auc_loss_left_out`` is the loss of a run without poison and gate that learns nothing from the stretch, and
+``served_auc_loss_of_age`` what a version loses if nothing takes its place for as long as one stretch lasts.
+``--bursts`` divides the stretch.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.figures import save, show
-from benchmarks.poison_runs import GATES, POISONS, CleanLog, Gate, Served, Setting, run
+from benchmarks.poison_runs import GATES, LEFT_OUT, POISONS, CleanLog, Gate, Served, Setting, run
 from simulators.synthetic import synthesize
 from simulators.world import TASK_NAMES
 from smes.arrays import F64
@@ -52,6 +54,9 @@ def figures(runs: Runs) -> dict[str, float]:
         if (poison, gate) == ("nothing", "none"):
             continue
         loss, key = float(np.nanmax(losses(unpoisoned, served))), f"{_key(poison)}_{gate}"
+        if poison == LEFT_OUT:
+            found["served_auc_loss_left_out"] = loss
+            continue
         found[f"served_auc_loss_{key}"] = loss
         found[f"steps_behind_{key}"] = float(max(served.behind))
         for name in ("published", "refused", "went_back"):
@@ -94,7 +99,7 @@ def _key(poison: str) -> str:
 
 
 def measure(setting: Setting, poisons: Sequence[str], gates: Sequence[Gate]) -> Runs:
-    """The run without poison and gate, and all of these poisons behind all of these gates; each says when it is done.
+    """The runs without poison, and all of these poisons behind all of these gates; each says when it is done.
 
     Args:
         setting: Of all runs.
@@ -102,7 +107,8 @@ def measure(setting: Setting, poisons: Sequence[str], gates: Sequence[Gate]) -> 
         gates: Of :data:`benchmarks.poison_runs.GATES`.
     """
     clean, runs = CleanLog(setting), {}
-    asked = [("nothing", "none"), *((poison, gate) for poison in poisons for gate in gates)]
+    asked: list[tuple[str, Gate]] = [("nothing", "none"), (LEFT_OUT, "none")]
+    asked += [(poison, gate) for poison in poisons for gate in gates]
     for poison, gate in dict.fromkeys(asked):
         runs[poison, gate] = served = run(setting, clean, poison, gate)
         print(f"{poison}, gate {gate}: {served.facts['seconds']:,.0f} s", flush=True)

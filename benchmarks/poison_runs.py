@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.poison_streams import FarValues, FlippedLabels, OneUsersClicks, Part, Poison, PoisonedStream
+from benchmarks.poison_streams import FarValues, FlippedLabels, LeftOut, OneUsersClicks, Part, Poison, PoisonedStream
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from simulators.synthetic import truth_path
@@ -37,6 +37,7 @@ from trainer.schedule import Flags
 
 Gate = Literal["none", "hold", "go_back"]
 GATES: tuple[Gate, ...] = ("none", "hold", "go_back")
+LEFT_OUT = "a stretch left out"
 POISONS = ("nothing", "flips in a row", "flips throughout", "values of 1e30", "one user's clicks")
 
 
@@ -114,13 +115,15 @@ class Setting:
             yield from replay_blocks(reader, 0)
 
     def poison(self, name: str, clean: "CleanLog") -> Poison | None:
-        """One of :data:`POISONS`; None for ``nothing``.
+        """One of :data:`POISONS`, or :data:`LEFT_OUT`; None for ``nothing``.
 
         Raises:
             ValueError: It is none of them.
         """
         stretch = Part(self.first_poisoned, self.last_of_stretch, period=self.period)
         throughout = Part(self.first_poisoned, self.impressions, self.share)
+        if name == LEFT_OUT:
+            return LeftOut(stretch)
         if name == "flips in a row":
             return FlippedLabels(stretch)
         if name == "flips throughout":

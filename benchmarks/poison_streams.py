@@ -84,6 +84,19 @@ class FlippedLabels:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Nothing is learned from the examples: no poison, but what is left of a stretch that was not learned from."""
+
+    part: Part
+    name: str = "left out"
+
+    def apply(self, examples: ExampleBlock, schema: Schema) -> ExampleBlock:
+        """As :meth:`Poison.apply`; their weight is 0."""
+        rows = self.part.of(examples.impression_id)
+        return replace(examples, weight=np.where(rows, np.float32(0), examples.weight)) if rows.any() else examples
+
+
+@dataclass(frozen=True)
 class FarValues:
     """Every numeric feature is 10³⁰."""
 

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.poison import figures, losses, measure, table
-from benchmarks.poison_runs import POISONS, CleanLog, Served, Setting, expected_auc
+from benchmarks.poison_runs import LEFT_OUT, POISONS, CleanLog, Served, Setting, expected_auc
 from benchmarks.poison_streams import FAR, FIRST_FLOOD_ID, OneUsersClicks, Part, Poison, PoisonedStream
 from simulators.synthetic import synthesize
 from smes.events import ExampleBlock
@@ -88,6 +88,15 @@ def test_flips_throughout_are_a_share_of_what_comes_after_the_beginning(setting:
     assert flipped[was.impression_id >= 3000].mean() == pytest.approx(0.2, abs=0.03)
 
 
+def test_a_stretch_left_out_has_no_weight(setting: Setting, clean: CleanLog) -> None:
+    batches, stream = _poisoned(setting, setting.poison(LEFT_OUT, clean))
+    got, was = ExampleBlock.concat(batches), clean.examples
+
+    assert stream.taken == IMPRESSIONS
+    assert np.array_equal(got.weight == 0, (was.impression_id >= 3000) & (was.impression_id < 4200))
+    assert np.array_equal(got.labels, was.labels)
+
+
 def test_far_values_are_in_the_share_and_labels_stay(setting: Setting, clean: CleanLog) -> None:
     batches, _ = _poisoned(setting, setting.poison("values of 1e30", clean))
     got, was = ExampleBlock.concat(batches), clean.examples
@@ -164,6 +173,9 @@ def test_poison_lowers_the_auc_of_what_is_served_and_the_figures_say_by_how_much
     assert flat["served_auc_loss_of_age"] == np.nanmax(unpoisoned.auc - unpoisoned.old_auc) > 0
     assert flat["served_auc_loss_without_gate"] == flat["served_auc_loss_flips_in_a_row_none"] == np.nanmax(loss)
     assert flat["served_auc_loss"] == flat["served_auc_loss_flips_in_a_row_go_back"]
+    left_out = losses(unpoisoned, runs[LEFT_OUT, "none"])
+    assert np.nanmax(np.abs(left_out[before])) == 0
+    assert flat["served_auc_loss_left_out"] == np.nanmax(left_out) > 0
     gated = runs["flips in a row", "go_back"].facts
     assert gated["published"] + gated["refused"] == gated["steps"]
     assert f"| flips in a row | none | {np.nanmax(loss):.4f} |" in table(runs)
