@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from smes.arrays import F32, F64, I64, Arrays, Bool
+from smes.model.numeric_moments import FAR
 from smes.schema import Schema
 from trainer.config import GateConfig
 from trainer.gate_findings import (
@@ -43,7 +44,7 @@ _FEWEST_OF_ONE = 16  # examples that one user, or one odd feature, has to have
 _LONG_RUN = 8  # stretches that the history remembers
 _LARGEST_NOISE = 25.0
 _SLOWEST = 0.01  # of the averages
-_SHARES_FADE = 0.995
+_FAR_WIDTHS = 2.0**20
 
 
 class StreamHistory:
@@ -67,6 +68,8 @@ class StreamHistory:
         most = config.stretch_examples
         self._lengths = [max(FEWEST, most // part) for part in (64, 16, 4, 1)]
         self.names = [task.name for task in schema.tasks]
+        limits = {"none": FAR["none"][0], "log1p": np.exp(FAR["log1p"][0])}
+        self._nothing_measures = np.array([limits[f.transform] for f in schema.numeric_features])
         self.forget()
 
     def forget(self) -> None:
@@ -75,6 +78,7 @@ class StreamHistory:
         self._sums: F64 = np.zeros((SUMS, tasks))
         self._noise: F64 = np.ones((_TESTS, tails, tasks))
         self._looks = np.zeros(tails, np.int64)
+        self._accepted = 0  # looks
         self._shares: F64 = np.zeros((tails, tasks + 2))  # of one user: in all examples, in positives; odd inputs
         self._range: F64 = np.stack(
             [np.full(self._schema.num_numerics, np.inf), np.full(self._schema.num_numerics, -np.inf)]
@@ -97,13 +101,20 @@ class StreamHistory:
         return rate
 
     def odd(self, numerics: F32) -> Bool:
-        """Which examples have a numeric feature that is infinite or far out of its range. [N, F] → bool [N]."""
+        """Which examples have a numeric feature that is far out of its range. [N, F] → bool [N].
+
+        One that is so far that the model reads it as missing does no harm and does not count
+        (:data:`smes.model.numeric_moments.FAR`).
+        """
         low, high = self._range
-        known = high >= low
-        reach = self._config.max_range * np.maximum(high - low, np.abs(high) * 1e-3 + 1e-9)
-        with np.errstate(invalid="ignore"):
-            outside = known & self.knows & ((numerics > high + reach) | (numerics < low - reach))
-        result: Bool = (outside | np.isinf(numerics)).any(axis=1)
+        known = (high >= low) & self.knows
+        with np.errstate(invalid="ignore", over="ignore"):
+            x = numerics.astype(np.float64)
+            width = np.maximum(high - low, np.abs(high) * 1e-3 + 1e-9)
+            beyond = np.maximum(x - high, low - x)
+            missing = (np.abs(x) >= self._nothing_measures) & (beyond > _FAR_WIDTHS * width)
+            outside = known & (beyond > self._config.max_range * width) & ~missing
+        result: Bool = outside.any(axis=1)
         return result
 
     def see(self, low_high: F64) -> None:
@@ -192,6 +203,7 @@ class StreamHistory:
 
     def accept(self, look: "Look", sample: SampledStretch, new: int) -> None:
         """Take in a look that found nothing; ``new`` of the sample's newest examples were in none before."""
+        self._accepted += 1
         for i, place in enumerate(look.places):
             if self.knows:
                 self._looks[place] += 1
@@ -201,7 +213,8 @@ class StreamHistory:
             with np.errstate(invalid="ignore", divide="ignore"):
                 shares = np.where(look.most[i] >= _FEWEST_OF_ONE // 4, look.most[i] / look.total[i], 0.0)
             shares = np.append(shares, look.odd[i] / look.lengths[i])
-            self._shares[place] = np.maximum(self._shares[place] * _SHARES_FADE, shares)
+            # An average: it must not follow a flood that rises from look to look.
+            self._shares[place] += max(1.0 / self._accepted, _SLOWEST) * (shares - self._shares[place])
         kept = np.exp(-new / (_LONG_RUN * self._config.stretch_examples))
         self._sums = kept * self._sums + sample.tail_sums([new])[0]
 
@@ -213,13 +226,14 @@ class StreamHistory:
             "looks": self._looks.copy(),
             "shares": self._shares.copy(),
             "range": self._range.copy(),
+            "accepted": np.array([self._accepted]),
         }
 
     def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`."""
         self._sums, self._noise = state["sums"].copy(), state["noise"].copy()
         self._looks, self._shares = state["looks"].copy(), state["shares"].copy()
-        self._range = state["range"].copy()
+        self._range, self._accepted = state["range"].copy(), int(state["accepted"][0])
 
 
 class Look:

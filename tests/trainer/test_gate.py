@@ -156,15 +156,44 @@ def test_a_flood_of_one_users_positives_is_refused() -> None:
     assert "one user has" in stream.gate.reason
 
 
-def test_values_far_out_of_their_range_are_refused() -> None:
+def test_values_far_out_of_their_range_are_refused_also_when_few_come_with_each_cut() -> None:
+    stream = known()
+
+    def far(examples: ExampleBlock, live: F32) -> None:
+        examples.numerics[::100, 1] = 1e4
+
+    for _ in range(12):
+        stream.train(1, far)
+        if not stream.cut():
+            break
+    assert "far out of range" in stream.gate.reason
+
+
+def test_values_that_the_model_reads_as_missing_refuse_nothing() -> None:
     stream = known()
 
     def far(examples: ExampleBlock, live: F32) -> None:
         examples.numerics[::10, 1] = 1e30
 
-    stream.train(2, far)
-    assert not stream.cut()
-    assert "far out of range" in stream.gate.reason
+    for _ in range(10):
+        stream.train(1, far)
+        assert stream.cut(), stream.gate.reason
+
+
+def test_a_flood_that_rises_slowly_does_not_pass_for_usual() -> None:
+    stream = known()
+    share = 0.0
+
+    def flood(examples: ExampleBlock, live: F32) -> None:
+        examples.ids[: round(share * BATCH), 0] = 7
+        examples.labels[: round(share * BATCH), 0] = 1
+
+    for _ in range(60):
+        share += 0.004
+        stream.train(1, flood)
+        if not stream.cut():
+            break
+    assert "one user has" in stream.gate.reason
 
 
 def test_a_suspect_stretch_ends_when_twice_as_much_is_in_order_again() -> None:
