@@ -5,7 +5,8 @@ joins one that still waits in the mailbox: serving wants the newest, and one del
 noted for the older cut is added to the new one; the scorer measures freshness by it (:mod:`trainer.freshness`).
 
 The first publication of a process is full, and so is the next one after a delta did not apply, because the store was
-lost or went back in time. The trainer asks :attr:`Publisher.wants_full` before a cut. When the deltas have grown long,
+lost or went back in time. A first one that the store has already, in the same precision, is not published again: deltas
+follow it. The trainer asks :attr:`Publisher.wants_full` before a cut. When the deltas have grown long,
 :attr:`Publisher.wants_base` asks for a view of the whole table beside the delta of a cut; a second thread makes of it
 the base of that version, from which what starts late begins.
 """
@@ -250,7 +251,7 @@ class Publisher:
             manifest = self._upload(cut)
         except SnapshotStale as error:
             _logger.info("%s", error)
-            self._applies_to = {cut.step}
+            self._go_on_from_stored(cut)
             self._drop_view(cut)
             return "done"
         except LeaseLost:
@@ -284,6 +285,25 @@ class Publisher:
         else:
             self._drop_view(cut)
         return "done"
+
+    def _go_on_from_stored(self, cut: Cut) -> None:
+        """The store has this version already: deltas follow it, if it holds its rows in the precision of ours.
+
+        Else base and deltas would round in two ways, and a version would be two: the next one is full.
+        """
+        try:
+            stored = self._store.chain(self._store.get(self.lineage, cut.step))
+        except SmesError as error:
+            _logger.warning("a full snapshot follows: %s", error)
+            stored = ()
+        follows = bool(stored) and all(manifest.precision == self._payloads.precision for manifest in stored)
+        with self._changed:
+            if follows:
+                self._applies_to = {cut.step}
+                self._waiting.chain.begin_with(stored)
+            else:
+                self._waiting.give_up()
+                self._waiting.wants_full = True
 
     def _upload(self, cut: Cut) -> Manifest:
         return self._store.publish(

@@ -8,6 +8,7 @@ A cut that was held back is *kept* after its upload: what changed in it belongs 
 joins one before it that is to be served.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from feature_store.manifest import Manifest
@@ -142,6 +143,12 @@ class Chain:
             self.base_bytes, self._deltas = manifest.total_bytes, []
         else:
             self._deltas.append((manifest.version, manifest.total_bytes))
+
+    def begin_with(self, manifests: Sequence[Manifest]) -> None:
+        """What is published, as the store has it: a full payload, and the deltas after it."""
+        self.base_bytes, self._deltas = 0, []
+        for manifest in manifests:
+            self.add(manifest)
 
     def begin_at(self, base: Manifest) -> None:
         """A version got a base."""

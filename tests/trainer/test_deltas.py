@@ -333,6 +333,65 @@ def test_a_restart_begins_with_a_full_snapshot_and_a_fork_too(client: redis.Redi
     assert_rows(served(store, current(store)), rows)
 
 
+def cut_again(table: SmallTable, publisher: Publisher) -> None:
+    """Offer the version that is published already, as a trainer does that was stopped cleanly and starts again."""
+    publisher.offer(table.cut(full=publisher.wants_full))
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "int8"), ("int8", "fp32"), ("fp32", "fp32")])
+def test_one_version_is_one_set_of_rows_when_the_precision_changed_at_a_restart(
+    client: redis.Redis, namespace: str, before: Precision, after: Precision
+) -> None:
+    store, table = make_store(client, namespace, precision=before), SmallTable()
+    columns = np.random.default_rng(1).normal(size=(400, 5)).astype(np.float32)
+    table.rows = dict(enumerate(columns, 100))  # many more than change, so that deltas are small
+    running = Reader(store)
+    first = make_publisher(store)
+    for _ in range(5):
+        publish(table, first)
+        running.follow()
+    assert first.close()
+
+    store = make_store(client, namespace, precision=after, max_chain_length=1)
+    again = make_publisher(store)
+    cut_again(table, again)
+
+    def are_published() -> bool:
+        table.change(1)  # most rows stay as they were
+        again.offer(table.cut(full=again.wants_full, base=again.wants_base))
+        running.follow()
+        return again.published >= 3 and again.bases >= 1
+
+    until(are_published, "some versions and a base published")
+    assert again.close()
+    running.follow()
+    late = Reader(make_store(client, namespace))
+    late.follow()
+
+    assert late.version == running.version == table.step
+    assert_rows(running.rows, table.rows, after)
+    assert_rows(late.rows, table.rows, after)
+
+
+def test_frequent_clean_restarts_do_not_let_a_chain_grow(client: redis.Redis, namespace: str) -> None:
+    store, table = make_store(client, namespace, max_chain_length=4), SmallTable()
+    publisher = make_publisher(store)
+    publish(table, publisher)
+    for _ in range(6):
+        assert publisher.close()
+        publisher = make_publisher(store)
+        cut_again(table, publisher)
+        until(lambda publisher=publisher: current_bytes(publisher) > 0, "the version found")  # type: ignore[misc]
+        publish(table, publisher)
+        publish(table, publisher)
+        until(lambda: base_is_done(table), "the base done")
+    assert publisher.close()
+
+    kinds = [manifest.kind for manifest in store.chain(current(store))]
+    assert len(kinds) <= 5 + 1  # the one that makes it too long gets the base with the next
+    assert_rows(served(store, current(store)), dict(table.rows))
+
+
 def test_a_zombie_publishes_neither_deltas_nor_bases(client: redis.Redis, namespace: str, stack: ExitStack) -> None:
     store = make_store(client, namespace, max_chain_length=1)
     zombie_lease = stack.enter_context(LeaseKeeper(store, 60.0, holder="zombie"))
