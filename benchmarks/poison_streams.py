@@ -29,14 +29,14 @@ class Poison(Protocol):
     """What a producer does to the stream.
 
     Attributes:
-        name: For tables and keys.
+        part: Which impressions.
     """
 
     @property
-    def name(self) -> str: ...
+    def part(self) -> "Part": ...
 
-    def apply(self, examples: ExampleBlock, schema: Schema) -> ExampleBlock:
-        """The examples as they come from the poisoned stream: the same object if none of them is poisoned."""
+    def apply(self, examples: ExampleBlock, rows: Bool, schema: Schema) -> ExampleBlock:
+        """The examples as they come from the poisoned stream, with these rows poisoned, bool [N]; some are."""
         ...
 
 
@@ -69,13 +69,9 @@ class FlippedLabels:
     """Every label of a binary task is the other one."""
 
     part: Part
-    name: str = "labels flipped"
 
-    def apply(self, examples: ExampleBlock, schema: Schema) -> ExampleBlock:
+    def apply(self, examples: ExampleBlock, rows: Bool, schema: Schema) -> ExampleBlock:
         """As :meth:`Poison.apply`."""
-        rows = self.part.of(examples.impression_id)
-        if not rows.any():
-            return examples
         labels = examples.labels.copy()
         for t, task in enumerate(schema.tasks):
             if task.kind == "binary":
@@ -88,12 +84,10 @@ class LeftOut:
     """Nothing is learned from the examples: no poison, but what is left of a stretch that was not learned from."""
 
     part: Part
-    name: str = "left out"
 
-    def apply(self, examples: ExampleBlock, schema: Schema) -> ExampleBlock:
+    def apply(self, examples: ExampleBlock, rows: Bool, schema: Schema) -> ExampleBlock:
         """As :meth:`Poison.apply`; their weight is 0."""
-        rows = self.part.of(examples.impression_id)
-        return replace(examples, weight=np.where(rows, np.float32(0), examples.weight)) if rows.any() else examples
+        return replace(examples, weight=np.where(rows, np.float32(0), examples.weight))
 
 
 @dataclass(frozen=True)
@@ -101,13 +95,9 @@ class FarValues:
     """Every numeric feature is 10³⁰."""
 
     part: Part
-    name: str = "values of 1e30"
 
-    def apply(self, examples: ExampleBlock, schema: Schema) -> ExampleBlock:
+    def apply(self, examples: ExampleBlock, rows: Bool, schema: Schema) -> ExampleBlock:
         """As :meth:`Poison.apply`."""
-        rows = self.part.of(examples.impression_id)
-        if not rows.any():
-            return examples
         numerics = examples.numerics.copy()
         numerics[rows] = FAR
         return replace(examples, numerics=numerics)
@@ -128,13 +118,9 @@ class OneUsersClicks:
     part: Part
     user: ExampleBlock
     task: int
-    name: str = "one user's clicks for everyone"
 
-    def apply(self, examples: ExampleBlock, schema: Schema) -> ExampleBlock:
+    def apply(self, examples: ExampleBlock, rows: Bool, schema: Schema) -> ExampleBlock:
         """As :meth:`Poison.apply`; there are more examples afterwards."""
-        rows = self.part.of(examples.impression_id)
-        if not rows.any():
-            return examples
         labels = examples.labels.copy()
         labels[rows, self.task] = 1
         everyone = replace(examples, labels=labels)
@@ -197,8 +183,8 @@ class PoisonedStream(BlockStream):
             batch = super().next_batch()
             if batch is None:
                 return None
-            if self._poison is not None:
-                batch = self._poison.apply(batch, self._schema)
+            if self._poison is not None and (rows := self._poison.part.of(batch.impression_id)).any():
+                batch = self._poison.apply(batch, rows, self._schema)
             starts = range(0, len(batch), self._size) if len(batch) > self._size else range(1)
             self._ready.extend(batch.take(slice(s, s + self._size)) for s in starts)
         return self._ready[0]
