@@ -20,6 +20,7 @@ from smes.errors import CheckpointError, FeatureStoreUnavailable, SmesError, Ste
 from smes.events import ExampleBlock
 from smes.model.deltas import RowDelta, StateArray, whole
 from smes.model.learner import Learner
+from smes.schema import MISSING
 from smes_io.clock import wall_clock_ms
 from stream.dead_letters import DeadLetter
 from trainer.arms_report import ArmTallies
@@ -133,6 +134,8 @@ class Trainer:
             self.experts.load_state(under("experts.", checkpoint.arrays))
             self.arms.load_state(under("arms.", checkpoint.arrays))
             self.trained, self.not_finite = (int(n) for n in checkpoint.arrays["trainer.trained"])
+            (event_time_ms,) = checkpoint.arrays["trainer.event_time_ms"].tolist()
+            self._event_time_ms = None if event_time_ms == MISSING else event_time_ms
             gate = under("gate.", checkpoint.arrays)
             if self.gated is not None and gate:
                 self.gated.gate.load_state(gate)
@@ -413,7 +416,7 @@ class Trainer:
     def _view(self) -> tuple[CheckpointView, Callable[[], None]]:
         """The whole present state, to be written while training goes on, and what to call when it is on disk."""
         schema, model = self.learner.schema, self.learner.config.to_dict()
-        learner, stream = self.learner.state_view(), self.stream.state()
+        learner, stream, newest_ms = self.learner.state_view(), self.stream.state(), self._event_time_ms
         arrays = {
             **prefixed("learner.", learner.arrays),
             **prefixed("stream.", _kept(stream)),
@@ -421,6 +424,7 @@ class Trainer:
             **prefixed("experts.", _kept(self.experts.state())),
             **prefixed("arms.", _kept(self.arms.state())),
             "trainer.trained": whole(np.array([self.trained, self.not_finite])),
+            "trainer.event_time_ms": whole(np.array([MISSING if newest_ms is None else newest_ms], np.int64)),
         }
         if self.gated is not None:
             arrays |= prefixed("gate.", _kept(self.gated.gate.state(), final="reference."))

@@ -102,6 +102,25 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(seed: int, short_lives: bool, lo
     assert_same(trainer, never_killed)
 
 
+def test_the_first_cut_after_a_restart_says_what_the_last_one_before_it_said(log: InMemoryLog, tmp_path: Path) -> None:
+    fill(log, 3000)
+    for steps in (0, 3):
+        trainer = trainer_of(log, tmp_path)
+        while trainer.learner.step_number < steps:
+            assert trainer.step() or trainer.stream.poll(0)
+        trainer.checkpoint()
+        last = trainer.take_cut(full=True)
+        again = trainer_of(log, tmp_path)
+        again.restore()
+        first = again.take_cut(full=True)
+
+        assert (last.event_time_ms is None) == (steps == 0)
+        assert (first.step, first.event_time_ms, first.positions) == (last.step, last.event_time_ms, last.positions)
+        assert first.metrics == last.metrics
+        for cut in (first, last):
+            cut.without_view()
+
+
 @pytest.mark.parametrize("steps_beside", [1, 7])
 def test_a_checkpoint_written_beside_the_training_is_of_the_moment_it_was_begun(
     steps_beside: int, log: InMemoryLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
