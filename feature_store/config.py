@@ -42,7 +42,7 @@ class SnapshotStoreConfig:
     min_retained: PositiveInt = 2
     max_held: PositiveInt = 3
     max_manifests: PositiveInt = 256
-    upload_ttl_s: PositiveInt = 600
+    upload_ttl_s: Annotated[int, Ge(1), Le(1_000_000)] = 600
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM, signal
 from types import FrameType
@@ -92,8 +91,7 @@ def config_of(context: typer.Context, schema: str | None = None) -> "Config":
     """
     from smes_cli.config import load_config
 
-    config = load_config(context.obj)
-    return config if schema is None else replace(config, schema=schema)
+    return load_config(context.obj, schema=schema)
 
 
 class StopRequest(threading.Event):

@@ -10,7 +10,7 @@ Each part is a frozen dataclass that lies beside the component it configures. A 
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -19,14 +19,16 @@ from pydantic import ConfigDict
 
 from feature_store.config import FeatureStoreConfig
 from simulators.config import ReplayConfig
-from smes.errors import LogError
+from smes.errors import LogError, SmesError
 from smes.model.config import ModelConfig, OptimizerConfig, Preset, model_preset
 from smes.model.rows_config import RowsConfig
+from smes.rankers.config import task_groups
 from smes_io.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file
 from smes_io.secrets import shown
 from smes_io.yaml_file import STRICT, read_mapping, validated
-from smes_scorer.config import ScorerConfig
+from smes_scorer.config import ScorerConfig, fusion_weights
 from stream.example_stream import StreamConfig
+from stream.join.waits import stages_of
 from stream.log.open_log import EventLogConfig
 from trainer.config import TrainerConfig
 
@@ -94,12 +96,13 @@ class Config:
         return load_builtin(builtin) if builtin else load_schema_file(name)
 
 
-def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) -> Config:
+def load_config(path: Path | None, environment: Mapping[str, str] = os.environ, *, schema: str | None = None) -> Config:
     """Read the configuration.
 
     Args:
         path: The file. None: ``smes.yaml`` in the working folder if it is there, else the defaults.
         environment: Variables that override keys.
+        schema: Overrides the configured one.
 
     Raises:
         ValueError: One line with file, key, value and what was expected.
@@ -111,7 +114,29 @@ def load_config(path: Path | None, environment: Mapping[str, str] = os.environ) 
     where = str(path) if path is not None else "configuration"
     if variables:
         where += f" with {', '.join(variables)}"
-    return validated(Config, _with_preset(data, where), where, also={"model": ("preset",)})
+    config = validated(Config, _with_preset(data, where), where, also={"model": ("preset",)})
+    if schema is not None:
+        config = replace(config, schema=schema)
+    _check_names(config, where)
+    return config
+
+
+def _check_names(config: Config, where: str) -> None:
+    """Check the tasks and vocabularies that are named, if there is a schema; without, whoever uses them does."""
+    try:
+        schema = config.schema_file().schema
+    except (SmesError, ValueError):
+        return  # what needs it says what is wrong with it
+    try:
+        stages_of(schema, config.stream.join.wait, config.stream.join.correction, lateness_ms=0)
+        config.rows.rules(f.vocabulary_name for f in schema.id_features)
+        if config.model.ranker == "home":
+            task_groups("model.home.groups", schema, config.model.home.groups)
+        elif config.model.ranker == "smes":
+            task_groups("model.smes.groups.declared", schema, config.model.smes.groups.declared)
+        fusion_weights(config.scorer, schema)
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).replace('ScorerConfig.', 'scorer.', 1)}") from error
 
 
 def _override(data: dict[str, Any], environment: Mapping[str, str]) -> list[str]:

@@ -5,7 +5,7 @@ expected, in the words of :mod:`smes.ranges`. A value that may hold a password i
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -86,10 +86,43 @@ def validated(
     Raises:
         ValueError: An entry is missing, unknown, of a wrong type or out of range.
     """
+    for place, hint, value in _confused(cls, data, ()):
+        key = _dotted(place)
+        raise ValueError(f"{where}: {key}: {shown(key, value)}, expected {_type_words(hint)}")
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
         raise ValueError(f"{where}: {_one_line(cls, error, also or {})}") from error
+
+
+def _confused(
+    hint: Any, value: Any, place: tuple[int | str, ...]
+) -> Iterator[tuple[tuple[int | str, ...], Any, bool | int | float]]:
+    """Booleans where a number is expected and numbers where a boolean is, which pydantic would take for each other."""
+    if isinstance(value, bool | int | float):
+        kinds = set(_leaves(hint))
+        if kinds & {bool, int, float} and not kinds & ({bool} if isinstance(value, bool) else {int, float}):
+            yield place, hint, value
+        return
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for part, below in parts:
+        below_hint = _below(hint, part)
+        if below_hint is not None:
+            yield from _confused(below_hint, below, (*place, part))
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    """The types that a scalar may have by an annotation."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        yield from _leaves(arguments[0])
+    elif origin in (Union, UnionType):
+        for branch in arguments:
+            yield from _leaves(branch)
+    elif origin is Literal:
+        yield from map(type, arguments)
+    else:
+        yield hint
 
 
 def _one_line(cls: type, error: ValidationError, also: Mapping[str, tuple[str, ...]]) -> str:

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 
 from smes.arm_names import EXPECTED, MAIN, is_arm_name
 from smes.arrays import F32
-from smes.ranges import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
+from smes.ranges import NonNegativeInt, PositiveInt, Seconds, check_ranges
 from smes.schema import Schema
 from smes_io.secrets import SecretPlace
 
@@ -96,18 +96,18 @@ class ScorerConfig:
     max_depth: Annotated[int, Ge(3)] = 32
     workers: PositiveInt = 2
     max_waiting: NonNegativeInt = 200
-    max_age_s: PositiveFloat = 5.0
+    max_age_s: Seconds = 5.0
     max_connections: PositiveInt = 512
-    header_timeout_s: PositiveFloat = 5.0
-    body_timeout_s: PositiveFloat = 10.0
-    request_timeout_s: PositiveFloat = 30.0
-    send_timeout_s: PositiveFloat = 10.0
+    header_timeout_s: Seconds = 5.0
+    body_timeout_s: Seconds = 10.0
+    request_timeout_s: Seconds = 30.0
+    send_timeout_s: Seconds = 10.0
     torch_threads: PositiveInt = 1
-    entity_timeout_ms: PositiveInt = 50
-    entity_retry_s: PositiveFloat = 1.0
-    poll_s: PositiveFloat = 0.5
-    redis_timeout_s: PositiveFloat = 5.0
-    shutdown_s: PositiveInt = 10
+    entity_timeout_ms: Annotated[int, Ge(1), Le(1_000_000_000)] = 50
+    entity_retry_s: Seconds = 1.0
+    poll_s: Seconds = 0.5
+    redis_timeout_s: Seconds = 5.0
+    shutdown_s: Annotated[int, Ge(1), Le(1_000_000)] = 10
 
     def __post_init__(self) -> None:
         check_ranges(self)

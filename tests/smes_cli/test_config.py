@@ -10,6 +10,9 @@ from smes.rankers.sparse.config import smes_paper
 from smes_cli.config import Config, load_config
 from smes_cli.starter import STARTER
 
+_SECONDS = ["poll_s", "redis_timeout_s", "entity_retry_s", "max_age_s"]
+_SECONDS += [f"{what}_timeout_s" for what in ("header", "body", "request", "send")]
+
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "smes.yaml"
@@ -135,6 +138,40 @@ def test_a_variable_chooses_the_preset(tmp_path: Path) -> None:
             "trainer.snapshot_interval_s: inf, expected more than 0, at most 1000000",
         ),
         ("optimizer: {learning_rate: .inf}", "optimizer.learning_rate: inf, expected a finite number, more than 0"),
+        *(
+            (f"scorer: {{{key}: 1e12}}", f"scorer.{key}: '1e12', expected more than 0, at most 1000000")
+            for key in _SECONDS
+        ),
+        ("scorer: {shutdown_s: 1000000000000}", "scorer.shutdown_s: 1000000000000, expected at least 1, at most"),
+        ("scorer: {entity_timeout_ms: 1000000000000}", "scorer.entity_timeout_ms: 1000000000000, expected at least 1"),
+        ("rows: {admit_after: true}", "rows.admit_after: True, expected an integer, at least 1, at most 255"),
+        ("rows: {expire_after_s: true}", "rows.expire_after_s: True, expected a number, more than 0"),
+        (
+            "rows: {vocabularies: {user_id: {budget: yes}}}",
+            "rows.vocabularies.user_id.budget: True, expected an integer",
+        ),
+        (
+            "stream: {join: {wait: {click: true}}}",
+            "stream.join.wait.click: True, expected one of immediate, window or a",
+        ),
+        ("scorer: {fusion_weights: {click: true}}", "scorer.fusion_weights.click: True, expected a number"),
+        ("scorer: {arms: {b: {held: 1, shadow: true}}}", "scorer.arms.b.held: 1, expected true or false"),
+        ("optimizer: {betas: [0.9, false]}", "optimizer.betas.1: False, expected a number, at least 0, less than 1"),
+        ("model: {preset: paper, wide: 1.0}", "model.wide: 1.0, expected true or false"),
+        ("trainer: {gate: {enabled: 1}}", "trainer.gate.enabled: 1, expected true or false"),
+        ("schema: synthetic\nstream: {join: {wait: {buy: 5}}}", "stream.join.wait: unknown tasks ['buy'], expected"),
+        (
+            "schema: synthetic\nrows: {vocabularies: {x: {}}}",
+            "rows.vocabularies.x: no such vocabulary, expected one of",
+        ),
+        (
+            "schema: synthetic\nscorer: {fusion_weights: {buy: 1}}",
+            ": scorer.fusion_weights: 'buy', expected one of the",
+        ),
+        (
+            "schema: synthetic\nmodel: {smes: {groups: {declared: {a: [buy]}}}}",
+            "model.smes.groups.declared: unknown tasks ['buy'], expected names among",
+        ),
         ("- 1", "expected a mapping of keys to values, got list"),
         ("a: [", "expected YAML"),
     ],
