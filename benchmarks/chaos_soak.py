@@ -8,7 +8,6 @@ the time after the warm-up is compared with the end.
 import multiprocessing
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,11 @@ import redis
 
 from benchmarks.chaos_client import Caller
 from benchmarks.chaos_system import ChaosError, System, read_config, read_json, scorer_urls
-from benchmarks.freshness_traffic import FEEDBACK_PER_IMPRESSION, Population, Traffic
+from benchmarks.freshness_traffic import Population, Traffic, produce
 from smes.events import ImpressionBlock
 from smes_cli.compile_loops import compile_loops
-from smes_io.clock import wall_clock_ms
-from stream.codec.codec import encode_feedback, encode_impressions
-from stream.log.open_log import open_event_log
-from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.report import conservation_errors
 
-_TICK_S = 0.02
 _EVERY_S = 2.0
 _USERS, _ITEMS = 4000, 2000
 _IMPRESSIONS_PER_NEW_USER, _IMPRESSIONS_PER_NEW_ITEM = 4, 8
@@ -47,31 +41,6 @@ class NewIds(Traffic):
         block.ids[:, 1] += self._shown // _IMPRESSIONS_PER_NEW_ITEM
         self._shown += count
         return block
-
-
-def produce(path: Path, events_per_s: float, seconds: float, seed: int, report: Path) -> None:
-    """Append so many events a second; then write how many."""
-    config = read_config(path)
-    schema, partitions = config.schema_file().schema, config.event_log.partitions
-    log = open_event_log(config.event_log)
-    for topic in (IMPRESSIONS, FEEDBACK):
-        log.ensure_topic(topic, partitions)
-    traffic = NewIds(schema, Population(_USERS, _ITEMS), first_id=1, seed=seed)
-    impressions_per_s = events_per_s / (1 + FEEDBACK_PER_IMPRESSION)
-    begin_s, shown, appended = time.monotonic(), 0, 0
-    while (passed_s := time.monotonic() - begin_s) < seconds:
-        tick, now_ms = int(passed_s / _TICK_S), wall_clock_ms()
-        impressions = traffic.impressions(int(impressions_per_s * passed_s) - shown, tick, now_ms)
-        feedback = traffic.feedback(tick, now_ms)
-        shown += len(impressions)
-        appended += len(impressions) + len(feedback)
-        if len(impressions):
-            log.append(IMPRESSIONS, encode_impressions(impressions, schema, "arrow", partitions))
-        if len(feedback):
-            log.append(FEEDBACK, encode_feedback(feedback, schema, "arrow", partitions))
-        time.sleep(max(0.0, _TICK_S - (time.monotonic() - begin_s - passed_s)))
-    log.close()
-    report.write_text(f"{appended} {time.monotonic() - begin_s}")
 
 
 def run_soak(system: System, *, minutes: float, events_per_s: float, seed: int) -> dict[str, Any]:
@@ -101,7 +70,8 @@ def run_soak(system: System, *, minutes: float, events_per_s: float, seed: int) 
     trainer = system.start_plain("train", config, "train", "--flush", "--report", str(system.folder / "train.json"))
     scorer = system.start_plain(name, config, "serve", "--port", url.rpartition(":")[2])
     context = multiprocessing.get_context("spawn")
-    producer = context.Process(target=produce, args=(config, events_per_s, seconds, seed, produced), daemon=True)
+    traffic = NewIds(read.schema_file().schema, Population(_USERS, _ITEMS), first_id=1, seed=seed)
+    producer = context.Process(target=produce, args=(read, traffic, events_per_s, seconds, produced), daemon=True)
     producer.start()
     system.stack.callback(producer.kill)
     system.await_ready([url], {name: scorer, "train": trainer})
@@ -117,7 +87,7 @@ def run_soak(system: System, *, minutes: float, events_per_s: float, seed: int) 
     answers = caller.stop()
     system.finish("train", trainer, terminate=True)
     report = read_json(system.folder / "train.json")
-    appended, took_s = (float(text) for text in produced.read_text().split())
+    appended, took_s, _ = (float(text) for text in produced.read_text().split())
     return {
         "soak_minutes": round(took_s / 60, 2),
         "soak_events_per_s": appended / took_s,

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.freshness_traffic import Population, ask, produce
+from benchmarks.freshness_traffic import Population, Traffic, ask, produce
 from feature_store.config import SnapshotStoreConfig
 from feature_store.feedback_times import FeedbackTimes
 from feature_store.snapshots import SnapshotStore
@@ -125,9 +125,10 @@ def run_live(setting: LiveSetting) -> LiveFigures:
         url = workers.scorer_url(scorer)
         _await_ready(url, workers, {"train": trainer, "serve": scorer})
         seconds = setting.warm_up_s + setting.seconds
+        traffic = Traffic(config.schema_file().schema, population, first_id=wall_clock_ms(), seed=1)
         produced, answers = folder / "produced", folder / "answers"
         others = [
-            context.Process(target=produce, args=(config, population, setting.events_per_s, seconds, produced)),
+            context.Process(target=produce, args=(config, traffic, setting.events_per_s, seconds, produced)),
             context.Process(target=ask, args=(url, population, setting.requests_per_s, seconds + _SETTLE_S, answers)),
         ]
         for process in others:

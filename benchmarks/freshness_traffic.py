@@ -92,15 +92,14 @@ class Traffic:
             self._coming[int(due)].append(block)
 
 
-def produce(config: Config, population: Population, events_per_s: float, seconds: float, report: Path) -> None:
-    """Append so many events a second until the time is over.
+def produce(config: Config, traffic: Traffic, events_per_s: float, seconds: float, report: Path) -> None:
+    """Append so many events of a traffic a second until the time is over.
 
     An append that takes longer than a tick makes the next one larger, not later events. Writes how many were appended,
     in how many seconds, and how long an append took at worst.
     """
     schema, partitions = config.schema_file().schema, config.event_log.partitions
     log = open_event_log(config.event_log)
-    traffic = Traffic(schema, population, first_id=wall_clock_ms(), seed=1)
     impressions_per_s = events_per_s / (1 + FEEDBACK_PER_IMPRESSION)
     begin_s, shown, appended, worst_s = time.monotonic(), 0, 0, 0.0
     while (passed_s := time.monotonic() - begin_s) < seconds:
