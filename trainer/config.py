@@ -97,6 +97,9 @@ class GateConfig:
         max_refusals: So many refused cuts in a row are an alarm, ≥ 1.
         then: What follows an alarm: ``hold``, the version in service stays, or ``go_back``, the weights and optimisers
             go back to the last cut that passed, too.
+        sift: Whether, while the stream is suspect, single examples teach nothing that the version in service finds next
+            to impossible, nor those of a user who floods the stream. With ``go_back`` the weights then go back at once,
+            and learn on from the rest.
         accept_after_s: Event time, seconds, ≥ 0, after which a stream that stays different is accepted, if the
             candidate fits it. None: only ``smes snapshots promote`` accepts it.
         held_interval_s: A refused cut is uploaded to be looked at, at most one in so many seconds, ≥ 0.
@@ -118,6 +121,7 @@ class GateConfig:
     max_odd_share: PositiveFloat = 0.005
     max_refusals: PositiveInt = 5
     then: Literal["hold", "go_back"] = "hold"
+    sift: bool = True
     accept_after_s: EventSecondsOrZero | None = 3600.0
     held_interval_s: SecondsOrZero = 60.0
 

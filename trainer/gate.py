@@ -27,8 +27,8 @@ nothing of them.
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -38,9 +38,11 @@ from smes.hashing import splitmix64
 from smes.schema import Schema
 from trainer.config import GateConfig
 from trainer.gate_candidate import find_faults
-from trainer.gate_findings import BASE_RATE, LEARNED, NOT_FINITE, TOO_FEW, Finding, reason_of
+from trainer.gate_findings import BASE_RATE, LEARNED, NOT_FINITE, STREAM_USER, TOO_FEW, Finding, reason_of
 from trainer.gate_sample import Examples, SampledStretch
+from trainer.gate_sifting import Sifter
 from trainer.gate_stream import FEWEST, StreamHistory
+from trainer.gate_verdicts import Marks, Reference, Verdict, WentBack
 from trainer.observers import Observer, StepFigures
 from trainer.ranked_windows import OpenImpressions
 
@@ -51,70 +53,6 @@ _FEWEST_AFTER_REFUSAL = 256  # sampled examples
 _Z_AFTER_REFUSAL = 2.5
 _ALL = 2.0**64
 _SCORED_AT_ONCE = 512  # examples: a call costs as much as some 300 of them
-
-
-class Reference(Protocol):
-    """The weights of the last cut that passed."""
-
-    def score(self, ids: I64, numerics: F32) -> F32:
-        """int64 [N, W], float32 [N, F] → float32 [N, T]."""
-
-    def state(self) -> Arrays:
-        """Arrays of which the same weights are made again; nothing writes to them any more."""
-
-    def close(self) -> None:
-        """Called when they are not needed any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the gate says of a cut.
-
-    Attributes:
-        passed: Whether it may be published.
-        reason: Why not; empty if it may.
-        go_back: Whether the trainer is to go back to the last cut that passed.
-    """
-
-    passed: bool
-    reason: str = ""
-    go_back: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class WentBack:
-    """Weights went back to those of an earlier cut. What the steps in between learned is dropped, and not read again.
-
-    Attributes:
-        at_step: Step number when they did; steps are counted on from it.
-        to_step: Step of the cut whose weights they are.
-        reason: Why.
-    """
-
-    at_step: int
-    to_step: int
-    reason: str
-
-
-@dataclass(slots=True)
-class _Marks:
-    """Where the gate is. Numbers of examples are those of the sample."""
-
-    suspect_from: int = 0  # judged by what came after
-    compared_from: int = 0  # candidate and version in service, likewise
-    trusted_until: int = 0  # what the history has taken in
-    looked_at: int = 0
-    needed: int = 0  # examples in order, before a suspect stream is trusted again
-    suspect_since_ms: int = 0
-    event_time_ms: int = 0
-    is_open: int = 1  # no refusal and no suspicion since the last cut that passed
-    learned_suspect: int = 0
-    not_finite: int = 0
-    passed: int = 0
-    refused: int = 0
-    in_a_row: int = 0
-    alarms: int = 0
-    reference_step: int = 0
 
 
 class PublishGate(Observer):
@@ -136,16 +74,29 @@ class PublishGate(Observer):
         self.config, self._schema, self._thaw = config, schema, thaw
         self._history = StreamHistory(schema, config)
         self._sample = SampledStretch(config.stretch_examples, self._history.binary)
+        self._sifter = Sifter(self._history.binary, config.stretch_examples)
         self._open = OpenImpressions(schema.num_tasks)
         self._unscored: list[tuple[ExampleBlock, F32]] = []
         self._suspicion: list[Finding] = []
-        self._marks = _Marks()
+        self._sifting_began = False  # at this judgement
+        self._marks = Marks()
         self._new_range: F64 = _no_range(schema.num_numerics)
         self.reference: Reference | None = None
         self.backs: list[WentBack] = []
         self.reason = ""
 
     # What the observer sees.
+
+    @property
+    def sifts(self) -> bool:
+        """Whether implausible examples are left out (:mod:`trainer.gate_sifting`)."""
+        return self._sifter.is_on
+
+    def sift(self, examples: ExampleBlock) -> ExampleBlock:
+        """A batch before its step: what is to teach nothing has weight 0. The same object if nothing is left out."""
+        if not self._sifter.is_on or self.reference is None:
+            return examples
+        return self._sifter.sift(examples, self.reference.score(examples.ids, examples.numerics))
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Take the scores that the weights gave the batch just before they were trained on it."""
@@ -191,6 +142,9 @@ class PublishGate(Observer):
         return chosen
 
     def _add(self, examples: ExampleBlock, served: F32, live: F32) -> None:
+        believed = self._sifter.plausible(examples.user_id, served, examples.labels, examples.label_mask)
+        if not believed.all():
+            examples, served, live = examples.take(believed), served[believed], live[believed]
         odd = self._history.odd(examples.numerics)
         usual = examples.numerics[~odd].astype(np.float64)
         if usual.size:
@@ -212,6 +166,7 @@ class PublishGate(Observer):
             promoted: Somebody has just put a cut into service that was refused: then only scores that are not finite
                 speak against the weights.
         """
+        self._sifting_began = False
         findings = self._findings()
         marks = self._marks
         if promoted:
@@ -238,9 +193,16 @@ class PublishGate(Observer):
         marks.alarms += is_alarm
         level = logging.ERROR if is_alarm else logging.WARNING if marks.in_a_row == 1 else logging.INFO
         _logger.log(level, "cut refused, %d in a row; the version in service stays: %s", marks.in_a_row, self.reason)
-        enough = marks.in_a_row >= config.max_refusals or (marks.learned_suspect and not self._suspicion)
+        enough = self._sifting_began or (marks.learned_suspect and not self._suspicion)
+        if not self._waits_for_the_stream:
+            enough = enough or marks.in_a_row >= config.max_refusals
         back = config.then == "go_back" and self.reference is not None and bool(enough)
         return Verdict(False, self.reason, back)
+
+    @property
+    def _waits_for_the_stream(self) -> bool:
+        """Whether the weights are as good as they were, because nothing suspect was learned since they went back."""
+        return self._sifter.is_on and bool(self._suspicion) and not self._marks.learned_suspect
 
     def _findings(self) -> list[Finding]:
         marks, config = self._marks, self.config
@@ -252,6 +214,7 @@ class PublishGate(Observer):
             return findings
         self.score_rest()
         self._look()
+        self._decide_on_sifting()
         kept = self._sample.newest(self._sample.length(marks.compared_from))
         faults = find_faults(kept, self._history, config, z=config.z if marks.is_open else _Z_AFTER_REFUSAL)
         if not marks.is_open and len(kept) < _FEWEST_AFTER_REFUSAL:
@@ -263,6 +226,23 @@ class PublishGate(Observer):
         if marks.learned_suspect and not self._suspicion and config.then == "go_back":
             findings.append(Finding(LEARNED, "", "the weights learned from a stretch that was suspect"))
         return [*findings, *self._suspicion, *faults]
+
+    def _decide_on_sifting(self) -> None:
+        """Begin to sift with a suspicion, and end when little is implausible any more."""
+        config, marks, sifter = self.config, self._marks, self._sifter
+        if config.sift and self._suspicion:
+            if not sifter.is_on:
+                sifter.begin(marks.event_time_ms)
+                self._sifting_began = sifter.is_on
+            if any(finding.code == STREAM_USER for finding in self._suspicion):
+                sifter.leave_out(self._history.flooding(self._sample))
+        if not sifter.is_on:
+            return
+        after_s = config.accept_after_s
+        if not self._suspicion:
+            sifter.end_if_quiet()
+            if after_s is not None and sifter.is_on and marks.event_time_ms - sifter.since_ms >= 1000 * after_s:
+                self.accept_stream("what is implausible has kept coming")
 
     def _is_steady(self, faults: Sequence[Finding]) -> bool:
         """Whether a stream that differs from before has done so for long, and nothing else is wrong."""
@@ -279,6 +259,8 @@ class PublishGate(Observer):
         if length < FEWEST or total == marks.trusted_until:
             return
         findings, look = self._history.compare(self._sample, length)
+        if self.config.sift:
+            findings += self._sifter.unusual(self._sample, length, self.config.z)
         if findings:
             if not self._suspicion:
                 marks.suspect_since_ms = marks.event_time_ms
@@ -293,7 +275,9 @@ class PublishGate(Observer):
                 _logger.warning("the stream is as usual again, for %d sampled examples", length)
                 self._suspicion, marks.needed = [], 0
                 marks.compared_from = marks.suspect_from
-            self._history.accept(look, self._sample, self._sample.length(marks.trusted_until))
+            new = self._sample.length(marks.trusted_until)
+            self._history.accept(look, self._sample, new)
+            self._sifter.learn(self._sample.newest(new))
             self._history.see(self._new_range)
             marks.trusted_until = total
         else:
@@ -305,6 +289,7 @@ class PublishGate(Observer):
         _logger.warning("the stream that was suspect is accepted: %s", why)
         marks = self._marks
         self._history.forget()
+        self._sifter.forget(why)
         self._suspicion, marks.needed, marks.is_open, marks.learned_suspect = [], 0, 1, 0
         marks.suspect_from = marks.trusted_until = marks.looked_at = self._sample.total
 
@@ -332,7 +317,8 @@ class PublishGate(Observer):
         self.backs = [*self.backs, WentBack(step, to_step, self.reason)][-_BACKS_KEPT:]
         marks.in_a_row = 0
         self.published(reference, to_step)
-        marks.learned_suspect = int(bool(self._suspicion))  # what comes until the stream is as usual again
+        # What comes until the stream is as usual again; what is sifted is suspect only if it looks so.
+        marks.learned_suspect = int(bool(self._suspicion) and not self._sifter.is_on)
 
     def _replace(self, reference: Reference) -> None:
         if self.reference is not None:
@@ -352,6 +338,8 @@ class PublishGate(Observer):
             "alarms": marks.alarms,
             "suspect": bool(self._suspicion),
             "reason": self.reason or None,
+            "sifts": self._sifter.is_on,
+            "left_out": self._sifter.left_out,
             "sampled": self._sample.total,
             "went_back": [asdict(back) for back in self.backs],
         }
@@ -369,6 +357,7 @@ class PublishGate(Observer):
             "texts": np.frombuffer(json.dumps(texts).encode(), np.uint8),
             **prefixed("sample.", self._sample.state()),
             **prefixed("history.", self._history.state()),
+            **prefixed("sifter.", self._sifter.state()),
             **prefixed("open.", self._open.state()),
         }
         if self._unscored:
@@ -381,7 +370,7 @@ class PublishGate(Observer):
 
     def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`, in the learner's state of the same moment."""
-        self._marks = _Marks(*(int(n) for n in state["marks"]))
+        self._marks = Marks(*(int(n) for n in state["marks"]))
         self._new_range = state["range"].copy()
         texts = json.loads(state["texts"].tobytes())
         self._suspicion = [Finding(**finding) for finding in texts["suspicion"]]
@@ -389,6 +378,7 @@ class PublishGate(Observer):
         self.reason = texts["reason"]
         self._sample.load_state(under("sample.", state))
         self._history.load_state(under("history.", state))
+        self._sifter.load_state(under("sifter.", state))
         self._open.load_state(under("open.", state))
         unscored = under("unscored.", state)
         self._unscored = [(ExampleBlock(**unscored), state["unscored_live"])] if unscored else []

@@ -15,7 +15,8 @@ NOT_FINITE, CALIBRATION, BASE_RATE, LOSS, AUC, TOO_FEW = (
     "too_few",
 )
 STREAM_CALIBRATION, STREAM_RANKING, STREAM_BASE_RATE = "stream_calibration", "stream_ranking", "stream_base_rate"
-STREAM_USER, STREAM_INPUTS, LEARNED = "stream_user", "stream_inputs", "learned_suspect"
+STREAM_USER, STREAM_INPUTS, STREAM_IMPLAUSIBLE = "stream_user", "stream_inputs", "stream_implausible"
+LEARNED = "learned_suspect"
 
 _LONGEST = 280  # characters of a reason
 _NAMED = 3  # findings in it

@@ -201,6 +201,20 @@ class StreamHistory:
             )
         return findings
 
+    def flooding(self, sample: SampledStretch) -> I64:
+        """Users who have more than their share, of the examples or of a task's positives, in one of the tails."""
+        found = [np.zeros(0, np.int64)]
+        for place, tail in enumerate(self._lengths):
+            examples = sample.newest(min(tail, sample.length(0)))
+            positive = examples.mask & (examples.labels > 0)
+            users, number = np.unique(examples.user, return_inverse=True)
+            for column in range(1 + len(self.names)):
+                counted = number if column == 0 else number[positive[:, column - 1]]
+                counts = np.bincount(counted, minlength=len(users))
+                most = max(self._config.max_user_share, 3 * self._shares[place, column]) * len(counted)
+                found.append(users[(counts >= _FEWEST_OF_ONE) & (counts > most)])
+        return np.unique(np.concatenate(found))
+
     def accept(self, look: "Look", sample: SampledStretch, new: int) -> None:
         """Take in a look that found nothing; ``new`` of the sample's newest examples were in none before."""
         self._accepted += 1

@@ -10,7 +10,8 @@ import numpy as np
 
 from smes.arrays import Arrays
 from trainer.cuts import Cut
-from trainer.gate import PublishGate, Reference, Verdict
+from trainer.gate import PublishGate
+from trainer.gate_verdicts import Reference, Verdict
 
 _logger = logging.getLogger(__name__)
 

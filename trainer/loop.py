@@ -263,7 +263,10 @@ class Trainer:
             return False
         to_train_on, closings, result = examples.to_train_on(), examples.closings(), None
         if len(to_train_on):
-            batch = self._sender.take(examples, to_train_on)
+            sifted = to_train_on
+            if self.gated is not None and (sifted := self.gated.gate.sift(to_train_on)) is not to_train_on:
+                self._sender.forget()
+            batch = self._sender.take(examples, sifted)
             for observer in self._observers:
                 observer.before_step(to_train_on)
             result = self.learner.step(batch)
@@ -272,7 +275,8 @@ class Trainer:
             self._event_time_ms = newest_ms if self._event_time_ms is None else max(self._event_time_ms, newest_ms)
         if len(closings):
             self.learner.observe_closed(closings)
-        self._sender.send_ahead(self.stream.upcoming())
+        sifts = self.gated is not None and self.gated.gate.sifts  # what a batch weighs is then found before its step
+        self._sender.send_ahead(None if sifts else self.stream.upcoming())
         self._results.keep(to_train_on, result, closings)
         return True
 

@@ -163,7 +163,7 @@ class RankBatch:
         keep_U, rate_U: As in :class:`smes.model.id_rows.BatchRows`.
         pool_BW: float32, weight of each id within its bag or sequence; None for a schema without them.
         numerics_BF: float32, NaN where missing.
-        numerics: The same on the host, of the rows that are the first of their impressions.
+        numerics: The same on the host, of the rows that are the first of their impressions and have a weight.
         labels_BT: float32.
         mask_BT: bool, true where there is a label.
         weight_B: float32, sample weights; their sum is at most B.
@@ -218,7 +218,7 @@ def send_batch(examples: ExampleBlock, rows: BatchRows, schema: Schema, device: 
         device: Where to.
     """
     send = device.send
-    pool_BW, begins = pool_weights(schema, examples.ids), examples.begins
+    pool_BW, counts = pool_weights(schema, examples.ids), examples.begins & (examples.weight != 0)
     return RankBatch(
         rows_U=send(rows.rows_U),
         cells_BW=send(rows.cells_BW),
@@ -226,7 +226,7 @@ def send_batch(examples: ExampleBlock, rows: BatchRows, schema: Schema, device: 
         rate_U=None if rows.rate_U is None else send(rows.rate_U),
         pool_BW=None if pool_BW is None else send(pool_BW),
         numerics_BF=send(examples.numerics),
-        numerics=np.ascontiguousarray(examples.numerics if begins.all() else examples.numerics[begins]),
+        numerics=np.ascontiguousarray(examples.numerics if counts.all() else examples.numerics[counts]),
         labels_BT=send(examples.labels),
         mask_BT=send(examples.label_mask),
         weight_B=send(_bounded(examples.weight)),

@@ -63,6 +63,7 @@ class Stream:
             live[:, :2] *= np.exp(self.rng.normal(0, 0.03, live[:, :2].shape)).astype(np.float32)
             if change:
                 change(examples, live)
+            self.gate.sift(examples)
             self.gate.after_step(examples, StepFigures(np.clip(live, 0, None)))
 
     def cut(self) -> bool:
@@ -197,7 +198,7 @@ def test_a_flood_that_rises_slowly_does_not_pass_for_usual() -> None:
 
 
 def test_a_suspect_stretch_ends_when_twice_as_much_is_in_order_again() -> None:
-    stream = known(GateConfig(enabled=True, sample_share=1.0, stretch_examples=64 * BATCH))
+    stream = known(GateConfig(enabled=True, sample_share=1.0, stretch_examples=64 * BATCH, sift=False))
     stream.train(1, flipped)
     assert not stream.cut()
     stream.train(1)
@@ -244,7 +245,13 @@ def test_a_world_that_has_changed_for_good_is_accepted_if_that_is_configured(aft
 
 def test_refusals_in_a_row_are_an_alarm_and_a_wish_to_go_back() -> None:
     config = GateConfig(
-        enabled=True, sample_share=1.0, stretch_examples=4096, max_refusals=3, then="go_back", accept_after_s=None
+        enabled=True,
+        sample_share=1.0,
+        stretch_examples=4096,
+        max_refusals=3,
+        then="go_back",
+        accept_after_s=None,
+        sift=False,
     )
     stream = known(config)
     verdicts = []
