@@ -98,8 +98,8 @@ class GateConfig:
         then: What follows an alarm: ``hold``, the version in service stays, or ``go_back``, the weights and optimisers
             go back to the last cut that passed, too.
         sift: Whether, while the stream is suspect, single examples teach nothing that the version in service finds next
-            to impossible, nor those of a user who floods the stream. With ``go_back`` the weights then go back at once,
-            and learn on from the rest.
+            to impossible, nor those of a user who floods the stream, nor labels of a task that is suspect as a whole.
+            With ``go_back`` the weights then go back at once, and learn on from the rest.
         accept_after_s: Event time, seconds, ≥ 0, after which a stream that stays different is accepted, if the
             candidate fits it. None: only ``smes snapshots promote`` accepts it.
         held_interval_s: A refused cut is uploaded to be looked at, at most one in so many seconds, ≥ 0.

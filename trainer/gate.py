@@ -38,7 +38,16 @@ from smes.hashing import splitmix64
 from smes.schema import Schema
 from trainer.config import GateConfig
 from trainer.gate_candidate import find_faults
-from trainer.gate_findings import BASE_RATE, LEARNED, NOT_FINITE, STREAM_USER, TOO_FEW, Finding, reason_of
+from trainer.gate_findings import (
+    BASE_RATE,
+    LEARNED,
+    NOT_FINITE,
+    STREAM_LABELS,
+    STREAM_USER,
+    TOO_FEW,
+    Finding,
+    reason_of,
+)
 from trainer.gate_sample import Examples, SampledStretch
 from trainer.gate_sifting import Sifter
 from trainer.gate_stream import FEWEST, StreamHistory
@@ -236,6 +245,11 @@ class PublishGate(Observer):
                 self._sifting_began = sifter.is_on
             if any(finding.code == STREAM_USER for finding in self._suspicion):
                 sifter.leave_out(self._history.flooding(self._sample))
+            where = {finding.where for finding in self._suspicion if finding.code in STREAM_LABELS}
+            if sifter.is_on and sifter.leave_out_tasks(np.array([name in where for name in self._history.names])):
+                self._sifting_began = True
+            if sifter.is_on and not self._sifting_began:
+                marks.learned_suspect = 0  # from what was left out nothing was learned
         if not sifter.is_on:
             return
         after_s = config.accept_after_s
@@ -274,6 +288,7 @@ class PublishGate(Observer):
             if self._suspicion:
                 _logger.warning("the stream is as usual again, for %d sampled examples", length)
                 self._suspicion, marks.needed = [], 0
+                self._sifter.trust_tasks()
                 marks.compared_from = marks.suspect_from
             new = self._sample.length(marks.trusted_until)
             self._history.accept(look, self._sample, new)

@@ -15,6 +15,7 @@ NOT_FINITE, CALIBRATION, BASE_RATE, LOSS, AUC, TOO_FEW = (
     "too_few",
 )
 STREAM_CALIBRATION, STREAM_RANKING, STREAM_BASE_RATE = "stream_calibration", "stream_ranking", "stream_base_rate"
+STREAM_LABELS = (STREAM_CALIBRATION, STREAM_RANKING, STREAM_BASE_RATE)
 STREAM_USER, STREAM_INPUTS, STREAM_IMPLAUSIBLE = "stream_user", "stream_inputs", "stream_implausible"
 LEARNED = "learned_suspect"
 

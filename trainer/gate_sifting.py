@@ -1,5 +1,7 @@
 """While a stream is suspect, single examples teach nothing: those that no trusted stretch had the like of.
 
+Nor do the labels of tasks that are suspect without them, until the stream is as usual again.
+
 An example is implausible if its log loss under the version in service, summed over the binary tasks, lies beyond what
 all but a thousandth of the trusted history had. A flipped example is wrong in all its rare labels at once. Only a
 version that does not change can tell: weights that learn what slips through soon find the good examples implausible.
@@ -59,6 +61,7 @@ class Sifter:
         self._newest: F64 = np.zeros((2, _BINS))  # what came last counts later: it may be what is suspect soon
         self._limit = np.inf
         self._users = np.zeros(0, np.int64)
+        self._suspect: Bool = np.zeros(len(binary), np.bool_)  # tasks whose labels teach nothing
         self._rows = self._out = self._quiet = 0  # of the present window; windows
         self.is_on = False
         self.since_ms = self.left_out = self.begun = self._left_out_before = 0
@@ -123,6 +126,7 @@ class Sifter:
             left_out = self.left_out - self._left_out_before
             _logger.warning("every example teaches again: %s; %d taught nothing", why, left_out)
         self.is_on, self._limit, self._users = False, np.inf, np.zeros(0, np.int64)
+        self.trust_tasks()
 
     def forget(self, why: str) -> None:
         """Sift no more, and begin anew: what comes next is what is usual."""
@@ -132,6 +136,16 @@ class Sifter:
     def leave_out(self, users: I64) -> None:
         """Leave out what these users have, until it ends."""
         self._users = np.union1d(self._users, users)
+
+    def leave_out_tasks(self, suspect: Bool) -> bool:
+        """Leave out the labels of these tasks, too, until :meth:`trust_tasks`. Whether there is a new one. bool [T]."""
+        is_new = bool((suspect & ~self._suspect).any())
+        self._suspect = self._suspect | suspect
+        return is_new
+
+    def trust_tasks(self) -> None:
+        """Let the labels of all tasks teach again."""
+        self._suspect = np.zeros_like(self._suspect)
 
     def plausible(self, users: I64, scores: F32, labels: F32, mask: Bool) -> Bool:
         """Which examples are to be believed: all of them unless it sifts. bool [N]."""
@@ -148,6 +162,8 @@ class Sifter:
         kept = self.plausible(examples.user_id, served, examples.labels, examples.label_mask)
         self._rows += len(kept)
         self._out += int(np.count_nonzero(~kept))
+        if self._suspect.any():
+            examples = replace(examples, label_mask=examples.label_mask & ~self._suspect)
         if kept.all():
             return examples
         if np.count_nonzero(~kept) > _MOST_OF_A_BATCH * len(kept):
@@ -182,6 +198,7 @@ class Sifter:
             "newest": self._newest.copy(),
             "limit": np.array([self._limit]),
             "users": self._users.copy(),
+            "suspect": self._suspect.copy(),
             "numbers": np.array(numbers, np.int64),
         }
 
@@ -190,6 +207,7 @@ class Sifter:
         if not state:
             return
         self._histogram, self._users = state["histogram"].copy(), state["users"].copy()
+        self._suspect = state["suspect"].copy()
         self._newest, self._limit = state["newest"].copy(), float(state["limit"][0])
         is_on, *numbers = (int(n) for n in state["numbers"])
         self.is_on = bool(is_on)

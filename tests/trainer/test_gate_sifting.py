@@ -170,3 +170,31 @@ def test_a_restart_goes_on_sifting_the_same() -> None:
     mine, theirs = stream.gate.state(), other.gate.state()
     assert mine.keys() == theirs.keys()
     assert all(np.array_equal(mine[name], theirs[name], equal_nan=mine[name].dtype.kind == "f") for name in mine)
+
+
+def test_labels_of_a_task_that_is_suspect_as_a_whole_are_left_out_until_it_is_as_usual() -> None:
+    stream = known(config(then="go_back", accept_after_s=None))
+
+    def clicked(examples: ExampleBlock, live: F32) -> None:
+        examples.labels[:, 0] = 1
+
+    backs = 0
+    for _ in range(12):
+        stream.train(1, clicked)
+        verdict = stream.gate.judge()
+        assert not verdict.passed
+        if verdict.go_back:
+            backs += 1
+            stream.gate.went_back(Truth(), stream.at // BATCH)
+    assert 1 <= backs <= 2, "what is left out taught nothing that one would have to go back from"
+    examples = stream.batch()
+    sifted = stream.gate.sift(examples)
+    assert not sifted.label_mask[:, 0].any()
+    assert sifted.label_mask[:, 1:].all()
+    assert examples.label_mask.all()
+    for _ in range(40):
+        stream.train(1)
+        passed = stream.cut()
+    assert passed
+    assert len(stream.gate.backs) == backs
+    assert stream.gate.sift(examples).label_mask.all()
