@@ -252,11 +252,12 @@ class PublishGate(Observer):
                 marks.learned_suspect = 0  # from what was left out nothing was learned
         if not sifter.is_on:
             return
-        after_s = config.accept_after_s
         if not self._suspicion:
             sifter.end_if_quiet()
-            if after_s is not None and sifter.is_on and marks.event_time_ms - sifter.since_ms >= 1000 * after_s:
-                self.accept_stream("what is implausible has kept coming")
+        after_s = config.accept_after_s
+        if after_s is not None and sifter.is_on and marks.event_time_ms - sifter.since_ms >= 1000 * after_s:
+            # Whether the candidate fits it cannot be asked: it has not learned from what was left out.
+            self.accept_stream("what is left out has kept coming")
 
     def _is_steady(self, faults: Sequence[Finding]) -> bool:
         """Whether a stream that differs from before has done so for long, and nothing else is wrong."""

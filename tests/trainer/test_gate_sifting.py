@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from smes.arrays import F32
+from smes.arrays import F32, I64
 from smes.events import ExampleBlock
 from tests.trainer.test_gate import BATCH, SCHEMA, Stream, Truth, known
 from trainer.config import GateConfig
@@ -113,6 +113,31 @@ def test_a_world_that_has_changed_for_good_is_let_in() -> None:
     assert passed[-20:] == [True] * 20
     assert not stream.gate.summary()["sifts"]
     assert stream.gate._sifter.begun == 1, "what is usual now is not implausible"
+
+
+@pytest.mark.parametrize("tasks", [slice(0, 2), slice(0, 1)])
+def test_a_world_of_which_everything_is_left_out_is_let_in_all_the_same(tasks: slice) -> None:
+    stream = known(config(accept_after_s=3000.0))
+
+    def other_world(examples: ExampleBlock, live: F32) -> None:
+        examples.labels[:, tasks] = 1 - examples.labels[:, tasks]
+        if not stream.gate.sifts:
+            live[:, tasks] = 1 - live[:, tasks]
+
+    class HasLearned(Truth):
+        def score(self, ids: I64, numerics: F32) -> F32:
+            scores = super().score(ids, numerics)
+            scores[:, tasks] = 1 - scores[:, tasks]
+            return scores
+
+    passed = []
+    for _ in range(30):
+        stream.train(1, other_world)
+        passed.append(stream.gate.judge().passed)
+        if passed[-1]:
+            stream.gate.published(HasLearned(), stream.at // BATCH)
+    assert passed[:10] == [False] * 10
+    assert passed[-10:] == [True] * 10
 
 
 def test_a_promoted_cut_ends_it() -> None:
