@@ -90,6 +90,7 @@ def run_train(
         trainer.publish_to(
             publisher,
             served.manifest,
+            listed=store.list(),
             unreadable=served.problem is not None,
             steps_before_replacing=config.trainer.steps_before_replacing,
         )

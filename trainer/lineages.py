@@ -2,27 +2,33 @@
 
 import logging
 import uuid
+from collections.abc import Sequence
 
 from feature_store.manifest import Manifest
 
 _logger = logging.getLogger(__name__)
 
 
-def lineage_to_publish(lineage: str, step: int, served: Manifest | None) -> str:
+def lineage_to_publish(lineage: str, step: int, served: Manifest | None, listed: Sequence[Manifest] = ()) -> str:
     """The lineage under which a trainer publishes: its own, or a fork of it.
 
     If serving already has a later version of the trainer's lineage, the trainer died after its last checkpoint. What it
     trains now is another history from that checkpoint on. It gets a name of its own, so that no version names two sets
-    of weights.
+    of weights. Likewise if another lineage is served by now, a fork that died before its first checkpoint, and this
+    version or a later one was published before.
 
     Args:
         lineage: The trainer's lineage.
         step: Steps taken.
         served: Manifest of the snapshot that is served, if any.
+        listed: The snapshots that the store has.
     """
     if served is None:
         return lineage
     if served.lineage != lineage:
+        published = max((m.version for m in listed if m.lineage == lineage), default=-1)
+        if published >= step:
+            return _forked(lineage, step, published)
         _logger.log(
             logging.INFO if root_of(served.lineage) == root_of(lineage) else logging.WARNING,
             "version %d of lineage %s is served; lineage %s takes its place with its first cut",
@@ -33,10 +39,14 @@ def lineage_to_publish(lineage: str, step: int, served: Manifest | None) -> str:
         return lineage
     if served.version <= step:
         return lineage
+    return _forked(lineage, step, served.version)
+
+
+def _forked(lineage: str, step: int, published: int) -> str:
     forked = new_lineage(lineage)
     _logger.warning(
-        "version %d of lineage %s is served but the checkpoint is of step %d: continuing as lineage %s",
-        served.version,
+        "version %d of lineage %s was published but the checkpoint is of step %d: continuing as lineage %s",
+        published,
         lineage,
         step,
         forked,

@@ -162,6 +162,7 @@ class Trainer:
         open_publisher: Callable[[str], Publisher],
         served: Manifest | None,
         *,
+        listed: Sequence[Manifest] = (),
         unreadable: bool = False,
         steps_before_replacing: int = 1,
     ) -> None:
@@ -169,12 +170,13 @@ class Trainer:
 
         Args:
             open_publisher: Opens a publisher for a lineage.
-            served: Manifest of the snapshot that is served; see :func:`trainer.publisher.lineage_to_publish`.
+            served: Manifest of the snapshot that is served; see :func:`trainer.lineages.lineage_to_publish`.
+            listed: The snapshots that the store has.
             unreadable: Whether there is a snapshot whose manifest cannot be read.
             steps_before_replacing: Steps before weights of this lineage replace those of a lineage that it does not
                 descend from, ≥ 1.
         """
-        self.lineage = lineage_to_publish(self.lineage, self.learner.step_number, served)
+        self.lineage = lineage_to_publish(self.lineage, self.learner.step_number, served, listed)
         if served is not None or unreadable:
             stranger = served is None or root_of(served.lineage) != root_of(self.lineage)
             self._first_cut_step = steps_before_replacing if stranger else 1

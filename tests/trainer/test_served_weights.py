@@ -81,7 +81,9 @@ def test_what_serves_is_what_was_learned(rows: str, client: redis.Redis, namespa
         trainer = make_trainer(log, tmp_path, learner=learner)
         trainer.restore()
         trainer.publish_to(
-            lambda name: Publisher(store, SCHEMA, MODEL.to_dict(), name, now_ms=wall_clock_ms), store.current()
+            lambda name: Publisher(store, SCHEMA, MODEL.to_dict(), name, now_ms=wall_clock_ms),
+            store.current(),
+            listed=store.list(),
         )
         lineages.add(trainer.lineage)
         died = live(trainer, store, chance)
