@@ -2,7 +2,7 @@
 
 import os
 import signal
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -84,11 +84,11 @@ def test_a_killed_trainers_published_weights_come_again(
     folder = tmp_path / "checkpoints"
     with snapshots_of(config) as store:
         fill_servers(config, pairs[:_FIRST], "arrow")
-        for number in range(_FIRST, len(pairs), 3):
+        # Three blocks complete examples, and so make a version. What is left at the log's end may complete none.
+        for number in range(_FIRST, len(pairs) - 2, 3):
             before = version_of(store)
             fill_servers(config, pairs[number : number + 3], "arrow")
-            with suppress(AssertionError):  # not every append completes an example
-                until(partial(is_newer, store, before), "another version", within_s=5.0)
+            until(partial(is_newer, store, before), "another version")
         current = store.current()
         assert current is not None
         os.kill(process.pid, signal.SIGKILL)
