@@ -124,13 +124,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the world and of the first weights")
     parser.add_argument("--poisons", nargs="+", choices=POISONS, default=list(POISONS))
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
+    parser.add_argument("--no-sift", action="store_true", help="set trainer.gate.sift to false")
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "world.parquet"
         synthesize(log, options.impressions, options.seed)
-        setting = Setting(log, options.impressions, options.begin, bursts=options.bursts, seed=options.seed)
+        setting = Setting(
+            log,
+            options.impressions,
+            options.begin,
+            bursts=options.bursts,
+            seed=options.seed,
+            sift=not options.no_sift,
+        )
         runs = measure(setting, options.poisons, options.gates)
     print(table(runs))
     found = figures(runs)

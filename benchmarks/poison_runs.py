@@ -56,6 +56,7 @@ class Setting:
         looked_at: Clean impressions that a look scores.
         fewest_positives: A task counts at a point where it has so many expected positives.
         seed: Of the first weights.
+        sift: ``trainer.gate.sift``.
     """
 
     log: Path
@@ -68,6 +69,7 @@ class Setting:
     looked_at: int = 6144
     fewest_positives: float = 25.0
     seed: int = 0
+    sift: bool = True
 
     @property
     def first_poisoned(self) -> int:
@@ -105,7 +107,12 @@ class Setting:
                 config.trainer,
                 seed=self.seed,
                 device="cpu",
-                gate=replace(config.trainer.gate, enabled=gate != "none", then="hold" if gate == "none" else gate),
+                gate=replace(
+                    config.trainer.gate,
+                    enabled=gate != "none",
+                    then="hold" if gate == "none" else gate,
+                    sift=self.sift,
+                ),
             ),
         )
 
