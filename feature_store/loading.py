@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 import redis
 
 from feature_store.manifest import Manifest, SnapshotKeys, member, split_member
-from feature_store.reading import SnapshotReader, is_wrong_type
+from feature_store.reading import SnapshotReader
+from feature_store.redis_reads import is_wrong_type
 from smes.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from smes_io.redis_client import translated
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import redis
+from msgspec import structs
 
 from feature_store.commit_scripts import DECIDE
 from feature_store.loading import SnapshotLoader
@@ -15,12 +16,12 @@ from feature_store.manifest import LARGEST_INTEGER, LATEST_MS, MAX_REASON, Manif
 from feature_store.pins import MAX_DECISIONS, Action, Decision, Pins
 from feature_store.pointer import Pointers
 from feature_store.reading import SnapshotReader
+from feature_store.redis_reads import missing, server_ms
 from feature_store.signing import Signer
 from smes.errors import SnapshotError, SnapshotNotFound
 from smes_io.redis_client import FEATURE_STORE, retry_during_outage
 
 _TRIES = 50  # a trainer may publish several times a second
-_EXISTS_AT_ONCE = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +172,6 @@ class Operator:
         by: str,
     ) -> Decision:
         """Choose, check that the version can be loaded, and write; again if something has changed meanwhile."""
-
         tried: list[Decision] = []
 
         def attempt() -> tuple[str, Decision]:
@@ -195,7 +195,7 @@ class Operator:
                     rolled_back=rolled_back,
                     why=why[:MAX_REASON],
                     by=by[:300] or "unknown",
-                    at_ms=min(self._server_ms(), LATEST_MS),
+                    at_ms=min(server_ms(self._client), LATEST_MS),
                 ),
                 found,
             )
@@ -224,8 +224,7 @@ class Operator:
         current = split_member(found.current) if found.current is not None else None
         if current is not None and (current[0] != decision.lineage or current[1] >= decision.version):
             return decision, False
-        changed = {name: getattr(decision, name) for name in decision.__struct_fields__} | {"current": decision.name}
-        return Decision(**changed), True
+        return structs.replace(decision, current=decision.name), True
 
     def _write(self, decision: Decision, moves: bool, found: _Found) -> str:
         text = self._pointers.to(decision.name)[0] if moves else ""
@@ -269,21 +268,15 @@ class Operator:
 
     def _check_loadable(self, manifest: Manifest) -> None:
         keys = [key for part in self._loader.chain(manifest, None) for key in self._keys.chunks(part)]
-        for start in range(0, len(keys), _EXISTS_AT_ONCE):
-            some = keys[start : start + _EXISTS_AT_ONCE]
-            if (there := int(self._client.exists(*some))) < len(some):
-                raise SnapshotError(
-                    f"snapshot {member(manifest.lineage, manifest.version)}: {len(some) - there} of its chunks, or of "
-                    f"those that it leads on from, are missing, expected all"
-                )
+        if gone := missing(self._client, keys):
+            raise SnapshotError(
+                f"snapshot {member(manifest.lineage, manifest.version)}: {gone} of its chunks, or of those that it "
+                f"leads on from, are missing, expected all"
+            )
 
     def _next_number(self) -> int:
         known = [decision for decision in (self._pins.newest_known(), self._pins.newest()) if decision is not None]
-        return min(max(self._server_ms(), *(d.number + 1 for d in known), 1), LARGEST_INTEGER)
-
-    def _server_ms(self) -> int:
-        seconds, microseconds = self._client.time()
-        return int(seconds) * 1000 + int(microseconds) // 1000
+        return min(max(server_ms(self._client), *(d.number + 1 for d in known), 1), LARGEST_INTEGER)
 
 
 def _named(found: _Found, version: int, lineage: str | None) -> str:

@@ -26,7 +26,8 @@ from msgspec import Meta, structs
 
 from feature_store.damage import Damage, reason_of, shown
 from feature_store.manifest import MAX_REASON, Count, Lineage, Manifest, Milliseconds, SnapshotKeys, Text, member
-from feature_store.reading import SnapshotReader, is_wrong_type
+from feature_store.reading import SnapshotReader
+from feature_store.redis_reads import beginning
 from feature_store.signing import Signer
 from smes.errors import PinError, SnapshotError, SnapshotForged, SnapshotNotFound
 from smes_io.clock import wall_clock_ms
@@ -35,9 +36,6 @@ MAX_DECISIONS = 200
 """Decisions that are kept."""
 
 MAX_DECISION_BYTES = 32 * 1024
-NO_STRING = b"(no string)"
-"""Stands for a key of another kind."""
-
 _FUTURE_MS = 100_000_000_000
 """Three years: a number so far ahead of the clock is none of ours."""
 
@@ -299,14 +297,7 @@ class Pins:
 
     def raw(self) -> bytes:
         """The beginning of the record in force, empty if there is none. Its own length is not trusted."""
-        try:
-            raw = self._client.getrange(self._keys.key("decision"), 0, MAX_DECISION_BYTES)
-        except redis.ResponseError as error:
-            if not is_wrong_type(error):
-                raise
-            return NO_STRING
-        assert isinstance(raw, bytes), "the client must return bytes (decode_responses=False)"
-        return raw
+        return beginning(self._client, self._keys.key("decision"), MAX_DECISION_BYTES)
 
     def _checked(self, raw: bytes) -> Decision:
         decision = Decision.read(raw, self._signer)

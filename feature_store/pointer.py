@@ -13,6 +13,7 @@ import redis
 
 from feature_store.damage import shown
 from feature_store.manifest import SnapshotKeys, split_member
+from feature_store.redis_reads import beginning, server_ms
 from feature_store.signing import MAX_SIGNATURE_BYTES, Signer
 from smes.errors import SnapshotError, SnapshotForged
 
@@ -72,14 +73,7 @@ class Pointers:
 
     def raw(self) -> bytes:
         """The beginning of what the key holds, empty if there is no pointer. Its own length is not trusted."""
-        try:
-            raw = self._client.getrange(self._key, 0, MAX_POINTER_BYTES)
-        except redis.ResponseError as error:
-            if not str(error).startswith("WRONGTYPE"):
-                raise
-            return b"(no string)"
-        assert isinstance(raw, bytes), "the client must return bytes (decode_responses=False)"
-        return raw
+        return beginning(self._client, self._key, MAX_POINTER_BYTES)
 
     def to(self, name: str) -> tuple[str, bytes]:
         """A pointer to a snapshot, to be written over the one that is there.
@@ -96,9 +90,7 @@ class Pointers:
             forged = raw
         except SnapshotError:
             pass  # no pointer, or junk, which no script heeds
-        seconds, microseconds = self._client.time()
-        now_ms = int(seconds) * 1000 + int(microseconds) // 1000
-        return Pointer(name, max(now_ms, order + 1)).text(self.signer), forged
+        return Pointer(name, max(server_ms(self._client), order + 1)).text(self.signer), forged
 
 
 def name_in(raw: bytes) -> bytes:

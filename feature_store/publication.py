@@ -57,6 +57,7 @@ from feature_store.manifest import (
 )
 from feature_store.pieces import Payload, in_chunks
 from feature_store.pointer import Pointers
+from feature_store.redis_reads import server_ms
 from feature_store.signing import Signer
 from smes.errors import SnapshotError, SnapshotGap, SnapshotNotFound
 from smes_io.redis_client import FEATURE_STORE, retry_during_outage
@@ -245,20 +246,17 @@ class Publication:
 
     def remove(self, names: Sequence[str], chunks: Sequence[str]) -> None:
         """Remove versions of one chain with their payloads and bases, in one atomic step."""
-        with self._client.pipeline(transaction=True) as pipeline:
-            for some in _slices(names):
-                pipeline.zrem(self._keys.key("index"), *some)
-                pipeline.hdel(self._keys.key("bases"), *some)
-            for keys in _slices(chunks):
-                pipeline.unlink(*keys)
-            pipeline.execute()
+        self._remove_listed("index", "bases", names, chunks)
 
     def remove_held(self, names: Sequence[str], chunks: Sequence[str]) -> None:
-        """Remove versions that were kept aside, with their payloads, in one atomic step."""
+        """Remove versions that were kept aside, with their payloads and manifests, in one atomic step."""
+        self._remove_listed("held", "manifests", names, chunks)
+
+    def _remove_listed(self, listed_in: str, described_in: str, names: Sequence[str], chunks: Sequence[str]) -> None:
         with self._client.pipeline(transaction=True) as pipeline:
             for some in _slices(names):
-                pipeline.zrem(self._keys.key("held"), *some)
-                pipeline.hdel(self._keys.key("manifests"), *some)
+                pipeline.zrem(self._keys.key(listed_in), *some)
+                pipeline.hdel(self._keys.key(described_in), *some)
             for keys in _slices(chunks):
                 pipeline.unlink(*keys)
             pipeline.execute()
@@ -315,8 +313,7 @@ class Publication:
         return retry_during_outage(self._client, doing, call, FEATURE_STORE, self._outage_timeout_s)
 
     def _server_s(self) -> int:
-        seconds, _ = self._client.time()
-        return int(seconds)
+        return server_ms(self._client) // 1000
 
 
 def _glob_escaped(text: str) -> str:

@@ -13,16 +13,16 @@ from feature_store.manifest import LARGEST_INTEGER, Chunk, Manifest, SnapshotKey
 from feature_store.pieces import Payload, chunk_sizes
 from feature_store.publication import Publication
 from feature_store.reading import SnapshotReader
+from feature_store.redis_reads import missing
 from feature_store.retention import Retention
 from smes.errors import FeatureStoreUnavailable, SnapshotError, SnapshotGap
 from smes_io.redis_client import not_now
 
-_EXISTS_AT_ONCE = 200
 _logger = logging.getLogger(__name__)
 
 
 class PublicationSteps:
-    """What a publication does before its upload is committed. Safe to share between threads.
+    """What a publication does around its upload. Safe to share between threads.
 
     Args:
         client: A client that returns bytes.
@@ -76,13 +76,11 @@ class PublicationSteps:
         if chain is None:
             raise SnapshotGap(f"snapshot {name}: a version before {parent} is not listed, expected every one")
         keys = [*(chain[0].base_chunks or chain[0].chunks), *(key for version in chain[1:] for key in version.chunks)]
-        for start in range(0, len(keys), _EXISTS_AT_ONCE):
-            some = keys[start : start + _EXISTS_AT_ONCE]
-            if (found := int(self._client.exists(*some))) < len(some):
-                raise SnapshotGap(
-                    f"snapshot {name}: {len(some) - found} chunks of the versions that it leads on from are missing, "
-                    f"expected all (evicted by a maxmemory-policy?)"
-                )
+        if gone := missing(self._client, keys):
+            raise SnapshotGap(
+                f"snapshot {name}: {gone} chunks of the versions that it leads on from are missing, expected all "
+                f"(evicted by a maxmemory-policy?)"
+            )
 
     def drop_held(self, name: str, *, one_more: bool) -> None:
         """Remove held versions that are too many, and this one; see :class:`feature_store.retention.Retention`."""
@@ -103,7 +101,18 @@ class PublicationSteps:
         *,
         replaces: bool,
     ) -> Manifest:
-        """Make room, upload and commit; what :meth:`feature_store.publication.Publication.commit` raises."""
+        """Make room, upload and commit.
+
+        Args:
+            name: ``lineage:version``.
+            payload: What is uploaded.
+            described: Makes the manifest of an upload's name and chunks.
+            commit: Commits an upload; gives its manifest, signed.
+            replaces: Whether the version takes the place of what is current.
+
+        Raises:
+            SnapshotError: No reader would accept the manifest; or as ``commit``.
+        """
         upload = f"{name}:{secrets.token_hex(4)}"
         # What no reader would accept is not even uploaded.
         sizes = chunk_sizes(payload.total_bytes, self._config.chunk_bytes)

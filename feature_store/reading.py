@@ -21,6 +21,7 @@ from feature_store.manifest import (
     split_member,
 )
 from feature_store.pointer import Pointer, Pointers
+from feature_store.redis_reads import beginning, is_wrong_type
 from feature_store.signing import Signer
 from smes.errors import SnapshotError, SnapshotForged, SnapshotNotFound
 from smes_io.redis_client import address
@@ -30,11 +31,6 @@ _MAX_READ_BYTES = 64 * 1024 * 1024  # manifests read at once
 _SLICE = 100
 _MAX_FENCED_BYTES = 250
 _FENCED = re.compile(r"([0-9]{1,15}):([0-9]{1,15}):([0-9]{0,16}):([A-Za-z0-9._:-]{1,150})")
-
-
-def is_wrong_type(error: Exception) -> bool:
-    """Whether Redis refused because a key holds another kind of value."""
-    return isinstance(error, redis.ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 class SnapshotReader:
@@ -82,13 +78,7 @@ class SnapshotReader:
     def fenced(self) -> tuple[int, str]:
         """How often somebody without the lease tried to publish, and a message that names the last one."""
         key = self._keys.key("fenced")
-        try:
-            raw = self._client.getrange(key, 0, _MAX_FENCED_BYTES)
-        except redis.ResponseError as error:
-            if not is_wrong_type(error):
-                raise
-            raw = "(no string)"
-        text = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+        text = beginning(self._client, key, _MAX_FENCED_BYTES).decode(errors="replace")
         found = _FENCED.fullmatch(text)
         if found is None:
             if text:

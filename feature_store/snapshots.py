@@ -9,7 +9,6 @@ load for a version.
 :mod:`feature_store.publication` has the keys and the atomic steps that write and remove a snapshot.
 """
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -45,9 +44,6 @@ from smes_io.clock import wall_clock_ms
 from smes_io.redis_client import translated
 
 __all__ = ["SnapshotStore", "SnapshotWatcher"]
-
-_EXISTS_AT_ONCE = 200
-_logger = logging.getLogger(__name__)
 
 
 class SnapshotStore:
