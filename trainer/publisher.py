@@ -24,6 +24,7 @@ from feature_store.snapshots import SnapshotStore
 from smes.errors import LeaseLost, SmesError, SnapshotGap, SnapshotStale
 from smes.schema import Schema
 from trainer.cuts import Cancelled, Cut, Payloads
+from trainer.held_versions import HeldVersions
 from trainer.lease import LeaseKeeper
 from trainer.waiting_cuts import WaitingCuts
 
@@ -42,7 +43,7 @@ class Publisher:
         published: Snapshots published, bases not counted.
         bases: Bases published.
         held: Snapshots uploaded to be kept aside, not served.
-        promoted: Whether one of them was found to be in service since this was last set to False.
+        promoted: Whether an operator was found to have put a held one into service since this was last set to False.
         failures: Publications that failed; each was tried again.
         bytes_last: Bytes of the last snapshot published; None before the first.
 
@@ -78,8 +79,8 @@ class Publisher:
         self._no_base_before_s = 0.0
         self.published = self.bases = self.held = self.failures = 0
         self.promoted = False
-        self._held: set[int] = set()
-        self._is_asked = False
+        self._held = HeldVersions(store, lineage)
+        self._is_asked = False  # whether one of them is in service
         self.bytes_last: int | None = None
         self._last_failure: str | None = None
         self._lost: LeaseLost | None = None
@@ -215,8 +216,8 @@ class Publisher:
                 needs_full = cut is None and self._waiting.needs_full
                 is_over = cut is None and self._is_over()
                 asked, self._is_asked = self._is_asked, False
-            if asked:
-                self._look_for_promoted()
+            if asked and self._held.take_promoted():
+                self.promoted = True
             if cut is not None:
                 is_over = self._try(cut)
             elif needs_full:
@@ -334,7 +335,7 @@ class Publisher:
             _logger.warning("the refused cut of step %d was not kept aside: %s", cut.step, error)
         else:
             self.held += 1
-        self._held.add(cut.step)
+        self._held.add(self.lineage, cut.step)
         self._applies_to.add(cut.step)  # if it is promoted, the next delta still applies: it has all of this one, too
         with self._changed:
             self._waiting.keep(cut)
@@ -345,13 +346,6 @@ class Publisher:
         with self._changed:
             self._is_asked = bool(self._held)
             self._changed.notify_all()
-
-    def _look_for_promoted(self) -> None:
-        with suppress(SmesError):
-            lineage, _, version = (self._store.pointer() or "").rpartition(":")
-            if lineage == self.lineage and version.isdecimal() and int(version) in self._held:
-                self._held.clear()
-                self.promoted = True
 
     @property
     def _fencing(self) -> int | None:

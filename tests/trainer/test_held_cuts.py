@@ -17,8 +17,16 @@ from trainer.publisher import Publisher
 SCHEMA = Schema("published", tasks=(Task("click"),))
 
 
-def make_publisher(store: SnapshotStore) -> Publisher:
-    return Publisher(store, SCHEMA, {"ranker": "none"}, "line", now_ms=lambda: NOW_MS)
+def make_publisher(store: SnapshotStore, lineage: str = "line") -> Publisher:
+    return Publisher(store, SCHEMA, {"ranker": "none"}, lineage, now_ms=lambda: NOW_MS)
+
+
+def asked_and_answered(publisher: Publisher) -> None:
+    """Have it ask whether a held version is in service, and wait until it has."""
+    publisher.look_for_promoted()
+    until(lambda: not publisher._is_asked, "asked")
+    publisher.look_for_promoted()  # one question after the other: the first is answered when the second is taken up
+    until(lambda: not publisher._is_asked, "asked again")
 
 
 def offer(table: SmallTable, publisher: Publisher, held: str | None = None) -> Rows:
@@ -105,6 +113,39 @@ def test_after_a_held_cut_is_promoted_the_next_delta_leads_on_from_it(store: Sna
     assert manifest is not None
     assert (manifest.kind, manifest.parent) == ("delta", 3)
     assert_rows(served(store, manifest), rows)
+
+
+def test_a_promotion_of_a_version_older_than_the_current_one_is_told_once(store: SnapshotStore) -> None:
+    publisher, table = make_publisher(store), SmallTable(6)
+    offer(table, publisher)
+    offer(table, publisher, held="it is bad")
+    offer(table, publisher)
+    store.operator.promote(2, by="the test")
+    assert version_in_service(store) == 3, "the pointer stays"
+    publisher.look_for_promoted()
+    until(lambda: publisher.promoted, "the promotion seen")
+    publisher.promoted = False
+    offer(table, publisher, held="it is bad")
+    asked_and_answered(publisher)
+    assert not publisher.promoted
+    assert publisher.close()
+
+
+@pytest.mark.parametrize("lineage", ["line", "line.fork"])
+def test_a_version_held_before_a_restart_is_told_when_it_is_promoted(lineage: str, store: SnapshotStore) -> None:
+    table, before = SmallTable(7), make_publisher(store)
+    offer(table, before)
+    offer(table, before, held="it is bad")
+    offer(table, before, held="it is bad")
+    assert before.close()
+    store.operator.promote(2, by="the test")
+    publisher = make_publisher(store, lineage)
+    asked_and_answered(publisher)
+    assert not publisher.promoted, "it was promoted before this process began"
+    store.operator.promote(3, by="the test")
+    publisher.look_for_promoted()
+    until(lambda: publisher.promoted, "the promotion seen")
+    assert publisher.close()
 
 
 def test_a_store_that_does_not_take_what_is_held_delays_nothing(client: redis.Redis, store: SnapshotStore) -> None:
