@@ -16,8 +16,8 @@ from feature_store.pointer import MAX_POINTER_BYTES
 # Returns
 #   'ok'         committed, now or by an earlier call whose answer the client lost;
 #   'fenced …'   another publisher holds or held the lease (as taken() has it), nothing was changed;
-#   'stale V'    the lineage's current version V is this one or a later one, or V is this one and is listed, though
-#                another one is current; nothing was changed;
+#   'stale V'    the lineage's current version V is this one or a later one; or V is this version, and the index lists
+#                it already. Nothing was changed;
 #   'gap P'      the current version is not the one that the delta applies to, nothing was changed;
 #   'lost I'     chunk I (or, with I = 0, the whole upload) is gone, nothing was announced.
 #
@@ -152,9 +152,9 @@ end
 #
 # KEYS: decision, decisions, current, manifests, index, history, held, sequence, then the names under which the first
 #       two are put aside if they hold another kind of value.
-# ARGV: the record in force and the pointer as the operator saw them, in the first and fifth place; the new record, its
-#       number, the version that it names; in the sixth place the new pointer ('' to leave it); channel, 'held' if the
-#       version may be one that is held, decisions to keep.
+# ARGV: the record in force as the operator saw it, the new record, its number, the lineage:version that it names, the
+#       pointer as the operator saw it, the new pointer ('' to leave it), channel, 'held' if the version may be a held
+#       one ('' otherwise), how many decisions to keep.
 # Returns
 #   'ok'       decided, now or by an earlier call whose answer the client lost;
 #   'changed'  another record is in force, or another snapshot is current; nothing was changed;

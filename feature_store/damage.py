@@ -12,10 +12,17 @@ _MAX_REMEMBERED = 1000
 _SHOWN_BYTES = 40
 
 Reason = Literal["key", "pointer", "pin", "manifest", "chunk", "payload", "schema", "signature", "older", "fenced"]
-"""Why something of a store is refused: a key holds another kind of value or junk; what is current, or a pin, or a
-manifest cannot be read or names what is not there; a chunk is missing or not the one that was published; verified bytes
-make no model; another schema; unsigned or wrongly signed; older than what was read before; a publisher whose lease
-another one has."""
+"""Why something in a store is refused:
+
+- ``key``: a key holds another kind of value than expected, or junk;
+- ``pointer``, ``pin``, ``manifest``: such a record cannot be read, or names what is not there;
+- ``chunk``: a chunk is missing, or is not the one that was published;
+- ``payload``: the bytes are those that were published, and make no model;
+- ``schema``: the snapshot is of another schema;
+- ``signature``: a record is unsigned or wrongly signed;
+- ``older``: a version or a pointer is older than the one that was read before;
+- ``fenced``: somebody published without the lease, which another publisher has.
+"""
 
 _logger = logging.getLogger(__name__)
 
@@ -26,7 +33,7 @@ class Damage:
     Attributes:
         count: How many different things were found.
         last: The last one, None before the first.
-        on_new: Called with each different one.
+        on_new: Called once with each different one: its reason and its message.
     """
 
     def __init__(self, on_new: Callable[[Reason, str], None] = lambda reason, message: None) -> None:

@@ -32,8 +32,8 @@ _logger = logging.getLogger(__name__)
 # Defines for a script:
 #   read_lease(key)          {number, since, left, token, holder}, or nil if there is no lease that runs;
 #   last_number(key)         the last fencing number, 0 if there is none;
-#   note_fenced(key, n, m)   note that the publisher with number n, which others keep from it, tried to publish m: the
-#                            number of such tries, the server's time in milliseconds, n and m;
+#   note_fenced(key, n, m)   note under the key that a publisher with number n ('' for none) tried to publish m without
+#                            the lease: tries so far, the server's time in milliseconds, n, m;
 #   taken(lease, fencing, n) who keeps the holder of number n ('' for none) from publishing, or nil. A lease that
 #                            expired stays good until somebody else takes one.
 LEASE_FUNCTIONS = f"""

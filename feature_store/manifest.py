@@ -78,7 +78,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         feedback_arrivals: The feedback trained since the parent, as :mod:`feature_store.feedback_times` has it:
             (arrival at the log in Unix milliseconds, number of events, milliseconds to joined, from there to batched,
             from there to trained). The scorer computes freshness from it.
-        held: Why the trainer did not put it into service; None: it did. It tells what was so when it was published.
+        held: Why the trainer did not put it into service; None: it did. An operator who promotes the version later does
+            not change it.
         signature: As :mod:`feature_store.signing` has it, of the JSON with null in its place; None: unsigned. It is the
             last field, so that what was signed can be told from the text.
     """

@@ -251,10 +251,10 @@ class Pins:
         return names
 
     def fallbacks(self) -> tuple[Manifest, ...]:
-        """What may be served where nothing is in service and what is to be served cannot be, the best first.
+        """What a scorer without a model may serve if it cannot load what is to be served, the best first.
 
-        First what is pinned, then what was published before it; without a pin, what was published last. Never what was
-        rolled back.
+        With a pin: the pinned version, then those published before it, the newest first. Without: all versions, the
+        newest first. Never one that was rolled back.
         """
         orders = self._reader.orders()
         names, back = list(orders), self.rolled_back(orders)

@@ -117,8 +117,8 @@ class SnapshotReader:
     def newest_first(self, names: Sequence[str]) -> Iterator[Manifest]:
         """What can be read of these names, which are in order of publication.
 
-        With keys, the order is that of the signed times, for who may write to the store may order names anew; and what
-        was published aside is left out, for they may list it.
+        With keys, the names are not trusted: whoever can write to the store can reorder them, and can list what was
+        published aside. So the order is that of the signed times, and held versions are left out.
         """
         if not self._signer.active:
             for name in reversed(names):

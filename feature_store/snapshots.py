@@ -124,9 +124,10 @@ class SnapshotStore:
             now_ms: Wall clock, Unix milliseconds; gives ``published_ms``.
             fencing: :attr:`feature_store.lease.Lease.number` of the publisher's lease; None is allowed while nobody
                 holds one.
-            held: Why it is not to be served; None: it is. Whoever promotes it makes it current: then the publisher's
-                next delta applies if ``applies_to`` has this version, too, as it may if that delta has all changes
-                since the version that was current before. Otherwise SnapshotGap asks for a full payload.
+            held: Why it is not to be served; None: it is. If an operator promotes it, it becomes current. The
+                publisher's next delta is then accepted if its ``applies_to`` names this version, too; it may, if the
+                delta has all changes since the version that was current before. Otherwise SnapshotGap asks for a full
+                payload.
 
         Raises:
             ValueError: The payload is empty, or lineage or version have the wrong form, or the reason is empty.
@@ -291,11 +292,7 @@ class SnapshotStore:
             return self.pins.to_serve()
 
     def fallbacks(self) -> tuple[Manifest, ...]:
-        """What may be served where nothing is and what is to be served cannot be, the best first.
-
-        First what is pinned, then what was published before it; without a pin, what was published last. Never what was
-        rolled back.
-        """
+        """What may be served in place of :meth:`to_serve`: see :meth:`feature_store.pins.Pins.fallbacks`."""
         with translated(self._client, "snapshots were listed"):
             return self.pins.fallbacks()
 

@@ -56,7 +56,7 @@ class SnapshotDamaged(SnapshotError):
 
 
 class SnapshotForged(SnapshotError):
-    """A record of the store is unsigned or wrongly signed, where keys are configured, or is one of before."""
+    """A record of the store is unsigned or wrongly signed, where keys are configured."""
 
 
 class PinError(SnapshotError):

@@ -30,7 +30,7 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Seconds = Annotated[float, Gt(0), Le(1_000_000)]
-"""Of the clock on the wall: sockets and locks wait for some weeks at most."""
+"""Of wall-clock time, eleven days at most: sockets and locks can wait for so long."""
 SecondsOrZero = Annotated[float, Ge(0), Le(1_000_000)]
 EventSeconds = Annotated[float, Gt(0), Le(1_000_000_000)]
 """Of event time, 30 years at most: in milliseconds they can be added to any time."""

@@ -122,11 +122,11 @@ def load_config(path: Path | None, environment: Mapping[str, str] = os.environ, 
 
 
 def _check_names(config: Config, where: str) -> None:
-    """Check the tasks and vocabularies that are named, if there is a schema; without, whoever uses them does."""
+    """Check that the schema has the tasks and vocabularies that are named; without a schema, check nothing."""
     try:
         schema = config.schema_file().schema
     except (SmesError, ValueError):
-        return  # what needs it says what is wrong with it
+        return  # the command that needs the schema says what is wrong with it
     try:
         stages_of(schema, config.stream.join.wait, config.stream.join.correction, lateness_ms=0)
         config.rows.rules(f.vocabulary_name for f in schema.id_features)
@@ -136,7 +136,7 @@ def _check_names(config: Config, where: str) -> None:
             task_groups("model.smes.groups.declared", schema, config.model.smes.groups.declared)
         fusion_weights(config.scorer, schema)
     except ValueError as error:
-        raise ValueError(f"{where}: {str(error).replace('ScorerConfig.', 'scorer.', 1)}") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _override(data: dict[str, Any], environment: Mapping[str, str]) -> list[str]:

@@ -181,8 +181,7 @@ class Answerer:
         fill_elapsed(rows.numerics, self._schema, self._now_ms())
         request.write_context(rows)
         arm = self._arms.chosen(request.user_id)
-        by_arm = None if arm is None else self._by_arm(arm, rows)
-        if by_arm is not None and arm is not None:
+        if arm is not None and (by_arm := self._by_arm(arm, rows)) is not None:
             key, scores_NT = by_arm
             answer = self.writer.write(arm.name, key, request.items, scores_NT)
             self._note(arm.name, key, arm.first_answers, arm.telemetry)

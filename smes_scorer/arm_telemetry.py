@@ -64,11 +64,11 @@ class ArmTelemetry(Collector):
         self._latency.labels(arm).observe(seconds)
 
     def differences(self, arm: str, task: str, differences: F64) -> None:
-        """Count what a shadow's scores of a task are above the answered ones; a regression's in units of its largest.
+        """Count by how much a shadow's scores of a task are above those that were answered.
 
         Args:
             arm, task: Their names.
-            differences: float64 [N], -1 … 1.
+            differences: float64 [N], -1 … 1; a regression's in units of its largest value.
         """
         with self._lock:
             self._differences.setdefault((arm, task), _Differences()).add(differences)
@@ -103,7 +103,7 @@ class _Differences:
 
     @property
     def mean(self) -> float:
-        """There is at least one."""
+        """Mean of the differences, of which there is at least one."""
         return self._sum / int(self._counts.sum())
 
     def add(self, differences: F64) -> None:

@@ -61,7 +61,7 @@ class HeldCandidates(SnapshotStore):
         return tuple(manifest for manifest in self.held() if manifest.held is not None)
 
     def holds(self, key: tuple[str, int]) -> bool:
-        """Whether this version was a candidate still when the store was last looked at."""
+        """Whether this version was still a candidate at the last :meth:`to_serve`."""
         return key in self._names
 
 
@@ -91,7 +91,7 @@ class Arm:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can answer: it has a model, and one of a candidate is of a candidate still."""
+        """Whether it can answer: it has a model. That of a held version counts only while the version is held."""
         served = self.swap.served
         if served is None:
             return False
@@ -171,7 +171,7 @@ class Arms:
         if self._shadows:
             point = user_point(user_id, self._salt)
             for shadow, share in self._shadows:
-                if point >= 1 - share:  # from the other end than the splits: the users of the main arm
+                if point >= 1 - share:  # splits begin at 0, shadows end at 1: so they see the main arm's users first
                     shadow.offer(answered)
 
     def start(self) -> None:
@@ -238,7 +238,7 @@ def open_arms(config: ScorerConfig, schema: Schema, places: ArmPlaces, load: Loa
     arms, clients, shadows = [], [], []
     for name, arm_config in config.arms.items():
         if arm_config.namespace == places.namespace:
-            raise ValueError(f"ScorerConfig.arms.{name}.namespace: {places.namespace!r}, expected another trainer's")
+            raise ValueError(f"scorer.arms.{name}.namespace: {places.namespace!r}, expected another trainer's")
         namespace = arm_config.namespace or places.namespace
         client = places.connected(namespace)
         signer = Signer.of(places.signing, namespace)

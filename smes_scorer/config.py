@@ -133,6 +133,6 @@ def fusion_weights(config: ScorerConfig, schema: Schema) -> F32:
     for task in config.fusion_weights:
         if task not in schema.task_index:
             known = ", ".join(schema.task_index)
-            raise ValueError(f"ScorerConfig.fusion_weights: {task!r}, expected one of the tasks {known}")
+            raise ValueError(f"scorer.fusion_weights: {task!r}, expected one of the tasks {known}")
     weights = [config.fusion_weights.get(t.name, 1.0 if t.kind == "binary" else 0.0) for t in schema.tasks]
     return np.array(weights, np.float32)

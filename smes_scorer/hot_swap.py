@@ -63,8 +63,8 @@ class HotSwap:
     When that fails (Redis is away, the snapshot is damaged or of another schema, or the decision cannot be read), the
     model in service stays, and :attr:`problem` gives the reason until the failure is over. A scorer without a model
     then serves the best other snapshot that it can: what is pinned, or the newest, but never what was rolled back. A
-    snapshot whose verified bytes make no model is not tried again; one whose bytes are damaged
-    is, after longer and longer pauses. Requests never wait for loading.
+    snapshot whose verified bytes make no model is not tried again; one whose bytes are damaged is, after longer and
+    longer pauses. Requests never wait for loading.
 
     A version is reached by the deltas since the one in service, or from the newest full snapshot: where the scorer
     starts, where deltas are missing, of another lineage, or refused, and where that is less to load.
@@ -189,7 +189,7 @@ class HotSwap:
             self.problem = self._store.pointer_problem
             return False
         if served is not None and self._store.signed and (problem := self._store.pointer_problem):
-            self.problem = problem  # what else can be read need not be what is to be served
+            self.problem = problem  # the pointer is broken: nothing signed says that this manifest is current
             return False
         goes_back = served is not None and served.key[0] == manifest.lineage and served.key > _key(manifest)
         if served is not None and goes_back and not self._store.pins.may_go_back_to(manifest):

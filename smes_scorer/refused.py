@@ -14,7 +14,7 @@ _LONGEST = 1000
 
 
 class Refused(Collector):
-    """Counts what was refused. What is refused again, as the last of its reason was, counts once.
+    """Counts what was refused. The same message several times in a row, for one reason, counts once.
 
     Safe to share between threads.
     """

@@ -10,7 +10,7 @@ from smes_scorer.config import ScorerConfig, fusion_weights
 
 
 def test_an_unknown_task_in_the_fusion_weights_is_named(make_app: Callable[..., FastAPI]) -> None:
-    message = r"ScorerConfig\.fusion_weights: 'clik', expected one of the tasks click, like, watch_s"
+    message = r"scorer\.fusion_weights: 'clik', expected one of the tasks click, like, watch_s"
 
     with pytest.raises(ValueError, match=message):
         make_app(fusion_weights={"clik": 1.0})
