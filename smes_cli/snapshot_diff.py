@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
+from smes.errors import SnapshotNotFound
 from smes_cli.command_line import ReportPath, config_of
 from smes_cli.console import console, number, write_report
 from smes_cli.serving_decisions import Version
 from smes_cli.snapshot_places import Lineage, none_published, snapshot_store, typed_version
 
 if TYPE_CHECKING:
-    from feature_store.differences import Distance
+    from feature_store.differences import Distance, VersionDifference
     from feature_store.manifest import Manifest
     from feature_store.snapshots import SnapshotStore
 
@@ -53,14 +54,16 @@ def diff(context: typer.Context, a: Version, b: Version, lineage: Lineage = None
     for table in _tables(result):
         console.print(table)
         console.print()
-    _print_weights(result["rows"], weights.columns, weights.dense, weights.dense_in_all, weights.dense_other)
+    _print_weights(weights)
     write_report(result, report)
 
 
 def _found(store: "SnapshotStore", text: str, lineage: str | None) -> "Manifest":
     version, lineage = typed_version(text, lineage)
     if lineage is None:
-        served = store.to_serve() or store.list()[-1]
+        served = store.to_serve()
+        if served is None:
+            raise SnapshotNotFound(f"version {version}: nothing is in service, expected LINEAGE:VERSION")
         lineage = served.lineage
     return store.get(lineage, version)
 
@@ -128,28 +131,24 @@ def _tables(result: Mapping[str, Any]) -> Iterator[Table]:
         yield table
 
 
-def _print_weights(
-    rows: Mapping[str, Any],
-    columns: Mapping[str, "Distance"],
-    dense: Mapping[str, "Distance"],
-    in_all: "Distance | None",
-    other: tuple[str, ...],
-) -> None:
-    counts = ", ".join(f"{number(rows[name])} {name}" for name in ("added", "removed", "changed"))
-    console.print(f"rows: {number(rows['before'])} → {number(rows['after'])}: {counts}", highlight=False)
+def _print_weights(weights: "VersionDifference") -> None:
+    before, after = number(weights.rows_before), number(weights.rows_after)
+    counts = f"{number(weights.added)} added, {number(weights.removed)} removed, {number(weights.changed)} changed"
+    console.print(f"rows: {before} → {after}: {counts}", highlight=False)
     table = _table("Distance between the weights", "weights", "rms", "largest", "relative")
-    for name, distance in columns.items():
+    for name, distance in weights.columns.items():
         table.add_row(f"{name}, of changed rows", *_distance(distance))
-    if in_all is not None:
-        table.add_row("dense, in all", *_distance(in_all))
-    farthest = sorted(dense.items(), key=lambda pair: -(pair[1].relative or 0.0))[:_MOST_TENSORS]
+    if weights.dense_in_all is not None:
+        table.add_row("dense, in all", *_distance(weights.dense_in_all))
+    farthest = sorted(weights.dense.items(), key=lambda pair: -(pair[1].relative or 0.0))[:_MOST_TENSORS]
     for name, distance in farthest:
         table.add_row(name, *_distance(distance))
     console.print(table)
-    if len(dense) > len(farthest):
-        console.print(f"{len(dense) - len(farthest)} more dense tensors are nearer", highlight=False)
-    if other:
-        console.print(f"in one version only, or of another shape: {', '.join(other)}", highlight=False, soft_wrap=True)
+    if more := len(weights.dense) - len(farthest):
+        console.print(f"{more} more dense tensors are nearer", highlight=False)
+    if weights.dense_other:
+        names = ", ".join(weights.dense_other)
+        console.print(f"in one version only, or of another shape: {names}", highlight=False, soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -162,6 +162,13 @@ def test_diff_shows_metrics_rows_dense_weights_and_routing(snapshots: Command, c
     assert report["tasks"]["click"]["auc"] == [0.71, 0.75]
 
 
+def test_diff_asks_for_a_lineage_where_nothing_is_in_service(snapshots: Command, store: SnapshotStore) -> None:
+    Chain(store).publish("full", held="the first cut")
+
+    assert "version 1: nothing is in service, expected LINEAGE:VERSION" in snapshots.refused("diff", "1", "1")
+    assert snapshots("diff", "a:1", "a:1").startswith("rows: ")
+
+
 def metrics(auc: float, ne: float | None, load: list[float]) -> dict[str, object]:
     routing = {"dead": int(min(load) < 0.3), "drift": None}
     return {
