@@ -88,6 +88,7 @@ class PublishGate(Observer):
         self._unscored: list[tuple[ExampleBlock, F32]] = []
         self._suspicion: list[Finding] = []
         self._sifting_began = False  # at this judgement
+        self._in_a_row_before = 0  # this judgement
         self._marks = Marks()
         self._new_range: F64 = _no_range(schema.num_numerics)
         self.reference: Reference | None = None
@@ -183,14 +184,15 @@ class PublishGate(Observer):
         marks.not_finite = 0
         if not findings:
             marks.passed += 1
-            marks.in_a_row, self.reason = 0, ""
+            self._in_a_row_before, marks.in_a_row, self.reason = marks.in_a_row, 0, ""
             return Verdict(True)
         return self._refuse(findings)
 
-    def refuse_weights(self, what: str) -> Verdict:
-        """Refuse a cut that passed: a weight of it, ``what``, is not finite."""
+    def refuse_weights(self, what: str) -> None:
+        """Refuse the cut that has just passed: a weight of it, ``what``, is not finite."""
         self._marks.passed -= 1
-        return self._refuse([Finding(NOT_FINITE, what, "values that are not finite, expected finite ones")])
+        self._marks.in_a_row = self._in_a_row_before
+        self._refuse([Finding(NOT_FINITE, what, "values that are not finite, expected finite ones")])
 
     def _refuse(self, findings: Sequence[Finding]) -> Verdict:
         marks, config = self._marks, self.config
@@ -202,16 +204,22 @@ class PublishGate(Observer):
         marks.alarms += is_alarm
         level = logging.ERROR if is_alarm else logging.WARNING if marks.in_a_row == 1 else logging.INFO
         _logger.log(level, "cut refused, %d in a row; the version in service stays: %s", marks.in_a_row, self.reason)
-        enough = self._sifting_began or (marks.learned_suspect and not self._suspicion)
-        if not self._waits_for_the_stream:
-            enough = enough or marks.in_a_row >= config.max_refusals
-        back = config.then == "go_back" and self.reference is not None and bool(enough)
-        return Verdict(False, self.reason, back)
+        return Verdict(False, self.reason, go_back=self._goes_back())
 
-    @property
-    def _waits_for_the_stream(self) -> bool:
-        """Whether the weights are as good as they were, because nothing suspect was learned since they went back."""
-        return self._sifter.is_on and bool(self._suspicion) and not self._marks.learned_suspect
+    def _goes_back(self) -> bool:
+        """Whether the weights of a refused cut are to go back, if that is configured and there is a cut to go to.
+
+        They do so at once where waiting can change nothing: when sifting begins, and when the stream is as usual again
+        but they learned from the suspect part of it. Else they do so with the alarm, unless they are as good as they
+        were: then the stream is suspect, but nothing suspect was learned since they went back.
+        """
+        marks, config = self._marks, self.config
+        if config.then != "go_back" or self.reference is None:
+            return False
+        if self._sifting_began or (marks.learned_suspect and not self._suspicion):
+            return True
+        is_as_it_was = self._sifter.is_on and bool(self._suspicion) and not marks.learned_suspect
+        return marks.in_a_row >= config.max_refusals and not is_as_it_was
 
     def _findings(self) -> list[Finding]:
         marks, config = self._marks, self.config

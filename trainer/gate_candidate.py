@@ -9,7 +9,7 @@ from smes.arrays import F32, Bool
 from trainer.config import GateConfig
 from trainer.gate_findings import AUC, BASE_RATE, CALIBRATION, LOSS, Finding
 from trainer.gate_sample import Examples
-from trainer.gate_statistics import compare_auc, compare_losses, odds_ratio, signed_deviance
+from trainer.gate_statistics import compare_auc, compare_losses, is_beyond, odds_ratio, signed_deviance
 from trainer.gate_stream import StreamHistory
 
 _FEWEST = 32
@@ -66,10 +66,10 @@ def _calibration(
     findings: list[Finding] = []
     if not enough:
         return findings
-    if abs(z) > config.z and _beyond(ratio, config.max_calibration):
+    if abs(z) > config.z and is_beyond(ratio, config.max_calibration):
         text = f"labels sum to {observed:.4g}, it expected {expected:.4g} ({n:.0f} examples, z {z:.1f})"
         findings.append(Finding(CALIBRATION, name, text, len(labels)))
-    if abs(far_z) > config.z and _beyond(far, config.max_base_rate_ratio):
+    if abs(far_z) > config.z and is_beyond(far, config.max_base_rate_ratio):
         text = f"scores sum to {expected:.4g}, by the base rate {usual:.4g} ({n:.0f} examples, z {far_z:.1f})"
         findings.append(Finding(BASE_RATE, name, text, len(labels)))
     return findings
@@ -79,7 +79,3 @@ def _binomial(observed: float, expected: float, n: float) -> tuple[float, float]
     """The z and the odds ratio of two counts of ``n``."""
     one, other, of = np.array(observed), np.array(expected), np.array(n)
     return float(signed_deviance(one, other, of)), float(odds_ratio(one, other, of))
-
-
-def _beyond(ratio: float, most: float) -> bool:
-    return ratio > most or ratio < 1 / most

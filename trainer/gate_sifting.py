@@ -1,6 +1,6 @@
-"""While a stream is suspect, single examples teach nothing: those that no trusted stretch had the like of.
+"""While a stream is suspect, the examples that are unlike any of a trusted stretch teach nothing.
 
-Nor do the labels of tasks that are suspect without them, until the stream is as usual again.
+Labels of a task that is suspect as a whole teach nothing either, until the stream is as usual again.
 
 An example is implausible if its log loss under the version in service, summed over the binary tasks, lies beyond what
 all but a thousandth of the trusted history had. A flipped example is wrong in all its rare labels at once. Only a
@@ -134,7 +134,7 @@ class Sifter:
         self._histogram, self._newest = np.zeros(_BINS), np.zeros((2, _BINS))
 
     def leave_out(self, users: I64) -> None:
-        """Leave out what these users have, until it ends."""
+        """Leave out the examples of these users, until sifting ends."""
         self._users = np.union1d(self._users, users)
 
     def leave_out_tasks(self, suspect: Bool) -> bool:
@@ -203,9 +203,7 @@ class Sifter:
         }
 
     def load_state(self, state: Arrays) -> None:
-        """The inverse of :meth:`state`; an empty one changes nothing."""
-        if not state:
-            return
+        """The inverse of :meth:`state`."""
         self._histogram, self._users = state["histogram"].copy(), state["users"].copy()
         self._suspect = state["suspect"].copy()
         self._newest, self._limit = state["newest"].copy(), float(state["limit"][0])

@@ -83,6 +83,11 @@ def odds_ratio(observed: F64, expected: F64, n: F64) -> F64:
     return result
 
 
+def is_beyond(ratio: float, most: float) -> bool:
+    """Whether a ratio is further from 1 than ``most`` is, above or below."""
+    return bool(ratio > most or ratio < 1 / most)
+
+
 def losses(scores: F32, labels: F32, *, binary: bool) -> F64:
     """Log loss of binary scores, absolute error of regression values. float [N] each → float64 [N]."""
     p, y = scores.astype(np.float64), labels.astype(np.float64)

@@ -29,6 +29,7 @@ from trainer.gate_statistics import (
     P,
     V,
     Y,
+    is_beyond,
     largest_shares,
     odds_ratio,
     signed_deviance,
@@ -170,10 +171,10 @@ class StreamHistory:
         for t, name in enumerate(self.names):
             if not counted[t]:
                 continue
-            if abs(z[_CALIBRATION, t]) > config.z and _beyond(shift[t], config.max_shift):
+            if abs(z[_CALIBRATION, t]) > config.z and is_beyond(shift[t], config.max_shift):
                 text = f"labels sum to {s[Y][t]:.4g}, the version in service expected {expected[t]:.4g}"
                 findings.append(self._finding(STREAM_CALIBRATION, name, text, n[t], z[_CALIBRATION, t]))
-            if abs(z[_BASE_RATE, t]) > config.z and _beyond(jump[t], config.max_base_rate_ratio):
+            if abs(z[_BASE_RATE, t]) > config.z and is_beyond(jump[t], config.max_base_rate_ratio):
                 text = f"labels sum to {s[Y][t]:.4g}, usual {usual[t]:.4g}"
                 findings.append(self._finding(STREAM_BASE_RATE, name, text, n[t], z[_BASE_RATE, t]))
             if z[_RANKING, t] < -config.z and steeper[t] < -config.max_slope_drop and both[t] >= _FEWEST_EXPECTED:
@@ -256,7 +257,3 @@ class Look:
     def __init__(self, places: Sequence[int], z: F64, most: I64, total: I64, odd: I64, lengths: I64) -> None:
         self.places, self.z = places, z
         self.most, self.total, self.odd, self.lengths = most, total, odd, lengths
-
-
-def _beyond(ratio: float, most: float) -> bool:
-    return bool(ratio > most or ratio < 1 / most)

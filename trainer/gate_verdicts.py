@@ -51,16 +51,33 @@ class WentBack:
 
 @dataclass(slots=True)
 class Marks:
-    """Where the gate is. Numbers of examples are those of the sample."""
+    """Where the gate is: numbers, in the order in which a checkpoint has them.
 
-    suspect_from: int = 0  # judged by what came after
-    compared_from: int = 0  # candidate and version in service, likewise
-    trusted_until: int = 0  # what the history has taken in
+    Attributes:
+        suspect_from: Sampled example from which on the stream is judged: the first after the last suspicion.
+        compared_from: Sampled example from which on the candidate is compared with the version in service.
+        trusted_until: The stream's history has taken in the sampled examples up to this one.
+        looked_at: Up to this sampled example the stream was judged.
+        needed: So many sampled examples must be in order before a suspect stream is trusted again.
+        suspect_since_ms: Event time at which the present suspicion began.
+        event_time_ms: Newest event time.
+        is_open: 1: there was no refusal and no suspicion since the last cut that passed; else 0.
+        learned_suspect: 1: the weights learned from a suspect stretch; else 0.
+        not_finite: Examples since the last judgement whose scores are not finite.
+        passed, refused: Cuts so far.
+        in_a_row: Cuts refused since one passed, or since the weights went back.
+        alarms: So often as many were refused in a row as are an alarm.
+        reference_step: Step of the version in service.
+    """
+
+    suspect_from: int = 0
+    compared_from: int = 0
+    trusted_until: int = 0
     looked_at: int = 0
-    needed: int = 0  # examples in order, before a suspect stream is trusted again
+    needed: int = 0
     suspect_since_ms: int = 0
     event_time_ms: int = 0
-    is_open: int = 1  # no refusal and no suspicion since the last cut that passed
+    is_open: int = 1
     learned_suspect: int = 0
     not_finite: int = 0
     passed: int = 0

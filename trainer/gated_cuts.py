@@ -11,7 +11,7 @@ import numpy as np
 from smes.arrays import Arrays
 from trainer.cuts import Cut
 from trainer.gate import PublishGate
-from trainer.gate_verdicts import Reference, Verdict
+from trainer.gate_verdicts import Reference
 
 _logger = logging.getLogger(__name__)
 
@@ -89,15 +89,16 @@ class GatedCuts:
         self._held_s = now_s
         return "hold"
 
-    def refused_weights(self, cut: Cut) -> Verdict | None:
-        """The verdict on a cut that passed, if a weight of it is not finite."""
+    def refuses_weights(self, cut: Cut) -> bool:
+        """Whether a cut that passed is refused after all, because a weight of it is not finite."""
         arrays: Arrays = {name: tensor.numpy() for name, tensor in cut.dense.items()}
         for delta in cut.deltas:
             arrays |= {f"table.{name}": column for name, column in delta.columns.items()}
         for name, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                return self.gate.refuse_weights(name)
-        return None
+                self.gate.refuse_weights(name)
+                return True
+        return False
 
     def published(self, step: int) -> None:
         """The present weights go out: compare with them from now on."""

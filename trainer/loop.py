@@ -372,11 +372,8 @@ class Trainer:
             gated.go_back(step)
             self.evaluation.reopen()
             self._sender.forget()
-        passed = outcome != "hold"
-        cut = self.take_cut(full=full or outcome == "go_back", base=passed and publisher.wants_base)
-        if passed and outcome == "publish" and gated.refused_weights(cut) is not None:
-            passed = False
-        if not passed:
+        cut = self.take_cut(full=full or outcome == "go_back", base=outcome != "hold" and publisher.wants_base)
+        if outcome == "hold" or (outcome == "publish" and gated.refuses_weights(cut)):
             publisher.offer(replace(cut, held=gated.gate.reason))
             return
         self._cut_step = step

@@ -145,6 +145,18 @@ def test_scores_that_are_not_finite_are_refused_even_where_nothing_is_in_service
     assert "scores of 1 examples are not finite" in stream.gate.reason
 
 
+def test_weights_that_are_not_finite_are_refusals_in_a_row_although_each_cut_passes_first() -> None:
+    stream = known(GateConfig(enabled=True, sample_share=1.0, stretch_examples=4096, max_refusals=3))
+    before = stream.gate.summary()
+    for number in range(1, 4):
+        stream.train(1)
+        assert stream.gate.judge().passed
+        stream.gate.refuse_weights("dense.bias")
+        assert stream.gate.in_a_row == number
+    after = stream.gate.summary()
+    assert (after["alarms"], after["refused"], after["passed"]) == (1, 3, before["passed"])
+
+
 def test_a_flood_of_one_users_positives_is_refused() -> None:
     stream = known()
 
