@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import redis
+from msgspec.structs import replace
 
 from feature_store.manifest import Manifest
-from feature_store.pins import MAX_DECISIONS, Decision
+from feature_store.pins import MAX_DECISIONS
 from feature_store.signing import Signer
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.errors import PinError, SnapshotError, SnapshotForged, SnapshotGap, SnapshotNotFound
@@ -360,8 +361,7 @@ def test_a_number_of_the_far_future_is_refused(
 ) -> None:
     published(store, 1, 2)
     decision = store.operator.pin(1, by=BY)
-    changed = {name: getattr(decision, name) for name in decision.__struct_fields__} | {"number": 2**52}
-    client.set(decision_key, Decision(**changed).text(Signer(namespace)))
+    client.set(decision_key, replace(decision, number=2**52).text(Signer(namespace)))
 
     with pytest.raises(PinError, match=f"decision {2**52}, expected the time in milliseconds"):
         store.to_serve()

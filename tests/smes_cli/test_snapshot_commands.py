@@ -10,7 +10,7 @@ from feature_store.snapshots import SnapshotStore
 from smes_cli.__main__ import run
 from tests.integration.training import snapshots_of
 from tests.running import read_config, read_json, write_config
-from tests.smes_scorer.chains import Chain
+from tests.smes_scorer.chains import Chain, four_versions
 
 Captured = pytest.CaptureFixture[str]
 
@@ -28,12 +28,7 @@ def store(path: Path) -> Iterator[SnapshotStore]:
 
 @pytest.fixture
 def chain(store: SnapshotStore) -> Chain:
-    """Versions 1 (full) to 4."""
-    chain = Chain(store)
-    chain.publish("full")
-    for _ in range(3):
-        chain.publish()
-    return chain
+    return four_versions(store)
 
 
 class Command:

@@ -110,6 +110,15 @@ class Chain:
         return np.zeros((len(self.ids), 0), np.float32)
 
 
+def four_versions(store: SnapshotStore) -> Chain:
+    """A chain of versions 1 (full) to 4."""
+    chain = Chain(store)
+    chain.publish("full")
+    for _ in range(3):
+        chain.publish()
+    return chain
+
+
 def loaded(payload: bytes, before: Any = None) -> Any:
     """The model of one payload, as the scorer makes it."""
     return load_table_model([read_payload([payload], len(payload))], SCHEMA, before)

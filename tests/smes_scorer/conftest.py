@@ -22,6 +22,7 @@ from smes_io.redis_client import connect
 from smes_scorer.app import create_app
 from smes_scorer.config import ScorerConfig
 from smes_scorer.loading import Load
+from smes_scorer.telemetry import Telemetry
 from smes_scorer.versions import Scorable
 from tests.smes_scorer.made_payloads import version_payload
 
@@ -74,6 +75,16 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
     client = connect(redis_url, 5.0)
     yield client
     client.close()
+
+
+@pytest.fixture
+def store(client: redis.Redis, namespace: str) -> SnapshotStore:
+    return SnapshotStore(client, namespace)
+
+
+@pytest.fixture
+def telemetry() -> Telemetry:
+    return Telemetry()
 
 
 @pytest.fixture

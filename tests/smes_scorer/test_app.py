@@ -19,11 +19,6 @@ Ready = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 @pytest.fixture
-def store(client: redis.Redis, namespace: str) -> SnapshotStore:
-    return SnapshotStore(client, namespace)
-
-
-@pytest.fixture
 def entities(client: redis.Redis, namespace: str, schema: Schema) -> EntityStore:
     return EntityStore(client, schema, namespace)
 

@@ -29,11 +29,6 @@ USERS = range(60)
 
 
 @pytest.fixture
-def store(client: redis.Redis, namespace: str) -> SnapshotStore:
-    return SnapshotStore(client, namespace)
-
-
-@pytest.fixture
 def other(client: redis.Redis, namespace: str) -> SnapshotStore:
     """Where another trainer publishes."""
     return SnapshotStore(client, f"{namespace}-b")

@@ -24,11 +24,6 @@ from tests.smes_scorer.made_payloads import delta_payload
 
 
 @pytest.fixture
-def store(client: redis.Redis, namespace: str) -> SnapshotStore:
-    return SnapshotStore(client, namespace)
-
-
-@pytest.fixture
 def now_s() -> list[float]:
     return [100.0]
 
@@ -50,11 +45,6 @@ def make_swap(client: redis.Redis, namespace: str, now_s: list[float]) -> Callab
         )
 
     return make_swap
-
-
-@pytest.fixture
-def telemetry() -> Telemetry:
-    return Telemetry()
 
 
 @pytest.fixture

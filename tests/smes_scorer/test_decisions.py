@@ -14,22 +14,12 @@ from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.loading import load_table_model
 from smes_scorer.telemetry import Telemetry
-from tests.smes_scorer.chains import SCHEMA, Chain
+from tests.smes_scorer.chains import SCHEMA, Chain, four_versions
 
 BY = "kim@desk"
 Publish = Callable[..., Manifest]
 Starting = Callable[..., AbstractContextManager[httpx.Client]]
 Until = Callable[[Callable[[], object]], None]
-
-
-@pytest.fixture
-def store(client: redis.Redis, namespace: str) -> SnapshotStore:
-    return SnapshotStore(client, namespace)
-
-
-@pytest.fixture
-def telemetry() -> Telemetry:
-    return Telemetry()
 
 
 @pytest.fixture
@@ -57,12 +47,7 @@ def swap(make_swap: Callable[[], HotSwap]) -> HotSwap:
 
 @pytest.fixture
 def chain(store: SnapshotStore) -> Chain:
-    """Versions 1 (full) to 4."""
-    chain = Chain(store)
-    chain.publish("full")
-    for _ in range(3):
-        chain.publish()
-    return chain
+    return four_versions(store)
 
 
 def assert_serves(swap: HotSwap, chain: Chain, version: int) -> None:

@@ -3,29 +3,10 @@
 import numpy as np
 from msgspec.structs import replace
 
-from feature_store.publication import Chunk, Manifest
 from smes_scorer.first_answers import STAGES, Arrivals, FirstAnswer, FirstAnswers
+from tests.manifests import make_manifest
 
-MANIFEST = Manifest(
-    lineage="a",
-    version=1,
-    parent=None,
-    schema_hash="h",
-    step=1,
-    created_ms=800,
-    published_ms=860,
-    total_bytes=1,
-    chunks=(Chunk(1, "0" * 64),),
-    upload="u",
-    event_time_ms=None,
-    kind="full",
-    precision="fp32",
-    positions={},
-    metrics={},
-    feedback_arrivals=(),
-    held=None,
-    signature=None,
-)
+MANIFEST = make_manifest(created_ms=800, published_ms=860)
 
 
 def served(version: int, lineage: str = "a") -> tuple[str, int]:

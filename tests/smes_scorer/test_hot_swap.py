@@ -31,16 +31,6 @@ MakeSwap = Callable[..., HotSwap]
 
 
 @pytest.fixture
-def store(client: redis.Redis, namespace: str) -> SnapshotStore:
-    return SnapshotStore(client, namespace)
-
-
-@pytest.fixture
-def telemetry() -> Telemetry:
-    return Telemetry()
-
-
-@pytest.fixture
 def now_s() -> list[float]:
     """What the loader's clock shows."""
     return [100.0]

@@ -32,11 +32,6 @@ Publish = Callable[..., Manifest]
 REQUEST = {"user_id": 1, "items": [13, 27, 18]}
 
 
-@pytest.fixture
-def store(client: redis.Redis, namespace: str) -> SnapshotStore:
-    return SnapshotStore(client, namespace)
-
-
 def health(http: httpx.Client) -> dict[str, Any]:
     answer: dict[str, Any] = http.get("/health/ready").json()
     return answer

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from feature_store.manifest import Chunk, Manifest
 from smes.arrays import F32, I64
 from smes.model.deltas import RowDelta
 from smes.model.ids import IdKeys
 from smes.model.serving_rows import ServingTable, Shadow, TableRows
 from smes.schema import Schema, Task
 from smes_scorer.versions import Foldable, ServedModel, Versions
+from tests.manifests import make_manifest
 
 SCHEMA = Schema("versions", tasks=(Task("click"),))
 GROUPS = {"wide": 3}
@@ -38,29 +38,6 @@ class Rows:
 
     def folded(self, up_to_version: int) -> "Rows":
         return Rows(self.rows.folded(up_to_version))
-
-
-def manifest(version: int, lineage: str = "a") -> Manifest:
-    return Manifest(
-        lineage=lineage,
-        version=version,
-        parent=None,
-        schema_hash=SCHEMA.hash,
-        step=version,
-        created_ms=0,
-        published_ms=0,
-        total_bytes=1,
-        chunks=(Chunk(1, "0" * 64),),
-        upload=f"{lineage}:{version}:0",
-        event_time_ms=None,
-        kind="full",
-        precision="fp32",
-        positions={},
-        metrics={},
-        feedback_arrivals=(),
-        held=None,
-        signature=None,
-    )
 
 
 class History:
@@ -97,7 +74,7 @@ def test_readers_see_exactly_their_version_while_folds_run(seed: int, until: Cal
     table = ServingTable(GROUPS)
     table.add(KEYS.required, {"wide": history.required})
     versions = Versions()
-    versions.put(ServedModel(Rows(TableRows(KEYS, table)), manifest(0)))
+    versions.put(ServedModel(Rows(TableRows(KEYS, table)), make_manifest(0)))
     done = threading.Event()
     most_shadows: list[int] = []
 
@@ -120,7 +97,7 @@ def test_readers_see_exactly_their_version_while_folds_run(seed: int, until: Cal
             assert served is not None
             assert isinstance(served.model, Rows)
             rows = served.model.rows.after(Shadow(delta, version, GROUPS)).with_fewer_shadows(3)
-            versions.put(ServedModel(Rows(rows), manifest(version)))
+            versions.put(ServedModel(Rows(rows), make_manifest(version)))
             most_shadows.append(len(rows.shadows))
             for _ in range(2):
                 served, up_to = versions.served, versions.oldest_read()
@@ -152,12 +129,12 @@ def test_the_oldest_version_that_is_read_is_known_however_often_the_served_one_c
     versions = Versions()
     assert versions.oldest_read() is None
     model = Rows(TableRows(KEYS, ServingTable(GROUPS)))
-    first, second = ServedModel(model, manifest(1)), ServedModel(model, manifest(2))
+    first, second = ServedModel(model, make_manifest(1)), ServedModel(model, make_manifest(2))
     versions.put(first)
     with versions.reading() as one:
         versions.put(second)
         with versions.reading() as other:
-            versions.put(ServedModel(model, manifest(3)))
+            versions.put(ServedModel(model, make_manifest(3)))
             assert (one, other, versions.oldest_read()) == (first, second, 1)
         assert versions.oldest_read() == 1
     assert versions.oldest_read() == 3
@@ -166,9 +143,9 @@ def test_the_oldest_version_that_is_read_is_known_however_often_the_served_one_c
 def test_a_reader_of_another_lineage_keeps_everything_from_being_folded() -> None:
     versions = Versions()
     model = Rows(TableRows(KEYS, ServingTable(GROUPS)))
-    versions.put(ServedModel(model, manifest(7, "a")))
+    versions.put(ServedModel(model, make_manifest(7, "a")))
     with versions.reading():
-        versions.put(ServedModel(model, manifest(1, "b")))
+        versions.put(ServedModel(model, make_manifest(1, "b")))
         assert versions.oldest_read() is None
     assert versions.oldest_read() == 1
 
@@ -176,8 +153,8 @@ def test_a_reader_of_another_lineage_keeps_everything_from_being_folded() -> Non
 def test_a_request_that_fails_is_over() -> None:
     versions = Versions()
     model = Rows(TableRows(KEYS, ServingTable(GROUPS)))
-    versions.put(ServedModel(model, manifest(1)))
+    versions.put(ServedModel(model, make_manifest(1)))
     with pytest.raises(RuntimeError), versions.reading():
         raise RuntimeError
-    versions.put(ServedModel(model, manifest(2)))
+    versions.put(ServedModel(model, make_manifest(2)))
     assert versions.oldest_read() == 2

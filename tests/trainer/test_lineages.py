@@ -3,31 +3,13 @@
 import pytest
 
 from feature_store.manifest import Manifest
+from tests.manifests import make_manifest
 from trainer.lineages import lineage_to_publish, root_of
 
 
 def manifest(name: str) -> Manifest:
     lineage, _, version = name.partition(":")
-    return Manifest(
-        lineage=lineage,
-        version=int(version),
-        parent=None,
-        schema_hash="0" * 16,
-        step=int(version),
-        created_ms=0,
-        published_ms=0,
-        total_bytes=1,
-        chunks=(),
-        upload=name,
-        event_time_ms=None,
-        kind="full",
-        precision="fp32",
-        positions={},
-        metrics={},
-        feedback_arrivals=(),
-        held=None,
-        signature=None,
-    )
+    return make_manifest(int(version), lineage)
 
 
 @pytest.mark.parametrize(
