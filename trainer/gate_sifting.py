@@ -14,11 +14,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from smes.arrays import F32, F64, I64, Arrays, Bool
+from smes.arrays import F32, F64, I64, Arrays, Bool, prefixed, under
 from smes.events import ExampleBlock
 from trainer.gate_findings import STREAM_IMPLAUSIBLE, Finding
 from trainer.gate_sample import Examples, SampledStretch
-from trainer.gate_statistics import losses, signed_deviance
+from trainer.gate_statistics import UsualNoise, losses, signed_deviance
 from trainer.gate_stream import FEWEST
 
 _logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ _LONG_RUN = 8  # stretches that the histogram remembers
 _MOST_OF_A_BATCH = 0.5
 _QUIET = 2  # windows in a row, before it ends
 _TIMES_USUAL, _A_FEW = 3.0, 4  # of a window's examples: what is usual
+_TAILS = (64, 16, 4)  # parts of a stretch, the newest of which are looked at
+_FEWEST_BEYOND, _FEWEST_TO_TELL = 1, 10  # trusted examples beyond the limit: to leave out by it; to be suspect by it
 
 
 def surprise(scores: F32, labels: F32, mask: Bool, binary: Bool) -> F64:
@@ -59,6 +61,8 @@ class Sifter:
         self._binary, self._stretch = binary, stretch
         self._histogram: F64 = np.zeros(_BINS)
         self._newest: F64 = np.zeros((2, _BINS))  # what came last counts later: it may be what is suspect soon
+        self._noise = UsualNoise(len(_TAILS))
+        self._z: F64 | None = None  # of the tails in the last look
         self._limit = np.inf
         self._users = np.zeros(0, np.int64)
         self._suspect: Bool = np.zeros(len(binary), np.bool_)  # tasks whose labels teach nothing
@@ -70,6 +74,8 @@ class Sifter:
         """Take in what is usual. While it sifts it takes in nothing: what is left is cut off."""
         if self.is_on:
             return
+        for i, z in enumerate(() if self._z is None else self._z):
+            self._noise.learn(i, z)
         nats = surprise(trusted.served, trusted.labels, trusted.mask, self._binary)
         place = np.minimum((nats * _A_NAT).astype(np.int64), _BINS - 1)
         self._newest[1] += np.bincount(place, minlength=_BINS)
@@ -81,36 +87,38 @@ class Sifter:
     def unusual(self, sample: SampledStretch, length: int, z: float) -> list[Finding]:
         """Whether too many of the newest sampled examples are implausible, in any of their tails.
 
+        Standard errors grow with how well the limit is known, and with how much the same count has varied so far.
+
         Args:
             sample: The examples.
             length: How many of the newest, ≥ 1.
             z: Standard errors that count.
         """
-        limit = self._beyond_all_but_few()
+        limit, self._z = self._beyond_all_but_few(_FEWEST_TO_TELL), None
         if self.is_on or limit is None:
             return []
         newest = sample.newest(min(length, self._stretch // 4))
         beyond = surprise(newest.served, newest.labels, newest.mask, self._binary) > limit
-        for part in (64, 16, 4):
-            tail = beyond[-max(FEWEST, self._stretch // part) :]
-            found, n = float(np.count_nonzero(tail)), float(len(tail))
-            usual = (1 - _QUANTILE) * n
-            off = float(signed_deviance(np.array(found), np.array(usual), np.array(n)))
-            if found >= _A_FEW and off > z and found > _TIMES_USUAL * usual:
-                text = f"{found:.0f} of {n:.0f} examples have a loss beyond {limit:.1f} nats, usual {usual:.1f}"
-                return [Finding(STREAM_IMPLAUSIBLE, "", text, int(n))]
+        tails = [beyond[-max(FEWEST, self._stretch // part) :] for part in _TAILS]
+        n = np.array([float(len(tail)) for tail in tails])
+        found, usual = np.array([float(np.count_nonzero(tail)) for tail in tails]), (1 - _QUANTILE) * n
+        self._z = signed_deviance(found, usual, n) / np.sqrt(1 + n / self._histogram.sum())
+        off = self._z / np.array([self._noise.errors(i) for i in range(len(_TAILS))])
+        for i in np.flatnonzero((found >= _A_FEW) & (off > z) & (found > _TIMES_USUAL * usual))[:1]:
+            text = f"{found[i]:.0f} of {n[i]:.0f} examples have a loss beyond {limit:.1f} nats, usual {usual[i]:.1f}"
+            return [Finding(STREAM_IMPLAUSIBLE, "", text, int(n[i]))]
         return []
 
-    def _beyond_all_but_few(self) -> float | None:
-        """The quantile of the trusted history; None while that is short."""
+    def _beyond_all_but_few(self, fewest: int) -> float | None:
+        """The quantile of the trusted history; None while fewer examples than these lie beyond it."""
         total = np.cumsum(self._histogram)
-        if total[-1] * (1 - _QUANTILE) < 1:
+        if total[-1] * (1 - _QUANTILE) < fewest:
             return None
         return (int(np.searchsorted(total, _QUANTILE * total[-1])) + 1) / _A_NAT
 
     def begin(self, event_time_ms: int) -> None:
         """Sift from now on."""
-        limit = self._beyond_all_but_few()
+        limit = self._beyond_all_but_few(_FEWEST_BEYOND)
         if self.is_on or limit is None:
             return
         self._limit = limit
@@ -132,6 +140,7 @@ class Sifter:
         """Sift no more, and begin anew: what comes next is what is usual."""
         self.end(why)
         self._histogram, self._newest = np.zeros(_BINS), np.zeros((2, _BINS))
+        self._noise = UsualNoise(len(_TAILS))
 
     def leave_out(self, users: I64) -> None:
         """Leave out the examples of these users, until sifting ends."""
@@ -194,6 +203,7 @@ class Sifter:
             self._quiet,
         )
         return {
+            **prefixed("noise.", self._noise.state()),
             "histogram": self._histogram.copy(),
             "newest": self._newest.copy(),
             "limit": np.array([self._limit]),
@@ -204,6 +214,7 @@ class Sifter:
 
     def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`."""
+        self._noise.load_state(under("noise.", state))
         self._histogram, self._users = state["histogram"].copy(), state["users"].copy()
         self._suspect = state["suspect"].copy()
         self._newest, self._limit = state["newest"].copy(), float(state["limit"][0])

@@ -1,4 +1,4 @@
-"""The statistics of the publish gate: tests of one task's scores against its labels, as pure functions.
+"""The statistics of the publish gate: tests of one task's scores against its labels, and how much they vary.
 
 Letters: N examples, T tasks, K tails of a stretch.
 
@@ -14,9 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smes.arrays import F32, F64, I64, Bool
+from smes.arrays import F32, F64, I64, Arrays, Bool
+
+SLOWEST = 0.01
+"""The least share that the newest look has in a running average."""
 
 _CLIP = 1e-6
+_LARGEST_NOISE = 25.0
 N, Y, P, V, A, AL, ALL, RL, VL, VLL = range(10)
 """What is summed: examples, labels, scores, variances of the residuals, weights a of the slope, a·l, a·l², residual·l,
 variance·l, variance·l², where l is the logit of a binary score, or a regression value."""
@@ -196,3 +200,36 @@ def largest_shares(users: I64, positive: Bool, lengths: Sequence[int]) -> tuple[
             if total[k, column]:
                 most[k, column] = np.bincount(tail_place[tail[:, column]]).max()
     return most, total
+
+
+class UsualNoise:
+    """How much statistics have varied over usual stretches, in units of their standard errors.
+
+    Args:
+        tails: Lengths of stretches, each of which has noise of its own.
+        shape: Of the statistics of one stretch.
+    """
+
+    def __init__(self, tails: int, shape: tuple[int, ...] = ()) -> None:
+        self._variance: F64 = np.ones((tails, *shape))
+        self._looks = np.zeros(tails, np.int64)
+
+    def errors(self, tail: int) -> F64:
+        """By what the standard errors of a stretch are to be multiplied, at least 1. float64 of the shape."""
+        errors: F64 = np.sqrt(self._variance[tail])
+        return errors
+
+    def learn(self, tail: int, z: F64) -> None:
+        """Take in the statistics of a usual stretch, in standard errors. NaN counts as 0."""
+        self._looks[tail] += 1
+        rate = max(1.0 / (self._looks[tail] + 1), SLOWEST)
+        squares = np.minimum(np.nan_to_num(z) ** 2, _LARGEST_NOISE)
+        self._variance[tail] = np.maximum(1.0, (1 - rate) * self._variance[tail] + rate * squares)
+
+    def state(self) -> Arrays:
+        """Copies of the arrays from which :meth:`load_state` goes on."""
+        return {"variance": self._variance.copy(), "looks": self._looks.copy()}
+
+    def load_state(self, state: Arrays) -> None:
+        """The inverse of :meth:`state`."""
+        self._variance, self._looks = state["variance"].copy(), state["looks"].copy()

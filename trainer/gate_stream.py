@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smes.arrays import F32, F64, I64, Arrays, Bool
+from smes.arrays import F32, F64, I64, Arrays, Bool, prefixed, under
 from smes.model.numeric_moments import FAR
 from smes.schema import Schema
 from trainer.config import GateConfig
@@ -24,9 +24,11 @@ from trainer.gate_findings import (
 )
 from trainer.gate_sample import SampledStretch
 from trainer.gate_statistics import (
+    SLOWEST,
     SUMS,
     N,
     P,
+    UsualNoise,
     V,
     Y,
     is_beyond,
@@ -43,8 +45,6 @@ _CALIBRATION, _RANKING, _BASE_RATE, _TESTS = range(4)
 _FEWEST_EXPECTED = 10  # examples of each class
 _FEWEST_OF_ONE = 16  # examples that one user, or one odd feature, has to have
 _LONG_RUN = 8  # stretches that the history remembers
-_LARGEST_NOISE = 25.0
-_SLOWEST = 0.01  # of the averages
 _FAR_WIDTHS = 2.0**20
 
 
@@ -77,8 +77,7 @@ class StreamHistory:
         """Begin anew: what comes next is what is usual."""
         tasks, tails = len(self.names), len(self._lengths)
         self._sums: F64 = np.zeros((SUMS, tasks))
-        self._noise: F64 = np.ones((_TESTS, tails, tasks))
-        self._looks = np.zeros(tails, np.int64)
+        self._noise = UsualNoise(tails, (_TESTS, tasks))
         self._accepted = 0  # looks
         self._shares: F64 = np.zeros((tails, tasks + 2))  # of one user: in all examples, in positives; odd inputs
         self._range: F64 = np.stack(
@@ -162,7 +161,7 @@ class StreamHistory:
             error = np.sqrt(np.maximum(variance * (1 + information / np.maximum(past_information, 1e-9)), 1e-30))
             z_out[_RANKING] = np.where(variance > 0, (score - past * information) / error, 0.0)
             z_out[[_CALIBRATION, _BASE_RATE]] /= drift
-            z = z_out / np.sqrt(self._noise[:, place])
+            z = z_out / self._noise.errors(place)
             shift = np.where(self.binary, odds_ratio(s[Y], expected, n), s[Y] / np.maximum(expected, 1e-9))
             jump = np.where(self.binary, odds_ratio(s[Y], usual, n), s[Y] / np.maximum(usual, 1e-9))
         both = np.where(self.binary, np.minimum(expected, n - expected), n)
@@ -221,15 +220,12 @@ class StreamHistory:
         self._accepted += 1
         for i, place in enumerate(look.places):
             if self.knows:
-                self._looks[place] += 1
-                rate = max(1.0 / (self._looks[place] + 1), _SLOWEST)
-                squares = np.minimum(np.nan_to_num(look.z[i]) ** 2, _LARGEST_NOISE)
-                self._noise[:, place] = np.maximum(1.0, (1 - rate) * self._noise[:, place] + rate * squares)
+                self._noise.learn(place, look.z[i])
             with np.errstate(invalid="ignore", divide="ignore"):
                 shares = np.where(look.most[i] >= _FEWEST_OF_ONE // 4, look.most[i] / look.total[i], 0.0)
             shares = np.append(shares, look.odd[i] / look.lengths[i])
             # An average: it must not follow a flood that rises from look to look.
-            self._shares[place] += max(1.0 / self._accepted, _SLOWEST) * (shares - self._shares[place])
+            self._shares[place] += max(1.0 / self._accepted, SLOWEST) * (shares - self._shares[place])
         kept = np.exp(-new / (_LONG_RUN * self._config.stretch_examples))
         self._sums = kept * self._sums + sample.tail_sums([new])[0]
 
@@ -237,8 +233,7 @@ class StreamHistory:
         """Copies of the arrays from which :meth:`load_state` goes on."""
         return {
             "sums": self._sums.copy(),
-            "noise": self._noise.copy(),
-            "looks": self._looks.copy(),
+            **prefixed("noise.", self._noise.state()),
             "shares": self._shares.copy(),
             "range": self._range.copy(),
             "accepted": np.array([self._accepted]),
@@ -246,8 +241,8 @@ class StreamHistory:
 
     def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`."""
-        self._sums, self._noise = state["sums"].copy(), state["noise"].copy()
-        self._looks, self._shares = state["looks"].copy(), state["shares"].copy()
+        self._noise.load_state(under("noise.", state))
+        self._sums, self._shares = state["sums"].copy(), state["shares"].copy()
         self._range, self._accepted = state["range"].copy(), int(state["accepted"][0])
 
 

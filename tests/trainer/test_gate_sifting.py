@@ -8,6 +8,7 @@ from smes.events import ExampleBlock
 from tests.trainer.test_gate import BATCH, SCHEMA, Stream, Truth, known
 from trainer.config import GateConfig
 from trainer.gate import PublishGate
+from trainer.gate_sample import Examples, SampledStretch
 from trainer.gate_sifting import Sifter, surprise
 
 BINARY = np.array([True, True, False])
@@ -223,3 +224,37 @@ def test_labels_of_a_task_that_is_suspect_as_a_whole_are_left_out_until_it_is_as
     assert passed
     assert len(stream.gate.backs) == backs
     assert stream.gate.sift(examples).label_mask.all()
+
+
+def losing(rng: np.random.Generator, n: int, implausible: float = 0.0) -> Examples:
+    """Examples whose losses are exponential, a mean of 1 nat; of some, 20 nats."""
+    loss = np.where(rng.random(n) < implausible, 20.0, rng.exponential(1.0, n))
+    served = np.stack([np.exp(-loss), np.ones(n), np.zeros(n)], axis=1).astype(np.float32)
+    labels = np.tile(np.array([1, 1, 0], np.float32), (n, 1))
+    return Examples(np.arange(n), np.zeros(n, np.bool_), labels, np.ones((n, 3), np.bool_), served, served)
+
+
+def first_found(rng: np.random.Generator, looks: int, each: int, implausible_from: int) -> int | None:
+    """The look in which too many examples are implausible, if 5 % of them are from some look on."""
+    sifter, sample = Sifter(BINARY, 8192), SampledStretch(8192, BINARY)
+    for look in range(looks):
+        part = losing(rng, each, 0.05 if look >= implausible_from else 0.0)
+        sample.add(part)
+        if sifter.unusual(sample, min(sample.total, 8192), 5.0):
+            return look
+        sifter.learn(part)
+    return None
+
+
+def test_a_limit_that_is_hardly_known_gives_no_stream_away() -> None:
+    rng = np.random.default_rng(0)
+
+    assert [first_found(rng, 30, 256, 30) for _ in range(300)] == [None] * 300
+
+
+def test_one_example_in_twenty_is_found_within_some_hundred_examples() -> None:
+    rng = np.random.default_rng(0)
+    found = [first_found(rng, 130, 128, 120) for _ in range(20)]
+
+    assert all(look is not None and 120 <= look <= 123 for look in found), found
+    assert found.count(120) >= 10
