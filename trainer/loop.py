@@ -8,19 +8,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from feature_store.publication import Manifest
-from smes.arrays import prefixed, under
-from smes.errors import CheckpointError, FeatureStoreUnavailable, SmesError, StepsNotFinite, Stopped
+from smes.errors import FeatureStoreUnavailable, SmesError, StepsNotFinite, Stopped
 from smes.events import ExampleBlock
-from smes.model.deltas import RowDelta, StateArray, whole
+from smes.model.deltas import RowDelta
 from smes.model.learner import Learner
-from smes.schema import MISSING
 from smes_io.clock import wall_clock_ms
 from stream.dead_letters import DeadLetter
 from trainer.arms_report import ArmTallies
@@ -39,6 +34,7 @@ from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
 from trainer.stream import Stream
+from trainer.training_state import Progress, TrainingState
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.2
@@ -102,8 +98,9 @@ class Trainer:
         self._routing = RoutingObserver(learner, self.experts, self._results.deliver)
         self._failed = FailedSteps(max_failed_steps, self._forget, dead_letters)
         self.gated = gated
-        gates = [gated.gate] if gated else []
-        self._observers += [self._routing, evaluation, self.arms, *gates, *observers, self._failed]
+        gate = gated.gate if gated else None
+        self._observers += [self._routing, evaluation, self.arms, *([gate] if gate else []), *observers, self._failed]
+        self._state = TrainingState(learner, stream, evaluation, self.experts, self.arms, gate)
         self.publisher: Publisher | None = None
         self._arrivals = FeedbackArrivals(stream.taken_times)
         self._event_time_ms: int | None = None
@@ -126,21 +123,12 @@ class Trainer:
         checkpoint = self._checkpoints.newest(schema=self.learner.schema, model=model)
         if checkpoint is None:
             return None
-        try:
-            learner = under("learner.", checkpoint.arrays)
-            self.learner.load_state({name: torch.from_numpy(array) for name, array in learner.items()})
-            self.stream.load_state(under("stream.", checkpoint.arrays))
-            self.evaluation.load_state(under("evaluation.", checkpoint.arrays))
-            self.experts.load_state(under("experts.", checkpoint.arrays))
-            self.arms.load_state(under("arms.", checkpoint.arrays))
-            self.trained, self.not_finite = (int(n) for n in checkpoint.arrays["trainer.trained"])
-            (event_time_ms,) = checkpoint.arrays["trainer.event_time_ms"].tolist()
-            self._event_time_ms = None if event_time_ms == MISSING else event_time_ms
-            gate = under("gate.", checkpoint.arrays)
-            if self.gated is not None and gate:
-                self.gated.gate.load_state(gate)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"checkpoint of step {checkpoint.step}: {error}") from error
+        progress = self._state.load(checkpoint)
+        self.trained, self.not_finite, self._event_time_ms = (
+            progress.trained,
+            progress.not_finite,
+            progress.event_time_ms,
+        )
         self.lineage = checkpoint.lineage
         return checkpoint.step
 
@@ -417,30 +405,7 @@ class Trainer:
             self._writer.write(*self._view())
 
     def _view(self) -> tuple[CheckpointView, Callable[[], None]]:
-        """The whole present state, to be written while training goes on, and what to call when it is on disk."""
-        schema, model = self.learner.schema, self.learner.config.to_dict()
-        learner, stream, newest_ms = self.learner.state_view(), self.stream.state(), self._event_time_ms
-        arrays = {
-            **prefixed("learner.", learner.arrays),
-            **prefixed("stream.", _kept(stream)),
-            **prefixed("evaluation.", _kept(self.evaluation.state(), final="frozen.")),
-            **prefixed("experts.", _kept(self.experts.state())),
-            **prefixed("arms.", _kept(self.arms.state())),
-            "trainer.trained": whole(np.array([self.trained, self.not_finite])),
-            "trainer.event_time_ms": whole(np.array([MISSING if newest_ms is None else newest_ms], np.int64)),
-        }
-        if self.gated is not None:
-            arrays |= prefixed("gate.", _kept(self.gated.gate.state(), final="reference."))
-        view = CheckpointView(
-            lineage=self.lineage,
-            step=self.learner.step_number,
-            schema=schema.to_dict(),
-            schema_hash=schema.hash,
-            model=model,
-            arrays=arrays,
-            close=learner.close,
-        )
-        return view, lambda: self.stream.saved(stream)
+        return self._state.view(self.lineage, Progress(self.trained, self.not_finite, self._event_time_ms))
 
     def _forget(self, examples: ExampleBlock) -> None:
         """Count a batch whose step failed."""
@@ -451,8 +416,3 @@ class Trainer:
         """Give the last step's result to the observers, so that metrics cover every trained example."""
         self._results.deliver()
         self._routing.close_full_segment()
-
-
-def _kept(state: Mapping[str, NDArray[Any]], final: str = "\0") -> dict[str, StateArray]:
-    """Copies of arrays that may change when training goes on; those whose name begins with ``final`` do not."""
-    return {name: whole(array if name.startswith(final) else array.copy()) for name, array in state.items()}
