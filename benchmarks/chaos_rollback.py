@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,6 @@ def _command(system: System, config: Path, *arguments: str) -> None:
         raise ChaosError(f"smes snapshots {' '.join(arguments)}: status {done.returncode}:\n{done.stderr[-2000:]}")
 
 
-def _await(what: str, condition: Any, system: System) -> None:
+def _await(what: str, condition: Callable[[], bool], system: System) -> None:
     if not wait_until(condition, timeout_s=_WITHIN_S, pauses_s=(0.02,)):
         raise ChaosError(f"{what}: not in {_WITHIN_S:g} s:\n{system.tail('train')}")

@@ -8,6 +8,7 @@ the time after the warm-up is compared with the end.
 import multiprocessing
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ def run_soak(system: System, *, minutes: float, events_per_s: float, seed: int) 
 Samples = dict[str, list[float]]
 
 
-def _measure(system: System, pids: dict[str, int], goes_on: Any) -> Samples:
+def _measure(system: System, pids: dict[str, int], goes_on: Callable[[], bool]) -> Samples:
     """Memory (MiB), descriptors and threads of each process, and the memory that the Redis servers use (MiB)."""
     samples: Samples = defaultdict(list)
     processes = {name: psutil.Process(pid) for name, pid in pids.items()}
