@@ -29,6 +29,7 @@ _LONG_RUN = 8  # stretches that the histogram remembers
 _MOST_OF_A_BATCH = 0.5
 _QUIET = 2  # windows in a row, before it ends
 _TIMES_USUAL, _A_FEW = 3.0, 4  # of a window's examples: what is usual
+_LATE = 16  # looks, until one counts
 _TAILS = (64, 16, 4)  # parts of a stretch, the newest of which are looked at
 _FEWEST_BEYOND, _FEWEST_TO_TELL = 1, 10  # trusted examples beyond the limit: to leave out by it; to be suspect by it
 
@@ -63,6 +64,7 @@ class Sifter:
         self._newest: F64 = np.zeros((2, _BINS))  # what came last counts later: it may be what is suspect soon
         self._noise = UsualNoise(len(_TAILS))
         self._z: F64 | None = None  # of the tails in the last look
+        self._late: F64 = np.zeros((0, len(_TAILS)))  # of the looks before it: they count late, too
         self._limit = np.inf
         self._users = np.zeros(0, np.int64)
         self._suspect: Bool = np.zeros(len(binary), np.bool_)  # tasks whose labels teach nothing
@@ -74,8 +76,11 @@ class Sifter:
         """Take in what is usual. While it sifts it takes in nothing: what is left is cut off."""
         if self.is_on:
             return
-        for i, z in enumerate(() if self._z is None else self._z):
-            self._noise.learn(i, z)
+        if self._z is not None:
+            self._late = np.concatenate([self._late, self._z[None]])
+            for i, z in enumerate(self._late[0] if len(self._late) > _LATE else ()):
+                self._noise.learn(i, z)
+            self._late = self._late[-_LATE:]
         nats = surprise(trusted.served, trusted.labels, trusted.mask, self._binary)
         place = np.minimum((nats * _A_NAT).astype(np.int64), _BINS - 1)
         self._newest[1] += np.bincount(place, minlength=_BINS)
@@ -122,7 +127,7 @@ class Sifter:
         if self.is_on or limit is None:
             return
         self._limit = limit
-        self._newest[:] = 0
+        self._newest[:], self._late = 0, self._late[:0]
         self._rows = self._out = self._quiet = 0
         self.is_on, self.since_ms, self._left_out_before = True, event_time_ms, self.left_out
         self.begun += 1
@@ -140,7 +145,7 @@ class Sifter:
         """Sift no more, and begin anew: what comes next is what is usual."""
         self.end(why)
         self._histogram, self._newest = np.zeros(_BINS), np.zeros((2, _BINS))
-        self._noise = UsualNoise(len(_TAILS))
+        self._noise, self._late = UsualNoise(len(_TAILS)), np.zeros((0, len(_TAILS)))
 
     def leave_out(self, users: I64) -> None:
         """Leave out the examples of these users, until sifting ends."""
@@ -204,6 +209,7 @@ class Sifter:
         )
         return {
             **prefixed("noise.", self._noise.state()),
+            "late": self._late.copy(),
             "histogram": self._histogram.copy(),
             "newest": self._newest.copy(),
             "limit": np.array([self._limit]),
@@ -215,6 +221,7 @@ class Sifter:
     def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`."""
         self._noise.load_state(under("noise.", state))
+        self._late = state["late"].copy()
         self._histogram, self._users = state["histogram"].copy(), state["users"].copy()
         self._suspect = state["suspect"].copy()
         self._newest, self._limit = state["newest"].copy(), float(state["limit"][0])
