@@ -133,6 +133,10 @@ class WaitingLog:
         """See :meth:`stream.log.event_log.EventLog.end`."""
         return self._waits.run(f"end of {topic}", lambda: self._log.end(topic))
 
+    def at_time(self, topic: str, time_ms: int) -> Positions:
+        """See :meth:`stream.log.event_log.EventLog.at_time`."""
+        return self._waits.run(f"positions of {topic} at a time", lambda: self._log.at_time(topic, time_ms))
+
     def set_stop(self, event: threading.Event | None) -> None:
         """See :meth:`stream.log.event_log.EventLog.set_stop`."""
         self._log.set_stop(event)

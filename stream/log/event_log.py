@@ -173,6 +173,17 @@ class EventLog(Protocol):
         Records of a transaction that is still open cannot be read yet.
         """
 
+    def at_time(self, topic: str, time_ms: int) -> Positions:
+        """Position of the first record that arrived at a time or later, per partition; the end where there is none.
+
+        Records whose arrival times do not ascend, as those of producers whose clocks differ, are found by Kafka
+        exactly; the others search as if they did.
+
+        Args:
+            topic: Its name.
+            time_ms: Unix milliseconds, as :attr:`Record.arrival_ms`.
+        """
+
     def set_stop(self, event: threading.Event | None) -> None:
         """End waits early from now on when ``event`` is set; None: no longer.
 

@@ -15,7 +15,7 @@ from kafka.errors import (
     for_code,
 )
 from kafka.protocol.consumer import FetchRequest, OffsetSpec
-from kafka.protocol.consumer.offsets import IsolationLevel
+from kafka.protocol.consumer.offsets import IsolationLevel, OffsetTimestamp
 
 from smes.errors import EventLogError
 from stream.log.kafka_connection import NOT_NOW, KafkaConnection, close_all
@@ -88,8 +88,13 @@ class Brokers:
 
         return self.ask(f"create topic {name}", ready)
 
-    def offsets(self, partitions: Iterable[KafkaPartition], which: OffsetSpec) -> dict[KafkaPartition, int]:
-        """First offset, or the last stable one: the end without transactions that are still open."""
+    def offsets(
+        self, partitions: Iterable[KafkaPartition], which: OffsetSpec | OffsetTimestamp
+    ) -> dict[KafkaPartition, int]:
+        """First offset, or the last stable one: the end without transactions that are still open; or that of a time.
+
+        The offset of a time is that of the first record whose timestamp is not before it, -1 if there is none.
+        """
         asked = dict.fromkeys(partitions, which)
         if not asked:
             return {}

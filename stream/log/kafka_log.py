@@ -29,6 +29,7 @@ from kafka.errors import (
     UnknownError,
 )
 from kafka.protocol.consumer import OffsetSpec
+from kafka.protocol.consumer.offsets import OffsetTimestamp
 
 from smes.errors import EventLogError, PositionOutOfRange
 from smes_io.clock import wall_clock_ms
@@ -163,6 +164,13 @@ class KafkaLog:
         """See :meth:`stream.log.event_log.EventLog.end`."""
         return self._offsets(self._all(topic), OffsetSpec.LATEST)
 
+    def at_time(self, topic: str, time_ms: int) -> Positions:
+        """See :meth:`stream.log.event_log.EventLog.at_time`: Kafka's offsets for times."""
+        ats = self._all(topic)
+        ends = self._offsets(ats, OffsetSpec.LATEST)
+        found = self._offsets(ats, OffsetTimestamp(max(0, time_ms)))
+        return {at: found[at] if found[at] >= 0 else ends[at] for at in ats}
+
     def set_stop(self, event: threading.Event | None) -> None:
         """See :meth:`stream.log.event_log.EventLog.set_stop`."""
         self._connection.calls.set_stop(event)
@@ -291,7 +299,7 @@ class KafkaLog:
         ends = self._offsets(maybe_at_end, OffsetSpec.LATEST)
         return Fetch(records, after, frozenset(at for at, end in ends.items() if after[at] >= end))
 
-    def _offsets(self, ats: Sequence[TopicPartition], which: OffsetSpec) -> Positions:
+    def _offsets(self, ats: Sequence[TopicPartition], which: OffsetSpec | OffsetTimestamp) -> Positions:
         found = self._brokers.offsets([self._kafka(at) for at in ats], which)
         return {at: found[self._kafka(at)] for at in ats}
 

@@ -128,6 +128,16 @@ class InMemoryLog:
         with self._changed:
             return {TopicPartition(topic, i): part.visible_end for i, part in enumerate(self._parts(topic))}
 
+    def at_time(self, topic: str, time_ms: int) -> Positions:
+        """See :meth:`stream.log.event_log.EventLog.at_time`."""
+        found = {}
+        with self._changed:
+            for i, part in enumerate(self._parts(topic)):
+                kept = [(part.first + n, each) for n, each in enumerate(part.records) if isinstance(each, Record)]
+                later = (offset for offset, each in kept if each.arrival_ms >= time_ms)
+                found[TopicPartition(topic, i)] = next(later, part.visible_end)
+        return found
+
     def set_stop(self, event: threading.Event | None) -> None:
         """See :meth:`stream.log.event_log.EventLog.set_stop`."""
         with self._changed:

@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar, cast
 
 import redis
@@ -47,6 +48,7 @@ from stream.log.event_log import (
 from stream.log.redis_append import Appender
 from stream.log.redis_entries import Entry, record_of
 from stream.log.redis_ids import Bounds, Id, id_before, offset_of, parse_id, shown
+from stream.log.redis_times import ARRIVAL_LUA, position_at
 
 _T = TypeVar("_T")
 
@@ -194,6 +196,14 @@ class RedisStreamsLog:
         """See :meth:`stream.log.event_log.EventLog.end`."""
         return {at: bounds.end for at, (bounds, _) in self._bounds(dict.fromkeys(self._all(topic))).items()}
 
+    def at_time(self, topic: str, time_ms: int) -> Positions:
+        """See :meth:`stream.log.event_log.EventLog.at_time`: a binary search by the entries' arrival times."""
+        bounds = self._bounds(dict.fromkeys(self._all(topic)))
+        return {
+            at: position_at(time_ms, found.begin, found.end, partial(self._arrival, at))
+            for at, (found, _) in bounds.items()
+        }
+
     def set_stop(self, event: threading.Event | None) -> None:
         """See :meth:`stream.log.event_log.EventLog.set_stop`."""
         self._calls.set_stop(event)
@@ -269,6 +279,17 @@ class RedisStreamsLog:
         if records:
             mean = sum(len(r.value) for r in records) / len(records) + _RECORD_OVERHEAD_BYTES
             self._bytes_per_record = max(mean, 0.5 * self._bytes_per_record)
+
+    def _arrival(self, at: TopicPartition, position: int) -> tuple[int, int] | None:
+        """Offset and arrival time of the first entry from ``position`` on that has one; None: there is none."""
+        before = shown(id_before(position))
+        answer = self._retry_during_outage(
+            "asking for times", lambda: self._client.eval(ARRIVAL_LUA, 1, self._key(at), before), [at]
+        )
+        if not answer:
+            return None
+        name, arrival_ms = cast(list[bytes], answer)
+        return offset_of(at, parse_id(name)), int(arrival_ms)
 
     def _bounds(self, ats: Mapping[TopicPartition, Id | None]) -> dict[TopicPartition, tuple[Bounds, bool]]:
         """Each partition's bounds, and whether it has an entry after the given id."""
