@@ -251,9 +251,13 @@ def open_arms(config: ScorerConfig, schema: Schema, places: ArmPlaces, load: Loa
         arms.append(arm)
         clients.append(client)
         if arm_config.shadow:
-            shadows.append(ShadowScorer(name, swap, schema, telemetry.arms, max_waiting=config.max_shadow_waiting))
+            shadows.append(_shadow_of(arm, schema, telemetry, config.max_shadow_waiting))
     telemetry.registry.register(_ArmSeries({arm.name: arm.telemetry for arm in arms}))
     return Arms(tuple(arms), config.split_salt, tuple(shadows), tuple(clients))
+
+
+def _shadow_of(arm: Arm, schema: Schema, telemetry: Telemetry, most: int) -> ShadowScorer:
+    return ShadowScorer(arm.name, arm.swap, lambda: arm.is_ready, schema, telemetry.arms, max_waiting=most)
 
 
 class _ArmSeries(Collector):

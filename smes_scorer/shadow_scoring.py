@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -47,14 +48,25 @@ class ShadowScorer:
     Args:
         name: Of the arm.
         swap: Its version in service.
+        is_ready: Whether that version may score, as of :attr:`smes_scorer.arms.Arm.is_ready`: one that was held and is
+            not any more may not.
         schema: Tasks, and the largest value of a regression task.
         telemetry: Counts.
         max_waiting: Most requests that wait.
     """
 
-    def __init__(self, name: str, swap: HotSwap, schema: Schema, telemetry: ArmTelemetry, *, max_waiting: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        swap: HotSwap,
+        is_ready: Callable[[], bool],
+        schema: Schema,
+        telemetry: ArmTelemetry,
+        *,
+        max_waiting: int,
+    ) -> None:
         self.name = name
-        self._swap, self._schema, self._telemetry = swap, schema, telemetry
+        self._swap, self._is_ready, self._schema, self._telemetry = swap, is_ready, schema, telemetry
         self._queue: queue.Queue[Answered | None] = queue.Queue(max_waiting)
         self._thread = threading.Thread(target=self._run, name=f"shadow-{name}", daemon=True)
         self._stopping = threading.Event()
@@ -89,7 +101,7 @@ class ShadowScorer:
                 _logger.warning("shadow %s could not score a request", self.name, exc_info=True)
 
     def _score(self, answered: Answered) -> None:
-        if self._swap.served is None:
+        if not self._is_ready():
             self._telemetry.shadow(self.name, "not_ready")
             return
         started_s = time.perf_counter()

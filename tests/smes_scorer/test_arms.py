@@ -301,6 +301,28 @@ def test_a_candidate_that_is_held_back_is_served_by_its_arm_alone(
         assert {(a["arm"], a["version"]) for a in (ask(http, user) for user in USERS)} == {("main", 5)}
 
 
+def test_a_shadow_of_a_candidate_ends_with_it(
+    ready: Ready, store: SnapshotStore, publish: Callable[..., Any], until: Until
+) -> None:
+    publish(store, 4)
+    with ready(arms={"b": ArmConfig(held=True, shadow=True)}) as http:
+
+        def requests(outcome: str) -> float:
+            return metric(http, "arm_shadow_requests_total", arm="b", outcome=outcome)
+
+        publish(store, 5, held="worse than version 4")
+        until(lambda: arm_ready(http, version=5))
+        ask(http, 1)
+        until(lambda: requests("scored") == 1)
+
+        store.operator.promote(5, lineage="a", why="better than it looks", by="test")
+        until(lambda: not arm_ready(http))
+        for user in USERS:
+            ask(http, user)
+        until(lambda: requests("not_ready") + requests("dropped") == len(USERS))
+        assert requests("scored") == 1
+
+
 def test_a_version_that_is_only_listed_as_held_is_no_candidate(
     ready: Ready, store: SnapshotStore, publish: Publish, client: redis.Redis, namespace: str, until: Until
 ) -> None:
