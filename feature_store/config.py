@@ -63,6 +63,8 @@ class FeatureStoreConfig:
         namespace: Prefix of every key. Deployments with different namespaces can share a server.
         timeout_s: Longest wait for the server, at the start and for each answer.
         snapshots: Sizes and retention.
+        feature_versions: How many rows of an entity's features are kept, each with its time, 1 … 64. Events that leave
+            features out are trained on with the row that held at their time, where it is kept.
         signing: Keys by which snapshots are signed and verified.
     """
 
@@ -71,6 +73,7 @@ class FeatureStoreConfig:
     namespace: str = "smes"
     timeout_s: Seconds = 10.0
     snapshots: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
+    feature_versions: Annotated[int, Ge(1), Le(64)] = 4
     signing: SigningConfig = field(default_factory=SigningConfig)
 
     def __post_init__(self) -> None:

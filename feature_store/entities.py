@@ -1,39 +1,48 @@
-"""User and item features in Redis: one fixed-width value per entity, many entities in one round trip.
+"""User and item features in Redis: the last few rows of each entity, by time; many entities in one round trip.
 
 Keys, all under ``{namespace}:features:``; the braces are part of the key, a hash tag
 
 ============ ====== ===================================================================================
-``schema``     string :attr:`smes.schema.Schema.hash` of the schema that the values were written with
-``user:{id}``  string the user's row: int64 columns (ids, padded bags), then float32 numerics, little-endian
-``item:{id}``  string the item's row, likewise
+``layouts``    hash   id of a layout → its columns (:mod:`feature_store.entity_layout`)
+``user:{id}``  string the user's rows, newest first (:mod:`feature_store.entity_versions`)
+``item:{id}``  string the item's rows, likewise
 ============ ====== ===================================================================================
 
-A row holds its entity's columns of :class:`smes.events.ImpressionBlock`, in schema order and in the same encoding
-(``MISSING``, NaN). So rows are copied into the matrices without parsing.
+A row holds its entity's columns of :class:`smes.events.ImpressionBlock` in the same encoding (``MISSING``, NaN). So
+rows are copied into the matrices without parsing. Rows that were written under another schema are read by the names of
+their columns.
 
-Letters: N entities, W id columns, F numeric columns.
+Letters: N look-ups, W id columns, F numeric columns.
 """
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from feature_store.damage import Damage, shown
+from feature_store.damage import Damage
+from feature_store.described_layouts import DescribedLayouts
+from feature_store.entity_layout import ENTITIES, LAYOUT_ID_BYTES, Entity, Layout, ReadingPlan
+from feature_store.entity_values import columns_of, entity_ids
+from feature_store.entity_versions import BROKEN, FOUND, LATER, MAX_VERSIONS, PUT, Found, find, version_bytes, versions
 from smes.arrays import F32, I64, Bool
-from smes.errors import FeatureStoreError, SchemaMismatch
-from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
+from smes.schema import MISSING, Schema
+from smes_io.clock import wall_clock_ms
 from smes_io.redis_access import key_prefix
-from smes_io.redis_client import address, translated
+from smes_io.redis_client import translated
 
-Entity = Literal["user", "item"]
+__all__ = ["ALWAYS", "AsOf", "Entity", "EntityRows", "EntityStore", "EntityVersion", "blank_rows"]
 
+ALWAYS = 0
+"""Time of a row that holds until the first one with a time."""
+
+DEFAULT_VERSIONS = 4
+_EARLIEST_MS = 946_684_800_000  # no event is older than 2000-01-01
+_DAY_MS = 86_400_000
 _BATCH = 1000
-_HASH = re.compile(rb"[0-9a-f]{8,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,30 @@ class EntityRows:
     problem: str | None = None
 
 
+class AsOf(NamedTuple):
+    """What the store had of N entities at N times.
+
+    Attributes:
+        known: bool [N], whether a row held then.
+        later: bool [N], whether the store has rows of the entity, and all that are kept are later.
+    """
+
+    known: Bool
+    later: Bool
+
+
+class EntityVersion(NamedTuple):
+    """One row of an entity.
+
+    Attributes:
+        time_ms: From when it holds, Unix milliseconds; :data:`ALWAYS`: from ever.
+        values: Name of a feature → an id, a list of ids or a number; None where it is missing.
+    """
+
+    time_ms: int
+    values: dict[str, int | float | list[int] | None]
+
+
 def blank_rows(schema: Schema, user_id: int, item_ids: I64) -> EntityRows:
     """Rows without a feature store: only the ids of user and items are known."""
     ids = np.full((len(item_ids), schema.id_width), MISSING, np.int64)
@@ -65,90 +98,189 @@ def blank_rows(schema: Schema, user_id: int, item_ids: I64) -> EntityRows:
 
 
 class EntityStore:
-    """Writes and reads entity features of one schema.
+    """Writes and reads entity features of one schema. Reads are safe to share between threads.
 
     Args:
         client: A client that returns bytes; its timeout bounds every call.
         schema: Which columns there are.
         namespace: Prefix of every key.
+        keep: How many versions of an entity a write leaves, 1 … 64.
+        renamed: Name of a feature → its name in rows from before it was renamed.
+        now_ms: Wall clock in Unix milliseconds.
     """
 
-    def __init__(self, client: redis.Redis, schema: Schema, namespace: str = "smes") -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        schema: Schema,
+        namespace: str = "smes",
+        *,
+        keep: int = DEFAULT_VERSIONS,
+        renamed: Mapping[str, str] | None = None,
+        now_ms: Callable[[], int] = wall_clock_ms,
+    ) -> None:
+        if not 1 <= keep <= MAX_VERSIONS:
+            raise ValueError(f"feature versions: {keep}, expected 1 … {MAX_VERSIONS}")
         self.damage = Damage()
         """What was found broken in the store."""
-        self._client = client
-        self._schema = schema
+        self._client, self._schema, self._keep, self._now_ms = client, schema, keep, now_ms
+        self._renamed = dict(renamed or {})
         self._prefix = f"{key_prefix(namespace)}:features:"
-        self._layouts: dict[Entity, _Layout] = {e: _Layout.of(schema, e) for e in ("user", "item")}
+        self._layouts: dict[Entity, Layout] = {entity: Layout.of(schema, entity) for entity in ENTITIES}
+        self._put = client.register_script(PUT)
+        self._described = DescribedLayouts(client, f"{self._prefix}layouts", self.damage, self._layouts.values())
+        self._own_columns = {entity: self._plan(entity, layout) for entity, layout in self._layouts.items()}
+        self._plans: dict[tuple[Entity, bytes], ReadingPlan] = {}
 
-    def put_many(self, entity: Entity, ids: I64, columns: Mapping[str, NDArray[Any]]) -> None:
-        """Write the features of N entities; an entity written before is replaced as a whole.
+    def put_many(
+        self, entity: Entity, ids: I64, columns: Mapping[str, NDArray[Any]], time_ms: int | I64 | None = None
+    ) -> int:
+        """Write rows of N entities. A row replaces one of the same entity and time as a whole.
 
         Args:
             entity: ``user`` or ``item``.
-            ids: int64 [N].
+            ids: int64 [N]. An id may occur more than once.
             columns: Feature name → values: int64 [N] of an id feature, int64 [N, max_length] of a bag or sequence
-                (padded with ``MISSING``), float32 [N] of a numeric feature. A feature left out is missing for all.
+                (padded with ``MISSING``), a number [N] of a numeric feature (of an ``elapsed`` one: seconds since
+                1970). A feature left out is missing for all.
+            time_ms: From when the rows hold, Unix milliseconds, one or int64 [N]: :data:`ALWAYS`, or a time from 2000
+                to a day from now. None: from now.
+
+        Returns:
+            How many of the rows were dropped, because they are older than all versions that are kept of their entity.
 
         Raises:
-            ValueError: An unknown column, or one of the wrong type or shape.
-            SchemaMismatch: The store holds features of another schema; :meth:`clear` it first.
+            ValueError: An unknown column, or one of the wrong type or shape; an id or a time out of range.
+            FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer. Some rows may be written; to
+                write all of them again changes nothing that is there.
+        """
+        layout = self._layouts[entity]
+        rows = layout.pack(self._schema, len(ids), columns)
+        if ids.dtype != np.int64 or ids.ndim != 1 or (ids == MISSING).any():
+            raise ValueError(f"{entity} ids: {ids.dtype} {list(ids.shape)}, expected int64 [N] without {MISSING}")
+        times_N = self._times(len(ids), time_ms)
+        if layout.dtype.itemsize == 0:
+            return 0
+        dropped = 0
+        with translated(self._client, f"{entity} features were written"):
+            for start in range(0, len(ids), _BATCH):
+                part = slice(start, start + _BATCH)
+                keys = [f"{self._prefix}layouts", *(f"{self._prefix}{entity}:{i}" for i in ids[part].tolist())]
+                packed = version_bytes(rows[part], times_N[part], layout.id)
+                dropped += int(self._put(keys, [self._keep, layout.id, layout.description, *packed]))
+        return dropped
+
+    def put(self, entity: Entity, entity_id: int | str, values: Mapping[str, Any], time_ms: int | None = None) -> bool:
+        """Write one row, of plain values as :func:`feature_store.entity_values.columns_of` takes them.
+
+        Args:
+            entity: ``user`` or ``item``.
+            entity_id: Its id; a text becomes one by :func:`smes.hashing.encode_id`.
+            values: Name of a feature → value. A feature left out is missing.
+            time_ms: As of :meth:`put_many`.
+
+        Returns:
+            Whether the row is kept; false if it is older than all versions that are.
+
+        Raises:
+            ValueError, FeatureStoreError, FeatureStoreUnavailable: As :meth:`put_many`; the message names the feature.
+        """
+        columns = columns_of(self._schema, entity, [values])
+        return self.put_many(entity, entity_ids([entity_id], f"{entity}_id"), columns, time_ms) == 0
+
+    def get(self, user_id: int, item_ids: I64, now_ms: int | None = None) -> EntityRows:
+        """The features of a user and N items as they are now, in one round trip. Unknown entities are not an error.
+
+        A value that is broken (not the rows of a layout, or with infinite numbers) counts as missing, and is noted.
+
+        Args:
+            user_id: The user.
+            item_ids: int64 [N].
+            now_ms: Unix milliseconds; None asks the clock. Rows with a later time do not hold yet.
+
+        Raises:
             FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer.
         """
-        rows = self._layouts[entity].pack(len(ids), columns)
-        if ids.dtype != np.int64 or ids.ndim != 1:
-            raise ValueError(f"{entity} ids: {ids.dtype} {list(ids.shape)}, expected int64 [N]")
-        with translated(self._client, f"{entity} features were written"):
-            self._claim()
-            width = self._layouts[entity].dtype.itemsize
-            if width == 0:
-                return
-            packed = rows.tobytes()
-            for start in range(0, len(ids), _BATCH):
-                names = [f"{self._prefix}{entity}:{i}" for i in ids[start : start + _BATCH].tolist()]
-                offsets = range(start * width, (start + len(names)) * width, width)
-                self._client.mset({name: packed[o : o + width] for name, o in zip(names, offsets, strict=True)})
+        rows = blank_rows(self._schema, user_id, item_ids)
+        n = len(item_ids)
+        at_ms = self._now_ms() if now_ms is None else now_ms
+        keys = [f"{self._prefix}user:{user_id}", *(f"{self._prefix}item:{i}" for i in item_ids.tolist())]
+        if all(layout.dtype.itemsize == 0 for layout in self._layouts.values()):
+            return EntityRows(rows.ids, rows.numerics, True, np.ones(n, np.bool_))
+        with translated(self._client, "features were read"):
+            values = cast("list[bytes | None]", self._client.mget(keys))
+        broken: list[str] = []
+        times_N = np.full(n, at_ms, np.int64)
+        first, own = blank_rows(self._schema, user_id, item_ids[:1]), self._own_columns["user"]
+        user = self._write("user", keys[:1], values[:1], np.zeros(len(first.ids), np.int64), times_N[:1], first, broken)
+        rows.ids[:, own.to_ids] = first.ids[:, own.to_ids]
+        rows.numerics[:, own.to_numerics] = first.numerics[:, own.to_numerics]
+        items = self._write("item", keys[1:], values[1:], np.arange(n), times_N, rows, broken)
+        return EntityRows(rows.ids, rows.numerics, bool(user.known.all()), items.known, broken[0] if broken else None)
 
-    def get(self, user_id: int, item_ids: I64) -> EntityRows:
-        """The stored features of a user and N items, in one round trip. Unknown entities are not an error.
+    def as_of(self, entity: Entity, ids_N: I64, time_ms_N: I64, out_ids_NW: I64, out_numerics_NF: F32) -> AsOf:
+        """Write the rows that held at a time into matrices, whose other columns stay as they are.
 
-        A value that is broken (of another length, or with infinite numbers) counts as missing, and is noted.
+        One round trip for each 1000 different entities. Times of ``elapsed`` features are written as stored.
+
+        Args:
+            entity: ``user`` or ``item``.
+            ids_N: int64 [N], may repeat.
+            time_ms_N: int64 [N], Unix milliseconds.
+            out_ids_NW: int64 [N, W], the entity's columns ``MISSING``.
+            out_numerics_NF: float32 [N, F], the entity's columns NaN.
 
         Raises:
-            SchemaMismatch: The store holds features of another schema.
-            FeatureStoreError, FeatureStoreUnavailable: Redis refused, gave no answer, or holds features without the
-                mark of a schema.
+            FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer.
         """
-        user, item = self._layouts["user"], self._layouts["item"]
-        keys = [f"{self._prefix}schema", f"{self._prefix}user:{user_id}"]
-        keys += [f"{self._prefix}item:{i}" for i in item_ids.tolist()]
-        with translated(self._client, "features were read"):
-            found = self._client.mget(keys)
-        values = cast("list[bytes | None]", found)
-        self._guard(values[0])
-        if values[0] is None and any(value is not None for value in values[1:]):
-            raise FeatureStoreError(f"Redis key {keys[0]}: missing or no string, expected {self._schema.hash}")
-        rows = blank_rows(self._schema, user_id, item_ids)
+        known_N, later_N = np.zeros(len(ids_N), np.bool_), np.zeros(len(ids_N), np.bool_)
+        unique, inverse_N = np.unique(ids_N, return_inverse=True)
         broken: list[str] = []
-        users_known, stored = user.unpack(keys[1:2], values[1:2], broken)
-        if len(stored):
-            rows.ids[:, user.id_columns] = stored["ids"]
-            rows.numerics[:, user.numeric_columns] = stored["numerics"]
-        items_known, stored = item.unpack(keys[2:], values[2:], broken)
-        if len(stored):
-            found_N1 = np.flatnonzero(items_known)[:, None]
-            rows.ids[found_N1, item.id_columns] = stored["ids"]
-            rows.numerics[found_N1, item.numeric_columns] = stored["numerics"]
-        for message in broken:
-            self.damage.note(message)
-        problem = broken[0] if broken else None
-        return EntityRows(rows.ids, rows.numerics, bool(users_known[0]), items_known, problem)
+        for start in range(0, len(unique), _BATCH):
+            keys = [f"{self._prefix}{entity}:{i}" for i in unique[start : start + _BATCH].tolist()]
+            with translated(self._client, "features were read"):
+                values = cast("list[bytes | None]", self._client.mget(keys))
+            rows = np.flatnonzero((inverse_N >= start) & (inverse_N < start + len(keys)))
+            into = _Matrices(out_ids_NW[rows], out_numerics_NF[rows])
+            part = self._write(entity, keys, values, inverse_N[rows] - start, time_ms_N[rows], into, broken)
+            out_ids_NW[rows], out_numerics_NF[rows] = into
+            known_N[rows], later_N[rows] = part
+        return AsOf(known_N, later_N)
+
+    def versions(self, entity: Entity, entity_id: int) -> tuple[EntityVersion, ...]:
+        """All rows of an entity, newest first; those that cannot be read are left out, and noted.
+
+        Raises:
+            FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer.
+        """
+        key = f"{self._prefix}{entity}:{entity_id}"
+        with translated(self._client, "features were read"):
+            (value,) = cast("list[bytes | None]", self._client.mget([key]))
+        out: list[EntityVersion] = []
+        try:
+            for time_ms, layout_id, row in versions(value or b""):
+                layout = self._described.get(layout_id)
+                if layout is None or layout.dtype.itemsize != len(row):
+                    raise ValueError(f"a row of an unknown layout {layout_id.hex()}")
+                out.append(EntityVersion(time_ms, layout.values(np.frombuffer(row, layout.dtype)[0])))
+        except ValueError as error:
+            self.damage.note(f"Redis key {key}: {error}")
+        return tuple(out)
+
+    def holds_any(self) -> bool:
+        """Whether features were ever written since the store was cleared.
+
+        Raises:
+            FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer.
+        """
+        with translated(self._client, "the feature store was looked at"):
+            return bool(self._client.exists(f"{self._prefix}layouts"))
 
     def clear(self) -> int:
-        """Remove every feature and the schema's mark; the number of entities removed."""
+        """Remove every row and layout; the number of entities removed."""
         removed = 0
         with translated(self._client, "features were removed"):
-            for entity in self._layouts:
+            for entity in ENTITIES:
                 batch: list[Any] = []
                 for key in self._client.scan_iter(f"{self._prefix}{entity}:*", count=_BATCH):
                     batch.append(key)
@@ -156,98 +288,76 @@ class EntityStore:
                         removed += int(self._client.unlink(*batch))
                         batch.clear()
                 removed += int(self._client.unlink(*batch)) if batch else 0
-            self._client.delete(f"{self._prefix}schema")
+            self._client.delete(f"{self._prefix}layouts")
         return removed
 
-    def _claim(self) -> None:
-        """Mark the store as holding this schema's values, unless it holds those of another."""
-        key = f"{self._prefix}schema"
-        self._client.set(key, self._schema.hash, nx=True)
-        self._guard(cast("bytes | None", self._client.get(key)))
+    def _times(self, n: int, time_ms: int | I64 | None) -> I64:
+        """Times of N rows, int64 [N]."""
+        now_ms = self._now_ms()
+        times_N = np.full(n, now_ms if time_ms is None else time_ms, np.int64)
+        bad = (times_N != ALWAYS) & ((times_N < _EARLIEST_MS) | (times_N > now_ms + _DAY_MS))
+        if bad.any():
+            expected = f"{ALWAYS} or Unix milliseconds from {_EARLIEST_MS} (2000-01-01) to a day from now"
+            raise ValueError(f"time_ms: {times_N[bad][0]}, expected {expected}")
+        return times_N
 
-    def _guard(self, mark: bytes | None) -> None:
-        if mark is None or mark == self._schema.hash.encode():
-            return
-        if not _HASH.fullmatch(mark):
-            raise FeatureStoreError(f"Redis key {self._prefix}schema: {shown(mark)}, expected {self._schema.hash}")
-        raise SchemaMismatch(
-            f"features in Redis at {address(self._client)}", expected=self._schema.hash, got=mark.decode()
-        )
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """One entity's row: its features, and their columns in the row and in the matrices."""
-
-    features: tuple[Feature, ...]
-    id_columns: I64
-    numeric_columns: I64
-    dtype: np.dtype[np.void]
-
-    @classmethod
-    def of(cls, schema: Schema, entity: Entity) -> "_Layout":
-        own = [f for f in schema.features if f.source == entity and f.name not in (USER_ID, ITEM_ID)]
-        slices = [schema.id_slices[f.name] for f in own if f.kind != "numeric"]
-        id_columns = [column for s in slices for column in range(s.start, s.stop)]
-        numeric_columns = [schema.numeric_features.index(f) for f in own if f.kind == "numeric"]
-        dtype = np.dtype([("ids", "<i8", (len(id_columns),)), ("numerics", "<f4", (len(numeric_columns),))])
-        return cls(tuple(own), np.array(id_columns, np.int64), np.array(numeric_columns, np.int64), dtype)
-
-    def pack(self, n: int, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.void]:
-        """Rows of N entities; a feature without a column is missing."""
-        unknown = columns.keys() - {f.name for f in self.features}
-        if unknown:
-            raise ValueError(f"column {min(unknown)!r}: expected one of {sorted(f.name for f in self.features)}")
-        rows = np.empty(n, self.dtype)
-        rows["ids"] = MISSING
-        rows["numerics"] = np.nan
-        next_id = next_numeric = 0
-        for feature in self.features:
-            column = columns.get(feature.name)
-            if column is not None:
-                _check_column(feature, n, column)
-            if feature.kind == "numeric":
-                if column is not None:
-                    rows["numerics"][:, next_numeric] = column
-                next_numeric += 1
+    def _write(
+        self,
+        entity: Entity,
+        keys: Sequence[str],
+        values: Sequence[bytes | None],
+        which_N: I64,
+        time_ms_N: I64,
+        into: "EntityRows | _Matrices",
+        broken: list[str],
+    ) -> AsOf:
+        """Write the rows found into the matrices. What is broken is noted, and its message added to ``broken``."""
+        if self._layouts[entity].dtype.itemsize == 0:  # without features, every entity counts as existing
+            return AsOf(np.ones(len(which_N), np.bool_), np.zeros(len(which_N), np.bool_))
+        found = find(values, which_N, time_ms_N)
+        bad: dict[int, str] = {
+            which: f"{len(values[which] or b'')} bytes, expected versions of a row"
+            for which in which_N[found.outcome == BROKEN].tolist()
+        }
+        lookups = np.flatnonzero(found.outcome == FOUND)
+        known = found.outcome == FOUND
+        for number in np.unique(found.layout[lookups]).tolist():
+            some = lookups[found.layout[lookups] == number]
+            layout_id = int(number).to_bytes(LAYOUT_ID_BYTES, "little")
+            layout = self._described.get(layout_id)
+            if layout is None:
+                wrong, why = some, f"a row of layout {layout_id.hex()}, which {self._prefix}layouts does not describe"
             else:
-                if column is not None:
-                    rows["ids"][:, next_id : next_id + feature.width] = column.reshape(n, feature.width)
-                next_id += feature.width
-        return rows
+                wrong = some[found.size[some] != layout.dtype.itemsize]
+                why = f"a row of another length, expected {layout.dtype.itemsize} bytes"
+                some = some[found.size[some] == layout.dtype.itemsize]
+                infinite = self._copy(entity, layout, found, some, into)
+                bad |= dict.fromkeys(which_N[infinite].tolist(), "an infinite number, expected numbers")
+            known[wrong] = False
+            bad |= dict.fromkeys(which_N[wrong].tolist(), why)
+        for which, message in bad.items():
+            broken.append(self.damage.note(f"Redis key {keys[which]}: {message}"))
+        return AsOf(known, found.outcome == LATER)
 
-    def unpack(
-        self, keys: Sequence[str], values: Sequence[bytes | None], broken: list[str]
-    ) -> tuple[Bool, NDArray[np.void]]:
-        """(bool [N], which values exist; their rows). Without features, every entity counts as existing.
+    def _copy(self, entity: Entity, layout: Layout, found: Found, lookups: I64, into: "EntityRows | _Matrices") -> I64:
+        """Copy rows of a layout into the matrices; the look-ups that found infinite numbers, which stay missing."""
+        key = (entity, layout.id)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(entity, layout)
+        rows = found.rows(lookups, layout.dtype)
+        numbers = rows["numerics"][:, plan.from_numerics]
+        infinite = np.isinf(numbers)
+        into.ids[lookups[:, None], plan.to_ids] = rows["ids"][:, plan.from_ids]
+        into.numerics[lookups[:, None], plan.to_numerics] = np.where(infinite, np.float32(np.nan), numbers)
+        found_infinite: I64 = lookups[infinite.any(axis=1)]
+        return found_infinite
 
-        What is broken is added to ``broken``. A value of another length does not exist; infinite numbers are missing.
-        """
-        width = self.dtype.itemsize
-        if width == 0:
-            return np.ones(len(values), np.bool_), np.empty(0, self.dtype)
-        for key, value in zip(keys, values, strict=True):
-            if value is not None and len(value) != width:
-                broken.append(f"Redis key {key}: {len(value)} bytes, expected {width}")
-        whole = [value is not None and len(value) == width for value in values]
-        present = [value for value, fits in zip(values, whole, strict=True) if fits and value is not None]
-        rows = np.frombuffer(b"".join(present), self.dtype)
-        if np.isinf(rows["numerics"]).any():
-            rows = rows.copy()
-            infinite_N = np.isinf(rows["numerics"]).any(axis=1)
-            named = [key for key, fits in zip(keys, whole, strict=True) if fits]
-            broken += [
-                f"Redis key {named[n]}: an infinite number, expected numbers" for n in np.flatnonzero(infinite_N)
-            ]
-            rows["numerics"][np.isinf(rows["numerics"])] = np.nan
-        return np.array(whole, np.bool_), rows
+    def _plan(self, entity: Entity, layout: Layout) -> ReadingPlan:
+        names = [column.name for column in self._layouts[entity].columns]
+        return ReadingPlan.of(layout, self._schema, names, self._renamed)
 
 
-def _check_column(feature: Feature, n: int, column: NDArray[Any]) -> None:
-    shape = (n, feature.max_length) if feature.is_list else (n,)
-    type_fits = column.dtype.kind in "fiu" if feature.kind == "numeric" else column.dtype == np.int64
-    if column.shape != shape or not type_fits:
-        expected = "a number" if feature.kind == "numeric" else "int64"
-        raise ValueError(
-            f"column {feature.name!r}: {column.dtype} {list(column.shape)}, expected {expected} {list(shape)}"
-        )
+class _Matrices(NamedTuple):
+    ids: I64
+    numerics: F32

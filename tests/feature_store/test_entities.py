@@ -1,5 +1,7 @@
 """Entity features against a real server: what is written is what the matrices get, in one round trip."""
 
+import re
+import struct
 import time
 
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 import redis
 
 from feature_store.entities import EntityStore
-from smes.errors import FeatureStoreError, FeatureStoreUnavailable, SchemaMismatch
+from feature_store.entity_layout import Layout
+from smes.errors import FeatureStoreError, FeatureStoreUnavailable
 from smes.schema import MISSING, Feature, Schema, Task
 from smes_io.redis_client import open_client
 from tests.running import valkey_server
@@ -25,6 +28,14 @@ SCHEMA = Schema(
         Feature("author", "id", source="item"),
     ),
 )
+_ITEM_LAYOUT = Layout.of(SCHEMA, "item").id
+
+
+def _version(row: bytes, layout_id: bytes = _ITEM_LAYOUT) -> bytes:
+    """A stored value with one version."""
+    return struct.pack("<q8sI", 0, layout_id, len(row)) + row
+
+
 # ids: user_id, item_id, hour, tags ×3, country, author; numerics: age, length, battery
 
 
@@ -105,32 +116,49 @@ def test_a_read_is_one_round_trip(store: EntityStore, client: redis.Redis) -> No
     assert commands() - before == 1
 
 
-def test_another_schema_is_refused_with_both_hashes(store: EntityStore, client: redis.Redis, namespace: str) -> None:
-    other = Schema(name="test", tasks=SCHEMA.tasks, features=SCHEMA.features[:4])
-    stranger = EntityStore(client, other, namespace)
+def test_rows_of_another_schema_are_read_by_the_names_of_their_columns(
+    store: EntityStore, client: redis.Redis, namespace: str
+) -> None:
+    other = Schema(
+        name="other",
+        tasks=SCHEMA.tasks,
+        features=(
+            Feature("author", "id", source="item"),
+            Feature("tags", "bag", source="item", max_length=5),
+            Feature("weight", "numeric", source="item"),
+            Feature("nation", "id", source="user"),  # was country
+            Feature("age", "id", source="user"),  # was a number
+        ),
+    )
+    stranger = EntityStore(client, other, namespace, renamed={"nation": "country"})
 
-    for attempt in (
-        lambda: stranger.get(7, np.array([100])),
-        lambda: stranger.put_many("user", np.array([1]), {}),
-    ):
-        with pytest.raises(SchemaMismatch, match=rf"{SCHEMA.hash} differs .* {other.hash}"):
-            attempt()
+    rows = stranger.get(7, np.array([100, 5]))
+
+    m = MISSING
+    # ids: user_id, item_id, author, tags ×5, nation, age
+    assert rows.ids.tolist() == [[7, 100, -5, 1, 2, m, m, m, 49, m], [7, 5, m, m, m, m, m, m, 49, m]]
+    assert np.isnan(rows.numerics).all()
+    assert rows.problem is None
+
+    stranger.put("item", 100, {"tags": [8, 9, 10, 11], "weight": 2.0})
+
+    assert store.get(7, np.array([100])).ids.tolist() == [[7, 100, m, 8, 9, 10, 49, m]]
+    assert store.holds_any()
     assert stranger.clear() == 4
-
-    stranger.put_many("user", np.array([1]), {"age": np.array([1.0], np.float32)})
-
-    assert stranger.get(1, np.array([100])).user_known
+    assert not store.holds_any()
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (b"short", "5 bytes, expected 36"),
-        (b"x" * 1_000_000, "1000000 bytes, expected 36"),
-        (b"", "0 bytes, expected 36"),
-        (bytes(32) + np.float32(np.inf).tobytes(), "an infinite number, expected numbers"),
+        (b"short", "5 bytes, expected versions of a row"),
+        (b"x" * 1_000_000, "1000000 bytes, expected versions of a row"),
+        (b"", "0 bytes, expected versions of a row"),
+        (_version(bytes(35)), "a row of another length, expected 36 bytes"),
+        (_version(bytes(36), b"whatever"), "a row of layout 7768617465766572, which .*:layouts does not describe"),
+        (_version(bytes(32) + np.float32(np.inf).tobytes()), "an infinite number, expected numbers"),
     ],
-    ids=["short", "long", "empty", "infinite"],
+    ids=["short", "long", "empty", "row", "layout", "infinite"],
 )
 def test_a_broken_value_is_missing_and_named_and_the_others_are_read(
     store: EntityStore, client: redis.Redis, namespace: str, value: bytes, message: str
@@ -139,7 +167,8 @@ def test_a_broken_value_is_missing_and_named_and_the_others_are_read(
 
     rows = store.get(7, np.array([100, 2**62]))
 
-    assert rows.problem == f"Redis key {{{namespace}}}:features:item:100: {message}"
+    assert rows.problem is not None
+    assert re.fullmatch(f"Redis key {{{namespace}}}:features:item:100: {message}", rows.problem)
     assert store.damage.count == 1
     assert np.isnan(rows.numerics[0, 1])
     np.testing.assert_array_equal(rows.numerics[1], np.array([31.5, 0, np.nan], "f4"))
@@ -156,28 +185,26 @@ def test_a_value_of_another_kind_is_missing(store: EntityStore, client: redis.Re
     assert store.get(7, np.array([100, 2**62])).items_known.tolist() == [False, True]
 
 
-@pytest.mark.parametrize("mark", [b"junk", b"\xff\xfe", b"", b"x" * 5_000_000], ids=["text", "bytes", "empty", "5 MB"])
-def test_a_junk_mark_is_named(store: EntityStore, client: redis.Redis, namespace: str, mark: bytes) -> None:
-    client.set(f"{{{namespace}}}:features:schema", mark)
-
-    for attempt in (lambda: store.get(7, np.array([100])), lambda: store.put_many("user", np.array([1]), {})):
-        with pytest.raises(
-            FeatureStoreError, match=f"Redis key {{{namespace}}}:features:schema: .*, expected {SCHEMA.hash}"
-        ):
-            attempt()
-    assert store.clear() == 4
-
-
-@pytest.mark.parametrize("listed", [False, True])
-def test_values_without_a_mark_are_not_taken_for_ours(
-    store: EntityStore, client: redis.Redis, namespace: str, listed: bool
+@pytest.mark.parametrize("junk", [b"{}", b"x" * 2_000_000, b'{"columns": [["age", "numeric", 7]]}', None])
+def test_a_junk_layout_is_named_and_its_rows_are_missing(
+    store: EntityStore, client: redis.Redis, namespace: str, junk: bytes | None
 ) -> None:
-    client.delete(f"{{{namespace}}}:features:schema")
-    if listed:
-        client.rpush(f"{{{namespace}}}:features:schema", "a list")
+    key = f"{{{namespace}}}:features:layouts"
+    other = Schema("other", SCHEMA.tasks, (Feature("age", "numeric", source="user"),))
+    if junk is None:
+        client.set(key, "no hash")
+        with pytest.raises(FeatureStoreError, match=r"refused while .* WRONGTYPE"):
+            store.put("user", 1, {"age": 3})
+        with pytest.raises(FeatureStoreError, match="refused while the layouts of features were read"):
+            EntityStore(client, other, namespace).get(7, np.array([100]))
+        return
+    for layout in client.hkeys(key):
+        client.hset(key, layout, junk)
+    reader = EntityStore(client, other, namespace)
 
-    with pytest.raises(FeatureStoreError, match="features:schema: missing or no string, expected"):
-        store.get(7, np.array([100]))
+    assert not reader.get(7, np.array([100])).user_known
+    assert reader.damage.count == 2
+    assert store.get(7, np.array([100])).user_known  # it knows its own layouts
 
 
 def test_a_schema_without_entity_features_has_nothing_to_miss(client: redis.Redis, namespace: str) -> None:
