@@ -30,6 +30,9 @@ LATEST_MS = 7_258_118_400_000
 MAX_CHUNKS = 4096
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_METRICS_BYTES = 1024 * 1024
+MAX_CARRIED_FROM = 64
+"""Schemas before, of a lineage; older ones are forgotten."""
+
 MAX_REASON = 1000
 """Characters of a reason that is stored."""
 
@@ -78,6 +81,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         feedback_arrivals: The feedback trained since the parent, as :mod:`feature_store.feedback_times` has it:
             (arrival at the log in Unix milliseconds, number of events, milliseconds to joined, from there to batched,
             from there to trained). The scorer computes freshness from it.
+        carried_from: Hashes of the schemas from which the lineage's weights were carried over to this one, the last one
+            first. What serves a version of one of them takes this one over, with its schema, which is in the payload.
         held: Why the trainer did not put it into service; None: it did. An operator who promotes the version later does
             not change it.
         signature: As :mod:`feature_store.signing` has it, of the JSON with null in its place; None: unsigned. It is the
@@ -102,6 +107,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     feedback_arrivals: Annotated[
         tuple[tuple[Milliseconds, Count, Milliseconds, Milliseconds, Milliseconds], ...], Meta(max_length=16_384)
     ]
+    carried_from: Annotated[tuple[Text, ...], Meta(max_length=MAX_CARRIED_FROM)]
     held: Annotated[str, Meta(min_length=1, max_length=MAX_REASON)] | None
     signature: Annotated[str, Meta(max_length=MAX_SIGNATURE_BYTES)] | None
 

@@ -18,10 +18,11 @@ from msgspec import structs
 from feature_store.config import SnapshotStoreConfig
 from feature_store.damage import Damage
 from feature_store.feedback_times import FeedbackRow
-from feature_store.lease import Lease
+from feature_store.lease import Holder, Lease
 from feature_store.loading import SnapshotLoader
 from feature_store.manifest import (
     LATEST_MS,
+    MAX_CARRIED_FROM,
     MAX_REASON,
     Chunk,
     Manifest,
@@ -108,6 +109,7 @@ class SnapshotStore:
         now_ms: Callable[[], int] = wall_clock_ms,
         fencing: int | None = None,
         held: str | None = None,
+        carried_from: Sequence[str] = (),
     ) -> Manifest:
         """Store a payload and make it the current snapshot; readers see all of it or nothing.
 
@@ -119,7 +121,7 @@ class SnapshotStore:
             payload: What :func:`feature_store.payload.write_payload` makes.
             applies_to: Versions of the lineage to each of which the payload applies as a delta; None: it is full.
             lineage, version, schema_hash, step, created_ms, precision, event_time_ms, positions, metrics,
-            feedback_arrivals:
+            feedback_arrivals, carried_from:
                 As in :class:`feature_store.manifest.Manifest`. The lineage's current version becomes its ``parent``.
             now_ms: Wall clock, Unix milliseconds; gives ``published_ms``.
             fencing: :attr:`feature_store.lease.Lease.number` of the publisher's lease; None is allowed while nobody
@@ -170,6 +172,7 @@ class SnapshotStore:
                     positions={topic: dict(partitions) for topic, partitions in (positions or {}).items()},
                     metrics=storable_metrics(metrics or {}),
                     feedback_arrivals=storable_arrivals(feedback_arrivals),
+                    carried_from=tuple(carried_from)[:MAX_CARRIED_FROM],
                     held=None if held is None else held[:MAX_REASON],
                     signature=None,
                 )
@@ -246,6 +249,14 @@ class SnapshotStore:
             FeatureStoreUnavailable: Redis gave no answer in time.
         """
         return self._publication.leases.acquire(holder, ttl_s)
+
+    def publisher(self) -> Holder | None:
+        """Who may publish now, which is the trainer; None: nobody.
+
+        Raises:
+            FeatureStoreUnavailable: Redis gave no answer in time.
+        """
+        return self._publication.leases.holder()
 
     @property
     def signed(self) -> bool:

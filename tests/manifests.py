@@ -26,6 +26,7 @@ def make_manifest(version: int = 1, lineage: str = "a", **fields: Any) -> Manife
         positions={},
         metrics={},
         feedback_arrivals=(),
+        carried_from=(),
         held=None,
         signature=None,
     )

@@ -14,7 +14,7 @@ the base of that version, from which what starts late begins.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
@@ -54,6 +54,7 @@ class Publisher:
         lineage: The lineage that the weights belong to.
         now_ms: Wall clock, Unix milliseconds.
         lease: The lease to publish with; None for none, which the store allows while nobody holds it.
+        carried_from: As in :class:`feature_store.manifest.Manifest`.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Publisher:
         *,
         now_ms: Callable[[], int],
         lease: LeaseKeeper | None = None,
+        carried_from: Sequence[str] = (),
     ) -> None:
         self._store, self._schema_hash, self.lineage, self._now_ms = store, schema.hash, lineage, now_ms
+        self._carried_from = tuple(carried_from)
         self._payloads = Payloads(schema, model, lineage, store.config.precision)
         self._lease = lease
         self._changed = threading.Condition()
@@ -323,6 +326,7 @@ class Publisher:
             now_ms=self._now_ms,
             fencing=self._fencing,
             held=cut.held,
+            carried_from=self._carried_from,
         )
 
     def _hold(self, cut: Cut) -> Literal["done"]:

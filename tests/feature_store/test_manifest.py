@@ -28,6 +28,7 @@ MANIFEST = Manifest(
     positions={"impressions": {"0": 12, "1": 0}},
     metrics={"click": {"auc": 0.75}},
     feedback_arrivals=((1_700_000_000_001, 3, 5, 6, 7), (1_700_000_000_009, 1, 0, 0, 2)),
+    carried_from=("fedcba9876543210",),
     held=None,
     signature=None,
 )
