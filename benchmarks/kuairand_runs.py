@@ -221,14 +221,14 @@ class RecordingEvaluation(ProgressiveEvaluation):
         super().after_failed_step(examples)
         self._columns.add(progressive=np.full((len(examples), len(self._tasks)), np.nan))
 
-    def keep(self, model: FrozenModel, ids: I64, numerics: F32) -> F32:
+    def keep(self, model: FrozenModel, ids: I64, numerics: F32, now_ms: I64 | int | None) -> F32:
         """Score with a frozen copy, and note the scores."""
         self._calls += 1
         if self._calls % _COUNTED_EVERY:
-            scores = model.score(ids, numerics)
+            scores = model.score(ids, numerics, now_ms)
         else:
             with self.tally.counting(len(ids)):
-                scores = model.score(ids, numerics)
+                scores = model.score(ids, numerics, now_ms)
         self._scored.append((self._window_number, scores))
         return scores
 
@@ -240,8 +240,8 @@ class _Recorded:
     evaluation: RecordingEvaluation
     model: FrozenModel
 
-    def score(self, ids: I64, numerics: F32) -> F32:
-        return self.evaluation.keep(self.model, ids, numerics)
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
+        return self.evaluation.keep(self.model, ids, numerics, now_ms)
 
     def state(self) -> Arrays:
         return self.model.state()

@@ -40,11 +40,12 @@ if TYPE_CHECKING:
         smes_paper,
     )
     from smes.rankers.sparse.ranker import SMES
-    from smes.schema import Feature, History, Schema, Task
+    from smes.schema import Derived, Feature, History, Schema, Task
 
 __all__ = [
     "SMES",
     "BalanceConfig",
+    "Derived",
     "EarlyConfig",
     "ExpertsConfig",
     "Feature",
@@ -74,7 +75,7 @@ _MODULES = {
         *("smes_default", "smes_large", "smes_paper"),
     ),
     "smes.rankers.sparse.ranker": ("SMES",),
-    "smes.schema": ("Feature", "History", "Schema", "Task"),
+    "smes.schema": ("Derived", "Feature", "History", "Schema", "Task"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -6,130 +6,17 @@ two parts with different schemas refuse each other instead of misreading columns
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from annotated_types import Ge, Le
 
-from smes.ranges import EventSeconds, NonNegativeFloat, PositiveFloat, PositiveInt, check_ranges
+from smes.derived import Derived, features_of, unread
+from smes.feature import ITEM_ID, MISSING, USER_ID, Feature, check_sequences
+from smes.ranges import EventSeconds, NonNegativeFloat, PositiveFloat, check_ranges
 
-MISSING: int = int(np.iinfo(np.int64).min)
-"""The null of every int64 column: an id feature without a value, an impression without a request, bag padding."""
-
-USER_ID = "user_id"
-ITEM_ID = "item_id"
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One input of the model.
-
-    Attributes:
-        name: Unique name. It is the key in an event's ``features``.
-        kind: ``id`` (one int64), ``bag`` (up to ``max_length`` int64, order ignored), ``sequence`` (up to
-            ``max_length`` int64, newest first) or ``numeric`` (one float).
-        source: Where the scorer reads the value: ``user`` and ``item`` features from the feature store, ``context``
-            features from the request.
-        vocabulary: Features with the same vocabulary share embedding rows. The default is the feature's own name.
-        dim: Embedding width, at most the model's ``embedding_dim``, which is the default. Unused for numeric features.
-        max_length: How many ids of a bag or sequence are kept, from its beginning. Unused for the other kinds.
-        transform: ``log1p`` replaces a numeric value x with ``sign(x)·log(1+|x|)``.
-        indicator: Whether the model also gets a column that tells whether a numeric value is missing. Without it, a
-            missing value looks like the mean. Not needed for a value that is never missing.
-        query: Sequences only: an id feature. The model compares each entry of the sequence with that feature's value
-            (target attention). Both have the same vocabulary and width.
-        accompanies: Sequences only: a sequence with a query. This sequence describes its entries, place by place. Both
-            have the same width and ``max_length`` and, in every event, the same number of ids.
-        elapsed: Numeric user and item features only. The feature store holds a time in seconds since 1970; events
-            carry, and the model reads, the days from that time to the impression or request. Example: an item's age.
-
-    Raises:
-        ValueError: A value is out of range, or an attribute does not apply to the kind.
-    """
-
-    name: str
-    kind: Literal["id", "bag", "sequence", "numeric"] = "id"
-    source: Literal["user", "item", "context"] = "context"
-    vocabulary: str | None = None
-    dim: PositiveInt | None = None
-    max_length: Annotated[int, Ge(1), Le(1024)] = 8
-    transform: Literal["none", "log1p"] = "none"
-    indicator: bool = True
-    query: str | None = None
-    accompanies: str | None = None
-    elapsed: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("feature name: expected a non-empty string")
-        check_ranges(self, where=f"feature {self.name!r}")
-        if (self.kind == "sequence") != ((self.query is None) != (self.accompanies is None)):
-            expected = "either query or accompanies for a sequence, neither for another kind"
-            raise ValueError(
-                f"feature {self.name!r}: kind {self.kind}, query {self.query}, accompanies {self.accompanies}, "
-                f"expected {expected}"
-            )
-        if self.elapsed and (self.kind != "numeric" or self.source == "context"):
-            raise ValueError(f"feature {self.name!r}: elapsed, expected only of numeric user and item features")
-
-    @property
-    def is_list(self) -> bool:
-        """Whether a value holds several ids: a bag or a sequence."""
-        return self.kind in ("bag", "sequence")
-
-    @property
-    def width(self) -> int:
-        """How many columns of its matrix the feature takes: ``max_length`` for a bag or sequence, else 1."""
-        return self.max_length if self.is_list else 1
-
-    @property
-    def vocabulary_name(self) -> str:
-        """The vocabulary that the feature's ids belong to."""
-        return self.vocabulary or self.name
-
-
-def check_sequences(features: Mapping[str, Feature]) -> None:
-    """Check that every sequence fits the feature that it queries or the sequence that it accompanies.
-
-    Args:
-        features: All features of a schema by name.
-
-    Raises:
-        ValueError: The message names the feature, the key and the value.
-    """
-    for feature in features.values():
-        if feature.query is not None:
-            key, name = "query", feature.query
-            fits = name in features and _can_query(feature, features[name])
-            expected = "an id feature of the same vocabulary and dim"
-        elif feature.accompanies is not None:
-            key, name = "accompanies", feature.accompanies
-            fits = name in features and _can_accompany(feature, features[name])
-            expected = "a sequence with a query and the same max_length, dim and source"
-        else:
-            continue
-        if not fits:
-            raise ValueError(f"feature {feature.name!r}: {key} {name!r}, expected {expected}")
-
-
-def _can_query(sequence: Feature, target: Feature) -> bool:
-    same_rows = (target.vocabulary_name, target.dim) == (sequence.vocabulary_name, sequence.dim)
-    return target.kind == "id" and same_rows
-
-
-def _can_accompany(companion: Feature, sequence: Feature) -> bool:
-    same_shape = (companion.max_length, companion.dim, companion.source) == (
-        sequence.max_length,
-        sequence.dim,
-        sequence.source,
-    )
-    return sequence.query is not None and same_shape
-
-
-__all__ = ["ITEM_ID", "MISSING", "USER_ID", "Feature", "History", "Schema", "Task"]
+__all__ = ["ITEM_ID", "MISSING", "USER_ID", "Derived", "Feature", "History", "Schema", "Task"]
 
 
 @dataclass(frozen=True)
@@ -215,19 +102,22 @@ class Schema:
         tasks: 1 to 62 tasks with distinct names.
         features: Features with distinct names.
         history: Which sequences hold the user's last impressions; None for no history.
+        derived: What the model computes of the features. Events, requests and the feature store know nothing of it.
 
     Raises:
-        ValueError: A name occurs twice, there is no task, ``user_id`` or ``item_id`` has the wrong kind, or a sequence
-            or the history does not fit the other features.
+        ValueError: A name occurs twice, there is no task, ``user_id`` or ``item_id`` has the wrong kind, or a sequence,
+            the history or a derived feature does not fit the other features.
     """
 
     name: str
     tasks: tuple[Task, ...]
     features: tuple[Feature, ...] = field(default=())
     history: History | None = None
+    derived: tuple[Derived, ...] = ()
 
     def __post_init__(self) -> None:
-        if (name := _repeated([f.name for f in self.features])) is not None:
+        names = [f.name for f in self.features] + [d.name for d in self.derived]
+        if (name := _repeated(names)) is not None:
             raise ValueError(f"schema {self.name!r}: duplicate feature {name!r}")
         if not self.tasks:
             raise ValueError(f"schema {self.name!r}: expected at least one task")
@@ -248,6 +138,32 @@ class Schema:
         check_sequences(features)
         if self.history is not None:
             _check_history(self.history, features, self.tasks)
+        assert self.inputs is not None, "derived features are checked by it"
+
+    @cached_property
+    def inputs(self) -> "Schema":
+        """What the model reads: the features, and behind them the derived ones as features like any other.
+
+        The schema itself if it derives nothing. Features that only derivations read are left out
+        (:attr:`Derived.replaces`). It has the same tasks, and its ``inputs`` are itself.
+        """
+        if not self.derived:
+            return self
+        derived = features_of(self.derived, self.features)
+        hidden = unread(self.derived, self.features, self.history_sequences)
+        return Schema(
+            self.name, self.tasks, tuple(f for f in (*self.features, *derived) if f.name not in hidden), self.history
+        )
+
+    @property
+    def history_sequences(self) -> tuple[str, ...]:
+        """The names of the two sequences that hold the history, if there is one."""
+        return () if self.history is None else (self.history.items, self.history.outcomes)
+
+    @property
+    def derives_from_time(self) -> bool:
+        """Whether a derived feature depends on the time of the event."""
+        return any(d.reads_time for d in self.derived)
 
     @cached_property
     def id_features(self) -> tuple[Feature, ...]:
@@ -317,7 +233,7 @@ class Schema:
             "features": [asdict(f) for f in self.features],
             "tasks": [asdict(t) for t in self.tasks],
             "history": None if self.history is None else asdict(self.history),
-        }
+        } | ({"derived": [asdict(d) for d in self.derived]} if self.derived else {})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Schema":
@@ -331,6 +247,7 @@ class Schema:
             features=tuple(Feature(**f) for f in data.get("features", ())),
             tasks=tuple(Task(**t) for t in data["tasks"]),
             history=_history(data.get("history")),
+            derived=tuple(Derived.from_dict(d) for d in data.get("derived", ())),
         )
 
     @cached_property

@@ -55,4 +55,5 @@ def warm_up(config: Config, schema: Schema) -> None:
     examples = compile_loops(config, schema)
     learner = build_learner(config, schema)
     learner.step(learner.prepare(examples))
-    ServingModel.from_state(schema, config.model, learner.serving_state()).score(examples.ids, examples.numerics)
+    served = ServingModel.from_state(schema, config.model, learner.serving_state())
+    served.score(examples.ids, examples.numerics, examples.event_time_ms)

@@ -178,29 +178,30 @@ class Answerer:
         if self._swap.served is None:
             raise NotReady(self._swap.problem or "no snapshot was published yet")
         rows = self._features.rows(request.user_id, np.array(request.items, np.int64))
-        fill_elapsed(rows.numerics, self._schema, self._now_ms())
+        now_ms = self._now_ms()
+        fill_elapsed(rows.numerics, self._schema, now_ms)
         request.write_context(rows)
         arm = self._arms.chosen(request.user_id)
-        if arm is not None and (by_arm := self._by_arm(arm, rows)) is not None:
+        if arm is not None and (by_arm := self._by_arm(arm, rows, now_ms)) is not None:
             key, scores_NT = by_arm
             answer = self.writer.write(arm.name, key, request.items, scores_NT)
             self._note(arm.name, key, arm.first_answers, arm.telemetry)
             return answer
         with self._swap.reading() as served:  # everything below is of this version
-            scores_NT = served.model.score(rows.ids, rows.numerics)
+            scores_NT = served.model.score(rows.ids, rows.numerics, now_ms)
         answer = self.writer.write(MAIN, served.key, request.items, scores_NT)
         self._note(MAIN, served.key, self._first_answers, self._telemetry)
-        self._arms.shadow(request.user_id, Answered(rows.ids, rows.numerics, scores_NT))
+        self._arms.shadow(request.user_id, Answered(rows.ids, rows.numerics, scores_NT, now_ms))
         return answer
 
-    def _by_arm(self, arm: Arm, rows: EntityRows) -> tuple[tuple[str, int], F32] | None:
+    def _by_arm(self, arm: Arm, rows: EntityRows, now_ms: int) -> tuple[tuple[str, int], F32] | None:
         """A split arm's version and scores; None where it has none, and the main arm is to answer."""
         if not arm.is_ready:
             self._telemetry.arms.fell_back(arm.name, "not_ready")
             return None
         try:
             with arm.swap.reading() as served:
-                scores_NT = served.model.score(rows.ids, rows.numerics)
+                scores_NT = served.model.score(rows.ids, rows.numerics, now_ms)
         except Exception:
             _logger.warning("arm %s could not score a request, so the main arm does", arm.name, exc_info=True)
             self._telemetry.arms.fell_back(arm.name, "failed")

@@ -379,7 +379,7 @@ class HotSwap:
         """Score as requests will, so that first-use compilation and allocation are done and a broken model shows."""
         for n in _WARM_UP_ITEMS:
             rows = blank_rows(self._schema, 0, np.arange(n))
-            scores = model.score(rows.ids, rows.numerics)
+            scores = model.score(rows.ids, rows.numerics, 0)
             if scores.shape != (n, self._schema.num_tasks) or not np.isfinite(scores).all():
                 raise SnapshotError(
                     f"snapshot {manifest.lineage}:{manifest.version}: warm-up gave scores of shape "

@@ -64,9 +64,9 @@ class TableModel:
         """How many changes of the table are not folded into it."""
         return len(self.rows.shadows)
 
-    def score(self, ids: I64, numerics: F32) -> F32:
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         """As :meth:`smes.model.serving.ServingModel.score`."""
-        return self.model.score(ids, numerics)
+        return self.model.score(ids, numerics, now_ms)
 
     def folded(self, up_to_version: int) -> "TableModel":
         """As :meth:`smes_scorer.versions.Foldable.folded`."""

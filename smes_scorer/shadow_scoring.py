@@ -32,11 +32,13 @@ class Answered:
         ids: int64 [N, W].
         numerics: float32 [N, F].
         scores: float32 [N, T], the main arm's.
+        now_ms: When it was asked, Unix milliseconds.
     """
 
     ids: I64
     numerics: F32
     scores: F32
+    now_ms: int
 
 
 class ShadowScorer:
@@ -106,7 +108,7 @@ class ShadowScorer:
             return
         started_s = time.perf_counter()
         with self._swap.reading() as served:
-            scores = served.model.score(answered.ids, answered.numerics)
+            scores = served.model.score(answered.ids, answered.numerics, answered.now_ms)
         took_s = time.perf_counter() - started_s
         if not np.isfinite(scores).all():
             self._telemetry.shadow(self.name, "failed")

@@ -18,8 +18,8 @@ from smes.arrays import F32, I64
 class Scorable(Protocol):
     """Scores instances; never changes, so any number of threads may call it."""
 
-    def score(self, ids: I64, numerics: F32) -> F32:
-        """float32 [N, T] for int64 [N, W] and float32 [N, F]."""
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
+        """float32 [N, T]; see :meth:`smes.model.serving.ServingModel.score`."""
         ...
 
 

@@ -67,8 +67,8 @@ class TaskMetrics:
 class FrozenModel(Protocol):
     """Scores with weights that never change."""
 
-    def score(self, ids: I64, numerics: F32) -> F32:
-        """int64 [N, W], float32 [N, F] → float32 [N, T]."""
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
+        """float32 [N, T]; see :meth:`smes.model.serving.ServingModel.score`."""
 
     def state(self) -> Arrays:
         """Arrays of which the same model is made again; nothing writes to them any more."""
@@ -135,7 +135,7 @@ class ProgressiveEvaluation(Observer):
                 continue
             part = examples.take(rows) if len(rows) < len(examples) else examples
             frozen = self._open_window(int(period_B[rows[0]]))
-            scores = self._as_served(part, frozen.score(part.ids, part.numerics))
+            scores = self._as_served(part, frozen.score(part.ids, part.numerics, part.event_time_ms))
             self._window.scored += len(part)
             if whole:
                 self._window.add(part, scores)

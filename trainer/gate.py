@@ -106,7 +106,8 @@ class PublishGate(Observer):
         """A batch before its step: what is to teach nothing has weight 0. The same object if nothing is left out."""
         if not self._sifter.is_on or self.reference is None:
             return examples
-        return self._sifter.sift(examples, self.reference.score(examples.ids, examples.numerics))
+        served = self.reference.score(examples.ids, examples.numerics, examples.event_time_ms)
+        return self._sifter.sift(examples, served)
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Take the scores that the weights gave the batch just before they were trained on it."""
@@ -127,7 +128,7 @@ class PublishGate(Observer):
         blocks, scores = zip(*self._unscored, strict=True)
         sampled, live = ExampleBlock.concat(blocks), np.concatenate(scores)
         self._unscored = []
-        served = self.reference.score(sampled.ids, sampled.numerics)
+        served = self.reference.score(sampled.ids, sampled.numerics, sampled.event_time_ms)
         whole = sampled.kind == WHOLE
         if whole.all():
             self._add(sampled, served, live)

@@ -9,8 +9,8 @@ from smes.arrays import F32, I64, Arrays
 class Reference(Protocol):
     """The weights of the last cut that passed."""
 
-    def score(self, ids: I64, numerics: F32) -> F32:
-        """int64 [N, W], float32 [N, F] → float32 [N, T]."""
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
+        """float32 [N, T]; see :meth:`smes.model.serving.ServingModel.score`."""
 
     def state(self) -> Arrays:
         """Arrays of which the same weights are made again; nothing writes to them any more."""

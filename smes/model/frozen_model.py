@@ -40,9 +40,9 @@ class FrozenModel:
         """
         return cls(learner, learner.thaw(state), device)
 
-    def score(self, ids: I64, numerics: F32) -> F32:
-        """int64 [N, W], float32 [N, F] → float32 [N, T]."""
-        return self._model.score(ids, numerics)
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
+        """As :meth:`smes.model.serving.ServingModel.score`."""
+        return self._model.score(ids, numerics, now_ms)
 
     def state(self) -> Arrays:
         """The dense weights, and what changed in the table since. Nothing writes to these arrays any more."""

@@ -106,18 +106,20 @@ class ServingModel:
         other._rows = rows
         return other
 
-    def score(self, ids: I64, numerics: F32) -> F32:
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         """Score N instances: probabilities for binary tasks, values in the label's unit for regression tasks.
 
         Args:
             ids: int64 [N, W], ``MISSING`` where missing. An id that was never trained on counts as missing.
             numerics: float32 [N, F], NaN where missing.
+            now_ms: When they are shown, Unix milliseconds: one number or int64 [N]. It may be left out where
+                :attr:`smes.schema.Schema.derives_from_time` is false.
 
         Returns:
             float32 [N, T].
 
         Raises:
-            ValueError: The matrices do not have the schema's columns.
+            ValueError: The matrices do not have the schema's columns, or a derived feature needs the time.
         """
         self._check(ids, numerics)
         if len(ids) == 0:

@@ -49,7 +49,7 @@ class VersionModel:
     def __init__(self, version: int) -> None:
         self._version = version
 
-    def score(self, ids: I64, numerics: F32) -> F32:
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         present = np.where(ids[:, 2:] < 0, 0, ids[:, 2:]).sum(axis=1) + np.nansum(numerics, axis=1)
         item = (ids[:, 1] % 10) / 16
         return np.stack([self._version + item, np.full(len(ids), self._version / 2), present], axis=1).astype("f4")

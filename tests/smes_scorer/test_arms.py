@@ -73,7 +73,7 @@ def model_of(version: int, scores: Callable[[I64, F32], F32]) -> Callable[..., S
     """A loader whose models score by their version; the one of ``version`` scores as given."""
 
     class Made(VersionModel):
-        def score(self, ids: I64, numerics: F32) -> F32:
+        def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
             return scores(ids, numerics)
 
     def load(payloads: Iterable[PayloadContent], schema: Schema, before: Scorable | None) -> Scorable:

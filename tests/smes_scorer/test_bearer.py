@@ -204,7 +204,7 @@ class Slow:
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def score(self, ids: I64, numerics: F32) -> F32:
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         self.go_on.wait(60)
         return np.zeros((len(ids), 3), np.float32)
 

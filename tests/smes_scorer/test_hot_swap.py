@@ -73,7 +73,7 @@ class Slow:
         self.scoring = threading.Event()
         self.released = threading.Event()
 
-    def score(self, ids: I64, numerics: F32) -> F32:
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         if len(ids) == 2:  # not the warm-up
             self.scoring.set()
             assert self.released.wait(60)
@@ -149,7 +149,7 @@ def test_a_model_that_fails_its_warm_up_never_serves(
     store: SnapshotStore, publish: Publish, make_swap: MakeSwap, bad: np.ndarray
 ) -> None:
     class Broken:
-        def score(self, ids: I64, numerics: F32) -> F32:
+        def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
             scores: F32 = bad[: len(ids)].astype(np.float32)
             return scores
 

@@ -170,7 +170,7 @@ def test_a_model_that_fails_gives_an_error_and_no_answer(
     starting: Starting, store: SnapshotStore, publish: Publish, until: Until, item: int, message: str
 ) -> None:
     class BrokenForTwoItems:
-        def score(self, ids: I64, numerics: F32) -> F32:
+        def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
             scores = np.ones((len(ids), 3), np.float32)
             scores[ids[:, 1] == 666] = np.nan
             if (ids[:, 1] == 667).any():

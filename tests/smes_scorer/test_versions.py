@@ -32,7 +32,7 @@ class Rows:
     def shadows(self) -> int:
         return len(self.rows.shadows)
 
-    def score(self, ids: I64, numerics: F32) -> F32:
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         read: F32 = self.rows.read(ids)["wide"].numpy()
         return read.reshape(len(ids), -1)
 

@@ -52,7 +52,7 @@ class _Frozen:
     def close(self) -> None:
         pass
 
-    def score(self, ids: I64, numerics: F32) -> F32:
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         return scores_of(self._version, ids)
 
 
@@ -217,7 +217,7 @@ def test_xauc_is_the_share_of_pairs_in_order() -> None:
 class _BrokenFrozen(_Frozen):
     """Gives some items no score."""
 
-    def score(self, ids: I64, numerics: F32) -> F32:
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         return np.where(ids[:, 1:2] % 3 == 0, np.nan, super().score(ids, numerics)).astype(np.float32)
 
 

@@ -126,7 +126,7 @@ def test_a_world_of_which_everything_is_left_out_is_let_in_all_the_same(tasks: s
             live[:, tasks] = 1 - live[:, tasks]
 
     class HasLearned(Truth):
-        def score(self, ids: I64, numerics: F32) -> F32:
+        def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
             scores = super().score(ids, numerics)
             scores[:, tasks] = 1 - scores[:, tasks]
             return scores
