@@ -15,8 +15,8 @@ from numba import njit
 from torch import Tensor
 
 from smes.arrays import I64
-from smes.hashing import scatter
 from smes.model.config import AdagradConfig
+from smes.scatter import scatter
 
 ABSENT = -1
 _MAX_LOAD = 0.6

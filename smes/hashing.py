@@ -9,7 +9,6 @@ import re
 from operator import index
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from smes.arrays import I64
@@ -25,18 +24,12 @@ _LARGEST_ID = 2**63 - 1  # the smallest int64 stands for a missing id, so ids be
 _MOST_DIGITS = 20
 
 
-@njit(cache=True, inline="always")
-def scatter(x: np.uint64) -> np.uint64:  # pragma: no cover - compiled
-    """SplitMix64's finaliser: a bijection of the 64-bit integers that moves neighbours far apart. For compiled code."""
+def splitmix64(keys: I64) -> NDArray[np.uint64]:
+    """SplitMix64's output for the states ``keys``. int64 [N] → uint64 [N]. For compiled code: :mod:`smes.scatter`."""
+    x: NDArray[np.uint64] = np.ascontiguousarray(keys, np.int64).view(np.uint64) + GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def splitmix64(keys: I64) -> NDArray[np.uint64]:
-    """SplitMix64's output for the states ``keys``. int64 [N] → uint64 [N]."""
-    mixed: NDArray[np.uint64] = _splitmix64(np.ascontiguousarray(keys, np.int64))
-    return mixed
 
 
 def stable_id(text: str) -> int:
@@ -78,11 +71,3 @@ def encode_id(value: str | int | float) -> int:
         return stable_id(text)
     except UnicodeEncodeError as error:
         raise ValueError(f"id: {text!r}, expected a text without surrogates") from error
-
-
-@njit(cache=True, nogil=True)
-def _splitmix64(keys_N: I64) -> NDArray[np.uint64]:  # pragma: no cover - compiled
-    mixed = np.empty(len(keys_N), np.uint64)
-    for n in range(len(keys_N)):
-        mixed[n] = scatter(np.uint64(keys_N[n]) + GOLDEN)
-    return mixed

@@ -12,8 +12,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from smes.arrays import I64
-from smes.hashing import scatter
 from smes.prefetch import prefetch
+from smes.scatter import scatter
 
 ABSENT = -1
 """The row of an id that is not in the map."""

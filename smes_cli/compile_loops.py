@@ -1,4 +1,4 @@
-"""Compile the loops of the join, of the id table, of the hash and of the moments, so that no event waits for them.
+"""Compile the loops of the join, of the id table and of the moments, so that no event waits for them.
 
 A module of its own because it imports no torch: the demo's process compiles before it starts its workers.
 """
@@ -6,7 +6,6 @@ A module of its own because it imports no torch: the demo's process compiles bef
 import numpy as np
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
-from smes.hashing import splitmix64
 from smes.id_map_kernels import compile_map_kernels
 from smes.model.id_rows import IdRows
 from smes.model.id_rows_kernels import not_among, not_seen_since, oldest
@@ -36,7 +35,6 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_map_kernels()
     compile_kernels(bool(config.model.table_dim) + config.model.wide)
     compile_serving_kernels()
-    splitmix64(impressions.ids[0])
     NumericMoments(schema).observe(examples.numerics)
     return examples
 

@@ -14,7 +14,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from smes.arrays import I64, Arrays
-from smes.hashing import GOLDEN, scatter
+from smes.hashing import GOLDEN
+from smes.scatter import scatter
 
 _ROWS = 4
 _MOST = 255

@@ -8,7 +8,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from smes.arrays import I64, Bool
-from smes.hashing import scatter
+from smes.scatter import scatter
 
 Seconds = NDArray[np.uint32]
 Vocabularies = NDArray[np.int16]

@@ -1,6 +1,7 @@
 """From ids to table rows. All id, bag and sequence features share one growing table.
 
-Letters: B and N instances, W id columns (:attr:`Schema.id_width`), U distinct rows of a batch, V vocabularies.
+Letters: B and N instances, W id columns that the model reads (those of :attr:`Schema.inputs`), U distinct rows of a batch,
+V vocabularies.
 
 The table finds an id by its *key*, a 64-bit hash of the id and its vocabulary's salt. The hash is a bijection for each
 vocabulary, so two ids of one vocabulary never get the same key. Ids of two vocabularies do only if the xor of the ids
@@ -19,7 +20,8 @@ import numpy as np
 from numba import njit
 
 from smes.arrays import F32, I64
-from smes.hashing import GOLDEN, scatter
+from smes.hashing import GOLDEN
+from smes.scatter import scatter
 from smes.schema import MISSING, Schema
 
 
@@ -27,7 +29,7 @@ class IdKeys:
     """The keys by which a table knows ids: one of the id's own, and one of the row that an id without its own reads.
 
     Args:
-        schema: Its id, bag and sequence features give the columns and the vocabularies.
+        schema: The id, bag and sequence features of its inputs give the columns and the vocabularies.
         shared_rows: How many rows the ids without their own share, by vocabulary; 0 where they read the default row.
             int64 [V], as in the weights ``dense.shared_rows_V``. None: 0 for all.
 
@@ -40,6 +42,7 @@ class IdKeys:
     """
 
     def __init__(self, schema: Schema, shared_rows: Sequence[int] | I64 | None = None) -> None:
+        schema = schema.inputs
         self.vocabularies = tuple(dict.fromkeys(f.vocabulary_name for f in schema.id_features))
         salts = np.array([_salt(v) for v in self.vocabularies], np.int64)
         index = {v: i for i, v in enumerate(self.vocabularies)}
@@ -80,7 +83,7 @@ class IdKeys:
 
 
 def per_column(schema: Schema, values: Iterable[int]) -> list[int]:
-    """Repeat one value per id feature for each of the feature's columns."""
+    """Repeat one value per id feature of the schema for each of the feature's columns."""
     return [value for f, value in zip(schema.id_features, values, strict=True) for _ in range(f.width)]
 
 
@@ -91,9 +94,14 @@ def pool_weights(schema: Schema, ids_BW: I64) -> F32 | None:
     accompanies another one. In a sequence with a query, all weights are 0 if it has no ids: the default row of its
     vocabulary belongs to the queried feature.
 
+    Args:
+        schema: Its inputs have these columns.
+        ids_BW: int64, ``MISSING`` where missing.
+
     Returns:
         float32 [B, W]; None for a schema without bags and sequences.
     """
+    schema = schema.inputs
     if not any(f.is_list for f in schema.id_features):
         return None
     weight_BW = np.ones(ids_BW.shape, np.float32)

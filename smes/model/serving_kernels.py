@@ -14,7 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from smes.arrays import F32, I64
-from smes.hashing import scatter
+from smes.scatter import scatter
 
 Slots = NDArray[np.uint32]
 Words = NDArray[np.int64]
