@@ -74,7 +74,7 @@ class RoutingHistory:
         self._closed: list[Segment] = []
         self._steps = self._config.first_steps  # of a segment now
         self._open = _empty_segment()
-        self._probe: list[tuple[I64, F32]] = []
+        self._probe: list[tuple[I64, F32, I64]] = []
 
     @property
     def closed(self) -> tuple[Segment, ...]:
@@ -87,11 +87,11 @@ class RoutingHistory:
         return (*self._closed, self._open) if self._open.steps else self.closed
 
     @property
-    def probe(self) -> tuple[I64, F32]:
-        """(ids int64 [P, W], numerics float32 [P, F])."""
-        ids, numerics = (np.concatenate(parts) for parts in zip(*self._probe, strict=True))
-        self._probe = [(ids, numerics)]
-        return ids, numerics
+    def probe(self) -> tuple[I64, F32, I64]:
+        """(ids int64 [P, W], numerics float32 [P, F], event times in Unix milliseconds int64 [P])."""
+        ids, numerics, time_ms = (np.concatenate(parts) for parts in zip(*self._probe, strict=True))
+        self._probe = [(ids, numerics, time_ms)]
+        return ids, numerics, time_ms
 
     def add(self, examples: ExampleBlock, load_TE: NDArray[Any]) -> None:
         """Add a step: its batch of B ≥ 1 examples, and how many of them each task sent to each expert."""
@@ -99,7 +99,7 @@ class RoutingHistory:
             B = len(examples)
             count = min(B, self._config.probe // self._config.first_steps)
             rows = np.arange(count) * B // count
-            self._probe.append((examples.ids[rows], examples.numerics[rows]))
+            self._probe.append((examples.ids[rows], examples.numerics[rows], examples.event_time_ms[rows]))
         before = self._open
         load = load_TE.astype(np.int64) if before.steps == 0 else before.load_TE + load_TE
         self._open = Segment(before.steps + 1, before.instances + len(examples), load, None)
@@ -125,7 +125,7 @@ class RoutingHistory:
         }
         if self.segments:
             state["load_STE"] = np.stack([segment.load_TE for segment in self.segments])
-            state["probe_ids"], state["probe_numerics"] = self.probe
+            state["probe_ids"], state["probe_numerics"], state["probe_time_ms"] = self.probe
         if self._closed:
             state["choices_SPTK"] = np.stack([s.choices_PTK for s in self._closed if s.choices_PTK is not None])
         return state
@@ -142,7 +142,11 @@ class RoutingHistory:
                 self._closed.append(segment)
             else:
                 self._open = segment
-        self._probe = [(state["probe_ids"].copy(), state["probe_numerics"].copy())] if steps else []
+        self._probe = []
+        if steps:
+            self._probe.append(
+                (state["probe_ids"].copy(), state["probe_numerics"].copy(), state["probe_time_ms"].copy())
+            )
 
 
 def _empty_segment() -> Segment:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smes.arrays import F32
+from smes.derive import ModelInputs
 from smes.events import WHOLE, ExampleBlock
 from smes.model.delayed_feedback import DelayedWeights
 from smes.model.features import FeatureInputs
@@ -167,6 +168,7 @@ class RankBatch:
         labels_BT: float32.
         mask_BT: bool, true where there is a label.
         weight_B: float32, sample weights; their sum is at most B.
+        bucketed_BK: float32 on the host, of the same rows: the numbers whose quantiles bound buckets.
         late_share_BT: float32, as in :class:`smes.events.ExampleBlock`; None if every example is whole.
         ticket: Tells the device when the copies of these tensors have arrived.
     """
@@ -178,6 +180,7 @@ class RankBatch:
     pool_BW: Tensor | None
     numerics_BF: Tensor
     numerics: F32
+    bucketed_BK: F32
     labels_BT: Tensor
     mask_BT: Tensor
     weight_B: Tensor
@@ -208,25 +211,27 @@ class RankBatch:
         return None if self.late_share_BT is None else DelayedWeights.of(logits_BT, self.labels_BT, self.late_share_BT)
 
 
-def send_batch(examples: ExampleBlock, rows: BatchRows, schema: Schema, device: Device) -> RankBatch:
+def send_batch(examples: ExampleBlock, read: ModelInputs, rows: BatchRows, schema: Schema, device: Device) -> RankBatch:
     """Send examples to a device.
 
     Args:
         examples: B ≥ 1 examples.
+        read: What the model reads of them.
         rows: The rows of the table that they read.
         schema: The schema of the examples.
         device: Where to.
     """
     send = device.send
-    pool_BW, counts = pool_weights(schema, examples.ids), examples.begins & (examples.weight != 0)
+    pool_BW, counts = pool_weights(schema, read.ids), examples.begins & (examples.weight != 0)
     return RankBatch(
         rows_U=send(rows.rows_U),
         cells_BW=send(rows.cells_BW),
         keep_U=None if rows.keep_U is None else send(rows.keep_U),
         rate_U=None if rows.rate_U is None else send(rows.rate_U),
         pool_BW=None if pool_BW is None else send(pool_BW),
-        numerics_BF=send(examples.numerics),
-        numerics=np.ascontiguousarray(examples.numerics if counts.all() else examples.numerics[counts]),
+        numerics_BF=send(read.numerics),
+        numerics=np.ascontiguousarray(read.numerics if counts.all() else read.numerics[counts]),
+        bucketed_BK=read.bucketed if counts.all() else read.bucketed[counts],
         labels_BT=send(examples.labels),
         mask_BT=send(examples.label_mask),
         weight_B=send(_bounded(examples.weight)),

@@ -57,7 +57,7 @@ class FeatureLayer(nn.Module):
     targets, and a sum cannot compare them with the target.
 
     Args:
-        schema: The features.
+        schema: Its inputs are the features.
         embedding_dim: D; 0 for a ranker that reads no embeddings.
         wide: Whether there is a linear part.
 
@@ -72,6 +72,7 @@ class FeatureLayer(nn.Module):
 
     def __init__(self, schema: Schema, embedding_dim: int, *, wide: bool) -> None:
         super().__init__()
+        schema = schema.inputs
         self._parts = _parts(schema, embedding_dim)
         self._sequences = _sequences(schema, embedding_dim)
         self.attention = nn.ModuleList(TargetAttention(s.dim, attention_dim=s.dim) for s in self._sequences)

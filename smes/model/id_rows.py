@@ -46,7 +46,7 @@ class IdRows:
     Rows that were given back are used again first, the last one before the others.
 
     Args:
-        schema: Its id, bag and sequence features give the columns and the vocabularies.
+        schema: The id, bag and sequence features of its inputs give the columns and the vocabularies.
         config: Which ids get a row, and when a row is given back.
         half_life_s: See :attr:`smes.model.config.OptimizerConfig.accumulator_half_life_s`.
         frequency_power: See :attr:`smes.model.config.OptimizerConfig.frequency_power`.
@@ -67,7 +67,7 @@ class IdRows:
         frequency_power: float = 0.0,
     ) -> None:
         config = config or RowsConfig()
-        names = list(dict.fromkeys(f.vocabulary_name for f in schema.id_features))
+        names = list(dict.fromkeys(f.vocabulary_name for f in schema.inputs.id_features))
         rules = config.rules(names)
         self.ids = IdKeys(schema, [rule.shared_rows for rule in rules])
         self._admit_after_V = np.array([rule.admit_after for rule in rules], np.int64)

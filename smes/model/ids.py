@@ -1,7 +1,7 @@
 """From ids to table rows. All id, bag and sequence features share one growing table.
 
-Letters: B and N instances, W id columns that the model reads (those of :attr:`Schema.inputs`), U distinct rows of a batch,
-V vocabularies.
+Letters: B and N instances, W id columns that the model reads (those of :attr:`Schema.inputs`), U distinct rows of
+a batch, V vocabularies.
 
 The table finds an id by its *key*, a 64-bit hash of the id and its vocabulary's salt. The hash is a bijection for each
 vocabulary, so two ids of one vocabulary never get the same key. Ids of two vocabularies do only if the xor of the ids

@@ -2,8 +2,8 @@
 
 A step whose loss or gradients are not finite is not taken: everything stays as it was before it.
 
-Letters: B and N instances, W id columns, F numeric features, T tasks, E experts, K experts that a task chooses, R rows
-of the table, D embedding width.
+Letters: B and N instances, W id columns and F numeric features of events, T tasks, E experts, K experts that a task
+chooses, R rows of the table, D embedding width.
 """
 
 from collections import deque
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from smes.arrays import F32, I64, Arrays, prefixed, under
+from smes.derive import Derivations
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.deltas import FullView, RowDelta, StateView, whole
@@ -29,6 +30,7 @@ from smes.model.rank_model import ModelOutput, build_model
 from smes.model.rows_config import RowCounts, RowsConfig
 from smes.model.step_watcher import StepWatcher
 from smes.model.table import RowGradients
+from smes.quantiles import StreamQuantiles
 from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
 from smes.schema import Schema
 
@@ -104,6 +106,8 @@ class Learner:
         assert isinstance(self._model.ranker, torch.nn.Module), "every ranker is one"
         self._undo = Undo(self._model.ranker)
         self._numerics = NumericMoments(schema)
+        self._derive = Derivations(schema)
+        self._quantiles = StreamQuantiles(self._derive)
         self._finder = self._new_finder()
         self._watcher: StepWatcher | None = None
 
@@ -150,8 +154,10 @@ class Learner:
         """
         if len(examples) == 0:
             raise ValueError("examples: 0 rows, expected at least 1")
-        rows = self._table.assign(examples.ids, int(examples.event_time_ms.max()))
-        return send_batch(examples, rows, self.schema, self._device)
+        time_ms = examples.event_time_ms
+        read = self._derive(examples.ids, examples.numerics, time_ms, self._quantiles.boundaries)
+        rows = self._table.assign(read.ids, int(time_ms.max()))
+        return send_batch(examples, read, rows, self.schema, self._device)
 
     def step(self, batch: RankBatch) -> StepResult:
         """Score a batch with the current weights, then take one training step on it.
@@ -220,6 +226,8 @@ class Learner:
         self._model.features.standardise_by(
             {name: self._device.host(array) for name, array in self._numerics.moments.items()}
         )
+        if self._quantiles.observe(batch.bucketed_BK):
+            self._model.boundaries_Q.copy_(self._device.host(self._quantiles.boundaries), non_blocking=True)
         if self._finder is not None:
             self._find_groups(self._finder, output, batch, taken)
 
@@ -235,24 +243,26 @@ class Learner:
             if self._finder is not None and not self._device.tells_at_once:
                 self._finder.forget(instances)
 
-    def choices(self, ids: I64, numerics: F32) -> Tensor | None:
+    def choices(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> Tensor | None:
         """Find the experts that each task would choose for N ≥ 1 instances. Changes nothing.
 
         Args:
             ids: int64 [N, W]. An id that was never trained on counts as missing, and gets no row.
             numerics: float32 [N, F].
+            now_ms: As in :meth:`smes.model.serving.ServingModel.score`.
 
         Returns:
             int64 [N, T, K] on the training device, without the experts that run for every instance; None for a ranker
             without routing.
         """
-        device, pool_NW = self._device.device, pool_weights(self.schema, ids)
+        read = self._derive(ids, numerics, now_ms, self._quantiles.boundaries)
+        device, pool_NW = self._device.device, pool_weights(self.schema, read.ids)
         with torch.no_grad():
             inputs = FeatureInputs(
-                embedding_BWD=self._table.embeddings(ids),
+                embedding_BWD=self._table.embeddings(read.ids),
                 wide_BWT=None,
                 pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(device),
-                numerics_BF=torch.tensor(numerics, dtype=torch.float32, device=device),
+                numerics_BF=torch.tensor(read.numerics, dtype=torch.float32, device=device),
             )
             return self._model.choices(inputs, self._device.autocast())
 
@@ -334,6 +344,7 @@ class Learner:
         if self._finder is not None:
             tensors |= prefixed("groups.", self._finder.state())
         tensors |= prefixed("numerics.", {name: torch.from_numpy(a) for name, a in self._numerics.state().items()})
+        tensors |= prefixed("quantiles.", {name: torch.from_numpy(a) for name, a in self._quantiles.state().items()})
         tensors["step_number"] = torch.tensor(self.step_number)
         return tensors
 
@@ -396,6 +407,11 @@ class Learner:
             {name: state[f"dense.features.moments.{name}_C"].numpy() for name in moments},
             {name: tensor.numpy() for name, tensor in under("numerics.", state).items()},
         )
+        if self._derive.quantiles:
+            self._quantiles.load(
+                state["dense.boundaries_Q"].numpy(),
+                {name: tensor.numpy() for name, tensor in under("quantiles.", state).items()},
+            )
 
     def _new_finder(self) -> GroupSearch | None:
         ranker = self._model.ranker

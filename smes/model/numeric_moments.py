@@ -71,10 +71,11 @@ class NumericMoments:
     Values count one after the other: how the stream is cut into batches makes no difference.
 
     Args:
-        schema: Its numeric features.
+        schema: Its inputs' numeric features.
     """
 
     def __init__(self, schema: Schema) -> None:
+        schema = schema.inputs
         shape = schema.num_numerics
         self._log1p_F = np.array([f.transform == "log1p" for f in schema.numeric_features], np.bool_)
         self._far_F2 = far_limits(schema)

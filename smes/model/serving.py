@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smes.arrays import F32, I64, Bool, under
+from smes.derive import Derivations
 from smes.id_map import ABSENT, IdMap
 from smes.model.config import ModelConfig
 from smes.model.features import FeatureInputs
@@ -34,7 +35,8 @@ class RowReader(Protocol):
         """The weights of every id, by column group.
 
         Args:
-            ids_NW: int64, ``MISSING`` where missing. An id without a row of its own reads that of its vocabulary.
+            ids_NW: int64, ``MISSING`` where missing, the columns of :attr:`smes.schema.Schema.inputs`. An id without a
+                row of its own reads that of its vocabulary.
 
         Returns:
             ``embedding``: float32 [N, W, D], and ``wide``: float32 [N, W, T]; those that the model has
@@ -88,6 +90,10 @@ class ServingModel:
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
         self._model.to(device).eval().requires_grad_(False)
+        self._derive = Derivations(schema)
+        self._boundaries_Q: F32 = np.zeros(0, np.float32)
+        if self._derive.quantiles:
+            self._boundaries_Q = own["boundaries_Q"].cpu().numpy()
 
     @classmethod
     def from_state(
@@ -124,14 +130,15 @@ class ServingModel:
         self._check(ids, numerics)
         if len(ids) == 0:
             return np.zeros((0, self.schema.num_tasks), np.float32)
-        rows = self._rows.read(ids)
-        pool_NW = pool_weights(self.schema, ids)
+        read = self._derive(ids, numerics, now_ms, self._boundaries_Q)
+        rows = self._rows.read(read.ids)
+        pool_NW = pool_weights(self.schema, read.ids)
         with torch.inference_mode():
             inputs = FeatureInputs(
                 embedding_BWD=self._sent(rows.get("embedding")),
                 wide_BWT=self._sent(rows.get("wide")),
                 pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(self._device),
-                numerics_BF=torch.tensor(numerics, dtype=torch.float32, device=self._device),
+                numerics_BF=torch.tensor(read.numerics, dtype=torch.float32, device=self._device),
             )
             scores: F32 = self._model.tasks.scores(self._model(inputs).logits_BT).cpu().numpy()
         return scores
@@ -197,7 +204,7 @@ def required_keys(schema: Schema, dense: Mapping[str, Tensor], rows: int) -> IdK
     shared = dense.get("dense.shared_rows_V")
     if shared is None:
         return IdKeys(schema)
-    vocabularies = len({f.vocabulary_name for f in schema.id_features})
+    vocabularies = len({f.vocabulary_name for f in schema.inputs.id_features})
     if shared.dtype != torch.int64 or shared.shape != (vocabularies,):
         raise ValueError(
             f"tensor dense.shared_rows_V: {shared.dtype} {list(shared.shape)}, expected torch.int64 [{vocabularies}]"

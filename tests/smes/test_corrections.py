@@ -118,6 +118,7 @@ def _show(
         pool_BW=None,
         numerics_BF=x_BI,
         numerics=x_BI.numpy(),
+        bucketed_BK=np.zeros((B, 0), np.float32),
         labels_BT=labels_BT,
         mask_BT=torch.ones_like(labels_BT, dtype=torch.bool),
         weight_B=torch.ones(B),

@@ -66,7 +66,7 @@ def test_segments_are_equal_few_and_hold_every_step(steps: int, ends: list[int])
 
 
 def test_the_probe_is_spread_over_the_first_segment() -> None:
-    ids, numerics = run(30).probe
+    ids, numerics, _ = run(30).probe
     assert ids[:, 0].tolist() == [0, 2, 5, 7, 100, 102, 105, 107]
     assert numerics[:, 0].tolist() == [value / 2 for value in ids[:, 0]]
 
