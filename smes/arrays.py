@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
 I32 = NDArray[np.int32]
 I8 = NDArray[np.int8]
 F32 = NDArray[np.float32]

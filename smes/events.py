@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smes.arm_names import ArmColumn, no_arms
-from smes.arrays import F32, I8, I32, I64, Bool
+from smes.arrays import F32, I8, I32, I64, U64, Bool
 from smes.schema import MISSING, Schema
 
 Index = I64 | Bool | slice
@@ -62,6 +62,8 @@ class ImpressionBlock(_Rows):
         served_version: int64 [N], the version that scored the impression, ``MISSING`` if it was not served.
         served_scores: float32 [N, T], the scores that it was served with, NaN where missing.
         served_arm: uint8 [N, 16], the scorer's arm that scored it; see :mod:`smes.arm_names`.
+        no_label: uint64 [N], bit t: there will be no label of task t, for who made the event does not know the task. It
+            is of a schema before (:mod:`smes.schema_change`).
         partition: int32 [N], the event-log partition that the row was read from.
         offset: int64 [N], the record's offset in that partition. Rows of one Arrow record have the same offset.
         arrival_ms: int64 [N], when the record reached the event log, Unix milliseconds.
@@ -75,6 +77,7 @@ class ImpressionBlock(_Rows):
     served_version: I64
     served_scores: F32
     served_arm: ArmColumn
+    no_label: U64
     partition: I32
     offset: I64
     arrival_ms: I64
@@ -103,6 +106,7 @@ class ImpressionBlock(_Rows):
             served_version=np.full(n, MISSING, np.int64),
             served_scores=np.full((n, schema.num_tasks), np.nan, np.float32),
             served_arm=no_arms(n),
+            no_label=np.zeros(n, np.uint64),
             partition=np.zeros(n, np.int32),
             offset=np.zeros(n, np.int64),
             arrival_ms=np.zeros(n, np.int64),

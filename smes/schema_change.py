@@ -4,53 +4,31 @@ Features and tasks are matched by name, renamed ones by the names that the new s
 (``renamed: {features: {new: old}, tasks: {new: old}}``). What goes on is carried over; what is new begins without
 values; what is gone is left out.
 
+Events, requests and the join hold the columns of ``schema.features``. The model reads those of ``schema.inputs``, to
+which derived features belong: :attr:`SchemaChange.inputs` is the change of these.
+
 Letters: N rows, W and F id and numeric columns, T tasks, each of the schema before or after.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, U64
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
-from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema, Task
+from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
+from smes.schema_matching import Difference, Matched, Renames, differences, in_words, match, repeated
 
-_A = TypeVar("_A", bound=np.generic)
+__all__ = ["NEW", "Renames", "SchemaChange"]
 
 NEW = -1
 """In a map of columns or tasks: the entry has none in the schema before."""
 
-
-@dataclass(frozen=True)
-class Renames:
-    """New names of features and tasks → the names that they had.
-
-    A name that the schema before has already is no new one: its entry is without effect. So the section may stay in the
-    file after the change.
-
-    Attributes:
-        features: Feature by feature.
-        tasks: Task by task.
-    """
-
-    features: Mapping[str, str] = field(default_factory=dict)
-    tasks: Mapping[str, str] = field(default_factory=dict)
-
-    def after(self, earlier: "Renames") -> "Renames":
-        """Renames over two changes: these, and those of the change before."""
-        return Renames(_chained(self.features, earlier.features), _chained(self.tasks, earlier.tasks))
-
-
-class _Matched(NamedTuple):
-    """Name in the new schema → its name in the one before; and what is wrong with the renames."""
-
-    old_name: dict[str, str]
-    problems: list[str]
+_A = TypeVar("_A", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -70,9 +48,18 @@ class SchemaChange:
     now: Schema
     renamed: Renames = field(default_factory=Renames)
 
+    # ---- maps
+
+    @cached_property
+    def inputs(self) -> "SchemaChange":
+        """The change of what the model reads: :attr:`smes.schema.Schema.inputs`."""
+        if self.was.inputs is self.was and self.now.inputs is self.now:
+            return self
+        return SchemaChange(self.was.inputs, self.now.inputs, self.renamed)
+
     @cached_property
     def feature_names(self) -> dict[str, str]:
-        """Features that go on: new name → old name, in the new order."""
+        """Features that go on: new name → old name, in the new order. Without derived ones."""
         return self._features.old_name
 
     @cached_property
@@ -89,7 +76,8 @@ class SchemaChange:
     @cached_property
     def id_columns(self) -> I64:
         """int64 [W now], which old column of ``ids`` each new one was. A wider bag's further columns are new."""
-        slices, columns = self.was.id_slices, []
+        slices = self.was.id_slices
+        columns: list[int] = []
         for feature in self.now.id_features:
             old = slices.get(self.feature_names.get(feature.name, ""), slice(0, 0))
             kept = range(old.start, old.stop)
@@ -122,7 +110,7 @@ class SchemaChange:
         bits = tuple(new_bit.get(task, NEW) for task in self.was.history_tasks)
         return None if bits == tuple(range(len(bits))) else bits
 
-    @cached_property
+    @property
     def outcomes_vocabulary(self) -> str | None:
         """The old vocabulary whose ids :meth:`outcomes` changes; None where it changes none."""
         if self.outcome_bits is None or self.was.history is None:
@@ -134,12 +122,15 @@ class SchemaChange:
         """Whether both are the same schema."""
         return self.was.hash == self.now.hash
 
+    # ---- in words
+
     @cached_property
     def carried(self) -> tuple[str, ...]:
         """What goes on, in words: ``feature 'price_usd' (was 'price')``."""
         return (
-            *(_was_called("feature", new, old) for new, old in self.feature_names.items()),
-            *(_was_called("task", new, old) for new, old in self.task_names.items()),
+            *(in_words("feature", new, old) for new, old in self.feature_names.items()),
+            *(in_words("derived feature", new, old) for new, old in self._derived.old_name.items()),
+            *(in_words("task", new, old) for new, old in self.task_names.items()),
         )
 
     @cached_property
@@ -147,6 +138,11 @@ class SchemaChange:
         """What is new, in words."""
         return (
             *(f"feature {f.name!r} ({f.kind})" for f in self.now.features if f.name not in self.feature_names),
+            *(
+                f"derived feature {d.name!r} ({d.kind})"
+                for d in self.now.derived
+                if d.name not in self._derived.old_name
+            ),
             *(f"task {t.name!r} ({t.kind})" for t in self.now.tasks if t.name not in self.task_names),
         )
 
@@ -154,18 +150,20 @@ class SchemaChange:
     def dropped(self) -> tuple[str, ...]:
         """What is no longer there, in words."""
         features, tasks = set(self.feature_names.values()), set(self.task_names.values())
+        derived = set(self._derived.old_name.values())
         return (
             *(f"feature {f.name!r} ({f.kind})" for f in self.was.features if f.name not in features),
+            *(f"derived feature {d.name!r} ({d.kind})" for d in self.was.derived if d.name not in derived),
             *(f"task {t.name!r} ({t.kind})" for t in self.was.tasks if t.name not in tasks),
         )
 
     @cached_property
     def changed(self) -> tuple[str, ...]:
         """What goes on but differs, in words. Names do not count."""
-        found = [f"{what}: {words}" for what, _, words in self._changes]
-        for old in _repeated(self.vocabularies.values()):
-            merged = [was for was, now in self.vocabularies.items() if now == old]
-            found.append(f"vocabularies {', '.join(map(repr, merged))} become one, {old!r}")
+        found = [f"{each.what}: {each.words}" for each in self._changes]
+        for now in repeated(self.vocabularies.values()):
+            merged = [old for old, new in self.vocabularies.items() if new == now]
+            found.append(f"vocabularies {', '.join(map(repr, merged))} become one, {now!r}")
         found += self._changes_of_history()
         if self.was.name != self.now.name:
             found.append(f"name {self.now.name!r}, was {self.was.name!r}")
@@ -173,33 +171,42 @@ class SchemaChange:
 
     @cached_property
     def problems(self) -> tuple[str, ...]:
-        """What cannot be carried over, in words; empty if everything can."""
-        found = [*self._features.problems, *self._tasks.problems]
-        found += [f"{what}: {words}; {_ANOTHER_NAME}" for what, key, words in self._changes if key in _NOT_CARRIED]
-        for old, news in self._vocabularies.items():
+        """What cannot be carried over, in words; empty if a whole checkpoint can be."""
+        found = [*self.problems_of_events]
+        found += _another_name(each for each in self._changes if each.key in _NOT_CARRIED)
+        found += self._derived.problems
+        for old, news in self.inputs._vocabularies.items():
             if len(news) > 1:
                 found.append(
                     f"vocabulary {old!r} is split into {', '.join(map(repr, news))}: a row cannot be in several; give "
                     "all but one of their features another name: then they begin anew"
                 )
-        for new in self.now.features:
-            if new.accompanies in self.feature_names and new.name not in self.feature_names:
+        names = self.inputs.feature_names
+        for new in self.inputs.now.features:
+            if new.accompanies in names and new.name not in names:
                 found.append(
                     f"new feature {new.name!r} accompanies {new.accompanies!r}, whose entries would change: expected a "
                     "sequence that is new, too"
                 )
-        return tuple(found)
+        return tuple(dict.fromkeys(found))
+
+    @cached_property
+    def problems_of_events(self) -> tuple[str, ...]:
+        """What of :attr:`problems` keeps events of the old schema from being read as events of the new one."""
+        changes = [each for each in self._changes if each.key in _NOT_READ and not each.what.startswith("derived")]
+        return (*self._features.problems, *self._tasks.problems, *_another_name(changes))
 
     def describe(self) -> list[str]:
         """All of it as lines: what is new, gone and changed, and what cannot be carried over."""
         return [
             *(f"new: {what}" for what in self.new),
-            *(f"renamed: {_was_called('feature', *names)}" for names in self.feature_names.items() if _differ(names)),
-            *(f"renamed: {_was_called('task', *names)}" for names in self.task_names.items() if _differ(names)),
+            *(f"renamed: {what}" for what in self.carried if what.endswith(")")),
             *(f"dropped: {what}" for what in self.dropped),
             *(f"changed: {what}" for what in self.changed),
             *(f"cannot be carried over: {what}" for what in self.problems),
         ]
+
+    # ---- arrays and blocks
 
     def by_task(self, array: NDArray[_A], fill: object, axis: int = -1) -> NDArray[_A]:
         """Array with an axis of the old tasks → one with an axis of the new ones, ``fill`` for new tasks."""
@@ -235,18 +242,30 @@ class SchemaChange:
         numbers: I64 = now[task_N]
         return numbers
 
+    def task_bits(self, bits: U64, *, new: bool = False) -> U64:
+        """Sets of old tasks, bit t for task t → sets of new ones; ``new``: whether new tasks are in them. Any shape."""
+        converted = np.zeros_like(bits)
+        for now, was in enumerate(self.tasks.tolist()):
+            bit = np.uint64(1) << np.uint64(now)
+            is_in = np.full(bits.shape, new) if was == NEW else (bits >> np.uint64(was)) & np.uint64(1) == 1
+            converted |= np.where(is_in, bit, np.uint64(0))
+        return converted
+
     def impressions(self, block: ImpressionBlock) -> ImpressionBlock:
-        """The impressions under the new schema: new features are missing, scores of dropped tasks are left out."""
+        """The impressions under the new schema: new features are missing, scores of dropped tasks are left out.
+
+        They have no labels of new tasks: who made them knew nothing of these.
+        """
         columns = block.arrays()
         columns |= self._impression_columns(columns)
+        columns["no_label"] = self.task_bits(block.no_label, new=True)
         return ImpressionBlock(**columns)
 
     def feedback(self, block: FeedbackBlock) -> FeedbackBlock:
         """The feedback under the new schema, without that of dropped tasks."""
         task = self.task_numbers(block.task)
         kept = task != NEW
-        columns = block.arrays() | {"task": task.astype(np.int32)}
-        converted = FeedbackBlock(**columns)
+        converted = FeedbackBlock(**(block.arrays() | {"task": task.astype(np.int32)}))
         return converted if kept.all() else converted.take(kept)
 
     def examples(self, block: ExampleBlock) -> ExampleBlock:
@@ -257,6 +276,23 @@ class SchemaChange:
             columns[name] = self.by_task(columns[name], fill)
         return ExampleBlock(**columns)
 
+    def count_dropped_values(self, block: ImpressionBlock) -> I64:
+        """How many values of each impression the new schema has no place for. int64 [N].
+
+        Counted are the values of dropped features, a bag as one, and the served scores of dropped tasks.
+        """
+        kept = set(self.feature_names.values())
+        count = np.zeros(len(block), np.int64)
+        for feature in self.was.id_features:
+            if feature.name not in kept:
+                count += (block.ids[:, self.was.id_slices[feature.name]] != MISSING).any(axis=1)
+        for i, feature in enumerate(self.was.numeric_features):
+            if feature.name not in kept:
+                count += ~np.isnan(block.numerics[:, i])
+        dropped = self.task_numbers(np.arange(self.was.num_tasks)) == NEW
+        count += (~np.isnan(block.served_scores[:, dropped])).sum(axis=1)
+        return count
+
     def _impression_columns(self, columns: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         return {
             "ids": self.ids(columns["ids"]),
@@ -264,21 +300,39 @@ class SchemaChange:
             "served_scores": self.by_task(columns["served_scores"], np.nan),
         }
 
+    # ---- how they fit
+
     @cached_property
     def _was(self) -> dict[str, Feature]:
         return {f.name: f for f in self.was.features}
 
     @cached_property
-    def _features(self) -> _Matched:
-        fixed = [
-            f"renamed.features.{n}: always has this name" for n in (USER_ID, ITEM_ID) if n in self.renamed.features
-        ]
-        matched = _match("features", self.was.features, self.now.features, self.renamed.features)
-        return _Matched(matched.old_name, [*fixed, *matched.problems])
+    def _features(self) -> Matched:
+        own = [name for name in (USER_ID, ITEM_ID) if name in self.renamed.features]
+        fixed = [f"renamed.features.{name}: always has this name" for name in own]
+        derived = {d.name for d in self.now.derived}
+        renamed = {new: old for new, old in self.renamed.features.items() if new not in derived}
+        matched = match("features", self.was.features, self.now.features, renamed)
+        return Matched(matched.old_name, [*fixed, *matched.problems])
 
     @cached_property
-    def _tasks(self) -> _Matched:
-        return _match("tasks", self.was.tasks, self.now.tasks, self.renamed.tasks)
+    def _derived(self) -> Matched:
+        derived = {d.name for d in self.now.derived}
+        renamed = {new: old for new, old in self.renamed.features.items() if new in derived}
+        matched = match("features", self.was.derived, self.now.derived, renamed)
+        features = {f.name for f in self.was.features}
+        other = [f"feature {d.name!r}: derived now; {_ANOTHER_NAME}" for d in self.now.derived if d.name in features]
+        was_derived = {d.name for d in self.was.derived}
+        other += [
+            f"feature {f.name!r}: not derived any more; {_ANOTHER_NAME}"
+            for f in self.now.features
+            if f.name in was_derived
+        ]
+        return Matched(matched.old_name, [*matched.problems, *other])
+
+    @cached_property
+    def _tasks(self) -> Matched:
+        return match("tasks", self.was.tasks, self.now.tasks, self.renamed.tasks)
 
     @cached_property
     def _vocabularies(self) -> dict[str, list[str]]:
@@ -296,23 +350,27 @@ class SchemaChange:
         return found
 
     @cached_property
-    def _changes(self) -> list[tuple[str, str, str]]:
-        """(which feature or task, which of its attributes, in words) of what goes on but differs."""
+    def _changes(self) -> list[Difference]:
+        """What goes on but differs."""
         found = []
-        for new in self.now.features:
-            if (old := self.feature_names.get(new.name)) is not None:
-                found += _differences("feature", self._was[old], new, self._under_new_name)
-        tasks = {t.name: t for t in self.was.tasks}
-        for task in self.now.tasks:
-            if (old := self.task_names.get(task.name)) is not None:
-                found += _differences("task", tasks[old], task, lambda key, value: value)
+        pairs: list[tuple[str, Any, Any, Mapping[str, str]]] = [
+            ("feature", self.was.features, self.now.features, self.feature_names),
+            ("derived feature", self.was.derived, self.now.derived, self._derived.old_name),
+            ("task", self.was.tasks, self.now.tasks, self.task_names),
+        ]
+        for kind, was, now, names in pairs:
+            before = {entry.name: entry for entry in was}
+            for entry in now:
+                if entry.name in names:
+                    found += differences(kind, before[names[entry.name]], entry, self._as_now)
         return found
 
-    def _under_new_name(self, key: str, value: Any) -> Any:
-        """An old feature's attribute as the new schema would say it: names of features and of vocabularies."""
+    def _as_now(self, key: str, value: Any) -> Any:
+        """An attribute from before as the new schema says it: with the new names of features."""
+        new_name = {old: new for new, old in {**self.feature_names, **self._derived.old_name}.items()}
         if key in ("query", "accompanies"):
-            return next((new for new, old in self.feature_names.items() if old == value), value)
-        return value
+            return new_name.get(value, value)
+        return tuple(new_name.get(name, name) for name in value) if key == "of" else value
 
     def _changes_of_history(self) -> list[str]:
         was, now = self.was.history, self.now.history
@@ -338,85 +396,24 @@ _BY_TASK: dict[str, object] = {
 }
 """What an example has of a task for which it was not labelled."""
 
-_NOT_CARRIED = ("kind", "dim", "transform", "query", "accompanies", "elapsed")
-"""Attributes whose change gives old weights or values another meaning."""
+_NOT_READ = ("kind", "elapsed")
+"""Attributes whose change gives values in events another meaning."""
+
+_NOT_CARRIED = (
+    *_NOT_READ, "dim", "transform", "query", "accompanies",
+    "of", "boundaries", "quantiles", "into", "time_zone",
+)  # fmt: skip
+"""Attributes whose change gives weights another meaning."""
 
 _ANOTHER_NAME = "give it another name: then the old one goes and the new one begins anew"
 
 
-def _match(
-    section: str,
-    was: Sequence[Feature] | Sequence[Task],
-    now: Sequence[Feature] | Sequence[Task],
-    renamed: Mapping[str, str],
-) -> _Matched:
-    before, after = {entry.name for entry in was}, {entry.name for entry in now}
-    old_name: dict[str, str] = {}
-    problems: list[str] = []
-    for new, old in renamed.items():
-        where = f"renamed.{section}.{new}: {old!r}"
-        if new not in after:
-            problems.append(f"{where}, but the new schema has no {new!r}")
-        elif new in before:
-            if old in before and old not in after:
-                problems.append(f"{where}, but the old schema has {new!r}, too; expected one of the two to be gone")
-        elif old not in before:
-            problems.append(f"{where}, expected one of the old schema's: {', '.join(sorted(before))}")
-        elif old in after:
-            problems.append(f"{where}, but the new schema has {old!r}, too: it cannot be both")
-    for entry in now:
-        if entry.name in before:
-            old_name[entry.name] = entry.name
-        elif (old := renamed.get(entry.name, entry.name)) in before and old not in after:
-            old_name[entry.name] = old
-    for old in _repeated(old_name.values()):
-        news = [new for new, of in old_name.items() if of == old]
-        problems.append(f"renamed.{section}: {old!r} is the old name of {', '.join(news)}, expected one of them")
-    return _Matched(old_name, problems)
-
-
-def _differences(
-    kind: str, was: Feature | Task, now: Feature | Task, under_new_name: Callable[[str, Any], Any]
-) -> list[tuple[str, str, str]]:
-    found = []
-    for each in fields(now):
-        if each.name in ("name", "vocabulary"):  # vocabularies are looked at as a whole
-            continue
-        before, after = under_new_name(each.name, getattr(was, each.name)), getattr(now, each.name)
-        if before != after and _applies(each.name, was, now):
-            words = f"{each.name} {after}, was {before}"
-            if each.name == "max_length" and after < before:
-                words += ": ids beyond the first are left out"
-            found.append((f"{kind} {now.name!r}", each.name, words))
-    return found
-
-
-def _applies(key: str, was: Feature | Task, now: Feature | Task) -> bool:
-    """Whether the attribute means anything for the entry's kind."""
-    if isinstance(was, Task) or isinstance(now, Task):
-        return key not in ("max_value", "unit") or now.kind == "regression"
-    kinds = {"dim": ("id", "bag", "sequence"), "max_length": ("bag", "sequence")}
-    return now.kind in kinds.get(key, (now.kind,))
-
-
-def _was_called(kind: str, new: str, old: str) -> str:
-    return f"{kind} {new!r}" if new == old else f"{kind} {new!r} (was {old!r})"
-
-
-def _differ(names: tuple[str, str]) -> bool:
-    return names[0] != names[1]
-
-
-def _chained(later: Mapping[str, str], earlier: Mapping[str, str]) -> dict[str, str]:
-    return {**earlier, **{new: earlier.get(old, old) for new, old in later.items()}}
+def _another_name(changes: Iterable[Difference]) -> list[str]:
+    return [f"{each.what}: {each.words}; {_ANOTHER_NAME}" for each in changes]
 
 
 def _indices(values: Iterable[int]) -> I64:
     return np.fromiter(values, np.int64)
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _taken(array: NDArray[_A], where: I64, fill: object, axis: int) -> NDArray[_A]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.arrays import F32, I32, I64, Arrays, GrowingColumns
+from smes.arrays import F32, I32, I64, U64, Arrays, GrowingColumns
 from smes.events import ImpressionBlock
 from smes.id_map import IdMap
 from smes.schema import Schema
@@ -25,7 +25,6 @@ was emitted and the id is remembered.
 """
 
 U8 = NDArray[np.uint8]
-U64 = NDArray[np.uint64]
 
 
 class Entries(NamedTuple):
@@ -41,6 +40,8 @@ class Entries(NamedTuple):
         read_ms: int64 [M], the impression's own watermark just before it: none of its examples is due before.
         stage: uint8 [M], how many stages its impression has been emitted at.
         pending: uint64 [M], the tasks whose label is still to be emitted as a correction.
+        no_label: uint64 [M], the tasks that its impression has no label of, whatever feedback comes
+            (:attr:`smes.events.ImpressionBlock.no_label`).
         seen: uint64 [M], the tasks that some feedback was read for, whatever became of it.
         attached: uint64 [M], the tasks whose label the entry holds.
         labels: float32 [M, T].
@@ -59,6 +60,7 @@ class Entries(NamedTuple):
     read_ms: I64
     stage: U8
     pending: U64
+    no_label: U64
     seen: U64
     attached: U64
     labels: F32
@@ -177,6 +179,7 @@ def _no_entries(num_tasks: int) -> Entries:
         read_ms=np.zeros(0, np.int64),
         stage=np.zeros(0, np.uint8),
         pending=np.zeros(0, np.uint64),
+        no_label=np.zeros(0, np.uint64),
         seen=np.zeros(0, np.uint64),
         attached=np.zeros(0, np.uint64),
         labels=np.zeros(by_task, np.float32),

@@ -62,6 +62,10 @@ Both ledgers balance at every moment, for each partition and in all; an impressi
     impressions read = emitted + waiting + late + duplicate
     feedback read    = attached + corrected + waiting + late + orphaned + duplicate
 
+Labels that there cannot be. An impression of an earlier schema (:mod:`smes.schema_change`) was made by a service that
+does not know the new tasks. No feedback for them means nothing, and what comes would count positives alone: its
+examples have no label of these tasks, and such feedback is attached without effect.
+
 Source: Monolith (arXiv 2209.07663) joins features with feedback before an online training step, as this does. To emit
 early and correct later is what Ktena et al. (arXiv 1907.06558) and ES-DFM (arXiv 2012.03245) do.
 """
@@ -134,6 +138,10 @@ class JoinConfig:
 class Joiner:
     """The join's state and its two moves, :meth:`push` and :meth:`flush`.
 
+    Attributes:
+        begins_ms: Impressions up to this event time are late, whatever the watermark says: a log in files without ids
+            of its own has primed the stream up to there (:mod:`stream.priming`). None: there is no such time.
+
     Args:
         schema: Features and tasks.
         config: How long to wait and to remember.
@@ -148,6 +156,7 @@ class Joiner:
         self.schema = schema
         self.sources = tuple(sorted(sources))
         self.watermark_ms = START_OF_TIME
+        self.begins_ms: int | None = None
         self._lateness_ms = round(config.allowed_lateness_s * 1000)
         self._remember_ms = round(config.remember_s * 1000)
         self._stages = stages_of(schema, config.wait, config.correction, self._lateness_ms)
@@ -215,8 +224,10 @@ class Joiner:
         if len(block) == 0:
             return
         before_ms = self._watermarks_before(IMPRESSIONS, block, floor_ms)
+        if self.begins_ms is not None:
+            before_ms = np.where(block.event_time_ms <= self.begins_ms, END_OF_TIME, before_ms)
         entry = self._entries.insert(block.impression_id)
-        events = Impressions(entry, block.partition, block.event_time_ms, before_ms)
+        events = Impressions(entry, block.partition, block.event_time_ms, before_ms, block.no_label)
         columns = self._entries.columns
         outcome = admit_impressions(events, columns, self._ledgers, self._stages)
         self._entries.forget(entry[(outcome == LATE) & (columns.status[entry] == FREE)])
@@ -277,11 +288,13 @@ class Joiner:
     def state(self) -> Arrays:
         """Arrays from which :meth:`load_state` goes on as if nothing had happened.
 
-        Each array but ``watermark_ms``, ``waits`` and ``late_counts`` belongs to one partition; the names are those of
-        :mod:`stream.partition_state`.
+        Each array but ``watermark_ms``, ``waits``, ``late_counts`` and ``begins_ms`` belongs to one partition; the
+        names are those of :mod:`stream.partition_state`.
         """
         state: Arrays = {"watermark_ms": np.array([self.watermark_ms]), "waits": self._waits()}
         state["late_counts"] = self._late_shares.counts.copy()
+        if self.begins_ms is not None:
+            state["begins_ms"] = np.array([self.begins_ms], np.int64)
         for topic, partition in ((s.topic, s.partition) for s in self.sources):
             state |= self._watermarks[topic].state(topic, partition)
             state[state_name(topic, partition, "ledger")] = self._counts(topic)[partition].copy()
@@ -299,6 +312,7 @@ class Joiner:
         """
         require_partitions(state, (IMPRESSIONS, FEEDBACK), len(self._ledgers.impressions))
         self.watermark_ms = int(state["watermark_ms"][0])
+        self.begins_ms = int(state["begins_ms"][0]) if "begins_ms" in state else None
         self._late_shares.counts = state["late_counts"].copy()
         for topic in (IMPRESSIONS, FEEDBACK):
             # Where only one topic has grown, the other's partition has nothing but rows of a table.

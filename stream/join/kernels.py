@@ -8,23 +8,24 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from smes.arrays import F32, I32, I64, Bool
+from smes.arrays import F32, I32, I64, U64, Bool
 from stream.join.entries import DONE, EARLY, FREE, U8, WAITING, Entries
 from stream.join.ledgers import CORRECTED, DUPLICATE, HELD, LATE, ORPHANED, READ, USED
 from stream.join.waits import Stages
 
 
 class Impressions(NamedTuple):
-    """A block of impressions, [N] each: entry, partition, event time, own watermark just before it."""
+    """A block of impressions, [N] each: entry, partition, event time, own watermark just before it, and unlabelled tasks."""
 
     entry: I64
     partition: I32
     event_time_ms: I64
     before_ms: I64
+    no_label: U64
 
 
 class Feedback(NamedTuple):
-    """A block of feedback, [N] each: as :class:`Impressions`, with its task, its value and its arrival in the log."""
+    """A block of feedback, [N] each: entry, partition, time, own watermark just before it, task, value, arrival."""
 
     entry: I64
     partition: I32
@@ -66,6 +67,8 @@ def _stage_due(e: int, stage: int, entries: Entries, stages: Stages) -> int:  # 
 @njit(cache=True)
 def _fate_of_label(e: int, t: int, entries: Entries, stages: Stages) -> int:  # pragma: no cover - compiled
     """``USED`` or ``CORRECTED``: whether the label of task ``t`` counts at its stage, or is an example of its own."""
+    if entries.no_label[e] & (np.uint64(1) << np.uint64(t)) != 0:
+        return USED
     is_positive, stage = entries.labels[e, t] > 0, stages.of_task[t]
     in_time = entries.label_due_ms[e, t] <= _stage_due(e, stage, entries, stages) and entries.stage[e] <= stage
     if in_time and not (is_positive and stages.positives_follow[t]):
@@ -116,6 +119,7 @@ def admit_impressions(
             entries.read_ms[e] = events.before_ms[i]
             entries.stage[e] = 0
             entries.pending[e] = 0
+            entries.no_label[e] = events.no_label[i]
             if entries.status[e] == FREE:
                 entries.seen[e] = 0
                 entries.attached[e] = 0
@@ -238,8 +242,10 @@ def known_labels(
         e, example = rows[i], examples[i]
         is_closing = example == num_stages + num_tasks
         for t in range(num_tasks):
-            stage = stages.of_task[t]
-            is_attached = entries.attached[e] & (np.uint64(1) << np.uint64(t)) != 0
+            stage, bit = stages.of_task[t], np.uint64(1) << np.uint64(t)
+            if entries.no_label[e] & bit != 0:
+                continue
+            is_attached = entries.attached[e] & bit != 0
             is_late[i, t] = is_attached and entries.label_due_ms[e, t] > _stage_due(e, stage, entries, stages)
             if is_closing or example == num_stages + t:
                 known[i, t] = is_attached
