@@ -1,5 +1,6 @@
 """The ``smes`` command: every subcommand reads the configuration, calls one function and shows its result."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +33,10 @@ from smes_cli.console import (
 )
 from smes_cli.dead_letters import dead_letters_app
 from smes_cli.features import features_app
+from smes_cli.primed_options import CheckpointFolder, FromFolder, Since, since_ms_of
+from smes_cli.redis_server import redis_server
 from smes_cli.snapshots import snapshots_app
+from smes_cli.status import status
 from smes_cli.task_tables import own_experts_table, print_tasks
 
 # Each command imports what it runs inside its function: `smes --help` should not wait for all of it, and commands that
@@ -42,7 +46,7 @@ app = typer.Typer(
     name="smes",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # a pipe gets plain lines, without boxes
     help="Streaming online learning for multi-task recommendation: an event log is joined, trained on and served, by "
     "weights about a second old. Start with `smes demo`.",
     epilog="Exit codes: 0 done or cleanly stopped · 1 something failed in operation · 2 a wrong argument or "
@@ -50,9 +54,19 @@ app = typer.Typer(
     "130 interrupted.",
 )
 app.command("audit")(audit)
+app.command("redis")(redis_server)
+app.command("status")(status)
 app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(features_app, name="features")
 app.add_typer(snapshots_app, name="snapshots")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        console.print(f"smes {version('smes-online')}", highlight=False)
+        raise typer.Exit
 
 
 @app.callback()
@@ -61,8 +75,13 @@ def common(
     config: Annotated[
         Path | None, typer.Option("-c", "--config", help="Configuration file; default: smes.yaml if it is there.")
     ] = None,
-    verbose: Annotated[int, typer.Option("-v", count=True, help="Also print what is logged for debugging.")] = 0,
-    quiet: Annotated[bool, typer.Option("-q", help="Print errors only.")] = False,
+    verbose: Annotated[
+        int, typer.Option("-v", "--verbose", count=True, help="Also print what is logged for debugging.")
+    ] = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and exit.")
+    ] = False,
 ) -> None:
     """Options that every subcommand takes."""
     set_up_logging(-1 if quiet else verbose)
@@ -167,16 +186,19 @@ def backtest(
             callback=writable,
         ),
     ] = None,
+    checkpoint: CheckpointFolder = None,
     report: ReportPath = None,
 ) -> None:
     """Join, evaluate and train on a log in one process at full speed, without broker or Redis."""
     from smes.model.config import RANKER_NAMES
 
-    config = config_of(context, schema)  # a mistake in it is reported before torch is imported
+    config = config_of(context, schema)
+    schema_name = config.schema_file(log).name
     if baseline is not None and baseline not in RANKER_NAMES:
         raise ValueError(f"--baseline {baseline!r}: expected one of {', '.join(RANKER_NAMES)}")
     if seed is None:
         seed = config.replay.seed
+    console.print(f"backtest: {log}, schema {schema_name}", highlight=False, soft_wrap=True)
     from smes_cli.backtest import run_backtest
     from smes_cli.log_tables import print_ledger
 
@@ -190,6 +212,7 @@ def backtest(
             max_rejected=max_rejected,
             should_stop=should_stop,
             own_experts=routing is not None,
+            checkpoint=checkpoint,
         )
     figures = result.report.to_dict() | {"log": result.ledger.to_dict()}
     write_report(figures, report)
@@ -312,10 +335,15 @@ def train(
     anew: Annotated[
         bool, typer.Option("--anew", help="Without a checkpoint: start over, and replace the model in service.")
     ] = False,
+    from_folder: FromFolder = None,
+    since: Since = None,
     report: ReportPath = None,
 ) -> None:
     """Train from the event log until stopped (Ctrl-C, SIGTERM); the last cut is then published and on disk."""
     config = config_of(context, schema)
+    config.schema_file()  # a mistake in it is reported before torch is imported
+    since_ms = since_ms_of(since, from_folder, from_snapshot=from_snapshot)
+    from smes_cli.primed_start import PrimedStart
     from smes_cli.starting_point import WithoutCheckpoint
     from smes_cli.train import run_train
 
@@ -330,6 +358,7 @@ def train(
                 stop_event=should_stop,
                 flush=flush,
                 without_checkpoint=WithoutCheckpoint(from_snapshot=from_snapshot, anew=anew),
+                primed=None if from_folder is None else PrimedStart(from_folder, since_ms),
             )
         except Stopped as stopped:
             console.print(f"stopped before the training began: {stopped}", highlight=False)
@@ -347,12 +376,14 @@ def serve(
 ) -> None:
     """Score over HTTP until stopped, always with the newest snapshot."""
     config = config_of(context, schema)
+    schema_file = config.schema_file()
+    console.print(f"serve: schema {schema_file.name}", highlight=False)
     from smes_scorer.service import serve as run_scorer
 
     scorer = config.scorer if port is None else replace(config.scorer, port=port)
     run_scorer(
         scorer,
-        config.schema_file().schema,
+        schema_file.schema,
         redis_url=config.feature_store.redis_url,
         redis_access=config.feature_store.redis_access,
         namespace=config.feature_store.namespace,

@@ -18,8 +18,10 @@ from smes.model.learner import Learner
 from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config
-from smes_cli.console import Advance, load_line, progress
+from smes_cli.console import Advance, console, load_line, progress
+from smes_cli.primed_start import empty_folder
 from stream.block_stream import BlockStream
+from trainer.checkpoints import CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.loop import Trainer
 from trainer.observers import Observer, StepFigures, fetch
@@ -134,6 +136,7 @@ def run_backtest(
     evaluate: Callable[[Config, Learner], ProgressiveEvaluation] = build_evaluation,
     routing: RoutingHistoryConfig | None = None,
     own_experts: bool = False,
+    checkpoint: Path | None = None,
 ) -> BacktestResult:
     """Replay a log through join, evaluation and training: the loop of ``smes train``, without servers.
 
@@ -148,10 +151,14 @@ def run_backtest(
         evaluate: Builds the evaluation of the configured ranker; a benchmark gives one that keeps the scores.
         routing: How finely the routing's history is kept; None for the default.
         own_experts: Whether to find out which tasks would gain from experts of their own, which takes some time.
+        checkpoint: An empty folder for a checkpoint from which a live training can go on (``smes train --from``). It is
+            of the end of the log, or of where the backtest was stopped. If the log has ids of its own, impressions
+            whose windows were open then wait in it; the report is of after they were trained on, too.
 
     Raises:
         LogError: The log cannot be read as its schema file says.
-        ValueError: No schema is named, or the configuration does not fit the machine.
+        ValueError: No schema is named, the configuration does not fit the machine, or ``checkpoint`` has one already.
+        CheckpointError: The disk refused the checkpoint.
     """
     keep_freed_memory()
     schema_file = config.schema_file(log)
@@ -159,8 +166,19 @@ def run_backtest(
     learner = build_learner(config, schema)
     corrections = _corrections(config, learner) if own_experts else None
     with ExitStack() as stack:
+        folder = None if checkpoint is None else empty_folder(checkpoint, "an empty folder for the checkpoint")
+        if folder is not None:
+            stack.enter_context(folder.locked())
         reader = stack.enter_context(open_log(log, schema_file, limit=limit, max_rejected=max_rejected))
-        stream = BlockStream(schema, config.stream.join, config.stream.batch, replay_blocks(reader, seed))
+        own_ids = reader.spec.impression_id is not None
+        stream = BlockStream(
+            schema,
+            config.stream.join,
+            config.stream.batch,
+            replay_blocks(reader, seed),
+            own_ids=own_ids,
+            stays_open=folder is not None and own_ids,
+        )
         evaluation = evaluate(config, learner)
         other = _Baseline(config, schema, baseline) if baseline else None
         memory, bar = _MemorySamples(), _Progress(stack.enter_context(progress("backtest", reader.total)))
@@ -168,6 +186,9 @@ def run_backtest(
         trainer = Trainer(learner, stream, evaluation, Flags(), routing=routing, observers=observers)
         started_s = time.monotonic()
         trainer.run(lambda: (stream.ended and stream.upcoming() is None) or should_stop())
+        if folder is not None:
+            _write_checkpoint(trainer, stream, folder, own_ids=own_ids)
+            _train_on_the_rest(trainer, stream)
         trainer.settle()
         seconds = time.monotonic() - started_s
         memory.take()
@@ -182,6 +203,22 @@ def run_backtest(
             routing_report(trainer.experts.history, learner.expert_limits, names),
             None if corrections is None else own_experts_report(corrections.sums, names),
         )
+
+
+def _write_checkpoint(trainer: Trainer, stream: BlockStream, folder: CheckpointDirectory, *, own_ids: bool) -> None:
+    """Write the state in which a live training can take over. Without ids of its own, nothing can wait for it."""
+    if not own_ids:
+        _train_on_the_rest(trainer, stream)
+    path = folder.save(trainer.view())
+    waiting = stream.ledger().waiting
+    console.print(f"checkpoint {path}: {waiting:,} impressions wait in it for feedback", highlight=False)
+
+
+def _train_on_the_rest(trainer: Trainer, stream: BlockStream) -> None:
+    """Close the open windows and train on what waits."""
+    stream.flush()
+    while trainer.step():
+        pass
 
 
 def _corrections(config: Config, learner: Learner) -> Corrections:

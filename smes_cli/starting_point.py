@@ -66,7 +66,7 @@ def find_starting_point(
         ServingWithoutCheckpoint: There is no checkpoint, but a model is in service.
         SnapshotError: The snapshot to go on from cannot be used.
     """
-    in_service = _in_service(store)
+    in_service = model_in_service(store)
     served, problem = in_service
     step = trainer.restore()
     if step is not None:
@@ -95,7 +95,8 @@ def find_starting_point(
     return in_service
 
 
-def _in_service(store: SnapshotStore) -> InService:
+def model_in_service(store: SnapshotStore) -> InService:
+    """The snapshot in service, whatever is wrong with it."""
     try:
         return InService(store.current(), None)
     except SnapshotError as error:

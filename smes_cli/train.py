@@ -14,7 +14,9 @@ from smes.model.devices import keep_freed_memory
 from smes_cli.building import build_evaluation, build_gate, build_learner, warm_up
 from smes_cli.config import Config
 from smes_cli.console import console, write_report
+from smes_cli.primed_start import PrimedStart, begin_primed
 from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
+from smes_cli.stored_features import open_stored_features
 from smes_cli.train_progress import show_progress
 from smes_io.clock import wall_clock_ms
 from smes_io.redis_client import connect
@@ -45,6 +47,7 @@ def run_train(
     stop_event: threading.Event | None = None,
     flush: bool = False,
     without_checkpoint: WithoutCheckpoint | None = None,
+    primed: PrimedStart | None = None,
 ) -> TrainingReport:
     """Train until ``should_stop``; returns the report, which is also written to ``report``.
 
@@ -57,6 +60,7 @@ def run_train(
         stop_event: Set when a stop is asked for; waits inside the event log hear it.
         flush: Drain, then train on what still waits for feedback, as at the end of a finite log.
         without_checkpoint: What to do where there is no checkpoint but a model is in service; None: stop and ask.
+        primed: Begin where a log in files has brought the training; None: at the newest checkpoint.
 
     Raises:
         EventLogUnavailable, FeatureStoreUnavailable: Not reachable within the configured wait.
@@ -69,6 +73,11 @@ def run_train(
     schema = config.schema_file().schema
     with ExitStack() as stack:
         checkpoints = _checkpoints(config, stack)
+        if primed is not None and checkpoints is not None and not checkpoints.is_empty:
+            raise ValueError(
+                f"--from {primed.folder}: {checkpoints.directory} (trainer.checkpoint.directory) has a checkpoint "
+                "already, expected none; without --from, the training goes on from it"
+            )
         # With a drain, a stop is a wish to train on what is there: it does not end a wait.
         waits = Waits(_never if drain else should_stop)
         log = _event_log(config, waits, stack)
@@ -76,10 +85,16 @@ def run_train(
         store = _store(config, waits, stack)
         lease = stack.enter_context(LeaseKeeper(store, config.trainer.lease_s, should_stop=should_stop))
         letters = DeadLetterWriter(log)
-        stream = ExampleStream(schema, config.stream, log, letters, journal=_journal(config, checkpoints))
+        features = open_stored_features(config, schema, waits, None if drain else stop_event, stack)
+        journal = _journal(config, checkpoints)
+        stream = ExampleStream(schema, config.stream, log, letters, features=features, journal=journal)
         flags = Flags()
         trainer = _new_trainer(config, stream, flags, checkpoints, letters)
-        served = find_starting_point(trainer, stream, store, without_checkpoint or WithoutCheckpoint())
+        otherwise = without_checkpoint or WithoutCheckpoint()
+        if primed is None:
+            served = find_starting_point(trainer, stream, store, otherwise)
+        else:
+            served = begin_primed(primed, config, trainer, log, store, otherwise)
         for skipped in stream.skip_lost().values() if skip_lost else ():
             _logger.error("%s", skipped)
         warm_up(config, schema)

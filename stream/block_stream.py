@@ -9,11 +9,10 @@ from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
 from stream.join.joiner import JoinConfig
 from stream.join.ledgers import StreamLedger
+from stream.join.watermarks import START_OF_TIME
 from stream.log.event_log import Positions
 from stream.mini_batches import Assembler, MiniBatchConfig
-from stream.partition_state import state_name
-
-_POSITION = state_name("blocks", 0, "position")
+from stream.priming import BLOCKS, NEWEST, OWN_IDS, POSITION
 
 
 class BlockStream:
@@ -24,6 +23,9 @@ class BlockStream:
         join: How long to wait and to remember.
         batch: Bounds of a mini-batch.
         blocks: Impressions and feedback; each poll takes one pair. After the last pair nothing waits any more.
+        own_ids: Whether impression ids are those of live events, and not numbers of rows.
+        stays_open: Whether what waits after the last pair goes on waiting, for a live stream to go on from
+            (:mod:`stream.priming`).
     """
 
     def __init__(
@@ -32,22 +34,28 @@ class BlockStream:
         join: JoinConfig,
         batch: MiniBatchConfig,
         blocks: Iterator[tuple[ImpressionBlock, FeedbackBlock]],
+        *,
+        own_ids: bool = False,
+        stays_open: bool = False,
     ) -> None:
         self.assembler = Assembler(schema, join, batch, partitions=1)
         self.ended = False
         self._blocks = blocks
-        self._read = 0
+        self._read, self._newest_ms = 0, START_OF_TIME
+        self._own_ids, self._stays_open = own_ids, stays_open
 
     def poll(self, timeout_s: float) -> int:
         """Take one pair of blocks; the number of events in it, 0 at the end."""
         pair = next(self._blocks, None)
         if pair is None:
-            if not self.ended:
+            if not self.ended and not self._stays_open:
                 self.assembler.flush()
             self.ended = True
             return 0
         self.assembler.push(*pair)
         self._read += 1
+        if len(pair[0]):
+            self._newest_ms = max(self._newest_ms, int(pair[0].event_time_ms.max()))
         return len(pair[0]) + len(pair[1])
 
     def next_batch(self) -> ExampleBlock | None:
@@ -62,7 +70,7 @@ class BlockStream:
         return self.assembler.upcoming()
 
     def flush(self) -> None:
-        """Close the windows that are open. After the last pair that has happened already."""
+        """Close the windows that are open. After the last pair that has happened already, unless they stay open."""
         self.assembler.flush()
 
     def ledger(self) -> StreamLedger:
@@ -79,16 +87,18 @@ class BlockStream:
 
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """How many pairs were taken."""
-        return {"blocks": {"0": self._read}}
+        return {BLOCKS: {"0": self._read}}
 
     def state(self) -> Arrays:
-        """The assembler's state and how many pairs were taken."""
-        return {**self.assembler.state(), _POSITION: np.array([self._read])}
+        """The assembler's state, how many pairs were taken, and what :mod:`stream.priming` asks of the log."""
+        own = {POSITION: [self._read], NEWEST: [self._newest_ms], OWN_IDS: [self._own_ids]}
+        return {**self.assembler.state(), **{name: np.array(value, np.int64) for name, value in own.items()}}
 
     def load_state(self, state: Arrays) -> None:
         """The inverse of :meth:`state`: skips the pairs that were taken then."""
         self.assembler.load_state(state)
-        read = int(state[_POSITION][0])
+        self._newest_ms = int(state[NEWEST][0])
+        read = int(state[POSITION][0])
         for _ in range(read - self._read):
             next(self._blocks, None)
         self._read = read

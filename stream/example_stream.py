@@ -1,4 +1,4 @@
-"""From the event log to mini-batches: read by position → decode → dead-letter → join → batch.
+"""From the event log to mini-batches: read by position → decode → fill features → dead-letter → join → batch.
 
 A batch ends when it is full, when the stream has left its first example behind in event time, or when that example has
 waited ``max_wait_s`` by the clock. What a restart repeats bit for bit: batches of the first two kinds, always; those
@@ -23,8 +23,10 @@ from stream.codec.codec import decode
 from stream.dead_letters import DeadLetter, DeadLetterWriter
 from stream.join.joiner import JoinConfig
 from stream.join.ledgers import StreamLedger
+from stream.left_out_features import FeatureSource
 from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
 from stream.mini_batches import Assembler, BatchTimes, MiniBatchConfig, ended_in
+from stream.priming import is_of_blocks
 from stream.sources import Counted, Skipped, Sources, counted_in
 
 _logger = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class StreamConfig:
             reader's clock, seconds; one more than a day after the reader's clock is refused in any case.
         metadata_refresh_s: How often the log is asked what may have changed: partitions that were added, which are then
             read from their beginning, and topics that were made anew.
+        features_from_store: Whether an impression that leaves out all features of its user, or of its item, is trained
+            on with those that the feature store had for it at its time.
     """
 
     join: JoinConfig = field(default_factory=JoinConfig)
@@ -53,6 +57,7 @@ class StreamConfig:
     idle_after_s: Seconds = 2.0
     max_future_s: EventSecondsOrZero = 300.0
     metadata_refresh_s: Seconds = 5.0
+    features_from_store: bool = True
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -66,6 +71,7 @@ class ExampleStream:
         config: Join, batch and read bounds.
         log: Where impressions and feedback are read; both topics must exist.
         dead_letters: Where refused events go.
+        features: What fills features that impressions leave out; None: nothing does.
         journal: Where the ends of batches are written down; None: a restart does not repeat those that the clock set.
         monotonic: Seconds of a clock that never goes back; it decides only which partitions are idle, when the log is
             asked for new ones, and which batches have waited for long enough.
@@ -82,12 +88,13 @@ class ExampleStream:
         log: EventLog,
         dead_letters: DeadLetterWriter,
         *,
+        features: FeatureSource | None = None,
         journal: BatchJournal | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._schema, self._config, self._log, self._dead_letters = schema, config, log, dead_letters
-        self._journal, self._monotonic, self._now_ms = journal, monotonic, now_ms
+        self._features, self._journal, self._monotonic, self._now_ms = features, journal, monotonic, now_ms
         self._max_wait_s = config.batch.max_wait_s
         self._sources = Sources(log, config.metadata_refresh_s, monotonic)
         self.assembler = Assembler(schema, config.join, config.batch, self._sources.positions)
@@ -112,6 +119,7 @@ class ExampleStream:
             EventLogUnavailable, PositionOutOfRange, Stopped: As the log raises them.
             LogReplaced: A position belongs to another incarnation of the log.
             EventLogError: The feedback topic has fewer partitions than the impressions topic.
+            FeatureStoreError: Features that impressions leave out could not be looked up.
 
             After any of them the state is as before the call.
         """
@@ -119,16 +127,21 @@ class ExampleStream:
         fetch = self._read(min(timeout_s, self._until_overdue_s()))
         now_ms, max_future_ms = self._now_ms(), round(self._config.max_future_s * 1000)
         decoded = decode(fetch.records, self._schema, max_future_ms=max_future_ms, now_ms=now_ms)
+        filled = None if self._features is None else self._features.fill(decoded.impressions)  # it may raise
         self._dead_letters.write([*decoded.dead, *map(DeadLetter.of_unreadable, fetch.unreadable)])
         self.assembler.count_refused(decoded.dead_by_source, decoded.unknown_by_source)
         self.assembler.count_passed(fetch.gaps, fetch.unreadable)
+        impressions = decoded.impressions
+        if filled is not None:
+            impressions = filled.impressions
+            self.assembler.features.add(impressions.partition, filled.outcome)
         events = len(decoded.impressions) + len(decoded.feedback)
         if fetch.records:
             # Grows at once and shrinks slowly: unexpectedly full records cost memory, the reverse a few small reads.
             self._events_per_record = max(1.0, events / len(fetch.records), 0.5 * self._events_per_record)
         news = _passed(fetch) | (set(self.assembler.sources) - fetch.at_end)
         now_s = self._monotonic()
-        self.assembler.push(decoded.impressions, decoded.feedback, self._idle(news, now_s), now_s=now_s)
+        self.assembler.push(impressions, decoded.feedback, self._idle(news, now_s), now_s=now_s)
         self.positions.update(fetch.positions)
         self._stop_repeating_at_the_end(bool(news), now_s)
         if self._until_overdue_s() <= 0:
@@ -259,8 +272,13 @@ class ExampleStream:
         Positions in another incarnation of the log stop the next :meth:`poll`, unless :meth:`skip_lost` comes before.
 
         Raises:
-            ValueError: The state has more partitions than the log.
+            ValueError: The state has more partitions than the log, or it is of a log in files.
         """
+        if is_of_blocks(state):
+            raise ValueError(
+                "the state of a log in files, as smes backtest --checkpoint writes it, expected one of an event log: "
+                "smes train --from goes on from the former, with a folder of its own for its checkpoints"
+            )
         self.assembler.load_state(state, now_s=self._monotonic())
         self._sources.load_state(state)
         if self._journal is not None:

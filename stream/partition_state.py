@@ -12,6 +12,7 @@ has more partitions can load it:
 ``*/p/recent_*``             those last events
 ``*/p/ledger``               counts of events (:data:`stream.join.ledgers.COLUMNS`)
 ``*/p/refused``              events dead-lettered, unknown fields of the others, gaps, unreadable records
+``impressions/p/features``   look-ups of features that were left out (:mod:`stream.left_out_features`)
 ``feedback/p/entry.*``       feedback that was read before its impression
 ``impressions/p/entry.*``    impression ids that wait or are remembered, with the labels attached so far
 ``impressions/p/waiting.*``  the features of the impressions that wait
@@ -19,7 +20,8 @@ has more partitions can load it:
 ============================ ===========================================================================================
 
 These belong to the whole stream: ``watermark_ms``; ``waits``, how long each task waits; ``late_counts``, how many
-positives came within their tasks' wait and how many after it; ``ready_sizes``, the sizes of the batches that are ready;
+positives came within their tasks' wait and how many after it; ``begins_ms``, where there is one, up to which event time
+impressions count as late (:mod:`stream.priming`); ``ready_sizes``, the sizes of the batches that are ready;
 ``ended``, how many examples were in batches that have ended.
 
 One partition's state is enough to go on with that partition alone, in another process for example, if an impression and

@@ -56,6 +56,11 @@ class CheckpointDirectory:
         except OSError as error:
             raise CheckpointError(f"checkpoint folder {directory}: cannot be made: {error.strerror}") from error
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the folder has no checkpoint, not even a damaged one."""
+        return not self._entries()
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep every other trainer out of the folder, and remove what a killed one left half-written.

@@ -19,7 +19,7 @@ from smes.model.learner import Learner
 from smes_io.clock import wall_clock_ms
 from stream.dead_letters import DeadLetter
 from trainer.arms_report import ArmTallies
-from trainer.checkpoint_file import CheckpointView
+from trainer.checkpoint_file import Checkpoint, CheckpointView
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.checkpoints import CheckpointDirectory
 from trainer.cuts import Cut
@@ -123,14 +123,22 @@ class Trainer:
         checkpoint = self._checkpoints.newest(schema=self.learner.schema, model=model)
         if checkpoint is None:
             return None
+        self.prime(checkpoint)
+        self.lineage = checkpoint.lineage
+        return checkpoint.step
+
+    def prime(self, checkpoint: Checkpoint) -> None:
+        """Go on from the state in a checkpoint, as a lineage of one's own.
+
+        Raises:
+            CheckpointError: It lacks something, or does not fit.
+        """
         progress = self._state.load(checkpoint)
         self.trained, self.not_finite, self._event_time_ms = (
             progress.trained,
             progress.not_finite,
             progress.event_time_ms,
         )
-        self.lineage = checkpoint.lineage
-        return checkpoint.step
 
     def start_from(self, tensors: Mapping[str, torch.Tensor], served: Manifest) -> None:
         """Go on from the weights of a snapshot, as a fork of its lineage. The optimisers begin anew.
@@ -403,6 +411,11 @@ class Trainer:
         if self._writer is not None:
             self._results.deliver()
             self._writer.write(*self._view())
+
+    def view(self) -> CheckpointView:
+        """The whole present state, for a checkpoint in another folder."""
+        self._results.deliver()
+        return self._view()[0]
 
     def _view(self) -> tuple[CheckpointView, Callable[[], None]]:
         return self._state.view(self.lineage, Progress(self.trained, self.not_finite, self._event_time_ms))

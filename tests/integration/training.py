@@ -68,14 +68,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def train_in_process(config: Config, pairs: Pairs) -> Trainer:
+def train_in_process(config: Config, pairs: Pairs, *, flush: bool = False) -> Trainer:
     """A trainer that was never stopped, on a log in memory, after everything."""
     log = InMemoryLog()
     fill(config, log, pairs, "json")
     learner = build_learner(config, config.schema_file().schema)
     stream = ExampleStream(learner.schema, config.stream, log, DeadLetterWriter(log))
     trainer = Trainer(learner, stream, build_evaluation(config, learner), Flags())
-    trainer.run(lambda: True, drain=True)
+    trainer.run(lambda: True, drain=True, flush=flush)
     trainer.settle()
     return trainer
 
