@@ -17,7 +17,7 @@ import logging
 import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
@@ -114,6 +114,25 @@ note_fenced(KEYS[3], ARGV[1], ARGV[2])
 return 'lost ' .. other
 """
 
+# KEYS: lease. Returns what describe() has of the lease that runs, or ''.
+_SHOW = f"""{LEASE_FUNCTIONS}
+local held = read_lease(KEYS[1])
+return held and describe(held) or ''
+"""
+
+
+class Holder(NamedTuple):
+    """Who holds a lease.
+
+    Attributes:
+        name: As the holder gave it.
+        since_ms, until_ms: Unix milliseconds; it ends then unless it is renewed.
+    """
+
+    name: str
+    since_ms: int
+    until_ms: int
+
 
 class Lease:
     """The right to publish in a namespace, until :meth:`release` or until ``ttl_s`` after the last :meth:`renew`.
@@ -170,7 +189,7 @@ class Leases:
         self._outage_timeout_s = outage_timeout_s
         self.keys = (f"{prefix}lease", f"{prefix}fencing")
         self._fenced = f"{prefix}fenced"
-        scripts = {"acquire": _ACQUIRE, "renew": _RENEW, "release": _RELEASE, "check": _CHECK}
+        scripts = {"acquire": _ACQUIRE, "renew": _RENEW, "release": _RELEASE, "check": _CHECK, "show": _SHOW}
         self._scripts: dict[str, Any] = {name: client.register_script(text) for name, text in scripts.items()}
 
     def acquire(self, holder: str, ttl_s: float) -> Lease:
@@ -185,6 +204,18 @@ class Leases:
             raise self.held(detail)
         number, since = detail.split(" ")
         return Lease(self, holder, int(number), ttl_s, token, since)
+
+    def holder(self) -> Holder | None:
+        """Who holds the lease now; None: nobody.
+
+        Raises:
+            FeatureStoreUnavailable: Redis gave no answer in time.
+        """
+        detail = self.run("show", [])
+        if not detail:
+            return None
+        _, since, until, name = detail.split(" ", 3)
+        return Holder(name, int(since), int(until))
 
     def check(self, fencing: int | None, name: str) -> None:
         """Check that this publisher may still publish ``name``; where it may not, that is noted in the store.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -108,7 +109,8 @@ def number(value: float | int | None, digits: int = 4) -> str:
 
 def report_table(report: dict[str, Any]) -> Table:
     """The other sections of the report, one row each."""
-    table = Table(show_header=False, title=f"lineage {report['lineage']}, version {report['version']}")
+    title = f"lineage {report['lineage']}, version {report['version']}"
+    table = Table(show_header=False, title=title, box=box.HEAVY_HEAD if console.is_terminal else None)
     table.title_justify = "left"
     table.add_column(style="bold", overflow="fold")
     table.add_column(overflow="fold")

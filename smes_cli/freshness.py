@@ -1,5 +1,6 @@
 """``smes freshness``: what freshness is made of, stage by stage, so that one sees what to change."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,10 @@ def run_freshness(config: Config, url: str | None, report: Path | None) -> dict[
     Raises:
         SmesError: The scorer gave no answer, or one that has no freshness; or its tokens cannot be read.
     """
-    url = (url or _configured(config)).rstrip("/")
-    headers = {} if config.scorer.tokens is None else {"authorization": f"Bearer {one_token(config.scorer.tokens)}"}
+    url, stats = ask_scorer(config, url, "/v1/stats")
     try:
-        response = httpx.get(f"{url}/v1/stats", headers=headers, timeout=_TIMEOUT_S)
-        response.raise_for_status()
-        stats = response.json()
         figures = {key: stats[key] for key in ("freshness_ms", "freshness_stages_ms")}
-    except httpx.HTTPError as error:
-        raise SmesError(f"scorer {url}: no statistics: {error}; expected a running `smes serve`") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
         raise SmesError(f"scorer {url}: /v1/stats: expected the statistics of `smes serve`: {error!r}") from error
     write_report(figures, report)
     if not figures["freshness_ms"]["count"]:
@@ -58,6 +53,34 @@ def run_freshness(config: Config, url: str | None, report: Path | None) -> dict[
     console.print(f"{figures['freshness_ms']['count']:,} feedback events, answered by {url}", highlight=False)
     console.print(freshness_table(figures))
     return figures
+
+
+def ask_scorer(config: Config, url: str | None, path: str, *, also: Collection[int] = ()) -> tuple[str, dict[str, Any]]:
+    """The scorer's URL, and the JSON object that it answers at a path.
+
+    Args:
+        config: Names the scorer's host and port, and where its tokens are.
+        url: Base URL of the scorer; None: the configured one.
+        path: Begins with a slash.
+        also: Further statuses whose answer counts, beside 200.
+
+    Raises:
+        SmesError: It gave no answer, or another one; or its tokens cannot be read.
+    """
+    url = (url or _configured(config)).rstrip("/")
+    headers = {} if config.scorer.tokens is None else {"authorization": f"Bearer {one_token(config.scorer.tokens)}"}
+    try:
+        response = httpx.get(f"{url}{path}", headers=headers, timeout=_TIMEOUT_S)
+        if response.status_code not in also:
+            response.raise_for_status()
+        answer = response.json()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise SmesError(f"scorer {url}: no answer: {error}; expected a running `smes serve`") from error
+    except ValueError as error:
+        raise SmesError(f"scorer {url}: {path}: no JSON, expected a running `smes serve`") from error
+    if not isinstance(answer, dict):
+        raise SmesError(f"scorer {url}: {path}: expected an object of `smes serve`")
+    return url, answer
 
 
 def freshness_table(figures: dict[str, Any]) -> Table:

@@ -142,7 +142,8 @@ def _gain(gain: Mapping[str, float] | None) -> str:
 
 def _table(cells: Mapping[str, Sequence[str]], *, title: str, left: tuple[str, ...] = ("task",)) -> Table:
     """A narrow table: where the terminal is too narrow for it, titles and names are folded, but no number is."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    lines = box.SIMPLE_HEAD if console.is_terminal else None
+    table = Table(title=title, title_justify="left", box=lines, padding=(0, 1, 0, 0), show_edge=False)
     for column, values in cells.items():
         is_left = column in left
         table.add_column(

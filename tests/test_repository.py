@@ -160,7 +160,7 @@ def test_every_command_and_option_is_documented(path: str) -> None:
 def test_the_options_of_all_commands_are_documented() -> None:
     text = section((ROOT / "docs/operations.md").read_text(), "## Commands")
     intro = text.partition("\n### ")[0]
-    assert options(root_command()) <= set(re.findall(r"`(--?[a-z]+)\b", intro))
+    assert options(root_command()) <= set(re.findall(r"`(--?[a-z-]+)\b", intro))
 
 
 def parse(arguments: list[str]) -> str:

@@ -496,7 +496,7 @@ def assert_answers_with_stored_features(
 
 def test_freshness_of_nobody_is_status_1(capsys: Captured, nobody: str) -> None:
     assert run(["freshness", "--url", f"http://{nobody}"]) == 1
-    assert f"scorer http://{nobody}: no statistics: " in error_line(capsys)
+    assert f"scorer http://{nobody}: no answer: " in error_line(capsys)
 
 
 def test_freshness_of_another_service_is_status_1(capsys: Captured, tmp_path: Path) -> None:
@@ -516,7 +516,7 @@ def test_freshness_of_another_service_is_status_1(capsys: Captured, tmp_path: Pa
     errors = capsys.readouterr().err
 
     assert "/v1/stats: expected the statistics of `smes serve`: KeyError('freshness_ms')" in errors
-    assert "no statistics: Client error '404 File not found'" in errors
+    assert "no answer: Client error '404 File not found'" in errors
 
 
 def test_the_command_is_installed() -> None:
