@@ -194,6 +194,25 @@ class EventLog(Protocol):
         """Release connections, within about a second; idempotent. Errors on the way are logged, not raised."""
 
 
+class ReportingLog(Protocol):
+    """An event log that says where it has put what it was given; every adapter is one.
+
+    A record whose acknowledgement was lost, as when a server dies, is not appended a second time.
+    """
+
+    def append_reporting(self, topic: str, records: Sequence[OutRecord]) -> list[int | None]:
+        """As :meth:`EventLog.append`; the offset of each record, None where the server no longer says it."""
+
+    def ensure_topic(self, topic: str, partitions: int, *, exact: bool = True) -> None:
+        """As :meth:`EventLog.ensure_topic`."""
+
+    def partitions(self, topic: str) -> int:
+        """As :meth:`EventLog.partitions`."""
+
+    def close(self) -> None:
+        """As :meth:`EventLog.close`."""
+
+
 def check_partition_count(topic: str, partitions: int) -> None:
     """Raise ValueError unless a topic can have this many partitions."""
     if partitions < 1:

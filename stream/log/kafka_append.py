@@ -47,7 +47,7 @@ class Appender:
         self._producers: dict[str, KafkaProducer] = {}
         self._addresses: dict[KafkaProducer, frozenset[tuple[str, int]]] = {}  # when it was made
 
-    def append(self, topic: str, name: str, records: Sequence[OutRecord], arrival_ms: int) -> None:
+    def append(self, topic: str, name: str, records: Sequence[OutRecord], arrival_ms: int) -> list[int | None]:
         """Send all records, again where a broker was away.
 
         Args:
@@ -55,6 +55,9 @@ class Appender:
             name: Kafka's name of it.
             records: What to send.
             arrival_ms: Their timestamp.
+
+        Returns:
+            The offset of each record; None where a broker acknowledged it only as one that it had already.
 
         Raises:
             EventLogError, EventLogUnavailable, Stopped: As :meth:`stream.log.event_log.EventLog.append`.
@@ -69,6 +72,7 @@ class Appender:
             raise connection.unavailable(f"append to {name}: {sending.left}", timeout_s, error) from error
         except KafkaError as error:
             raise connection.refused(f"append to {name}: {sending.left}", error) from error
+        return sending.offsets
 
     def compression(self, topic: str) -> str:
         """Of a topic's batches. Dead letters are for people: gzip, because every client reads that."""
@@ -114,12 +118,13 @@ class _Sending:
         self, appender: Appender, compression: str, name: str, records: Sequence[OutRecord], arrival_ms: int
     ) -> None:
         self._appender, self._compression, self._name = appender, compression, name
-        self._count, self._unsent, self._arrival_ms = len(records), list(records), arrival_ms
+        self._unsent, self._arrival_ms = list(enumerate(records)), arrival_ms
+        self.offsets: list[int | None] = [None] * len(records)
 
     @property
     def left(self) -> str:
         """What is left, in words."""
-        return f"{len(self._unsent)} of {self._count} records not acknowledged"
+        return f"{len(self._unsent)} of {len(self.offsets)} records not acknowledged"
 
     def attempt(self) -> None:
         """Send what is left and wait.
@@ -131,7 +136,7 @@ class _Sending:
         self._check_partitions(producer)
         sent: list[FutureRecordMetadata] = []
         try:
-            for record in self._unsent:
+            for _, record in self._unsent:
                 headers = list(record.headers)
                 sent.append(producer.send(self._name, record.value, None, headers, record.partition, self._arrival_ms))
             stuck = self._flush(producer)
@@ -139,7 +144,13 @@ class _Sending:
             stuck = error
         failed = [future for future in sent if not future.succeeded()]
         errors = [future.exception for future in failed]
-        unsent = [r for r, future in zip(self._unsent, sent, strict=False) if not future.succeeded()]
+        unsent = []
+        for one, future in zip(self._unsent, sent, strict=False):
+            if future.succeeded():
+                offset = future.value.offset
+                self.offsets[one[0]] = offset if offset >= 0 else None
+            else:
+                unsent.append(one)
         self._unsent = unsent + self._unsent[len(sent) :]
         if stuck or errors:
             self._raise(producer, stuck, errors)
@@ -159,7 +170,7 @@ class _Sending:
     def _check_partitions(self, producer: KafkaProducer) -> None:
         """Give up a producer that does not know a partition yet; a new one asks the brokers."""
         known = producer.partitions_for(self._name) or set()
-        if missing := {record.partition for record in self._unsent} - known:
+        if missing := {record.partition for _, record in self._unsent} - known:
             self._appender.give_up(producer, flush=True)
             raise UnknownTopicOrPartitionError(f"{self._name}: partitions {sorted(missing)}")
 

@@ -123,6 +123,10 @@ class KafkaLog:
 
     def append(self, topic: str, records: Sequence[OutRecord]) -> None:
         """See :meth:`stream.log.event_log.EventLog.append`: returns once all in-sync replicas hold every record."""
+        self.append_reporting(topic, records)
+
+    def append_reporting(self, topic: str, records: Sequence[OutRecord]) -> list[int | None]:
+        """See :meth:`stream.log.event_log.ReportingLog.append_reporting`."""
         limit = self._connection.config.max_record_bytes
         for record in records:
             self._counts.check(topic, record.partition)
@@ -130,8 +134,8 @@ class KafkaLog:
                 raise EventLogError(f"topic {topic!r}: a record of {len(record.value)} bytes, expected at most {limit}")
         if not records:
             self._counts.check(topic, 0)
-            return
-        self._appender.append(topic, self._name(topic), records, self._now_ms())
+            return []
+        return self._appender.append(topic, self._name(topic), records, self._now_ms())
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
         """See :meth:`stream.log.event_log.EventLog.read`."""

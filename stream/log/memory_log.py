@@ -93,6 +93,11 @@ class InMemoryLog:
 
     def append(self, topic: str, records: Sequence[OutRecord]) -> None:
         """See :meth:`stream.log.event_log.EventLog.append`. After an error, no record was appended."""
+        self.append_reporting(topic, records)
+
+    def append_reporting(self, topic: str, records: Sequence[OutRecord]) -> list[int | None]:
+        """See :meth:`stream.log.event_log.ReportingLog.append_reporting`."""
+        offsets: list[int | None] = []
         with self._changed:
             parts = self._parts(topic)
             for record in records:
@@ -100,8 +105,10 @@ class InMemoryLog:
             arrival_ms = self._now_ms()
             for record in records:
                 part = parts[record.partition]
+                offsets.append(part.end)
                 part.records.append(Record(topic, record.partition, part.end, record.value, record.headers, arrival_ms))
             self._changed.notify_all()
+        return offsets
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
         """See :meth:`stream.log.event_log.EventLog.read`."""

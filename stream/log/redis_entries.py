@@ -1,4 +1,12 @@
-"""Entries of a Redis stream: the fields of our records, and entries that are none."""
+"""Entries of a Redis stream: the fields of records, ours and those of other programs, and entries that are none.
+
+======= ========================================================================================================
+``v``   the value; all that a record must have
+``h``   the headers, as MessagePack: an array of [name, bytes] pairs. Our own entries have it
+``t``   when it was sent, Unix milliseconds. Without it, the milliseconds of an id that Redis chose (``XADD *``)
+others  instead of ``h``: each field is a header of that name, such as ``codec`` and ``schema``
+======= ========================================================================================================
+"""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -12,6 +20,7 @@ Entry = tuple[bytes, dict[bytes, bytes]]
 
 VALUE, HEADERS, ARRIVAL = b"v", b"h", b"t"
 
+_OWN = {VALUE, HEADERS, ARRIVAL}
 _DECODER = msgspec.msgpack.Decoder(tuple[tuple[str, bytes], ...])
 
 
@@ -26,15 +35,22 @@ def record_of(
         now_ms: The arrival time of a record that has none.
     """
     try:
-        value, headers, arrival_ms = fields[VALUE], unpack_headers(fields[HEADERS]), int(fields[ARRIVAL])
+        value, headers = fields[VALUE], _headers(fields)
+        arrival_ms = int(fields[ARRIVAL]) if ARRIVAL in fields else int(entry_id.partition(b"-")[0])
     except KeyError:
         names = ", ".join(sorted(_text(name) for name in fields))
-        reason = f"fields {names}, expected v, h and t of a record of the event log"
+        reason = f"fields {names}, expected v of a record of the event log"
     except ValueError as error:
         reason = f"expected headers and an arrival time of the event log: {error}"
     else:
         return Record(at.topic, at.partition, offset, value, headers, arrival_ms if arrival_ms > 0 else now_ms)
     return UnreadableRecord(at.topic, at.partition, offset, f"entry {entry_id.decode()}", reason, _as_json(fields))
+
+
+def _headers(fields: Mapping[bytes, bytes]) -> Headers:
+    if HEADERS in fields:
+        return unpack_headers(fields[HEADERS])
+    return tuple((name.decode(), value) for name, value in fields.items() if name not in _OWN)
 
 
 def _as_json(fields: Mapping[bytes, bytes]) -> bytes:

@@ -5,7 +5,8 @@ has all of them.
 
 ======================= ====== ==================================================================
 ``topics``              hash   topic → its number of partitions
-``{topic}:{partition}`` stream the records; fields ``v`` (value), ``h`` (headers), ``t`` (arrival)
+``{topic}:{partition}`` stream the records (:mod:`stream.log.redis_entries`)
+``sent:{batch}``        string the id of a batch's first entry, for a minute or two after it was added
 ======================= ====== ==================================================================
 
 Entry ids are ``0-1, 0-2, …`` (``XADD 0-*``), and an offset is the sequence number - 1, as long as nobody else writes
@@ -14,8 +15,9 @@ entry is a gap that is counted, and an entry that is no record of ours is report
 
 A stream's incarnation is the name of a consumer group that nobody uses: it lives and dies with the stream itself.
 
-Appending is *at least once*: an append whose acknowledgement was lost with the connection is sent again. Consumers
-drop duplicates by event id (:mod:`stream.join.joiner`).
+An append whose acknowledgement was lost with the connection is sent again; the server knows it and adds nothing
+twice. A caller that gives up after ``outage_timeout_s`` and appends the same again does: consumers drop duplicates by
+event id (:mod:`stream.join.joiner`).
 """
 
 import threading
@@ -55,6 +57,7 @@ _T = TypeVar("_T")
 _MAX_VALUE_BYTES = 512 * 1024 * 1024  # Redis' proto-max-bulk-len
 _RECORD_OVERHEAD_BYTES = 64  # fields and headers around a record's value
 _FIRST_READ_BYTES_PER_RECORD = 65_536  # a guess, until the first read shows the size of records
+_REMEMBER_S = 60.0  # what was appended, beyond twice the time in which it may be sent again
 _LONGEST_BLOCK_S = 0.25  # a blocking read asks again this often, well within the client's timeout and a stop's
 
 # KEYS[1]: a stream; ARGV[1]: an id. Returns its length, four counters of XINFO, and whether an entry lies after the id.
@@ -132,7 +135,8 @@ class RedisStreamsLog:
         self._now_ms = now_ms
         self._calls = StoppableCalls()
         self._counts = PartitionCounts(self._ask_partitions)
-        self._appender = Appender(client, now_ms, self._config.max_entries_per_partition)
+        keep, remember_s = self._config.max_entries_per_partition, 2 * self._config.outage_timeout_s + _REMEMBER_S
+        self._appender = Appender(client, self._prefix, now_ms, keep, remember_s)
         self._bytes_per_record = float(_FIRST_READ_BYTES_PER_RECORD)
 
     def ensure_topic(self, topic: str, partitions: int, *, exact: bool = True) -> None:
@@ -164,6 +168,11 @@ class RedisStreamsLog:
         Records are as durable as the server makes them. With ``appendonly yes`` and ``appendfsync always``, a killed
         server loses none.
         """
+        self.append_reporting(topic, records)
+
+    def append_reporting(self, topic: str, records: Sequence[OutRecord]) -> list[int | None]:
+        """See :meth:`stream.log.event_log.ReportingLog.append_reporting`."""
+        offsets: list[int | None] = []
         for record in records:
             self._counts.check(topic, record.partition)
             if len(record.value) > _MAX_VALUE_BYTES:
@@ -173,8 +182,9 @@ class RedisStreamsLog:
         for i, record in enumerate(records):
             size += len(record.value) + _RECORD_OVERHEAD_BYTES
             if size >= self._config.append_chunk_bytes or i == len(records) - 1:
-                self._append_chunk(topic, records[start : i + 1])
+                offsets += self._append_chunk(topic, records[start : i + 1])
                 start, size = i + 1, 0
+        return offsets
 
     def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
         """See :meth:`stream.log.event_log.EventLog.read`. Each partition gets an equal share of ``max_records``."""
@@ -213,11 +223,11 @@ class RedisStreamsLog:
         self._calls.close()
         self._client.close()
 
-    def _append_chunk(self, topic: str, records: Sequence[OutRecord]) -> None:
+    def _append_chunk(self, topic: str, records: Sequence[OutRecord]) -> list[int | None]:
         ats = [TopicPartition(topic, record.partition) for record in records]
         placed = [(self._key(at), at, record) for at, record in zip(ats, records, strict=True)]
         send = self._appender.sending(placed, self._server())
-        self._retry_during_outage(f"appending to {topic}", send, ats)
+        return self._retry_during_outage(f"appending to {topic}", send, ats)
 
     def _count(self, max_records: int, partitions: int) -> int:
         """Entries to ask for per partition, at least 1: within the records wanted and the bytes allowed."""

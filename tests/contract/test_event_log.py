@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import cast
 
 import pytest
 import redis
@@ -14,7 +15,7 @@ from kafka import TopicPartition as KafkaPartition
 from smes.errors import EventLogError, PositionOutOfRange
 from smes_io.clock import wall_clock_ms
 from smes_io.redis_access import RedisAccess
-from stream.log.event_log import EventLog, OutRecord, Positions, Record, TopicPartition
+from stream.log.event_log import EventLog, OutRecord, Positions, Record, ReportingLog, TopicPartition
 from stream.log.kafka_log import KafkaLog
 from stream.log.memory_log import InMemoryLog
 from stream.log.redis_log import RedisStreamsLog, connect_log
@@ -153,6 +154,23 @@ def drain(log: EventLog, positions: Positions, max_records: int = 1000) -> tuple
 
 def values(records: list[Record], partition: int = 0) -> list[str]:
     return [r.value.decode() for r in records if r.partition == partition]
+
+
+def test_an_append_says_where_its_records_are(under_test: LogUnderTest) -> None:
+    log = under_test.log
+    log.ensure_topic(TOPIC, 2)
+    log.append(TOPIC, [OutRecord(b"before", (), 1)])
+
+    offsets = cast(ReportingLog, log).append_reporting(TOPIC, [OutRecord(b"%d" % i, (), i % 2) for i in range(7)])
+
+    starts = dict.fromkeys([TopicPartition(TOPIC, 0), TopicPartition(TOPIC, 1)], 0)
+    read: dict[tuple[int, int], bytes] = {}
+    while len(read) < 8:
+        fetch = log.read(starts, max_records=100, timeout_s=1)
+        starts = fetch.positions
+        read |= {(record.partition, record.offset): record.value for record in fetch.records}
+    assert [read[i % 2, offset or 0] for i, offset in enumerate(offsets)] == [b"%d" % i for i in range(7)]
+    assert offsets[0] == 0
 
 
 def test_a_new_topic_is_empty_and_begins_where_it_ends(log: EventLog) -> None:

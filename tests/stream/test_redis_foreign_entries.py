@@ -136,7 +136,7 @@ def test_after_a_foreign_entry_reading_and_appending_go_on(
         assert gaps(fetches) == 0
         assert positions == log.end("t")
         assert (first.place, first.payload) == (f"entry {place}", b'{"foo":"b\\\\xffr"}')
-        assert first.reason == "fields foo, expected v, h and t of a record of the event log"
+        assert first.reason == "fields foo, expected v of a record of the event log"
         assert "headers of 10 bytes" in second.reason
 
 

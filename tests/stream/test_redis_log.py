@@ -193,4 +193,4 @@ def test_a_server_killed_and_restarted_in_mid_run_loses_nothing(
 
     assert errors == []
     assert sorted(set(seen)) == list(range(sent))
-    assert len(seen) - sent <= 10  # at most the append that was under way is there twice
+    assert len(seen) == sent
