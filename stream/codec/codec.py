@@ -7,33 +7,34 @@ codec    ``json`` (one event; also when the header is absent) or ``arrow`` (an I
 schema   ``Schema.hash`` of the producer; must match when present, and must be present for Arrow
 ======== ==============================================================================================
 
+The schema matches, too, if it is one of the *old schemas* that were declared for a change-over. Such events are decoded
+by the schema that they were made with, and then converted (:mod:`smes.schema_change`).
+
 The topic says which kind of event it holds. The wire forms are described in :mod:`stream.codec.json_form` and
 :mod:`stream.codec.arrow_form`, what a good event is in :mod:`stream.codec.validation`. Impressions and feedback are
 both keyed by impression id, so that a join sees both sides of a key in partitions of the same number.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from smes.arrays import I64
+from smes.arrays import I32, I64, Bool
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
+from smes.schema_change import NEW, SchemaChange
 from smes_io.clock import wall_clock_ms
 from stream.codec import arrow_form, encoders, json_form
 from stream.codec.arrow_stream import MAX_ROWS
+from stream.codec.record_headers import MAX_BYTES, Codec, headers
 from stream.codec.validation import Problem, TimeBounds, quoted
 from stream.dead_letters import DeadLetter
 from stream.log.event_log import Headers, OutRecord, Record, TopicPartition
 from stream.topics import FEEDBACK, IMPRESSIONS, partition_of
 
-Codec = Literal["json", "arrow"]
-
-MAX_BYTES: dict[Codec, int] = {"json": 1024 * 1024, "arrow": 64 * 1024 * 1024}
-"""Largest record: one event in JSON, which takes many times its size as Python objects; a batch of events in Arrow."""
+__all__ = ["MAX_BYTES", "Codec", "Decoded", "decode", "encode_feedback", "encode_impressions", "headers"]
 
 _CODECS: dict[bytes, Codec] = {b"json": "json", b"arrow": "arrow"}
 
@@ -46,13 +47,22 @@ class Decoded:
         impressions: The good impressions, in record order.
         feedback: The good feedback, in record order.
         dead: A letter for everything else.
-        unknown_by_source: How many fields of the good events the schema does not know; they were kept out.
+        unknown_by_source: How many fields of the good events the schema does not know; they were kept out. Of an event
+            of an old schema, those that it does not know, and values that the present one has no place for.
+        dropped_by_source: How many good feedback events of old schemas are of tasks that there are no more; they were
+            kept out.
     """
 
     impressions: ImpressionBlock
     feedback: FeedbackBlock
     dead: list[DeadLetter]
     unknown_by_source: Counter[TopicPartition]
+    dropped_by_source: Counter[TopicPartition] = field(default_factory=Counter)
+
+    @property
+    def events(self) -> int:
+        """How many events the records held, without those that were refused."""
+        return len(self.impressions) + len(self.feedback) + self.dropped_by_source.total()
 
     @property
     def unknown_fields(self) -> int:
@@ -79,13 +89,19 @@ class Decoded:
 
 
 def decode(
-    records: Sequence[Record], schema: Schema, *, max_future_ms: int = 300_000, now_ms: int | None = None
+    records: Sequence[Record],
+    schema: Schema,
+    *,
+    changes: Sequence[SchemaChange] = (),
+    max_future_ms: int = 300_000,
+    now_ms: int | None = None,
 ) -> Decoded:
     """Decode records of the topics ``impressions`` and ``feedback``. Bad input never raises: it becomes a letter.
 
     Args:
         records: As read from the log, the topics in any mixture.
         schema: What the events must fit.
+        changes: From old schemas, whose events are accepted, to this one.
         max_future_ms: How far an event's time may lie after the later of its record's arrival and ``now_ms``.
         now_ms: The reader's clock, Unix milliseconds; None asks the wall clock. No event's time lies more than a day
             after it.
@@ -95,21 +111,39 @@ def decode(
     """
     bounds = TimeBounds(max_future_ms, wall_clock_ms() if now_ms is None else now_ms)
     dead: list[DeadLetter] = []
-    runs = _runs(records, schema, dead)
+    runs = _runs(records, schema, {change.was.hash.encode(): change for change in changes}, dead)
     impressions, feedback = [ImpressionBlock.empty(schema)], [FeedbackBlock.empty()]
     unknown: Counter[TopicPartition] = Counter()
-    for codec, run in runs[IMPRESSIONS]:
+    dropped: Counter[TopicPartition] = Counter()
+    for (codec, change), run in runs[IMPRESSIONS]:
         decode_impressions = json_form.decode_impressions if codec == "json" else arrow_form.decode_impressions
-        impressions.append(decode_impressions(run, schema, bounds, dead, unknown))
-    for codec, run in runs[FEEDBACK]:
+        if change is None:
+            impressions.append(decode_impressions(run, schema, bounds, dead, unknown))
+        else:
+            shown = decode_impressions(run, change.was, bounds, dead, unknown)
+            _count(unknown, IMPRESSIONS, shown.partition, change.count_dropped_values(shown))
+            impressions.append(change.impressions(shown))
+    for (codec, change), run in runs[FEEDBACK]:
         decode_feedback = json_form.decode_feedback if codec == "json" else arrow_form.decode_feedback
-        feedback.append(decode_feedback(run, schema, bounds, dead, unknown))
+        if change is None:
+            feedback.append(decode_feedback(run, schema, bounds, dead, unknown))
+        else:
+            outcomes = decode_feedback(run, change.was, bounds, dead, unknown)
+            _count(dropped, FEEDBACK, outcomes.partition, change.task_numbers(outcomes.task) == NEW)
+            feedback.append(change.feedback(outcomes))
     return Decoded(
         impressions=ImpressionBlock.concat(impressions[1:] or impressions),
         feedback=FeedbackBlock.concat(feedback[1:] or feedback),
         dead=dead,
         unknown_by_source=unknown,
+        dropped_by_source=dropped,
     )
+
+
+def _count(counts: Counter[TopicPartition], topic: str, partition: I32, each: I64 | Bool) -> None:
+    """Add what was counted of each row to its partition's count."""
+    for at in np.unique(partition[each > 0]).tolist():
+        counts[TopicPartition(topic, at)] += int(each[partition == at].sum())
 
 
 def encode_impressions(block: ImpressionBlock, schema: Schema, codec: Codec, partitions: int) -> list[OutRecord]:
@@ -153,11 +187,6 @@ def encode_feedback(block: FeedbackBlock, schema: Schema, codec: Codec, partitio
     )
 
 
-def headers(codec: Codec, schema: Schema) -> Headers:
-    """The headers of a record in this codec and schema."""
-    return (("codec", codec.encode()), ("schema", schema.hash.encode()))
-
-
 def _json_records(keys: I64, values: Iterable[bytes], schema: Schema, partitions: int) -> list[OutRecord]:
     head = headers("json", schema)
     routed = zip(values, partition_of(keys, partitions).tolist(), strict=True)
@@ -177,20 +206,25 @@ def _arrow_records(
     return out
 
 
+_Form = tuple[Codec, SchemaChange | None]
+"""How a record is read, and what it has to be converted by."""
+
+
 def _runs(
-    records: Sequence[Record], schema: Schema, dead: list[DeadLetter]
-) -> dict[str, list[tuple[Codec, list[Record]]]]:
-    """Per topic, runs of records of one codec; records whose headers are refused go to ``dead``."""
-    runs: dict[str, list[tuple[Codec, list[Record]]]] = {IMPRESSIONS: [], FEEDBACK: []}
-    verdicts: dict[Headers, Codec | Problem] = {}  # few distinct headers, many records
+    records: Sequence[Record], schema: Schema, changes: Mapping[bytes, SchemaChange], dead: list[DeadLetter]
+) -> dict[str, list[tuple[_Form, list[Record]]]]:
+    """Per topic, runs of records of one form; records whose headers are refused go to ``dead``."""
+    runs: dict[str, list[tuple[_Form, list[Record]]]] = {IMPRESSIONS: [], FEEDBACK: []}
+    verdicts: dict[Headers, _Form | Problem] = {}  # few distinct headers, many records
     for record in records:
         verdict = verdicts.get(record.headers)
         if verdict is None:
-            verdict = verdicts[record.headers] = _codec_of(record.headers, schema)
+            verdict = verdicts[record.headers] = _form_of(record.headers, schema, changes)
         if record.topic not in runs:
             raise ValueError(f"topic {record.topic!r}: expected {IMPRESSIONS!r} or {FEEDBACK!r}")
-        if not isinstance(verdict, Problem) and len(record.value) > MAX_BYTES[verdict]:
-            size = f"{len(record.value)} bytes, expected at most {MAX_BYTES[verdict]} with codec {verdict!r}"
+        if not isinstance(verdict, Problem) and len(record.value) > MAX_BYTES[verdict[0]]:
+            codec = verdict[0]
+            size = f"{len(record.value)} bytes, expected at most {MAX_BYTES[codec]} with codec {codec!r}"
             verdict = Problem("too_large", f"record: {size}")
         if isinstance(verdict, Problem):
             dead.append(DeadLetter.of_record(record, verdict))
@@ -202,7 +236,7 @@ def _runs(
     return runs
 
 
-def _codec_of(record_headers: Headers, schema: Schema) -> Codec | Problem:
+def _form_of(record_headers: Headers, schema: Schema, changes: Mapping[bytes, SchemaChange]) -> _Form | Problem:
     by_name = dict(record_headers)
     name = by_name.get("codec", b"json")
     codec = _CODECS.get(name)
@@ -212,11 +246,15 @@ def _codec_of(record_headers: Headers, schema: Schema) -> Codec | Problem:
     if got is None and codec == "arrow":
         reason = f"header schema: expected {expected} (schema {schema.name!r}), got none with codec 'arrow'"
         return Problem("schema_mismatch", reason, "schema")
-    if got is not None and got != expected.encode():
+    if got is None or got == expected.encode():
+        return codec, None
+    change = changes.get(got)
+    if change is None:
         quoted_hash = got[:64].decode("ascii", "backslashreplace")
         reason = (
             f"header schema: expected {expected} (schema {schema.name!r}), got {quoted_hash}; a header holds only the "
-            "hash: compare the producer's schema file to see which features or tasks differ"
+            "hash: compare the producer's schema file to see which features or tasks differ; events of an earlier "
+            "schema are read if stream.old_schemas names its file"
         )
         return Problem("schema_mismatch", reason, "schema")
-    return codec
+    return codec, change
