@@ -32,9 +32,11 @@ from smes_cli.console import (
     write_report,
 )
 from smes_cli.dead_letters import dead_letters_app
+from smes_cli.evaluate import evaluate
 from smes_cli.features import features_app
 from smes_cli.primed_options import CheckpointFolder, FromFolder, Since, since_ms_of
 from smes_cli.redis_server import redis_server
+from smes_cli.score_file import score
 from smes_cli.snapshots import snapshots_app
 from smes_cli.status import status
 from smes_cli.task_tables import own_experts_table, print_tasks
@@ -54,7 +56,9 @@ app = typer.Typer(
     "130 interrupted.",
 )
 app.command("audit")(audit)
+app.command("evaluate")(evaluate)
 app.command("redis")(redis_server)
+app.command("score")(score)
 app.command("status")(status)
 app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(features_app, name="features")

@@ -85,6 +85,7 @@ class ProgressiveEvaluation(Observer):
         config: Window bounds.
         freeze: Makes a model of the present weights.
         thaw: Makes the model again that a state was taken from, when the weights are those of the same moment.
+        first_window_counts: Whether the GAUC of the first window counts, because its weights have learned something.
 
     Raises:
         ValueError: ``window_s`` is not a whole part of the schema's history window.
@@ -97,10 +98,11 @@ class ProgressiveEvaluation(Observer):
         *,
         freeze: Callable[[], FrozenModel],
         thaw: Callable[[Arrays], FrozenModel],
+        first_window_counts: bool = False,
     ) -> None:
         self._schema, self._freeze, self._thaw = schema, freeze, thaw
         history = schema.history
-        self._arm = config.arm
+        self._arm, self._first_counts = config.arm, first_window_counts
         self._window_ms = round((config.window_s or (history.window_s if history else _DAY_S)) * 1000)
         if history and history.window_ms % self._window_ms:
             raise ValueError(
@@ -150,8 +152,8 @@ class ProgressiveEvaluation(Observer):
         self._unlabelled[self._window.number] = self._window
         self._count_labelled()
         self._before_window += self._window.scored
-        number = self._window.number + 1
-        self._window = RankedWindow(self._schema.num_tasks, number, counts=self._before_window > 0)
+        number, counts = self._window.number + 1, self._first_counts or self._before_window > 0
+        self._window = RankedWindow(self._schema.num_tasks, number, counts=counts)
         self._period = period
         if self._frozen is not None:
             self._frozen.close()
