@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stream.audit_result import AuditResult
 
 _COLUMNS = (
-    "appended", "read", "trained", "waiting", "late", "duplicate", "orphaned", "dead_lettered", "unread",
+    "appended", "read", "trained", "waiting", "late", "duplicate", "orphaned", "dead_lettered", "dropped", "unread",
     "trimmed_unread", "gaps", "reinjected",
 )  # fmt: skip
 

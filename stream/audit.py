@@ -11,7 +11,7 @@ than the trainer; the ledgers are the trainer's own. For every partition of both
     since: from where an earlier audit ended (:mod:`stream.audit_marks`), or ``≥``, as where somebody deleted records.
 ``ledger``
     impressions read = emitted + waiting + late + duplicate; feedback read = attached + corrected + waiting + late +
-    orphaned + duplicate; without those that were refused.
+    orphaned + duplicate; without those that were refused or dropped.
 ``waiting``
     events that wait, by the ledger = events that wait in the join's table.
 ``dead_letters``
@@ -56,6 +56,7 @@ def audit(
     *,
     trained: int,
     not_finite: int,
+    old_schemas: Sequence[Schema] = (),
     marks: Sequence[Mark] = (),
     on_progress: Progress | None = None,
 ) -> AuditResult:
@@ -64,6 +65,7 @@ def audit(
     Args:
         log: The event log.
         schema: That the events must fit.
+        old_schemas: Of which events were read, too, before a change of the schema or during the change-over.
         state: Of the stream, as a checkpoint has it (:mod:`stream.partition_state`).
         trained: Impressions trained on, as the trainer counts them.
         not_finite: Impressions of steps that were not finite, likewise.
@@ -74,14 +76,15 @@ def audit(
         EventLogError, EventLogUnavailable: As the log raises them.
         KeyError: The state is not one of this version.
     """
-    return _Audit(log, schema, state, marks, on_progress or (lambda records: None)).run(trained, not_finite)
+    found = _Audit(log, [schema, *old_schemas], state, marks, on_progress or (lambda records: None))
+    return found.run(trained, not_finite)
 
 
 class _Audit:
     def __init__(
-        self, log: EventLog, schema: Schema, state: Arrays, marks: Sequence[Mark], on_progress: Progress
+        self, log: EventLog, schemas: Sequence[Schema], state: Arrays, marks: Sequence[Mark], on_progress: Progress
     ) -> None:
-        self._log, self._schema, self._state, self._on_progress = log, schema, state, on_progress
+        self._log, self._schemas, self._state, self._on_progress = log, schemas, state, on_progress
         self._imbalances: list[Imbalance] = []
         self._equations = 0
         self._notes: list[str] = []
@@ -104,7 +107,7 @@ class _Audit:
         letters = recount_letters(self._log, {source: spans[source] for source in self._saved})
         self._note_letters(letters)
         ends = self._log.end(IMPRESSIONS) | self._log.end(FEEDBACK)
-        recounter = Recounter(self._log, self._schema, self._on_progress)
+        recounter = Recounter(self._log, self._schemas, letters.refused_schema, self._on_progress)
         partitions = []
         origins: set[int] = set()
         is_whole = True
@@ -199,6 +202,7 @@ class _Audit:
             duplicate=ledger[DUPLICATE],
             orphaned=ledger[ORPHANED],
             dead_lettered=counted.dead_lettered,
+            dropped=refused[4],
             unread=recount.unread,
             trimmed_read=max(0, min(recount.begin, span.position) - began_in(self._state, source).position),
             trimmed_unread=lost.trimmed + max(0, recount.begin - span.position),

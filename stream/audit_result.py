@@ -43,6 +43,7 @@ class PartitionAudit:
         trained: Handed to the trainer; of feedback: attached to an impression, or trained on as a correction.
         waiting: In the join, or in batches not yet taken.
         late, duplicate, orphaned, dead_lettered: Not trained on, and why.
+        dropped: Nor these: feedback of an old schema for tasks that there are no more.
         unread: In the log behind the position.
         trimmed_read: Records that retention took after they were read, in offsets.
         trimmed_unread: Records that retention took unread: they are lost, in offsets. The trainer was told to go on
@@ -68,6 +69,7 @@ class PartitionAudit:
     duplicate: int = 0
     orphaned: int = 0
     dead_lettered: int = 0
+    dropped: int = 0
     unread: int = 0
     trimmed_read: int = 0
     trimmed_unread: int = 0

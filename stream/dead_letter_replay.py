@@ -34,6 +34,7 @@ from smes.arrays import I32, I64, Arrays, Bool
 from smes.errors import PositionOutOfRange
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
+from smes.schema_change import SchemaChange
 from smes_io.clock import wall_clock_ms
 from stream.codec.codec import decode, headers
 from stream.codec.encoders import single_row
@@ -95,7 +96,7 @@ class Replayer:
     Args:
         log: With the dead letters and both topics of events.
         schema: What the events must fit.
-        max_future_ms: As :func:`stream.codec.codec.decode`.
+        changes, max_future_ms: As :func:`stream.codec.codec.decode`.
         adopt_schema: Take the events for those of ``schema``, whatever schema their headers name.
         too_late: Says which events would not be learned from; None: nobody knows.
         now_ms: The reader's clock, Unix milliseconds.
@@ -106,13 +107,14 @@ class Replayer:
         log: EventLog,
         schema: Schema,
         *,
+        changes: Sequence[SchemaChange] = (),
         max_future_ms: int = 300_000,
         adopt_schema: bool = False,
         too_late: TooLate | None = None,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self._log, self._schema, self._max_future_ms, self._now_ms = log, schema, max_future_ms, now_ms
-        self._adopt_schema, self._too_late = adopt_schema, too_late
+        self._changes, self._adopt_schema, self._too_late = changes, adopt_schema, too_late
         self._incarnations: dict[TopicPartition, str] = {}
         self._run = uuid.uuid4().hex[:12]
 
@@ -203,12 +205,13 @@ class Replayer:
             Record(stored.letter.topic, record.partition, i, record.value, record.headers, now_ms)
             for i, (stored, record) in enumerate(made)
         ]
-        decoded = decode(tried, self._schema, max_future_ms=self._max_future_ms, now_ms=now_ms)
+        decoded = decode(tried, self._schema, changes=self._changes, max_future_ms=self._max_future_ms, now_ms=now_ms)
         events = np.bincount(decoded.impressions.offset, minlength=len(made))
         events += np.bincount(decoded.feedback.offset, minlength=len(made))
         problems = {letter.offset: letter.code for letter in decoded.dead}
+        without = "dropped_task" if decoded.dropped_by_source else "unparsable"
         for i in np.flatnonzero(events == 0).tolist():
-            outcome.refused[problems.get(i, "unparsable")] += 1
+            outcome.refused[problems.get(i, without)] += 1
         outcome.events += int(events.sum())
         if self._too_late is not None:
             outcome.too_late = (outcome.too_late or 0) + self._too_late(decoded.impressions, decoded.feedback)

@@ -7,7 +7,7 @@ that the clock ended, if a :class:`stream.batch_journal.BatchJournal` says where
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from smes.errors import PositionOutOfRange
 from smes.events import ExampleBlock
 from smes.ranges import EventSecondsOrZero, PositiveInt, Seconds, check_ranges
 from smes.schema import Schema
+from smes.schema_change import SchemaChange
 from smes_io.clock import wall_clock_ms
 from stream.batch_journal import BatchJournal
 from stream.codec.codec import decode
@@ -47,6 +48,9 @@ class StreamConfig:
             reader's clock, seconds; one more than a day after the reader's clock is refused in any case.
         metadata_refresh_s: How often the log is asked what may have changed: partitions that were added, which are then
             read from their beginning, and topics that were made anew.
+        old_schemas: Schema files of earlier schemas whose events are still read: the change-over from one schema to the
+            next. An event says by its header ``schema`` which one it was made with. Values of features, and feedback of
+            tasks, that there are no more are left out and counted.
         features_from_store: Whether an impression that leaves out all features of its user, or of its item, is trained
             on with those that the feature store had for it at its time.
     """
@@ -57,6 +61,7 @@ class StreamConfig:
     idle_after_s: Seconds = 2.0
     max_future_s: EventSecondsOrZero = 300.0
     metadata_refresh_s: Seconds = 5.0
+    old_schemas: tuple[str, ...] = ()
     features_from_store: bool = True
 
     def __post_init__(self) -> None:
@@ -71,6 +76,7 @@ class ExampleStream:
         config: Join, batch and read bounds.
         log: Where impressions and feedback are read; both topics must exist.
         dead_letters: Where refused events go.
+        changes: From old schemas, whose events are read during a change-over, to this one.
         features: What fills features that impressions leave out; None: nothing does.
         journal: Where the ends of batches are written down; None: a restart does not repeat those that the clock set.
         monotonic: Seconds of a clock that never goes back; it decides only which partitions are idle, when the log is
@@ -88,6 +94,7 @@ class ExampleStream:
         log: EventLog,
         dead_letters: DeadLetterWriter,
         *,
+        changes: Sequence[SchemaChange] = (),
         features: FeatureSource | None = None,
         journal: BatchJournal | None = None,
         monotonic: Callable[[], float] = time.monotonic,
@@ -95,6 +102,7 @@ class ExampleStream:
     ) -> None:
         self._schema, self._config, self._log, self._dead_letters = schema, config, log, dead_letters
         self._features, self._journal, self._monotonic, self._now_ms = features, journal, monotonic, now_ms
+        self._changes = tuple(changes)
         self._max_wait_s = config.batch.max_wait_s
         self._sources = Sources(log, config.metadata_refresh_s, monotonic)
         self.assembler = Assembler(schema, config.join, config.batch, self._sources.positions)
@@ -126,16 +134,17 @@ class ExampleStream:
         self._add(self._sources.refresh_if_due())
         fetch = self._read(min(timeout_s, self._until_overdue_s()))
         now_ms, max_future_ms = self._now_ms(), round(self._config.max_future_s * 1000)
-        decoded = decode(fetch.records, self._schema, max_future_ms=max_future_ms, now_ms=now_ms)
+        decoded = decode(fetch.records, self._schema, changes=self._changes, max_future_ms=max_future_ms, now_ms=now_ms)
         filled = None if self._features is None else self._features.fill(decoded.impressions)  # it may raise
         self._dead_letters.write([*decoded.dead, *map(DeadLetter.of_unreadable, fetch.unreadable)])
         self.assembler.count_refused(decoded.dead_by_source, decoded.unknown_by_source)
+        self.assembler.count_dropped(decoded.dropped_by_source)
         self.assembler.count_passed(fetch.gaps, fetch.unreadable)
         impressions = decoded.impressions
         if filled is not None:
             impressions = filled.impressions
             self.assembler.features.add(impressions.partition, filled.outcome)
-        events = len(decoded.impressions) + len(decoded.feedback)
+        events = decoded.events
         if fetch.records:
             # Grows at once and shrinks slowly: unexpectedly full records cost memory, the reverse a few small reads.
             self._events_per_record = max(1.0, events / len(fetch.records), 0.5 * self._events_per_record)

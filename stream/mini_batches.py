@@ -20,6 +20,7 @@ from smes.ranges import EventSeconds, PositiveInt, Seconds, check_ranges
 from smes.schema import Schema
 from stream.join.joiner import JoinConfig, Joiner, join_sources
 from stream.join.ledgers import StreamLedger
+from stream.left_out_features import FeatureTally
 from stream.log.event_log import TopicPartition, UnreadableRecord
 from stream.partition_state import load_rows, save_rows, state_name
 from stream.topics import FEEDBACK, IMPRESSIONS
@@ -161,6 +162,9 @@ class Assembler:
         self._unknown_fields: Counter[TopicPartition] = Counter()
         self._gaps: Counter[TopicPartition] = Counter()
         self._unreadable: Counter[TopicPartition] = Counter()
+        self._dropped: Counter[TopicPartition] = Counter()
+        self.features = FeatureTally()
+        """Look-ups of features that impressions left out."""
         self._ready: deque[ExampleBlock] = deque()
         self._times: deque[BatchTimes] = deque()  # of the ready batches
         self._joined: deque[tuple[int, float]] = deque()  # examples of the half-filled batch, and when they came
@@ -170,7 +174,7 @@ class Assembler:
     @property
     def _counts_refused(self) -> tuple[Counter[TopicPartition], ...]:
         """The counts of the array ``refused``, in its order."""
-        return self._dead, self._unknown_fields, self._gaps, self._unreadable
+        return self._dead, self._unknown_fields, self._gaps, self._unreadable, self._dropped
 
     @property
     def sources(self) -> tuple[TopicPartition, ...]:
@@ -252,6 +256,10 @@ class Assembler:
         self._dead.update(dead)
         self._unknown_fields.update(unknown_fields)
 
+    def count_dropped(self, dropped: Mapping[TopicPartition, int]) -> None:
+        """Count feedback of old schemas for tasks that there are no more."""
+        self._dropped.update(dropped)
+
     def count_passed(self, gaps: Mapping[TopicPartition, int], unreadable: Iterable[UnreadableRecord]) -> None:
         """Count records that are no longer in the log, and those in it that are no records of ours: dead letters."""
         self._gaps.update(gaps)
@@ -298,7 +306,7 @@ class Assembler:
             late=join.impressions_late,
             duplicate=join.impressions_duplicate,
             dead_lettered=dead[IMPRESSIONS],
-            feedback=join.feedback + dead[FEEDBACK],
+            feedback=join.feedback + dead[FEEDBACK] + self._dropped.total(),
             attached=join.attached,
             corrected=join.corrected,
             feedback_waiting=join.feedback_waiting,
@@ -306,11 +314,13 @@ class Assembler:
             orphaned=join.orphaned,
             feedback_duplicate=join.feedback_duplicate,
             feedback_dead_lettered=dead[FEEDBACK],
+            feedback_dropped=self._dropped.total(),
             unknown_fields=self._unknown_fields.total(),
             gaps=gaps[IMPRESSIONS],
             feedback_gaps=gaps[FEEDBACK],
             unreadable=unreadable[IMPRESSIONS],
             feedback_unreadable=unreadable[FEEDBACK],
+            features=self.features.counts(),
         )
 
     def state(self) -> Arrays:
@@ -318,7 +328,7 @@ class Assembler:
 
         Their names are those of :mod:`stream.partition_state`.
         """
-        state = self._join.state()
+        state = self._join.state() | self.features.state(self.sources)
         for source in self.sources:
             refused = [counts[source] for counts in self._counts_refused]
             state[state_name(source.topic, source.partition, "refused")] = np.array(refused, np.int64)
@@ -338,6 +348,7 @@ class Assembler:
             ValueError: The state has more partitions than this assembler.
         """
         self._join.load_state(state)
+        self.features.load_state(state, self.sources)
         for source in self.sources:
             refused = state.get(state_name(source.topic, source.partition, "refused"), np.zeros(0, np.int64)).tolist()
             for i, counts in enumerate(self._counts_refused):

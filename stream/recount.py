@@ -5,7 +5,7 @@ its rows, or what its letter stands for where it is refused as a whole.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from smes.errors import PositionOutOfRange
@@ -87,6 +87,8 @@ class LetterRecount:
         by_code: Events, whatever log they were on.
         here: Letters on the present logs, by number.
         replayed: Letters that a note says were re-injected, by number.
+        refused_schema: Offsets of records that were refused for the schema that they name. Whether one was depends on
+            the configuration of the trainer that read it.
         foreign: Entries that are neither letters nor notes.
         trimmed: Partition of the topic → the oldest offset kept, where letters were trimmed.
     """
@@ -95,6 +97,7 @@ class LetterRecount:
     by_code: Counter[str] = field(default_factory=Counter)
     here: set[int] = field(default_factory=set)
     replayed: set[int] = field(default_factory=set)
+    refused_schema: defaultdict[TopicPartition, set[int]] = field(default_factory=lambda: defaultdict(set))
     foreign: int = 0
     trimmed: dict[int, int] = field(default_factory=dict)
 
@@ -133,6 +136,8 @@ def _count_letter(entry: StoredLetter, spans: Mapping[TopicPartition, Span], fou
     found.here.add(entry.number)
     if not span.began <= letter.offset < span.position:
         return
+    if letter.code == "schema_mismatch" and letter.row is None:
+        found.refused_schema[source].add(letter.offset)
     count = found.spans[source]
     if letter.code == "unreadable":
         count.unreadable.append((letter.offset, letter.offset + letter.events))
@@ -147,12 +152,21 @@ class Recounter:
 
     Args:
         log: The event log.
-        schema: That the events must fit.
+        schemas: That the events were to fit, the present one first. A record says by its header which one it is of.
+        refused_schema: :attr:`LetterRecount.refused_schema`.
         on_progress: Told what was read.
     """
 
-    def __init__(self, log: EventLog, schema: Schema, on_progress: Progress) -> None:
-        self._log, self._schema, self._on_progress = log, schema, on_progress
+    def __init__(
+        self,
+        log: EventLog,
+        schemas: Sequence[Schema],
+        refused_schema: Mapping[TopicPartition, set[int]],
+        on_progress: Progress,
+    ) -> None:
+        self._log, self._on_progress = log, on_progress
+        self._schema, self._schemas = schemas[0], {schema.hash.encode(): schema for schema in schemas}
+        self._refused_schema = refused_schema
         self._records = 0
 
     def recount(self, source: TopicPartition, span: Span, end: int) -> Recount:
@@ -193,12 +207,17 @@ class Recounter:
 
     def _events(self, records: list[Record]) -> int:
         """How many events the trainer counts in these: good ones and refused ones."""
-        arrow = [record for record in records if dict(record.headers).get("codec") == b"arrow"]
-        others = len(records) - len(arrow)
-        if not arrow:
-            return others
-        decoded = decode(arrow, self._schema)
-        return others + len(decoded.impressions) + len(decoded.feedback) + decoded.dead_by_source.total()
+        by_schema: defaultdict[bytes, list[Record]] = defaultdict(list)
+        for record in records:
+            head = dict(record.headers)
+            source = TopicPartition(record.topic, record.partition)
+            if head.get("codec") == b"arrow" and record.offset not in self._refused_schema.get(source, ()):
+                by_schema[head.get("schema", b"")].append(record)
+        count = len(records) - sum(map(len, by_schema.values()))
+        for name, arrow in by_schema.items():
+            decoded = decode(arrow, self._schemas.get(name, self._schema))
+            count += decoded.events + decoded.dead_by_source.total()
+        return count
 
 
 def _origins(records: Iterable[Record]) -> set[int]:

@@ -68,7 +68,7 @@ class Counted(NamedTuple):
     """What a state has counted of a partition, all incarnations of the log together.
 
     Attributes:
-        read: Events read, those that were refused among them.
+        read: Events read, those that were refused or dropped among them.
         dead_lettered: Events refused.
         gaps: Records passed over.
     """
@@ -255,9 +255,9 @@ class Sources:
 def counted_in(state: Arrays, source: TopicPartition) -> Counted:
     """What a stream's state has counted of a partition; zeros where it knows nothing of it."""
     ledger = state.get(state_name(source.topic, source.partition, "ledger"), np.zeros(len(COLUMNS), np.int64))
-    refused = state.get(state_name(source.topic, source.partition, "refused"), np.zeros(4, np.int64))
-    dead, _, gaps, _ = refused.tolist()[:4]
-    return Counted(int(ledger[READ]) + dead, dead, gaps)
+    refused = state.get(state_name(source.topic, source.partition, "refused"), np.zeros(5, np.int64))
+    dead, _, gaps, _, dropped = refused.tolist()
+    return Counted(int(ledger[READ]) + dead + dropped, dead, gaps)
 
 
 def began_in(state: Arrays, source: TopicPartition) -> Began:

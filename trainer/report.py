@@ -8,6 +8,7 @@ from typing import Any
 
 from smes.model.rows_config import RowCounts
 from stream.join.ledgers import StreamLedger
+from stream.left_out_features import FeatureCounts
 from trainer.arm_figures import ArmFigures
 from trainer.task_figures import Headline, TaskFigures
 
@@ -37,9 +38,10 @@ class EventCounts:
 
 @dataclass(frozen=True, slots=True)
 class FeedbackCounts:
-    """Feedback events read, and where each of them is: ``received`` is the sum of the others, up to ``dead_lettered``.
+    """Feedback events read, and where each of them is: ``received`` is the sum of the others, up to ``dropped``.
 
-    ``corrected`` is feedback that came after its task's wait and was trained on as a correction.
+    ``corrected`` is feedback that came after its task's wait and was trained on as a correction. ``dropped`` is of an
+    old schema, for a task that there is no more.
     ``gaps`` and ``unreadable`` are as in :class:`EventCounts`.
     """
 
@@ -51,6 +53,7 @@ class FeedbackCounts:
     orphaned: int
     duplicate: int
     dead_lettered: int
+    dropped: int
     gaps: int
     unreadable: int
 
@@ -139,6 +142,7 @@ class TrainingReport:
         arms: Arm of the scorer → how well it served, over final labels; see :mod:`trainer.arms_report`. Empty where the
             log does not say what was served.
         arms_left_out: Impressions served by arms beyond those.
+        features: How often features that impressions left out were looked up in the feature store, and what came of it.
         gate: Cuts passed and refused, as :meth:`trainer.gate.PublishGate.summary` has it; None without a gate.
     """
 
@@ -159,6 +163,7 @@ class TrainingReport:
     tasks: dict[str, TaskFigures]
     arms: dict[str, ArmFigures]
     arms_left_out: int
+    features: FeatureCounts
     gate: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,7 +188,10 @@ def conservation_errors(report: dict[str, Any]) -> list[str]:
 
 def ledger_line(ledger: StreamLedger) -> str:
     """One line for people."""
-    return (
+    line = (
         f"{ledger.impressions:,} impressions ({ledger.waiting:,} waiting, {ledger.late:,} late, "
         f"{ledger.duplicate:,} duplicate, {ledger.dead_lettered:,} dead-lettered)"
     )
+    kinds = (ledger.features.user, ledger.features.item)
+    found, missed = sum(kind.from_store for kind in kinds), sum(kind.not_in_store for kind in kinds)
+    return f"{line} · features: {found:,} from store, {missed:,} not in store" if found or missed else line

@@ -51,6 +51,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
             orphaned=ledger.orphaned,
             duplicate=ledger.feedback_duplicate,
             dead_lettered=ledger.feedback_dead_lettered,
+            dropped=ledger.feedback_dropped,
             gaps=ledger.feedback_gaps,
             unreadable=ledger.feedback_unreadable,
         ),
@@ -71,6 +72,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
         tasks=tasks,
         arms=trainer.arms.report(),
         arms_left_out=trainer.arms.left_out,
+        features=ledger.features,
         gate=trainer.gated.gate.summary() if trainer.gated else None,
     )
 

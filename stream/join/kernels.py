@@ -15,7 +15,7 @@ from stream.join.waits import Stages
 
 
 class Impressions(NamedTuple):
-    """A block of impressions, [N] each: entry, partition, event time, own watermark just before it, and unlabelled tasks."""
+    """A block of impressions, [N] each: entry, partition, event time, own watermark before, tasks without label."""
 
     entry: I64
     partition: I32

@@ -6,6 +6,7 @@ A ledger is kept per topic and partition, as one row of :data:`COLUMNS`; the led
 from dataclasses import dataclass
 
 from smes.arrays import I64
+from stream.left_out_features import FeatureCounts
 
 READ, USED, HELD, LATE, DUPLICATE, ORPHANED, CORRECTED = range(7)
 """Columns of a partition's ledger. The first counts all events read; each event is also in one of the others."""
@@ -67,7 +68,7 @@ class StreamLedger:
 
     impressions = handed_out + waiting + late + duplicate + dead_lettered
     feedback = attached + corrected + feedback_waiting + feedback_late + orphaned + feedback_duplicate
-               + feedback_dead_lettered
+               + feedback_dead_lettered + feedback_dropped
 
     Gaps are records that the log no longer holds: they were not read, so they are in neither equation. Unreadable
     records are what the log holds but nobody can read as one of ours; each was read and dead-lettered. So each topic's
@@ -82,9 +83,11 @@ class StreamLedger:
         late, feedback_late, duplicate, feedback_duplicate, orphaned, attached, corrected: See
             :mod:`stream.join.joiner`.
         dead_lettered, feedback_dead_lettered: Refused, with a letter each; the unreadable ones are among them.
+        feedback_dropped: Of old schemas, for tasks that there are no more (:mod:`smes.schema_change`).
         unknown_fields: Fields of good events that the schema does not know; they were kept out.
         gaps, feedback_gaps: Records passed over because somebody deleted them.
         unreadable, feedback_unreadable: Records in the log that are none of ours.
+        features: Look-ups of features that impressions left out.
     """
 
     impressions: int
@@ -101,8 +104,10 @@ class StreamLedger:
     orphaned: int
     feedback_duplicate: int
     feedback_dead_lettered: int
+    feedback_dropped: int
     unknown_fields: int
     gaps: int
     feedback_gaps: int
     unreadable: int
     feedback_unreadable: int
+    features: FeatureCounts

@@ -17,6 +17,7 @@ SECTIONS = {
         "orphaned",
         "duplicate",
         "dead_lettered",
+        "dropped",
         *NOT_READ,
     },
     "throughput": {"trained_per_s"},

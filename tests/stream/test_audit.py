@@ -400,7 +400,7 @@ def test_an_audit_goes_on_where_retention_takes_what_it_reads(log: InMemoryLog) 
     end = log.end(IMPRESSIONS)[SHOWN]
     span = Span("", 0, end)
 
-    recount = Recounter(trimming, SCHEMA, lambda records: None).recount(SHOWN, span, end)  # type: ignore[arg-type]
+    recount = Recounter(trimming, [SCHEMA], {}, lambda records: None).recount(SHOWN, span, end)  # type: ignore[arg-type]
 
     assert trimming.tries == 3
     assert (recount.begin, recount.read) == (40, end - 40)
@@ -423,6 +423,6 @@ def test_the_recount_counts_what_the_decoder_counts(log: InMemoryLog, codec: str
     ends = log.end(IMPRESSIONS)
 
     for at, end in ends.items():
-        recount = Recounter(log, SCHEMA, lambda records: None).recount(at, Span("", 0, end), end)
+        recount = Recounter(log, [SCHEMA], {}, lambda records: None).recount(at, Span("", 0, end), end)
         decoded = decode(log.read({at: 0}, max_records=100_000, timeout_s=0).records, SCHEMA)
         assert recount.read == len(decoded.impressions) + decoded.dead_impressions

@@ -297,10 +297,10 @@ def test_refused_events_and_unknown_fields_are_counted_by_partition() -> None:
     refused = {name: array.tolist() for name, array in state.items() if name.endswith("/refused")}
 
     assert refused == {
-        "impressions/0/refused": [1, 0, 0, 0],
-        "impressions/1/refused": [2, 0, 0, 0],
-        "feedback/0/refused": [0, 0, 0, 0],
-        "feedback/1/refused": [0, 2, 0, 0],
+        "impressions/0/refused": [1, 0, 0, 0, 0],
+        "impressions/1/refused": [2, 0, 0, 0, 0],
+        "feedback/0/refused": [0, 0, 0, 0, 0],
+        "feedback/1/refused": [0, 2, 0, 0, 0],
     }
 
 

@@ -114,8 +114,8 @@ def test_gaps_and_unreadable_records_are_counted_by_partition_and_kept_in_the_st
     restarted = open_stream(log)
     restarted.load_state(state)
 
-    assert state["impressions/1/refused"].tolist() == [0, 0, 1, 0]
-    assert state["feedback/0/refused"].tolist() == [1, 0, 0, 1]
+    assert state["impressions/1/refused"].tolist() == [0, 0, 1, 0, 0]
+    assert state["feedback/0/refused"].tolist() == [1, 0, 0, 1, 0]
     assert restarted.ledger() == stream.ledger()
 
 
