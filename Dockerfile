@@ -37,6 +37,7 @@ COPY trainer trainer
 COPY smes_io smes_io
 COPY smes_scorer smes_scorer
 COPY simulators simulators
+COPY smes_client smes_client
 COPY smes_cli smes_cli
 RUN pip install --no-deps .
 

@@ -158,7 +158,7 @@ def impression_problem(event: object, schema: Schema, arrival_ms: int, bounds: T
         or _required_id(event, ITEM_ID)
         or _time_problem(event, arrival_ms, bounds)
         or _id_problem(event.get("request_id"), "request_id")
-        or _features_problem(event.get("features"), schema)
+        or features_problem(event.get("features"), schema)
         or _served_problem(event.get("served"), schema)
     )
 
@@ -244,34 +244,41 @@ def _number_problem(value: object, name: str) -> Problem | None:
     return Problem("bad_number", f"{name}: expected a finite number (float32), got {quoted(value)}", name)
 
 
-def _features_problem(features: object, schema: Schema) -> Problem | None:
+def features_problem(features: object, schema: Schema, where: str = "features") -> Problem | None:
+    """The first fault of features in their JSON form, in the order of the schema; None when there is none.
+
+    Args:
+        features: Name of a feature → value.
+        schema: What they must fit.
+        where: What holds them, for the names of fields.
+    """
     if features is None:
         return None
     if not isinstance(features, dict):
-        return Problem("bad_type", f"features: expected an object, got {quoted(features)}", "features")
+        return Problem("bad_type", f"{where}: expected an object, got {quoted(features)}", where)
     for feature in schema.features:
         if feature.name not in (USER_ID, ITEM_ID):
-            problem = _feature_problem(features.get(feature.name), feature)
+            problem = _feature_problem(features.get(feature.name), feature, where)
             if problem:
                 return problem
-    return _alignment_problem(features, schema)
+    return _alignment_problem(features, schema, where)
 
 
-def _alignment_problem(features: dict[str, object], schema: Schema) -> Problem | None:
+def _alignment_problem(features: dict[str, object], schema: Schema, holder: str) -> Problem | None:
     """Lengths are compared as kept: what lies beyond ``max_length`` is cut of both."""
     for name, companions in schema.companions.items():
         for feature in companions:
             values = (features.get(name) or (), features.get(feature.name) or ())
             expected, got = map(len, values)  # type: ignore[arg-type]  # lists, or refused before
             if min(expected, feature.max_length) != min(got, feature.max_length):
-                where = f"features.{feature.name}"
-                reason = f"{where}: expected as many ids as features.{name} has, {expected}, got {got}"
+                where = f"{holder}.{feature.name}"
+                reason = f"{where}: expected as many ids as {holder}.{name} has, {expected}, got {got}"
                 return Problem("misaligned", reason, where)
     return None
 
 
-def _feature_problem(value: object, feature: Feature) -> Problem | None:
-    name = f"features.{feature.name}"
+def _feature_problem(value: object, feature: Feature, where: str) -> Problem | None:
+    name = f"{where}.{feature.name}"
     if feature.kind == "numeric":
         return _number_problem(value, name)
     if feature.kind == "id" or value is None:

@@ -93,7 +93,8 @@ def test_the_wheel_holds_nothing_but_our_packages(installed: Path) -> None:
     [site_packages] = (installed.parent / "lib").glob("python*/site-packages")
     names = {path.name for path in site_packages.iterdir()}
 
-    ours = {"smes", "smes_io", "smes_scorer", "smes_cli", "stream", "feature_store", "trainer", "simulators"}
+    ours = {"smes", "smes_io", "smes_scorer", "smes_client", "smes_cli"}
+    ours |= {"stream", "feature_store", "trainer", "simulators"}
     others = {"dependencies.pth", "__pycache__"}
     assert {name for name in names if not name.endswith(".dist-info")} - others == ours
 
