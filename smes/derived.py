@@ -83,6 +83,7 @@ class Derived:
     replaces: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "boundaries", tuple(map(float, self.boundaries)))  # 1 and 1.0 are one schema
         if not self.name:
             raise ValueError("derived feature name: expected a non-empty string")
         check_ranges(self, where=self._where)

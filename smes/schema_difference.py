@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields
 
-from smes.schema import Feature, History, Schema, Task
+from smes.schema import Derived, Feature, History, Schema, Task
 
+_Entries = Sequence[Feature] | Sequence[Derived] | Sequence[Task]
 _MOST = 8  # differences that are named; the others are counted
 
 
@@ -22,6 +23,7 @@ def describe_difference(was: Schema, now: Schema) -> str:
     """
     found = [
         *_named("feature", was.features, now.features),
+        *_named("derived feature", was.derived, now.derived),
         *_named("task", was.tasks, now.tasks),
         *_history(was.history, now.history),
     ]
@@ -42,7 +44,7 @@ def describe_difference_from(was: str | None, now: Schema) -> str:
         return ""
 
 
-def _named(kind: str, was: Sequence[Feature] | Sequence[Task], now: Sequence[Feature] | Sequence[Task]) -> list[str]:
+def _named(kind: str, was: _Entries, now: _Entries) -> list[str]:
     """Entries that came, went and changed, or that are in another order: columns go by it."""
     before, after = {entry.name: entry for entry in was}, {entry.name: entry for entry in now}
     found = [f"new {kind} {name!r}" for name in after if name not in before]

@@ -1,10 +1,10 @@
-"""Schema files: YAML with ``name``, ``features``, ``tasks``, ``history`` and, for logs in files, ``log``.
+"""Schema files: YAML with ``name``, ``features``, ``derive``, ``tasks``, ``history`` and, for logs in files, ``log``.
 
 Unknown keys are refused at every level. Every error is one line with file, key, value and what was expected.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict
 
-from smes.schema import ITEM_ID, USER_ID, Feature, History, Schema, Task
+from smes.schema import ITEM_ID, USER_ID, Derived, Feature, History, Schema, Task
+from smes.schema_matching import Renames
 from smes_io.log_spec import LogSpec
 from smes_io.yaml_file import STRICT, read_mapping, validated
 
@@ -25,6 +26,9 @@ class SchemaFile:
 
     Attributes:
         name, tasks, features, history: As in :class:`smes.schema.Schema`.
+        derive: Its derived features (:class:`smes.derived.Derived`).
+        renamed: New names of features and tasks → the names that they had before. What was learned of them, and events
+            of the schema before, are known by these (:mod:`smes.schema_change`).
         log: Files and columns of the log. None for a schema of live events only.
 
     Raises:
@@ -37,6 +41,8 @@ class SchemaFile:
     tasks: tuple[Task, ...]
     features: tuple[Feature, ...] = ()
     history: History | None = None
+    derive: tuple[Derived, ...] = ()
+    renamed: Renames = field(default_factory=Renames)
     log: LogSpec | None = None
 
     def __post_init__(self) -> None:
@@ -46,7 +52,7 @@ class SchemaFile:
 
     @cached_property
     def schema(self) -> Schema:
-        return Schema(self.name, self.tasks, self.features, self.history)
+        return Schema(self.name, self.tasks, self.features, self.history, self.derive)
 
 
 def load_schema_file(path: str | Path) -> SchemaFile:
@@ -87,7 +93,10 @@ def _check_log(schema: Schema, log: LogSpec) -> None:
         if label.threshold is not None and task.kind != "binary":
             raise ValueError(f"log.labels.{name}.threshold: {label.threshold}, expected none for a regression task")
     features = [f.name for f in schema.features if f.name not in (USER_ID, ITEM_ID)]
+    derived = {d.name for d in schema.derived}
     for name in log.features:
+        if name in derived:
+            raise ValueError(f"log.features.{name}: a derived feature, expected no source for it")
         if name not in features:
             raise ValueError(f"log.features.{name}: unknown feature, expected one of {', '.join(features)}")
         if schema.history is not None and name in (schema.history.items, schema.history.outcomes):
@@ -99,9 +108,11 @@ def _check_log(schema: Schema, log: LogSpec) -> None:
 def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
     """Write out the short forms.
 
-    ``x: name`` stands for ``x: {column: name}``, one pattern for a list of patterns, and ``delimiter: ";"`` for
-    ``csv: {delimiter: ";"}``.
+    ``x: name`` stands for ``x: {column: name}``, one pattern for a list of patterns, ``delimiter: ";"`` for
+    ``csv: {delimiter: ";"}``, and in ``derive`` one name for a list of names.
     """
+    if isinstance(derive := data.get("derive"), list):
+        data = {**data, "derive": [_of_one(entry) for entry in derive]}
     log = data.get("log")
     if not isinstance(log, dict):
         return data
@@ -118,6 +129,10 @@ def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
         if isinstance(table, dict) and isinstance(table.get("files"), str):
             log[section] = {**table, "files": [table["files"]]}
     return {**data, "log": log}
+
+
+def _of_one(entry: Any) -> Any:
+    return {**entry, "of": [entry["of"]]} if isinstance(entry, dict) and isinstance(entry.get("of"), str) else entry
 
 
 def feature_columns(schema: Schema, log: LogSpec) -> Mapping[str, Literal["log", "user", "item"]]:
