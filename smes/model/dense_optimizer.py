@@ -20,8 +20,9 @@ class DenseOptimizer:
     """
 
     def __init__(self, model: RankModel, config: OptimizerConfig) -> None:
-        wide = {n: p for n, p in model.named_parameters() if n == "features.wide_numerics"}
-        others = {n: p for n, p in model.named_parameters() if n not in wide}
+        learned = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        wide = {n: p for n, p in learned.items() if n == "features.wide_numerics"}
+        others = {n: p for n, p in learned.items() if n not in wide}
         groups: list[dict[str, Any]] = [
             {"params": [*others.values()]},
             {"params": [*wide.values()], "weight_decay": 0.0},

@@ -146,7 +146,7 @@ class _Part:
     def __call__(self, embedding_BWD: Tensor, pool_BW: Tensor | None) -> Tensor:
         x_BWD = embedding_BWD[:, self.columns, : self.dim]
         if not self.is_list:
-            return x_BWD.reshape(len(x_BWD), -1)
+            return x_BWD.flatten(1)
         assert pool_BW is not None, "a schema with bags or sequences has pool weights"
         return (x_BWD * pool_BW[:, self.columns].unsqueeze(2)).sum(dim=1)
 
@@ -194,6 +194,31 @@ def _sequences(schema: Schema, embedding_dim: int) -> tuple[_Sequence, ...]:
             entries = tuple(schema.id_slices[name] for name in names)
             sequences.append(_Sequence(_dim(feature, embedding_dim), target, entries))
     return tuple(sequences)
+
+
+def input_columns(schema: Schema, embedding_dim: int) -> list[tuple[str, str, int]]:
+    """What each of the I columns of the output is: (feature, which part of it, place in that part).
+
+    Args:
+        schema: What the model reads (:attr:`smes.schema.Schema.inputs`).
+        embedding_dim: D.
+    """
+    columns = []
+    if embedding_dim:
+        for part, features in (
+            ("embedding", schema.id_features),
+            ("attention", [f for f in schema.id_features if f.query is not None]),
+        ):
+            for feature in features:
+                width = _dim(feature, embedding_dim) * (2 if part == "attention" else 1)
+                columns += [(feature.name, part, i) for i in range(width)]
+    return columns + numeric_columns(schema)
+
+
+def numeric_columns(schema: Schema) -> list[tuple[str, str, int]]:
+    """The same of the N columns made from numeric features, which come last."""
+    numerics = schema.numeric_features
+    return [(f.name, "value", 0) for f in numerics] + [(f.name, "missing", 0) for f in numerics if f.indicator]
 
 
 def _dim(feature: Feature, embedding_dim: int) -> int:

@@ -16,8 +16,12 @@ from smes.model.ids import IdKeys
 from smes.model.row_ages import RowAges
 from smes.model.row_keys import KeysView, RowKeys
 from smes.model.rows_config import RowCounts, RowsConfig
+from smes.reserved import ReservedArray
 from smes.schema import Schema
 
+UNKNOWN = -1
+"""In place of the vocabulary of a row of which it is not known: one that every table has, or a loaded one whose id was
+not seen yet."""
 _NO_ROWS: I64 = np.zeros(0, np.int64)
 
 
@@ -75,6 +79,8 @@ class IdRows:
         self._ages: RowAges | None = None
         if config.gives_rows_back or half_life_s is not None or frequency_power:
             self._ages = RowAges(config, names, half_life_s=half_life_s, frequency_power=frequency_power)
+        self._vocabulary_R = ReservedArray(np.int16)  # of each row's id, UNKNOWN where it was never seen
+        self._any_unknown = False
         self._map = IdMap()
         self._keys = RowKeys(lambda: self._map.key_by_row)
         self._removed: list[I64] | None = None
@@ -125,6 +131,10 @@ class IdRows:
         rows_K = self._map.find(keys_K)
         absent = np.flatnonzero(rows_K == ABSENT)
         vocabulary = self.ids.vocabulary_W[first_K % ids_BW.shape[1]]
+        if self._any_unknown:
+            seen = rows_K != ABSENT
+            self._vocabulary_R.array[rows_K[seen]] = vocabulary[seen]
+            self._vocabulary_R.array[self._required_rows] = UNKNOWN
         admitted = self._admitted(keys_K[absent], times_K[absent], vocabulary[absent])
         if self._ages is not None:
             known = np.flatnonzero(rows_K != ABSENT)
@@ -135,6 +145,7 @@ class IdRows:
             admitted[admitted] = fits
         new, others = absent[admitted], absent[~admitted]
         rows_K[new] = born = self._adopt(keys_K[new])
+        self._vocabulary_R.array[born] = vocabulary[new]
         self._born += len(born)
         if self._ages is not None:
             self._ages.born(born, vocabulary[new])
@@ -154,6 +165,7 @@ class IdRows:
         known = self.num_rows
         rows = self._adopt(keys_N)
         born = rows[rows >= known]
+        self._any_unknown = True
         self._born += len(born)
         if self._ages is not None:
             self._ages.born_unknown(born)
@@ -181,7 +193,8 @@ class IdRows:
     def state(self) -> Arrays:
         """What :meth:`load_state` continues from, beside the keys; copies."""
         counts = np.array([self._born, self._expired, self._replaced, self._turned_away])
-        state: Arrays = {"free": self._map.free_rows.copy(), "counts": counts}
+        vocabulary = self._vocabulary_R.array[: self.num_rows].copy()
+        state: Arrays = {"free": self._map.free_rows.copy(), "counts": counts, "vocabulary": vocabulary}
         if self._ages is not None:
             state |= prefixed("ages.", self._ages.state())
         if self._sightings is not None:
@@ -214,6 +227,10 @@ class IdRows:
                 "rows of the id table: the default or shared rows of a vocabulary are missing; expected the schema and "
                 "the shared_rows that the state was made with"
             )
+        self._vocabulary_R.reserve(len(keys_R))
+        self._vocabulary_R.array[: len(keys_R)] = state["vocabulary"]
+        unknown = int((state["vocabulary"][rows] == UNKNOWN).sum())
+        self._any_unknown = unknown > len(self._required_rows)
         if self._sightings is not None and "sightings.counters" in state:
             self._sightings.load_state(under("sightings.", state))
         if self._ages is not None and "ages.clock" in state:
@@ -233,8 +250,11 @@ class IdRows:
         return admitted
 
     def _adopt(self, keys_N: I64) -> I64:
+        known = self.num_rows
         rows = self._map.insert(keys_N)
         self._keys.born(rows)
+        self._vocabulary_R.reserve(self.num_rows)
+        self._vocabulary_R.array[rows[rows >= known]] = UNKNOWN
         return rows
 
     def _give_back(self, rows_N: I64) -> int:

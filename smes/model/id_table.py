@@ -18,7 +18,7 @@ from smes.model.ids import IdKeys, uniform_rows
 from smes.model.row_keys import KeysView
 from smes.model.rows_config import RowsConfig
 from smes.model.table import RecordTable
-from smes.model.table_layout import ColumnGroup
+from smes.model.table_layout import column_groups
 from smes.model.table_view import TableView
 from smes.model.tables import open_table
 from smes.schema import Schema
@@ -54,9 +54,7 @@ class IdTable:
     ) -> None:
         self._schema, self._model, self._optimizer, self._config = schema, model, optimizer, rows
         self._device, self._seed = device, seed
-        self._groups = [ColumnGroup("embedding", model.table_dim, optimizer.embedding)] if model.table_dim else []
-        if model.wide:
-            self._groups.append(ColumnGroup("wide", schema.num_tasks, optimizer.wide))
+        self._groups = column_groups(model, optimizer, schema.num_tasks)
         self._empty()
         self._bear(self.rows.required)
 

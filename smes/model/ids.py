@@ -150,3 +150,19 @@ def _uniform(keys_N: I64, columns: int, scale: np.float32) -> F32:  # pragma: no
             unit = np.float32(np.int64(bits >> np.uint64(40))) * np.float32(2.0**-23) - np.float32(1.0)
             weights[n, c] = unit * scale
     return weights
+
+
+def keys_of(ids_N: I64, vocabulary: str) -> I64:
+    """The keys of ids of a vocabulary. int64 [N] → int64 [N]."""
+    keys: I64 = _mix(ids_N.reshape(-1, 1), np.array([_salt(vocabulary)], np.int64))
+    return keys
+
+
+def ids_of(keys_N: I64, vocabulary: str) -> I64:
+    """The inverse of :func:`keys_of`: the hash is a bijection. int64 [N] → int64 [N]."""
+    x = np.ascontiguousarray(keys_N).view(np.uint64).copy()
+    for shift, multiplier in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        x ^= (x >> np.uint64(shift)) ^ (x >> np.uint64(2 * shift))
+        x *= np.uint64(pow(multiplier, -1, 1 << 64))
+    ids: I64 = x.view(np.int64) ^ np.int64(_salt(vocabulary))
+    return ids

@@ -26,7 +26,7 @@ from smes.model.frozen import FrozenRows, FrozenWeights, KeptState
 from smes.model.id_table import IdTable
 from smes.model.ids import pool_weights
 from smes.model.numeric_moments import NumericMoments
-from smes.model.rank_model import ModelOutput, build_model
+from smes.model.rank_model import ModelOutput, build_model, form_of
 from smes.model.rows_config import RowCounts, RowsConfig
 from smes.model.step_watcher import StepWatcher
 from smes.model.table import RowGradients
@@ -99,17 +99,22 @@ class Learner:
         self._unsettled: deque[tuple[Callable[[], bool], int]] = deque()
         self._device = open_device(device)
         self._table = IdTable(schema, model, optimizer, rows, self._device.device, seed)
-        self._model = build_model(schema, model, seed)
+        self._optimizer, self._seed = optimizer, seed
+        self._build({})
         self._model.shared_rows_V.copy_(torch.from_numpy(self._table.rows.ids.shared_rows))
-        self._model.to(self._device.device)
-        self._dense = DenseOptimizer(self._model, optimizer)
-        assert isinstance(self._model.ranker, torch.nn.Module), "every ranker is one"
-        self._undo = Undo(self._model.ranker)
         self._numerics = NumericMoments(schema)
         self._derive = Derivations(schema)
         self._quantiles = StreamQuantiles(self._derive)
         self._finder = self._new_finder()
         self._watcher: StepWatcher | None = None
+
+    def _build(self, weights: Mapping[str, Tensor]) -> None:
+        """A new model, of the form that these weights need, and its optimiser."""
+        self._model = build_model(self.schema, self.config, self._seed, weights)
+        self._model.to(self._device.device)
+        self._dense = DenseOptimizer(self._model, self._optimizer)
+        assert isinstance(self._model.ranker, torch.nn.Module), "every ranker is one"
+        self._undo = Undo(self._model.ranker)
 
     @property
     def step_number(self) -> int:
@@ -167,11 +172,14 @@ class Learner:
         when the next step has started, and the moments of the numeric features count the batch all the same.
         """
         batch.receive(self._device)
+        if self._model.before is not None:  # the model before scores until a step is known to be taken
+            self._settle(0)
         model, total_weight = self._model, batch.weight_B.sum()
         cells = self._table.records.cells(batch.rows_U, batch.cells_BW)
         self._undo.save()
-        output = model(batch.inputs(cells), self._device.autocast())
-        scores = model.tasks.scores(output.logits_BT.detach())
+        inputs = batch.inputs(cells)
+        output = model(inputs, self._device.autocast())
+        scores = model.scores(output, inputs, self._device.autocast())
         delayed = batch.delayed_weights(output.logits_BT)
         loss = model.tasks.loss(output.logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B, delayed)
         if output.ranker.auxiliary_loss is not None:
@@ -236,6 +244,7 @@ class Learner:
         while len(self._unsettled) > left:
             read, instances = self._unsettled.popleft()
             if read():
+                self._model.before = None
                 continue
             self._steps -= 1
             if isinstance(self._model.ranker, CountingRanker):
@@ -398,7 +407,10 @@ class Learner:
             self._steps = step_number
 
     def _load_dense(self, state: Mapping[str, Tensor]) -> None:
-        self._model.load_state_dict(under("dense.", state))
+        weights = under("dense.", state)
+        if form_of(weights) or form_of(self._model.state_dict()):
+            self._build(weights)
+        self._model.load_state_dict(weights)
         self._load_numerics(state)
 
     def _load_numerics(self, state: Mapping[str, Tensor]) -> None:
@@ -425,11 +437,13 @@ class Learner:
         residual_BT = self._model.tasks.residuals(
             logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B, batch.delayed_weights(logits_BT)
         )
-        groups = finder.observe(output.x_BI.detach(), residual_BT, taken)
+        founders = list(ranker.founders)
+        groups = finder.observe(output.x_BI.detach(), residual_BT[:, founders], taken)
         if groups is not None:
             ranker.regroup(groups)
             if self._watcher is not None:
-                self._watcher.regroup(groups)
+                alone = [(t,) for t in range(self.schema.num_tasks) if t not in founders]
+                self._watcher.regroup((*(tuple(founders[i] for i in group) for group in groups), *alone))
         if finder.done:
             self._finder = None
 

@@ -4,7 +4,7 @@ Letters: B instances, T tasks, H width of a task's representation.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smes.arrays import under
+from smes.derive import UNKNOWN, count_boundaries
+from smes.model.before import before_of
 from smes.model.borrowing import LabelRegression
 from smes.model.config import ModelConfig, RankerName, RareTasksConfig
 from smes.model.delayed_feedback import DelayedWeights
@@ -23,7 +26,8 @@ from smes.rankers.mmoe import MMoE
 from smes.rankers.ple import PLE
 from smes.rankers.ranker import Ranker, RankerOutput, RoutedRanker, RunningMoments
 from smes.rankers.shared_bottom import SharedBottom
-from smes.rankers.sparse.ranker import SMES
+from smes.rankers.sparse.ranker import SMES, declared_structure
+from smes.rankers.structure import Structure, structure_of
 from smes.schema import Schema
 
 
@@ -204,16 +208,42 @@ def _uniform(num_tasks: int, d_in: int, d_out: int) -> Tensor:
 
 
 RANKERS: dict[RankerName, Callable[[int, Schema, ModelConfig], Ranker]] = {
-    "home": lambda i, s, c: HoME(i, task_groups("HomeConfig.groups", s, c.home.groups), c.home),
+    "home": lambda i, s, c: _home(i, s, c, ranker_structure(s, c)),
     "linear": lambda i, s, c: LinearRanker(),
     "mmoe": lambda i, s, c: MMoE(i, s.num_tasks, c.mmoe),
     "ple": lambda i, s, c: PLE(i, s.num_tasks, c.ple),
     "shared_bottom": lambda i, s, c: SharedBottom(i, s.num_tasks, c.shared_bottom),
-    "smes": lambda i, s, c: SMES(
-        i, s.num_tasks, c.smes, task_groups("GroupsConfig.declared", s, c.smes.groups.declared)
-    ),
+    "smes": lambda i, s, c: SMES(i, s.num_tasks, c.smes, structure=ranker_structure(s, c)),
 }
 """Ranker name → (input width, schema, configuration) → a module that is a :class:`smes.rankers.ranker.Ranker`."""
+
+
+def ranker_structure(schema: Schema, config: ModelConfig) -> Structure:
+    """The routers or groups that a configuration gives the tasks, before any change of the schema.
+
+    Raises:
+        ValueError: The configuration names a task that the schema does not have, or does not fit the number of tasks.
+    """
+    if config.ranker == "smes":
+        group_T = task_groups("GroupsConfig.declared", schema, config.smes.groups.declared)
+        return declared_structure(schema.num_tasks, config.smes, group_T)
+    group_T = (0,) * schema.num_tasks
+    if config.ranker == "home":
+        group_T = task_groups("HomeConfig.groups", schema, config.home.groups)
+    groups = max(group_T) + 1
+    return Structure(group_T, tuple(range(groups)), (1 / groups,) * groups, (0,) * schema.num_tasks)
+
+
+def _home(input_dim: int, schema: Schema, config: ModelConfig, structure: Structure) -> HoME:
+    return HoME(input_dim, structure.router_T, config.home, len(structure.group_R))
+
+
+def _ranker(input_dim: int, schema: Schema, config: ModelConfig, structure: Structure | None) -> Ranker:
+    if structure is None or config.ranker not in ("smes", "home"):
+        return RANKERS[config.ranker](input_dim, schema, config)
+    if config.ranker == "home":
+        return _home(input_dim, schema, config, structure)
+    return SMES(input_dim, schema.num_tasks, config.smes, structure=structure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,24 +264,38 @@ class ModelOutput:
 class RankModel(nn.Module):
     """The dense part of the model: all weights but the rows of the id table.
 
-    It says of its id table how many rows those ids share that have none of their own (:class:`smes.model.ids.IdKeys`).
+    It says of its id table how many rows those ids share that have none of their own (:class:`smes.model.ids.IdKeys`),
+    and of derived features where quantile buckets end (:class:`smes.quantiles.StreamQuantiles`). It computes with
+    neither.
 
     Args:
         schema: Features and tasks.
         config: Which ranker, its shape, and the layers around it.
+        weights: The weights that will be loaded, if there are any: they tell what changes of the schema have left
+            (``structure.*``, ``before.*``). None: the model is as the configuration says.
+
+    Attributes:
+        structure: The routers or groups of the tasks, where they are others than the configuration's.
+        before: The model of the schema before, right after a change.
     """
 
     shared_rows_V: Tensor
+    boundaries_Q: Tensor
 
-    def __init__(self, schema: Schema, config: ModelConfig) -> None:
+    def __init__(self, schema: Schema, config: ModelConfig, weights: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        vocabularies = {f.vocabulary_name for f in schema.id_features}
+        vocabularies = {f.vocabulary_name for f in schema.inputs.id_features}
         self.register_buffer("shared_rows_V", torch.zeros(len(vocabularies), dtype=torch.int64))
+        if num_boundaries := count_boundaries(schema):
+            self.register_buffer("boundaries_Q", torch.full((num_boundaries,), float(UNKNOWN)))
         self.features = FeatureLayer(schema, config.table_dim, wide=config.wide)
-        self.ranker = RANKERS[config.ranker](self.features.output_dim, schema, config)
+        structure = structure_of(under("structure.", weights or {}), schema.num_tasks)
+        self.structure = None if structure is None else _Stored(structure.tensors())
+        self.ranker = _ranker(self.features.output_dim, schema, config, structure)
         width = self.ranker.output_dim
         self.heads = TaskHeads(schema.num_tasks, width, config.head_dim) if width else None
         self.tasks = TaskOutputs(schema, config.rare)
+        self.before = before_of(under("before.", weights or {}), schema)
 
     def forward(self, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None) -> ModelOutput:
         """Logits of B ≥ 1 instances. ``autocast`` sets the precision of the ranker and the heads only."""
@@ -264,6 +308,13 @@ class RankModel(nn.Module):
             wide_BT = wide_BT * self.tasks.trust()
         first, *others = (part.float() for part in (wide_BT, heads_BT) if part is not None)
         return ModelOutput(self.tasks.logits(sum(others, start=first)), output, x_BI)
+
+    def scores(
+        self, output: ModelOutput, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None
+    ) -> Tensor:
+        """The scores of a forward pass; right after a change of the schema those of the model before. [B, T]."""
+        scores_BT = self.tasks.scores(output.logits_BT.detach())
+        return scores_BT if self.before is None else self.before.put_scores(scores_BT, inputs, autocast)
 
     def _scale_gradient(self, tasks_BTH: Tensor | None) -> None:
         """Multiply each task's gradient on its way into the ranker. Heads and linear part keep theirs."""
@@ -289,8 +340,31 @@ class RankModel(nn.Module):
         return choices_BTK
 
 
-def build_model(schema: Schema, config: ModelConfig, seed: int) -> RankModel:
-    """Build a model whose first weights depend on ``seed`` alone. Torch's global random state does not change."""
+class _Stored(nn.Module):
+    """Tensors that are part of the weights."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+def form_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those weights that tell which form a model has beside its configuration: what changes of the schema have left."""
+    return {name: tensor for name, tensor in weights.items() if name.startswith(("structure.", "before."))}
+
+
+def build_model(
+    schema: Schema, config: ModelConfig, seed: int, weights: Mapping[str, Tensor] | None = None
+) -> RankModel:
+    """Build a model whose first weights depend on ``seed`` alone. Torch's global random state does not change.
+
+    Args:
+        schema: Features and tasks.
+        config: Which ranker, its shape, and the layers around it.
+        seed: ≥ 0.
+        weights: As for :class:`RankModel`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return RankModel(schema, config)
+        return RankModel(schema, config, weights)

@@ -82,7 +82,7 @@ class ServingModel:
         own = under("dense.", dense)
         try:
             with OnlyAsLargeAs(own):
-                self._model = RankModel(schema, model)
+                self._model = RankModel(schema, model, own)
             check_types(self._model.state_dict(), own)
             self._model.load_state_dict(own)
             for name, tensor in own.items():
@@ -130,18 +130,27 @@ class ServingModel:
         self._check(ids, numerics)
         if len(ids) == 0:
             return np.zeros((0, self.schema.num_tasks), np.float32)
+        with torch.inference_mode():
+            inputs = self.inputs(ids, numerics, now_ms)
+            scores: F32 = self._model.scores(self._model(inputs), inputs).cpu().numpy()
+        return scores
+
+    @property
+    def dense(self) -> RankModel:
+        """The dense part: from the inputs that :meth:`inputs` reads to scores. Its weights must not change."""
+        return self._model
+
+    def inputs(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> FeatureInputs:
+        """What the dense part reads of N ≥ 1 instances; arguments as of :meth:`score`."""
         read = self._derive(ids, numerics, now_ms, self._boundaries_Q)
         rows = self._rows.read(read.ids)
         pool_NW = pool_weights(self.schema, read.ids)
-        with torch.inference_mode():
-            inputs = FeatureInputs(
-                embedding_BWD=self._sent(rows.get("embedding")),
-                wide_BWT=self._sent(rows.get("wide")),
-                pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(self._device),
-                numerics_BF=torch.tensor(read.numerics, dtype=torch.float32, device=self._device),
-            )
-            scores: F32 = self._model.tasks.scores(self._model(inputs).logits_BT).cpu().numpy()
-        return scores
+        return FeatureInputs(
+            embedding_BWD=self._sent(rows.get("embedding")),
+            wide_BWT=self._sent(rows.get("wide")),
+            pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(self._device),
+            numerics_BF=torch.tensor(read.numerics, dtype=torch.float32, device=self._device),
+        )
 
     def _sent(self, rows: Tensor | None) -> Tensor | None:
         return None if rows is None else rows.to(self._device)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from smes.model.config import AdagradConfig
+from smes.model.config import AdagradConfig, ModelConfig, OptimizerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,12 @@ class ColumnGroup:
     def accumulators(self) -> int:
         """How many accumulators a row has for it: one, or one per weight."""
         return 1 if self.config.row_wise else self.columns
+
+
+def column_groups(model: ModelConfig, optimizer: OptimizerConfig, num_tasks: int) -> list[ColumnGroup]:
+    """The groups of a model's table: embeddings, and the linear part's weight for each task; those that it has."""
+    groups = [ColumnGroup("embedding", model.table_dim, optimizer.embedding)] if model.table_dim else []
+    return [*groups, ColumnGroup("wide", num_tasks, optimizer.wide)] if model.wide else groups
 
 
 @dataclass(frozen=True, slots=True)

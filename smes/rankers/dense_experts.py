@@ -85,16 +85,23 @@ class Gates(nn.Module):
         num_gates: G.
         num_experts: N.
         allowed: Per gate, which experts it may use (at least one); None for all.
+        stored: Whether ``allowed`` is part of the weights.
     """
 
     allowed_GN: Tensor | None
 
     def __init__(
-        self, input_dim: int, num_gates: int, num_experts: int, allowed: list[list[bool]] | None = None
+        self,
+        input_dim: int,
+        num_gates: int,
+        num_experts: int,
+        allowed: list[list[bool]] | None = None,
+        *,
+        stored: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(uniform(num_gates, input_dim, num_experts))
-        self.register_buffer("allowed_GN", None if allowed is None else torch.tensor(allowed), persistent=False)
+        self.register_buffer("allowed_GN", None if allowed is None else torch.tensor(allowed), persistent=stored)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, D], one input for all gates, or [G, B, D], one per gate → weights [G, B, N], 0 where not allowed."""

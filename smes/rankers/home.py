@@ -19,16 +19,19 @@ class HoME(nn.Module):
 
     Args:
         input_dim: I.
-        group_T: The group of each task, numbered from 0 without gaps.
+        group_T: The group of each task, numbered from 0.
         config: Its shape.
+        num_groups: G; None: those that have a task.
     """
 
     expert_limits: ExpertLimits | None = None
     group_T: Tensor
 
-    def __init__(self, input_dim: int, group_T: Sequence[int], config: HomeConfig) -> None:
+    def __init__(
+        self, input_dim: int, group_T: Sequence[int], config: HomeConfig, num_groups: int | None = None
+    ) -> None:
         super().__init__()
-        num_tasks, num_groups = len(group_T), max(group_T) + 1
+        num_tasks, num_groups = len(group_T), num_groups or max(group_T) + 1
         self.encoder = Encoder(input_dim, config.encoder_dims)
         width = self.encoder.output_dim
         self.output_dim = H = config.expert_dims[-1]

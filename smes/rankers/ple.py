@@ -59,7 +59,8 @@ class _Level(nn.Module):
             allowed.append([True] * len(stream_N))
         self.register_buffer("stream_N", torch.tensor(stream_N), persistent=False)
         self.experts = DenseExperts(len(stream_N), input_dim, config.expert_dims)
-        self.gates = Gates(input_dim, len(allowed), len(stream_N), allowed)
+        # A task that a schema change brings has experts that the shared stream does not read: weights say so.
+        self.gates = Gates(input_dim, len(allowed), len(stream_N), allowed, stored=not last)
 
     def forward(self, x_GBD: Tensor) -> Tensor:
         y_NBH = self.experts(x_GBD.index_select(0, self.stream_N))

@@ -224,7 +224,13 @@ class GroupSearch(Protocol):
 
 @runtime_checkable
 class GroupingRanker(Protocol):
-    """A ranker that routes by task groups, declared or found from the stream."""
+    """A ranker that routes by task groups, declared or found from the stream.
+
+    Attributes:
+        founders: The tasks that groups are found for; in groups they are numbered as they stand here.
+    """
+
+    founders: tuple[int, ...]
 
     def group_finder(self) -> GroupSearch | None:
         """A new search for the groups; None where they are declared."""

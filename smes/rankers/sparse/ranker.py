@@ -11,16 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.rankers.ranker import Clusters, Encoder, ExpertLimits, RankerOutput, RoutingStats
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.experts import EXPERT_FORMS, combine, dispatch
+from smes.rankers.sparse.experts import EXPERT_FORMS, combine, dispatch, dispatch_all
 from smes.rankers.sparse.groups import GroupFinder
+from smes.rankers.sparse.newcomers import Newcomers, SharedExperts
 from smes.rankers.sparse.router import BALANCE_LOSSES, Router
 from smes.rankers.sparse.routing import EarlyChoice, Routing, early_stages, expert_load
+from smes.rankers.structure import Structure
 
 
 class TaskReads(nn.Module, ABC):
@@ -67,31 +70,21 @@ class DeclaredReads(TaskReads):
     """Declared groups: each task reads one router, its own or its group's, for good.
 
     Args:
-        group_T: The group of each task, numbered from 0 without gaps.
-        config: Shape of the ranker.
-
-    Raises:
-        ValueError: ``stage_one_weights`` has another length than T, or no positive sum.
+        structure: Its routers; newcomers are left out.
     """
 
     router_T: Tensor
 
-    def __init__(self, group_T: tuple[int, ...], config: SmesConfig) -> None:
-        router_T = group_T if config.router.per == "group" else tuple(range(len(group_T)))
-        group_of = dict(zip(router_T, group_T, strict=True))
-        super().__init__(tuple(group_of[r] for r in range(len(group_of))))
-        self._one_each = config.router.per == "task"
-        weights = config.stage_one_weights or (1.0,) * len(group_T)
-        if len(weights) != len(group_T) or not sum(weights) > 0:
-            wanted = f"expected {len(group_T)} weights, at least one of them positive"
-            raise ValueError(f"SmesConfig.stage_one_weights: {list(weights)}, {wanted}")
-        self._weights = weights
+    def __init__(self, structure: Structure) -> None:
+        super().__init__(structure.group_R)
+        router_T = [structure.router_T[t] for t in structure.founders]
+        self._one_each = router_T == list(range(len(structure.group_R)))
+        self._weights = structure.weight_R
         self.register_buffer("router_T", torch.tensor(router_T), persistent=False)
 
     def stage_one_weights(self) -> Tensor:
         """Each router's is the sum of its tasks' weights."""
-        weights_T = torch.tensor(self._weights)
-        return torch.zeros(len(self.group_R)).index_add(0, self.router_T, weights_T / weights_T.sum())
+        return torch.tensor(self._weights)
 
     def outputs(self, y_BRH: Tensor) -> Tensor:
         return self._for_tasks(y_BRH, dim=1)
@@ -123,9 +116,6 @@ class FoundReads(TaskReads):
     Args:
         num_tasks: T.
         config: Shape of the ranker, with ``groups.found`` = G.
-
-    Raises:
-        ValueError: G is more than T.
     """
 
     share_TG: Tensor
@@ -133,8 +123,6 @@ class FoundReads(TaskReads):
     def __init__(self, num_tasks: int, config: SmesConfig) -> None:
         G = config.groups.found
         super().__init__(tuple(range(G)))
-        if num_tasks < G:
-            raise ValueError(f"GroupsConfig.found: {G}, expected at most the number of tasks ({num_tasks})")
         self._until = config.groups.found_until
         self.register_buffer("share_TG", torch.full((num_tasks, G), 1 / G))
 
@@ -174,22 +162,35 @@ class FoundReads(TaskReads):
         self.share_TG.copy_(share_TG)
 
 
-def task_reads(num_tasks: int, config: SmesConfig, group_T: Sequence[int] | None) -> TaskReads:
-    """Which routers the tasks of a ranker read.
+def declared_structure(num_tasks: int, config: SmesConfig, group_T: Sequence[int] | None = None) -> Structure:
+    """The routers that a configuration gives its tasks.
 
     Args:
         num_tasks: T.
         config: Shape of the ranker.
         group_T: The group of each task, numbered from 0 without gaps; None puts all tasks into one. Ignored when groups
-            are found from the stream.
+            are found from the stream: then every task reads all routers until they are.
 
     Raises:
-        ValueError: As :class:`DeclaredReads` and :class:`FoundReads` say, or ``group_T`` has another length than T.
+        ValueError: ``group_T`` or ``stage_one_weights`` has another length than T, or the weights no positive sum.
     """
     group_T = tuple(group_T or (0,) * num_tasks)
     if len(group_T) != num_tasks:
         raise ValueError(f"group_T: {len(group_T)} groups, expected one for each of {num_tasks} tasks")
-    return FoundReads(num_tasks, config) if config.groups.found else DeclaredReads(group_T, config)
+    if G := config.groups.found:
+        if num_tasks < G:
+            raise ValueError(f"GroupsConfig.found: {G}, expected at most the number of tasks ({num_tasks})")
+        return Structure((0,) * num_tasks, tuple(range(G)), (1 / G,) * G, (0,) * num_tasks)
+    router_T = group_T if config.router.per == "group" else tuple(range(num_tasks))
+    group_of = dict(zip(router_T, group_T, strict=True))
+    weights = config.stage_one_weights or (1.0,) * num_tasks
+    if len(weights) != num_tasks or not sum(weights) > 0:
+        wanted = f"expected {num_tasks} weights, at least one of them positive"
+        raise ValueError(f"SmesConfig.stage_one_weights: {list(weights)}, {wanted}")
+    weights_T, weight_R = np.array(weights, np.float32), np.zeros(len(group_of), np.float32)
+    np.add.at(weight_R, list(router_T), weights_T / weights_T.sum())
+    group_R = tuple(group_of[r] for r in range(len(group_of)))
+    return Structure(router_T, group_R, tuple(weight_R.tolist()), (0,) * num_tasks)
 
 
 class SMES(nn.Module):
@@ -201,12 +202,20 @@ class SMES(nn.Module):
         config: Its shape.
         group_T: The group of each task, numbered from 0 without gaps; None puts all tasks into one. Ignored when groups
             are found from the stream.
+        structure: The routers and their readers, where changes of the schema have made them others than the
+            configuration's; instead of ``group_T``.
         trim: Whether the dispatch cuts off unused rows, which reads numbers back to the host; None: on the CPU.
 
+    Attributes:
+        structure: The routers and their readers.
+        founders: The tasks that are no newcomers.
+
     Raises:
-        ValueError: The configuration does not fit the number of tasks or groups, see :mod:`smes.rankers.sparse.ranker`
-            and :func:`smes.rankers.sparse.routing.early_stages`.
+        ValueError: The configuration does not fit the number of tasks or groups, see :func:`declared_structure` and
+            :func:`smes.rankers.sparse.routing.early_stages`.
     """
+
+    place_T: Tensor
 
     def __init__(
         self,
@@ -215,13 +224,20 @@ class SMES(nn.Module):
         config: SmesConfig,
         group_T: Sequence[int] | None = None,
         *,
+        structure: Structure | None = None,
         trim: bool | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.trim = trim
+        self.structure = structure = structure or declared_structure(num_tasks, config, group_T)
         self.input_dim, self.output_dim = input_dim, config.experts.dims[-1]
-        self.reads = task_reads(num_tasks, config, group_T)
+        self.founders = structure.founders
+        self.reads: TaskReads
+        if config.groups.found:
+            self.reads = FoundReads(len(self.founders), config)
+        else:
+            self.reads = DeclaredReads(structure)
         stages, until = early_stages(config, self.reads.group_R)
         self.expert_limits: ExpertLimits | None = ExpertLimits(
             stages[0].bound, config.experts.num, stages[0].num_fixed, stages[0].num_pools
@@ -234,6 +250,12 @@ class SMES(nn.Module):
         self.experts = EXPERT_FORMS[config.experts.form](width + self._padding, config.experts)
         trunk_width = input_dim if config.trunk_input == "raw" else width
         self.trunk = Encoder(trunk_width, config.trunk_dims) if config.trunk_dims else None
+        self.newcomers: Newcomers | None = None
+        if structure.newcomers:
+            own_N = [structure.own_T[t] for t in structure.newcomers]
+            self.newcomers = Newcomers(input_dim, width, width + self._padding, own_N, config)
+        order = torch.tensor([*structure.founders, *structure.newcomers])
+        self.register_buffer("place_T", order.argsort(), persistent=False)
 
     def forward(self, x_BI: Tensor) -> RankerOutput:
         """Encode, route, run each chosen expert once per instance, combine the outputs for each task.
@@ -242,9 +264,16 @@ class SMES(nn.Module):
         """
         h_BD = self.encoder(x_BI)
         routing = self.route(x_BI, h_BD)
-        plan = dispatch(routing, trim=x_BI.device.type == "cpu" if self.trim is None else self.trim)
-        y_PH = self.experts(F.pad(h_BD, (0, self._padding)) if self._padding else h_BD, plan)
+        if torch.compiler.is_exporting():
+            plan = dispatch_all(routing)
+        else:
+            plan = dispatch(routing, trim=x_BI.device.type == "cpu" if self.trim is None else self.trim)
+        padded_BD = F.pad(h_BD, (0, self._padding)) if self._padding else h_BD
+        y_PH = self.experts(padded_BD, plan)
         tasks_BTH = self.reads.outputs(combine(y_PH, routing.weights_BRK, plan))
+        if self.newcomers is not None:
+            new_BNH = self.newcomers(x_BI, h_BD, padded_BD, SharedExperts(y_PH, routing, plan))
+            tasks_BTH = self._in_order(tasks_BTH, new_BNH.to(tasks_BTH.dtype), dim=1)
         if self.trunk is not None:
             tasks_BTH = tasks_BTH + self.trunk(x_BI if self.config.trunk_input == "raw" else h_BD).unsqueeze(1)
         if not self.training:
@@ -252,7 +281,13 @@ class SMES(nn.Module):
         load_RE = expert_load(routing.experts_BRK, self.config.experts.num)
         balance_loss = self.balance(routing, load_RE)
         self.selection.observe(len(x_BI))
-        return RankerOutput(tasks_BTH, balance_loss, RoutingStats(plan.active_B, self.reads.load(load_RE)))
+        load_TE = self.reads.load(load_RE)
+        if self.newcomers is not None:
+            for loss in self.newcomers.balance():
+                balance_loss = loss if balance_loss is None else balance_loss + loss
+            every_NE = load_RE.amax(dim=0).expand(len(self.structure.newcomers), -1)
+            load_TE = self._in_order(load_TE, every_NE, dim=0)
+        return RankerOutput(tasks_BTH, balance_loss, RoutingStats(plan.active_B, load_TE))
 
     def route(self, x_BI: Tensor, h_BD: Tensor) -> Routing:
         """Which experts each router uses for each instance.
@@ -286,8 +321,14 @@ class SMES(nn.Module):
         They are those of the final selection: while the stream is young, the first of the current ones.
         """
         final = self.selection.final
-        routing: Routing = final(self.router(x_BI, self.encoder(x_BI)))
-        return self.reads.choices(routing.experts_BRK[..., final.stages.num_fixed :])
+        h_BD = self.encoder(x_BI)
+        routing: Routing = final(self.router(x_BI, h_BD))
+        chosen_BRK = routing.experts_BRK[..., final.stages.num_fixed :]
+        choices_BTK = self.reads.choices(chosen_BRK)
+        if self.newcomers is None:
+            return choices_BTK
+        new_BNK = self.newcomers.choices(self.newcomers.router(x_BI, h_BD), chosen_BRK.flatten(1), chosen_BRK.shape[2])
+        return self._in_order(choices_BTK, new_BNK, dim=1)
 
     def forget(self, instances: int) -> None:
         """Take so many instances back: the step on them was not taken."""
@@ -300,3 +341,7 @@ class SMES(nn.Module):
     def regroup(self, groups: Clusters) -> None:
         """Route the tasks by groups that the search found."""
         self.reads.regroup(groups)
+
+    def _in_order(self, founders: Tensor, newcomers: Tensor, dim: int) -> Tensor:
+        """Rows of the founding tasks and of the newcomers, in the order of the tasks."""
+        return torch.cat([founders, newcomers], dim=dim).index_select(dim, self.place_T)
