@@ -27,12 +27,14 @@ from smes.errors import SmesError
 from smes.schema import Schema
 from smes_io.redis_access import RedisAccess
 from smes_io.redis_client import open_client
-from smes_scorer.answer import Answerer, FeatureLookup, NotReady
+from smes_scorer.answer import Answerer, NotReady
 from smes_scorer.arms import ArmPlaces, Arms, open_arms
 from smes_scorer.bearer import BearerOnly, Tokens, is_known
-from smes_scorer.config import ScorerConfig
+from smes_scorer.config import ScorerConfig, check_weights
+from smes_scorer.feature_lookup import FeatureLookup, StoreChecks
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
+from smes_scorer.interface import Interface, Interfaces
 from smes_scorer.loading import Load, load_table_model
 from smes_scorer.middleware import BodyLimit, EndsQuietly, Metered, RequestMeter, TimeLimit
 from smes_scorer.request import FieldError, UnreadableBody
@@ -55,6 +57,7 @@ class _Parts:
     telemetry: Telemetry
     swap: HotSwap
     features: FeatureLookup
+    store_checks: StoreChecks
     answerer: Answerer
     queue: ScoringQueue
     clients: tuple[redis.Redis, ...]
@@ -64,11 +67,15 @@ class _Parts:
         """Start loading."""
         self.swap.start()
         self.arms.start()
+        self.store_checks.start()
 
     def close(self) -> None:
         """Stop the threads and close the connections, in a part of ``shutdown_s``."""
         # A load ends at its next chunk. Where that takes long, nobody waits for it.
-        stopping = [threading.Thread(target=stop, daemon=True) for stop in (self.swap.stop, self.arms.stop)]
+        stopping = [
+            threading.Thread(target=stop, daemon=True)
+            for stop in (self.swap.stop, self.arms.stop, self.store_checks.stop)
+        ]
         for thread in stopping:
             thread.start()
         self.queue.close()
@@ -94,7 +101,8 @@ def create_app(
 
     Args:
         config: See :class:`ScorerConfig`.
-        schema: Features and tasks; snapshots and features of another schema are refused.
+        schema: Features and tasks, until a version is in service whose weights were carried over from this schema to
+            another one; snapshots of any other schema are refused.
         redis_url: Where snapshots and features are.
         redis_access: How Redis lets us in, beside what the URL says.
         namespace: Prefix of their keys.
@@ -121,9 +129,9 @@ def create_app(
     app = FastAPI(title="SMES Online scorer", lifespan=lifespan)
     _add_scoring(app, parts)
     _add_insight(app, parts)
-    _describe_bodies(app, parts.answerer)
     if tokens is not None:
         _describe_tokens(app)
+    _describe_bodies(app, parts.answerer)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout_s=config.body_timeout_s)
     app.add_middleware(TimeLimit, request_timeout_s=config.request_timeout_s)
     app.add_middleware(BearerOnly, tokens=tokens, open_paths=(LIVE_PATH, READY_PATH))
@@ -145,7 +153,16 @@ def _assemble(
     telemetry, first_answers = Telemetry(), FirstAnswers()
     snapshots = connected(config.redis_timeout_s, namespace)
     entities = connected(config.entity_timeout_ms / 1000, namespace)
-    store, entity_store = SnapshotStore(snapshots, namespace, signer=signer), EntityStore(entities, schema, namespace)
+    store = SnapshotStore(snapshots, namespace, signer=signer)
+    features = FeatureLookup(telemetry, retry_s=config.entity_retry_s)
+
+    def open_features(schema: Schema) -> EntityStore:
+        opened = EntityStore(entities, schema, namespace)
+        opened.damage.on_new = telemetry.refused.note
+        return opened
+
+    check_weights(config, schema)
+    interfaces = Interfaces(config, open_features, features, telemetry)
     swap = HotSwap(
         store,
         SnapshotWatcher(snapshots, namespace, config.poll_s),
@@ -154,20 +171,21 @@ def _assemble(
         first_answers,
         telemetry,
         poll_s=config.poll_s,
+        on_served=lambda served: interfaces.of(served.schema).served.compare(served.manifest.metrics),
     )
-    features = FeatureLookup(entity_store, schema, telemetry, retry_s=config.entity_retry_s)
-    places = ArmPlaces(partial(connected, config.redis_timeout_s), namespace, signing)
+    places = ArmPlaces(partial(connected, config.redis_timeout_s), namespace, signing, interfaces)
     arms = open_arms(config, schema, places, load, telemetry)
-    answerer = Answerer(config, schema, swap, features, first_answers, telemetry, arms=arms)
+    answerer = Answerer(interfaces, swap, first_answers, telemetry, arms=arms)
+    checks = StoreChecks(lambda: _check_store(features, answerer.interface), config.entity_check_s)
     telemetry.snapshot_age_s.set_function(lambda: _age_s(swap) or 0.0)
     telemetry.degraded.set_function(
-        lambda: float(not swap.served or bool(swap.problem or features.problem or _problems(arms)))
+        lambda: float(not swap.served or any(_problems(swap, features, answerer, arms).values()))
     )
-    store.damage.on_new = entity_store.damage.on_new = telemetry.refused.note
-    telemetry.store_damage.set_function(lambda: store.damage.count + entity_store.damage.count)
+    store.damage.on_new = telemetry.refused.note
+    telemetry.store_damage.set_function(lambda: store.damage.count + interfaces.damage_count)
     queue = ScoringQueue(config.workers, config.max_waiting, config.max_age_s)
     telemetry.waiting.set_function(lambda: queue.depth)
-    return _Parts(config, telemetry, swap, features, answerer, queue, (snapshots, entities), arms)
+    return _Parts(config, telemetry, swap, features, checks, answerer, queue, (snapshots, entities), arms)
 
 
 def _add_scoring(app: FastAPI, parts: _Parts) -> None:
@@ -277,7 +295,7 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
         served = parts.swap.served
         if not is_known(request.scope):
             return JSONResponse({"status": "ready" if served else "not ready"}, 200 if served else 503)
-        problems = {"snapshots": parts.swap.problem, "features": parts.features.problem, **_problems(parts.arms)}
+        problems = _problems(parts.swap, parts.features, parts.answerer, parts.arms)
         status = "not ready" if served is None else "degraded" if any(problems.values()) else "ready"
         refused = parts.telemetry.refused.summary()
         body = {"status": status, **_served(parts.swap), "problems": problems, "refused": refused, **_shown(parts.arms)}
@@ -294,9 +312,17 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
         return Response(generate_latest(parts.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-def _problems(arms: Arms) -> dict[str, str]:
-    """What is wrong with which arm."""
-    return {f"arms.{arm.name}": arm.problem for arm in arms if arm.problem is not None}
+def _check_store(features: FeatureLookup, interface: Interface) -> None:
+    features.check(interface.store, interface.schema)
+
+
+def _problems(swap: HotSwap, features: FeatureLookup, answerer: Answerer, arms: Arms) -> dict[str, str | None]:
+    """What is wrong with what; None where nothing is."""
+    interface = answerer.interface
+    further = {"skew": interface.served.problem, "configuration": interface.problem}
+    further |= {f"arms.{arm.name}": arm.problem for arm in arms}
+    always = {"snapshots": swap.problem, "features": features.problem}
+    return always | {name: problem for name, problem in further.items() if problem is not None}
 
 
 def _shown(arms: Arms) -> dict[str, object]:
@@ -315,18 +341,27 @@ def _served(swap: HotSwap) -> dict[str, object]:
 
 
 def _describe_bodies(app: FastAPI, answerer: Answerer) -> None:
-    """Add the schemas of the bodies to the OpenAPI document; after every endpoint was added."""
-    structs = (answerer.reader.struct, answerer.writer.struct, Refusal)
-    _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
-    schemas["Context"]["additionalProperties"] = True  # other names are ignored and counted
-    document = app.openapi()  # made once and kept by the application
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+    """Add the schemas of the bodies to the OpenAPI document; after every endpoint was added.
+
+    They are those of the version in service.
+    """
+    plain = app.openapi()  # made once and kept by the application
+
+    def described() -> dict[str, Any]:
+        interface = answerer.interface
+        structs = (interface.reader.struct, interface.writer.struct, Refusal)
+        _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+        schemas["Context"]["additionalProperties"] = True  # other names are ignored and counted
+        components = plain.get("components", {})
+        return {**plain, "components": {**components, "schemas": {**components.get("schemas", {}), **schemas}}}
+
+    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation extends it
 
 
 def _describe_tokens(app: FastAPI) -> None:
     """Say in the OpenAPI document who needs a token."""
     document = app.openapi()
-    document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+    document.setdefault("components", {})["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for path, methods in document["paths"].items():
         for operation in methods.values():
             if path not in (LIVE_PATH, READY_PATH):

@@ -21,6 +21,7 @@ from smes.schema import Schema
 from smes_scorer.config import ArmConfig, ScorerConfig
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
+from smes_scorer.interface import Interfaces
 from smes_scorer.loading import Load
 from smes_scorer.shadow_scoring import Answered, ShadowScorer
 from smes_scorer.telemetry import Telemetry
@@ -212,11 +213,13 @@ class ArmPlaces:
         connected: Opens a client for a namespace.
         namespace: Of the main arm.
         signing: Keys that verify, the same for every namespace; a signature holds for its own alone.
+        interfaces: Of the schemas that are served.
     """
 
     connected: Callable[[str], redis.Redis]
     namespace: str
     signing: SigningConfig
+    interfaces: Interfaces
 
 
 def open_arms(config: ScorerConfig, schema: Schema, places: ArmPlaces, load: Load, telemetry: Telemetry) -> Arms:
@@ -224,7 +227,7 @@ def open_arms(config: ScorerConfig, schema: Schema, places: ArmPlaces, load: Loa
 
     Args:
         config: Has ``arms``.
-        schema: The main arm's; every arm has the same.
+        schema: The configured schema, with which every arm begins.
         places: Where their snapshots are.
         load: Builds a model from payloads.
         telemetry: Of the main arm; its registry gets the arms' series.
@@ -251,13 +254,13 @@ def open_arms(config: ScorerConfig, schema: Schema, places: ArmPlaces, load: Loa
         arms.append(arm)
         clients.append(client)
         if arm_config.shadow:
-            shadows.append(_shadow_of(arm, schema, telemetry, config.max_shadow_waiting))
+            shadows.append(_shadow_of(arm, places.interfaces, telemetry, config.max_shadow_waiting))
     telemetry.registry.register(_ArmSeries({arm.name: arm.telemetry for arm in arms}))
     return Arms(tuple(arms), config.split_salt, tuple(shadows), tuple(clients))
 
 
-def _shadow_of(arm: Arm, schema: Schema, telemetry: Telemetry, most: int) -> ShadowScorer:
-    return ShadowScorer(arm.name, arm.swap, lambda: arm.is_ready, schema, telemetry.arms, max_waiting=most)
+def _shadow_of(arm: Arm, interfaces: Interfaces, telemetry: Telemetry, most: int) -> ShadowScorer:
+    return ShadowScorer(arm.name, arm.swap, lambda: arm.is_ready, interfaces, telemetry.arms, max_waiting=most)
 
 
 class _ArmSeries(Collector):

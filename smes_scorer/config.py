@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 
 from smes.arm_names import EXPECTED, MAIN, is_arm_name
 from smes.arrays import F32
-from smes.ranges import NonNegativeInt, PositiveInt, Seconds, check_ranges
+from smes.ranges import NonNegativeInt, PositiveFloat, PositiveInt, Seconds, check_ranges
 from smes.schema import Schema
 from smes_io.secrets import SecretPlace
 
@@ -42,6 +42,27 @@ class ArmConfig:
             raise ValueError(f"ArmConfig.namespace: {self.namespace!r}, expected either a namespace or held: true")
         if self.share is None and not self.shadow:
             raise ValueError("ArmConfig.share: null, expected a share of the users, or shadow: true")
+
+
+@dataclass(frozen=True)
+class SkewConfig:
+    """When features count as distributed otherwise where the model serves than where it is trained.
+
+    Attributes:
+        deviations: Least distance, in its standard errors.
+        share: Least distance of fill rates, and of the shares of unknown ids. Of an item's feature only the fill rate
+            counts, from twice as much.
+        mean: Least distance of means, in standard deviations of what was trained on.
+        ignored: Features that do not count.
+    """
+
+    deviations: PositiveFloat = 5.0
+    share: PositiveFloat = 0.1
+    mean: PositiveFloat = 0.25
+    ignored: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,8 @@ class ScorerConfig:
         torch_threads: Threads that score one request; 1 leaves the other cores to other requests and to the trainer.
         entity_timeout_ms: Longest wait for the stored features of a request; then it is scored without them.
         entity_retry_s: After such a failure, how long requests are scored without a look-up.
+        entity_check_s: How often it is looked whether the store holds features at all, where the schema has some.
+        skew: When features count as distributed otherwise where the model serves than where it is trained.
         poll_s: Longest time until a new snapshot is noticed, even when its notification was lost.
         redis_timeout_s: Longest wait for Redis at the start, and for each of its answers while a snapshot is loaded.
         shutdown_s: Within this the service ends when it is stopped, seconds. The requests in flight have half of it;
@@ -105,6 +128,8 @@ class ScorerConfig:
     torch_threads: PositiveInt = 1
     entity_timeout_ms: Annotated[int, Ge(1), Le(1_000_000_000)] = 50
     entity_retry_s: Seconds = 1.0
+    entity_check_s: Seconds = 10.0
+    skew: SkewConfig = field(default_factory=SkewConfig)
     poll_s: Seconds = 0.5
     redis_timeout_s: Seconds = 5.0
     shutdown_s: Annotated[int, Ge(1), Le(1_000_000)] = 10
@@ -125,14 +150,22 @@ class ScorerConfig:
 
 
 def fusion_weights(config: ScorerConfig, schema: Schema) -> F32:
-    """float32 [T]: the factor of each task's score in the fused score.
-
-    Raises:
-        ValueError: The configuration names a task that the schema does not have.
-    """
-    for task in config.fusion_weights:
-        if task not in schema.task_index:
-            known = ", ".join(schema.task_index)
-            raise ValueError(f"scorer.fusion_weights: {task!r}, expected one of the tasks {known}")
+    """float32 [T]: the factor of each task's score in the fused score."""
     weights = [config.fusion_weights.get(t.name, 1.0 if t.kind == "binary" else 0.0) for t in schema.tasks]
     return np.array(weights, np.float32)
+
+
+def unknown_weights(config: ScorerConfig, schema: Schema) -> list[str]:
+    """The names in ``fusion_weights`` that are no task of the schema."""
+    return [task for task in config.fusion_weights if task not in schema.task_index]
+
+
+def check_weights(config: ScorerConfig, schema: Schema) -> None:
+    """Check the fusion weights against the configured schema.
+
+    Raises:
+        ValueError: They name a task that it does not have.
+    """
+    if unknown := unknown_weights(config, schema):
+        known = ", ".join(schema.task_index)
+        raise ValueError(f"scorer.fusion_weights: {unknown[0]!r}, expected one of the tasks {known}")

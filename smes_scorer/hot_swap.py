@@ -66,18 +66,22 @@ class HotSwap:
     snapshot whose verified bytes make no model is not tried again; one whose bytes are damaged is, after longer and
     longer pauses. Requests never wait for loading.
 
+    A version of another schema is put into service, with its schema, if its manifest says that its weights were carried
+    over from the schema in service, or if its schema was in service before. Any other is refused.
+
     A version is reached by the deltas since the one in service, or from the newest full snapshot: where the scorer
     starts, where deltas are missing, of another lineage, or refused, and where that is less to load.
 
     Args:
         store: Where snapshots come from; used by the loader thread alone.
         watcher: Waits for publications; used by the loader thread alone.
-        schema: The configured schema; snapshots of another one are refused.
+        schema: The configured schema.
         load: Builds a model from payloads.
         first_answers: Notes every version before it serves.
         telemetry: Counts swaps and failures.
         poll_s: Longest time between two looks at the store.
         monotonic_s: Clock of the retries.
+        on_served: Called with each version that was put into service; must not raise.
     """
 
     def __init__(
@@ -91,10 +95,13 @@ class HotSwap:
         *,
         poll_s: float,
         monotonic_s: Callable[[], float] = time.monotonic,
+        on_served: Callable[[ServedModel], None] = lambda served: None,
     ) -> None:
         self._store = store
         self._watcher = watcher
+        self._schemas = {schema.hash: schema}
         self._schema = schema
+        self._on_served = on_served
         self._load = load
         self._first_answers = first_answers
         self._telemetry = telemetry
@@ -115,6 +122,12 @@ class HotSwap:
     def served(self) -> ServedModel | None:
         """The version in service, None before the first."""
         return self._versions.served
+
+    @property
+    def schema(self) -> Schema:
+        """The schema of the version in service; before the first, the configured one."""
+        served = self._versions.served
+        return self._schema if served is None else served.schema
 
     def reading(self) -> AbstractContextManager[ServedModel]:
         """The version in service, for one request, which may use it until the block ends. There must be one."""
@@ -282,7 +295,9 @@ class HotSwap:
     def _ways(self, manifest: Manifest) -> Iterator[tuple[Manifest, ...]]:
         """What to load to get to a version: from the one in service if that leads there, and from a full snapshot."""
         served = self.served
-        have = served.manifest.version if served and served.manifest.lineage == manifest.lineage else None
+        have: int | None = None
+        if served is not None and served.key[0] == manifest.lineage and served.schema.hash == manifest.schema_hash:
+            have = served.manifest.version
         shortest = self._store.chain(manifest, have)
         yield shortest
         if shortest[0].kind == "delta":
@@ -296,9 +311,12 @@ class HotSwap:
     def _go(self, way: tuple[Manifest, ...], manifest: Manifest) -> None:
         """Load a way's payloads, and put the version that it leads to into service."""
         before = self.served
-        model = self._built(way, before.model if before and way[0].kind == "delta" else None)
-        served = ServedModel(model, manifest)
+        model, schema = self._built(way, before.model if before and way[0].kind == "delta" else None)
+        served = ServedModel(model, manifest, schema)
         self._note_arrivals(manifest)
+        if schema.hash not in self._schemas:
+            self._schemas[schema.hash] = schema
+            _logger.info("snapshot %s:%s brings schema %s, which is served from now on", *served.key, schema.hash)
         self._versions.put(served)
         self.problem = None
         self._telemetry.swaps.inc()
@@ -306,24 +324,26 @@ class HotSwap:
         self._telemetry.served_version.set(manifest.version)
         self._telemetry.served_step.set(manifest.step)
         _logger.debug("snapshot %s:%s is in service", *served.key)
+        self._on_served(served)
 
-    def _built(self, way: tuple[Manifest, ...], before: Scorable | None) -> Scorable:
-        """A model that was warmed up, from bytes that were verified.
+    def _built(self, way: tuple[Manifest, ...], before: Scorable | None) -> tuple[Scorable, Schema]:
+        """A model that was warmed up, from bytes that were verified, and its schema.
 
         Raises:
             _Refused: A payload could not be read, or no model be made of it.
             FeatureStoreError, SnapshotNotFound: As the store.
         """
-        payloads = Payloads(self._store, self._schema, way, self._stopping)
+        payloads = Payloads(self._store, self._schemas, self.schema.hash, way, self._stopping)
         try:
-            model = self._load(payloads, self._schema, before)
-            self._warm_up(payloads.at, model)
+            schema = payloads.schema()
+            model = self._load(payloads, schema, before)
+            self._warm_up(payloads.at, model, schema)
         except (FeatureStoreError, SnapshotNotFound, LoadStopped):
             raise
         except Exception as error:  # whatever a bad snapshot raises, the model in service stays
             verified = error is not payloads.store_error
             raise _Refused(payloads.at, for_ever=verified and isinstance(error, SmesError)) from error
-        return model
+        return model, schema
 
     @property
     def shadows(self) -> int:
@@ -348,7 +368,7 @@ class HotSwap:
             self._no_fold_before_s = self._monotonic_s() + _FAILED_FOLD_RETRY_S
             return
         if folded is not served.model:
-            self._versions.put(ServedModel(folded, served.manifest))
+            self._versions.put(ServedModel(folded, served.manifest, served.schema))
 
     def _note_arrivals(self, manifest: Manifest) -> None:
         """Note the feedback of a version that is about to serve. One that serves again brings none."""
@@ -375,12 +395,12 @@ class HotSwap:
         gaps = sum(m.parent != parent for m, parent in zip(manifests, parents, strict=False))
         return Arrivals.of(manifests), gaps
 
-    def _warm_up(self, manifest: Manifest, model: Scorable) -> None:
+    def _warm_up(self, manifest: Manifest, model: Scorable, schema: Schema) -> None:
         """Score as requests will, so that first-use compilation and allocation are done and a broken model shows."""
         for n in _WARM_UP_ITEMS:
-            rows = blank_rows(self._schema, 0, np.arange(n))
+            rows = blank_rows(schema, 0, np.arange(n))
             scores = model.score(rows.ids, rows.numerics, 0)
-            if scores.shape != (n, self._schema.num_tasks) or not np.isfinite(scores).all():
+            if scores.shape != (n, schema.num_tasks) or not np.isfinite(scores).all():
                 raise SnapshotError(
                     f"snapshot {manifest.lineage}:{manifest.version}: warm-up gave scores of shape "
                     f"{list(scores.shape)} or not all finite"

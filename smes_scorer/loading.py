@@ -8,17 +8,18 @@ nothing larger than what has arrived is allocated.
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from feature_store.payload import PayloadContent
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, Bool
 from smes.errors import SchemaMismatch, SnapshotError
 from smes.model.config import ModelConfig
 from smes.model.deltas import RowDelta
 from smes.model.fitting import fitting_config
+from smes.model.ids import IdKeys
 from smes.model.serving import ServingModel, check_required, group_columns, required_keys
 from smes.model.serving_rows import ServingTable, Shadow, TableRows
 from smes.schema import Schema
@@ -38,7 +39,7 @@ class Load(Protocol):
         Args:
             payloads: One or more, in order, each read to its end before the next is asked for: a full one first, or
                 deltas that follow ``before``. What asking or reading raises passes through.
-            schema: The configured schema.
+            schema: The schema of the versions.
             before: The model that the first payload follows, if it is a delta. It stays as it is.
 
         Raises:
@@ -54,10 +55,12 @@ class TableModel:
     Attributes:
         model: Scores.
         rows: Those that it reads.
+        keys: Of the ids of requests, which know no derived features.
     """
 
     model: ServingModel
     rows: TableRows
+    keys: IdKeys
 
     @property
     def shadows(self) -> int:
@@ -68,10 +71,14 @@ class TableModel:
         """As :meth:`smes.model.serving.ServingModel.score`."""
         return self.model.score(ids, numerics, now_ms)
 
+    def knows(self, ids: I64) -> Bool:
+        """As :meth:`smes_scorer.versions.Knowing.knows`."""
+        return self.rows.has(self.keys.own(ids)).reshape(ids.shape)
+
     def folded(self, up_to_version: int) -> "TableModel":
         """As :meth:`smes_scorer.versions.Foldable.folded`."""
         rows = self.rows.folded(up_to_version)
-        return self if len(rows.shadows) == self.shadows else TableModel(self.model.reading(rows), rows)
+        return self if len(rows.shadows) == self.shadows else TableModel(self.model.reading(rows), rows, self.keys)
 
 
 def load_table_model(payloads: Iterable[PayloadContent], schema: Schema, before: Scorable | None = None) -> TableModel:
@@ -97,7 +104,8 @@ def load_table_model(payloads: Iterable[PayloadContent], schema: Schema, before:
     assert last is not None, "at least one payload"
     with _unfit("snapshot payload"):
         rows = rows.with_fewer_shadows(_MOST_SHADOWS)
-        return TableModel(ServingModel(schema, last[0], last[1].dense, rows), rows)
+        keys = before.keys if isinstance(before, TableModel) else IdKeys(replace(schema, derived=()))
+        return TableModel(ServingModel(schema, last[0], last[1].dense, rows), rows, keys)
 
 
 def _config_of(payload: PayloadContent, schema: Schema) -> ModelConfig:

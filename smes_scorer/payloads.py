@@ -1,7 +1,8 @@
 """The payloads on a way to a version, read one after the other and checked against their manifests."""
 
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from feature_store.manifest import Manifest
 from feature_store.payload import PayloadContent, read_payload
@@ -22,7 +23,9 @@ class Payloads:
 
     Args:
         store: Gives their bytes.
-        schema: The configured schema.
+        known: The schemas that were taken already, by hash.
+        served: Hash of the schema in service; before the first, of the configured one. A version that was carried over
+            from it brings its own.
         way: Manifests of the payloads, in order.
         stopping: Set when nobody waits for the rest any more.
 
@@ -32,25 +35,51 @@ class Payloads:
     """
 
     def __init__(
-        self, store: SnapshotStore, schema: Schema, way: tuple[Manifest, ...], stopping: threading.Event
+        self,
+        store: SnapshotStore,
+        known: Mapping[str, Schema],
+        served: str,
+        way: tuple[Manifest, ...],
+        stopping: threading.Event,
     ) -> None:
         self._store = store
-        self._schema = schema
+        self._known, self._served = known, served
+        self._first: PayloadContent | None = None
         self._way = way
         self._stopping = stopping
         self.at = way[0]
         self.store_error: Exception | None = None
 
+    def schema(self) -> Schema:
+        """The schema of the version that the way leads to. One that is not known is read from the first payload.
+
+        Raises:
+            SchemaMismatch: It is another one than that in service, and was not carried over from it.
+            SnapshotError: The payload has another schema than its manifest says.
+        """
+        last = self.at = self._way[-1]
+        if (known := self._known.get(last.schema_hash)) is not None:
+            return known
+        if self._served not in last.carried_from:
+            raise SchemaMismatch(_name(last), expected=self._served, got=last.schema_hash)
+        self._first = self._opened(self._way[0])
+        return _schema_of(self._first, last)
+
     def __iter__(self) -> Iterator[PayloadContent]:
         for manifest in self._way:
-            self.at = manifest
-            name = f"snapshot {manifest.lineage}:{manifest.version}"
-            if manifest.schema_hash != self._schema.hash:
-                raise SchemaMismatch(name, expected=self._schema.hash, got=manifest.schema_hash)
-            payload = read_payload(self._pieces(manifest), manifest.total_bytes)
-            if (payload.lineage, payload.version, payload.kind) != (manifest.lineage, manifest.version, manifest.kind):
-                raise SnapshotError(f"{name}: its payload says {payload.lineage}:{payload.version}, {payload.kind}")
-            yield payload
+            if manifest.schema_hash != self._way[-1].schema_hash:
+                self.at = manifest
+                raise SchemaMismatch(_name(manifest), expected=self._way[-1].schema_hash, got=manifest.schema_hash)
+            first, self._first = self._first, None
+            yield first or self._opened(manifest)
+
+    def _opened(self, manifest: Manifest) -> PayloadContent:
+        self.at = manifest
+        payload = read_payload(self._pieces(manifest), manifest.total_bytes)
+        if (payload.lineage, payload.version, payload.kind) != (manifest.lineage, manifest.version, manifest.kind):
+            name = _name(manifest)
+            raise SnapshotError(f"{name}: its payload says {payload.lineage}:{payload.version}, {payload.kind}")
+        return payload
 
     def _pieces(self, manifest: Manifest) -> Iterator[bytes]:
         try:
@@ -63,3 +92,18 @@ class Payloads:
         except Exception as error:
             self.store_error = error
             raise
+
+
+def _schema_of(payload: PayloadContent, manifest: Manifest) -> Schema:
+    """The schema in a payload, which is the one of the manifest."""
+    try:
+        schema = Schema.from_dict(json.loads(payload.metadata["schema"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise SnapshotError(f"{_name(manifest)}: the schema in its payload: {error!r}") from error
+    if schema.hash != manifest.schema_hash:
+        raise SnapshotError(f"{_name(manifest)}: schema {schema.hash} in its payload, expected {manifest.schema_hash}")
+    return schema
+
+
+def _name(manifest: Manifest) -> str:
+    return f"snapshot {manifest.lineage}:{manifest.version}"

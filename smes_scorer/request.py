@@ -2,10 +2,11 @@
 
 A request::
 
-    {"user_id": 7, "items": [13, 27], "context": {"hour": 20, "tags": [4, 5], "battery": 0.5}}
+    {"user_id": 7, "items": [13, "a-17"], "context": {"hour": 20, "tags": ["new", 5], "battery": 0.5}}
 
-``context`` and each of its values may be left out; a value may be null. A name in ``context`` that is no context
-feature of the schema is ignored and counted.
+An id is an integer or a text, of which :func:`smes.hashing.encode_id` makes the integer, as readers and producers do.
+``context`` and each of its values may be left out; a value may be null, and an empty text is none either. A name in
+``context`` that is no context feature of the schema is ignored and counted.
 
 msgspec decodes a good request in one pass into a struct with one typed field per context feature. A request that it
 refuses is parsed again with the standard library. Either it is good but has names to ignore, or JSON that only the
@@ -27,6 +28,8 @@ import msgspec
 import numpy as np
 
 from feature_store.entities import EntityRows
+from smes.arrays import I64
+from smes.hashing import encode_id
 from smes.schema import MISSING, Feature, Schema
 
 _LONGEST_EXPLAINED = 32 * 1024  # bytes of a body
@@ -35,9 +38,10 @@ _LONGEST_SHOWN = 100  # characters of a name or of msgspec's words
 _LARGEST_ID = 2**63 - 1
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
-_Id = Annotated[int, msgspec.Meta(ge=MISSING + 1, le=_LARGEST_ID)]  # an int64 other than the null
+_Integer = Annotated[int, msgspec.Meta(ge=MISSING + 1, le=_LARGEST_ID)]  # an int64 other than the null
+_Id = _Integer | Annotated[str, msgspec.Meta(min_length=1)]
 _Number = Annotated[float, msgspec.Meta(ge=-_LARGEST_FLOAT, le=_LARGEST_FLOAT)]
-_TYPES: dict[str, Any] = {"id": _Id, "bag": list[_Id], "sequence": list[_Id], "numeric": _Number}
+_TYPES: dict[str, Any] = {"id": _Integer | str, "bag": list[_Id], "sequence": list[_Id], "numeric": _Number}
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _OPENING, _CLOSING = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
 _FIELDS = ("user_id", "items", "context")
@@ -50,14 +54,16 @@ class ScoreRequest:
 
     Attributes:
         user_id: The user.
-        items: The candidate items, at least one.
+        items: The candidate items as they were asked for, at least one.
+        item_ids: int64 [N], their ids.
         ids: Column of the ids matrix → values from that column on: the id, bag and sequence features of the context.
         numerics: Column of the numerics matrix → value: the numeric features of the context.
         ignored_context: How many names of the context are no context feature.
     """
 
     user_id: int
-    items: list[int]
+    items: list[int | str]
+    item_ids: I64
     ids: Mapping[int, Sequence[int]]
     numerics: Mapping[int, float]
     ignored_context: int = 0
@@ -185,18 +191,20 @@ class RequestReader:
             expected, got = len(values[sequence] or ()), len(values[companion] or ())
             if got != expected:
                 name = self._features[sequence].name
-                message = f"expected as many integers as {name!r} has, {expected}, got {got}"
+                message = f"expected as many ids as {name!r} has, {expected}, got {got}"
                 raise FieldError(("body", "context", self._features[companion].name), message)
         ids: dict[int, list[int]] = {}
         numerics: dict[int, float] = {}
         for feature, column, value in zip(self._features, self._columns, values, strict=True):
-            if value is None:
+            if value is None or value == "":
                 continue
             if feature.kind == "numeric":
                 numerics[column] = value
             else:
-                ids[column] = value[: feature.max_length] if feature.is_list else [value]
-        return ScoreRequest(request.user_id, request.items, ids, numerics, ignored)
+                loc = ("body", "context", feature.name)
+                ids[column] = _encoded(value[: feature.max_length], *loc) if feature.is_list else [_id(value, *loc)]
+        item_ids = np.array(_encoded(request.items, "body", "items"), np.int64)
+        return ScoreRequest(_id(request.user_id, "body", "user_id"), request.items, item_ids, ids, numerics, ignored)
 
     def _explained(self, data: object, error: Exception) -> FieldError:
         """What is wrong with data that msgspec refused, in the words of a caller who knows only JSON."""
@@ -228,15 +236,34 @@ class RequestReader:
         if path == ("context",):
             return "an object: context feature → value"
         if path == ("items",):
-            return "a list of integers, at least one"
+            return "a list of integers and texts, at least one"
         feature = next((f for f in self._features if path[:2] == ("context", f.name)), None)
         if feature is not None and feature.kind == "numeric":
             return "a finite number"
         if feature is not None and feature.is_list and len(path) == 2:
-            return "a list of integers"
+            return "a list of integers and texts"
         if isinstance(value, int) and not isinstance(value, bool):
             return f"an integer from {MISSING + 1} to {_LARGEST_ID}"
-        return "an integer"
+        return "a text that is not empty" if value == "" else "an integer or a text"
+
+
+def _encoded(ids: Sequence[int | str], *loc: str) -> list[int]:
+    """The integers of ids at a place."""
+    if all(type(value) is int for value in ids):
+        return cast("list[int]", ids)
+    return [_id(value, *loc, i) for i, value in enumerate(ids)]
+
+
+def _id(value: int | str, *loc: str | int) -> int:
+    """The integer of an id.
+
+    Raises:
+        FieldError: It is no Unicode; ``loc`` says where it is.
+    """
+    try:
+        return value if type(value) is int else encode_id(value)
+    except ValueError as error:
+        raise FieldError(loc, f"expected a text without surrogates, got {_quoted(value)}") from error
 
 
 _RAW_VALUES = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -278,12 +305,14 @@ def _request_struct(features: Sequence[Feature], max_items: int, *, ignoring: bo
         gc=False,
     )
     items = msgspec.Meta(
-        min_length=1, description="Integer ids of the candidate items.", extra_json_schema={"maxItems": max_items}
+        min_length=1,
+        description="Ids of the candidate items, integers or texts.",
+        extra_json_schema={"maxItems": max_items},
     )
     return msgspec.defstruct(
         "ScoreRequest",
         [
-            ("user_id", described(_Id, "Integer id of the user; an unknown one is scored without stored features.")),
+            ("user_id", described(_Id, "Id of the user; an unknown one is scored without stored features.")),
             ("items", cast(Any, Annotated[list[_Id], items])),
             (
                 "context",
@@ -306,9 +335,9 @@ def _description(feature: Feature) -> str:
     if feature.kind == "numeric":
         return "A finite number; null: missing."
     if feature.kind == "id":
-        return "An integer id; null: missing."
+        return "An id, an integer or a text; null: missing."
     order = "newest first" if feature.kind == "sequence" else "in any order"
-    kept = f"Integer ids, {order}; the first {feature.max_length} are used; null: none."
+    kept = f"Ids, integers or texts, {order}; the first {feature.max_length} are used; null: none."
     return f"{kept} As many as {feature.accompanies} has." if feature.accompanies else kept
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smes.arrays import F32, I64
-from smes.schema import Schema
+from smes.arrays import F32
 from smes_scorer.arm_telemetry import ArmTelemetry
 from smes_scorer.hot_swap import HotSwap
+from smes_scorer.interface import Asked, Interfaces
 
 _NICENESS = 10
 _END = None
@@ -29,16 +29,12 @@ class Answered:
     """A request that was answered.
 
     Attributes:
-        ids: int64 [N, W].
-        numerics: float32 [N, F].
+        asked: The request, under the schema of the version that answered.
         scores: float32 [N, T], the main arm's.
-        now_ms: When it was asked, Unix milliseconds.
     """
 
-    ids: I64
-    numerics: F32
+    asked: Asked
     scores: F32
-    now_ms: int
 
 
 class ShadowScorer:
@@ -52,7 +48,7 @@ class ShadowScorer:
         swap: Its version in service.
         is_ready: Whether that version may score, as of :attr:`smes_scorer.arms.Arm.is_ready`: one that was held and is
             not any more may not.
-        schema: Tasks, and the largest value of a regression task.
+        interfaces: Read a request again where the arm's schema is another than the main arm's.
         telemetry: Counts.
         max_waiting: Most requests that wait.
     """
@@ -62,13 +58,13 @@ class ShadowScorer:
         name: str,
         swap: HotSwap,
         is_ready: Callable[[], bool],
-        schema: Schema,
+        interfaces: Interfaces,
         telemetry: ArmTelemetry,
         *,
         max_waiting: int,
     ) -> None:
         self.name = name
-        self._swap, self._is_ready, self._schema, self._telemetry = swap, is_ready, schema, telemetry
+        self._swap, self._is_ready, self._interfaces, self._telemetry = swap, is_ready, interfaces, telemetry
         self._queue: queue.Queue[Answered | None] = queue.Queue(max_waiting)
         self._thread = threading.Thread(target=self._run, name=f"shadow-{name}", daemon=True)
         self._stopping = threading.Event()
@@ -106,19 +102,26 @@ class ShadowScorer:
         if not self._is_ready():
             self._telemetry.shadow(self.name, "not_ready")
             return
+        asked = self._interfaces.of(self._swap.schema).again(answered.asked)
         started_s = time.perf_counter()
         with self._swap.reading() as served:
-            scores = served.model.score(answered.ids, answered.numerics, answered.now_ms)
+            if served.schema.hash != asked.schema.hash:  # it came into service this moment
+                self._telemetry.shadow(self.name, "not_ready")
+                return
+            scores = served.model.score(asked.rows.ids, asked.rows.numerics, asked.now_ms)
         took_s = time.perf_counter() - started_s
         if not np.isfinite(scores).all():
             self._telemetry.shadow(self.name, "failed")
             return
         self._telemetry.shadow(self.name, "scored")
         self._telemetry.shadow_took(self.name, took_s)
-        scale = np.array([1.0 if t.kind == "binary" else t.max_value for t in self._schema.tasks], np.float64)
-        differences_NT = (scores.astype(np.float64) - answered.scores) / scale
-        for task, differences in zip(self._schema.tasks, differences_NT.T, strict=True):
-            self._telemetry.differences(self.name, task.name, differences)
+        main = answered.asked.schema
+        for i, task in enumerate(served.schema.tasks):
+            column = main.task_index.get(task.name)
+            if column is not None:  # tasks that both have
+                scale = 1.0 if task.kind == "binary" else task.max_value
+                differences_N = (scores[:, i].astype(np.float64) - answered.scores[:, column]) / scale
+                self._telemetry.differences(self.name, task.name, differences_N)
 
 
 def _give_way() -> None:

@@ -158,6 +158,25 @@ class Telemetry:
         self.unknown_items = counter("unknown_items", "Requested items without stored features")
         self.ignored_context = counter("ignored_context", "Context values that the schema has no context feature for")
         self.feature_store_failures = counter("feature_store_failures", "Feature look-ups that failed")
+        self.no_features = Gauge(
+            "smes_scorer_feature_store_empty",
+            "1 while the store holds no features, though the schema has stored ones",
+            registry=self.registry,
+        )
+        self.skew_compared = counter("skew_comparisons", "Hours of requests compared with what was trained on")
+        self.skew_now = Gauge(
+            "smes_scorer_skewed_features", "Differences found in the hour compared last", registry=self.registry
+        )
+        figure = ("feature", "figure")
+        self.skew_found = Counter(
+            "smes_scorer_skew", "Hours in which served and trained on differ", figure, registry=self.registry
+        )
+        self.skew_size = Gauge(
+            "smes_scorer_skew_size",
+            "Distance in the hour compared last: of shares, or of means in standard deviations",
+            figure,
+            registry=self.registry,
+        )
         self.scored_without_features = counter("scored_without_features", "Requests scored without stored features")
 
     def request(self, status: int, latency_s: float) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from feature_store.manifest import Manifest
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, Bool
+from smes.schema import Schema
 
 
 class Scorable(Protocol):
@@ -42,12 +43,27 @@ class Foldable(Scorable, Protocol):
         ...
 
 
+@runtime_checkable
+class Knowing(Scorable, Protocol):
+    """A model that can tell which ids it knows."""
+
+    def knows(self, ids: I64) -> Bool:
+        """Which ids have a row of their own; a missing one has. int64 [N, W] → bool [N, W]."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ServedModel:
-    """A snapshot that was loaded and warmed up: the model together with the version it is. Immutable."""
+    """A snapshot that was loaded and warmed up: the model together with the version it is. Immutable.
+
+    Attributes:
+        model, manifest: Of the version.
+        schema: The schema that it was trained with.
+    """
 
     model: Scorable
     manifest: Manifest
+    schema: Schema
 
     @property
     def key(self) -> tuple[str, int]:

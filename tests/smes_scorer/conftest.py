@@ -12,6 +12,7 @@ import redis
 import uvicorn
 from fastapi import FastAPI
 
+from feature_store.entities import EntityStore
 from feature_store.manifest import Manifest
 from feature_store.payload import PayloadContent
 from feature_store.signing import SigningConfig
@@ -134,12 +135,20 @@ def until() -> Callable[[Callable[[], object]], None]:
 def make_app(redis_url: str, namespace: str) -> Callable[..., FastAPI]:
     """An application that loads :class:`VersionModel`; keywords go to its configuration.
 
-    However slow the machine is, it waits for stored features.
+    The store holds the features of an item that nobody asks for: an empty one would be a problem. However slow the
+    machine is, it waits for stored features.
     """
 
     def make_app(
-        url: str = redis_url, load: Load = _load, signing: SigningConfig | None = None, **config: object
+        url: str = redis_url,
+        load: Load = _load,
+        signing: SigningConfig | None = None,
+        fill_store: bool = True,
+        **config: object,
     ) -> FastAPI:
+        if fill_store and url == redis_url:
+            with connect(redis_url, 5.0) as client:
+                EntityStore(client, SCHEMA, namespace).put("item", 2**62, {"author": 1})
         fast: dict[str, object] = {"poll_s": 0.05, "entity_timeout_ms": 60_000, **config}
         scorer_config = ScorerConfig(**fast)  # type: ignore[arg-type]  # tests name the fields
         return create_app(scorer_config, SCHEMA, redis_url=url, namespace=namespace, signing=signing, load=load)

@@ -13,6 +13,7 @@ import redis
 
 from feature_store.entities import EntityStore
 from feature_store.snapshots import SnapshotStore
+from smes.hashing import encode_id
 from smes.schema import Schema
 
 Ready = Callable[..., AbstractContextManager[httpx.Client]]
@@ -59,6 +60,43 @@ def test_an_answer(http: httpx.Client) -> None:
             {"item_id": 18, "scores": {"click": 4 + 8 / 16, "like": 2.0, "watch_s": 0.0}, "fused": 6 + 8 / 16},
         ],
         "ranking": [18, 27, 13],
+        "features_missing": {
+            "user": ["age"],
+            "context": ["hour", "tags", "battery", "seen", "outcomes"],
+            "items": {"author": 3, "days_out": 3},
+        },
+    }
+
+
+def test_ids_may_be_texts_and_the_answer_has_them_as_they_were_asked(http: httpx.Client, entities: EntityStore) -> None:
+    entities.put("user", "anna", {"age": 0.5})
+    entities.put("item", "a-17", {"author": "erika"})
+    context = {"hour": "noon", "tags": ["new", 5], "seen": [10], "outcomes": ["none"]}
+
+    texts = score(http, {"user_id": "anna", "items": ["a-17", "7", 8], "context": context}).json()
+    ids = [encode_id(item) for item in ("a-17", "7", 8)]
+    integers = score(
+        http,
+        {
+            "user_id": encode_id("anna"),
+            "items": ids,
+            "context": {
+                "hour": encode_id("noon"),
+                "tags": [encode_id("new"), 5],
+                "seen": [10],
+                "outcomes": [encode_id("none")],
+            },
+        },
+    ).json()
+
+    assert [item["item_id"] for item in texts["items"]] == ["a-17", "7", 8]
+    assert sorted(map(str, texts["ranking"])) == ["7", "8", "a-17"]
+    assert [item["scores"] for item in texts["items"]] == [item["scores"] for item in integers["items"]]
+    assert [ids[["a-17", "7", 8].index(item)] for item in texts["ranking"]] == integers["ranking"]
+    assert texts["features_missing"] == {
+        "user": [],
+        "context": ["battery"],
+        "items": {"author": 2, "days_out": 3},
     }
 
 
@@ -131,7 +169,7 @@ def test_items_with_equal_scores_keep_the_order_of_the_request(http: httpx.Clien
     [
         ({"items": [1]}, ["body", "user_id"]),
         ({"user_id": 1}, ["body", "items"]),
-        ({"user_id": "1", "items": [1]}, ["body", "user_id"]),
+        ({"user_id": "", "items": [1]}, ["body", "user_id"]),
         ({"user_id": 1.0, "items": [1]}, ["body", "user_id"]),
         ({"user_id": True, "items": [1]}, ["body", "user_id"]),
         ({"user_id": None, "items": [1]}, ["body", "user_id"]),
@@ -140,18 +178,18 @@ def test_items_with_equal_scores_keep_the_order_of_the_request(http: httpx.Clien
         ({"user_id": -(2**63), "items": [1]}, ["body", "user_id"]),
         ({"user_id": 1, "items": []}, ["body", "items"]),
         ({"user_id": 1, "items": 3}, ["body", "items"]),
-        ({"user_id": 1, "items": [1, "2"]}, ["body", "items", 1]),
+        ({"user_id": 1, "items": [1, ""]}, ["body", "items", 1]),
         ({"user_id": 1, "items": [1, 2, 3, 4, 5, 6]}, ["body", "items"]),
         ({"user_id": 1, "items": [1], "item": [2]}, ["body", "item"]),
         ({"user_id": 1, "items": [1], "context": [1]}, ["body", "context"]),
         ({"user_id": 1, "items": [1], "context": None}, ["body", "context"]),
-        ({"user_id": 1, "items": [1], "context": {"hour": "7"}}, ["body", "context", "hour"]),
+        ({"user_id": 1, "items": [1], "context": {"hour": ["7"]}}, ["body", "context", "hour"]),
         ({"user_id": 1, "items": [1], "context": {"hour": 7.5}}, ["body", "context", "hour"]),
         ({"user_id": 1, "items": [1], "context": {"hour": 7.0}}, ["body", "context", "hour"]),
         ({"user_id": 1, "items": [1], "context": {"hour": False}}, ["body", "context", "hour"]),
         ({"user_id": 1, "items": [1], "context": {"hour": -(2**63)}}, ["body", "context", "hour"]),
         ({"user_id": 1, "items": [1], "context": {"tags": 7}}, ["body", "context", "tags"]),
-        ({"user_id": 1, "items": [1], "context": {"tags": [1, "x"]}}, ["body", "context", "tags", 1]),
+        ({"user_id": 1, "items": [1], "context": {"tags": [1, ""]}}, ["body", "context", "tags", 1]),
         ({"user_id": 1, "items": [1], "context": {"battery": "full"}}, ["body", "context", "battery"]),
         ({"user_id": 1, "items": [1], "context": {"battery": True}}, ["body", "context", "battery"]),
         ({"user_id": 1, "items": [1], "context": {"battery": 1e300}}, ["body", "context", "battery"]),
@@ -232,7 +270,7 @@ def used(http: httpx.Client) -> httpx.Client:
     """A scorer that answered three requests and refused one."""
     for _ in range(3):
         score(http, {"user_id": 1, "items": [1]})
-    score(http, {"user_id": "x", "items": [1]})
+    score(http, {"user_id": 1.5, "items": [1]})
     return http
 
 
@@ -291,3 +329,45 @@ def test_a_body_of_the_largest_size_is_read(starting: Ready, chunked: bool) -> N
         answer = http.post("/v1/score", content=content, headers={"content-type": "application/json"})
 
     assert answer.status_code == 422  # read, and refused for what it says
+
+
+def test_a_store_without_features_is_a_problem_until_it_has_some(
+    ready: Ready,
+    until: Callable[..., None],
+    store: SnapshotStore,
+    publish: Callable[..., object],
+    entities: EntityStore,
+    client: redis.Redis,
+) -> None:
+    publish(store, 4)
+    with ready(entity_check_s=0.05) as http:
+        assert http.get("/health/ready").json()["status"] == "ready"
+        entities.clear()
+        until(lambda: http.get("/health/ready").json()["problems"]["features"])
+        health = http.get("/health/ready")
+
+        assert (health.status_code, health.json()["status"]) == (200, "degraded")
+        assert health.json()["problems"]["features"] == (
+            "the store holds none, and the schema has stored ones: age, author, days_out"
+        )
+        assert "smes_scorer_feature_store_empty 1.0" in http.get("/metrics").text
+
+        entities.put("user", 1, {"age": 3})
+        until(lambda: http.get("/health/ready").json()["status"] == "ready")
+        assert "smes_scorer_feature_store_empty 0.0" in http.get("/metrics").text
+
+
+def test_a_look_up_that_finds_features_ends_the_problem_at_once(
+    ready: Ready,
+    until: Callable[..., None],
+    store: SnapshotStore,
+    publish: Callable[..., object],
+    entities: EntityStore,
+) -> None:
+    publish(store, 4)
+    with ready(fill_store=False, entity_check_s=3600.0) as http:
+        until(lambda: http.get("/health/ready").json()["problems"]["features"])
+        entities.put("item", 1, {"author": 3})
+        score(http, {"user_id": 1, "items": [1]})
+
+        assert http.get("/health/ready").json()["status"] == "ready"

@@ -17,10 +17,12 @@ from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.arrays import F32, I64
 from smes.errors import SnapshotNotFound
 from smes.schema import Schema
-from smes_scorer.answer import Answerer, FeatureLookup
+from smes_scorer.answer import Answerer
 from smes_scorer.config import ScorerConfig
+from smes_scorer.feature_lookup import FeatureLookup
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
+from smes_scorer.interface import Interfaces
 from smes_scorer.loading import Load
 from smes_scorer.telemetry import Telemetry
 from smes_scorer.versions import Scorable
@@ -89,8 +91,9 @@ def test_a_request_keeps_the_model_that_it_began_with(
     publish(store, 1)
     swap.refresh()
     telemetry = Telemetry()
-    features = FeatureLookup(EntityStore(client, schema, "nothing-there"), schema, telemetry, retry_s=1.0)
-    answerer = Answerer(ScorerConfig(), schema, swap, features, FirstAnswers(), telemetry)
+    lookup = FeatureLookup(telemetry, retry_s=1.0)
+    interfaces = Interfaces(ScorerConfig(), lambda of: EntityStore(client, of, "nothing-there"), lookup, telemetry)
+    answerer = Answerer(interfaces, swap, FirstAnswers(), telemetry)
     answers: list[bytes] = []
     asker = threading.Thread(target=lambda: answers.append(answerer.answer(b'{"user_id": 1, "items": [1, 2]}')))
 

@@ -299,16 +299,16 @@ def test_a_broken_pointer_is_degraded_in_health_and_metrics_until_the_next_publi
         assert http.get("/health/live").status_code == 200
 
 
-@pytest.mark.parametrize("mark", [b"junk", b"\xff\xfe", b""])
-def test_a_junk_mark_of_the_features_is_degraded_and_no_error(
-    client: redis.Redis, namespace: str, store: SnapshotStore, publish: Publish, ready: Ready, mark: bytes
+@pytest.mark.parametrize("row", [b"junk", b"\xff\xfe", b"", b"\xff" * 60])
+def test_junk_for_stored_features_is_degraded_and_no_error(
+    client: redis.Redis, namespace: str, store: SnapshotStore, publish: Publish, ready: Ready, row: bytes
 ) -> None:
     publish(store, 1)
-    client.set(f"{{{namespace}}}:features:schema", mark)
+    client.set(f"{{{namespace}}}:features:user:1", row)
     with ready(entity_timeout_ms=5000) as http:
         answers = [http.post("/v1/score", json={"user_id": 1, "items": [1, 2]}) for _ in range(3)]
 
         assert [answer.status_code for answer in answers] == [200] * 3
-        assert metric(http, "scored_without_features_total") == 3
+        assert [answer.json()["features_missing"]["user"] for answer in answers] == [["age"]] * 3
         assert metric(http, "degraded") == 1
-        assert f"{{{namespace}}}:features:schema: " in http.get("/health/ready").json()["problems"]["features"]
+        assert f"{{{namespace}}}:features:user:1: " in http.get("/health/ready").json()["problems"]["features"]

@@ -23,7 +23,7 @@ def test_openapi_shows_every_context_feature_with_type_and_description(
 
     types = {name: [option["type"] for option in field["anyOf"]] for name, field in context.items()}
     assert types == {
-        "hour": ["integer", "null"],
+        "hour": ["integer", "string", "null"],
         "tags": ["array", "null"],
         "battery": ["number", "null"],
         "seen": ["array", "null"],

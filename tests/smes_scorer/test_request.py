@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feature_store.entities import blank_rows
+from smes.hashing import encode_id
 from smes.schema import MISSING, Feature, Schema, Task
 from smes_scorer.request import FieldError, RequestReader, ScoreRequest, UnreadableBody, nested
 
@@ -39,7 +40,30 @@ def test_context_goes_into_every_row(reader: RequestReader, schema: Schema) -> N
     assert rows.numerics[:, 1].tolist() == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("context", [{}, {"hour": None, "tags": None, "battery": None, "seen": None}, {"tags": []}])
+@given(
+    values=st.lists(
+        st.integers(MISSING + 1, 2**63 - 1) | st.text(st.characters(codec="utf-8"), min_size=1), min_size=9
+    ),
+    is_large=st.booleans(),
+)
+def test_texts_are_ids_as_producers_make_them(values: list[int | str], is_large: bool) -> None:
+    reader = RequestReader(
+        Schema("s", (Task("click"),), (Feature("hour"), Feature("tags", "bag", max_length=3))), max_items=999
+    )
+    user, hour, *items = values
+    context = {"hour": hour, "tags": items, **({"ignored": "x" * 40_000} if is_large else {})}
+
+    request = reader.read(json.dumps({"user_id": user, "items": items, "context": context}).encode())
+
+    assert request.items == items
+    assert request.item_ids.tolist() == [encode_id(item) for item in items]
+    assert request.user_id == encode_id(user)
+    assert request.ids == {2: [encode_id(hour)], 3: [encode_id(item) for item in items[:3]]}
+
+
+@pytest.mark.parametrize(
+    "context", [{}, {"hour": ""}, {"hour": None, "tags": None, "battery": None, "seen": None}, {"tags": []}]
+)
 def test_missing_context_writes_nothing(reader: RequestReader, schema: Schema, context: dict[str, object]) -> None:
     rows, untouched = blank_rows(schema, 1, np.array([13])), blank_rows(schema, 1, np.array([13]))
 
@@ -59,7 +83,7 @@ def test_unknown_context_names_change_nothing_but_their_count(reader: RequestRea
 
 
 def test_of_a_repeated_name_the_last_value_counts(reader: RequestReader) -> None:
-    request = reader.read(b'{"user_id": "x", "items": [13], "user_id": 3}')
+    request = reader.read(b'{"user_id": [], "items": [13], "user_id": 3}')
 
     assert request.user_id == 3
 
@@ -83,9 +107,9 @@ def test_feature_names_need_be_no_identifiers() -> None:
 @pytest.mark.parametrize(
     ("context", "loc"),
     [
-        ({"a.b": "x"}, ("a.b",)),
+        ({"a.b": []}, ("a.b",)),
         ({"tags[1]": "x"}, ("tags[1]",)),
-        ({"tags": [0, 1, "x"]}, ("tags", 2)),
+        ({"tags": [0, 1, ""]}, ("tags", 2)),
         ({"class": 1.0}, ("class",)),
     ],
 )
@@ -106,10 +130,16 @@ def test_a_wrong_feature_with_an_odd_name_is_named(context: dict[str, object], l
         (b'{"user_id": 1, "items": [1], "item": 2}', "extra_forbidden", "expected one of user_id, items, context"),
         (b'{"user_id": 1,', "json_invalid", "no JSON: Expecting property name enclosed in double quotes"),
         (b"null", "value_error", "expected an object with user_id and items, got null"),
-        (b'{"user_id": "7", "items": [1]}', "value_error", "expected an integer, got '7'"),
-        (b'{"user_id": true, "items": [1]}', "value_error", "expected an integer, got true"),
-        (b'{"user_id": 1, "items": []}', "value_error", "expected a list of integers, at least one, got []"),
-        (b'{"user_id": 1, "items": 3}', "value_error", "expected a list of integers, at least one, got 3"),
+        (b'{"user_id": 7.5, "items": [1]}', "value_error", "expected an integer or a text, got 7.5"),
+        (b'{"user_id": "", "items": [1]}', "value_error", "expected a text that is not empty, got ''"),
+        (
+            b'{"user_id": "\\ud800", "items": [1]}',
+            "value_error",
+            r"expected a text without surrogates, got '\ud800'",
+        ),
+        (b'{"user_id": true, "items": [1]}', "value_error", "expected an integer or a text, got true"),
+        (b'{"user_id": 1, "items": []}', "value_error", "expected a list of integers and texts, at least one, got []"),
+        (b'{"user_id": 1, "items": 3}', "value_error", "expected a list of integers and texts, at least one, got 3"),
         (
             b'{"user_id": 1, "items": [9223372036854775808]}',
             "value_error",
@@ -123,7 +153,7 @@ def test_a_wrong_feature_with_an_odd_name_is_named(context: dict[str, object], l
         (
             b'{"user_id": 1, "items": [1], "context": {"tags": 7}}',
             "value_error",
-            "expected a list of integers, got 7",
+            "expected a list of integers and texts, got 7",
         ),
         (
             b'{"user_id": 1, "items": [1], "context": {"battery": 1e999}}',
@@ -133,7 +163,7 @@ def test_a_wrong_feature_with_an_odd_name_is_named(context: dict[str, object], l
         (
             b'{"user_id": 1, "items": [1], "context": {"seen": [1, 2]}}',
             "value_error",
-            "expected as many integers as 'seen' has, 2, got 0",
+            "expected as many ids as 'seen' has, 2, got 0",
         ),
     ],
 )
@@ -144,7 +174,7 @@ def test_a_refusal_says_what_was_expected(reader: RequestReader, body: bytes, ki
 
 
 def test_a_refusal_quotes_little_of_a_long_value(reader: RequestReader) -> None:
-    error = refusal(reader, json.dumps({"user_id": "x" * 10_000, "items": [1]}).encode())
+    error = refusal(reader, json.dumps({"user_id": ["x" * 10_000], "items": [1]}).encode())
 
     assert len(str(error)) < 100
 
@@ -209,6 +239,7 @@ LARGE = {
     "lists": b'{"user_id":1,"items":[' + b",".join([b"[[]]"] * 180_000) + b"]}",
     "objects": b'{"user_id":1,"items":[' + b",".join([b"{}"] * MANY) + b"]}",
     "a wrong one at the end": b'{"user_id":1,"items":[' + b",".join([b"1"] * 400_000) + b',""]}',
+    "good texts, too many": b'{"user_id":1,"items":[' + b",".join([b'"x"'] * 200_000) + b"]}",
     "good ones, too many": b'{"user_id":1,"items":[' + b",".join([b"1"] * 450_000) + b"]}",
     "a feature": b'{"user_id":1,"items":[1],"context":{"tags":[' + b",".join([b"{}"] * MANY) + b"]}}",
     "names": b'{"user_id":1,"items":[1],' + b",".join(b'"%06x":1' % i for i in range(90_000)) + b"}",
@@ -240,10 +271,10 @@ def test_a_large_wrong_body_is_refused_in_few_words_and_little_time(reader: Requ
 @pytest.mark.parametrize(
     ("name", "loc", "message"),
     [
-        ("strings", ("body", "items", 0), "expected an integer"),
-        ("a wrong one at the end", ("body", "items", 400_000), "expected an integer"),
+        ("strings", ("body", "items", 0), "expected an integer or a text"),
+        ("a wrong one at the end", ("body", "items", 400_000), "expected an integer or a text"),
         ("good ones, too many", ("body", "items"), "450000 items, expected at most 5"),
-        ("a feature", ("body", "context", "tags", 0), "expected an integer"),
+        ("a feature", ("body", "context", "tags", 0), "expected an integer or a text"),
         ("names", ("body", "000000"), "expected one of user_id, items, context"),
         ("a list", ("body",), "expected an object with user_id and items"),
     ],

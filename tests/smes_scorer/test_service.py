@@ -157,6 +157,7 @@ def test_a_signal_stops_it_cleanly_with_requests_in_flight(
     learner = new_learner()
     learner.step(learner.prepare(examples(64, 0)))
     publish(SnapshotStore(client, namespace), learner)
+    EntityStore(client, SCHEMA, namespace).put("user", 1, {"age": 3.5})
     begun = threading.Event()
     answered: list[int] = []
     refused: list[type[httpx.TransportError]] = []

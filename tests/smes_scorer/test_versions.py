@@ -74,7 +74,7 @@ def test_readers_see_exactly_their_version_while_folds_run(seed: int, until: Cal
     table = ServingTable(GROUPS)
     table.add(KEYS.required, {"wide": history.required})
     versions = Versions()
-    versions.put(ServedModel(Rows(TableRows(KEYS, table)), make_manifest(0)))
+    versions.put(ServedModel(Rows(TableRows(KEYS, table)), make_manifest(0), SCHEMA))
     done = threading.Event()
     most_shadows: list[int] = []
 
@@ -97,7 +97,7 @@ def test_readers_see_exactly_their_version_while_folds_run(seed: int, until: Cal
             assert served is not None
             assert isinstance(served.model, Rows)
             rows = served.model.rows.after(Shadow(delta, version, GROUPS)).with_fewer_shadows(3)
-            versions.put(ServedModel(Rows(rows), make_manifest(version)))
+            versions.put(ServedModel(Rows(rows), make_manifest(version), SCHEMA))
             most_shadows.append(len(rows.shadows))
             for _ in range(2):
                 served, up_to = versions.served, versions.oldest_read()
@@ -107,7 +107,7 @@ def test_readers_see_exactly_their_version_while_folds_run(seed: int, until: Cal
                 folded = served.model.folded(up_to)
                 assert isinstance(folded, Rows)
                 folds += served.model.shadows - folded.shadows
-                versions.put(ServedModel(folded, served.manifest))
+                versions.put(ServedModel(folded, served.manifest, SCHEMA))
                 threading.Event().wait(0.002)
         return folds
 
@@ -129,12 +129,12 @@ def test_the_oldest_version_that_is_read_is_known_however_often_the_served_one_c
     versions = Versions()
     assert versions.oldest_read() is None
     model = Rows(TableRows(KEYS, ServingTable(GROUPS)))
-    first, second = ServedModel(model, make_manifest(1)), ServedModel(model, make_manifest(2))
+    first, second = ServedModel(model, make_manifest(1), SCHEMA), ServedModel(model, make_manifest(2), SCHEMA)
     versions.put(first)
     with versions.reading() as one:
         versions.put(second)
         with versions.reading() as other:
-            versions.put(ServedModel(model, make_manifest(3)))
+            versions.put(ServedModel(model, make_manifest(3), SCHEMA))
             assert (one, other, versions.oldest_read()) == (first, second, 1)
         assert versions.oldest_read() == 1
     assert versions.oldest_read() == 3
@@ -143,9 +143,9 @@ def test_the_oldest_version_that_is_read_is_known_however_often_the_served_one_c
 def test_a_reader_of_another_lineage_keeps_everything_from_being_folded() -> None:
     versions = Versions()
     model = Rows(TableRows(KEYS, ServingTable(GROUPS)))
-    versions.put(ServedModel(model, make_manifest(7, "a")))
+    versions.put(ServedModel(model, make_manifest(7, "a"), SCHEMA))
     with versions.reading():
-        versions.put(ServedModel(model, make_manifest(1, "b")))
+        versions.put(ServedModel(model, make_manifest(1, "b"), SCHEMA))
         assert versions.oldest_read() is None
     assert versions.oldest_read() == 1
 
@@ -153,8 +153,8 @@ def test_a_reader_of_another_lineage_keeps_everything_from_being_folded() -> Non
 def test_a_request_that_fails_is_over() -> None:
     versions = Versions()
     model = Rows(TableRows(KEYS, ServingTable(GROUPS)))
-    versions.put(ServedModel(model, make_manifest(1)))
+    versions.put(ServedModel(model, make_manifest(1), SCHEMA))
     with pytest.raises(RuntimeError), versions.reading():
         raise RuntimeError
-    versions.put(ServedModel(model, make_manifest(2)))
+    versions.put(ServedModel(model, make_manifest(2), SCHEMA))
     assert versions.oldest_read() == 2

@@ -1,0 +1,118 @@
+"""Looking up stored features, and looking now and then whether there are any."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from feature_store.entities import EntityRows, EntityStore, blank_rows
+from smes.arrays import I64
+from smes.errors import SmesError
+from smes.schema import Schema
+from smes_scorer.missing import stored
+from smes_scorer.telemetry import Telemetry
+
+_NAMED = 3
+
+
+class FeatureLookup:
+    """Looks up stored features. When a look-up fails, requests are scored without them for ``retry_s``.
+
+    Safe to share between threads.
+
+    Args:
+        telemetry: Counts failures and unknown entities.
+        retry_s: After a failure, how long no look-up is tried.
+        monotonic_s: Clock of the retries.
+    """
+
+    def __init__(
+        self, telemetry: Telemetry, *, retry_s: float, monotonic_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._telemetry = telemetry
+        self._retry_s = retry_s
+        self._monotonic_s = monotonic_s
+        self._next_try_s = float("-inf")
+        self._look_up_problem: str | None = None
+        self._empty: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last look-up failed or what it found broken, or that the store is empty; None when none of these."""
+        return self._look_up_problem or self._empty
+
+    def rows(self, store: EntityStore, schema: Schema, user_id: int, item_ids: I64, now_ms: int) -> EntityRows:
+        """The instances of a user with N items, with their stored features where they could be looked up.
+
+        Args:
+            store: Where the features of the schema are; its client's timeout bounds the look-up.
+            schema: Which columns there are.
+            user_id: The user.
+            item_ids: int64 [N].
+            now_ms: Unix milliseconds.
+        """
+        if self._monotonic_s() < self._next_try_s:
+            return self._without_features(schema, user_id, item_ids)
+        try:
+            rows = store.get(user_id, item_ids, now_ms)
+        except SmesError as error:
+            self._telemetry.feature_store_failures.inc()
+            self._look_up_problem = str(error)
+            self._next_try_s = self._monotonic_s() + self._retry_s
+            return self._without_features(schema, user_id, item_ids)
+        self._look_up_problem = rows.problem
+        unknown = int((~rows.items_known).sum())
+        self._telemetry.unknown_users.inc(not rows.user_known)
+        self._telemetry.unknown_items.inc(unknown)
+        if self._empty is not None and self._found_any(rows, schema):
+            self.check(store, schema)
+        return rows
+
+    def check(self, store: EntityStore, schema: Schema) -> None:
+        """Look whether the store holds features at all, where the schema has stored ones. Never raises."""
+        names = stored(schema)
+        try:
+            is_empty = bool(names) and not store.holds_any()
+        except SmesError:
+            return  # that it gives no answer, look-ups say
+        shown = ", ".join(names[:_NAMED]) + (" …" if len(names) > _NAMED else "")
+        self._empty = f"the store holds none, and the schema has stored ones: {shown}" if is_empty else None
+        self._telemetry.no_features.set(is_empty)
+
+    @staticmethod
+    def _found_any(rows: EntityRows, schema: Schema) -> bool:
+        sources = {f.source for f in schema.features if f.name in stored(schema)}
+        return ("user" in sources and rows.user_known) or ("item" in sources and bool(rows.items_known.any()))
+
+    def _without_features(self, schema: Schema, user_id: int, item_ids: I64) -> EntityRows:
+        self._telemetry.scored_without_features.inc()
+        return blank_rows(schema, user_id, item_ids)
+
+
+class StoreChecks:
+    """Calls something now and then, in a thread of its own, at first when it starts.
+
+    Args:
+        check: Called; must not raise.
+        every_s: Seconds between two calls.
+    """
+
+    def __init__(self, check: Callable[[], None], every_s: float) -> None:
+        self._check, self._every_s = check, every_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="feature-store-check", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; call it once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, and wait for it."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._check()
+            if self._stopping.wait(self._every_s):
+                return
