@@ -25,6 +25,10 @@ that wait longer or with feedback that came after its wait; the last one, with t
 """
 
 
+DROPPED = -1
+"""Task of feedback for a task that there is no more (:mod:`smes.schema_change`). It tells how far the stream is."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Rows:
     """Columns of equal length."""
@@ -120,7 +124,8 @@ class FeedbackBlock(_Rows):
     Attributes:
         impression_id: int64 [N].
         event_time_ms: int64 [N], Unix milliseconds.
-        task: int32 [N], index into :attr:`Schema.tasks`.
+        task: int32 [N], index into :attr:`Schema.tasks`; :data:`DROPPED` for a task of an earlier schema that there is
+            no more.
         value: float32 [N], 0 or 1 for a binary task, 0 … ``max_value`` for a regression task.
         partition, offset, arrival_ms: As in :class:`ImpressionBlock`.
     """

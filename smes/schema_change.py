@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smes.arrays import F32, I64, U64
-from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
+from smes.events import DROPPED, ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
 from smes.schema_matching import Difference, Matched, Renames, differences, in_words, match, repeated
 
@@ -262,11 +262,9 @@ class SchemaChange:
         return ImpressionBlock(**columns)
 
     def feedback(self, block: FeedbackBlock) -> FeedbackBlock:
-        """The feedback under the new schema, without that of dropped tasks."""
-        task = self.task_numbers(block.task)
-        kept = task != NEW
-        converted = FeedbackBlock(**(block.arrays() | {"task": task.astype(np.int32)}))
-        return converted if kept.all() else converted.take(kept)
+        """The feedback under the new schema; that of dropped tasks has the task :data:`smes.events.DROPPED`."""
+        task = np.where((numbers := self.task_numbers(block.task)) == NEW, DROPPED, numbers)
+        return FeedbackBlock(**(block.arrays() | {"task": task.astype(np.int32)}))
 
     def examples(self, block: ExampleBlock) -> ExampleBlock:
         """The examples under the new schema. They have no labels of new tasks: the mask is false there."""

@@ -7,9 +7,22 @@ from typing import Any, NamedTuple
 
 from smes.derived import Derived
 from smes.feature import Feature
-from smes.schema import Task
+from smes.schema import Schema, Task
 
 Entry = Feature | Task | Derived
+
+
+class Names(NamedTuple):
+    """The names of a schema's features, derived ones included, and of its tasks."""
+
+    features: set[str]
+    tasks: set[str]
+
+    @classmethod
+    def of(cls, schema: Schema) -> "Names":
+        """Those of one schema."""
+        features = {*(f.name for f in schema.features), *(d.name for d in schema.derived)}
+        return cls(features, {task.name for task in schema.tasks})
 
 
 @dataclass(frozen=True)
@@ -27,9 +40,26 @@ class Renames:
     features: Mapping[str, str] = field(default_factory=dict)
     tasks: Mapping[str, str] = field(default_factory=dict)
 
-    def after(self, earlier: "Renames") -> "Renames":
-        """Renames over two changes: these, and those of the change before."""
-        return Renames(_chained(self.features, earlier.features), _chained(self.tasks, earlier.tasks))
+    def over(self, earlier: Sequence["Renames"], was: Schema) -> "Renames":
+        """These, with old names of several changes ago.
+
+        Args:
+            earlier: The renames of schemas between ``was`` and the present one.
+            was: The schema whose names are wanted.
+        """
+        names = Names.of(was)
+        return Renames(
+            _followed(self.features, [renames.features for renames in earlier], names.features),
+            _followed(self.tasks, [renames.tasks for renames in earlier], names.tasks),
+        )
+
+    def between(self, was: Schema, now: Schema) -> "Renames":
+        """Those of them whose names are in these schemas."""
+        of_was, of_now = Names.of(was), Names.of(now)
+        return Renames(
+            {new: old for new, old in self.features.items() if new in of_now.features and old in of_was.features},
+            {new: old for new, old in self.tasks.items() if new in of_now.tasks and old in of_was.tasks},
+        )
 
 
 class Matched(NamedTuple):
@@ -124,5 +154,18 @@ def _applies(key: str, now: Entry) -> bool:
     return not isinstance(now, Feature) or now.kind in kinds.get(key, (now.kind,))
 
 
-def _chained(later: Mapping[str, str], earlier: Mapping[str, str]) -> dict[str, str]:
-    return {**earlier, **{new: earlier.get(old, old) for new, old in later.items()}}
+def _followed(renamed: Mapping[str, str], earlier: Sequence[Mapping[str, str]], known: set[str]) -> dict[str, str]:
+    """Each new name with the first of its old names, one behind the other, that is known; else with the last change's.
+
+    A name that only an earlier change has given is in it, too, for its feature may have kept the name since.
+    """
+    steps = {**{new: old for each in reversed(earlier) for new, old in each.items()}, **renamed}
+    found = dict(renamed)
+    for new in steps:
+        name, passed = new, {new}
+        while name not in known and steps.get(name, new) not in passed:
+            name = steps[name]
+            passed.add(name)
+        if name in known and name != new:
+            found[new] = name
+    return found

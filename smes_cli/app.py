@@ -33,9 +33,11 @@ from smes_cli.console import (
 )
 from smes_cli.dead_letters import dead_letters_app
 from smes_cli.evaluate import evaluate
+from smes_cli.export import export
 from smes_cli.features import features_app
 from smes_cli.primed_options import CheckpointFolder, FromFolder, Since, since_ms_of
 from smes_cli.redis_server import redis_server
+from smes_cli.schema import schema_app
 from smes_cli.score_file import score
 from smes_cli.snapshots import snapshots_app
 from smes_cli.status import status
@@ -57,11 +59,13 @@ app = typer.Typer(
 )
 app.command("audit")(audit)
 app.command("evaluate")(evaluate)
+app.command("export")(export)
 app.command("redis")(redis_server)
 app.command("score")(score)
 app.command("status")(status)
 app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(features_app, name="features")
+app.add_typer(schema_app, name="schema")
 app.add_typer(snapshots_app, name="snapshots")
 
 
@@ -339,6 +343,14 @@ def train(
     anew: Annotated[
         bool, typer.Option("--anew", help="Without a checkpoint: start over, and replace the model in service.")
     ] = False,
+    change_schema: Annotated[
+        bool,
+        typer.Option(
+            "--change-schema",
+            help="Carry a checkpoint of another schema over to the configured one (smes schema diff says what that "
+            "means); without effect where it has this schema already.",
+        ),
+    ] = False,
     from_folder: FromFolder = None,
     since: Since = None,
     report: ReportPath = None,
@@ -347,7 +359,12 @@ def train(
     config = config_of(context, schema)
     config.schema_file()  # a mistake in it is reported before torch is imported
     since_ms = since_ms_of(since, from_folder, from_snapshot=from_snapshot)
+    if change_schema and from_folder is not None:
+        raise ValueError("--change-schema --from: expected at most one of the two")
     from smes_cli.primed_start import PrimedStart
+    from smes_cli.schema_changes import declared_changes
+
+    declared_changes(config)  # likewise
     from smes_cli.starting_point import WithoutCheckpoint
     from smes_cli.train import run_train
 
@@ -363,6 +380,7 @@ def train(
                 flush=flush,
                 without_checkpoint=WithoutCheckpoint(from_snapshot=from_snapshot, anew=anew),
                 primed=None if from_folder is None else PrimedStart(from_folder, since_ms),
+                change_schema=change_schema,
             )
         except Stopped as stopped:
             console.print(f"stopped before the training began: {stopped}", highlight=False)

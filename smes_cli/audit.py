@@ -35,6 +35,7 @@ def audit(
 ) -> None:
     """Recount the event log against the ledgers of the newest checkpoint. Changes nothing; exits with 3 if it fails."""
     config = config_of(context, schema)
+    from smes_cli.schema_changes import declared_changes
     from smes_cli.stream_state import newest_stream_state
     from stream.audit import audit as recount
     from stream.audit_marks import read_marks, write_marks
@@ -53,6 +54,7 @@ def audit(
             log,
             config.schema_file().schema,
             state.arrays,
+            old_schemas=[*(change.was for change in declared_changes(config)), *state.schemas.known()],
             trained=state.trained,
             not_finite=state.not_finite,
             marks=known,

@@ -163,6 +163,7 @@ def dead_letters_replay(
     if not every and not any((reason, topic, partition, since, until, letters)):
         raise ValueError("replay: expected letters, an option that chooses some, or --all")
     config = config_of(context, schema)
+    from smes_cli.schema_changes import declared_changes
     from stream.dead_letter_replay import Replayer
 
     with closing(_open_log(config)) as log, stop_signals() as should_stop:
@@ -170,6 +171,7 @@ def dead_letters_replay(
         replayer = Replayer(
             log,
             config.schema_file().schema,
+            changes=declared_changes(config),
             max_future_ms=round(config.stream.max_future_s * 1000),
             adopt_schema=adopt_schema,
             too_late=_too_late(config),

@@ -6,6 +6,7 @@ a trained model by an untrained one. It stops and asks what is meant.
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from smes.schema_difference import describe_difference_from
 from smes_cli.console import console
 from stream.example_stream import ExampleStream
 from stream.log.event_log import TopicPartition
-from trainer.checkpoint_file import differences
+from trainer.checkpoint_file import Checkpoint, differences
 from trainer.loop import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +49,11 @@ class InService(NamedTuple):
 
 
 def find_starting_point(
-    trainer: Trainer, stream: ExampleStream, store: SnapshotStore, otherwise: WithoutCheckpoint
+    trainer: Trainer,
+    stream: ExampleStream,
+    store: SnapshotStore,
+    otherwise: WithoutCheckpoint,
+    carried_over: Callable[[Checkpoint], Checkpoint] | None = None,
 ) -> InService:
     """Bring a new trainer to where it begins.
 
@@ -57,6 +62,7 @@ def find_starting_point(
         stream: Its stream.
         store: Where the model in service is.
         otherwise: What to do without a checkpoint.
+        carried_over: As :meth:`trainer.loop.Trainer.restore`.
 
     Returns:
         The snapshot in service.
@@ -68,7 +74,7 @@ def find_starting_point(
     """
     in_service = model_in_service(store)
     served, problem = in_service
-    step = trainer.restore()
+    step = trainer.restore(carried_over)
     if step is not None:
         console.print(f"going on from the checkpoint of step {step} of lineage {trainer.lineage}", highlight=False)
         if otherwise.from_snapshot or otherwise.anew:

@@ -6,6 +6,7 @@ from smes.arrays import Arrays, under
 from smes.errors import CheckpointError
 from smes_cli.config import Config
 from trainer.checkpoints import CheckpointDirectory
+from trainer.schemas_before import SchemasBefore
 
 _TRIES = 3  # a running trainer may remove what was listed a moment ago
 
@@ -18,6 +19,7 @@ class StreamState:
         lineage, step: Which checkpoint it is.
         arrays: The stream's state; names as in :mod:`stream.partition_state`.
         trained, not_finite: Impressions.
+        schemas: From which the lineage was carried over.
     """
 
     lineage: str
@@ -25,6 +27,7 @@ class StreamState:
     arrays: Arrays
     trained: int
     not_finite: int
+    schemas: SchemasBefore
 
 
 def newest_stream_state(config: Config) -> StreamState | None:
@@ -48,5 +51,6 @@ def newest_stream_state(config: Config) -> StreamState | None:
         if found is None:
             return None
         trained, not_finite = found.arrays["trainer.trained"].tolist()
-        return StreamState(found.lineage, found.step, under("stream.", found.arrays), trained, not_finite)
+        schemas = SchemasBefore.of(found.arrays["trainer.schemas"])
+        return StreamState(found.lineage, found.step, under("stream.", found.arrays), trained, not_finite, schemas)
     raise AssertionError("the last try returns or raises")

@@ -15,6 +15,7 @@ from smes_cli.building import build_evaluation, build_gate, build_learner, warm_
 from smes_cli.config import Config
 from smes_cli.console import console, write_report
 from smes_cli.primed_start import PrimedStart, begin_primed
+from smes_cli.schema_changes import carrying_over, declared_changes
 from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
 from smes_cli.stored_features import open_stored_features
 from smes_cli.train_progress import show_progress
@@ -48,6 +49,7 @@ def run_train(
     flush: bool = False,
     without_checkpoint: WithoutCheckpoint | None = None,
     primed: PrimedStart | None = None,
+    change_schema: bool = False,
 ) -> TrainingReport:
     """Train until ``should_stop``; returns the report, which is also written to ``report``.
 
@@ -60,6 +62,7 @@ def run_train(
         stop_event: Set when a stop is asked for; waits inside the event log hear it.
         flush: Drain, then train on what still waits for feedback, as at the end of a finite log.
         without_checkpoint: What to do where there is no checkpoint but a model is in service; None: stop and ask.
+        change_schema: Carry a checkpoint of another schema over to the configured one.
         primed: Begin where a log in files has brought the training; None: at the newest checkpoint.
 
     Raises:
@@ -87,12 +90,14 @@ def run_train(
         letters = DeadLetterWriter(log)
         features = open_stored_features(config, schema, waits, None if drain else stop_event, stack)
         journal = _journal(config, checkpoints)
-        stream = ExampleStream(schema, config.stream, log, letters, features=features, journal=journal)
+        changes = declared_changes(config)
+        stream = ExampleStream(schema, config.stream, log, letters, changes=changes, features=features, journal=journal)
         flags = Flags()
         trainer = _new_trainer(config, stream, flags, checkpoints, letters)
         otherwise = without_checkpoint or WithoutCheckpoint()
         if primed is None:
-            served = find_starting_point(trainer, stream, store, otherwise)
+            carried_over = carrying_over(config) if change_schema else None
+            served = find_starting_point(trainer, stream, store, otherwise, carried_over)
         else:
             served = begin_primed(primed, config, trainer, log, store, otherwise)
         for skipped in stream.skip_lost().values() if skip_lost else ():
@@ -100,7 +105,15 @@ def run_train(
         warm_up(config, schema)
 
         def publisher(lineage: str) -> Publisher:
-            return Publisher(store, schema, config.model.to_dict(), lineage, now_ms=wall_clock_ms, lease=lease)
+            return Publisher(
+                store,
+                schema,
+                config.model.to_dict(),
+                lineage,
+                now_ms=wall_clock_ms,
+                lease=lease,
+                carried_from=trainer.schemas.without(schema.hash),
+            )
 
         trainer.publish_to(
             publisher,

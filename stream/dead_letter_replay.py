@@ -32,7 +32,7 @@ import numpy as np
 
 from smes.arrays import I32, I64, Arrays, Bool
 from smes.errors import PositionOutOfRange
-from smes.events import FeedbackBlock, ImpressionBlock
+from smes.events import DROPPED, FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
 from smes.schema_change import SchemaChange
 from smes_io.clock import wall_clock_ms
@@ -207,9 +207,10 @@ class Replayer:
         ]
         decoded = decode(tried, self._schema, changes=self._changes, max_future_ms=self._max_future_ms, now_ms=now_ms)
         events = np.bincount(decoded.impressions.offset, minlength=len(made))
-        events += np.bincount(decoded.feedback.offset, minlength=len(made))
+        dropped = decoded.feedback.task == DROPPED
+        events += np.bincount(decoded.feedback.offset[~dropped], minlength=len(made))
         problems = {letter.offset: letter.code for letter in decoded.dead}
-        without = "dropped_task" if decoded.dropped_by_source else "unparsable"
+        without = "dropped_task" if dropped.any() else "unparsable"
         for i in np.flatnonzero(events == 0).tolist():
             outcome.refused[problems.get(i, without)] += 1
         outcome.events += int(events.sum())

@@ -138,13 +138,12 @@ class ExampleStream:
         filled = None if self._features is None else self._features.fill(decoded.impressions)  # it may raise
         self._dead_letters.write([*decoded.dead, *map(DeadLetter.of_unreadable, fetch.unreadable)])
         self.assembler.count_refused(decoded.dead_by_source, decoded.unknown_by_source)
-        self.assembler.count_dropped(decoded.dropped_by_source)
         self.assembler.count_passed(fetch.gaps, fetch.unreadable)
         impressions = decoded.impressions
         if filled is not None:
             impressions = filled.impressions
             self.assembler.features.add(impressions.partition, filled.outcome)
-        events = decoded.events
+        events = len(decoded.impressions) + len(decoded.feedback)
         if fetch.records:
             # Grows at once and shrinks slowly: unexpectedly full records cost memory, the reverse a few small reads.
             self._events_per_record = max(1.0, events / len(fetch.records), 0.5 * self._events_per_record)

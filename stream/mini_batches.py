@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from smes.arrays import F64, Arrays
-from smes.events import CLOSING, ExampleBlock, FeedbackBlock, ImpressionBlock
+from smes.events import CLOSING, DROPPED, ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.ranges import EventSeconds, PositiveInt, Seconds, check_ranges
 from smes.schema import Schema
 from stream.join.joiner import JoinConfig, Joiner, join_sources
@@ -222,6 +222,8 @@ class Assembler:
 
         ``now_s`` is the time by the caller's clock, for :class:`BatchTimes`; no batch depends on it.
         """
+        for partition in feedback.partition[feedback.task == DROPPED].tolist():
+            self._dropped[TopicPartition(FEEDBACK, partition)] += 1
         self._batch(self._join.push(impressions, feedback, idle), now_s)
 
     def end_batch(self, now_s: float) -> None:
@@ -255,10 +257,6 @@ class Assembler:
         """Count events that were read but could not be used, and fields of the others that were kept out."""
         self._dead.update(dead)
         self._unknown_fields.update(unknown_fields)
-
-    def count_dropped(self, dropped: Mapping[TopicPartition, int]) -> None:
-        """Count feedback of old schemas for tasks that there are no more."""
-        self._dropped.update(dropped)
 
     def count_passed(self, gaps: Mapping[TopicPartition, int], unreadable: Iterable[UnreadableRecord]) -> None:
         """Count records that are no longer in the log, and those in it that are no records of ours: dead letters."""

@@ -216,7 +216,7 @@ class Recounter:
         count = len(records) - sum(map(len, by_schema.values()))
         for name, arrow in by_schema.items():
             decoded = decode(arrow, self._schemas.get(name, self._schema))
-            count += decoded.events + decoded.dead_by_source.total()
+            count += len(decoded.impressions) + len(decoded.feedback) + decoded.dead_by_source.total()
         return count
 
 

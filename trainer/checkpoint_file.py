@@ -34,7 +34,7 @@ from smes.schema import Schema
 from smes.schema_difference import describe_difference_from
 from smes_io.tensor_pieces import LENGTH_BYTES, MAX_HEADER_BYTES, TensorInfo, read_header, write_header
 
-FORMAT = 5
+FORMAT = 6
 """Number of the format: names and meaning of the arrays and of the metadata. Any other number is refused."""
 
 _NAME_OF_FORMAT_1 = "smes-checkpoint-1"  # what stood in the metadata before formats were numbers
@@ -42,6 +42,8 @@ _CHECKSUM, _ARRAYS = "checksum", "arrays"
 _NO_DIGEST = hashlib.sha256().hexdigest()  # as long as any
 _HASHED_AT_ONCE = 16 * 1024 * 1024
 _LARGE_BYTES = 64 * 1024 * 1024
+
+_HOW = "smes train --change-schema goes on from it, smes schema diff shows with what"
 
 DAMAGED = (KeyError, ValueError, OSError)
 """What :func:`read_checkpoint` raises for a file that is damaged or missing."""
@@ -129,7 +131,13 @@ def write_checkpoint(path: Path, checkpoint: CheckpointView, sequence: int) -> N
 
 
 def read_checkpoint(
-    path: Path, sequence: int, *, schema: Schema, model: dict[str, Any], only: tuple[str, ...] = ("",)
+    path: Path,
+    sequence: int,
+    *,
+    schema: Schema,
+    model: dict[str, Any],
+    only: tuple[str, ...] = ("",),
+    any_schema: bool = False,
 ) -> Checkpoint:
     """Read one checkpoint, and verify every bit that is read.
 
@@ -139,6 +147,7 @@ def read_checkpoint(
         schema: The configured schema.
         model: The configured model, plain data.
         only: What the names of the arrays to read begin with; others are neither read nor verified.
+        any_schema: Read it, too, if it is of another schema, whatever its model.
 
     Raises:
         SchemaMismatch: It was trained with another schema.
@@ -154,11 +163,14 @@ def read_checkpoint(
     if _CHECKSUM not in metadata:
         raise ValueError("checksum of the metadata: none, expected one")
     _expect("sequence number in the name", str(sequence), metadata["sequence"])
-    trained = _compatible_model(path, metadata, schema, model)
+    if any_schema and metadata["schema_hash"] != schema.hash:
+        trained = json.loads(metadata["model"])
+    else:
+        trained = _compatible_model(path, metadata, schema, model)
     return Checkpoint(
         lineage=metadata["lineage"],
         step=int(metadata["step"]),
-        schema=schema.to_dict(),
+        schema=json.loads(metadata["schema"]),
         schema_hash=metadata["schema_hash"],
         model=trained,
         arrays=_verified_arrays(path, infos, begin, json.loads(metadata[_ARRAYS]), only),
@@ -201,7 +213,12 @@ def _compatible_model(path: Path, metadata: Mapping[str, str], schema: Schema, m
     """The model configuration in the metadata, if it is the configured one and the schema is."""
     if (got := metadata["schema_hash"]) != schema.hash:
         difference = describe_difference_from(metadata.get("schema"), schema)
-        raise SchemaMismatch(f"checkpoint {path}", expected=schema.hash, got=got, difference=difference)
+        raise SchemaMismatch(
+            f"checkpoint {path}",
+            expected=schema.hash,
+            got=got,
+            difference=f"{difference}; {_HOW}" if difference else "",
+        )
     trained: dict[str, Any] = json.loads(metadata["model"])
     if changed := differences(trained, json.loads(json.dumps(model))):
         raise CheckpointError(

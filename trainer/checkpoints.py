@@ -120,11 +120,13 @@ class CheckpointDirectory:
             checkpoint.close()
         return path
 
-    def newest(self, *, schema: Schema, model: dict[str, Any], only: tuple[str, ...] = ("",)) -> Checkpoint | None:
+    def newest(
+        self, *, schema: Schema, model: dict[str, Any], only: tuple[str, ...] = ("",), any_schema: bool = False
+    ) -> Checkpoint | None:
         """The newest checkpoint that is not damaged; None if the folder has no checkpoint.
 
         Args:
-            schema, model, only: As :func:`trainer.checkpoint_file.read_checkpoint`.
+            schema, model, only, any_schema: As :func:`trainer.checkpoint_file.read_checkpoint`.
 
         Raises:
             SchemaMismatch: It was trained with another schema.
@@ -134,7 +136,9 @@ class CheckpointDirectory:
         damaged = []
         for entry in self._entries():
             try:
-                return read_checkpoint(entry.path, entry.sequence, schema=schema, model=model, only=only)
+                return read_checkpoint(
+                    entry.path, entry.sequence, schema=schema, model=model, only=only, any_schema=any_schema
+                )
             except DAMAGED as error:
                 _logger.warning("checkpoint %s is damaged, trying the one before it: %s", entry.path, error)
                 damaged.append(f"{entry.path.name} ({error})")

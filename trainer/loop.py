@@ -33,6 +33,7 @@ from trainer.publisher import Publisher
 from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
+from trainer.schemas_before import SchemasBefore
 from trainer.stream import Stream
 from trainer.training_state import Progress, TrainingState
 
@@ -53,6 +54,7 @@ class Trainer:
         experts: What the routing executed.
         arms: How well the scorer's arms served.
         publisher: Publishes cuts for serving; None until :meth:`publish_to`.
+        schemas: From which the lineage was carried over.
 
     Args:
         learner: The weights; the thread that runs this object owns them from now on.
@@ -102,6 +104,7 @@ class Trainer:
         self._observers += [self._routing, evaluation, self.arms, *([gate] if gate else []), *observers, self._failed]
         self._state = TrainingState(learner, stream, evaluation, self.experts, self.arms, gate)
         self.publisher: Publisher | None = None
+        self.schemas = SchemasBefore()
         self._arrivals = FeedbackArrivals(stream.taken_times)
         self._event_time_ms: int | None = None
         self._cut_step = -1
@@ -111,20 +114,30 @@ class Trainer:
         """Add an observer of the steps from now on."""
         self._observers.append(observer)
 
-    def restore(self) -> int | None:
+    def restore(self, carried_over: Callable[[Checkpoint], Checkpoint] | None = None) -> int | None:
         """Continue from the newest checkpoint and return its step; None if there is no checkpoint.
 
+        Args:
+            carried_over: Makes a checkpoint of the present schema of one of another schema. It is on disk when this
+                returns; the other one stays until then. None: a checkpoint of another schema is refused.
+
         Raises:
-            CheckpointError, SchemaMismatch: See :meth:`CheckpointDirectory.newest`.
+            CheckpointError, SchemaMismatch: See :meth:`CheckpointDirectory.newest`, and what ``carried_over`` raises.
         """
         if self._checkpoints is None:
             return None
-        model = self.learner.config.to_dict()
-        checkpoint = self._checkpoints.newest(schema=self.learner.schema, model=model)
+        schema, model = self.learner.schema, self.learner.config.to_dict()
+        checkpoint = self._checkpoints.newest(schema=schema, model=model, any_schema=carried_over is not None)
         if checkpoint is None:
             return None
+        other = checkpoint.schema_hash != schema.hash
+        if other:
+            assert carried_over is not None, "else it was refused"
+            checkpoint = carried_over(checkpoint)
         self.prime(checkpoint)
         self.lineage = checkpoint.lineage
+        if other:
+            self.checkpoint()
         return checkpoint.step
 
     def prime(self, checkpoint: Checkpoint) -> None:
@@ -139,6 +152,7 @@ class Trainer:
             progress.not_finite,
             progress.event_time_ms,
         )
+        self.schemas = progress.schemas
 
     def start_from(self, tensors: Mapping[str, torch.Tensor], served: Manifest) -> None:
         """Go on from the weights of a snapshot, as a fork of its lineage. The optimisers begin anew.
@@ -152,6 +166,7 @@ class Trainer:
         """
         self.learner.load_serving_state(tensors, served.step)
         self.lineage = new_lineage(served.lineage)
+        self.schemas = SchemasBefore(served.carried_from)
 
     def publish_to(
         self,
@@ -418,7 +433,9 @@ class Trainer:
         return self._view()[0]
 
     def _view(self) -> tuple[CheckpointView, Callable[[], None]]:
-        return self._state.view(self.lineage, Progress(self.trained, self.not_finite, self._event_time_ms))
+        return self._state.view(
+            self.lineage, Progress(self.trained, self.not_finite, self._event_time_ms, self.schemas)
+        )
 
     def _forget(self, examples: ExampleBlock) -> None:
         """Count a batch whose step failed."""

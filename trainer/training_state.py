@@ -21,6 +21,7 @@ from trainer.checkpoint_file import Checkpoint, CheckpointView
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.gate import PublishGate
 from trainer.routing_figures import ExpertTally
+from trainer.schemas_before import SchemasBefore
 from trainer.stream import Stream
 
 
@@ -31,11 +32,13 @@ class Progress:
     Attributes:
         trained, not_finite: As of :class:`trainer.loop.Trainer`.
         event_time_ms: Event time of the newest example trained on; None before the first.
+        schemas: From which the lineage was carried over.
     """
 
     trained: int
     not_finite: int
     event_time_ms: int | None
+    schemas: SchemasBefore
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,13 @@ class TrainingState:
             self.arms.load_state(under("arms.", arrays))
             trained, not_finite = (int(n) for n in arrays["trainer.trained"])
             (event_time_ms,) = arrays["trainer.event_time_ms"].tolist()
+            schemas = SchemasBefore.of(arrays["trainer.schemas"])
             gate = under("gate.", arrays)
             if self.gate is not None and gate:
                 self.gate.load_state(gate)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint of step {checkpoint.step}: {error}") from error
-        return Progress(trained, not_finite, None if event_time_ms == MISSING else event_time_ms)
+        return Progress(trained, not_finite, None if event_time_ms == MISSING else event_time_ms, schemas)
 
     def view(self, lineage: str, progress: Progress) -> tuple[CheckpointView, Callable[[], None]]:
         """The present state, to be written while training goes on, and what to call when it is on disk."""
@@ -89,6 +93,7 @@ class TrainingState:
             **prefixed("arms.", _kept(self.arms.state())),
             "trainer.trained": whole(np.array([progress.trained, progress.not_finite])),
             "trainer.event_time_ms": whole(np.array([MISSING if newest_ms is None else newest_ms], np.int64)),
+            "trainer.schemas": whole(progress.schemas.array()),
         }
         if self.gate is not None:
             arrays |= prefixed("gate.", _kept(self.gate.state(), final="reference."))

@@ -17,14 +17,14 @@ both keyed by impression id, so that a join sees both sides of a key in partitio
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from smes.arrays import I32, I64, Bool
+from smes.arrays import I64
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
-from smes.schema_change import NEW, SchemaChange
+from smes.schema_change import SchemaChange
 from smes_io.clock import wall_clock_ms
 from stream.codec import arrow_form, encoders, json_form
 from stream.codec.arrow_stream import MAX_ROWS
@@ -45,24 +45,16 @@ class Decoded:
 
     Attributes:
         impressions: The good impressions, in record order.
-        feedback: The good feedback, in record order.
+        feedback: The good feedback, in record order. That of old schemas for tasks that there are no more is in it.
         dead: A letter for everything else.
         unknown_by_source: How many fields of the good events the schema does not know; they were kept out. Of an event
             of an old schema, those that it does not know, and values that the present one has no place for.
-        dropped_by_source: How many good feedback events of old schemas are of tasks that there are no more; they were
-            kept out.
     """
 
     impressions: ImpressionBlock
     feedback: FeedbackBlock
     dead: list[DeadLetter]
     unknown_by_source: Counter[TopicPartition]
-    dropped_by_source: Counter[TopicPartition] = field(default_factory=Counter)
-
-    @property
-    def events(self) -> int:
-        """How many events the records held, without those that were refused."""
-        return len(self.impressions) + len(self.feedback) + self.dropped_by_source.total()
 
     @property
     def unknown_fields(self) -> int:
@@ -114,36 +106,28 @@ def decode(
     runs = _runs(records, schema, {change.was.hash.encode(): change for change in changes}, dead)
     impressions, feedback = [ImpressionBlock.empty(schema)], [FeedbackBlock.empty()]
     unknown: Counter[TopicPartition] = Counter()
-    dropped: Counter[TopicPartition] = Counter()
     for (codec, change), run in runs[IMPRESSIONS]:
         decode_impressions = json_form.decode_impressions if codec == "json" else arrow_form.decode_impressions
         if change is None:
             impressions.append(decode_impressions(run, schema, bounds, dead, unknown))
         else:
             shown = decode_impressions(run, change.was, bounds, dead, unknown)
-            _count(unknown, IMPRESSIONS, shown.partition, change.count_dropped_values(shown))
+            surplus = change.count_dropped_values(shown)
+            for partition in np.unique(shown.partition[surplus > 0]).tolist():
+                unknown[TopicPartition(IMPRESSIONS, partition)] += int(surplus[shown.partition == partition].sum())
             impressions.append(change.impressions(shown))
     for (codec, change), run in runs[FEEDBACK]:
         decode_feedback = json_form.decode_feedback if codec == "json" else arrow_form.decode_feedback
         if change is None:
             feedback.append(decode_feedback(run, schema, bounds, dead, unknown))
         else:
-            outcomes = decode_feedback(run, change.was, bounds, dead, unknown)
-            _count(dropped, FEEDBACK, outcomes.partition, change.task_numbers(outcomes.task) == NEW)
-            feedback.append(change.feedback(outcomes))
+            feedback.append(change.feedback(decode_feedback(run, change.was, bounds, dead, unknown)))
     return Decoded(
         impressions=ImpressionBlock.concat(impressions[1:] or impressions),
         feedback=FeedbackBlock.concat(feedback[1:] or feedback),
         dead=dead,
         unknown_by_source=unknown,
-        dropped_by_source=dropped,
     )
-
-
-def _count(counts: Counter[TopicPartition], topic: str, partition: I32, each: I64 | Bool) -> None:
-    """Add what was counted of each row to its partition's count."""
-    for at in np.unique(partition[each > 0]).tolist():
-        counts[TopicPartition(topic, at)] += int(each[partition == at].sum())
 
 
 def encode_impressions(block: ImpressionBlock, schema: Schema, codec: Codec, partitions: int) -> list[OutRecord]:

@@ -78,7 +78,7 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from smes.arrays import I64, Arrays
-from smes.events import CLOSING, FIRST, FURTHER, WHOLE, ExampleBlock, FeedbackBlock, ImpressionBlock
+from smes.events import CLOSING, DROPPED, FIRST, FURTHER, WHOLE, ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.ranges import EventSecondsOrZero, check_ranges
 from smes.schema import MISSING, Schema
 from stream.join.entries import FREE, DueTimes, EntryTable
@@ -95,7 +95,7 @@ from stream.join.kernels import (
 )
 from stream.join.late_shares import LateShares
 from stream.join.ledgers import COLUMNS, CORRECTED, HELD, LATE, JoinLedger
-from stream.join.waits import Correction, Wait, stages_of
+from stream.join.waits import Correction, Wait, described, stages_of
 from stream.join.watermarks import START_OF_TIME, Watermarks, longer
 from stream.log.event_log import TopicPartition
 from stream.partition_state import require_partitions, saved_partitions, state_name
@@ -198,7 +198,7 @@ class Joiner:
 
         Args:
             impressions: In offset order within each partition.
-            feedback: Likewise.
+            feedback: Likewise. That of tasks that there are no more moves the watermark, and is left out.
             idle: Sources that have had nothing to read for a while; the watermark does not wait for them.
         """
         floor_ms = self.watermark_ms
@@ -239,6 +239,8 @@ class Joiner:
         if len(block) == 0:
             return
         before_ms = self._watermarks_before(FEEDBACK, block, floor_ms)
+        if (dropped := block.task == DROPPED).any():
+            block, before_ms = block.take(~dropped), before_ms[~dropped]
         entry = self._entries.insert(block.impression_id)
         events = Feedback(
             entry, block.partition, block.event_time_ms, before_ms, block.task, block.value, block.arrival_ms
@@ -291,7 +293,7 @@ class Joiner:
         Each array but ``watermark_ms``, ``waits``, ``late_counts`` and ``begins_ms`` belongs to one partition; the
         names are those of :mod:`stream.partition_state`.
         """
-        state: Arrays = {"watermark_ms": np.array([self.watermark_ms]), "waits": self._waits()}
+        state: Arrays = {"watermark_ms": np.array([self.watermark_ms]), "waits": described(self._stages)}
         state["late_counts"] = self._late_shares.counts.copy()
         if self.begins_ms is not None:
             state["begins_ms"] = np.array([self.begins_ms], np.int64)
@@ -322,15 +324,11 @@ class Joiner:
             for partition in saved:
                 self._counts(topic)[partition] = state[state_name(topic, partition, "ledger")]
         entries = self._entries.load_state(state)
-        if not np.array_equal(state["waits"], self._waits()):
+        if not np.array_equal(state["waits"], described(self._stages)):
             restage(entries, self._entries.columns, self._stages)
             self._late_shares.counts[:] = 0
         self._due = DueTimes()
         self._note_due(entries)
-
-    def _waits(self) -> I64:
-        """What stages are made of: each task's wait, and whether its positives always follow. int64 [T, 2]."""
-        return np.stack([self._stages.wait_ms[self._stages.of_task], self._stages.positives_follow], axis=1)
 
     def _counts(self, topic: str) -> I64:
         return self._ledgers.impressions if topic == IMPRESSIONS else self._ledgers.feedback

@@ -79,6 +79,11 @@ def stages_of(schema: Schema, wait: Mapping[str, Wait], correction: Correction, 
     )
 
 
+def described(stages: Stages) -> I64:
+    """What stages are made of: each task's wait, and whether its positives always follow. int64 [T, 2]."""
+    return np.stack([stages.wait_ms[stages.of_task], stages.positives_follow], axis=1)
+
+
 def _wait_ms(task: Task, wait: Wait) -> int | None:
     """The wait in milliseconds; None: until the window has closed."""
     if wait == "window":

@@ -267,7 +267,7 @@ def test_another_model_is_refused_with_the_keys_that_differ(log: InMemoryLog, tm
         CheckpointDirectory(tmp_path, 2).newest(schema=trainer.learner.schema, model=other.to_dict())
 
 
-@pytest.mark.parametrize(("written", "number"), [("smes-checkpoint-1", "1"), ("4", "4"), ("6", "6"), (None, "none")])
+@pytest.mark.parametrize(("written", "number"), [("smes-checkpoint-1", "1"), ("5", "5"), ("7", "7"), (None, "none")])
 def test_another_format_is_refused_by_its_number_and_not_skipped(
     written: str | None, number: str, log: InMemoryLog, tmp_path: Path
 ) -> None:
@@ -277,7 +277,7 @@ def test_another_format_is_refused_by_its_number_and_not_skipped(
     newer.write_bytes(save({"weights": np.zeros(3)}, {} if written is None else {"format": written}))
 
     with pytest.raises(
-        CheckpointError, match=rf"checkpoint .*000009-00000002\.safetensors: format {number}, expected 5"
+        CheckpointError, match=rf"checkpoint .*000009-00000002\.safetensors: format {number}, expected 6"
     ):
         trainer_of(log, tmp_path).restore()
 
