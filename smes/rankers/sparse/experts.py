@@ -114,6 +114,25 @@ def _dispatch_disjoint(routing: Routing) -> Dispatch:
     )
 
 
+def dispatch_all(routing: Routing) -> Dispatch:
+    """Plan the execution of every expert for every instance, for an exported model (:mod:`smes.model.export`).
+
+    Those that no router chose count with weight 0. All segments are B rows long.
+    """
+    B, E = routing.experts_BRK.shape[0], routing.num_experts
+    device = routing.experts_BRK.device
+    instance_B = torch.arange(B, device=device)
+    return Dispatch(
+        instance_P=instance_B.repeat(E),
+        offsets_E=torch.arange(1, E + 1, device=device, dtype=torch.int32) * B,
+        used_P=None,
+        row_BU=instance_B.unsqueeze(1) + B * torch.arange(E, device=device),
+        slot_BRK=routing.experts_BRK,
+        slot_P=None,
+        active_B=torch.full_like(instance_B, E),
+    )
+
+
 def neutralise(x_PD: Tensor, plan: Dispatch) -> Tensor:
     """Zero the unused rows, and their gradient on the way back.
 
@@ -328,6 +347,8 @@ def grouped_linear(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tenso
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x_PD, weight_EDH = x_PD.to(dtype), weight_EDH.to(dtype)
+    if torch.compiler.is_exporting():  # after dispatch_all; torch.export takes grouped_mm in bfloat16 alone
+        return torch.bmm(x_PD.unflatten(0, (weight_EDH.shape[0], -1)), weight_EDH).flatten(0, 1)
     return F.grouped_mm(x_PD, weight_EDH, offs=offsets_E)
 
 

@@ -97,8 +97,8 @@ class OwnMaps(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_routers, rank, columns).uniform_(-bound, bound))
 
     def forward(self, q: Tensor) -> Tensor:
-        q_RBQ = q.view(len(q), *self.weight.shape[:2]).transpose(0, 1)
-        return torch.bmm(q_RBQ, self.weight).transpose(0, 1).reshape(len(q), -1)
+        q_RBQ = q.view(-1, *self.weight.shape[:2]).transpose(0, 1)
+        return torch.bmm(q_RBQ, self.weight).transpose(0, 1).flatten(1)
 
 
 def global_loss(traffic_NE: Tensor, probs_NE: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class Selection(nn.Module):
     def _for_all(self, probs_BRL: Tensor) -> Tensor:
         """Stage I. int64 [B, K_s]."""
         if self.stages.num_shared == 0:
-            return probs_BRL.new_empty((len(probs_BRL), 0), dtype=torch.int64)
+            return probs_BRL.new_empty((probs_BRL.shape[0], 0), dtype=torch.int64)
         weighted_BL = torch.einsum("brl,r->bl", probs_BRL, self.weights_R)
         return weighted_BL.topk(self.stages.num_shared, dim=-1).indices
 
