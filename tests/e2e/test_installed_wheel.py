@@ -5,6 +5,7 @@ No process that the command starts has the working folder on its path, so somebo
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -87,6 +88,22 @@ def test_the_demo_runs_in_a_folder_of_clashing_names(installed: Path, clashing: 
 
     assert "conservation: every event that was appended is accounted for" in output
     assert_documented(read_json(report), SYNTHETIC_TASKS)
+
+
+@pytest.mark.parametrize("log", ["redis", pytest.param("kafka", marks=pytest.mark.kafka)])
+def test_a_service_of_ones_own_gets_better_scores_while_it_runs(
+    installed: Path, clashing: Path, redis_url: str, log: str, request: pytest.FixtureRequest
+) -> None:
+    addresses = [redis_url]
+    if log == "kafka":
+        addresses.append(f"kafka://{request.getfixturevalue('kafka_bootstrap')}")
+    script = clashing / "service.py"
+    shutil.copy(ROOT / "examples" / "service.py", script)
+
+    output = python(str(installed / "python"), "-P", str(script), *addresses, cwd=clashing)
+
+    first, *_, last = map(float, output.splitlines()[-1].rpartition(":")[2].split())
+    assert last > first
 
 
 def test_the_wheel_holds_nothing_but_our_packages(installed: Path) -> None:
