@@ -8,11 +8,15 @@ import typer
 
 from smes_cli.command_line import LogPath, SchemaName, config_of
 from smes_cli.console import console, progress
+from smes_cli.features_put import features_get, features_put
 
 if TYPE_CHECKING:
     from smes_cli.config import Config
 
 features_app = typer.Typer(no_args_is_help=True, help="User and item features in the online store.")
+
+features_app.command("put")(features_put)
+features_app.command("get")(features_get)
 
 _SAMPLE = 2000
 
@@ -22,11 +26,9 @@ def features_load(
     context: typer.Context,
     log: LogPath,
     schema: SchemaName = None,
-    replace_all: Annotated[
-        bool, typer.Option("--replace", help="First remove the stored features, also those of another schema.")
-    ] = False,
+    replace_all: Annotated[bool, typer.Option("--replace", help="First remove all stored features.")] = False,
 ) -> None:
-    """Load the users' and items' features of a log into Redis."""
+    """Load the users' and items' features of a log into Redis. They hold from ever, until others with a time follow."""
     loaded = load_features(config_of(context, schema), log, replace=replace_all)
     console.print(f"features of {loaded['user']:,} users and {loaded['item']:,} items loaded", highlight=False)
 
@@ -37,20 +39,19 @@ def load_features(config: "Config", log: Path, *, replace: bool = False) -> dict
     Args:
         config: Its schema and feature store are used.
         log: The log that holds the features.
-        replace: First remove the stored features, also those of another schema.
+        replace: First remove all stored features.
 
     Returns:
         ``user`` and ``item``: how many of each were loaded. ``users_sample`` and ``items_sample``: sorted ids of the
         log's first impressions.
 
     Raises:
-        SchemaMismatch: The store holds features of another schema, and ``replace`` is false.
         LogError: The log cannot be read as its schema file says.
         FeatureStoreUnavailable: Redis did not answer within the configured wait.
     """
     import numpy as np
 
-    from feature_store.entities import EntityStore
+    from feature_store.entities import ALWAYS, EntityStore
     from simulators.logs.reader import ENTITIES, open_log
     from smes_io.redis_client import connect
 
@@ -59,13 +60,13 @@ def load_features(config: "Config", log: Path, *, replace: bool = False) -> dict
     client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
     loaded = {"user": 0, "item": 0}
     try:
-        store = EntityStore(client, schema_file.schema, config.feature_store.namespace)
+        store = EntityStore(client, schema_file.schema, place.namespace, keep=place.feature_versions)
         with open_log(log, schema_file) as reader, progress("features", None) as advance:
             reader.check()  # before anything is removed or replaced
             if replace:
                 store.clear()
             for block in chain.from_iterable(map(reader.entity_blocks, ENTITIES)):
-                store.put_many(block.entity, block.ids, block.columns)
+                store.put_many(block.entity, block.ids, block.columns, ALWAYS)
                 loaded[block.entity] += len(block.ids)
                 advance(sum(loaded.values()), f"{loaded['user']:,} users, {loaded['item']:,} items")
             first = next(reader.blocks(_SAMPLE), None)

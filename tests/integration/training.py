@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from feature_store.entity_layout import ENTITIES, own_features
 from feature_store.snapshots import SnapshotStore
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from smes.events import FeedbackBlock, ImpressionBlock
+from smes.schema import MISSING
 from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config
 from smes_cli.starting_point import WithoutCheckpoint
@@ -37,6 +39,23 @@ def read_pairs(config: Config, world: Path, rows_per_block: int = 200) -> Pairs:
     """Everything that a replay of ``world`` appends, in periods of event time."""
     with open_log(world, config.schema_file()) as reader:
         return list(replay_blocks(reader, seed=4, rows_per_block=rows_per_block))
+
+
+def leave_features_out(config: Config, pairs: Pairs) -> tuple[Pairs, int]:
+    """The same events, but impressions of odd users have neither the user's features nor the item's; how many."""
+    schema, out, count = config.schema_file().schema, [], 0
+    for impressions, feedback in pairs:
+        odd = impressions.user_id % 2 == 1
+        columns = {**impressions.arrays(), "ids": impressions.ids.copy(), "numerics": impressions.numerics.copy()}
+        for entity in ENTITIES:
+            for feature in own_features(schema, entity):
+                if feature.kind == "numeric":
+                    columns["numerics"][odd, schema.numeric_features.index(feature)] = np.nan
+                else:
+                    columns["ids"][odd, schema.id_slices[feature.name]] = MISSING
+        out.append((ImpressionBlock(**columns), feedback))
+        count += int(odd.sum())
+    return out, count
 
 
 def fill(config: Config, log: EventLog, pairs: Pairs, codec: Codec) -> None:
