@@ -165,6 +165,11 @@ class SchemaChange:
             merged = [old for old, new in self.vocabularies.items() if new == now]
             found.append(f"vocabularies {', '.join(map(repr, merged))} become one, {now!r}")
         found += self._changes_of_history()
+        read, read_before = ({f.name for f in schema.inputs.features} for schema in (self.now, self.was))
+        for new, old in self.feature_names.items():
+            if (new in read) != (old in read_before):
+                only = "too, not only what replaced it" if new in read else "no longer: it reads what replaces it"
+                found.append(f"feature {new!r}: the model reads it {only}")
         if self.was.name != self.now.name:
             found.append(f"name {self.now.name!r}, was {self.was.name!r}")
         return tuple(found)
