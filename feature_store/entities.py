@@ -346,10 +346,15 @@ class EntityStore:
         if plan is None:
             plan = self._plans[key] = self._plan(entity, layout)
         rows = found.rows(lookups, layout.dtype)
-        numbers = rows["numerics"][:, plan.from_numerics]
+        ids, numbers = rows["ids"][:, plan.from_ids], rows["numerics"][:, plan.from_numerics]
         infinite = np.isinf(numbers)
-        into.ids[lookups[:, None], plan.to_ids] = rows["ids"][:, plan.from_ids]
-        into.numerics[lookups[:, None], plan.to_numerics] = np.where(infinite, np.float32(np.nan), numbers)
+        if infinite.any():
+            numbers = np.where(infinite, np.float32(np.nan), numbers)
+        if len(lookups) == len(into.ids):  # in their order
+            into.ids[:, plan.to_ids], into.numerics[:, plan.to_numerics] = ids, numbers
+        else:
+            into.ids[lookups[:, None], np.arange(into.ids.shape[1])[plan.to_ids]] = ids
+            into.numerics[lookups[:, None], np.arange(into.numerics.shape[1])[plan.to_numerics]] = numbers
         found_infinite: I64 = lookups[infinite.any(axis=1)]
         return found_infinite
 

@@ -27,6 +27,9 @@ ENTITIES: tuple[Entity, ...] = get_args(Entity)
 Kind = Literal["id", "bag", "sequence", "numeric", "time"]
 """``time``: seconds since 1970, of an ``elapsed`` feature; the others are those of :class:`smes.schema.Feature`."""
 
+Columns = I64 | slice
+"""Columns of a matrix."""
+
 LAYOUT_ID_BYTES = 8
 MAX_DESCRIPTION_BYTES = 1024 * 1024
 _MAX_WIDTH = 1024
@@ -192,15 +195,15 @@ class ReadingPlan:
     keeps the first. Everything else stays missing.
 
     Attributes:
-        from_ids, to_ids: int64, columns of the row and of a matrix [N, W].
-        from_numerics, to_numerics: int64, columns of the row and of a matrix [N, F].
+        from_ids, to_ids: Columns of the row and of a matrix [N, W].
+        from_numerics, to_numerics: Columns of the row and of a matrix [N, F].
         names: The features that are taken over.
     """
 
-    from_ids: I64
-    to_ids: I64
-    from_numerics: I64
-    to_numerics: I64
+    from_ids: Columns
+    to_ids: Columns
+    from_numerics: Columns
+    to_numerics: Columns
     names: frozenset[str]
 
     @classmethod
@@ -233,9 +236,20 @@ class ReadingPlan:
             else:
                 width, first = min(column.width, wanted.width), schema.id_slices[name].start
                 ids += [(start + i, first + i) for i in range(width)]
-        from_ids, to_ids = np.array(ids, np.int64).reshape(-1, 2).T
-        from_numerics, to_numerics = np.array(numerics, np.int64).reshape(-1, 2).T
-        return cls(from_ids, to_ids, from_numerics, to_numerics, frozenset(taken))
+        return cls(
+            from_ids=_columns([each for each, _ in ids]),
+            to_ids=_columns([each for _, each in ids]),
+            from_numerics=_columns([each for each, _ in numerics]),
+            to_numerics=_columns([each for _, each in numerics]),
+            names=frozenset(taken),
+        )
+
+
+def _columns(columns: list[int]) -> Columns:
+    """A slice, which is quicker, where the columns are a run."""
+    first = columns[0] if columns else 0
+    run = range(first, first + len(columns))
+    return slice(run.start, run.stop) if columns == list(run) else np.array(columns, np.int64)
 
 
 def _check_column(name: str, kind: Kind, width: int, n: int, column: NDArray[Any]) -> None:

@@ -114,9 +114,17 @@ class Found:
 
     def rows(self, lookups: I64, dtype: np.dtype[np.void]) -> NDArray[np.void]:
         """The rows that these look-ups found; each has as many bytes as ``dtype``."""
-        picked = self.buffer[self.start[lookups][:, None] + np.arange(dtype.itemsize)]
-        rows: NDArray[np.void] = picked.reshape(-1).view(dtype)
-        return rows
+        return _records(self.buffer, self.start[lookups], dtype)
+
+
+def _records(buffer: NDArray[np.uint8], start_N: I64, dtype: np.dtype[np.void]) -> NDArray[np.void]:
+    """What begins at these bytes, one record each; all of them lie within the buffer."""
+    if not len(start_N):
+        return np.empty(0, dtype)
+    width = dtype.itemsize
+    windows: NDArray[np.uint8] = np.ndarray((len(buffer) - width + 1, width), np.uint8, buffer, strides=(1, 1))
+    records: NDArray[np.void] = windows[start_N].reshape(-1).view(dtype)
+    return records
 
 
 def find(values: Sequence[bytes | None], which_N: I64, time_ms_N: I64) -> Found:
@@ -141,7 +149,7 @@ def find(values: Sequence[bytes | None], which_N: I64, time_ms_N: I64) -> Found:
         open_M = open_M[at[open_M] + step <= end[open_M]]
         if not len(open_M):
             break
-        header = buffer[at[open_M][:, None] + np.arange(step)].reshape(-1).view(HEADER)
+        header = _records(buffer, at[open_M], HEADER)
         at[open_M] += step
         bytes_M = header["bytes"].astype(np.int64)
         whole = at[open_M] + bytes_M <= end[open_M]
