@@ -8,6 +8,7 @@ from simulators.logs.ledger import ColumnCounts, LogLedger, Rejection, utc
 from smes_cli.console import console, number
 
 _MOST_FILES = 12
+_MOST_LETTERS = 80  # of an expression
 
 
 def print_ledger(ledger: LogLedger, *, every_column: bool = False) -> None:
@@ -72,7 +73,8 @@ def _columns(shown: list[ColumnCounts]) -> Table:
         counts = (number(column.rows), positives, number(column.no_value), number(column.unreadable))
         at = "" if column.file is None else f"{column.file}:{column.line}"
         example = (column.example or "", at) if bad else ()
-        table.add_row(f"{column.kind} {column.name}{of}", *counts, *example, column.source)
+        source = column.source if len(column.source) <= _MOST_LETTERS else f"{column.source[:_MOST_LETTERS]}…"
+        table.add_row(f"{column.kind} {column.name}{of}", *counts, *example, source)
     return table
 
 

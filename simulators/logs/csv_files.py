@@ -102,7 +102,7 @@ def _header(path: str, head: list[bytes], csv: CsvFormat, delimiter: str) -> lis
         raise LogError(
             f"{path}:{line}: a header that is no {csv.encoding}, expected log.csv.encoding to fit"
         ) from error
-    names = _fields(text, csv, delimiter)
+    names = fields_of(text, csv, delimiter)
     folded = [name.casefold() for name in names]
     if twice := [name for name in names if name and folded.count(name.casefold()) > 1]:
         raise LogError(
@@ -113,7 +113,8 @@ def _header(path: str, head: list[bytes], csv: CsvFormat, delimiter: str) -> lis
     return [name or f"column{i}" for i, name in enumerate(names)]
 
 
-def _fields(text: str, csv: CsvFormat, delimiter: str) -> list[str]:
+def fields_of(text: str, csv: CsvFormat, delimiter: str) -> list[str]:
+    """The fields of one line, which no quote goes beyond."""
     if len(delimiter) > 1 or not csv.quote:
         return text.split(delimiter)
     doubled = csv.escape in ("", csv.quote)
@@ -148,16 +149,17 @@ def _unpacked(path: str, csv: CsvFormat, folder: Path) -> str:
 def _decode(path: str, encoding: str | None, out: BinaryIO) -> None:
     """Write a file as UTF-8. What is no text of its encoding becomes bytes that are no UTF-8, found line by line."""
     if encoding is None:
-        for piece in _pieces(path):
+        for piece in pieces(path):
             out.write(piece)
         return
     decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
-    for piece in _pieces(path):
+    for piece in pieces(path):
         out.write(decoder.decode(piece).encode("utf-8", "surrogatepass"))
     out.write(decoder.decode(b"", final=True).encode("utf-8", "surrogatepass"))
 
 
-def _pieces(path: str) -> Iterator[bytes]:
+def pieces(path: str) -> Iterator[bytes]:
+    """The bytes of a file, unpacked."""
     suffix = Path(path).suffix.lower()
     if suffix == ".zst":
         with pa.input_stream(path, compression="zstd") as stream:

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smes.errors import LogError
-from smes_io.log_spec import LogSpec, SideTable
+from smes_io.log_spec import CsvFormat, LogSpec, SideTable
 
 TEXT_EXTENSIONS = (".csv", ".tsv", ".txt")
 PACKED_EXTENSIONS = (".gz", ".zst")
-_EXPECTED = "a file that ends in .parquet, or in .csv, .tsv or .txt with or without .gz or .zst behind it"
+_EXPECTED = (
+    "a file that ends in .parquet, or in .csv, .tsv or .txt with or without .gz or .zst behind it; a text file of "
+    "another name needs its delimiter (log.csv.delimiter)"
+)
 _MOST_LISTED = 12
 
 
@@ -35,7 +38,8 @@ def find_files(path: Path, spec: LogSpec) -> LogFiles:
         spec: Patterns of the files.
 
     Raises:
-        LogError: There is no such file or folder, a pattern matches nothing, or a file is neither text nor Parquet.
+        LogError: There is no such file or folder, a pattern matches nothing, or a file is neither text nor Parquet. A
+            file of any name is text if the schema file says what separates its fields.
     """
     if not path.exists():
         raise LogError(f"{path}: no such file or folder, expected a log of impressions")
@@ -45,19 +49,26 @@ def find_files(path: Path, spec: LogSpec) -> LogFiles:
         folder, log = path.parent, [path]
     return LogFiles(
         folder=str(folder.resolve()),
-        log=_checked(log),
-        user=_checked(_side_files(folder, spec.user_features, "log.user_features.files")),
-        item=_checked(_side_files(folder, spec.item_features, "log.item_features.files")),
+        log=_checked(log, spec.csv),
+        user=_side_files(folder, spec, spec.user_features, "log.user_features.files"),
+        item=_side_files(folder, spec, spec.item_features, "log.item_features.files"),
     )
 
 
-def is_text(path: str | Path) -> bool:
-    """Whether a file is CSV or of its kin, by its name."""
-    return _kind(Path(path)) == "text"
+def is_parquet(path: str | Path) -> bool:
+    """Whether a file is Parquet, by its name. What :func:`find_files` finds beside these is text."""
+    return Path(path).suffix.lower() == ".parquet"
 
 
-def _side_files(folder: Path, table: SideTable | None, key: str) -> list[Path]:
-    return [] if table is None else _match(folder, table.files, key)
+def is_packed(path: str | Path) -> bool:
+    """Whether a text file is compressed, by its name."""
+    return Path(path).suffix.lower() in PACKED_EXTENSIONS
+
+
+def _side_files(folder: Path, spec: LogSpec, table: SideTable | None, key: str) -> list[str]:
+    if table is None:
+        return []
+    return _checked(_match(folder, table.files, key), table.csv or spec.csv.of_another_table())
 
 
 def _match(folder: Path, patterns: tuple[str, ...], key: str) -> list[Path]:
@@ -69,20 +80,20 @@ def _match(folder: Path, patterns: tuple[str, ...], key: str) -> list[Path]:
     return found
 
 
-def _kind(file: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes[-1:] == [".parquet"]:
+def _kind(file: Path, csv: CsvFormat) -> str | None:
+    if is_parquet(file):
         return "parquet"
+    suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in PACKED_EXTENSIONS:
         suffixes.pop()
-    return "text" if suffixes and suffixes[-1] in TEXT_EXTENSIONS else None
+    return "text" if csv.delimiter is not None or (suffixes and suffixes[-1] in TEXT_EXTENSIONS) else None
 
 
-def _checked(files: list[Path]) -> list[str]:
+def _checked(files: list[Path], csv: CsvFormat) -> list[str]:
     for file in files:
-        if _kind(file) is None:
+        if _kind(file, csv) is None:
             raise LogError(f"{file}: expected {_EXPECTED}")
-    if len({_kind(file) for file in files}) > 1:
+    if len({_kind(file, csv) for file in files}) > 1:
         names = ", ".join(file.name for file in files)
         raise LogError(f"{files[0].parent}: expected text files or Parquet files only, got both: {names}")
     return [str(file.resolve()) for file in files]

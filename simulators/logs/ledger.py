@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from smes.errors import LogError
 
-EARLIEST_MS = 946_684_800_000
-"""2000-01-01 UTC. No log of a recommender is older; earlier times are times in another unit than was declared."""
+EARLIEST_MS = 788_918_400_000
+"""1995-01-01 UTC. No log of a recommender is older; earlier times are times in another unit than was declared."""
 
 DAY_MS = 86_400_000
-COUNTED_FROM_ZERO_MS = 10 * DAY_MS
+COUNTED_FROM_ZERO_MS = 9 * DAY_MS
 """A log whose last time lies below this counts from its own beginning and has no dates. The smallest mistake in the
-unit lies above: seconds since 1970 that are read as milliseconds begin at day 10.95 for the year 2000."""
+unit lies above: seconds since 1970 that are read as milliseconds begin at day 9.13 for the year 1995."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class LogLedger:
         used: The same, within the limit that was asked for.
         users, items: Different ones among the impressions within the limit.
         duplicates: Exact copies of other rows, dropped.
-        outside: Rows with a time before 2000 or later than a day from now; they are among the rejections.
+        outside: Rows with a time before 1995 or later than a day from now; they are among the rejections.
         rejections: Rows left out, most frequent reason first.
         columns: Labels and features.
         joins: The feature tables.
@@ -224,7 +224,7 @@ def _outside(ledger: LogLedger, max_rejected: float, now_ms: int) -> list[str]:
     if first is None or last is None or ledger.outside <= max_rejected * ledger.rows:
         return []
     return [
-        f"{ledger.where}: {ledger.outside:,} of {ledger.rows:,} rows have a time outside 2000 … a day from now: "
+        f"{ledger.where}: {ledger.outside:,} of {ledger.rows:,} rows have a time outside 1995 … a day from now: "
         f"event_time ({ledger.time_column}) in {ledger.time_unit} runs from {utc(first)} to {utc(last)}, expected "
         f"another log.time_unit or column{unit_hint(first, ledger.time_unit, now_ms)}"
     ]

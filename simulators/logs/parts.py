@@ -18,7 +18,7 @@ import duckdb
 
 from simulators.logs import sql
 from simulators.logs.csv_files import CsvFile, delimiter_of, line_of_row, prepare
-from simulators.logs.files import is_text
+from simulators.logs.files import is_parquet
 from smes.errors import LogError
 from smes_io.log_spec import CsvFormat
 
@@ -81,7 +81,7 @@ class TableFiles:
         self.files = list(files)
         self.where = files[0] if len(files) == 1 else f"{files[0]} … {files[-1]}"
         self.texts: list[CsvFile] = []
-        if is_text(files[0]):
+        if not is_parquet(files[0]):
             self.texts = [prepare(file, csv, folder) for file in files]
             self.rows = [text.scan.rows for text in self.texts]
             self.parts = [*_text_parts(self.texts, csv, null_words)]

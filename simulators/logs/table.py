@@ -135,7 +135,7 @@ class Encoded:
 
 def outside_reason(spec: LogSpec) -> str:
     """Why a row with a time that cannot be is unusable."""
-    return f"event_time ({spec.event_time}) is outside 2000 … a day from now"
+    return f"event_time ({spec.event_time}) is outside 1995 … a day from now"
 
 
 def example(letter: str, index: int) -> str:

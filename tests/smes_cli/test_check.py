@@ -178,7 +178,7 @@ def test_times_that_cannot_be_are_an_error_with_a_hint(
 ) -> None:
     log = csv(tmp_path / "log.csv", *(f"1,{i},{seconds + i},{i % 2}" for i in range(20)))
     report, _, err = checked(capsys, log, "--schema", schema(tmp_path, unit=unit), status=1)
-    assert "20 of 20 rows have a time outside 2000 … a day from now: event_time (ts) in" in err
+    assert "20 of 20 rows have a time outside 1995 … a day from now: event_time (ts) in" in err
     assert hint in err
     assert report["outside"] == report["rejected"] == 20
 
@@ -187,7 +187,7 @@ def test_a_single_time_that_cannot_be_costs_its_row_only(capsys: Captured, tmp_p
     log = csv(tmp_path / "log.csv", *good_rows(200), "1,2,99999999999,1")
     report, printed, _ = checked(capsys, log, "--schema", schema(tmp_path))
     assert (report["usable"], report["outside"]) == (200, 1)
-    assert row(printed, "event_time (ts) is outside 2000 … a day from now") == ["1", "log.csv:202", "99999999999"]
+    assert row(printed, "event_time (ts) is outside 1995 … a day from now") == ["1", "log.csv:202", "99999999999"]
 
 
 def test_a_log_that_counts_from_zero_is_read_and_says_so(capsys: Captured, tmp_path: Path) -> None:
