@@ -25,6 +25,7 @@ from trainer.checkpoints import CheckpointDirectory
 from trainer.cuts import Cut
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.failed_steps import DEFAULT_MAX_FAILED_STEPS, FailedSteps
+from trainer.feature_figures import SampledFeatures
 from trainer.freshness import FeedbackArrivals
 from trainer.gated_cuts import GatedCuts
 from trainer.lineages import lineage_to_publish, new_lineage, root_of
@@ -94,7 +95,9 @@ class Trainer:
         self.arms = ArmTallies(learner.schema)
         self._flags, self._checkpoints = flags, checkpoints
         self._writer = CheckpointWriter(checkpoints) if checkpoints else None
-        self._sender = BatchSender(learner, ahead=learner.overlaps_copies if prefetch is None else prefetch)
+        self._features = SampledFeatures(learner)
+        ahead = learner.overlaps_copies if prefetch is None else prefetch
+        self._sender = BatchSender(learner, ahead=ahead, first=self._features.see)
         self._observers: list[Observer] = []
         self._results = DelayedResults(self._observers)
         self._routing = RoutingObserver(learner, self.experts, self._results.deliver)
@@ -193,6 +196,7 @@ class Trainer:
             self._first_cut_step = steps_before_replacing if stranger else 1
         self.publisher = open_publisher(self.lineage)
         self.observe(self._arrivals)
+        self._features.start()
         if self.learner.step_number:
             self.cut()
 
@@ -412,6 +416,7 @@ class Trainer:
                 "tasks": {name: asdict(metrics) for name, metrics in self.evaluation.progressive().items()},
                 "experts": self.experts.summary(),
                 **({"gate": self.gated.gate.summary()} if self.gated else {}),
+                **({"features": features} if (features := self._features.summary()) else {}),
             },
             cut_ms=wall_clock_ms(),
             feedback=self._arrivals.take(),

@@ -3,7 +3,7 @@
 Letters: B instances of a batch, T tasks, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from smes.arrays import F32, I64
@@ -104,10 +104,13 @@ class BatchSender:
     Args:
         learner: Prepares the batches.
         ahead: Whether to send the next batch ahead.
+        first: Called with examples before their new ids get rows.
     """
 
-    def __init__(self, learner: Learner, *, ahead: bool) -> None:
-        self._learner, self._ahead = learner, ahead
+    def __init__(
+        self, learner: Learner, *, ahead: bool, first: Callable[[ExampleBlock], None] = lambda examples: None
+    ) -> None:
+        self._learner, self._ahead, self._first = learner, ahead, first
         self._sent: tuple[ExampleBlock, RankBatch] | None = None
 
     def take(self, examples: ExampleBlock, to_train_on: ExampleBlock) -> RankBatch:
@@ -120,7 +123,7 @@ class BatchSender:
         sent, self._sent = self._sent, None
         if sent is not None and sent[0] is examples:
             return sent[1]
-        return self._learner.prepare(to_train_on)
+        return self._prepared(to_train_on)
 
     def forget(self) -> None:
         """Forget what was sent ahead: the table has other rows now."""
@@ -134,4 +137,8 @@ class BatchSender:
         """
         to_train_on = upcoming.to_train_on() if self._ahead and upcoming is not None else None
         if upcoming is not None and to_train_on:
-            self._sent = upcoming, self._learner.prepare(to_train_on)
+            self._sent = upcoming, self._prepared(to_train_on)
+
+    def _prepared(self, examples: ExampleBlock) -> RankBatch:
+        self._first(examples)
+        return self._learner.prepare(examples)

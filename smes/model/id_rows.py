@@ -160,6 +160,11 @@ class IdRows:
         """The row that each id reads now; nothing changes. int64 [B, W] → int64 [B, W]."""
         return find_rows(self.ids, ids_BW, self._map.find)
 
+    def has(self, keys_N: I64) -> Bool:
+        """Which keys have a row. bool [N]."""
+        present: Bool = self._map.find(keys_N) != ABSENT
+        return present
+
     def adopt(self, keys_N: I64) -> I64:
         """Give keys of unknown vocabularies rows; those that have one keep it. int64 [N] → int64 [N]."""
         known = self.num_rows

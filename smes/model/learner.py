@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smes.arrays import F32, I64, Arrays, prefixed, under
+from smes.arrays import F32, I64, Arrays, Bool, prefixed, under
 from smes.derive import Derivations
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
@@ -126,6 +126,10 @@ class Learner:
     def num_rows(self) -> int:
         """Number of rows of the id table in use."""
         return len(self._table.rows)
+
+    def has_rows(self, keys_N: I64) -> Bool:
+        """Which keys of :class:`smes.model.ids.IdKeys` have a row of the id table. bool [N]."""
+        return self._table.rows.has(keys_N)
 
     @property
     def row_counts(self) -> RowCounts:

@@ -101,6 +101,7 @@ def publish() -> Callable[..., Manifest]:
         payload: bytes | None = None,
         arrivals: tuple[tuple[int, int], ...] = (),
         held: str | None = None,
+        metrics: dict[str, object] | None = None,
     ) -> Manifest:
         metadata = {"lineage": lineage, "version": str(version), "schema_hash": schema_hash}
         return store.publish(
@@ -112,6 +113,7 @@ def publish() -> Callable[..., Manifest]:
             created_ms=1_700_000_000_000,
             feedback_arrivals=[(ms, count, 0, 0, 0) for ms, count in arrivals],
             held=held,
+            metrics=metrics,
         )
 
     return publish
