@@ -297,16 +297,20 @@ class Events:
             while not self._buffer:
                 if self._closing:
                     return []
-                self._changed.wait(_LOOK_S)
-                self._closing |= not threading.main_thread().is_alive()
+                self._look(_LOOK_S)
             due_s = self._buffer[0].since_s + self._linger_s
             while len(self._buffer) < self._batch_events and not (self._closing or self._hurry):
-                left_s = due_s - time.monotonic()
-                if left_s <= 0 or not self._changed.wait(left_s):
+                if (left_s := due_s - time.monotonic()) <= 0:
                     break
+                self._look(min(left_s, _LOOK_S))
             batch = [self._buffer.popleft() for _ in range(min(len(self._buffer), self._batch_events))]
             self._on_their_way += len(batch)
             return batch
+
+    def _look(self, seconds: float) -> None:
+        """Wait for a change so long, and see whether the program is at its end."""
+        self._changed.wait(seconds)
+        self._closing |= not threading.main_thread().is_alive()
 
     def _deliver(self, topic: str, events: Sequence[_Waiting]) -> None:
         """Append events of one topic, and report what became of each."""
