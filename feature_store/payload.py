@@ -24,6 +24,8 @@ changed since its parent. All keys of a payload are distinct. Its metadata:
 ``kind``        ``full`` or ``delta``
 ``precision``   ``fp32``, ``fp16`` or ``int8``: of the rows' weights; dense weights stay as they are
 ``groups``      JSON: column group → C, in the order of the tensors of a block
+``renamed``     JSON: feature → its name before, by which older rows in the feature store
+                have it; only where some were renamed
 =============== ====================================================================
 
 The precision is a function of each row alone. So a row has the same bits in a delta and in a full payload, and a full

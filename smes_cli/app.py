@@ -163,12 +163,21 @@ def check(
     schema: SchemaName = None,
     limit: Limit = None,
     max_rejected: MaxRejected = None,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate/--no-estimate",
+            help="Run the training loop for about two seconds, to say how much time and memory a backtest takes.",
+        ),
+    ] = True,
     report: ReportPath = None,
 ) -> None:
-    """Read a log once and print its ledger: rows, what was rejected and why, what each column had. Trains nothing."""
+    """Read a log and say what it holds: its ledger, different ids, fill rates, delays, features that tell a label."""
     from smes_cli.check import run_check
 
-    run_check(config_of(context, schema), log, limit=limit, max_rejected=max_rejected, report=report)
+    run_check(
+        config_of(context, schema), log, limit=limit, max_rejected=max_rejected, report=report, estimate=estimate
+    )
 
 
 @app.command()
@@ -410,6 +419,7 @@ def serve(
         redis_access=config.feature_store.redis_access,
         namespace=config.feature_store.namespace,
         signing=config.feature_store.signing,
+        renamed=schema_file.renamed.features,
         on_listening=lambda url: console.print(f"scorer: listening on {url}", highlight=False),
     )
 

@@ -46,7 +46,8 @@ def open_stored_features(
     stack.callback(calls.close)
     log = config.event_log
     outage_timeout_s = log.kafka.outage_timeout_s if log.kind == "kafka" else log.redis.outage_timeout_s
-    store = EntityStore(client, schema, place.namespace, keep=place.feature_versions)
+    renamed = config.schema_file().renamed.features
+    store = EntityStore(client, schema, place.namespace, keep=place.feature_versions, renamed=renamed)
     return StoredFeatures(schema, store, _patient(waits, calls, outage_timeout_s))
 
 

@@ -113,6 +113,7 @@ def run_train(
                 now_ms=wall_clock_ms,
                 lease=lease,
                 carried_from=trainer.schemas.without(schema.hash),
+                renamed=config.schema_file().renamed.features,
             )
 
         trainer.publish_to(

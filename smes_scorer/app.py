@@ -7,11 +7,12 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from email.message import Message
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -95,6 +96,7 @@ def create_app(
     redis_access: RedisAccess | None = None,
     namespace: str = "smes",
     signing: SigningConfig | None = None,
+    renamed: Mapping[str, str] = MappingProxyType({}),
     load: Load = load_table_model,
 ) -> FastAPI:
     """Make the application. While it runs it loads each new snapshot; Redis need not be reachable yet.
@@ -107,6 +109,7 @@ def create_app(
         redis_access: How Redis lets us in, beside what the URL says.
         namespace: Prefix of their keys.
         signing: Keys by which snapshots are verified; None: they are not.
+        renamed: Feature → its name before, by which older rows in the store have it.
         load: Builds a model from snapshots' payloads.
 
     Raises:
@@ -118,7 +121,7 @@ def create_app(
     def connected(timeout_s: float, of: str) -> redis.Redis:
         return open_client(redis_url, timeout_s, access=redis_access, namespace=of)
 
-    parts = _assemble(config, schema, connected, signing or SigningConfig(), namespace, load)
+    parts = _assemble(config, schema, connected, signing or SigningConfig(), namespace, renamed, load)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -147,6 +150,7 @@ def _assemble(
     connected: Callable[[float, str], redis.Redis],
     signing: SigningConfig,
     namespace: str,
+    renamed: Mapping[str, str],
     load: Load,
 ) -> _Parts:
     signer = Signer.of(signing, namespace)
@@ -156,10 +160,16 @@ def _assemble(
     store = SnapshotStore(snapshots, namespace, signer=signer)
     features = FeatureLookup(telemetry, retry_s=config.entity_retry_s)
 
+    renames = {schema.hash: renamed}
+
     def open_features(schema: Schema) -> EntityStore:
-        opened = EntityStore(entities, schema, namespace)
+        opened = EntityStore(entities, schema, namespace, renamed=renames.get(schema.hash))
         opened.damage.on_new = telemetry.refused.note
         return opened
+
+    def on_schema(schema: Schema, renamed: Mapping[str, str]) -> None:
+        renames[schema.hash] = renamed
+        interfaces.of(schema)  # made now, and not by the first request
 
     check_weights(config, schema)
     interfaces = Interfaces(config, open_features, features, telemetry)
@@ -171,9 +181,10 @@ def _assemble(
         first_answers,
         telemetry,
         poll_s=config.poll_s,
+        on_schema=on_schema,
         on_served=lambda served: interfaces.of(served.schema).served.compare(served.manifest.metrics),
     )
-    places = ArmPlaces(partial(connected, config.redis_timeout_s), namespace, signing, interfaces)
+    places = ArmPlaces(partial(connected, config.redis_timeout_s), namespace, signing, interfaces, on_schema)
     arms = open_arms(config, schema, places, load, telemetry)
     answerer = Answerer(interfaces, swap, first_answers, telemetry, arms=arms)
     checks = StoreChecks(lambda: _check_store(features, answerer.interface), config.entity_check_s)

@@ -214,12 +214,14 @@ class ArmPlaces:
         namespace: Of the main arm.
         signing: Keys that verify, the same for every namespace; a signature holds for its own alone.
         interfaces: Of the schemas that are served.
+        on_schema: As of :class:`smes_scorer.hot_swap.HotSwap`.
     """
 
     connected: Callable[[str], redis.Redis]
     namespace: str
     signing: SigningConfig
     interfaces: Interfaces
+    on_schema: Callable[[Schema, Mapping[str, str]], None]
 
 
 def open_arms(config: ScorerConfig, schema: Schema, places: ArmPlaces, load: Load, telemetry: Telemetry) -> Arms:
@@ -249,7 +251,9 @@ def open_arms(config: ScorerConfig, schema: Schema, places: ArmPlaces, load: Loa
         store = kind(client, namespace, signer=signer)
         own, first_answers = Telemetry(), FirstAnswers()
         watcher = SnapshotWatcher(client, namespace, config.poll_s)
-        swap = HotSwap(store, watcher, schema, load, first_answers, own, poll_s=config.poll_s)
+        swap = HotSwap(
+            store, watcher, schema, load, first_answers, own, poll_s=config.poll_s, on_schema=places.on_schema
+        )
         arm = Arm(name, arm_config, store, swap, first_answers, own)
         arms.append(arm)
         clients.append(client)

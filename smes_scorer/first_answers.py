@@ -7,6 +7,7 @@ count: another process may have answered with the earlier ones already.
 Letters: A rows of feedback with the same times, S stages.
 """
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,10 +17,13 @@ import numpy as np
 
 from feature_store.feedback_times import FeedbackTimes
 from feature_store.manifest import Manifest
+from feature_store.snapshots import SnapshotStore
 from smes.arrays import I64
+from smes.errors import SmesError
 from smes_io.clock import wall_clock_ms
 
 _MAX_WAITING = 1_000_000  # rows
+_logger = logging.getLogger(__name__)
 
 STAGES = ("joined", "batched", "trained", "cut", "published", "in_service", "answered")
 """What feedback passes after its arrival in the event log, in this order: its example came out of the join; the
@@ -125,6 +129,28 @@ class FirstAnswers:
                     break
             self._latest = key
         return _first_answer(answered, now_ms)
+
+
+def new_arrivals(store: SnapshotStore, newest: tuple[str, int] | None, manifest: Manifest) -> tuple[Arrivals, int]:
+    """The feedback trained on since the newest version that served, and how many versions between have no manifest.
+
+    Args:
+        store: Has the manifests.
+        newest: Lineage and version that served; None: nothing did.
+        manifest: Of a version that is about to serve.
+    """
+    if newest is None or newest[0] != manifest.lineage:
+        return Arrivals.of(()), 0
+    before = newest[1]
+    try:
+        between = store.manifests_between(manifest.lineage, before, manifest.version - 1)
+    except SmesError as error:  # freshness is left out, and the swap goes on
+        _logger.warning("freshness leaves out what was published before %s: %s", manifest.version, error)
+        between = ()
+    manifests = [*between, manifest]
+    parents = [before, *(m.version for m in manifests)]
+    gaps = sum(m.parent != parent for m, parent in zip(manifests, parents, strict=False))
+    return Arrivals.of(manifests), gaps
 
 
 def _first_answer(answered: Sequence[tuple[Arrivals, int]], now_ms: int) -> FirstAnswer:

@@ -8,7 +8,7 @@ the table when no request reads an older version any more.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -19,7 +19,7 @@ from feature_store.manifest import Manifest
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.errors import FeatureStoreError, PinError, SmesError, SnapshotError, SnapshotForged, SnapshotNotFound
 from smes.schema import Schema
-from smes_scorer.first_answers import Arrivals, FirstAnswers
+from smes_scorer.first_answers import FirstAnswers, new_arrivals
 from smes_scorer.loading import Load
 from smes_scorer.payloads import LoadStopped, Payloads
 from smes_scorer.refusals import Refusals
@@ -82,6 +82,8 @@ class HotSwap:
         poll_s: Longest time between two looks at the store.
         monotonic_s: Clock of the retries.
         on_served: Called with each version that was put into service; must not raise.
+        on_schema: Called with a schema that a version brings, before it is in service, and with its renamed features:
+            name → the name before.
     """
 
     def __init__(
@@ -96,12 +98,13 @@ class HotSwap:
         poll_s: float,
         monotonic_s: Callable[[], float] = time.monotonic,
         on_served: Callable[[ServedModel], None] = lambda served: None,
+        on_schema: Callable[[Schema, Mapping[str, str]], None] = lambda schema, renamed: None,
     ) -> None:
         self._store = store
         self._watcher = watcher
         self._schemas = {schema.hash: schema}
         self._schema = schema
-        self._on_served = on_served
+        self._on_served, self._on_schema = on_served, on_schema
         self._load = load
         self._first_answers = first_answers
         self._telemetry = telemetry
@@ -338,6 +341,8 @@ class HotSwap:
             schema = payloads.schema()
             model = self._load(payloads, schema, before)
             self._warm_up(payloads.at, model, schema)
+            if schema.hash not in self._schemas:
+                self._on_schema(schema, payloads.renamed)
         except (FeatureStoreError, SnapshotNotFound, LoadStopped):
             raise
         except Exception as error:  # whatever a bad snapshot raises, the model in service stays
@@ -375,25 +380,10 @@ class HotSwap:
         newest = self._newest
         if newest is not None and newest[0] == manifest.lineage and newest[1] >= manifest.version:
             return
-        arrivals, gaps = self._new_arrivals(manifest)
+        arrivals, gaps = new_arrivals(self._store, newest, manifest)
         self._newest = _key(manifest)
         dropped = self._first_answers.loaded(self._newest, arrivals)
         self._telemetry.freshness_uncounted.inc(gaps + dropped)
-
-    def _new_arrivals(self, manifest: Manifest) -> tuple[Arrivals, int]:
-        """The feedback trained on since the newest version that served, and how many between have no manifest."""
-        if self._newest is None or self._newest[0] != manifest.lineage:
-            return Arrivals.of(()), 0
-        before = self._newest[1]
-        try:
-            between = self._store.manifests_between(manifest.lineage, before, manifest.version - 1)
-        except SmesError as error:  # freshness is left out, and the swap goes on
-            _logger.warning("freshness leaves out what was published before %s: %s", manifest.version, error)
-            between = ()
-        manifests = [*between, manifest]
-        parents = [before, *(m.version for m in manifests)]
-        gaps = sum(m.parent != parent for m, parent in zip(manifests, parents, strict=False))
-        return Arrivals.of(manifests), gaps
 
     def _warm_up(self, manifest: Manifest, model: Scorable, schema: Schema) -> None:
         """Score as requests will, so that first-use compilation and allocation are done and a broken model shows."""

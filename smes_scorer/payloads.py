@@ -32,6 +32,7 @@ class Payloads:
     Attributes:
         at: The manifest of the payload that was opened last.
         store_error: What the store raised, whose bytes are not verified.
+        renamed: Feature → its name before, as a payload says whose schema was not known.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Payloads:
         self._stopping = stopping
         self.at = way[0]
         self.store_error: Exception | None = None
+        self.renamed: dict[str, str] = {}
 
     def schema(self) -> Schema:
         """The schema of the version that the way leads to. One that is not known is read from the first payload.
@@ -63,7 +65,8 @@ class Payloads:
         if self._served not in last.carried_from:
             raise SchemaMismatch(_name(last), expected=self._served, got=last.schema_hash)
         self._first = self._opened(self._way[0])
-        return _schema_of(self._first, last)
+        schema, self.renamed = _schema_of(self._first, last)
+        return schema
 
     def __iter__(self) -> Iterator[PayloadContent]:
         for manifest in self._way:
@@ -94,15 +97,16 @@ class Payloads:
             raise
 
 
-def _schema_of(payload: PayloadContent, manifest: Manifest) -> Schema:
-    """The schema in a payload, which is the one of the manifest."""
+def _schema_of(payload: PayloadContent, manifest: Manifest) -> tuple[Schema, dict[str, str]]:
+    """The schema in a payload, which is the one of the manifest, and its renamed features."""
     try:
         schema = Schema.from_dict(json.loads(payload.metadata["schema"]))
+        renamed = {str(new): str(old) for new, old in json.loads(payload.metadata.get("renamed", "{}")).items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SnapshotError(f"{_name(manifest)}: the schema in its payload: {error!r}") from error
     if schema.hash != manifest.schema_hash:
         raise SnapshotError(f"{_name(manifest)}: schema {schema.hash} in its payload, expected {manifest.schema_hash}")
-    return schema
+    return schema, renamed
 
 
 def _name(manifest: Manifest) -> str:

@@ -2,8 +2,9 @@
 
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from types import MappingProxyType
 
 import torch
 import uvicorn
@@ -32,6 +33,7 @@ def serve(
     redis_access: RedisAccess | None = None,
     namespace: str = "smes",
     signing: SigningConfig | None = None,
+    renamed: Mapping[str, str] = MappingProxyType({}),
     load: Load = load_table_model,
     on_listening: Callable[[str], None] = lambda url: None,
 ) -> None:
@@ -40,7 +42,8 @@ def serve(
     Call it in the main thread of a process: it installs signal handlers.
 
     Args:
-        config, schema, redis_url, redis_access, namespace, signing, load: As of :func:`smes_scorer.app.create_app`.
+        config, schema, redis_url, redis_access, namespace, signing, renamed, load: As of
+            :func:`smes_scorer.app.create_app`.
         on_listening: Called with the base URL once connections are accepted.
 
     Raises:
@@ -58,6 +61,7 @@ def serve(
         redis_access=redis_access,
         namespace=namespace,
         signing=signing,
+        renamed=renamed,
         load=load,
     )
     connect(redis_url, config.redis_timeout_s, access=redis_access, namespace=namespace).close()

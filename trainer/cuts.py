@@ -6,6 +6,7 @@ Letters: N rows that changed.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,16 +85,24 @@ class Payloads:
         model: Model configuration as plain data; goes into the payload.
         lineage: The lineage that the weights belong to.
         precision: Of the rows' weights.
+        renamed: Feature → its name before, of those that were renamed; goes into the payload.
     """
 
-    def __init__(self, schema: Schema, model: dict[str, Any], lineage: str, precision: Precision = "fp32") -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        model: dict[str, Any],
+        lineage: str,
+        precision: Precision = "fp32",
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.precision = precision
         self._metadata = {
             "schema": json.dumps(schema.to_dict()),
             "schema_hash": schema.hash,
             "model": json.dumps(model),
             "lineage": lineage,
-        }
+        } | ({"renamed": json.dumps(dict(renamed))} if renamed else {})
 
     def delta(self, cut: Cut) -> Payload:
         """What changed since the last published cut: the cut's deltas, merged."""

@@ -14,9 +14,10 @@ the base of that version, from which what starts late begins.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from feature_store.manifest import Manifest
@@ -55,6 +56,7 @@ class Publisher:
         now_ms: Wall clock, Unix milliseconds.
         lease: The lease to publish with; None for none, which the store allows while nobody holds it.
         carried_from: As in :class:`feature_store.manifest.Manifest`.
+        renamed: As of :class:`trainer.cuts.Payloads`.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class Publisher:
         now_ms: Callable[[], int],
         lease: LeaseKeeper | None = None,
         carried_from: Sequence[str] = (),
+        renamed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._store, self._schema_hash, self.lineage, self._now_ms = store, schema.hash, lineage, now_ms
         self._carried_from = tuple(carried_from)
-        self._payloads = Payloads(schema, model, lineage, store.config.precision)
+        self._payloads = Payloads(schema, model, lineage, store.config.precision, renamed)
         self._lease = lease
         self._changed = threading.Condition()
         self._waiting = WaitingCuts()
