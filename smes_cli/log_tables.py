@@ -42,7 +42,7 @@ def _head(ledger: LogLedger) -> str:
 
 def _tables(ledger: LogLedger, shown: list[ColumnCounts]) -> Iterator[Table]:
     if len(ledger.files) > 1:
-        files = _table("file", "rows", "rejected")
+        files = plain_table("file", "rows", "rejected")
         for file in ledger.files[:_MOST_FILES]:
             files.add_row(file.file, number(file.rows), number(file.rejected))
         if rest := ledger.files[_MOST_FILES:]:
@@ -52,7 +52,9 @@ def _tables(ledger: LogLedger, shown: list[ColumnCounts]) -> Iterator[Table]:
     if ledger.rejections:
         yield _rejections("rows rejected", ledger.rejections)
     yield _columns(shown)
-    joins = _table("feature table", "rows", "keys repeated", "ids in the log", "of them found", "impressions missed")
+    joins = plain_table(
+        "feature table", "rows", "keys repeated", "ids in the log", "of them found", "impressions missed"
+    )
     for join in ledger.joins:
         counts = map(number, (join.rows, join.repeated, join.ids_in_log, join.ids_matched, join.impressions_missed))
         joins.add_row(f"{join.entity}s", *counts)
@@ -66,7 +68,7 @@ def _tables(ledger: LogLedger, shown: list[ColumnCounts]) -> Iterator[Table]:
 def _columns(shown: list[ColumnCounts]) -> Table:
     bad = any(column.unreadable for column in shown)
     where = (">first unreadable", ">at") if bad else ()
-    table = _table("label or feature", "rows", "positives", "no value", "unreadable", *where, ">read from")
+    table = plain_table("label or feature", "rows", "positives", "no value", "unreadable", *where, ">read from")
     for column in shown:
         of = "" if column.table == "log" else f" ({column.table}s)"
         positives = "" if column.positives is None else number(column.positives)
@@ -79,14 +81,14 @@ def _columns(shown: list[ColumnCounts]) -> Table:
 
 
 def _rejections(title: str, rejections: tuple[Rejection, ...]) -> Table:
-    table = _table(title, "rows", ">first at", ">value")
+    table = plain_table(title, "rows", ">first at", ">value")
     for rejection in rejections:
         at = f"{rejection.file}:{rejection.line}"
         table.add_row(rejection.reason, number(rejection.rows), at, rejection.value or "")
     return table
 
 
-def _table(first: str, *others: str) -> Table:
+def plain_table(first: str, *others: str) -> Table:
     """A table without lines; a title that begins with ``>`` is of a column of texts, the others of numbers."""
     table = Table(box=None, title_justify="left", pad_edge=False)
     table.add_column(first, overflow="fold")

@@ -14,6 +14,7 @@ from simulators.synthetic import synthesize
 from smes_cli.__main__ import run
 from smes_io.clock import wall_clock_ms
 from tests.running import read_json, write_config
+from tests.simulators.made_movielens import write_movielens
 
 Captured = pytest.CaptureFixture[str]
 START_S = 1_600_000_000
@@ -117,7 +118,9 @@ def test_backtest_prints_and_reports_the_same_ledger(capsys: Captured, tmp_path:
     assert f"log {world}: 300 impressions in 300 rows" in printed
     assert row(printed, "label click")[0] == "300"
     assert "a value in every row" in printed
-    assert read_json(report)["log"] == {key: value for key, value in ledger.items() if key != "problems"}
+    assert read_json(report)["log"] == {
+        key: value for key, value in ledger.items() if key not in ("problems", "profile")
+    }
 
 
 def test_replay_prints_and_reports_the_same_ledger(
@@ -129,16 +132,76 @@ def test_replay_prints_and_reports_the_same_ledger(
     path, report = write_config(tmp_path, redis_url, namespace), tmp_path / "replay.json"
     assert run(["-c", str(path), "replay", str(world), "--report", str(report)]) == 0
     assert f"log {world}: 300 impressions in 300 rows" in capsys.readouterr().out
-    assert read_json(report)["log"] == {key: value for key, value in ledger.items() if key != "problems"}
+    assert read_json(report)["log"] == {
+        key: value for key, value in ledger.items() if key not in ("problems", "profile")
+    }
 
 
 def test_kuairand_is_checked_in_ten_seconds(capsys: Captured, kuairand_dir: Path, tmp_path: Path) -> None:
     started_s = time.process_time()
-    assert run(["check", str(kuairand_dir), "--report", str(tmp_path / "ledger.json")]) == 0
+    assert run(["check", str(kuairand_dir), "--no-estimate", "--report", str(tmp_path / "ledger.json")]) == 0
     assert time.process_time() - started_s < 10
     report = read_json(tmp_path / "ledger.json")
     assert report["usable"] + report["duplicates"] == report["rows"] == 185_061
     assert [(join["ids_in_log"], join["impressions_missed"]) for join in report["joins"]] == [(24_448, 0), (6_153, 0)]
+
+
+# ---- before the first run
+
+
+@pytest.mark.parametrize("readme", [True, False])
+def test_the_published_layout_of_movielens_goes_through_without_an_edit(
+    capsys: Captured, tmp_path: Path, readme: bool
+) -> None:
+    """At most three edits of the proposal are allowed; it takes none."""
+    folder = write_movielens(tmp_path / "ml-100k", rows=500, readme=readme)
+    proposal, report = tmp_path / "proposed.yaml", tmp_path / "backtest.json"
+    assert run(["schema", "infer", str(folder), "--out", str(proposal)]) == 0
+    assert f"next: smes check {folder} --schema {proposal}" in capsys.readouterr().out
+    found, printed, _ = checked(capsys, folder, "--schema", str(proposal))
+    assert (found["usable"], found["rejected"], found["problems"]) == (500, 0, [])
+    assert [join["ids_matched"] for join in found["joins"]] == [30, 40]
+    assert found["profile"]["run"] is None
+    assert "a backtest of all" not in printed
+    if readme:
+        assert run(["-q", "backtest", str(folder), "--schema", str(proposal), "--report", str(report)]) == 0
+        assert read_json(report)["events"]["trained"] == 500
+        assert read_json(report)["tasks"]["rating_high"]["auc"] > 0.6
+
+
+def test_a_proposal_never_replaces_a_file_and_prints_what_it_would_write(capsys: Captured, tmp_path: Path) -> None:
+    log = csv(tmp_path / "log.csv", *good_rows(60))
+    out = tmp_path / "out.yaml"
+    assert run(["schema", "infer", str(log)]) == 0
+    printed = capsys.readouterr().out
+    out.write_text("mine")
+    assert run(["schema", "infer", str(log), "--out", str(out)]) == 2
+    assert out.read_text() == "mine"
+    assert run(["schema", "infer", str(log), "--out", str(out), "--force"]) == 0
+    assert out.read_text() == printed
+    capsys.readouterr()
+    assert run(["schema", "infer", str(log), "--out", str(tmp_path / "no" / "out.yaml")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_check_says_how_long_a_run_will_take(capsys: Captured, tmp_path: Path) -> None:
+    world = tmp_path / "world.parquet"
+    synthesize(world, 2600, seed=4)
+    found, printed, _ = checked(capsys, world)
+    expected = found["profile"]["run"]
+    assert 0 < expected["measured"] < 2600
+    assert expected["seconds"] >= 2600 / expected["impressions_per_s"]
+    assert expected["rows"] == sum(found["profile"]["vocabularies"].values())
+    assert 50 < expected["resident_mib"] < 20_000
+    assert "an estimate from" in printed
+    assert checked(capsys, world, "--no-estimate")[0]["profile"]["run"] is None
+
+
+def test_a_sparse_log_is_told_that_its_mini_batches_are_small(capsys: Captured, tmp_path: Path) -> None:
+    rows = [f"{i % 7},{i % 5},{START_S + 600 * i},{i % 2}" for i in range(2200)]
+    log = csv(tmp_path / "log.csv", *rows)
+    _, printed, _ = checked(capsys, log, "--schema", schema(tmp_path))
+    assert "look at: mini-batches hold" in printed
 
 
 # ---- what no log that is to be trained on may hold
