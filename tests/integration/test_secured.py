@@ -83,7 +83,7 @@ def written(
     redis: SecureRedis = request.getfixturevalue("redis_secure")
     client = redis.authority.signed(f"client-{namespace}", password=SECRETS["key"])
     tls = {"ca_file": str(redis.authority.cert), "cert_file": str(client.cert), "key_file": str(client.key)}
-    for user in ("trainer", "scorer", "producer"):
+    for user in ("trainer", "scorer", "features", "producer"):
         redis.set_user(user, *redis_rules(user, namespace))
     kafka: SecureKafka | None = None
     more: dict[str, Any] = {}
@@ -108,7 +108,7 @@ def written(
         )
 
     yield write
-    for user in ("trainer", "scorer", "producer"):
+    for user in ("trainer", "scorer", "features", "producer"):
         redis.owner.execute_command("ACL DELUSER", user)
 
 
@@ -121,7 +121,8 @@ def processes_as_ps_shows_them() -> str:
 @pytest.mark.timeout(400)
 @pytest.mark.xdist_group("kafka_secure")
 def test_documented_rights_are_enough_and_no_secret_shows(written: Written, world: Path, tmp_path: Path) -> None:
-    trainer, scorer, producer = (str(written(user)) for user in ("trainer", "scorer", "producer"))
+    users = ("trainer", "scorer", "features", "producer")
+    trainer, scorer, features, producer = (str(written(user)) for user in users)
     names = ("features", "train", "serve", "replay", "rollback", "snapshots", "show")
     logs = {name: tmp_path / f"{name}.log" for name in names}
 
@@ -129,7 +130,7 @@ def test_documented_rights_are_enough_and_no_secret_shows(written: Written, worl
         process = start_smes(logs[name], *arguments)
         assert process.wait(DEADLINE_S) == 0, logs[name].read_text()
 
-    finish("features", "-v", "-c", trainer, "features", "load", str(world))
+    finish("features", "-v", "-c", features, "features", "load", str(world))
     train = start_smes(logs["train"], "-v", "-c", trainer, "train", "--drain", "--report", "train.json")
     serve = start_smes(logs["serve"], "-v", "-c", scorer, "serve")
     finish("replay", "-v", "-c", producer, "replay", str(world), "--speed", "max", "--report", "replay.json")
