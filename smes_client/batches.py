@@ -31,9 +31,6 @@ def records_of(events: Sequence[Encoded], schema: Schema, codec: Codec, partitio
 
     Events keep their order within a partition. JSON makes a record of each event, Arrow one of those of a partition, or
     several, where one would be larger than a reader takes.
-
-    Raises:
-        ValueError: The codec is ``arrow`` and pyarrow is not installed.
     """
     n = len(events)
     partition_N = partition_of(np.fromiter((each.impression_id for each in events), np.int64, n), partitions)
@@ -45,11 +42,9 @@ def records_of(events: Sequence[Encoded], schema: Schema, codec: Codec, partitio
 
 
 def _arrow(events: Sequence[Encoded], schema: Schema, partitions: int, partition_N: I32) -> tuple[list[OutRecord], I64]:
-    try:
-        from stream.codec import arrow_form, encoders
-        from stream.codec.arrow_stream import MAX_ROWS
-    except ImportError as error:
-        raise ValueError(f"codec 'arrow' needs pyarrow: {error}") from error
+    from stream.codec import arrow_form, encoders
+    from stream.codec.arrow_stream import MAX_ROWS
+
     topic, head = events[0].topic, headers("arrow", schema)
     block, shown = _block(events, schema), topic == IMPRESSIONS
     most = arrow_form.max_rows(schema) if shown else MAX_ROWS

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -133,6 +134,8 @@ class Events:
                 raise ValueError(f"{name}: {number}, expected at least {least}")
         if codec not in ("json", "arrow"):
             raise ValueError(f"codec: {codec!r}, expected 'json' or 'arrow'")
+        if codec == "arrow" and find_spec("pyarrow") is None:
+            raise ValueError("codec: 'arrow' needs pyarrow, which is not installed, expected 'json'")
         self._schema, self._codec = load_schema(schema), codec
         self._forms = EventForms(self._schema, now_ms)
         self._batch_events, self._linger_s = batch_events, linger_s
