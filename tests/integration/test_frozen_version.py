@@ -42,7 +42,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 @pytest.fixture
 def served(shop: Shop, redis_url: str, namespace: str, tmp_path: Path) -> tuple[Path, Config, str]:
     """The configuration file, the same read, and a version in Redis: a backtest primed a trainer, which published."""
-    path = write_config(tmp_path, redis_url, namespace, schema=str(shop.schema), model={"ranker": "mmoe"})
+    path = write_config(tmp_path, redis_url, namespace, schema=str(shop.schema), model={"ranker": "linear"})
     assert run(["-q", "-c", str(path), "backtest", str(shop.folder), "--checkpoint", str(tmp_path / "primed")]) == 0
     report = drain_primed(read_config(path), PrimedStart(tmp_path / "primed"))
     return path, read_config(path), f"{report['lineage']}:{report['version']}"
@@ -85,11 +85,10 @@ def test_the_scores_of_a_version_are_those_of_its_serving_model(
     tasks = [task.name for task in config.schema_file().schema.tasks]
 
     # evaluate: the repeated visit is dropped, as in training
-    assert (
-        run(["-c", str(path), "evaluate", str(shop.folder), "--version", version, "--report", str(tmp_path / "e.json")])
-        == 0
-    )
-    report = read_json(tmp_path / "e.json")
+    written = tmp_path / "evaluated.json"
+    asked = ["evaluate", str(shop.folder), "--version", version, "--report", str(written)]
+    assert run(["-c", str(path), *asked]) == 0
+    report = read_json(written)
     visits = table(shop.folder / "visits.csv")[:-1]
     assert report["impressions"] == len(visits) == shop.visits
     for t, column in ((0, "is_open"), (1, "sold")):
@@ -128,15 +127,8 @@ def test_the_scores_of_a_version_are_those_of_its_serving_model(
     assert run(["-c", str(path), "export", str(folder), "--version", version]) == 0
     lines = "".join(json.dumps(row) + "\n" for row in rows[:20])
     env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
-    ended = subprocess.run(
-        [sys.executable, str(folder / "score.py")],
-        input=lines,
-        cwd="/",
-        env=env,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, str(folder / "score.py")]
+    ended = subprocess.run(command, input=lines, cwd="/", env=env, check=True, capture_output=True, text=True)
     alone = [[json.loads(line)[task] for task in tasks] for line in ended.stdout.splitlines()]
     np.testing.assert_allclose(alone, expected[:20], rtol=1e-5)
     assert (folder / "dense.pt2").exists()

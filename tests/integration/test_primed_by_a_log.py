@@ -20,6 +20,7 @@ from smes_io.clock import wall_clock_ms
 from stream.log.open_log import open_event_log
 from stream.topics import IMPRESSIONS
 from tests.integration.training import (
+    Pairs,
     assert_same_weights,
     drain,
     fill_servers,
@@ -29,23 +30,30 @@ from tests.integration.training import (
     train_in_process,
 )
 from tests.running import read_config, until, write_config
+from trainer.loop import Trainer
 from trainer.report import conservation_errors
 from trainer.run_report import training_report
 
 PRIMED = 700
 
 
-def prime(config: Config, world: Path, folder: Path) -> None:
-    """What ``smes backtest --checkpoint`` does with the first impressions of the world."""
-    run_backtest(
-        config,
-        world,
-        limit=PRIMED,
-        seed=config.replay.seed,
-        baseline=None,
-        should_stop=lambda: False,
-        checkpoint=folder,
-    )
+@pytest.fixture(scope="module")
+def offline(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pairs, Trainer]:
+    """A checkpoint of a backtest of the first impressions, all events, and a training on all that never stopped."""
+    folder = tmp_path_factory.mktemp("offline")
+    config = read_config(write_config(folder, "redis://127.0.0.1:1/0", "none"))
+    pairs = read_pairs(config, world)[:8]  # 1,600 impressions
+    with one_thread():
+        run_backtest(
+            config,
+            world,
+            limit=PRIMED,
+            seed=config.replay.seed,
+            baseline=None,
+            should_stop=lambda: False,
+            checkpoint=folder / "primed",
+        )
+        return folder / "primed", pairs, train_in_process(config, pairs, flush=True)
 
 
 def drain_primed(config: Config, start: PrimedStart) -> dict[str, Any]:
@@ -54,24 +62,25 @@ def drain_primed(config: Config, start: PrimedStart) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["redis", pytest.param("kafka", marks=pytest.mark.kafka)])
 def test_a_log_primes_the_live_loop_as_if_there_had_been_one_stream(
-    kind: str, redis_url: str, namespace: str, world: Path, tmp_path: Path, request: pytest.FixtureRequest
+    kind: str,
+    redis_url: str,
+    namespace: str,
+    offline: tuple[Path, Pairs, Trainer],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     kafka = request.getfixturevalue("kafka_bootstrap") if kind == "kafka" else None
     path = write_config(tmp_path, redis_url, namespace, kafka=kafka)
-    config, folder = read_config(path), tmp_path / "primed"
-    pairs = read_pairs(config, world)
+    config, (folder, pairs, expected) = read_config(path), offline
     fill_servers(config, pairs[:2], "json")  # 400 of the 700 impressions that the log in files has, too
     since_ms = wall_clock_ms() + 1
     until(lambda: wall_clock_ms() > since_ms, "another millisecond")
     fill_servers(config, pairs[2:6], "arrow")
-    with one_thread():
-        prime(config, world, folder)
-        first = drain_primed(config, PrimedStart(folder, since_ms))
-        with snapshots_of(config) as store:
-            (published, *_) = store.list()
-        fill_servers(config, pairs[6:], "arrow")
-        report = drain(config, flush=True)  # another life of the trainer
-        expected = train_in_process(config, pairs, flush=True)
+    first = drain_primed(config, PrimedStart(folder, since_ms))
+    with snapshots_of(config) as store:
+        (published, *_) = store.list()
+    fill_servers(config, pairs[6:], "arrow")
+    report = drain(config, flush=True)  # another life of the trainer
 
     assert_same_weights(tmp_path / "checkpoints", expected)
     assert report["tasks"] == training_report(expected, seconds=1, trained=1).to_dict()["tasks"]
@@ -87,11 +96,15 @@ def test_a_log_primes_the_live_loop_as_if_there_had_been_one_stream(
 
 
 def test_what_cannot_be_primed_is_refused_and_says_why(
-    redis_url: str, namespace: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    redis_url: str,
+    namespace: str,
+    world: Path,
+    offline: tuple[Path, Pairs, Trainer],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = write_config(tmp_path, redis_url, namespace)
-    config, folder = read_config(path), tmp_path / "primed"
-    prime(config, world, folder)
+    config, (folder, *_) = read_config(path), offline
     with closing(open_event_log(config.event_log)) as log:
         log.ensure_topic(IMPRESSIONS, 2)
     other = read_config(write_config(tmp_path / "other", redis_url, namespace, trainer={"checkpoint": {"keep": 1}}))

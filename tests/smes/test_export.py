@@ -1,7 +1,7 @@
 """The exported dense part gives the model's scores, and a program that does not is refused.
 
 Every form of SMES is compared as the export runs it, with every expert for every instance. One model goes all the way
-through ``torch.export`` here, and one of a dense ranker in ``tests/integration/test_frozen_version.py``.
+through ``torch.export`` here, and a linear one in ``tests/integration/test_frozen_version.py``.
 """
 
 from collections.abc import Mapping
