@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simulators.logs.ledger import LogLedger, problems
+from simulators.logs.ledger import LogLedger, problems, utc
 from simulators.logs.profile import LogProfile, profile
 from simulators.logs.reader import LogReader, open_log
 from smes.errors import LogError
@@ -12,6 +12,7 @@ from smes_cli.config import Config
 from smes_cli.console import console, number, progress, write_report
 from smes_cli.log_tables import plain_table, print_ledger
 from smes_io.clock import wall_clock_ms
+from stream.codec.validation import EARLIEST_MS
 
 if TYPE_CHECKING:
     from smes_cli.run_estimate import RunEstimate
@@ -52,7 +53,7 @@ def run_check(
             raise LogError("; ".join(found))
         seen = _profile(config, reader)
         expected = _estimate(config, reader, seen, time.monotonic() - started_s) if estimate else None
-    warnings = [*seen.warnings, *([] if expected is None else _of_batches(config, expected))]
+    warnings = [*_of_times(ledger), *seen.warnings, *([] if expected is None else _of_batches(config, expected))]
     more = seen.to_dict() | {"warnings": warnings, "run": None if expected is None else expected.to_dict()}
     write_report(ledger.to_dict() | {"problems": found, "profile": more}, report)
     print_ledger(ledger, every_column=True)
@@ -74,6 +75,13 @@ def _estimate(config: Config, reader: LogReader, seen: LogProfile, reading_s: fl
     from smes_cli.run_estimate import FEWEST, estimate_run  # imports torch
 
     return None if seen.impressions < FEWEST else estimate_run(config, reader, seen, reading_s)
+
+
+def _of_times(ledger: LogLedger) -> list[str]:
+    first = ledger.first_event_ms
+    if first is None or first >= EARLIEST_MS or ledger.counts_from_zero:
+        return []
+    return [f"the first event is of {utc(first)}: live events are refused before {utc(EARLIEST_MS)}, also of a replay"]
 
 
 def _of_batches(config: Config, expected: "RunEstimate") -> list[str]:

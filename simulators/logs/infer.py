@@ -110,7 +110,10 @@ def _names_by_content(columns: list[Column]) -> tuple[str, ...]:
 def _log_of(path: Path, looked: list[tuple[Table, list[Column]]]) -> tuple[Table, list[Column]]:
     """The table that is the log: the one that was named, else the largest of those that look like one."""
     if path.is_file():
-        return next(pair for pair in looked if path in pair[0].files)
+        own = [pair for pair in looked if path in pair[0].files]
+        if not own:
+            raise LogError(f"{path}: expected rows of at least two columns, as text with delimiters or Parquet")
+        return own[0]
     scored = [
         (looks_like_a_log(columns), not table.is_split, table.bytes, i) for i, (table, columns) in enumerate(looked)
     ]

@@ -163,6 +163,7 @@ def test_the_published_layout_of_movielens_goes_through_without_an_edit(
     assert [join["ids_matched"] for join in found["joins"]] == [30, 40]
     assert found["profile"]["run"] is None
     assert "a backtest of all" not in printed
+    assert "look at: the first event is of 1997-" in printed
     if readme:
         assert run(["-q", "backtest", str(folder), "--schema", str(proposal), "--report", str(report)]) == 0
         assert read_json(report)["events"]["trained"] == 500
