@@ -128,7 +128,8 @@ def put_file(
             dropped += put_many(entity, ids, columns, times_ms)
         except ValueError as error:
             raise ValueError(
-                f"{file.path}, rows {first:,} … {first + len(rows) - 1:,}: {error} ({done:,} rows before were put)"
+                f"{file.path}, rows {first:,} … {first + len(rows) - 1:,}: {error} ({done:,} rows before were put; "
+                f"with --time {time_ms} to put them again makes no further version)"
             ) from None
         done += len(rows)
         advance(done)

@@ -61,11 +61,17 @@ def features_put(
     kind = _entity(entity)
     config = config_of(context, schema)
     the_schema = config.schema_file().schema
+    if not any(f.source == kind and f.name != f"{kind}_id" for f in the_schema.features):
+        raise ValueError(f"schema {the_schema.name!r}: no {kind} features, expected at least one")
     at_ms = wall_clock_ms() if time is None else _time_ms(time)
     if (file is None) == (entity_id is None):
         raise ValueError("features put: expected either an id and its features, or --file")
     if entity_id is not None:
-        row = _values(values or [], the_schema, kind)
+        if not values:
+            raise ValueError(
+                f"features of {kind} {entity_id}: none, expected NAME=VALUE, or {{}} for a row without any"
+            )
+        row = _values(values, the_schema, kind)
         with _opened(config, the_schema) as store:
             kept = store.put(kind, entity_id, row, at_ms)
         console.print(f"features of {kind} {entity_id} put", highlight=False, soft_wrap=True)

@@ -66,7 +66,7 @@ def test_rows_put_by_hand_are_shown_by_time(features: Features) -> None:
 
     features("put", "item", "mug", "price=6", "--time", "2026-01-02T00:00")
     assert [since for since, _ in features.rows("item", "mug")][-1] == "2026-01-01 00:00:00"
-    assert "1 of them not kept: the store has 3 newer rows" in features("put", "item", "mug", "--time", "always")
+    assert "1 of them not kept: the store has 3 newer rows" in features("put", "item", "mug", "{}", "--time", "always")
     assert "item mug: no features in Redis that held at always" in features.refused(
         "get", "item", "mug", "--time", "always", status=1
     )
@@ -96,9 +96,13 @@ def test_a_file_of_rows_is_put_and_its_faults_are_named(features: Features, tmp_
     rows[5500]["price"] = None if kind == "parquet" else "dear"
     if kind == "parquet":
         rows[5500]["item_id"] = None
-        expected = "rows 5,001 … 6,001: row 500: item_id: missing, expected an id (5,000 rows before were put)"
+        expected = (
+            "rows 5,001 … 6,001: row 500: item_id: missing, expected an id (5,000 rows before were put; with --time 17"
+        )
     else:
-        expected = "rows 5,001 … 6,001: row 500: price: 'dear', expected a number (5,000 rows before were put)"
+        expected = (
+            "rows 5,001 … 6,001: row 500: price: 'dear', expected a number (5,000 rows before were put; with --time 17"
+        )
     assert expected in features.refused("put", "item", "--file", write("bad", rows))
 
     unknown = write("unknown", [{"item_id": 1, "price": 2.0, "colour": "red"}])
@@ -116,6 +120,7 @@ def test_a_file_of_rows_is_put_and_its_faults_are_named(features: Features, tmp_
     [
         (["put", "shop", "1"], "'shop': expected user or item"),
         (["put", "user"], "expected either an id and its features, or --file"),
+        (["put", "user", "1"], "features of user 1: none, expected NAME=VALUE"),
         (["put", "user", "1", "price=3"], "price: no user feature, expected one of band"),
         (["put", "item", "1", "price=dear"], "price: 'dear', expected a number"),
         (["put", "item", "1", "price"], "'price': expected NAME=VALUE, or one JSON object"),
