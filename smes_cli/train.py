@@ -88,7 +88,7 @@ def run_train(
         store = _store(config, waits, stack)
         lease = stack.enter_context(LeaseKeeper(store, config.trainer.lease_s, should_stop=should_stop))
         letters = DeadLetterWriter(log)
-        features = open_stored_features(config, schema, waits, None if drain else stop_event, stack)
+        features = open_stored_features(config, config.schema_file(), waits, None if drain else stop_event, stack)
         journal = _journal(config, checkpoints)
         changes = declared_changes(config)
         stream = ExampleStream(schema, config.stream, log, letters, changes=changes, features=features, journal=journal)

@@ -19,6 +19,7 @@ from smes.events import DAY_S, ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
 from smes_cli.config import Config
 from smes_cli.stored_features import open_stored_features
+from smes_io.schema_file import SchemaFile
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream, StreamConfig
@@ -46,6 +47,7 @@ SCHEMA = Schema(
         Feature("battery", "numeric"),
     ),
 )
+SCHEMA_FILE = SchemaFile(SCHEMA.name, SCHEMA.tasks, SCHEMA.features)
 # ids: user_id, item_id, band, tab, tags ×3; numerics: price, born, joined, battery
 STREAM = StreamConfig(batch=MiniBatchConfig(size=50, max_wait_s=None), events_per_read=120, idle_after_s=3600)
 START_MS = 1_700_000_000_000
@@ -201,7 +203,7 @@ def test_an_outage_is_waited_for_and_then_is_an_error(
     config, server, carried = paused_store
     stop, duties = threading.Event(), threading.Event()
     waits = Waits(stop.is_set)
-    features = open_stored_features(config, SCHEMA, waits, stop, stack)
+    features = open_stored_features(config, SCHEMA_FILE, waits, stop, stack)
     assert features is not None
     block = leave_out(carried)
 
@@ -225,4 +227,4 @@ def test_an_outage_is_waited_for_and_then_is_an_error(
         features.fill(block)
 
     off = Config(stream=StreamConfig(features_from_store=False))
-    assert open_stored_features(off, SCHEMA, waits, None, stack) is None
+    assert open_stored_features(off, SCHEMA_FILE, waits, None, stack) is None
