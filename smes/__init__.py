@@ -6,7 +6,7 @@ events (``import smes.schema``) does not wait for torch.
 One training step, then scoring with the trained weights:
 
 >>> import numpy as np, torch
->>> from smes import Learner, ModelConfig, OptimizerConfig, Schema, ServingModel, Task
+>>> from smes import SMES, Learner, ModelConfig, OptimizerConfig, Schema, ServingModel, SmesConfig, Task
 >>> from smes.events import ExampleBlock
 >>> schema = Schema("shop", tasks=(Task("click"), Task("buy")))
 >>> learner = Learner(schema, ModelConfig(), OptimizerConfig(), device=torch.device("cpu"))
@@ -19,6 +19,14 @@ One training step, then scoring with the trained weights:
 >>> model = ServingModel.from_state(schema, ModelConfig(), learner.serving_state())
 >>> model.score(np.array([[1, 10], [3, 99]]), np.zeros((2, 0), np.float32)).shape
 (2, 2)
+
+SMES alone is a ``torch.nn.Module``: vectors in, one representation per task out.
+
+>>> _ = torch.manual_seed(0)
+>>> ranker = SMES(input_dim=64, num_tasks=3, config=SmesConfig(), group_T=(0, 0, 1))  # the third routes by itself
+>>> output = ranker(torch.randn(256, 64))  # 256 instances, 64 numbers each
+>>> output.tasks_BTH.shape == (256, 3, ranker.output_dim), output.stats.active_B.shape  # experts run for an instance
+(True, torch.Size([256]))
 """
 
 from importlib import import_module

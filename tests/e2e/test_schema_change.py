@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,20 +15,22 @@ from smes_cli.__main__ import run
 from smes_cli.demo.processes import stop
 from smes_client import Events, Scorer, ScorerUnavailable
 from tests.integration.training import snapshots_of
-from tests.running import read_config, start_smes, until, until_log_says, write_config
+from tests.running import environment, read_config, start_smes, until, until_log_says, write_config
 
 OLD = """
 name: kiosk
 tasks: [{name: click, window_s: 0.5}, {name: save, window_s: 0.5}]
-features: [{name: page}]
+features: [{name: page}, {name: taste, source: user}]
 """
 NEW = """
 name: kiosk
 tasks: [{name: share, window_s: 0.5}, {name: click, window_s: 0.5}, {name: save, window_s: 0.5}]
-features: [{name: device}, {name: page}]
+features: [{name: device}, {name: page}, {name: taste, source: user}]
 """
 STREAM = {"batch": {"size": 64, "max_wait_s": 0.1}, "join": {"allowed_lateness_s": 0.1}, "idle_after_s": 1.0}
 ITEMS = list(range(20))
+ROOT = Path(__file__).parents[2]
+REDIS, SCORER = "redis://127.0.0.1:6379/0", "http://127.0.0.1:8000"
 
 
 class Service:
@@ -52,6 +56,16 @@ class Service:
             return condition()
 
         until(played, what, within_s=40)
+
+
+def run_readme(folder: Path, instead: dict[str, str]) -> None:
+    """Run README's client in a folder with its schema file, at the addresses of this test."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for written, here in instead.items():
+        assert written in program
+        program = program.replace(written, here)
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=folder, env=environment())
 
 
 @pytest.fixture
@@ -85,6 +99,7 @@ def test_a_feature_and_a_task_are_added_while_the_scorer_runs(
     with Events(tmp_path / "old.yaml", redis_url, namespace=namespace) as events:
         service = Service(events, {"page": 1}, ("click", "save"))
         service.play_until(lambda: version() > 5, "versions of the old schema in service")
+    run_readme(tmp_path, {"redis)": f"redis, namespace={namespace!r})", REDIS: redis_url, SCORER: url})
     assert stop(trainer, timeout_s=60) == 0, train.read_text()
     with snapshots_of(read_config(Path(config))) as store:
         current = store.current()
