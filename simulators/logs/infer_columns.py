@@ -165,6 +165,10 @@ def _looked_at(sample: LogSample, table: Table, name: str, sql_type: str) -> Col
         )[0][0]
         if left or not all(re.fullmatch(r"[A-Za-z/.\\<>-]{1,8}|\?|-", word) for word in column.words):
             column.words = ()
+        else:  # they will be declared as words for no value
+            share, column.numbers = column.numbers, 1.0
+            column.filled, column.distinct = round(share * column.filled), column.distinct - len(column.words)
+            column.integers, column.flags = column.integers / share, column.flags / share
     if sql.family(sql_type) == "text":
         _dates(sample, column, source)
         _several(sample, column, source)

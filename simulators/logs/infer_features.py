@@ -8,13 +8,13 @@ import numpy as np
 
 from simulators.logs import sql
 from simulators.logs.infer_columns import Column, constant_within, share_in, tokens_of, values_of
+from simulators.logs.infer_labels import BINARY, Label, is_outcome, words
 from simulators.logs.infer_names import flag_names, slug
-from simulators.logs.infer_roles import BINARY, ITEM, USER, Label, Roles, id_score, is_outcome, words
+from simulators.logs.infer_roles import ITEM, USER, Roles, id_score
 from simulators.logs.infer_tables import LogSample, Table
-from simulators.logs.leaks import alone, codes_of
+from simulators.logs.leaks import SUSPECT_AUC, alone, codes_of
 
 Source = Literal["user", "item", "context"]
-SUSPECT_AUC = 0.95
 _LEAK_ROWS = 40_000
 _FEWEST_FLAGS = 5
 _MOST_IDS = 64

@@ -3,22 +3,26 @@
 What is decided without a name that says so is marked as unsure.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from simulators.logs import sql
 from simulators.logs.infer_columns import Column, text_of, tokens_of
+from simulators.logs.infer_labels import (
+    AMOUNT,
+    BINARY,
+    ID_WORDS,
+    LAST_RESORTS,
+    Label,
+    is_outcome,
+    labels_of,
+    nice_above,
+    noted,
+    words,
+)
 from simulators.logs.infer_tables import LogSample, Table
 from smes.errors import LogError
 from smes_io.log_spec import TimeUnit
-
-
-def words(text: str) -> frozenset[str]:
-    """The words of a text, and their plurals."""
-    return frozenset(word + more for word in text.split() for more in ("", "s"))
-
 
 USER = words(
     "user users uid userid customer customers member visitor viewer account client reader person people buyer shopper "
@@ -29,23 +33,10 @@ ITEM = words(
     "news book isbn asin post doc document content creative photo pin recipe goods offer listing hotel business game "
     "app course job place poi clip show episode"
 )
-_ID = words("id ids key code hash uuid no nr number idx index")
 _TIME = words("time timestamp ts date datetime shown at created event occurred logged when served impression")
 _REQUEST = words("request req query slate page_view pageview impression_list reqid requestid session search")
 _IMPRESSION = words("impression impressionid event eventid row rowid uuid log view")
-BINARY = words(
-    "click clicked clicks clk like liked likes follow followed comment commented forward forwarded share shared hate "
-    "dislike dislikes view viewed views watched play played purchase purchased buy bought order ordered convert "
-    "converted conversion cart basket favorite favourite fav save saved bookmark bookmarked subscribe subscribed "
-    "install installed open opened read enter skip skipped complete completed finish finished label target reward "
-    "outcome booked booking reply replied retweet upvote downvote engagement response satisfied returned added"
-)
-AMOUNT = words(
-    "rating ratings rate rated stars score scores grade watch watched dwell stay spent listened listening revenue gmv "
-    "sales label target reward played play"
-)
-_RATING = words("rating ratings rate rated stars score scores grade label target")
-_BEFORE = words("duration length size price count num cnt avg mean total position rank")
+_FILLED = 0.98
 
 
 @dataclass(frozen=True)
@@ -64,31 +55,6 @@ class Hints:
 
 
 @dataclass
-class Label:
-    """An outcome.
-
-    Attributes:
-        task: Its name.
-        column: Where it is found.
-        kind: Of its task.
-        threshold, scale, max_value, unit, time_column: As in the schema file.
-        window_s: The window that is proposed.
-        note: What is unsure of it; empty for nothing.
-    """
-
-    task: str
-    column: str
-    kind: Literal["binary", "regression"] = "binary"
-    threshold: float | None = None
-    scale: float | None = None
-    max_value: float | None = None
-    unit: str = ""
-    time_column: str | None = None
-    window_s: float = 60.0
-    note: str = ""
-
-
-@dataclass
 class Roles:
     """The columns of a log by what they are.
 
@@ -97,6 +63,7 @@ class Roles:
         unit: Of the time.
         request, impression: Columns, if there are such.
         labels: The outcomes.
+        max_rejected: The share of rows that may be unusable, if more than usual are without user or item.
         left_out: Column → why it is no feature.
         notes: Key of the schema file → what is unsure.
     """
@@ -108,6 +75,7 @@ class Roles:
     request: str | None = None
     impression: str | None = None
     labels: list[Label] = field(default_factory=list)
+    max_rejected: float | None = None
     left_out: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -130,15 +98,16 @@ def looks_like_a_log(columns: Sequence[Column]) -> int:
 
 
 def id_score(column: Column, role: frozenset[str]) -> int:
-    """How well a column's name says that it is the id of an entity: 0 (not) … 3."""
+    """How well a column's name says that it is the id of an entity: 0 (not) … 4."""
     tokens = {*column.tokens}
     if not tokens & role or not column.filled or column.is_list:
         return 0
     if column.is_number and not column.is_integer and not column.sql_type.startswith(("DOUBLE", "FLOAT")):
         return 0
-    if not tokens - role - _ID:
-        return 3
-    return 2 if column.tokens[-1] in ("id", "uuid") else 0
+    full = 2 * (column.filled >= _FILLED * column.rows)
+    if not tokens - role - ID_WORDS:
+        return 2 + full
+    return 1 + full if column.tokens[-1] in ("id", "uuid") else 0
 
 
 def find_roles(sample: LogSample, table: Table, columns: Sequence[Column], hints: Hints) -> Roles:
@@ -156,6 +125,7 @@ def find_roles(sample: LogSample, table: Table, columns: Sequence[Column], hints
     roles = Roles("", "", "", "s")
     _find_ids(table, columns, hints, roles)
     _find_time(table, columns, hints, roles)
+    _find_empty(by_name, roles)
     _find_request(sample, table, columns, roles)
     _find_labels(table, columns, hints, roles)
     for label in roles.labels:
@@ -171,7 +141,13 @@ def _find_ids(table: Table, columns: Sequence[Column], hints: Hints, roles: Role
             setattr(roles, role, hint)
         elif id_score(best, own) > 0:
             setattr(roles, role, best.name)
-    others = [c for c in columns if _id_like(c) and c.name not in (roles.user, roles.item, hints.time, *hints.labels)]
+    others = [
+        c
+        for c in columns
+        if _id_like(c)
+        and c.filled >= _FILLED * c.rows
+        and c.name not in (roles.user, roles.item, hints.time, *hints.labels)
+    ]
     if hints.time is None:
         times = [c for c in others if c.time_unit is not None]
         enough = len(others) - len(times) >= 2 - bool(roles.user) - bool(roles.item)
@@ -193,6 +169,15 @@ def _find_ids(table: Table, columns: Sequence[Column], hints: Hints, roles: Role
         roles.notes[f"{role}_id"] = "by its content alone: it repeats, and has many values"
     if roles.user == roles.item:
         raise LogError(f"{table.files[0]}: column {roles.user!r} as user and item, expected two (--user, --item)")
+
+
+def _find_empty(columns: dict[str, Column], roles: Roles) -> None:
+    """Rows without user or item are rejected; the schema file has to say so where they are many."""
+    rows = max(columns[roles.user].rows, 1)
+    empty = sum(1 - columns[name].filled / rows for name in (roles.user, roles.item))
+    if empty > 0.005:
+        roles.max_rejected = min(round(1.2 * empty + 0.01, 2), 1.0)
+        roles.notes["max_rejected"] = f"up to {empty:.1%} of the rows have no user or no item, and are left out"
 
 
 def _find_time(table: Table, columns: Sequence[Column], hints: Hints, roles: Roles) -> None:
@@ -238,7 +223,7 @@ def _find_request(sample: LogSample, table: Table, columns: Sequence[Column], ro
         tokens = {*column.tokens}
         if column.name in roles.used or not column.filled or column.is_flag or not _id_like(column):
             continue
-        named_id = bool(tokens & _ID) or len(tokens) == 1
+        named_id = bool(tokens & ID_WORDS) or len(tokens) == 1
         if named_id and tokens & _IMPRESSION and column.distinct == column.rows and column.filled == column.rows:
             if not table.sampled:
                 roles.impression = roles.impression or column.name
@@ -272,10 +257,10 @@ def _find_labels(table: Table, columns: Sequence[Column], hints: Hints, roles: R
     for column in free:
         if is_outcome(column):
             roles.labels += labels_of(column)
-    for why, fits in _LAST_RESORTS if not roles.labels else ():
+    for why, fits in LAST_RESORTS if not roles.labels else ():
         for column in free:
             if not roles.labels and fits(column):
-                roles.labels += [_noted(label, why) for label in labels_of(column)]
+                roles.labels += [noted(label, why) for label in labels_of(column)]
     if not roles.labels:
         texts = [c.name for c in free if {*c.tokens} & words("event type action behavior behaviour")]
         more = (
@@ -290,66 +275,6 @@ def _find_labels(table: Table, columns: Sequence[Column], hints: Hints, roles: R
             f"{table.files[0]}: no column looks like an outcome: 0 and 1, or numbers such as a rating or a watch time "
             f"(--label names one){more}; the columns are {_listed(columns)}"
         )
-
-
-def is_outcome(column: Column) -> bool:
-    """Whether a column of a log is an outcome, by its name and content."""
-    tokens = {*column.tokens}
-    if not column.is_number and not column.is_flag:
-        return False
-    if (column.least or 0) < 0 or column.time_unit is not None or column.distinct < 2 or tokens & _ID:
-        return False
-    if column.is_flag:
-        return bool(tokens & (BINARY | AMOUNT)) and not tokens & _BEFORE
-    return bool(tokens & (AMOUNT | BINARY)) and not tokens & (_BEFORE - {"duration", "total"})
-
-
-def labels_of(column: Column) -> list[Label]:
-    """The tasks that a column of outcomes makes; none of a column that cannot be one."""
-    task = task_name(column.name)
-    if column.is_flag:
-        return [Label(task, column.name)]
-    if not (column.is_number or column.flags >= 0.999) or (column.least or 0) < 0 or column.greatest is None:
-        return []
-    if column.distinct == 1 and column.greatest in (0, 1):
-        return [Label(task, column.name, note="one value in all rows that were looked at")]
-    tokens = {*column.tokens}
-    if column.distinct <= 11 and (tokens & _RATING or not tokens & (BINARY | AMOUNT)) and (column.least or 0) >= 0:
-        value = _threshold(column)
-        high = Label(f"{task}_high", column.name, threshold=value, note=f"from {value:g} on counts as a positive")
-        return [high, Label(task, column.name, "regression", max_value=column.greatest)]
-    if column.is_integer and tokens & BINARY and not tokens & AMOUNT and column.distinct < 100:
-        return [Label(task, column.name, threshold=1, note="a count: one or more is a positive")]
-    unit, scale = (
-        ("s", 0.001) if "ms" in tokens else ("s", None) if tokens & words("s sec secs seconds") else ("", None)
-    )
-    limit = column.greatest * (scale or 1)
-    label = Label(task, column.name, "regression", scale=scale, unit=unit, max_value=86_400.0)
-    if limit > 86_400:
-        label.max_value = nice_above(limit)
-    label.note = "" if unit else "its unit is not known"
-    return [label]
-
-
-def task_name(column: str) -> str:
-    """A task's name from its column's."""
-    tokens = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", column)
-    parts = [part for part in re.split(r"\W+|_+", tokens.lower()) if part]
-    while len(parts) > 1 and parts[0] in ("is", "has", "did", "n", "num"):
-        parts.pop(0)
-    while len(parts) > 1 and parts[-1] in ("ms", "s", "sec", "flag", "label"):
-        parts.pop()
-    return "_".join(parts) or column
-
-
-def nice_above(value: float) -> float:
-    """The least of 1, 2, 5, 10, … that is not below a value."""
-    step = 1e-3
-    while True:
-        for factor in (1, 2, 5):
-            if step * factor >= value:
-                return round(step * factor, 3)
-        step *= 10
 
 
 def _find_label_time(sample: LogSample, table: Table, columns: Sequence[Column], roles: Roles, label: Label) -> None:
@@ -370,28 +295,6 @@ def _find_label_time(sample: LogSample, table: Table, columns: Sequence[Column],
             label.time_column = column.name
             label.window_s = max(nice_above(float(late) / 1000), 1.0)
             return
-
-
-def _threshold(column: Column) -> float:
-    """From where on a rating is a good one: of 1 … 5 it is 4."""
-    low, high = column.least or 0.0, column.greatest or 1.0
-    value = low + 0.75 * (high - low)
-    return float(round(value)) if column.is_integer else round(2 * value) / 2
-
-
-def _noted(label: Label, why: str) -> Label:
-    label.note = f"{why}; {label.note}" if label.note else why
-    return label
-
-
-def _small_range(column: Column) -> bool:
-    return column.is_integer and 2 <= column.distinct <= 11 and (column.least or 0) >= 0
-
-
-_LAST_RESORTS: tuple[tuple[str, Callable[[Column], bool]], ...] = (
-    ("by its content alone: 0 and 1", lambda column: column.is_flag),
-    ("by its content alone: a few small numbers", _small_range),
-)
 
 
 def _id_like(column: Column) -> bool:

@@ -11,7 +11,7 @@ from simulators.logs.files import is_packed
 from simulators.logs.infer import Proposal
 from simulators.logs.infer_features import FeatureLine, Side
 from simulators.logs.infer_format import unique_names
-from simulators.logs.infer_roles import Label, nice_above
+from simulators.logs.infer_labels import Label, nice_above
 from simulators.logs.infer_tables import Table
 from smes_io.log_spec import NULL_WORDS, CsvFormat
 
@@ -145,6 +145,8 @@ def _log(proposal: Proposal) -> Iterator[str]:
         yield from _noted(
             f"  null_words: {_flow([*NULL_WORDS, *proposal.null_words])}", "texts in columns of numbers", 2
         )
+    if roles.max_rejected is not None:
+        yield from _noted(f"  max_rejected: {roles.max_rejected}", roles.notes["max_rejected"], 2)
     for side in proposal.sides:
         yield from _side(side, log)
 

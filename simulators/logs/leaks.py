@@ -10,6 +10,9 @@ from smes.arrays import F64, I64
 
 _BINS = 64
 _PRIOR_ROWS = 4.0
+SUSPECT_AUC = 0.95
+"""A feature that alone tells a label this well is hardly known before the outcome."""
+
 LEAST_EACH = 20
 """Positives and negatives without which nothing is said."""
 

@@ -12,14 +12,11 @@ import numpy as np
 
 from simulators.delays import FeedbackTimes
 from simulators.logs.distinct import DistinctIds
-from simulators.logs.leaks import LEAST_EACH, alone, codes_of
+from simulators.logs.leaks import LEAST_EACH, SUSPECT_AUC, alone, codes_of
 from simulators.logs.reader import LogBlock, LogReader, row_bytes
 from smes.arrays import F32, F64, I64
 from smes.hashing import splitmix64
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema, Task
-
-SUSPECT_AUC = 0.95
-"""A feature that alone tells a label this well is hardly known before the outcome."""
 
 _SAMPLE_ROWS = 40_000
 _SAMPLE_BYTES = 48 << 20

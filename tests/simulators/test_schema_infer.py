@@ -44,7 +44,7 @@ def proposed(folder: Path, hints: Hints | None = None) -> tuple[SchemaFile, str]
     schema_file = load_schema_file(path)
     with open_log(folder, schema_file, threads=1) as reader:
         reader.check()
-        assert reader.rejected == {}
+        assert reader.rejected == {} or "max_rejected: 0.31  # ? up to 25.0% of the rows" in written
     return schema_file, written
 
 
@@ -143,6 +143,7 @@ def test_files_of_other_makes_are_read_as_proposed(tmp_path: Path) -> None:
             "log__csv": text(plain).replace("click", "click,click", 1).replace("\n", ",0\n").replace(",0", "", 1)
         },
         "null words": {"log__csv": text({**plain, "price": ["n/a" if k % 5 == 0 else 1.5 * k for k in range(N)]})},
+        "anonymous": {"log__csv": text({**plain, "user": ["NA" if k % 4 == 0 else k % 17 for k in range(N)]})},
         "odd names": {
             "log [1]__csv": text({"User ID": USER, "Item: ID": ITEM, "Event Time": TIME_S, "Is Click": CLICK})
         },
