@@ -25,7 +25,7 @@ from trainer.checkpoints import CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.loop import Trainer
 from trainer.observers import Observer, StepFigures, fetch
-from trainer.own_experts import own_experts_report
+from smes.model.own_experts import own_experts_report
 from trainer.report import TrainingReport
 from trainer.routing_figures import routing_report
 from trainer.routing_history import RoutingHistoryConfig
@@ -50,7 +50,7 @@ class BacktestResult:
         expert_load: The load on the experts, in one line for people.
         routing: The routing over time; see :func:`trainer.routing_figures.routing_report`.
         own_experts: Which tasks would gain from experts of their own, if that was asked for; see
-            :func:`trainer.own_experts.own_experts_report`.
+            :func:`smes.model.own_experts.own_experts_report`.
     """
 
     report: TrainingReport
@@ -209,6 +209,9 @@ def _write_checkpoint(trainer: Trainer, stream: BlockStream, folder: CheckpointD
     """Write the state in which a live training can take over. Without ids of its own, nothing can wait for it."""
     if not own_ids:
         _train_on_the_rest(trainer, stream)
+    if not trainer.learner.step_number:
+        console.print(f"no step was taken: no checkpoint in {folder.directory}", highlight=False)
+        return
     path = folder.save(trainer.view())
     waiting = stream.ledger().waiting
     console.print(f"checkpoint {path}: {waiting:,} impressions wait in it for feedback", highlight=False)

@@ -86,6 +86,7 @@ def carry_over(
         learned = {n: t for n, t in weights.items() if not n.startswith("before.")}
         out |= prefixed("adam.", carried_moments(under("adam.", state), learned, dense))
         out |= prefixed("groups.", _search(under("groups.", state), dense))
+        out |= prefixed("probe.", _probe(under("probe.", state), dense))
         out |= prefixed("numerics.", _numerics(under("numerics.", state), inputs))
         out |= prefixed("quantiles.", _quantiles(under("quantiles.", state), change))
     except (KeyError, RuntimeError) as error:
@@ -223,6 +224,13 @@ def _search(old: Mapping[str, Tensor], dense: DenseChange) -> dict[str, Tensor]:
         fresh = torch.full([lengths[axis] for axis in of if axis], _first(name), dtype=tensor.dtype)
         out[name] = carried(tensor, fresh, of) if of else tensor.clone()
     return out
+
+
+def _probe(old: Mapping[str, Tensor], dense: DenseChange) -> dict[str, Tensor]:
+    """Which tasks are on probe: new ones, and those that were. Their probes begin anew, as the columns have changed."""
+    were = set(old["tasks"].tolist()) if old else set()
+    tasks = [t for t in dense.now.newcomers if int(dense.tasks.was[t]) in {NEW, *were}]
+    return {"tasks": torch.tensor(tasks)} if tasks else {}
 
 
 def _first(name: str) -> float:

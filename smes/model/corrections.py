@@ -18,13 +18,14 @@ V twice that, M of all networks, S blocks of steps, K corrections.
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smes.arrays import F64
+from smes.arrays import F64, prefixed, under
 from smes.model.config import ModelConfig, OptimizerConfig, RareTasksConfig
 from smes.model.devices import RankBatch
 from smes.model.rank_model import ModelOutput, TaskOutputs
@@ -94,6 +95,30 @@ class Corrections:
         self._learning: _Learning | None = None  # from the first batch on, which tells the widths
         self._blocks = _Blocks()
 
+    def state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of everything that :meth:`load_state` needs."""
+        tensors = {"group_T": torch.tensor(self._group_T)} | prefixed("blocks.", self._blocks.state())
+        if self._learning is not None:
+            tensors |= prefixed("labels.", {n: t.cpu().clone() for n, t in self._tasks.state_dict().items()})
+            tensors |= prefixed("learning.", self._learning.state())
+        return tensors
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a :meth:`state`, of the same schema.
+
+        Raises:
+            KeyError, RuntimeError: A tensor is missing, unknown or of another shape.
+        """
+        self._group_T = tuple(state["group_T"].tolist())
+        self._blocks.load_state(under("blocks.", state))
+        self._learning = None
+        if "learning.shape" in state:
+            self._tasks.load_state_dict(under("labels.", state))
+            I, TH, T = state["learning.shape"].tolist()  # noqa: E741
+            first = torch.zeros(1, I), torch.zeros(1, T, TH // T)
+            self._learning = _Learning(*first, self._group_T, self._optimizer.learning_rate, self._seed)
+            self._learning.load_state(under("learning.", state))
+
     @property
     def sums(self) -> CorrectionSums:
         """What was seen since the groups are what they are."""
@@ -125,7 +150,8 @@ class Corrections:
             gradient_BTH = torch.zeros_like(tasks_BTH)
         if self._learning is None:
             self._learning = _Learning(x_BI, tasks_BTH, self._group_T, self._optimizer.learning_rate, self._seed)
-            self._tasks.to(x_BI.device)
+        self._learning.to(x_BI.device)
+        self._tasks.to(x_BI.device)
         corrections_KBT = self._learning.corrections(logits_BT, x_BI, tasks_BTH, self._tasks.gradient_factors())
         weight_B = batch.weight_B
         delayed = batch.delayed_weights(logits_BT)  # by the model's predictions: all corrections have the same weights
@@ -144,14 +170,47 @@ class _Learning:
     def __init__(
         self, x_BI: Tensor, tasks_BTH: Tensor, group_T: tuple[int, ...], learning_rate: float, seed: int
     ) -> None:
-        (_, T, H), device = tasks_BTH.shape, x_BI.device
+        _, T, H = tasks_BTH.shape
         self._shape = [x_BI.shape[1], T * H, T]
-        self._moments = RunningMoments(sum(self._shape)).to(device)
+        self._moments = RunningMoments(sum(self._shape))
         generator = torch.Generator().manual_seed(seed)
         of_networks = (None, tuple(range(T)), group_T)
-        self._corrections = [_Correction(self._shape[0], H, T, n, generator).to(device) for n in of_networks]
+        self._corrections = [_Correction(self._shape[0], H, T, n, generator) for n in of_networks]
+        self._rate, self._device = learning_rate, torch.device("cpu")
+        self._adam = self._new_adam()
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device, once."""
+        if device != self._device:
+            moments = self._adam.state_dict()
+            self._device = device
+            for module in (self._moments, *self._corrections):
+                module.to(device)
+            self._adam = self._new_adam()
+            self._adam.load_state_dict(moments)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of everything that :meth:`load_state` needs."""
+        tensors = prefixed("moments.", self._moments.state_dict())
+        for k, correction in enumerate(self._corrections):
+            tensors |= prefixed(f"{k}.", correction.state_dict())
+        for index, moments in self._adam.state_dict()["state"].items():
+            tensors |= prefixed(f"adam.{index}.", moments)
+        copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        return copies | {"shape": torch.tensor(self._shape)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a :meth:`state`."""
+        self._moments.load_state_dict(under("moments.", state))
+        for k, correction in enumerate(self._corrections):
+            correction.load_state_dict(under(f"{k}.", state))
+        groups = self._adam.state_dict()["param_groups"]
+        each = {i: under(f"adam.{i}.", state) for i in groups[0]["params"]}
+        self._adam.load_state_dict({"state": {i: m for i, m in each.items() if m}, "param_groups": groups})
+
+    def _new_adam(self) -> torch.optim.Adam:
         weights = [weight for correction in self._corrections for weight in correction.parameters()]
-        self._adam = torch.optim.Adam(weights, lr=learning_rate, fused=True)
+        return torch.optim.Adam(weights, lr=self._rate, fused=True)
 
     def corrections(self, logits_BT: Tensor, x_BI: Tensor, tasks_BTH: Tensor, factor_T: Tensor) -> Tensor:
         """What each correction adds to the logits. [K, B, T]."""
@@ -238,6 +297,18 @@ class _Blocks:
                 self._steps_each *= 2
             self._blocks.append(step)
         self._steps_open = (self._steps_open + 1) % self._steps_each
+
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`load_state` continues from."""
+        counts = {"steps": torch.tensor([self._steps_each, self._steps_open])}
+        columns = zip(*self._blocks, strict=True)
+        return counts | {f"column{i}": torch.stack(column) for i, column in enumerate(columns)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        self._steps_each, self._steps_open = state["steps"].tolist()
+        columns = [state[f"column{i}"].unbind(0) for i in range(len(state) - 1)]
+        self._blocks = list(zip(*columns, strict=True))
 
     def tables(self, num_tasks: int) -> tuple[Tensor, ...]:
         """Positives [S, T], losses [S, K, T], dot products [S, T, T]."""

@@ -17,7 +17,7 @@ from smes.model.config import RANKER_NAMES
 _SPARE_VALUES = 1024 * 1024
 _ALWAYS_ALLOWED = 4096  # a width or count that costs nothing
 _FEW_LAYERS = 64
-_NO_SIZES = ("found_until", "until", "max_active")  # numbers of instances, and a budget
+_NO_SIZES = ("found_until", "probe_until", "until", "max_active")  # numbers of instances, and a budget
 _ALLOCATING = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
 _RANDOM = (Tensor.uniform_, Tensor.normal_, torch.nn.init.uniform_, torch.nn.init.kaiming_uniform_)
 

@@ -7,9 +7,9 @@ chooses, R rows of the table, D embedding width.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,12 +26,14 @@ from smes.model.frozen import FrozenRows, FrozenWeights, KeptState
 from smes.model.id_table import IdTable
 from smes.model.ids import pool_weights
 from smes.model.numeric_moments import NumericMoments
+from smes.model.probing import Probe, ProbeFinding
 from smes.model.rank_model import ModelOutput, build_model, form_of
 from smes.model.rows_config import RowCounts, RowsConfig
 from smes.model.step_watcher import StepWatcher
 from smes.model.table import RowGradients
 from smes.quantiles import StreamQuantiles
 from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
+from smes.rankers.sparse.ranker import SMES
 from smes.schema import Schema
 
 
@@ -107,6 +109,7 @@ class Learner:
         self._quantiles = StreamQuantiles(self._derive)
         self._finder = self._new_finder()
         self._watcher: StepWatcher | None = None
+        self._probe: Probe | None = None
 
     def _build(self, weights: Mapping[str, Tensor]) -> None:
         """A new model, of the form that these weights need, and its optimiser."""
@@ -188,13 +191,15 @@ class Learner:
         loss = model.tasks.loss(output.logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B, delayed)
         if output.ranker.auxiliary_loss is not None:
             loss = loss + output.ranker.auxiliary_loss
-        if self._watcher is not None:
-            self._watcher.before_backward(output)
+        for watcher in self._watchers:
+            watcher.before_backward(output)
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
         gradients = self._table.records.gradients(batch.rows_U, cells, total_weight)
         taken = self._is_finite(loss.detach(), gradients)
-        if self._watcher is not None and taken:
-            self._watcher.after_backward(output, batch)
+        watched = bool(self._watchers) and bool(taken)
+        if watched:
+            for watcher in self._watchers:
+                watcher.after_backward(output, batch)
         known = self._device.tells_at_once
         if not (known and taken):
             self._undo.unless(taken)
@@ -204,6 +209,8 @@ class Learner:
         self._steps += 1
         self._unsettled.append((self._device.read_later(taken), len(batch)))
         self._settle(0 if known else 1)
+        if self._probe is not None and watched:
+            self._end_probes(self._probe, len(batch))
         stats = output.ranker.stats
         return StepResult(
             scores=scores,
@@ -211,6 +218,44 @@ class Learner:
             expert_load=stats.load_TE if stats else None,
             finite=taken,
         )
+
+    @property
+    def probe_findings(self) -> Mapping[int, ProbeFinding]:
+        """What is known of the tasks on probe, by their index; empty where none is (:mod:`smes.model.probing`)."""
+        return {} if self._probe is None else self._probe.findings
+
+    @property
+    def own_experts(self) -> dict[str, int]:
+        """Tasks that came later and got experts of their own, and how many."""
+        if not isinstance(self._model.ranker, SMES):
+            return {}
+        own_T = self._model.ranker.structure.own_T
+        return {task.name: own for task, own in zip(self.schema.tasks, own_T, strict=True) if own}
+
+    @property
+    def _watchers(self) -> list[StepWatcher]:
+        return [watcher for watcher in (self._watcher, self._probe) if watcher is not None]
+
+    def _end_probes(self, probe: Probe, instances: int) -> None:
+        """Give experts of their own to tasks that the others' do not serve."""
+        if tasks := probe.observe(instances):
+            self.give_own_experts(tasks)
+        if not probe.tasks:
+            self._probe = None
+
+    def give_own_experts(self, tasks: Sequence[int]) -> None:
+        """Give newcomers of the ``smes`` ranker experts of their own, which give 0 at first: no score changes.
+
+        Args:
+            tasks: Their indices.
+        """
+        before, ranker, moments = _copies(self._model.state_dict()), self._model.ranker, self._dense.state()
+        assert isinstance(ranker, SMES), "others have no newcomers"
+        own_T = [ranker.pool_size if t in tasks else own for t, own in enumerate(ranker.structure.own_T)]
+        structure = prefixed("structure.", replace(ranker.structure, own_T=tuple(own_T)).tensors())
+        self._build(before | structure)
+        self._model.load_state_dict(self._model.state_dict() | before | structure)
+        self._dense.load_state(moments)
 
     def observe_closed(self, examples: ExampleBlock) -> None:
         """Take in the final labels of impressions that were trained on before these were known.
@@ -356,6 +401,8 @@ class Learner:
         tensors |= prefixed("adam.", _copies(self._dense.state()))
         if self._finder is not None:
             tensors |= prefixed("groups.", self._finder.state())
+        if self._probe is not None:
+            tensors |= prefixed("probe.", self._probe.state())
         tensors |= prefixed("numerics.", {name: torch.from_numpy(a) for name, a in self._numerics.state().items()})
         tensors |= prefixed("quantiles.", {name: torch.from_numpy(a) for name, a in self._quantiles.state().items()})
         tensors["step_number"] = torch.tensor(self.step_number)
@@ -385,6 +432,10 @@ class Learner:
             self._finder = self._new_finder() if "groups.seen" in state else None
             if self._finder is not None:
                 self._finder.load_state(under("groups.", state))
+            self._probe = None
+            if "probe.tasks" in state:
+                self._probe = Probe(self.schema, (), self.config, self._optimizer, self._seed)
+                self._probe.load_state(under("probe.", state))
             self._unsettled.clear()
             self._steps = int(state["step_number"])
 
@@ -406,7 +457,7 @@ class Learner:
             self._table.load_values(under("table.", state), shared_rows)
             self._load_dense({**state, "dense.shared_rows_V": torch.from_numpy(self._table.rows.ids.shared_rows)})
             self._dense.load_state({})
-            self._finder = self._new_finder()
+            self._finder, self._probe = self._new_finder(), None
             self._unsettled.clear()
             self._steps = step_number
 

@@ -19,7 +19,7 @@ from smes.rankers.sparse.config import SmesConfig
 from smes.schema import Feature, Schema, Task
 from tests.smes.plain_smes import changed
 from tests.smes.streams import RICH_SCHEMA, stream
-from trainer.own_experts import own_experts
+from smes.model.own_experts import own_experts
 
 SHIFT_AND_SCALE, OWN, SHARED = range(3)
 CLICK, WATCH, LIKE = range(3)

@@ -88,12 +88,16 @@ class GroupsConfig:
             are found, every task reads the mean of what the groups' pools give (:mod:`smes.rankers.sparse.groups`).
         found_until: The search for groups ends after this many instances.
         pools: ``own``: each group chooses from its own equal part of the experts. ``common``: all choose from one pool.
+        probe_until: A task that a change of the schema brings reads the experts of the others for at most this many
+            instances before it is known whether these serve it (:mod:`smes.model.probing`); only if they do not, it
+            gets experts of its own.
     """
 
     declared: dict[str, tuple[str, ...]] = field(default_factory=dict)
     found: NonNegativeInt = 0
     found_until: PositiveInt = 131_072
     pools: Literal["own", "common"] = "own"
+    probe_until: PositiveInt = 262_144
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -3,21 +3,20 @@
 A newcomer chooses no expert for an instance: it weights the outputs of those that the other tasks' routers have chosen.
 That costs a router and no expert, and it moves nothing of what the others read. It is a *probe*, after LLaVA-CMoE
 (arXiv 2503.21227): where it turns out that the others' experts do not serve the task (:mod:`smes.model.probing`), the
-newcomer gets experts of its own beside them, as many as a task group has. What these give is multiplied by a gain per
-column that starts at 0, so that scores do not jump.
+newcomer gets experts of its own beside them, as many as a task group has. They are ``residual`` ones without a norm,
+whatever the form of the others, because those can begin at 0: scores do not jump, and they learn at once.
 
 Letters: B instances, N newcomers, E experts, U slots of an instance, I input width, D width that experts read, H output
 width of an expert, K experts of one router, R routers, P packed rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.experts import EXPERT_FORMS, Dispatch, combine, dispatch
+from smes.rankers.sparse.experts import Dispatch, ResidualExperts, combine, dispatch
 from smes.rankers.sparse.router import BALANCE_LOSSES, Router
 from smes.rankers.sparse.routing import Routing, Selection, expert_load
 from smes.rankers.sparse.stages import Stages
@@ -65,8 +64,10 @@ class Newcomers(nn.Module):
         return torch.stack(each, dim=1)
 
     def choices(self, z_BNE: Tensor, experts_BU: Tensor, count: int) -> Tensor:
-        """Of the experts that run, the ``count`` that each newcomer weights most. int64 [B, N, count]."""
-        places = self._of_slots(z_BNE, experts_BU).topk(count, dim=-1).indices
+        """Of the experts that run, the ``count`` that each newcomer weights most. int64 [B, N, count], distinct."""
+        again_BU = (experts_BU.unsqueeze(2) == experts_BU.unsqueeze(1)).tril(diagonal=-1).any(dim=2)
+        z_BNU = self._of_slots(z_BNE, experts_BU).masked_fill(again_BU.unsqueeze(1), float("-inf"))
+        places = z_BNU.topk(count, dim=-1).indices
         return experts_BU.unsqueeze(1).expand(-1, places.shape[1], -1).gather(2, places)
 
     def balance(self) -> list[Tensor]:
@@ -109,9 +110,10 @@ class OwnExperts(nn.Module):
         stages = Stages(num_experts=num, group_R=(0,), num_group=chosen)
         self.router = Router(input_dim, encoder_dim, 1, num, config.router)
         self.selection = Selection(stages, torch.ones(1))
-        self.experts = EXPERT_FORMS[config.experts.form](expert_dim, replace(config.experts, num=num))
+        self.experts = ResidualExperts(num, expert_dim, config.experts.dims[-1], config.experts.narrow_dim, norm="none")
+        with torch.no_grad():
+            self.experts.base.zero_()  # the differences are 0 already
         self._balance = config.balance
-        self.gain_H = nn.Parameter(torch.zeros(config.experts.dims[-1]))
         self._routing: Routing | None = None
 
     def forward(self, x_BI: Tensor, h_BD: Tensor, padded_BD: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ class OwnExperts(nn.Module):
         routing: Routing = self.selection(self.router(x_BI, h_BD))
         self._routing = routing if self.training else None
         plan = dispatch(routing, trim=False)
-        return self.gain_H * combine(self.experts(padded_BD, plan), routing.weights_BRK, plan).squeeze(1)
+        return combine(self.experts(padded_BD, plan), routing.weights_BRK, plan).squeeze(1)
 
     def balance(self) -> Tensor | None:
         """The balance loss times its weight, of the forward pass before."""

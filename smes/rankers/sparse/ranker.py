@@ -209,6 +209,7 @@ class SMES(nn.Module):
     Attributes:
         structure: The routers and their readers.
         founders: The tasks that are no newcomers.
+        pool_size: How many experts a task group chooses from.
 
     Raises:
         ValueError: The configuration does not fit the number of tasks or groups, see :func:`declared_structure` and
@@ -244,6 +245,7 @@ class SMES(nn.Module):
         )
         self.encoder = Encoder(input_dim, config.encoder_dims)
         width = self.encoder.output_dim
+        self.pool_size = stages[0].pool_size
         self.router = Router(input_dim, width, len(self.reads.group_R), stages[0].columns, config.router)
         self.selection = EarlyChoice(stages, until, self.reads.stage_one_weights())
         self._padding = -width % 8  # a raw input may have any width, the rows of a grouped GEMM may not

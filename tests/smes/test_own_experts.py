@@ -5,7 +5,7 @@ import pytest
 
 from smes.arrays import F64
 from smes.model.corrections import CorrectionSums
-from trainer.own_experts import LEAST_BLOCKS, OwnExperts, own_experts, own_experts_report
+from smes.model.own_experts import LEAST_BLOCKS, OwnExperts, own_experts, own_experts_report
 
 S = 64
 
