@@ -11,8 +11,9 @@ from smes.schema import Feature, Schema, Task
 from smes.schema_change import NEW, Renames, SchemaChange
 from stream.carry_over import carry_over_stream
 from stream.join.joiner import JoinConfig, join_sources
+from stream.join.waits import Correction, Wait
 from stream.mini_batches import Assembler, MiniBatchConfig
-from tests.stream.join_reference import PARTITIONS, SCHEMA, feedback_block, impression_block
+from tests.stream.join_reference import PARTITIONS, SCHEMA, Feedback, Impression, feedback_block, impression_block
 from tests.stream.test_delayed_join import CORRECTIONS, _events
 
 NOW = Schema(
@@ -29,6 +30,7 @@ CHANGE = SchemaChange(SCHEMA, NOW, Renames(features={"cost": "price"}, tasks={"w
 SAME_WINDOWS = SchemaChange(
     SCHEMA, Schema("after", (*NOW.tasks, Task("like", window_s=10)), NOW.features), CHANGE.renamed
 )
+Events = tuple[list[Impression], list[Feedback]]
 WAITS = st.fixed_dictionaries(
     {}, optional={"click": st.sampled_from(["immediate", "window", 2.0]), "default": st.sampled_from(["window", 2.0])}
 )
@@ -50,7 +52,7 @@ def assert_same(one: ExampleBlock, other: ExampleBlock) -> None:
         np.testing.assert_array_equal(column, other.arrays()[name], err_msg=name)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     events=st.integers(0, 2**32).map(_events),
     at=st.tuples(st.floats(0, 1), st.floats(0, 1)),
@@ -59,11 +61,11 @@ def assert_same(one: ExampleBlock, other: ExampleBlock) -> None:
     kept=st.integers(0, 3),
 )
 def test_a_join_goes_on_as_if_it_had_had_the_new_schema_from_the_start(
-    events: tuple[list, list], at: tuple[float, float], wait: dict, correction: str, kept: int
+    events: Events, at: tuple[float, float], wait: dict[str, Wait], correction: Correction, kept: int
 ) -> None:
     """Windows and waits of the tasks stay. So the same examples come out, in the same batches, whenever it changes."""
     change = SAME_WINDOWS
-    join = JoinConfig(1.0, 1e6, 1, {name: w for name, w in wait.items() if name in ("click", "default")}, correction)
+    join = JoinConfig(1.0, 1e6, 1, wait, correction)
     impressions, feedback = impression_block(events[0]), feedback_block(events[1])
     middle = [int(len(block) * share) for block, share in zip((impressions, feedback), at, strict=True)]
     before, always = assemble(SCHEMA, join), assemble(change.now, join)
@@ -88,10 +90,10 @@ def test_a_join_goes_on_as_if_it_had_had_the_new_schema_from_the_start(
         assert_same(one, other)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(events=st.integers(0, 2**32).map(_events), at=st.tuples(st.floats(0, 1), st.floats(0, 1)), wait=WAITS)
 def test_nothing_is_lost_where_a_task_goes_and_one_comes(
-    events: tuple[list, list], at: tuple[float, float], wait: dict
+    events: Events, at: tuple[float, float], wait: dict[str, Wait]
 ) -> None:
     join = JoinConfig(1.0, 1e6, 1, wait)
     impressions, feedback = impression_block(events[0]), feedback_block(events[1])
@@ -115,9 +117,8 @@ def test_nothing_is_lost_where_a_task_goes_and_one_comes(
     shown.impression_id[:] += 1000
     after.push(shown, CHANGE.feedback(feedback.take(slice(middle[1], None))))
     after.flush()
-    examples = [row for batch in taken(after) for row in [batch]]
     new = NOW.task_index["buy"]
-    for block in examples:
+    for block in taken(after):
         of_before = block.impression_id < 1000
         assert not block.label_mask[of_before, new].any()
         is_last = (block.kind == CLOSING) | (block.kind == 0)
