@@ -21,14 +21,14 @@ tasks: [{name: click, window_s: 0.5}]
 features: [{name: taste, source: user}, {name: topic, source: item}, {name: price, kind: numeric, source: item},
            {name: page}]
 """
-REQUESTS, SHOWN, TOPICS, PORT = 240, 10, ["news", "sport", "music", "film"], random.randrange(20_000, 30_000)
+REQUESTS, SHOWN, TOPICS, PORT = 240, 10, ["news", "sport", "music"], random.randrange(20_000, 30_000)
 USERS = {f"user-{n}": random.choice(TOPICS) for n in range(100)}
 ITEMS = {f"item-{n}": (random.choice(TOPICS), random.uniform(0, 10)) for n in range(40)}
 
 
 def clicks(user: str, item: str) -> bool:
     topic, price = ITEMS[item]
-    return random.random() < (0.9 if topic == USERS[user] else 0.5) * (price < 3)
+    return random.random() < (0.8 if topic == USERS[user] else 0.1) - price / 100
 
 
 def auc(rows: list[tuple[float, bool]]) -> float:

@@ -12,6 +12,7 @@ Access = Union["RedisAccess", "KafkaAccess", None]
 
 _REDIS = ("redis://", "rediss://", "unix://")
 _KAFKA = "kafka://"
+_CONNECT_S, _LEAST_S = 5.0, 0.05
 
 
 def open_log(address: str, namespace: str, access: Access, *, delivery_timeout_s: float) -> ReportingLog:
@@ -22,7 +23,8 @@ def open_log(address: str, namespace: str, access: Access, *, delivery_timeout_s
             ``kafka://host:port[,host:port…]``.
         namespace: Of the deployment.
         access: How the server lets us in, beside what the address says; None: as it is.
-        delivery_timeout_s: How long an append is tried while the server is away, and a first connection.
+        delivery_timeout_s: How long an append is tried while the server is away. A first connection is tried for at
+            most 5 s.
 
     Raises:
         ValueError: The address has another form, or ``access`` is for another kind of server.
@@ -43,7 +45,9 @@ def _open_redis(url: str, namespace: str, access: Access, delivery_timeout_s: fl
 
     if access is not None and not isinstance(access, RedisAccess):
         raise ValueError(f"access: a {type(access).__name__}, expected RedisAccess for {url.partition('://')[0]}://")
-    client = connect_log(url, timeout_s=delivery_timeout_s, access=access, namespace=namespace)
+    # An answer that does not come within this time is asked for again, by another connection.
+    answer_s = max(_LEAST_S, min(_CONNECT_S, delivery_timeout_s))
+    client = connect_log(url, timeout_s=answer_s, access=access, namespace=namespace)
     return RedisStreamsLog(client, namespace, RedisLogConfig(outage_timeout_s=delivery_timeout_s))
 
 
@@ -55,4 +59,5 @@ def _open_kafka(bootstrap: str, namespace: str, access: Access, delivery_timeout
     if access is not None and not isinstance(access, KafkaAccess):
         raise ValueError(f"access: a {type(access).__name__}, expected KafkaAccess for kafka://")
     config = KafkaLogConfig(outage_timeout_s=max(1.0, delivery_timeout_s))
-    return KafkaLog(bootstrap, namespace, config, access=access, connect_timeout_s=delivery_timeout_s)
+    connect_s = max(_LEAST_S, min(_CONNECT_S, delivery_timeout_s))
+    return KafkaLog(bootstrap, namespace, config, access=access, connect_timeout_s=connect_s)

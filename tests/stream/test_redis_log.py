@@ -149,6 +149,28 @@ def test_a_server_that_came_back_empty_is_noticed(server: ValkeyServer, closing:
         log.read({AT: 10}, max_records=1, timeout_s=0.1)
 
 
+def test_what_a_stalled_server_gets_twice_is_there_once(server: ValkeyServer, closing: ExitStack) -> None:
+    log = open_log_of_impatient_client(closing, server.url)
+    log.ensure_topic("t", 1)
+    log.append("t", [out(b"before")])
+    os.kill(server.pid, signal.SIGSTOP)
+    waker = threading.Timer(2.0, os.kill, (server.pid, signal.SIGCONT))  # after a second try, 1.25 s later
+    waker.start()
+    closing.callback(waker.join)
+
+    offsets = log.append_reporting("t", [out(b"%d" % i) for i in range(5)])
+
+    values = [each.value for each in log.read({AT: 0}, max_records=100, timeout_s=0).records]
+    assert values == [b"before", *(b"%d" % i for i in range(5))]
+    assert offsets == [1, 2, 3, 4, 5]
+
+
+def open_log_of_impatient_client(closing: ExitStack, url: str) -> RedisStreamsLog:
+    log = RedisStreamsLog(connect_log(url, timeout_s=0.1), "ns")
+    closing.callback(log.close)
+    return log
+
+
 def test_a_server_killed_and_restarted_in_mid_run_loses_nothing(
     server: ValkeyServer, closing: ExitStack, tmp_path: Path
 ) -> None:
