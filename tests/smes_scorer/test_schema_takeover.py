@@ -59,7 +59,6 @@ def train(learner: Learner, seed: int, steps: int = 5) -> None:
         examples.numerics[:] = rng.normal(size=examples.numerics.shape)
         examples.labels[:] = rng.random(examples.labels.shape) < 0.3
         learner.step(learner.prepare(examples))
-    learner.take_delta()
 
 
 def new_learner(schema: Schema) -> Learner:
@@ -186,6 +185,7 @@ def test_the_schema_changes_under_load_without_a_restart(
 
         train(now, 1)
         delta = now.take_delta()
+        assert len(delta) > 0
         store.publish(
             delta_payload(now, 3, delta),
             lineage="a",
@@ -202,6 +202,28 @@ def test_the_schema_changes_under_load_without_a_restart(
         store.operator.rollback(1, lineage="a", why="a test", by="test")
         until(lambda: ask(http)["version"] == 1)
         assert ask(http)["items"] == before["items"]
+
+
+def test_a_scorer_that_starts_with_the_old_schema_file_takes_the_change_over(
+    store: SnapshotStore, served: Served
+) -> None:
+    now = changed(learned())
+    publish(store, now, 2, carried_from=[WAS.hash])
+    train(now, 1)
+    store.publish(
+        delta_payload(now, 3, now.take_delta()),
+        lineage="a",
+        version=3,
+        schema_hash=NOW.hash,
+        step=3,
+        created_ms=1,
+        applies_to={2},
+        carried_from=[WAS.hash],
+    )
+    with served() as http:
+        answer = ask(http)
+
+    assert (answer["version"], tasks_of(answer)) == (3, ["share", "like", "click"])
 
 
 def test_any_other_schema_is_refused_by_name(store: SnapshotStore, served: Served, until: Until) -> None:
