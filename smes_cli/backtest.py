@@ -15,6 +15,7 @@ from smes.events import ExampleBlock
 from smes.model.corrections import Corrections, sharing_groups
 from smes.model.devices import keep_freed_memory
 from smes.model.learner import Learner
+from smes.model.own_experts import own_experts_report
 from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config
@@ -25,7 +26,6 @@ from trainer.checkpoints import CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.loop import Trainer
 from trainer.observers import Observer, StepFigures, fetch
-from smes.model.own_experts import own_experts_report
 from trainer.report import TrainingReport
 from trainer.routing_figures import routing_report
 from trainer.routing_history import RoutingHistoryConfig
@@ -152,8 +152,8 @@ def run_backtest(
         routing: How finely the routing's history is kept; None for the default.
         own_experts: Whether to find out which tasks would gain from experts of their own, which takes some time.
         checkpoint: An empty folder for a checkpoint from which a live training can go on (``smes train --from``). It is
-            of the end of the log, or of where the backtest was stopped. If the log has ids of its own, impressions
-            whose windows were open then wait in it; the report is of after they were trained on, too.
+            of the end of the log. If the log has ids of its own, it may also be of where the backtest was stopped, and
+            impressions whose windows were open wait in it; the report is of after they were trained on, too.
 
     Raises:
         LogError: The log cannot be read as its schema file says.
@@ -188,7 +188,8 @@ def run_backtest(
         trainer.run(lambda: (stream.ended and stream.upcoming() is None) or should_stop())
         if folder is not None:
             _write_checkpoint(trainer, stream, folder, own_ids=own_ids)
-            _train_on_the_rest(trainer, stream)
+            if stream.ended:
+                _train_on_the_rest(trainer, stream)
         trainer.settle()
         seconds = time.monotonic() - started_s
         memory.take()
@@ -206,11 +207,15 @@ def run_backtest(
 
 
 def _write_checkpoint(trainer: Trainer, stream: BlockStream, folder: CheckpointDirectory, *, own_ids: bool) -> None:
-    """Write the state in which a live training can take over. Without ids of its own, nothing can wait for it."""
-    if not own_ids:
-        _train_on_the_rest(trainer, stream)
+    """Write the state in which a live training can take over, if there is one."""
+    why = None
     if not trainer.learner.step_number:
-        console.print(f"no step was taken: no checkpoint in {folder.directory}", highlight=False)
+        why = "no step was taken"
+    elif not (own_ids or stream.ended):
+        # What waits would be lost: no live event could reach it, and its own feedback was not read.
+        why = "stopped before the end of a log without ids (log.impression_id)"
+    if why is not None:
+        console.print(f"{why}: no checkpoint in {folder.directory}", highlight=False)
         return
     path = folder.save(trainer.view())
     waiting = stream.ledger().waiting

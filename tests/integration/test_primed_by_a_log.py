@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from simulators.synthetic import synthesize
 from smes.errors import CheckpointError, ServingWithoutCheckpoint
 from smes_cli.__main__ import EXIT_USAGE, run
 from smes_cli.backtest import run_backtest
@@ -24,6 +25,7 @@ from tests.integration.training import (
     assert_same_weights,
     drain,
     fill_servers,
+    newest_step,
     one_thread,
     read_pairs,
     snapshots_of,
@@ -34,15 +36,17 @@ from trainer.loop import Trainer
 from trainer.report import conservation_errors
 from trainer.run_report import training_report
 
-PRIMED = 700
+PRIMED = 1600  # about 1,000 of them wait at its end: windows are 5 s, and 200 impressions are a second
 
 
 @pytest.fixture(scope="module")
-def offline(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pairs, Trainer]:
+def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pairs, Trainer]:
     """A checkpoint of a backtest of the first impressions, all events, and a training on all that never stopped."""
     folder = tmp_path_factory.mktemp("offline")
     config = read_config(write_config(folder, "redis://127.0.0.1:1/0", "none"))
-    pairs = read_pairs(config, world)[:8]  # 1,600 impressions
+    world = folder / "world.parquet"
+    synthesize(world, 2200, seed=5)
+    pairs = read_pairs(config, world)
     with one_thread():
         run_backtest(
             config,
@@ -72,16 +76,17 @@ def test_a_log_primes_the_live_loop_as_if_there_had_been_one_stream(
     kafka = request.getfixturevalue("kafka_bootstrap") if kind == "kafka" else None
     path = write_config(tmp_path, redis_url, namespace, kafka=kafka)
     config, (folder, pairs, expected) = read_config(path), offline
-    fill_servers(config, pairs[:2], "json")  # 400 of the 700 impressions that the log in files has, too
+    fill_servers(config, pairs[:2], "json")  # 400 of the impressions that the log in files has, too
     since_ms = wall_clock_ms() + 1
     until(lambda: wall_clock_ms() > since_ms, "another millisecond")
-    fill_servers(config, pairs[2:6], "arrow")
+    fill_servers(config, pairs[2:10], "arrow")
     first = drain_primed(config, PrimedStart(folder, since_ms))
     with snapshots_of(config) as store:
         (published, *_) = store.list()
-    fill_servers(config, pairs[6:], "arrow")
+    fill_servers(config, pairs[10:], "arrow")
     report = drain(config, flush=True)  # another life of the trainer
 
+    assert 0 < newest_step(folder) < newest_step(tmp_path / "checkpoints")
     assert_same_weights(tmp_path / "checkpoints", expected)
     assert report["tasks"] == training_report(expected, seconds=1, trained=1).to_dict()["tasks"]
     every, at_once = sum(len(block) for block, _ in pairs), sum(len(block) for block, _ in pairs[:2])
