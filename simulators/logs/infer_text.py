@@ -18,6 +18,7 @@ from smes_io.log_spec import NULL_WORDS, CsvFormat
 _WIDTH = 118
 _MOST_TASKS = 62
 _MOST_NAMED = 6
+_DAYS_S = 3 * 86_400
 
 
 def schema_text(proposal: Proposal) -> str:
@@ -48,6 +49,9 @@ def schema_text(proposal: Proposal) -> str:
         for line in of_source:
             lines += _feature(line)
     lines += _left_out(proposal)
+    if proposal.span_s > _DAYS_S and "time_unit" not in proposal.roles.notes:
+        hint = "? The hour may tell something: derive: [{name: hour, kind: hour_of_day, time_zone: UTC}]"
+        lines += ["", *_comment(hint)]
     lines += ["", "log:", *_log(proposal)]
     lines += _sources(proposal.features)
     lines += ["  labels:"]

@@ -15,6 +15,8 @@ from simulators.logs.distinct import DistinctIds
 from simulators.logs.leaks import LEAST_EACH, SUSPECT_AUC, alone, codes_of
 from simulators.logs.reader import LogBlock, LogReader, row_bytes
 from smes.arrays import F32, F64, I64
+from smes.derive import UNKNOWN, Derivations, count_boundaries
+from smes.derived import in_order
 from smes.hashing import splitmix64
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema, Task
 
@@ -29,7 +31,7 @@ class InputProfile:
     """One input of the model, over the impressions.
 
     Attributes:
-        name, kind, source: Of the feature.
+        name, kind, source: Of the feature; of a derived one ``source`` is ``derived``.
         distinct: Different ids; None for a number. Exact up to 16,383, beyond that about 0.8 % off.
         filled: Share of impressions with a value.
         task, auc: The label that it tells best alone, and how well (:func:`simulators.logs.leaks.alone`); None if no
@@ -76,7 +78,8 @@ class LogProfile:
     Attributes:
         impressions: How many were looked at.
         sampled: How many of them delays and labels were compared on, from all over the log.
-        inputs: In the schema's order.
+        inputs: In the schema's order, derived ones last. Buckets by quantiles, and what is made of them, are left out:
+            their boundaries are known only when the model has seen the stream.
         delays: By task.
         vocabularies: Vocabulary → different ids.
         warnings: What to look at before a run, one line each.
@@ -106,12 +109,14 @@ def profile(reader: LogReader, seed: int = 0, progress: Callable[[int], None] = 
         LogError: The log is unfit, or cannot be read.
     """
     schema = reader.schema
-    sample = _Sample(reader, FeedbackTimes(schema, reader.spec, seed))
-    ids = {f.name: DistinctIds() for f in schema.id_features}
-    filled, seen = dict.fromkeys((f.name for f in schema.features), 0), 0
+    columns = _Columns(schema)
+    sample = _Sample(reader, FeedbackTimes(schema, reader.spec, seed), columns)
+    ids = {f.name: DistinctIds() for f in columns.features if f.kind != "numeric"}
+    filled, seen = dict.fromkeys((f.name for f in columns.features), 0), 0
     for block in reader.blocks():
-        for feature in schema.features:
-            values = _values(schema, feature, block)
+        values_of = columns(block)
+        for feature in columns.features:
+            values = values_of[feature.name]
             there = np.isfinite(values) if feature.kind == "numeric" else values != MISSING
             filled[feature.name] += int(there.any(axis=1).sum())
             if feature.kind != "numeric":
@@ -120,13 +125,15 @@ def profile(reader: LogReader, seed: int = 0, progress: Callable[[int], None] = 
         seen += len(block)
         progress(seen)
     vocabularies: dict[str, DistinctIds] = {}
-    for feature in schema.id_features:
-        vocabularies.setdefault(feature.vocabulary_name, DistinctIds()).join(ids[feature.name])
+    read = {feature.name for feature in schema.inputs.id_features}
+    for feature in columns.features:
+        if feature.name in ids and feature.name in read:
+            vocabularies.setdefault(feature.vocabulary_name, DistinctIds()).join(ids[feature.name])
     built = () if schema.history is None else (schema.history.items, schema.history.outcomes)
     rows = sample.rows()
     inputs = [
         _input(feature, filled[feature.name] / max(seen, 1), ids.get(feature.name), rows, schema)
-        for feature in schema.features
+        for feature in columns.features
         if feature.name not in built
     ]
     delays = [_delay(reader, index, task, rows) for index, task in enumerate(schema.tasks)]
@@ -135,10 +142,39 @@ def profile(reader: LogReader, seed: int = 0, progress: Callable[[int], None] = 
     return LogProfile(seen, len(rows), tuple(inputs), tuple(delays), counts, warnings)
 
 
+class _Columns:
+    """What the features of a block's impressions hold, and the derived ones that depend on a row alone.
+
+    Attributes:
+        features: All of them.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema, self._derive = schema, Derivations(schema)
+        self._unknown = np.full(count_boundaries(schema), UNKNOWN, np.float32)
+        learned = {d.name for d in self._derive.quantiles}
+        for derived in in_order(schema.derived):
+            if learned & {*derived.of}:
+                learned.add(derived.name)
+        known = {d.name for d in schema.derived} - learned
+        self._derived = tuple(f for f in schema.inputs.features if f.name in known)
+        self.features = (*schema.features, *self._derived)
+
+    def __call__(self, block: LogBlock) -> dict[str, Any]:
+        """Name → its columns [N, width]."""
+        schema, impressions = self._schema, block.impressions
+        values = {f.name: _values(schema, f, impressions.ids, impressions.numerics) for f in schema.features}
+        if self._derived:
+            made = self._derive(impressions.ids, impressions.numerics, impressions.event_time_ms, self._unknown)
+            values |= {f.name: _values(schema.inputs, f, made.ids, made.numerics) for f in self._derived}
+        return values
+
+
 class _Sample:
     """Every n-th impression, so many that they fit into memory."""
 
-    def __init__(self, reader: LogReader, times: FeedbackTimes) -> None:
+    def __init__(self, reader: LogReader, times: FeedbackTimes, columns: _Columns) -> None:
+        self._columns = columns
         most = min(_SAMPLE_ROWS, _SAMPLE_BYTES // row_bytes(reader.schema))
         self._step = max(-(-reader.total // most), 1)
         self._times, self._seen = times, 0
@@ -156,16 +192,14 @@ class _Sample:
     def rows(self) -> "_Rows":
         if not self._blocks:
             return _Rows(np.empty((0, 0)), np.empty(0, np.int64), np.empty((0, 0), np.int64), {}, {})
-        schema = self._times.schema
-        values = {
-            f.name: np.concatenate([_values(schema, f, block) for block in self._blocks]) for f in schema.features
-        }
+        features, blocks = self._columns.features, [self._columns(block) for block in self._blocks]
+        values = {f.name: np.concatenate([block[f.name] for block in blocks]) for f in features}
         return _Rows(
             np.concatenate([block.outcomes for block in self._blocks]).astype(np.float64),
             np.concatenate([block.impressions.event_time_ms for block in self._blocks]),
             np.concatenate(self._feedback),
             values,
-            {f.name: _codes(f, values[f.name]) for f in schema.features},
+            {f.name: _codes(f, values[f.name]) for f in features},
         )
 
 
@@ -183,12 +217,12 @@ class _Rows:
         return len(self.event_time_ms)
 
 
-def _values(schema: Schema, feature: Feature, block: LogBlock) -> Any:
-    """A feature's columns of a block, [N, width]."""
+def _values(schema: Schema, feature: Feature, ids_NW: I64, numerics_NF: F32) -> Any:
+    """A feature's columns, [N, width]."""
     if feature.kind == "numeric":
         column = schema.numeric_features.index(feature)
-        return block.impressions.numerics[:, column : column + 1]
-    return block.impressions.ids[:, schema.id_slices[feature.name]]
+        return numerics_NF[:, column : column + 1]
+    return ids_NW[:, schema.id_slices[feature.name]]
 
 
 def _codes(feature: Feature, values_SX: Any) -> I64:
@@ -214,7 +248,7 @@ def _input(feature: Feature, filled: float, ids: DistinctIds | None, rows: _Rows
     return InputProfile(
         feature.name,
         feature.kind,
-        feature.source,
+        "derived" if feature.name in [d.name for d in schema.derived] else feature.source,
         None if ids is None else ids.count(),
         filled,
         None if best is None else best[1],

@@ -119,6 +119,24 @@ def test_delays_stand_against_the_windows(log: Path, found: LogProfile) -> None:
     assert f"task click: {click.late:.1%} of the delays come later than its window of 30 s" in found.warnings
 
 
+def test_derived_features_are_counted_where_a_row_tells_them(log: Path) -> None:
+    derive = (
+        "{name: pair, kind: cross, of: [user_id, page]}, {name: band, kind: bucket, of: price, quantiles: 4}, "
+        "{name: of_band, kind: cross, of: [band, page]}, {name: hour, kind: hour_of_day}, "
+        "{name: leak, kind: hash, of: after, into: 1000}"
+    )
+    with opened(log, tasks=f"{TASKS}\nderive: [{derive}]", labels=LABELS, features=FEATURES) as reader:
+        (block,) = reader.blocks(1 << 20)
+        found = profile(reader)
+    inputs, slices, ids = named(found), reader.schema.id_slices, block.impressions.ids
+    pairs = np.stack([ids[:, slices["user_id"].start], ids[:, slices["page"].start]], axis=1)
+    assert inputs["pair"].distinct == len(np.unique(pairs, axis=0)) == found.vocabularies["pair"]
+    hours = np.unique(block.impressions.event_time_ms // 3_600_000)
+    assert (inputs["pair"].source, inputs["hour"].distinct) == ("derived", len(hours))
+    assert not {"band", "of_band"} & {*inputs}
+    assert "feature leak alone tells task click with an AUC of 1.000" in "\n".join(found.warnings)
+
+
 def test_a_sample_comes_from_all_over_the_log(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile_module, "_SAMPLE_ROWS", 700)
     with read(log) as reader:
