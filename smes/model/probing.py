@@ -13,6 +13,7 @@ often trial experts are chosen instead.
 Letters: B instances, T tasks, S blocks of steps.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,8 @@ from smes.model.own_experts import Gain, own_experts
 from smes.model.rank_model import ModelOutput
 from smes.rankers.ranker import Clusters
 from smes.schema import Schema
+
+_logger = logging.getLogger(__name__)
 
 SERVED_FROM = 0.02
 """From this cosine on the other tasks' gradients serve a task (docs/experiments/schema_change.md)."""
@@ -99,6 +102,10 @@ class Probe:
         found = probe_findings(self._corrections.sums, self._names, self.tasks, last=self._seen >= self._until)
         self.findings |= {finding.task: finding for finding in found}
         self.tasks = tuple(finding.task for finding in found if finding.verdict == "on probe")
+        for finding in found:
+            if finding.task not in self.tasks:
+                figures = f"cosine with the others {finding.cosine:.4f} ± {finding.cosine_error:.4f}"
+                _logger.info("probe of task %r: %s (%s)", self._names[finding.task], finding.verdict, figures)
         return tuple(finding.task for finding in found if finding.verdict == "own experts")
 
     def state(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Random schemas, random changes of them, and examples of both, for tests of what a change carries over."""
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -43,7 +44,8 @@ def random_change(rng: np.random.Generator, *, removes: bool = False) -> SchemaC
 
 
 def _feature(rng: np.random.Generator, name: str) -> Feature:
-    kind = ("id", "bag", "numeric")[rng.integers(3)]
+    kinds: tuple[Literal["id", "bag", "numeric"], ...] = ("id", "bag", "numeric")
+    kind = kinds[rng.integers(3)]
     if kind == "numeric":
         return Feature(name, kind, transform=("none", "log1p")[rng.integers(2)], indicator=bool(rng.random() < 0.6))
     return Feature(name, kind, max_length=int(rng.integers(1, 6)), dim=(None, 4, 3)[rng.integers(3)])

@@ -16,7 +16,7 @@ from smes.model.frozen_model import FrozenModel
 from smes.model.ids import ids_of, keys_of
 from smes.model.learner import Learner
 from smes.model.probing import probe_findings
-from smes.model.rows_config import RowRules, RowsConfig
+from smes.model.rows_config import RowsConfig
 from smes.model.serving import ServingModel
 from smes.schema import MISSING, Feature, Schema, Task
 from smes.schema_change import NEW, Renames, SchemaChange

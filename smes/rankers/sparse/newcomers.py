@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.experts import Dispatch, ResidualExperts, combine, dispatch
+from smes.rankers.sparse.experts import Dispatch, ResidualExperts, combine, dispatch, dispatch_all
 from smes.rankers.sparse.router import BALANCE_LOSSES, Router
 from smes.rankers.sparse.routing import Routing, Selection, expert_load
 from smes.rankers.sparse.stages import Stages
@@ -93,7 +93,7 @@ class SharedExperts:
         self.y_BUH = y_PH.index_select(0, plan.row_BU.reshape(-1)).view(B, U, -1)
         slot_BS, experts_BS = plan.slot_BRK.reshape(B, -1), routing.experts_BRK.reshape(B, -1)
         self.experts_BU = torch.zeros_like(plan.row_BU).scatter(1, slot_BS, experts_BS)
-        self.used_BU = torch.arange(U, device=y_PH.device) < plan.active_B.unsqueeze(1)
+        self.used_BU = torch.zeros_like(plan.row_BU, dtype=torch.bool).scatter(1, slot_BS, True)
 
 
 class OwnExperts(nn.Module):
@@ -120,7 +120,7 @@ class OwnExperts(nn.Module):
         """[B, H]."""
         routing: Routing = self.selection(self.router(x_BI, h_BD))
         self._routing = routing if self.training else None
-        plan = dispatch(routing, trim=False)
+        plan = dispatch_all(routing) if torch.compiler.is_exporting() else dispatch(routing, trim=False)
         return combine(self.experts(padded_BD, plan), routing.weights_BRK, plan).squeeze(1)
 
     def balance(self) -> Tensor | None:
