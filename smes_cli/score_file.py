@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smes.errors import LogError, SmesError
-from smes_cli.command_line import SchemaName, config_of, stop_signals, writable
+from smes_cli.command_line import SchemaName, config_of, stop_signals
 from smes_cli.console import console, number, progress
 from smes_cli.evaluate import CheckpointOption, VersionOption
 from smes_cli.snapshot_places import Lineage
@@ -24,7 +24,7 @@ _PREFIX = "score_"
 def score(
     context: typer.Context,
     rows: Annotated[Path, typer.Argument(help="A file, or a folder, as the schema file's log section describes it.")],
-    out: Annotated[Path, typer.Option("--out", help="Parquet file to write.", callback=writable)],
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write.")],
     version: VersionOption = None,
     lineage: Lineage = None,
     checkpoint: CheckpointOption = None,
@@ -33,6 +33,8 @@ def score(
     """Score every row of a file with one version, into a Parquet file with the same rows. Labels are not read."""
     if out.suffix != ".parquet":
         raise ValueError(f"--out {out}: expected a file that ends in .parquet")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: expected a file in a folder that exists")
     config = config_of(context, schema)
     schema_file = config.schema_file(rows)  # a mistake in it is reported before torch is imported
     from simulators.logs.rows import open_rows
