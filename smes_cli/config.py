@@ -26,7 +26,7 @@ from smes.rankers.config import task_groups
 from smes_io.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file
 from smes_io.secrets import shown
 from smes_io.yaml_file import STRICT, read_mapping, validated
-from smes_scorer.config import ScorerConfig, check_weights
+from smes_scorer.config import ScorerConfig, check_names
 from stream.example_stream import StreamConfig
 from stream.join.waits import stages_of
 from stream.log.open_log import EventLogConfig
@@ -134,7 +134,7 @@ def _check_names(config: Config, where: str) -> None:
             task_groups("model.home.groups", schema, config.model.home.groups)
         elif config.model.ranker == "smes":
             task_groups("model.smes.groups.declared", schema, config.model.smes.groups.declared)
-        check_weights(config.scorer, schema)
+        check_names(config.scorer, schema)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 

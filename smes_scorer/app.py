@@ -31,7 +31,7 @@ from smes_io.redis_client import open_client
 from smes_scorer.answer import Answerer, NotReady
 from smes_scorer.arms import ArmPlaces, Arms, open_arms
 from smes_scorer.bearer import BearerOnly, Tokens, is_known
-from smes_scorer.config import ScorerConfig, check_weights
+from smes_scorer.config import ScorerConfig, check_names
 from smes_scorer.feature_lookup import FeatureLookup, StoreChecks
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
@@ -171,7 +171,7 @@ def _assemble(
         renames[schema.hash] = renamed
         interfaces.of(schema)  # made now, and not by the first request
 
-    check_weights(config, schema)
+    check_names(config, schema)
     interfaces = Interfaces(config, open_features, features, telemetry)
     swap = HotSwap(
         store,

@@ -160,12 +160,15 @@ def unknown_weights(config: ScorerConfig, schema: Schema) -> list[str]:
     return [task for task in config.fusion_weights if task not in schema.task_index]
 
 
-def check_weights(config: ScorerConfig, schema: Schema) -> None:
-    """Check the fusion weights against the configured schema.
+def check_names(config: ScorerConfig, schema: Schema) -> None:
+    """Check the names of tasks and features against the configured schema.
 
     Raises:
-        ValueError: They name a task that it does not have.
+        ValueError: ``fusion_weights`` names a task, or ``skew.ignored`` a feature, that it does not have.
     """
     if unknown := unknown_weights(config, schema):
         known = ", ".join(schema.task_index)
         raise ValueError(f"scorer.fusion_weights: {unknown[0]!r}, expected one of the tasks {known}")
+    features = [f.name for f in schema.features]
+    if strange := [name for name in config.skew.ignored if name not in features]:
+        raise ValueError(f"scorer.skew.ignored: {strange[0]!r}, expected one of the features {', '.join(features)}")

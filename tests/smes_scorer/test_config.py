@@ -6,7 +6,7 @@ import pytest
 from fastapi import FastAPI
 
 from smes.schema import Schema
-from smes_scorer.config import ScorerConfig, fusion_weights
+from smes_scorer.config import ScorerConfig, SkewConfig, check_names, fusion_weights
 
 
 def test_an_unknown_task_in_the_fusion_weights_is_named(make_app: Callable[..., FastAPI]) -> None:
@@ -32,3 +32,9 @@ def test_default_fusion_weights(schema: Schema) -> None:
 def test_config_is_checked(config: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScorerConfig(**config)  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_a_feature_that_is_to_be_ignored_must_be_there(schema: Schema) -> None:
+    check_names(ScorerConfig(skew=SkewConfig(ignored=("age",))), schema)
+    with pytest.raises(ValueError, match=r"scorer.skew.ignored: 'agee', expected one of the features user_id, item_id"):
+        check_names(ScorerConfig(skew=SkewConfig(ignored=("age", "agee"))), schema)
