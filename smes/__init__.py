@@ -34,8 +34,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from smes.model.config import ModelConfig, OptimizerConfig, model_preset
-    from smes.model.learner import Learner, StepResult
+    from smes.model.learner import Learner
     from smes.model.serving import ServingModel
+    from smes.model.step_result import StepResult
     from smes.rankers.sparse.config import (
         BalanceConfig,
         EarlyConfig,
@@ -76,7 +77,8 @@ __all__ = [
 
 _MODULES = {
     "smes.model.config": ("ModelConfig", "OptimizerConfig", "model_preset"),
-    "smes.model.learner": ("Learner", "StepResult"),
+    "smes.model.learner": ("Learner",),
+    "smes.model.step_result": ("StepResult",),
     "smes.model.serving": ("ServingModel",),
     "smes.rankers.sparse.config": (
         *("BalanceConfig", "EarlyConfig", "ExpertsConfig", "GroupsConfig", "RouterConfig", "SmesConfig"),

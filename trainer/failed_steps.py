@@ -1,6 +1,6 @@
 """Steps whose loss or gradients are not finite: their examples are dead-lettered and counted, and many in a row stop.
 
-Such a step changes nothing (:class:`smes.model.learner.StepResult`), so the weights stay good.
+Such a step changes nothing (:class:`smes.model.step_result.StepResult`), so the weights stay good.
 """
 
 import logging

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from smes.arrays import F32, I64
 from smes.events import ExampleBlock
 from smes.model.devices import RankBatch
-from smes.model.learner import Learner, StepResult
+from smes.model.learner import Learner
+from smes.model.step_result import StepResult
 
 
 @dataclass(frozen=True, slots=True)

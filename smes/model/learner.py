@@ -9,7 +9,7 @@ chooses, R rows of the table, D embedding width.
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,39 +29,13 @@ from smes.model.numeric_moments import NumericMoments
 from smes.model.probing import Probe, ProbeFinding
 from smes.model.rank_model import ModelOutput, build_model, form_of
 from smes.model.rows_config import RowCounts, RowsConfig
+from smes.model.step_result import StepResult
 from smes.model.step_watcher import StepWatcher
 from smes.model.table import RowGradients
 from smes.quantiles import StreamQuantiles
 from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
 from smes.rankers.sparse.ranker import SMES
 from smes.schema import Schema
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """Results of a step. The tensors are on the training device, and a GPU may still be computing them.
-
-    Attributes:
-        scores: float32 [B, T], computed before the step changed the weights: probabilities of binary tasks, values in
-            the label's unit of regression tasks.
-        active_experts: int64 [B], number of experts executed for each instance; None for a ranker without experts.
-        expert_load: int64 [T, E], number of instances that each task sent to each expert; None for a ranker without
-            experts.
-        finite: bool scalar, whether loss and gradients were finite.
-    """
-
-    scores: Tensor
-    active_experts: Tensor | None
-    expert_load: Tensor | None
-    finite: Tensor
-
-    @property
-    def taken(self) -> bool:
-        """Whether the step was taken. If not, nothing has changed, and the scores may not be finite.
-
-        On a GPU this waits until the step has ended: ask one step later.
-        """
-        return bool(self.finite)
 
 
 class Learner:

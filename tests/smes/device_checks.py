@@ -13,8 +13,9 @@ from torch import Tensor
 
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.devices import open_device
-from smes.model.learner import Learner, StepResult
+from smes.model.learner import Learner
 from smes.model.serving import ServingModel
+from smes.model.step_result import StepResult
 from smes.rankers.sparse.config import SmesConfig
 from smes.rankers.sparse.experts import FullExperts, combine, dispatch
 from smes.rankers.sparse.routing import Routing, route

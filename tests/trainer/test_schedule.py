@@ -15,7 +15,8 @@ from smes.events import ExampleBlock
 from smes.model.config import OptimizerConfig
 from smes.model.deltas import StateView
 from smes.model.devices import RankBatch
-from smes.model.learner import Learner, StepResult
+from smes.model.learner import Learner
+from smes.model.step_result import StepResult
 from tests.trainer.small_world import MODEL, SCHEMA, fill, make_trainer, open_log
 from trainer.loop import CHECKPOINT, SNAPSHOT
 from trainer.schedule import Flags, Schedule
