@@ -58,6 +58,7 @@ def propose(
 
     Raises:
         LogError: There is no table that could be a log of impressions; the message says what it lacks.
+        ValueError: A hint names no column, or one that cannot be what it says.
     """
     with LogSample(path, progress) as sample:
         looked = _named_and_looked_at(sample)

@@ -115,13 +115,14 @@ def find_roles(sample: LogSample, table: Table, columns: Sequence[Column], hints
 
     Raises:
         LogError: No column can be the user, the item, the time or an outcome. The message lists the columns.
+        ValueError: A hint names no column, or one that cannot be what it says.
     """
     if table.rows < 2:
         raise LogError(f"{table.files[0]}: {table.rows} row, expected more to tell its columns apart")
     by_name = {c.name: c for c in columns}
     for hint in (hints.user, hints.item, hints.time, *hints.labels):
         if hint is not None and hint not in by_name:
-            raise LogError(f"{table.files[0]}: no column {hint!r}; the columns are {_listed(columns)}")
+            raise ValueError(f"{table.files[0]}: no column {hint!r}; the columns are {_listed(columns)}")
     roles = Roles("", "", "", "s")
     _find_ids(table, columns, hints, roles)
     _find_time(table, columns, hints, roles)
@@ -168,7 +169,7 @@ def _find_ids(table: Table, columns: Sequence[Column], hints: Hints, roles: Role
         setattr(roles, role, chosen.name)
         roles.notes[f"{role}_id"] = "by its content alone: it repeats, and has many values"
     if roles.user == roles.item:
-        raise LogError(f"{table.files[0]}: column {roles.user!r} as user and item, expected two (--user, --item)")
+        raise ValueError(f"{table.files[0]}: column {roles.user!r} as user and item, expected two (--user, --item)")
 
 
 def _find_empty(columns: dict[str, Column], roles: Roles) -> None:
@@ -252,7 +253,7 @@ def _find_labels(table: Table, columns: Sequence[Column], hints: Hints, roles: R
                 roles.labels += labels_of(column)
         missing = {*hints.labels} - {label.column for label in roles.labels}
         if missing:
-            raise LogError(f"{table.files[0]}: column {min(missing)!r} as an outcome: expected numbers from 0")
+            raise ValueError(f"{table.files[0]}: column {min(missing)!r} as an outcome, expected one of numbers from 0")
         return
     for column in free:
         if is_outcome(column):

@@ -6,6 +6,7 @@ that a log which is sorted by user or by time is seen from its beginning to its 
 
 # ruff: noqa: S608 - names are quoted and texts escaped by the functions of sql.py.
 
+import os
 import re
 import shutil
 import tempfile
@@ -88,6 +89,8 @@ class LogSample:
     def __init__(self, path: Path, progress: Callable[[int, str], None] = lambda done, name: None) -> None:
         if not path.exists():
             raise LogError(f"{path}: no such file or folder, expected a log of impressions")
+        if not os.access(path, os.R_OK):
+            raise LogError(f"{path}: cannot be read: permission denied")
         self.path, self.folder = path, path if path.is_dir() else path.parent
         self._temp = Path(tempfile.mkdtemp(prefix="smes-infer-"))
         config: dict[str, Any] = {"memory_limit": "1GB", "temp_directory": f"{self._temp}/spill"}

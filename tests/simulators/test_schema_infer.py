@@ -28,6 +28,7 @@ RNG = np.random.default_rng(0)
 USER, ITEM = RNG.integers(0, 24, N), RNG.integers(0, 18, N)
 TIME_S = 1_700_000_000 + 7 * np.arange(N)
 CLICK = (RNG.random(N) < 0.4).astype(int)
+PLAIN = {"user": USER, "item": ITEM, "ts": TIME_S, "click": CLICK}
 PRICE = np.exp(RNG.normal(size=18)).round(2)[ITEM]
 
 
@@ -125,7 +126,6 @@ def test_columns_of_every_kind_find_their_place(tmp_path: Path) -> None:
 
 
 def test_files_of_other_makes_are_read_as_proposed(tmp_path: Path) -> None:
-    plain = {"user": USER, "item": ITEM, "ts": TIME_S, "click": CLICK}
     german = {
         "Kunde": [f"ü{u}" for u in USER],
         "ProductID": ITEM,
@@ -136,20 +136,20 @@ def test_files_of_other_makes_are_read_as_proposed(tmp_path: Path) -> None:
     made: dict[str, dict[str, str | bytes]] = {
         "semicolons": {"log__csv": text(german, ";").encode("utf-8")},
         "utf-16": {"log__csv": text(german, ";").encode("utf-16")},
-        "bom": {"log__csv": b"\xef\xbb\xbf" + text(plain, end="\r\n").encode()},
-        "packed": {"log__csv__gz": gzip.compress(text(plain).encode())},
-        "preface": {"log__txt": "# made by hand\n\n" + text(plain, "\t")},
+        "bom": {"log__csv": b"\xef\xbb\xbf" + text(PLAIN, end="\r\n").encode()},
+        "packed": {"log__csv__gz": gzip.compress(text(PLAIN).encode())},
+        "preface": {"log__txt": "# made by hand\n\n" + text(PLAIN, "\t")},
         "twice": {
-            "log__csv": text(plain).replace("click", "click,click", 1).replace("\n", ",0\n").replace(",0", "", 1)
+            "log__csv": text(PLAIN).replace("click", "click,click", 1).replace("\n", ",0\n").replace(",0", "", 1)
         },
-        "null words": {"log__csv": text({**plain, "price": ["n/a" if k % 5 == 0 else 1.5 * k for k in range(N)]})},
-        "anonymous": {"log__csv": text({**plain, "user": ["NA" if k % 4 == 0 else k % 17 for k in range(N)]})},
+        "null words": {"log__csv": text({**PLAIN, "price": ["n/a" if k % 5 == 0 else 1.5 * k for k in range(N)]})},
+        "anonymous": {"log__csv": text({**PLAIN, "user": ["NA" if k % 4 == 0 else k % 17 for k in range(N)]})},
         "odd names": {
             "log [1]__csv": text({"User ID": USER, "Item: ID": ITEM, "Event Time": TIME_S, "Is Click": CLICK})
         },
-        "from zero": {"log__csv": text({**plain, "ts": 1000 * np.arange(N)}).replace("ts", "time_ms", 1)},
+        "from zero": {"log__csv": text({**PLAIN, "ts": 1000 * np.arange(N)}).replace("ts", "time_ms", 1)},
         "beside noise": {
-            "log__csv": text(plain),
+            "log__csv": text(PLAIN),
             "a__csv": bytes(RNG.integers(0, 256, 999, dtype=np.uint8)),
             "b__parquet": b"PAR1",
             "c__csv": b"",
@@ -211,13 +211,19 @@ def test_parquet_of_many_types_is_read_as_proposed(tmp_path: Path) -> None:
             "no column 'x'; the columns",
         ),
         ({"user": USER[:1], "item": ITEM[:1], "ts": TIME_S[:1], "click": CLICK[:1]}, Hints(), "1 row, expected more"),
+        (PLAIN, Hints(user="item", item="item"), "column 'item' as user and item, expected two"),
+        (
+            {**PLAIN, "text": ["a", "b"] * (N // 2)},
+            Hints(labels=("text",)),
+            "column 'text' as an outcome, expected one",
+        ),
         ({"words": ["of prose"]}, Hints(), "no file that can be read as a table"),
     ],
 )
 def test_what_no_log_can_be_made_of_is_refused_by_what_it_lacks(
     tmp_path: Path, columns: dict[str, Any], hints: Hints, message: str
 ) -> None:
-    with pytest.raises(LogError, match=message):
+    with pytest.raises(ValueError if hints != Hints() else LogError, match=message):
         propose(wrote(tmp_path / "log", log__csv=text(columns)), hints)
 
 
