@@ -147,6 +147,7 @@ class Events:
         try:
             for topic in (IMPRESSIONS, FEEDBACK):
                 log.ensure_topic(topic, partitions, exact=False)
+                log.append_reporting(topic, [])
         except BaseException:
             log.close()
             raise
@@ -290,8 +291,9 @@ class Events:
                     if events := [each for each in batch if each.event.topic == topic]:
                         self._deliver(topic, events)
         finally:
-            self._event_log.close()
-            if self._failed > self._told_failed and not threading.main_thread().is_alive():
+            if threading.main_thread().is_alive():  # else closing might need threads, which no longer start
+                self._event_log.close()
+            elif self._failed > self._told_failed:
                 _log.error("%d events not delivered at the end of the program", self._failed - self._told_failed)
 
     def _next_batch(self) -> list[_Waiting]:

@@ -201,7 +201,10 @@ class ReportingLog(Protocol):
     """
 
     def append_reporting(self, topic: str, records: Sequence[OutRecord]) -> list[int | None]:
-        """As :meth:`EventLog.append`; the offset of each record, None where the server no longer says it."""
+        """As :meth:`EventLog.append`; the offset of each record, None where the server no longer says it.
+
+        Without records it connects, so that a later call starts no thread: Python 3.12 has none at a program's end.
+        """
 
     def ensure_topic(self, topic: str, partitions: int, *, exact: bool = True) -> None:
         """As :meth:`EventLog.ensure_topic`."""

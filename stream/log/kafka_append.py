@@ -74,6 +74,14 @@ class Appender:
             raise connection.refused(f"append to {name}: {sending.left}", error) from error
         return sending.offsets
 
+    def prepare(self, topic: str) -> None:
+        """Make the producer that appends to a topic, so that a later append starts no thread.
+
+        Raises:
+            EventLogError, EventLogUnavailable, Stopped: As :meth:`append`.
+        """
+        self._connection.retry_during_outage("connect", partial(self.producer, self.compression(topic)))
+
     def compression(self, topic: str) -> str:
         """Of a topic's batches. Dead letters are for people: gzip, because every client reads that."""
         configured = self._connection.config.compression

@@ -134,6 +134,7 @@ class KafkaLog:
                 raise EventLogError(f"topic {topic!r}: a record of {len(record.value)} bytes, expected at most {limit}")
         if not records:
             self._counts.check(topic, 0)
+            self._appender.prepare(topic)
             return []
         return self._appender.append(topic, self._name(topic), records, self._now_ms())
 

@@ -177,9 +177,10 @@ class Gated(InMemoryLog):
         self.error: Exception | None = None
 
     def append_reporting(self, topic: str, records: Sequence[OutRecord]) -> list[int | None]:
-        self.opened.wait(30)
-        if self.error is not None:
-            raise self.error
+        if records:
+            self.opened.wait(30)
+            if self.error is not None:
+                raise self.error
         return super().append_reporting(topic, records)
 
 
