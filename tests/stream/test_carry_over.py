@@ -52,7 +52,7 @@ def assert_same(one: ExampleBlock, other: ExampleBlock) -> None:
         np.testing.assert_array_equal(column, other.arrays()[name], err_msg=name)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     events=st.integers(0, 2**32).map(_events),
     at=st.tuples(st.floats(0, 1), st.floats(0, 1)),
