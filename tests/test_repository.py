@@ -209,7 +209,9 @@ def test_bring_your_own_log_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = (ROOT / "docs/bring-your-own-log.md").read_text()
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-P", "-c", fenced(text, "python")[0]], check=True)
-    Path("shop.yaml").write_text(fenced(text, "yaml")[0])
+    schema, *others = fenced(text, "yaml")
+    derive = next(block for block in others if block.startswith("derive:"))
+    Path("shop.yaml").write_text(schema + derive)
     assert run(["backtest", "shop.parquet", "--schema", "shop.yaml", "--limit", "2000", "--report", "report.json"]) == 0
     report = json.loads(Path("report.json").read_text())
     assert report["events"]["trained"] == 2000
