@@ -12,6 +12,7 @@ from smes.arrays import under
 from smes.model.carry_over import carry_over, carry_over_problems
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.corrections import CorrectionSums
+from smes.model.export import export_dense
 from smes.model.frozen_model import FrozenModel
 from smes.model.ids import ids_of, keys_of
 from smes.model.learner import Learner
@@ -212,6 +213,9 @@ def test_own_experts_change_no_score_and_then_learn() -> None:
     after.step(after.prepare(block))
     own = under("dense.ranker.newcomers.own.0.", after.serving_state())
     assert own["experts.base"].abs().sum() > 0
+    table = under("table.", after.serving_state())
+    del table["keys"]
+    export_dense(ServingModel.from_state(now, model, after.serving_state()), table)  # checks the scores itself
     again = Learner(now, model, _OPTIMIZER, device=_CPU)
     again.load_state(after.state())
     steps = [one.step(one.prepare(block)) for one in (after, again)]

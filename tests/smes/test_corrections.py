@@ -12,6 +12,7 @@ from smes.model.config import ModelConfig, OptimizerConfig, RareTasksConfig
 from smes.model.corrections import Corrections, sharing_groups
 from smes.model.devices import RankBatch
 from smes.model.learner import Learner
+from smes.model.own_experts import own_experts
 from smes.model.rank_model import ModelOutput
 from smes.rankers.config import HomeConfig
 from smes.rankers.ranker import RankerOutput
@@ -19,7 +20,6 @@ from smes.rankers.sparse.config import SmesConfig
 from smes.schema import Feature, Schema, Task
 from tests.smes.plain_smes import changed
 from tests.smes.streams import RICH_SCHEMA, stream
-from smes.model.own_experts import own_experts
 
 SHIFT_AND_SCALE, OWN, SHARED = range(3)
 CLICK, WATCH, LIKE = range(3)
