@@ -33,7 +33,6 @@ SECTIONS = {
     "arms": None,
     "arms_left_out": None,
     "features": {"user", "item"},
-    "features": {"user", "item"},
     "gate": None,
 }
 SYNTHETIC_TASKS = {"click", "long_view", "watch_time", "like", "profile_enter", "comment", "follow", "forward"}
