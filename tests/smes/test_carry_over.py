@@ -91,7 +91,7 @@ def test_no_score_of_a_task_changes_by_a_bit(form: str, seed: int) -> None:
 
 @pytest.mark.parametrize("form", ["smes-default", "smes-found-groups", "smes-own-pools", "ple", "home-raw"])
 def test_a_learner_that_was_killed_after_the_change_goes_on_bit_for_bit(form: str) -> None:
-    c = _Changed(form, 2, removes=True)
+    c = _Changed(form, 21, removes=True)
     blocks = [examples(c.rng, c.change.now, 32) for _ in range(3)]
     again = c.loaded(c.now.state())
     for block in blocks[:2]:
@@ -101,6 +101,7 @@ def test_a_learner_that_was_killed_after_the_change_goes_on_bit_for_bit(form: st
     later = c.loaded(again.state())
     states = [learner.state() for learner in (c.now, later) if learner.step(learner.prepare(blocks[2])).taken]
     assert states[0].keys() == states[1].keys()
+    assert ("probe.corrections.learning.shape" in states[0]) == form.startswith("smes")
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=0, equal_nan=True)
 
