@@ -175,9 +175,7 @@ def check(
     """Read a log and say what it holds: its ledger, different ids, fill rates, delays, features that tell a label."""
     from smes_cli.check import run_check
 
-    run_check(
-        config_of(context, schema), log, limit=limit, max_rejected=max_rejected, report=report, estimate=estimate
-    )
+    run_check(config_of(context, schema), log, limit=limit, max_rejected=max_rejected, report=report, estimate=estimate)
 
 
 @app.command()

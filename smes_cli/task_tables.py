@@ -84,7 +84,7 @@ def headline_lines(
 
 
 def own_experts_table(report: Sequence[Mapping[str, Any]]) -> Table:
-    """Which tasks need experts of their own; see :func:`trainer.own_experts.own_experts_report`."""
+    """Which tasks need experts of their own; see :func:`smes.model.own_experts.own_experts_report`."""
     cells = {
         "task": [m["task"] for m in report],
         "positives": [number(m["positives"]) for m in report],

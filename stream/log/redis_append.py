@@ -125,7 +125,8 @@ class Appender:
             ask, _ = next_ids(self._newest.get(batch.key, NO_ID))
             fields = (field for record in batch.records for field in (record.value, pack_headers(record.headers)))
             arguments = (_new_name(), ask, self._keep, self._remember_s, arrival_ms, *fields)
-            pipe.eval(_ADD_LUA, 2, batch.key, f"{self._prefix}:log:sent:{batch.token}", *arguments)  # type: ignore[arg-type]  # bytes are taken, too
+            sent = f"{self._prefix}:log:sent:{batch.token}"
+            pipe.eval(_ADD_LUA, 2, batch.key, sent, *arguments)  # type: ignore[arg-type]  # bytes are taken, too
         answers: list[object] = pipe.execute(raise_on_error=False)
         return answers
 

@@ -81,8 +81,8 @@ def test_more_entities_than_one_command_reads_have_their_own_times(client: redis
     """2,500 items with two versions each, every one looked up at three times."""
     store = EntityStore(client, SCHEMA, namespace, now_ms=lambda: NOW_MS)
     ids = np.arange(2500)
-    for age_ms, factor in ((10, 1.0), (5, 2.0)):
-        assert store.put_many("item", ids, {"price": ids * factor}, NOW_MS - age_ms) == 0
+    for put_ms, factor in ((10, 1.0), (5, 2.0)):
+        assert store.put_many("item", ids, {"price": ids * factor}, NOW_MS - put_ms) == 0
 
     order = np.random.default_rng(0).permutation(np.tile(ids, 3))
     age_ms = np.random.default_rng(1).permutation(np.repeat([12, 7, 2], 2500))
@@ -103,14 +103,15 @@ def test_plain_values_become_columns_and_faults_are_named(client: redis.Redis, n
     assert now.values == {"liked": [], "stars": [], "joined": None}
     assert before.values == {"liked": [5, encode_id("six")], "stars": [1, 2], "joined": 1_700_000_000}
 
-    for rows, message in (
+    wrong: tuple[tuple[list[dict[str, object]], str], ...] = (
         ([{"joined": 1}, {"joined": "soon"}], "row 1: joined: 'soon', expected a number"),
         ([{"joined": float("nan")}], "joined: nan, expected a finite number"),
         ([{"joined": True}], "joined: True, expected a number"),
         ([{"liked": 5}], "liked: 5, expected a list of ids"),
         ([{"liked": [2.5e300]}], r"liked: id: 2\.5e\+300"),
         ([{"price": 1}], "price: no user feature, expected one of joined, liked, stars"),
-    ):
+    )
+    for rows, message in wrong:
         with pytest.raises(ValueError, match=message):
             columns_of(SCHEMA, "user", rows)
     with pytest.raises(ValueError, match="row 0: a sequence of another length than the one that it accompanies"):

@@ -45,7 +45,8 @@ def test_every_value_is_that_of_plain_python_however_the_rows_are_cut(seed: int)
 
 
 def _price_bucket(**more: object) -> Schema:
-    return Schema("q", _TASKS, (_PRICE,), derived=(Derived("band", "bucket", ("price",), **more),))  # type: ignore[arg-type]
+    band = Derived("band", "bucket", ("price",), **more)  # type: ignore[arg-type]
+    return Schema("q", _TASKS, (_PRICE,), derived=(band,))
 
 
 @settings(max_examples=25, deadline=None)

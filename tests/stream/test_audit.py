@@ -400,7 +400,8 @@ def test_an_audit_goes_on_where_retention_takes_what_it_reads(log: InMemoryLog) 
     end = log.end(IMPRESSIONS)[SHOWN]
     span = Span("", 0, end)
 
-    recount = Recounter(trimming, [SCHEMA], {}, lambda records: None).recount(SHOWN, span, end)  # type: ignore[arg-type]
+    recounter = Recounter(trimming, [SCHEMA], {}, lambda records: None)  # type: ignore[arg-type]
+    recount = recounter.recount(SHOWN, span, end)
 
     assert trimming.tries == 3
     assert (recount.begin, recount.read) == (40, end - 40)

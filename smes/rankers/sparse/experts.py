@@ -348,7 +348,7 @@ def grouped_linear(x_PD: Tensor, weight_EDH: Tensor, offsets_E: Tensor) -> Tenso
         dtype = torch.get_autocast_dtype(kind)
         x_PD, weight_EDH = x_PD.to(dtype), weight_EDH.to(dtype)
     if torch.compiler.is_exporting():  # after dispatch_all; torch.export takes grouped_mm in bfloat16 alone
-        return torch.bmm(x_PD.unflatten(0, (weight_EDH.shape[0], -1)), weight_EDH).flatten(0, 1)
+        return torch.bmm(x_PD.reshape(weight_EDH.shape[0], -1, x_PD.shape[1]), weight_EDH).flatten(0, 1)
     return F.grouped_mm(x_PD, weight_EDH, offs=offsets_E)
 
 
