@@ -262,8 +262,22 @@ def absent_sql(feature: Feature) -> str:
     if feature.kind == "numeric":
         return NAN_SQL
     if feature.is_list:
-        return f"CAST(list_resize([]::BIGINT[], {feature.max_length}, {MISSING_SQL}) AS BIGINT[{feature.max_length}])"
+        return f"list_resize([]::BIGINT[], {feature.max_length}, {MISSING_SQL})"
     return MISSING_SQL
+
+
+def any_length_sql(column: str) -> str:
+    """A column of bags as BIGINT[], as they have to be stored where a left join reads them.
+
+    The left join of DuckDB 2.0 fails where it finds no row for a column of a fixed length ("Cannot cast list with
+    length 0 to array with length 2").
+    """
+    return f"CAST({column} AS BIGINT[]) AS {column}"
+
+
+def fixed_sql(feature: Feature, expr: str) -> str:
+    """What :func:`any_length_sql` stored, joined or not, as BIGINT[max_length] again; other features as they are."""
+    return f"CAST({expr} AS BIGINT[{feature.max_length}])" if feature.is_list else expr
 
 
 def time_sql(expr: str, unit: str) -> str:

@@ -143,7 +143,7 @@ class LogStore:
                 self._load_side_table(entity)
                 joins.append(f"LEFT JOIN {entity}_features ON {entity}_features.key = e.{sql.quote(entity)}")
                 columns += [
-                    f"COALESCE({entity}_features.{name}, {sql.absent_sql(f)}) AS {name}"
+                    f"{sql.fixed_sql(f, f'COALESCE({entity}_features.{name}, {sql.absent_sql(f)})')} AS {name}"
                     for f in self._plans[entity].features
                     for name in [sql.quote(f"feature {f.name}")]
                 ]
@@ -156,20 +156,22 @@ class LogStore:
 
     def entities(self, entity: str, features: Sequence[Feature]) -> Iterator[Any]:
         """Arrow tables with ``key`` and a column for each feature, one row for each user or item."""
+        columns = {sql.quote(f"feature {f.name}"): f for f in features}
         if entity in self._plans:
             self._load_side_table(entity)
             table = f"{entity}_features"
         else:
             self.prepared()
             table, key = f"{entity}_latest", sql.quote(entity)
-            names = ", ".join(sql.quote(f"feature {f.name}") for f in features)
             self._execute(
-                f"CREATE TABLE IF NOT EXISTS {table} AS SELECT {key} AS key, {names} FROM impressions "
+                f"CREATE TABLE IF NOT EXISTS {table} AS SELECT {key} AS key, {', '.join(columns)} FROM impressions "
                 f"WHERE rowid IN (SELECT max(rowid) FROM impressions GROUP BY {key})"
             )
         count = self._scalar(f"SELECT count(*) FROM {table}")
+        values = ", ".join(f"{sql.fixed_sql(feature, column)} AS {column}" for column, feature in columns.items())
         for start in range(0, count, ENTITY_ROWS):
-            yield self._query(f"SELECT * FROM {table} WHERE rowid >= {start} AND rowid < {start + ENTITY_ROWS}")
+            rows = f"rowid >= {start} AND rowid < {start + ENTITY_ROWS}"
+            yield self._query(f"SELECT key, {values} FROM {table} WHERE {rows}")
 
     def ledger(self) -> LogLedger:
         """What was read, what was left out and why, of the log and of its feature tables."""
@@ -236,7 +238,8 @@ class LogStore:
         if entity in self._counts:
             return
         plan, name = self._plans[entity], f"{entity}_features"
-        columns = ", ".join(map(sql.quote, plan.columns))
+        lists = {f"feature {f.name}" for f in plan.features if f.is_list}
+        columns = ", ".join(sql.any_length_sql(sql.quote(c)) if c in lists else sql.quote(c) for c in plan.columns)
         self._execute(f"CREATE TABLE {name}_read AS {plan.select([*plan.columns, 'smes_reason', *plan.flags])}")
         kind: Any = entity
         self._counts[entity] = count_rows(self._rows, plan, f"{name}_read", self._files.folder, kind)

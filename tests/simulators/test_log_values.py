@@ -238,6 +238,18 @@ def test_keys_of_a_feature_table_that_match_nothing_are_counted(tmp_path: Path) 
     assert (join.ids_in_log, join.ids_matched, join.impressions, join.impressions_missed) == (3, 0, 4, 4)
 
 
+def test_bags_of_a_feature_table_that_lacks_items(tmp_path: Path) -> None:
+    csv_log(tmp_path / "log.csv", [f"1,{row % 7},{row},0" for row in range(700)])
+    rows = [f"{item},{item}|{item + 1}" for item in range(5)]
+    (tmp_path / "items.csv").write_text("\n".join(["id,tags", *rows, ""]))
+    side = "item_features: {files: items.csv, key: id}"
+
+    block = read(tmp_path / "log.csv", features="{name: tags, kind: bag, max_length: 3, source: item}", log=side)
+
+    found = {item: set(map(tuple, block.impressions.ids[item::7, 2:].tolist())) for item in range(7)}
+    assert found == {item: {(item, item + 1, M) if item < 5 else (M, M, M)} for item in range(7)}
+
+
 def test_more_watched_columns_than_an_integer_has_bits(tmp_path: Path) -> None:
     names = [f"n{i}" for i in range(70)]
     path = csv_log(
