@@ -31,18 +31,19 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
         stream.poll(0)
     examples = stream.next_batch()
     assert examples is not None, "the stream has ended, so its one impression is complete"
-    _compile_rows(config, schema, examples)
+    _compile_rows(config, schema)
     compile_map_kernels()
     compile_kernels(bool(config.model.table_dim) + config.model.wide)
     compile_serving_kernels()
-    NumericMoments(schema).observe(examples.numerics)
+    NumericMoments(schema).observe(np.ones((1, schema.inputs.num_numerics), np.float32))
     return examples
 
 
-def _compile_rows(config: Config, schema: Schema, examples: ExampleBlock) -> None:
+def _compile_rows(config: Config, schema: Schema) -> None:
     rows = IdRows(schema, RowsConfig(admit_after=2, budget=1))
-    batch = rows.assign(examples.ids, 0)
-    rows.find(examples.ids)
+    ids = np.ones((1, schema.inputs.id_width), np.int64)
+    batch = rows.assign(ids, 0)
+    rows.find(ids)
     uniform_rows(rows.keys(batch.rows_U), 1, config.model.embedding_scale, config.trainer.seed)
     seen_s, vocabulary = np.zeros(1, np.uint32), np.zeros(1, np.int16)
     oldest(seen_s, vocabulary, np.ones(1, np.bool_), 1)

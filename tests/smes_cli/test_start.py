@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 from simulators.synthetic import synthesize
+from smes_cli.building import warm_up
+from smes_cli.config import Config
+from smes_io.schema_file import load_schema_file
 from tests.running import environment, write_config
 
 _WITHOUT_TORCH = """
@@ -86,6 +89,17 @@ def test_commands_that_touch_no_weights_import_no_torch(redis_url: str, namespac
 
 def test_train_and_serve_import_the_configuration_of_the_replay_but_no_simulator(tmp_path: Path) -> None:
     _python(_WITHOUT_SIMULATORS, folder=tmp_path)
+
+
+def test_a_start_warms_up_what_derived_features_add(tmp_path: Path) -> None:
+    schema = tmp_path / "derived.yaml"
+    schema.write_text(
+        "{name: derived, tasks: [{name: click, window_s: 5}], features: [{name: price, kind: numeric}, "
+        "{name: cost, kind: numeric}], derive: ["
+        "{name: band, kind: bucket, of: price, quantiles: 4}, {name: group, kind: hash, of: item_id, into: 9}, "
+        "{name: twice, kind: ratio, of: [price, cost]}, {name: hour, kind: hour_of_day}]}"
+    )
+    warm_up(Config(schema=str(schema)), load_schema_file(schema).schema)
 
 
 def test_training_compiles_nothing_after_the_start(tmp_path: Path) -> None:
