@@ -70,7 +70,7 @@ class ImpressionBlock(_Rows):
             is of a schema before (:mod:`smes.schema_change`).
         partition: int32 [N], the event-log partition that the row was read from.
         offset: int64 [N], the record's offset in that partition. Rows of one Arrow record have the same offset.
-        arrival_ms: int64 [N], when the record reached the event log, Unix milliseconds.
+        arrival_ms: int64 [N], when the record reached the event log, Unix milliseconds; 0 for rows of a log in files.
     """
 
     impression_id: I64

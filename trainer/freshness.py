@@ -9,7 +9,6 @@ import numpy as np
 from feature_store.feedback_times import FeedbackTimes
 from smes.arrays import F64, I64
 from smes.events import ExampleBlock
-from smes.schema import MISSING
 from smes_io.clock import wall_clock_ms
 from stream.mini_batches import BatchTimes
 from trainer.observers import Observer, StepFigures
@@ -44,7 +43,8 @@ class FeedbackArrivals(Observer):
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
         """Note the batch's feedback events: they are in the weights."""
         times = self._times_of(examples)
-        rows, tasks = np.nonzero((examples.feedback_arrival_ms != MISSING) & examples.label_mask)
+        has_arrived = examples.feedback_arrival_ms > 0  # neither MISSING nor of a log in files, from before the start
+        rows, tasks = np.nonzero(has_arrived & examples.label_mask)
         if times is None or len(rows) == 0:
             return
         of_feedback = np.ones(len(rows), np.int64)

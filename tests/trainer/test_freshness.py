@@ -72,6 +72,15 @@ def test_a_failed_step_has_taught_nothing() -> None:
     assert noted.take().arrived_ms.tolist() == [WALL_MS + 1]
 
 
+def test_feedback_of_a_log_in_files_has_never_arrived() -> None:
+    noted = arrivals(Clock(), lambda: BatchTimes(np.full(1, 77.0), 77.0))
+    examples = block([[0, WALL_MS, MISSING]])
+    noted.before_step(examples)
+    noted.after_step(examples, FIGURES)
+
+    assert noted.take().arrived_ms.tolist() == [WALL_MS]
+
+
 def test_a_step_from_before_the_watching_is_left_out() -> None:
     noted = arrivals(Clock(), lambda: BatchTimes(np.array([77.0]), 77.0))
     before, watched = block([[WALL_MS, MISSING, MISSING]]), block([[WALL_MS + 1, MISSING, MISSING]])
