@@ -133,6 +133,11 @@ class Derived:
             raise ValueError(f"{self._where}: settle {self.settle}, expected none for fixed boundaries")
 
 
+def spelled_out(entry: Any) -> Any:
+    """An entry of a schema file's ``derive``, with one name in ``of`` for a list of names."""
+    return {**entry, "of": [entry["of"]]} if isinstance(entry, Mapping) and isinstance(entry.get("of"), str) else entry
+
+
 def in_order(derived: Sequence[Derived]) -> tuple[Derived, ...]:
     """The derivations in an order in which each comes after those that it is computed of.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from smes.derived import spelled_out
 from smes.schema import Derived, Feature, History, Schema, Task
 
 _LISTS: dict[str, type[Any]] = {"tasks": Task, "features": Feature, "derive": Derived}
@@ -78,6 +79,6 @@ def _entry(value: Any, kind: type[Any], key: str) -> Any:
     if unknown := value.keys() - set(names):
         raise ValueError(f"{key}.{min(map(str, unknown))}: an unknown key, expected one of {', '.join(names)}")
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(spelled_out(value) if kind is Derived else value, kind)
     except msgspec.ValidationError as error:
         raise ValueError(f"{key}: {error}") from error

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict
 
+from smes.derived import spelled_out
 from smes.schema import ITEM_ID, USER_ID, Derived, Feature, History, Schema, Task
 from smes.schema_matching import Renames
 from smes_io.log_spec import LogSpec
@@ -112,7 +113,7 @@ def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
     ``csv: {delimiter: ";"}``, and in ``derive`` one name for a list of names.
     """
     if isinstance(derive := data.get("derive"), list):
-        data = {**data, "derive": [_of_one(entry) for entry in derive]}
+        data = {**data, "derive": [spelled_out(entry) for entry in derive]}
     log = data.get("log")
     if not isinstance(log, dict):
         return data
@@ -129,10 +130,6 @@ def _expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:
         if isinstance(table, dict) and isinstance(table.get("files"), str):
             log[section] = {**table, "files": [table["files"]]}
     return {**data, "log": log}
-
-
-def _of_one(entry: Any) -> Any:
-    return {**entry, "of": [entry["of"]]} if isinstance(entry, dict) and isinstance(entry.get("of"), str) else entry
 
 
 def feature_columns(schema: Schema, log: LogSpec) -> Mapping[str, Literal["log", "user", "item"]]:

@@ -158,7 +158,7 @@ features:
 history: {items: recent, outcomes: outcomes, tasks: [open]}
 derive:
   - {name: hour, kind: hour_of_day, time_zone: Europe/Berlin}
-  - {name: band, kind: bucket, of: [price], boundaries: [1, 2.5, 10]}
+  - {name: band, kind: bucket, of: price, boundaries: [1, 2.5, 10]}
   - {name: mix, kind: cross, of: [user_id, band], into: 1000}
 """
 
