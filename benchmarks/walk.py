@@ -32,7 +32,6 @@ from smes_cli.building import build_evaluation, build_learner, warm_up
 from smes_cli.config import Config, load_config
 from smes_cli.demo.local_servers import start_valkey
 from smes_io.clock import wall_clock_ms
-from smes_io.redis_client import connect
 from smes_scorer.app import SCORE_PATH, create_app
 from stream.codec.codec import headers
 from stream.dead_letters import DeadLetterWriter
@@ -175,9 +174,8 @@ def _trainer(config: Config, schema: Schema, log: EventLog, stack: ExitStack) ->
     trainer = Trainer(learner, stream, build_evaluation(config, learner), Flags(), lineage="a1b2c3d4")
     warm_up(config, schema)
     place = config.feature_store
-    client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
-    stack.callback(client.close)
-    store = SnapshotStore(client, config.feature_store.namespace, config.feature_store.snapshots)
+    client = stack.enter_context(place.connect())
+    store = SnapshotStore(client, place.namespace, place.snapshots)
     model = config.model.to_dict()
     trainer.publish_to(lambda name: Publisher(store, schema, model, name, now_ms=wall_clock_ms), store.current())
     stack.callback(trainer.finish)

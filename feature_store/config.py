@@ -1,13 +1,16 @@
 """Configuration of the feature store: where it is, and how many snapshots it keeps."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Le
 
 from feature_store.signing import SigningConfig
 from smes.ranges import PositiveFloat, PositiveInt, Seconds, check_ranges
 from smes_io.redis_access import RedisAccess, key_prefix
+
+if TYPE_CHECKING:
+    import redis
 
 _MIB = 1024 * 1024
 
@@ -82,3 +85,14 @@ class FeatureStoreConfig:
             key_prefix(self.namespace)
         except ValueError as error:
             raise ValueError(f"FeatureStoreConfig.namespace: {error}") from error
+
+    def connect(self) -> "redis.Redis":
+        """A client of the server, which has answered; the caller closes it.
+
+        Raises:
+            FeatureStoreUnavailable: No answer within ``timeout_s``.
+            FeatureStoreError: Redis does not let us in.
+        """
+        from smes_io.redis_client import connect
+
+        return connect(self.redis_url, self.timeout_s, access=self.redis_access, namespace=self.namespace)

@@ -17,6 +17,7 @@ from smes_cli.command_line import (
     ReportPath,
     SchemaName,
     SchemaOfEvents,
+    ScorerUrl,
     Seed,
     config_of,
     stop_signals,
@@ -35,13 +36,13 @@ from smes_cli.dead_letters import dead_letters_app
 from smes_cli.evaluate import evaluate
 from smes_cli.export import export
 from smes_cli.features import features_app
-from smes_cli.primed_options import CheckpointFolder, FromFolder, Since, since_ms_of
 from smes_cli.redis_server import redis_server
 from smes_cli.schema import schema_app
 from smes_cli.score_file import score
 from smes_cli.snapshots import snapshots_app
 from smes_cli.status import status
 from smes_cli.task_tables import own_experts_table, print_tasks
+from smes_cli.train_command import train
 
 # Each command imports what it runs inside its function: `smes --help` should not wait for all of it, and commands that
 # touch no weights should not wait for torch.
@@ -63,6 +64,7 @@ app.command("export")(export)
 app.command("redis")(redis_server)
 app.command("score")(score)
 app.command("status")(status)
+app.command("train")(train)
 app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(features_app, name="features")
 app.add_typer(schema_app, name="schema")
@@ -201,7 +203,13 @@ def backtest(
             callback=writable,
         ),
     ] = None,
-    checkpoint: CheckpointFolder = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the trained state into this empty folder: `smes train --from` goes on from it on a live event "
+            "log.",
+        ),
+    ] = None,
     report: ReportPath = None,
 ) -> None:
     """Join, evaluate and train on a log in one process at full speed, without broker or Redis."""
@@ -319,85 +327,6 @@ def synthesize(
 
 
 @app.command()
-def train(
-    context: typer.Context,
-    schema: SchemaOfEvents = None,
-    drain: Annotated[
-        bool, typer.Option("--drain", help="After a stop signal, first train on everything that is in the log by then.")
-    ] = False,
-    skip_lost: Annotated[
-        bool,
-        typer.Option(
-            "--skip-lost",
-            help="Continue at the oldest record of a partition that no longer holds the checkpoint's position.",
-        ),
-    ] = False,
-    flush: Annotated[
-        bool,
-        typer.Option(
-            "--flush",
-            help="After a stop signal, drain, then close the open windows and train on what still waits for feedback: "
-            "for the end of a finite log.",
-        ),
-    ] = False,
-    from_snapshot: Annotated[
-        bool,
-        typer.Option(
-            "--from-snapshot",
-            help="Without a checkpoint: go on from the snapshot in service, with optimisers that begin anew.",
-        ),
-    ] = False,
-    anew: Annotated[
-        bool, typer.Option("--anew", help="Without a checkpoint: start over, and replace the model in service.")
-    ] = False,
-    change_schema: Annotated[
-        bool,
-        typer.Option(
-            "--change-schema",
-            help="Carry a checkpoint of another schema over to the configured one (smes schema diff says what that "
-            "means); without effect where it has this schema already.",
-        ),
-    ] = False,
-    from_folder: FromFolder = None,
-    since: Since = None,
-    report: ReportPath = None,
-) -> None:
-    """Train from the event log until stopped (Ctrl-C, SIGTERM); the last cut is then published and on disk."""
-    config = config_of(context, schema)
-    config.schema_file()  # a mistake in it is reported before torch is imported
-    since_ms = since_ms_of(since, from_folder, from_snapshot=from_snapshot)
-    if change_schema and from_folder is not None:
-        raise ValueError("--change-schema --from: expected at most one of the two")
-    from smes_cli.primed_start import PrimedStart
-    from smes_cli.schema_changes import declared_changes
-
-    declared_changes(config)  # likewise
-    from smes_cli.starting_point import WithoutCheckpoint
-    from smes_cli.train import run_train
-
-    with stop_signals() as should_stop:
-        try:
-            result = run_train(
-                config,
-                report=report,
-                drain=drain,
-                skip_lost=skip_lost,
-                should_stop=should_stop,
-                stop_event=should_stop,
-                flush=flush,
-                without_checkpoint=WithoutCheckpoint(from_snapshot=from_snapshot, anew=anew),
-                primed=None if from_folder is None else PrimedStart(from_folder, since_ms),
-                change_schema=change_schema,
-            )
-        except Stopped as stopped:
-            console.print(f"stopped before the training began: {stopped}", highlight=False)
-            return
-    figures = result.to_dict()
-    print_tasks(figures)
-    console.print(report_table(figures))
-
-
-@app.command()
 def serve(
     context: typer.Context,
     schema: SchemaOfEvents = None,
@@ -425,10 +354,7 @@ def serve(
 @app.command()
 def freshness(
     context: typer.Context,
-    url: Annotated[
-        str | None,
-        typer.Option(help="Base URL of the scorer; default: scorer.host and scorer.port of the configuration."),
-    ] = None,
+    url: ScorerUrl = None,
     report: ReportPath = None,
 ) -> None:
     """Ask a running scorer how fresh its answers are, and print which stage takes how long."""

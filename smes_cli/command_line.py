@@ -77,6 +77,10 @@ SchemaOfEvents = Annotated[
     str | None,
     typer.Option("--schema", help="Schema file, or kuairand or synthetic; default: that of the configuration."),
 ]
+ScorerUrl = Annotated[
+    str | None,
+    typer.Option("--url", help="Base URL of the scorer; default: scorer.host and scorer.port of the configuration."),
+]
 
 
 def config_of(context: typer.Context, schema: str | None = None) -> "Config":

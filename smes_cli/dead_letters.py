@@ -13,7 +13,8 @@ from rich.table import Table
 from smes.errors import SmesError
 from smes_cli.command_line import SchemaOfEvents, config_of, stop_signals
 from smes_cli.console import console, number
-from smes_cli.letter_text import letter_lines, letter_values, one_line, unix_ms_of, utc
+from smes_cli.letter_text import letter_lines, letter_values, one_line
+from smes_cli.times import unix_ms_of, utc
 
 if TYPE_CHECKING:
     from smes_cli.config import Config

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -18,20 +18,13 @@ from smes_cli.command_line import (
     stop_signals,
 )
 from smes_cli.console import console, progress, write_report
-from smes_cli.snapshot_places import Lineage
+from smes_cli.snapshot_places import CheckpointOption, Lineage, VersionOption
 
 if TYPE_CHECKING:
     from smes_cli.config import Config
     from smes_cli.frozen_version import FrozenVersion
 
 _ROWS = 4096
-VersionOption = Annotated[
-    str | None, typer.Option("--version", help="Version in Redis: VERSION of --lineage, or LINEAGE:VERSION.")
-]
-CheckpointOption = Annotated[
-    Path | None,
-    typer.Option("--checkpoint", help="Folder of checkpoints, whose newest counts, instead of a version in Redis."),
-]
 
 
 def evaluate(

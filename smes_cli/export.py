@@ -10,8 +10,7 @@ import typer
 from smes.errors import SmesError
 from smes_cli.command_line import SchemaOfEvents, config_of
 from smes_cli.console import console, number
-from smes_cli.evaluate import CheckpointOption, VersionOption
-from smes_cli.snapshot_places import Lineage
+from smes_cli.snapshot_places import CheckpointOption, Lineage, VersionOption
 
 if TYPE_CHECKING:
     from smes_cli.frozen_version import FrozenVersion

@@ -8,7 +8,7 @@ import typer
 
 from smes_cli.command_line import LogPath, SchemaName, config_of
 from smes_cli.console import console, progress
-from smes_cli.features_put import features_get, features_put
+from smes_cli.features_put import entity_store, features_get, features_put
 
 if TYPE_CHECKING:
     from smes_cli.config import Config
@@ -51,27 +51,24 @@ def load_features(config: "Config", log: Path, *, replace: bool = False) -> dict
     """
     import numpy as np
 
-    from feature_store.entities import ALWAYS, EntityStore
+    from feature_store.entities import ALWAYS
     from simulators.logs.reader import ENTITIES, open_log
-    from smes_io.redis_client import connect
 
     schema_file = config.schema_file(log)
-    place = config.feature_store
-    client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
     loaded = {"user": 0, "item": 0}
-    try:
-        store = EntityStore(client, schema_file.schema, place.namespace, keep=place.feature_versions)
-        with open_log(log, schema_file) as reader, progress("features", None) as advance:
-            reader.check()  # before anything is removed or replaced
-            if replace:
-                store.clear()
-            for block in chain.from_iterable(map(reader.entity_blocks, ENTITIES)):
-                store.put_many(block.entity, block.ids, block.columns, ALWAYS)
-                loaded[block.entity] += len(block.ids)
-                advance(sum(loaded.values()), f"{loaded['user']:,} users, {loaded['item']:,} items")
-            first = next(reader.blocks(_SAMPLE), None)
-    finally:
-        client.close()
+    with (
+        entity_store(config, schema_file.schema) as store,
+        open_log(log, schema_file) as reader,
+        progress("features", None) as advance,
+    ):
+        reader.check()  # before anything is removed or replaced
+        if replace:
+            store.clear()
+        for block in chain.from_iterable(map(reader.entity_blocks, ENTITIES)):
+            store.put_many(block.entity, block.ids, block.columns, ALWAYS)
+            loaded[block.entity] += len(block.ids)
+            advance(sum(loaded.values()), f"{loaded['user']:,} users, {loaded['item']:,} items")
+        first = next(reader.blocks(_SAMPLE), None)
     return {
         **loaded,
         "users_sample": [] if first is None else np.unique(first.impressions.user_id).tolist(),

@@ -11,7 +11,7 @@ import typer
 from smes.errors import SmesError
 from smes_cli.command_line import SchemaOfEvents, config_of
 from smes_cli.console import console, progress
-from smes_cli.letter_text import unix_ms_of, utc
+from smes_cli.times import unix_ms_of, utc
 from smes_io.clock import wall_clock_ms
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def features_put(
     kind = _entity(entity)
     config = config_of(context, schema)
     the_schema = config.schema_file().schema
-    if not any(f.source == kind and f.name != f"{kind}_id" for f in the_schema.features):
+    from feature_store.entity_layout import own_features
+
+    if not own_features(the_schema, kind):
         raise ValueError(f"schema {the_schema.name!r}: no {kind} features, expected at least one")
     at_ms = wall_clock_ms() if time is None else _time_ms(time)
     if (file is None) == (entity_id is None):
@@ -72,7 +74,7 @@ def features_put(
                 f"features of {kind} {entity_id}: none, expected NAME=VALUE, or {{}} for a row without any"
             )
         row = _values(values, the_schema, kind)
-        with _opened(config, the_schema) as store:
+        with entity_store(config, the_schema) as store:
             kept = store.put(kind, entity_id, row, at_ms)
         console.print(f"features of {kind} {entity_id} put", highlight=False, soft_wrap=True)
         _say_dropped(int(not kept), config)
@@ -81,7 +83,7 @@ def features_put(
 
     assert file is not None, "there is either a file or an id"
     source = FeatureFile(file, id_column or f"{kind}_id", time_column, skip_unknown)
-    with _opened(config, the_schema) as store, progress("features", source.rows()) as advance:
+    with entity_store(config, the_schema) as store, progress("features", source.rows()) as advance:
         done, dropped = put_file(source, the_schema, kind, store.put_many, at_ms, advance)
     console.print(f"{done:,} rows of {kind} features put", highlight=False)
     _say_dropped(dropped, config)
@@ -103,7 +105,7 @@ def features_get(
     from feature_store.entity_values import entity_ids
 
     encoded = int(entity_ids([entity_id], f"{kind}_id")[0])
-    with _opened(config, config.schema_file().schema) as store:
+    with entity_store(config, config.schema_file().schema) as store:
         versions = store.versions(kind, encoded)
         broken = store.damage.last
     if at_ms is not None:
@@ -178,13 +180,10 @@ def _say_dropped(dropped: int, config: "Config") -> None:
 
 
 @contextmanager
-def _opened(config: "Config", schema: "Schema") -> "Iterator[EntityStore]":
+def entity_store(config: "Config", schema: "Schema") -> "Iterator[EntityStore]":
+    """The configured store, while the block runs."""
     from feature_store.entities import EntityStore
-    from smes_io.redis_client import connect
 
     place = config.feature_store
-    client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
-    try:
+    with place.connect() as client:
         yield EntityStore(client, schema, place.namespace, keep=place.feature_versions)
-    finally:
-        client.close()

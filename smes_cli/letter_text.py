@@ -1,49 +1,17 @@
-"""Dead letters as text: one line for a list, a page for one of them; and times as people write them."""
+"""Dead letters as text: one line for a list, a page for one of them."""
 
 import base64
 import json
-import re
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+from smes_cli.times import utc
 
 if TYPE_CHECKING:
     from stream.dead_letter_reading import StoredLetter
 
-_AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _MOST_LINES = 60
 _MOST_ROWS = 5
-
-
-def utc(unix_ms: int) -> str:
-    """A time, to the second."""
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")
-
-
-def unix_ms_of(option: str, text: str, now_ms: int) -> int:
-    """A time that a person wrote.
-
-    Args:
-        option: Names the option in the error.
-        text: ISO 8601 (UTC unless it says otherwise), Unix milliseconds, or an age such as ``15m``.
-        now_ms: The present time.
-
-    Raises:
-        ValueError: It is none of these.
-    """
-    if ago := _AGO.fullmatch(text):
-        return round(now_ms - 1000 * float(ago[1]) * _UNIT_S[ago[2]])
-    if text.isdecimal() and len(text) >= 12:
-        return int(text)
-    try:
-        when = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(
-            f"{option} {text!r}: expected a time as 2026-11-27T20:00 (UTC), Unix milliseconds, or an age as 90s, 15m, "
-            "2h, 7d"
-        ) from None
-    return round((when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def one_line(stored: "StoredLetter") -> str:

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from feature_store.snapshots import SnapshotStore
@@ -11,6 +10,7 @@ from smes.errors import CheckpointError, ServingWithoutCheckpoint
 from smes_cli.config import Config
 from smes_cli.console import console
 from smes_cli.starting_point import InService, WithoutCheckpoint, model_in_service
+from smes_cli.times import utc
 from stream.join.watermarks import START_OF_TIME
 from stream.log.event_log import EventLog, Positions
 from stream.priming import Primed, is_of_blocks, live_state, primed_by
@@ -85,7 +85,7 @@ def begin_primed(
     trainer.checkpoint()  # from here on this trainer goes on from its own
     waiting = trainer.stream.ledger().waiting
     console.print(
-        f"primed by {trainer.trained:,} impressions up to {_utc(primed.newest_ms)}, {checkpoint.step:,} steps; "
+        f"primed by {trainer.trained:,} impressions up to {utc(primed.newest_ms)} UTC, {checkpoint.step:,} steps; "
         f"{waiting:,} more wait for feedback; going on as lineage {trainer.lineage}",
         highlight=False,
     )
@@ -123,9 +123,10 @@ def _positions(start: PrimedStart, primed: Primed, max_future_ms: int, log: Even
     since_ms = max(0, reached_ms - max_future_ms) if start.since_ms is None else start.since_ms
     if since_ms > reached_ms:
         _logger.warning(
-            "--since %s lies after the newest impression of the primed log, of %s: what arrived between is not read",
-            _utc(since_ms),
-            _utc(reached_ms),
+            "--since %s UTC lies after the newest impression of the primed log, of %s UTC: what arrived between is not "
+            "read",
+            utc(since_ms),
+            utc(reached_ms),
         )
     positions: Positions = {}
     for topic in (IMPRESSIONS, FEEDBACK):
@@ -134,17 +135,13 @@ def _positions(start: PrimedStart, primed: Primed, max_future_ms: int, log: Even
         for at, position in found.items():
             if position == begin[at] > 0:
                 _logger.warning(
-                    "%s/%d: the log begins at offset %d, which arrived at %s or later: what came between may have been "
-                    "trimmed unread",
+                    "%s/%d: the log begins at offset %d, which arrived at %s UTC or later: what came between may have "
+                    "been trimmed unread",
                     at.topic,
                     at.partition,
                     position,
-                    _utc(since_ms),
+                    utc(since_ms),
                 )
     told = ", ".join(f"{at.topic}/{at.partition} at {position:,}" for at, position in sorted(positions.items()))
-    console.print(f"reading what arrived from {_utc(since_ms)} on: {told}", highlight=False, soft_wrap=True)
+    console.print(f"reading what arrived from {utc(since_ms)} UTC on: {told}", highlight=False, soft_wrap=True)
     return positions
-
-
-def _utc(unix_ms: int) -> str:
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")

@@ -10,8 +10,7 @@ import typer
 from smes.errors import LogError, SmesError
 from smes_cli.command_line import SchemaName, config_of, stop_signals
 from smes_cli.console import console, number, progress
-from smes_cli.evaluate import CheckpointOption, VersionOption
-from smes_cli.snapshot_places import Lineage
+from smes_cli.snapshot_places import CheckpointOption, Lineage, VersionOption
 
 if TYPE_CHECKING:
     from simulators.logs.rows import RowReader

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from smes_cli.command_line import config_of
 from smes_cli.console import console
-from smes_cli.snapshot_places import Lineage, snapshot_store, typed_version, utc
+from smes_cli.snapshot_places import Lineage, snapshot_store, typed_version
+from smes_cli.times import utc
 
 if TYPE_CHECKING:
     from feature_store.pins import Decision

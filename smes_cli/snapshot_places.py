@@ -1,7 +1,7 @@
-"""What the snapshot commands share: the store, versions as they are typed, and times as they are shown."""
+"""What commands share that need snapshots: options, the store, and versions as they are typed."""
 
 import re
-from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,18 +13,23 @@ if TYPE_CHECKING:
     from smes_cli.config import Config
 
 Lineage = Annotated[str | None, typer.Option("--lineage", help="Lineage; default: that of the version in service.")]
+VersionOption = Annotated[
+    str | None, typer.Option("--version", help="Version in Redis: VERSION of --lineage, or LINEAGE:VERSION.")
+]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="Folder of checkpoints, whose newest counts, instead of a version in Redis."),
+]
 
 
 def snapshot_store(config: "Config") -> "SnapshotStore":
     """The configured store."""
     from feature_store.signing import Signer
     from feature_store.snapshots import SnapshotStore
-    from smes_io.redis_client import connect
 
     place = config.feature_store
     signer = Signer.of(place.signing, place.namespace)
-    client = connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace)
-    return SnapshotStore(client, place.namespace, place.snapshots, signer=signer)
+    return SnapshotStore(place.connect(), place.namespace, place.snapshots, signer=signer)
 
 
 def none_published(config: "Config") -> SnapshotNotFound:
@@ -49,10 +54,3 @@ def typed_version(text: str, lineage: str | None) -> tuple[int, str | None]:
     if match[1] and lineage and match[1] != lineage:
         raise typer.BadParameter(f"{text!r}: another lineage than --lineage {lineage}")
     return int(match[2]), match[1] or lineage
-
-
-def utc(unix_ms: int | None) -> str:
-    """A time for a table cell; a dash for None."""
-    if unix_ms is None:
-        return "–"
-    return datetime.fromtimestamp(unix_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00")

@@ -11,7 +11,8 @@ from smes_cli.command_line import config_of
 from smes_cli.console import console, number
 from smes_cli.serving_decisions import history, pin, promote, rollback, unpin
 from smes_cli.snapshot_diff import diff
-from smes_cli.snapshot_places import none_published, snapshot_store, utc
+from smes_cli.snapshot_places import none_published, snapshot_store
+from smes_cli.times import utc
 
 if TYPE_CHECKING:
     from feature_store.manifest import Manifest

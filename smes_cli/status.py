@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from smes.errors import SmesError
-from smes_cli.command_line import EXIT_CHECK_FAILED, ReportPath, SchemaOfEvents, config_of
+from smes_cli.command_line import EXIT_CHECK_FAILED, ReportPath, SchemaOfEvents, ScorerUrl, config_of
 from smes_cli.console import console, number, write_report
+from smes_cli.times import utc
 
 if TYPE_CHECKING:
     from smes_cli.config import Config
@@ -25,10 +26,7 @@ Section = dict[str, Any]
 def status(
     context: typer.Context,
     schema: SchemaOfEvents = None,
-    url: Annotated[
-        str | None,
-        typer.Option(help="Base URL of the scorer; default: scorer.host and scorer.port of the configuration."),
-    ] = None,
+    url: ScorerUrl = None,
     report: ReportPath = None,
 ) -> None:
     """Say what runs: trainer, event log, snapshots, scorer, and what is wrong. Exits with 3 if something is."""
@@ -87,7 +85,7 @@ def _tried(section: Callable[[], Section]) -> Section:
 
 
 def _snapshots(config: "Config") -> Section:
-    from smes_cli.snapshot_places import snapshot_store, utc
+    from smes_cli.snapshot_places import snapshot_store
     from smes_io.clock import wall_clock_ms
 
     store = snapshot_store(config)

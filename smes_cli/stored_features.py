@@ -8,7 +8,6 @@ from feature_store.entities import EntityStore
 from feature_store.entity_layout import ENTITIES, own_features
 from smes.errors import FeatureStoreUnavailable
 from smes_cli.config import Config
-from smes_io.redis_client import connect
 from smes_io.schema_file import SchemaFile
 from smes_io.stopping import StoppableCalls
 from stream.left_out_features import Filled
@@ -41,10 +40,7 @@ def open_stored_features(
     if not config.stream.features_from_store or not any(own_features(schema, entity) for entity in ENTITIES):
         return None
     place = config.feature_store
-    client = waits.run(
-        "feature store",
-        lambda: connect(place.redis_url, place.timeout_s, access=place.redis_access, namespace=place.namespace),
-    )
+    client = waits.run("feature store", place.connect)
     stack.callback(client.close)
     calls = StoppableCalls()
     calls.set_stop(stop_event)

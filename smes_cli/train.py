@@ -20,7 +20,6 @@ from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
 from smes_cli.stored_features import open_stored_features
 from smes_cli.train_progress import show_progress
 from smes_io.clock import wall_clock_ms
-from smes_io.redis_client import connect
 from stream.batch_journal import NAME, BatchJournal
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
@@ -246,11 +245,7 @@ def _event_log(config: Config, waits: Waits, stack: ExitStack) -> WaitingLog:
 
 def _store(config: Config, waits: Waits, stack: ExitStack) -> SnapshotStore:
     settings = config.feature_store
-    access, namespace = settings.redis_access, settings.namespace
-    signer = Signer.of(settings.signing, namespace)
-    client = waits.run(
-        "feature store",
-        lambda: connect(settings.redis_url, settings.timeout_s, access=access, namespace=namespace),
-    )
+    signer = Signer.of(settings.signing, settings.namespace)
+    client = waits.run("feature store", settings.connect)
     stack.callback(client.close)
-    return SnapshotStore(client, namespace, settings.snapshots, signer=signer)
+    return SnapshotStore(client, settings.namespace, settings.snapshots, signer=signer)

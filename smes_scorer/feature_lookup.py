@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable
 
 from feature_store.entities import EntityRows, EntityStore, blank_rows
+from feature_store.entity_layout import own_features
 from smes.arrays import I64
 from smes.errors import SmesError
-from smes.schema import Schema
-from smes_scorer.missing import stored
+from smes.schema import ITEM_ID, USER_ID, Schema
 from smes_scorer.telemetry import Telemetry
 
 _NAMED = 3
@@ -69,7 +69,7 @@ class FeatureLookup:
 
     def check(self, store: EntityStore, schema: Schema) -> None:
         """Look whether the store holds features at all, where the schema has stored ones. Never raises."""
-        names = stored(schema)
+        names = [f.name for f in schema.features if f.source != "context" and f.name not in (USER_ID, ITEM_ID)]
         try:
             is_empty = bool(names) and not store.holds_any()
         except SmesError:
@@ -80,8 +80,9 @@ class FeatureLookup:
 
     @staticmethod
     def _found_any(rows: EntityRows, schema: Schema) -> bool:
-        sources = {f.source for f in schema.features if f.name in stored(schema)}
-        return ("user" in sources and rows.user_known) or ("item" in sources and bool(rows.items_known.any()))
+        """Whether a row was found; without features of its source, every entity counts as known."""
+        of_user, of_item = own_features(schema, "user"), own_features(schema, "item")
+        return bool((of_user and rows.user_known) or (of_item and rows.items_known.any()))
 
     def _without_features(self, schema: Schema, user_id: int, item_ids: I64) -> EntityRows:
         self._telemetry.scored_without_features.inc()

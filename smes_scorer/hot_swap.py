@@ -11,10 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
-import numpy as np
-
 from feature_store.damage import Reason, reason_of
-from feature_store.entities import blank_rows
 from feature_store.manifest import Manifest
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.errors import FeatureStoreError, PinError, SmesError, SnapshotError, SnapshotForged, SnapshotNotFound
@@ -25,8 +22,8 @@ from smes_scorer.payloads import LoadStopped, Payloads
 from smes_scorer.refusals import Refusals
 from smes_scorer.telemetry import Telemetry
 from smes_scorer.versions import Foldable, Scorable, ServedModel, Versions
+from smes_scorer.warm_up import warm_up
 
-_WARM_UP_ITEMS = (1, 100)
 _OLDER_TRIED = 3
 _FOLD_RETRY_S = 0.02
 _FAILED_FOLD_RETRY_S = 5.0
@@ -340,7 +337,7 @@ class HotSwap:
         try:
             schema = payloads.schema()
             model = self._load(payloads, schema, before)
-            self._warm_up(payloads.at, model, schema)
+            warm_up(model, schema, payloads.at)
             if schema.hash not in self._schemas:
                 self._on_schema(schema, payloads.renamed)
         except (FeatureStoreError, SnapshotNotFound, LoadStopped):
@@ -384,17 +381,6 @@ class HotSwap:
         self._newest = _key(manifest)
         dropped = self._first_answers.loaded(self._newest, arrivals)
         self._telemetry.freshness_uncounted.inc(gaps + dropped)
-
-    def _warm_up(self, manifest: Manifest, model: Scorable, schema: Schema) -> None:
-        """Score as requests will, so that first-use compilation and allocation are done and a broken model shows."""
-        for n in _WARM_UP_ITEMS:
-            rows = blank_rows(schema, 0, np.arange(n))
-            scores = model.score(rows.ids, rows.numerics, 0)
-            if scores.shape != (n, schema.num_tasks) or not np.isfinite(scores).all():
-                raise SnapshotError(
-                    f"snapshot {manifest.lineage}:{manifest.version}: warm-up gave scores of shape "
-                    f"{list(scores.shape)} or not all finite"
-                )
 
     def _count_failure(self, error: BaseException | None, reason: str, what: Reason) -> None:
         self._telemetry.load_failures.inc()

@@ -9,7 +9,7 @@ import msgspec
 
 from smes.arrays import F32, I64
 from smes.feature_figures import FeatureColumns
-from smes.schema import ITEM_ID, USER_ID, Feature, Schema
+from smes.schema import Schema
 
 _Names = Annotated[list[str], msgspec.Meta(description="Their names.")]
 _Counts = Annotated[dict[str, int], msgspec.Meta(description="Name → number of items without it.")]
@@ -45,19 +45,11 @@ class MissingFeatures:
         found = Missing([], [], {})
         if not missing_NK.any():
             return found
-        for k, count in enumerate(missing_NK.sum(axis=0).tolist()):
-            if count:
-                self._note(found, self._features[k], count)
+        for feature, count in zip(self._features, missing_NK.sum(axis=0).tolist(), strict=True):
+            if not count:
+                continue
+            if feature.source == "item":
+                found.items[feature.name] = count
+            else:
+                (found.user if feature.source == "user" else found.context).append(feature.name)
         return found
-
-    @staticmethod
-    def _note(found: Missing, feature: Feature, count: int) -> None:
-        if feature.source == "item":
-            found.items[feature.name] = count
-        else:
-            (found.user if feature.source == "user" else found.context).append(feature.name)
-
-
-def stored(schema: Schema) -> tuple[str, ...]:
-    """The features that the scorer reads from the store."""
-    return tuple(f.name for f in schema.features if f.source != "context" and f.name not in (USER_ID, ITEM_ID))

@@ -10,7 +10,7 @@ Letters: N items, W id columns, F numeric columns.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -106,7 +106,7 @@ class ServedFeatures:
                 self._telemetry.skew_found.labels(difference.feature, difference.figure).inc()
                 found.append(difference)
         self._telemetry.skew_now.set(len(found))
-        self.problem = ", ".join(_words(hour, found)) if found else None
+        self.problem = _words(hour, found) if found else None
         if self.problem:
             _logger.warning("training/serving skew: %s", self.problem)
 
@@ -120,12 +120,11 @@ class ServedFeatures:
         return difference.size >= (self._config.mean if difference.figure == "mean" else self._config.share)
 
 
-def _words(hour: int, found: list[Difference]) -> Iterator[str]:
-    """Of the largest differences."""
+def _words(hour: int, found: list[Difference]) -> str:
+    """The largest differences of an hour."""
     at = datetime.fromtimestamp(hour * HOUR_MS / 1000, UTC).strftime("%Y-%m-%dT%H:00Z")
-    largest = sorted(found, key=lambda difference: -difference.size)
-    for i, one in enumerate(largest[:_NAMED]):
-        begin = f"served and trained on differ in the hour {at}: " if i == 0 else ""
-        yield f"{begin}{one.feature} {one.figure} {one.served:.4g} served, {one.trained:.4g} trained on"
+    largest = sorted(found, key=lambda difference: -difference.size)[:_NAMED]
+    told = [f"{one.feature} {one.figure} {one.served:.4g} served, {one.trained:.4g} trained on" for one in largest]
     if len(found) > _NAMED:
-        yield f"and {len(found) - _NAMED} more"
+        told.append(f"and {len(found) - _NAMED} more")
+    return f"served and trained on differ in the hour {at}: {', '.join(told)}"

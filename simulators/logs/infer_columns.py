@@ -179,7 +179,7 @@ def _looked_at(sample: LogSample, table: Table, name: str, sql_type: str) -> Col
 
 
 def _dates(sample: LogSample, column: Column, source: str) -> None:
-    if column.timestamps > 0.5 or (column.is_number and not 8 <= column.length <= 8):
+    if column.timestamps > 0.5 or (column.is_number and column.length != 8):
         return
     years = ", ".join(
         f"count(*) FILTER (year(TRY_STRPTIME(v, {sql.text(written)})) BETWEEN 1900 AND 2100)"

@@ -64,7 +64,7 @@ def text_layout(path: Path) -> TextLayout | None:
     quote, escape = _quotes("\n".join(line for line in lines if line), delimiter, fields)
     csv = CsvFormat(delimiter=delimiter, quote=quote, escape=escape, encoding=encoding, skip_lines=skip)
     rows = [row for line in lines if line and len(row := fields_of(line, csv, delimiter)) == fields]
-    if len(rows) < 1:
+    if not rows:
         return None
     header, why = _header(rows)
     unsure = [why] if why else []
@@ -74,8 +74,7 @@ def text_layout(path: Path) -> TextLayout | None:
         unsure.append("bytes that are no UTF-8: it may be latin-1, cp1252 or another encoding of one byte a letter")
     if not header:
         return TextLayout(csv, (None,) * fields, tuple(map(tuple, rows)), tuple(unsure))
-    names = [name.strip() if name.strip() == name else name for name in rows[0]]
-    columns = tuple(name or f"column{i}" for i, name in enumerate(names))
+    columns = tuple(name or f"column{i}" for i, name in enumerate(rows[0]))
     folded = [name.casefold() for name in columns]
     if len(set(folded)) < len(folded):
         columns = unique_names(columns)

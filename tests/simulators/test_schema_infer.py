@@ -81,7 +81,8 @@ def test_the_layout_of_movielens_is_read_as_proposed(tmp_path: Path, readme: boo
         assert found["age"].kind == "numeric"
         assert "the names of the columns come from README" in written
     with open_log(folder, schema_file) as reader:
-        assert reader.ledger.joins[1].ids_matched == 40
+        assert (reader.ledger.usable, reader.ledger.rejections) == (700, ())
+        assert [join.ids_matched for join in reader.ledger.joins] == [30, 40]
         (items,) = reader.entity_blocks("item")
     flags = [line.split("|")[5:] for line in (folder / "u.item").read_text("latin-1").splitlines()]
     ones = np.array(flags, int).sum(axis=1)

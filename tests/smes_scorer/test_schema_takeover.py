@@ -93,6 +93,22 @@ def publish(store: SnapshotStore, learner: Learner, version: int, **more: Any) -
     )
 
 
+def publish_delta(store: SnapshotStore, learner: Learner) -> None:
+    """What was learned since version 2, as version 3."""
+    delta = learner.take_delta()
+    assert len(delta) > 0
+    store.publish(
+        delta_payload(learner, 3, delta),
+        lineage="a",
+        version=3,
+        schema_hash=NOW.hash,
+        step=3,
+        created_ms=1,
+        applies_to={2},
+        carried_from=[WAS.hash],
+    )
+
+
 def ask(http: httpx.Client) -> dict[str, Any]:
     response = http.post("/v1/score", json=REQUEST)
     assert response.status_code == 200, response.text
@@ -184,18 +200,7 @@ def test_the_schema_changes_under_load_without_a_restart(
         assert http.get("/v1/stats").json()["ignored_context"] > 0  # device and battery, before
 
         train(now, 1)
-        delta = now.take_delta()
-        assert len(delta) > 0
-        store.publish(
-            delta_payload(now, 3, delta),
-            lineage="a",
-            version=3,
-            schema_hash=NOW.hash,
-            step=3,
-            created_ms=1,
-            applies_to={2},
-            carried_from=[WAS.hash],
-        )
+        publish_delta(store, now)
         until(lambda: ask(http)["version"] == 3)
         assert http.get("/metrics").text.count("smes_scorer_full_loads_total 2.0") == 1
 
@@ -210,16 +215,7 @@ def test_a_scorer_that_starts_with_the_old_schema_file_takes_the_change_over(
     now = changed(learned())
     publish(store, now, 2, carried_from=[WAS.hash])
     train(now, 1)
-    store.publish(
-        delta_payload(now, 3, now.take_delta()),
-        lineage="a",
-        version=3,
-        schema_hash=NOW.hash,
-        step=3,
-        created_ms=1,
-        applies_to={2},
-        carried_from=[WAS.hash],
-    )
+    publish_delta(store, now)
     with served() as http:
         answer = ask(http)
 
