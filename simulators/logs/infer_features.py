@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from simulators.logs.infer_roles import ITEM, USER, Roles, id_score
 from simulators.logs.infer_tables import LogSample, Table
 from simulators.logs.leaks import SUSPECT_AUC, alone, codes_of
 
+Entity = Literal["user", "item"]
 Source = Literal["user", "item", "context"]
 _LEAK_ROWS = 40_000
 _FEWEST_FLAGS = 5
@@ -63,7 +65,7 @@ class Side:
         share: How many of the log's ids it has.
     """
 
-    entity: Literal["user", "item"]
+    entity: Entity
     table: Table
     key: str
     share: float
@@ -74,46 +76,60 @@ def find_sides(
     sample: LogSample, log: Table, roles: Roles, tables: Sequence[tuple[Table, list[Column]]]
 ) -> tuple[list[Side], list[str]]:
     """The tables of users and items, and what else was found."""
-    found: dict[Literal["user", "item"], tuple[float, Side]] = {}
+    found: dict[Entity, tuple[float, Side]] = {}
     others: list[str] = []
     foreign = {name.casefold() for name in log.columns if name not in (roles.user, roles.item)}
+    ours: dict[Entity, str] = {"user": roles.user, "item": roles.item}
     for table, columns in tables:
-        for column in columns:
-            if column.filled < 0.98 * column.rows or column.distinct < 0.95 * column.rows or column.rows < 2:
-                continue
-            if len(columns) < 2 or column.is_list:
+        for column, entity in product(columns, ours):
+            if len(columns) < 2 or not _may_be_key(column):
                 continue
             if column.name.casefold() in foreign and not table.made_up:
                 continue  # a column of the log's that is neither
-            entities: tuple[tuple[Literal["user", "item"], str, frozenset[str]], ...] = (
-                ("user", roles.user, USER),
-                ("item", roles.item, ITEM),
-            )
-            for entity, ours, own in entities:
-                share, ids, keys = share_in(sample, log, ours, table, column.name)
-                if share < 0.3:
-                    continue
-                other = ITEM if entity == "user" else USER
-                named = 3 * bool(set(_file_words(table)) & own) - 3 * bool(set(_file_words(table)) & other)
-                named += 3 * bool(id_score(column, own)) - 3 * bool(id_score(column, other))
-                named += column.name.casefold() == ours.casefold()
-                if named < 0:
-                    continue
-                if named == 0 and min(ids, keys) < 0.05 * max(ids, keys):
-                    continue
-                score = share + min(ids, keys) / max(ids, keys) + named - 2 * table.is_split
-                if entity not in found or score > found[entity][0]:
-                    if entity in found and found[entity][1].share > 0.9:
-                        others.append(f"{found[entity][1].table.files[0].name} ({entity}s too; one table each is read)")
-                    found[entity] = score, Side(entity, table, column.name, share)
-                elif found[entity][1].table is not table and share > 0.9:
-                    others.append(f"{table.files[0].name} ({entity}s too; one table each is read)")
+            fit = _fit(sample, log, ours[entity], entity, table, column)
+            if fit is None:
+                continue
+            best = found.get(entity)
+            if best is None or fit[0] > best[0]:
+                found[entity] = fit
+                passed_over = None if best is None else best[1]
+            else:
+                passed_over = None if best[1].table is table else fit[1]
+            if passed_over is not None and passed_over.share > 0.9:
+                others.append(f"{passed_over.table.files[0].name} ({entity}s too; one table each is read)")
     if len(found) == 2 and found["user"][1].table is found["item"][1].table:
         worse = min(found, key=lambda entity: found[entity][0])
         del found[worse]
     chosen = [side for _, side in found.values()]
     taken = [side.table.files[0].name for side in chosen]
     return chosen, [other for other in dict.fromkeys(others) if other.split(" (")[0] not in taken]
+
+
+def _may_be_key(column: Column) -> bool:
+    """Whether a column has a value of its own in nearly every row."""
+    unique = column.filled >= 0.98 * column.rows and column.distinct >= 0.95 * column.rows
+    return unique and column.rows >= 2 and not column.is_list
+
+
+def _fit(
+    sample: LogSample, log: Table, ours: str, entity: Entity, table: Table, column: Column
+) -> tuple[float, Side] | None:
+    """How well a table fits the ids in a column of the log by one of its columns, and the table; None: not at all.
+
+    Where the ids of users and items are both 1 … n, names and counts decide.
+    """
+    share, ids, keys = share_in(sample, log, ours, table, column.name)
+    if share < 0.3:
+        return None
+    own, other = (USER, ITEM) if entity == "user" else (ITEM, USER)
+    words_of_files = {*_file_words(table)}
+    named = 3 * bool(words_of_files & own) - 3 * bool(words_of_files & other)
+    named += 3 * bool(id_score(column, own)) - 3 * bool(id_score(column, other))
+    named += column.name.casefold() == ours.casefold()
+    alike = min(ids, keys) / max(ids, keys)
+    if named < 0 or (named == 0 and alike < 0.05):
+        return None
+    return share + alike + named - 2 * table.is_split, Side(entity, table, column.name, share)
 
 
 def _file_words(table: Table) -> list[str]:
