@@ -23,9 +23,9 @@ def columns_of(schema: Schema, entity: Entity, rows: Sequence[Mapping[str, Any]]
     Args:
         schema: The features.
         entity: ``user`` or ``item``.
-        rows: Name of a feature → value; None, or nothing, where it is missing. An id is an integer or a text, which
-            becomes one by :func:`smes.hashing.encode_id`; a bag or sequence a list of ids, of which the first
-            ``max_length`` are kept; a numeric feature a finite number.
+        rows: Name of a feature → value; None, the empty text, or nothing, where it is missing. An id is an integer or a
+            text, which becomes one by :func:`smes.hashing.encode_id`; a bag or sequence a list of ids, of which the
+            first ``max_length`` are kept; a numeric feature a finite number.
 
     Raises:
         ValueError: A name is unknown, or a value is of another kind; the message names the row and the feature.
@@ -71,13 +71,13 @@ def _column(feature: Feature, rows: Sequence[Mapping[str, Any]]) -> NDArray[Any]
         out = np.full(n, MISSING, np.int64)
     for i, row in enumerate(rows):
         value = row.get(feature.name)
-        if value is None:
+        if value is None or _is_empty(value):
             continue
         try:
             if feature.kind == "numeric":
                 out[i] = _number(value)
             elif feature.is_list:
-                ids = [_id(each) for each in _list(value)[: feature.max_length]]
+                ids = [_id(each) for each in _list(value) if not _is_empty(each)][: feature.max_length]
                 out[i, : len(ids)] = ids
             else:
                 out[i] = _id(value)
@@ -105,11 +105,18 @@ def _number(value: object) -> float:
 def _id(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float | str | np.integer):
         raise ValueError(f"{value!r:.60}, expected an integer or a text")
+    if _is_empty(value):
+        raise ValueError("'', expected an integer or a text that is not empty")
     if isinstance(value, str | float):
         return encode_id(value)
     if abs(int(value)) >= -MISSING:
         raise ValueError(f"{value!r:.60}, expected an integer within ±(2^63 - 1)")
     return int(value)
+
+
+def _is_empty(value: object) -> bool:
+    """Whether it is the empty text: no value, as in a log in files."""
+    return isinstance(value, str) and not value
 
 
 def _list(value: object) -> Sequence[object]:

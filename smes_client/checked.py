@@ -86,11 +86,12 @@ class EventForms:
         return TimeBounds(self._max_future_ms, now_ms)
 
     def _served(self, served: Mapping[str, Any]) -> dict[str, Any]:
+        """What was served, without tasks that the schema does not have: the scorer may be of a later schema."""
         _refuse_unknown(served, _SERVED, "served")
         plain = {name: _integer(value) if name == "version" else value for name, value in served.items()}
         if isinstance(scores := served.get("scores"), Mapping):
-            _refuse_unknown(scores, self._schema.task_index, "served.scores")
-            plain["scores"] = {task: _number(score) for task, score in scores.items()}
+            tasks = self._schema.task_index
+            plain["scores"] = {task: _number(score) for task, score in scores.items() if task in tasks}
         return plain
 
     def _checked(self, event: dict[str, Any], problem: Problem | None) -> bytes:
@@ -109,20 +110,22 @@ def id_of(value: object, field: str) -> int:
         ValueError: The value is none; the message names the field.
     """
     plain = _plain_id(value)
-    if type(plain) is not int:
-        raise ValueError(f"{field}: {value!r:.60}, expected an integer or a text")
+    if type(plain) is not int or _is_empty(value):
+        raise ValueError(f"{field}: {value!r:.60}, expected an integer or a text that is not empty")
     return plain
 
 
 def plain_features(values: Mapping[str, Any], features: Mapping[str, Feature], where: str) -> dict[str, Any]:
-    """Features as JSON has them: texts as ids, NumPy's numbers as Python's. What is missing is left out.
+    """Features as JSON has them: texts as ids, NumPy's numbers as Python's. What is missing, or empty, is left out.
 
     Raises:
         ValueError: A name is unknown, or a text is no id.
     """
     _refuse_unknown(values, features, where)
     return {
-        name: _plain(value, features[name], f"{where}.{name}") for name, value in values.items() if value is not None
+        name: _plain(value, features[name], f"{where}.{name}")
+        for name, value in values.items()
+        if value is not None and not _is_empty(value)
     }
 
 
@@ -130,11 +133,18 @@ def _plain(value: Any, feature: Feature, field: str) -> Any:
     try:
         if feature.kind == "numeric":
             return _number(value)
-        if feature.is_list and isinstance(value, list | tuple | np.ndarray):
-            return [_plain_id(each) for each in value]
-        return _plain_id(value)
+        if not feature.is_list:
+            return _plain_id(value)
+        if isinstance(value, list | tuple | np.ndarray):
+            return [_plain_id(each) for each in value if not _is_empty(each)]
+        return value  # for the check to refuse, as it was given
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from None
+
+
+def _is_empty(value: object) -> bool:
+    """Whether it is the empty text, which means that there is no value, to readers of logs and to the scorer, too."""
+    return isinstance(value, str) and not value
 
 
 def _plain_id(value: Any) -> Any:

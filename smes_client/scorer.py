@@ -55,6 +55,8 @@ class Scorer:
         for name, number in (("deadline_s", deadline_s), ("timeout_s", timeout_s)):
             if not number > 0:
                 raise ValueError(f"{name}: {number}, expected more than 0")
+        if not url.lower().startswith(("http://", "https://")):
+            raise ValueError(f"url: {url!r}, expected http://HOST:PORT or https://HOST:PORT")
         self._schema, self._deadline_s, self._timeout_s = load_schema(schema), deadline_s, timeout_s
         self._context = {f.name: f for f in self._schema.features if f.source == "context"}
         self._url = url.rstrip("/") + _PATH
@@ -137,7 +139,9 @@ class Scorer:
         await self.aclose()
 
     def _body(self, user: Id, items: Sequence[Id], context: Mapping[str, Any] | None) -> bytes:
-        if not items:
+        if isinstance(items, str | bytes):  # a sequence, too, of what nobody means
+            raise ValueError(f"items: {items!r:.60}, expected a list of ids")
+        if len(items) == 0:
             raise ValueError("items: empty, expected at least one")
         request = {"user_id": id_of(user, "user"), "items": [id_of(i, f"items.{n}") for n, i in enumerate(items)]}
         if context:

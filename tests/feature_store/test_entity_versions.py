@@ -96,7 +96,7 @@ def test_more_entities_than_one_command_reads_have_their_own_times(client: redis
 def test_plain_values_become_columns_and_faults_are_named(client: redis.Redis, namespace: str) -> None:
     store = EntityStore(client, SCHEMA, namespace)
     store.put("user", "ann", {"liked": [5, "six", 7], "stars": [1, 2, 3], "joined": 1_700_000_000}, time_ms=ALWAYS)
-    store.put("user", "ann", {"joined": None})
+    store.put("user", "ann", {"joined": "", "liked": [""]})
 
     (now, before) = store.versions("user", encode_id("ann"))
 
@@ -114,6 +114,8 @@ def test_plain_values_become_columns_and_faults_are_named(client: redis.Redis, n
     for rows, message in wrong:
         with pytest.raises(ValueError, match=message):
             columns_of(SCHEMA, "user", rows)
+    with pytest.raises(ValueError, match="user_id: '', expected an integer or a text that is not empty"):
+        store.put("user", "", {"joined": 1})
     with pytest.raises(ValueError, match="row 0: a sequence of another length than the one that it accompanies"):
         store.put("user", 1, {"liked": [1, 2], "stars": [1]})
 

@@ -122,12 +122,13 @@ def test_an_impression_is_taken_if_and_only_if_the_reader_takes_it(event: dict[s
     [
         ({"user": True}, "user"),
         ({"item": None}, "item"),
+        ({"user": ""}, "user"),
         ({"features": {"price": "12"}}, "features.price"),
         ({"features": {"price": float("nan")}}, "features.price"),
         ({"features": {"colour": 1}}, "features.colour"),
-        ({"features": {"tags": "one"}}, "features.tags"),
+        ({"features": {"tags": "one"}}, "features.tags: expected an array of integers, got 'one"),
         ({"features": {"seen": [1], "outcomes": []}}, "features.outcomes"),
-        ({"served": {"scores": {"buy": 1}}}, "served.scores.buy"),
+        ({"served": {"scores": {"click": "much"}}}, "served.scores.click"),
         ({"served": {"arm": "An Arm"}}, "served.arm"),
         ({"time_ms": NOW_MS // 1000}, "event_time_ms"),
         ({"features": {"tags": list(range(200_000))}}, "event"),
@@ -135,9 +136,17 @@ def test_an_impression_is_taken_if_and_only_if_the_reader_takes_it(event: dict[s
 )
 def test_what_is_wrong_is_named_before_it_leaves(wrong: dict[str, Any], field: str) -> None:
     log = InMemoryLog()
-    with Events(SCHEMA, log, now_ms=lambda: NOW_MS) as events, pytest.raises(ValueError, match=rf"^{field}: "):
+    with Events(SCHEMA, log, now_ms=lambda: NOW_MS) as events, pytest.raises(ValueError, match=rf"^{field}\b"):
         events.impression(**{"user": 1, "item": 2, **wrong})
     assert sum(log.end(IMPRESSIONS).values()) == 0
+
+
+def test_an_answer_of_a_later_schema_and_empty_texts_are_no_faults() -> None:
+    forms = EventForms(SCHEMA, lambda: NOW_MS)
+    scores = {"click": 0.5, "new_task": 0.1}
+    sent = forms.impression(1, 2, "3", {"topic": "", "tags": ["", 5]}, None, {"version": 9, "scores": scores}, None)
+    event = json.loads(sent)
+    assert (event["features"], event["served"]) == ({"tags": [5]}, {"version": 9, "scores": {"click": 0.5}})
 
 
 @pytest.mark.parametrize("codec", ["json", "arrow"])

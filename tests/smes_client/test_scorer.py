@@ -108,6 +108,8 @@ def test_what_trying_again_does_not_mend_is_raised_at_once(
     [
         ((None, [1]), "user"),
         ((1, []), "items"),
+        ((1, "123"), "items"),
+        (("", [1]), "user"),
         ((1, [1, True]), r"items\.1"),
         ((1, [1], {"hours": 1}), r"context\.hours"),
         ((1, [1], {"age": 1}), r"context\.age"),  # the store has it
