@@ -1,6 +1,7 @@
 """Rows of features from a JSON Lines or Parquet file, in blocks of bounded size."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,12 +129,22 @@ def put_file(
             dropped += put_many(entity, ids, columns, times_ms)
         except ValueError as error:
             raise ValueError(
-                f"{file.path}, rows {first:,} … {first + len(rows) - 1:,}: {error} ({done:,} rows before were put; "
+                f"{file.path}, {_in_file(str(error), first, len(rows))} ({done:,} rows before were put; "
                 f"with --time {time_ms} to put them again makes no further version)"
             ) from None
         done += len(rows)
         advance(done)
     return done, dropped
+
+
+def _in_file(reason: str, first: int, rows: int) -> str:
+    """A reason with its row counted as in the file, from 1, rather than in the block, from 0."""
+    in_block, told = (0, reason) if rows == 1 else (None, reason)
+    if named := re.match(r"row (\d+): ", reason):
+        in_block, told = int(named[1]), reason[named.end() :]
+    if in_block is None:
+        return f"rows {first:,} … {first + rows - 1:,}: {told}"
+    return f"row {first + in_block:,}: {told}"
 
 
 def rows_of(rows: list[dict[str, Any]], name: str) -> list[Any]:
