@@ -27,7 +27,7 @@ from smes.schema import MISSING
 from smes_cli.__main__ import run
 from smes_cli.config import Config
 from smes_cli.demo.processes import spawn, stop
-from smes_io.schema_file import builtin_path, load_builtin, load_schema_file
+from smes_io.schema_file import builtin_path
 from tests.integration.training import Pairs, drain, fill_servers, read_pairs, snapshots_of
 from tests.running import (
     DEADLINE_S,
@@ -523,18 +523,19 @@ def test_the_command_is_installed() -> None:
     assert shutil.which("smes", path=str(Path(sys.executable).parent))
 
 
-def test_features_of_another_schema_are_refused_then_replaced_on_demand(
+def test_loaded_features_lie_beside_those_of_another_schema_until_all_are_replaced(
     capsys: Captured, tmp_path: Path, world: Path, redis_url: str, namespace: str
 ) -> None:
     path = write_config(tmp_path, redis_url, namespace)
-    assert run(["-c", str(path), "features", "load", str(world)]) == 0
     other = tmp_path / "other.yaml"
     other.write_text(builtin_path("synthetic").read_text().replace("name: synthetic", "name: other", 1))
-    hashes = [load_builtin("synthetic").schema.hash, load_schema_file(other).schema.hash]
-    capsys.readouterr()
-    load = ["-c", str(path), "features", "load", str(world), "--schema", str(other)]
-    assert run(load) == 1
-    message = error_line(capsys)
-    assert all(schema_hash in message for schema_hash in hashes)
-    assert run([*load, "--replace"]) == 0
+    features = ["-c", str(path), "features"]
+    load = [*features, "load", str(world), "--schema", str(other)]
+    assert run([*features, "put", "item", "by-hand", "item_category=3"]) == 0
     assert run(load) == 0
+    capsys.readouterr()
+    assert run([*features, "get", "item", "by-hand"]) == 0
+    assert '"item_category": 3' in capsys.readouterr().out
+    assert run([*load, "--replace"]) == 0
+    capsys.readouterr()
+    assert run([*features, "get", "item", "by-hand"]) != 0

@@ -115,7 +115,9 @@ def test_the_arms_stand_side_by_side_with_their_difference_to_the_main_one() -> 
 
     arms = {"main": {"tasks": {"click": click(0.7412, None)}}, "b": {"tasks": {"click": click(0.7433, 0.0021)}}}
 
-    title, head, _, *lines = printed(arms_table(arms), width=120)
+    lines = printed(arms_table(arms), width=120)
+    above = next(n for n, line in enumerate(lines) if line.lstrip().startswith("task"))
+    title, head, lines = " ".join(lines[:above]), lines[above], lines[above + 1 :]
 
     assert "95 % intervals over users" in title
     assert head.split() == ["task", "arm", "examples", "mean", "label", "AUC", "NE", "calibration"]
