@@ -126,6 +126,12 @@ class BinaryTally:
         # A state of before scores were looked at has none.
         self._not_scored = state.get("not_scored", np.zeros(2, np.int64)).copy()
 
+    def since(self, state: dict[str, NDArray[Any]]) -> "BinaryTally":
+        """What was added since a :meth:`state` was taken."""
+        added = BinaryTally()
+        added.load_state({name: array - state[name] for name, array in self.state().items()})
+        return added
+
 
 class RegressionTally:
     """Running XAUC, mean absolute error and mean bias of one regression task, in constant memory.
@@ -201,6 +207,12 @@ class RegressionTally:
         """Replace everything added so far with a :meth:`state`."""
         self._sums = state["sums"].copy()
         self._not_scored = state.get("not_scored", np.zeros(2, np.int64)).copy()
+
+    def since(self, state: dict[str, NDArray[Any]]) -> "RegressionTally":
+        """What was added since a :meth:`state` was taken."""
+        added = RegressionTally()
+        added.load_state({name: array - state[name] for name, array in self.state().items()})
+        return added
 
 
 def group_auc(group: I64, score: F32, label: F32) -> tuple[F64, I64, I64]:

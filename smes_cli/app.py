@@ -32,6 +32,7 @@ from smes_cli.console import (
     set_up_logging,
     write_report,
 )
+from smes_cli.curves import curves
 from smes_cli.dead_letters import dead_letters_app
 from smes_cli.evaluate import evaluate
 from smes_cli.export import export
@@ -59,6 +60,7 @@ app = typer.Typer(
     "130 interrupted.",
 )
 app.command("audit")(audit)
+app.command("curves")(curves)
 app.command("evaluate")(evaluate)
 app.command("export")(export)
 app.command("redis")(redis_server)
@@ -210,6 +212,13 @@ def backtest(
             "log.",
         ),
     ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the metrics over time into this folder, a line for each window of the evaluation: `smes "
+            "curves` shows them."
+        ),
+    ] = None,
     report: ReportPath = None,
 ) -> None:
     """Join, evaluate and train on a log in one process at full speed, without broker or Redis."""
@@ -236,6 +245,7 @@ def backtest(
             should_stop=should_stop,
             own_experts=routing is not None,
             checkpoint=checkpoint,
+            history=history,
         )
     figures = result.report.to_dict() | {"log": result.ledger.to_dict()}
     write_report(figures, report)

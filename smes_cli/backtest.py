@@ -21,6 +21,7 @@ from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config
 from smes_cli.console import Advance, console, load_line, progress
 from smes_cli.primed_start import empty_folder
+from smes_cli.seen import write_history
 from stream.block_stream import BlockStream
 from trainer.checkpoints import CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
@@ -31,6 +32,7 @@ from trainer.routing_figures import routing_report
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.run_report import task_figures, training_report
 from trainer.schedule import Flags
+from trainer.stretches import Stretches
 from trainer.task_figures import headline
 
 _MEMORY_EVERY = 250_000  # impressions
@@ -137,6 +139,7 @@ def run_backtest(
     routing: RoutingHistoryConfig | None = None,
     own_experts: bool = False,
     checkpoint: Path | None = None,
+    history: Path | None = None,
 ) -> BacktestResult:
     """Replay a log through join, evaluation and training: the loop of ``smes train``, without servers.
 
@@ -154,6 +157,7 @@ def run_backtest(
         checkpoint: An empty folder for a checkpoint from which a live training can go on (``smes train --from``). It is
             of the end of the log. If the log has ids of its own, it may also be of where the backtest was stopped, and
             impressions whose windows were open wait in it; the report is of after they were trained on, too.
+        history: Folder for the metrics over time (:mod:`trainer.history`); the last line has the rest of the log.
 
     Raises:
         LogError: The log cannot be read as its schema file says.
@@ -183,7 +187,13 @@ def run_backtest(
         other = _Baseline(config, schema, baseline) if baseline else None
         memory, bar = _MemorySamples(), _Progress(stack.enter_context(progress("backtest", reader.total)))
         observers = [memory, bar] if other is None else [other, memory, bar]
-        trainer = Trainer(learner, stream, evaluation, Flags(), routing=routing, observers=observers)
+        over_time = config.trainer.history
+        stretches = Stretches(evaluation, every_examples=over_time.every_examples) if history is not None else None
+        trainer = Trainer(
+            learner, stream, evaluation, Flags(), routing=routing, observers=observers, stretches=stretches
+        )
+        if history is not None and stretches is not None:
+            write_history(over_time, history, trainer, stretches)
         started_s = time.monotonic()
         trainer.run(lambda: (stream.ended and stream.upcoming() is None) or should_stop())
         if folder is not None:
@@ -191,6 +201,8 @@ def run_backtest(
             if stream.ended:
                 _train_on_the_rest(trainer, stream)
         trainer.settle()
+        if stretches is not None:
+            stretches.end()
         seconds = time.monotonic() - started_s
         memory.take()
         return BacktestResult(

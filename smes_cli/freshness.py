@@ -10,7 +10,7 @@ from rich.table import Table
 from smes.errors import SmesError
 from smes_cli.config import Config
 from smes_cli.console import console, number, write_report
-from smes_scorer.bearer import one_token
+from smes_io.bearer import one_token
 
 _TIMEOUT_S = 10.0
 

@@ -16,6 +16,7 @@ from smes_cli.config import Config
 from smes_cli.console import console, write_report
 from smes_cli.primed_start import PrimedStart, begin_primed
 from smes_cli.schema_changes import carrying_over, declared_changes
+from smes_cli.seen import build_stretches, open_server, show
 from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
 from smes_cli.stored_features import open_stored_features
 from smes_cli.train_progress import show_progress
@@ -74,6 +75,7 @@ def run_train(
     drain = drain or flush
     schema = config.schema_file().schema
     with ExitStack() as stack:
+        server = open_server(config, stack)
         checkpoints = _checkpoints(config, stack)
         if primed is not None and checkpoints is not None and not checkpoints.is_empty:
             raise ValueError(
@@ -92,7 +94,20 @@ def run_train(
         changes = declared_changes(config)
         stream = ExampleStream(schema, config.stream, log, letters, changes=changes, features=features, journal=journal)
         flags = Flags()
-        trainer = _new_trainer(config, stream, flags, checkpoints, letters)
+        learner = build_learner(config, schema)
+        evaluation = build_evaluation(config, learner)
+        stretches = build_stretches(config, evaluation)
+        trainer = Trainer(
+            learner,
+            stream,
+            evaluation,
+            flags,
+            checkpoints=checkpoints,
+            max_failed_steps=config.trainer.max_failed_steps,
+            dead_letters=letters.write,
+            gated=build_gate(config, learner),
+            stretches=stretches,
+        )
         otherwise = without_checkpoint or WithoutCheckpoint()
         if primed is None:
             carried_over = carrying_over(config) if change_schema else None
@@ -122,31 +137,11 @@ def run_train(
             unreadable=served.problem is not None,
             steps_before_replacing=config.trainer.steps_before_replacing,
         )
+        show(config, trainer, stretches, server, stack)
         reporter = _Reporter(trainer, report)
         waits.meanwhile = _duties(trainer, reporter, should_stop)
         _run(config, trainer, flags, should_stop, drain=drain, flush=flush, reporter=reporter)
         return reporter.write()
-
-
-def _new_trainer(
-    config: Config,
-    stream: ExampleStream,
-    flags: Flags,
-    checkpoints: CheckpointDirectory | None,
-    letters: DeadLetterWriter,
-) -> Trainer:
-    """A trainer that has trained on nothing yet."""
-    learner = build_learner(config, config.schema_file().schema)
-    return Trainer(
-        learner,
-        stream,
-        build_evaluation(config, learner),
-        flags,
-        checkpoints=checkpoints,
-        max_failed_steps=config.trainer.max_failed_steps,
-        dead_letters=letters.write,
-        gated=build_gate(config, learner),
-    )
 
 
 def _run(

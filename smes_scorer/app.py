@@ -26,11 +26,12 @@ from feature_store.signing import Signer, SigningConfig
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.errors import SmesError
 from smes.schema import Schema
+from smes_io.bearer import Tokens
 from smes_io.redis_access import RedisAccess
 from smes_io.redis_client import open_client
 from smes_scorer.answer import Answerer, NotReady
 from smes_scorer.arms import ArmPlaces, Arms, open_arms
-from smes_scorer.bearer import BearerOnly, Tokens, is_known
+from smes_scorer.bearer import BearerOnly, is_known
 from smes_scorer.config import ScorerConfig, check_names
 from smes_scorer.feature_lookup import FeatureLookup, StoreChecks
 from smes_scorer.first_answers import FirstAnswers

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 from smes.errors import CheckpointError
+from smes_io.clock import wall_clock_ms
 from trainer.checkpoint_file import CheckpointView
 from trainer.checkpoints import CheckpointDirectory
 
@@ -14,6 +15,10 @@ _logger = logging.getLogger(__name__)
 class CheckpointWriter:
     """Writes one checkpoint in a thread of its own. For one thread that starts it and waits for it.
 
+    Attributes:
+        saved_ms: When the newest checkpoint was on disk, Unix milliseconds; None before the first one of this process.
+        failures: Checkpoints that could not be written.
+
     Args:
         directory: Where checkpoints go.
     """
@@ -21,6 +26,8 @@ class CheckpointWriter:
     def __init__(self, directory: CheckpointDirectory) -> None:
         self._directory = directory
         self._thread: threading.Thread | None = None
+        self.saved_ms: int | None = None
+        self.failures = 0
 
     @property
     def is_busy(self) -> bool:
@@ -51,12 +58,20 @@ class CheckpointWriter:
             CheckpointError: The disk refused it.
         """
         self.wait()
-        self._directory.save(checkpoint)
+        self._save(checkpoint)
         on_saved()
+
+    def _save(self, checkpoint: CheckpointView) -> None:
+        try:
+            self._directory.save(checkpoint)
+        except BaseException:
+            self.failures += 1
+            raise
+        self.saved_ms = wall_clock_ms()
 
     def _write(self, checkpoint: CheckpointView, on_saved: Callable[[], object]) -> None:
         try:
-            self._directory.save(checkpoint)
+            self._save(checkpoint)
         except CheckpointError as error:
             _logger.error("%s; the checkpoint before it stays valid", error)
         except Exception:  # training goes on; if the last checkpoint cannot be written either, that is raised

@@ -16,6 +16,7 @@ from smes.ranges import (
     SecondsOrZero,
     check_ranges,
 )
+from smes_io.secrets import SecretPlace
 
 if TYPE_CHECKING:
     import torch
@@ -130,6 +131,47 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
+class HttpConfig:
+    """Where the trainer says how it is: ``/metrics``, ``/health/live`` and ``/health/ready``.
+
+    Attributes:
+        host: Address to listen on.
+        port: TCP port, 0 for any free one. None: the trainer does not listen.
+        tokens: Where the bearer tokens are that callers must show, as for ``scorer.tokens``. Null: everybody may ask.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Ge(0), Le(65535)] | None = None
+    tokens: SecretPlace | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class HistoryConfig:
+    """The run's metrics over time: lines of JSON in files of a folder, see :mod:`trainer.history`.
+
+    A line is written when a window of the evaluation has closed (``trainer.evaluation``). The keys below add others.
+
+    Attributes:
+        directory: Folder of the files, created if missing. None: no history is written.
+        every_s: A line is also written so many seconds after the one before, > 0, if something was trained on since.
+            None: not by the clock; then the lines depend on the log alone.
+        every_examples: A line is also written after so many impressions since the one before, ≥ 1. None: not by count.
+        keep: So many of the newest lines are kept at least, ≥ 1, and at most a quarter more.
+    """
+
+    directory: Path | None = None
+    every_s: Seconds | None = 60.0
+    every_examples: PositiveInt | None = None
+    keep: PositiveInt = 20_000
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """The training process.
 
@@ -148,6 +190,8 @@ class TrainerConfig:
         checkpoint: Checkpoints on disk.
         evaluation: Windows of frozen weights.
         gate: Which cuts are published.
+        http: Metrics and health.
+        history: Metrics over time.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -160,6 +204,8 @@ class TrainerConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
+    history: HistoryConfig = field(default_factory=HistoryConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from smes.arm_names import named
-from smes.arrays import F32, I64, Arrays, prefixed, under
+from smes.arrays import F32, F64, I64, Arrays, prefixed, under
 from smes.events import WHOLE, ExampleBlock
 from smes.metrics import BinaryTally, RegressionTally
 from smes.schema import Schema
@@ -206,37 +206,54 @@ class ProgressiveEvaluation(Observer):
 
     def progressive(self) -> dict[str, TaskMetrics]:
         """Metrics so far by task name, without the GAUC: cheap enough for every cut."""
+        return {task.name: _metrics(tally) for task, tally in zip(self._schema.tasks, self._tallies, strict=True)}
+
+    @property
+    def windows_closed(self) -> int:
+        """How many windows are over, with all their final labels."""
+        return max(0, self._window.number - len(self._unlabelled) - 1)  # number 0 is the empty one of the beginning
+
+    def totals(self) -> Arrays:
+        """What was counted so far, closed windows only, for :meth:`since`."""
+        totals: Arrays = {"group_auc": self._group_auc.copy()}
+        for t, tally in enumerate(self._tallies):
+            totals |= prefixed(f"{t}.", tally.state())
+        return totals
+
+    def since(self, totals: Arrays, *, with_open: bool = False) -> tuple[dict[str, TaskMetrics], dict[str, float]]:
+        """Metrics of what was counted since :meth:`totals` were taken, by task name.
+
+        Args:
+            totals: Of then.
+            with_open: Whether the GAUC of windows that are not closed counts, too.
+
+        Returns:
+            The metrics, and the impressions behind each task's windowed GAUC, which are its weight in an average.
+        """
+        group_auc_T2 = (self._all_group_auc() if with_open else self._group_auc) - totals["group_auc"]
         metrics = {}
-        for task, tally in zip(self._schema.tasks, self._tallies, strict=True):
-            if isinstance(tally, RegressionTally):
-                metrics[task.name] = TaskMetrics(
-                    tally.examples,
-                    tally.positives,
-                    xauc=_defined(tally.xauc),
-                    mae=_defined(tally.mean_absolute_error),
-                    mean_bias=_defined(tally.mean_bias),
-                    not_scored=tally.not_scored,
-                )
-                continue
-            report = tally.report()
-            metrics[task.name] = TaskMetrics(
-                report.examples,
-                report.positives,
-                base_rate=report.positives / report.examples if report.examples else None,
-                auc=_defined(report.auc),
-                ne=_defined(report.ne),
-                ece=_defined(report.ece),
-                calibration=_defined(report.calibration),
-                not_scored=report.not_scored,
-            )
-        return metrics
+        for t, (task, tally) in enumerate(zip(self._schema.tasks, self._tallies, strict=True)):
+            metrics[task.name] = _metrics(tally.since(under(f"{t}.", totals)))
+        return self._with_group_auc(metrics, group_auc_T2), {
+            task.name: weight for task, weight in zip(self._schema.tasks, group_auc_T2[:, 1].tolist(), strict=True)
+        }
+
+    def of_closed_windows(self) -> dict[str, TaskMetrics]:
+        """Metrics so far by task name, with the GAUC of the closed windows: as cheap as :meth:`progressive`."""
+        return self._with_group_auc(self.progressive(), self._group_auc)
 
     def report(self) -> dict[str, TaskMetrics]:
         """Metrics so far by task name, the open window included."""
-        metrics = self.progressive()
+        return self._with_group_auc(self.progressive(), self._all_group_auc())
+
+    def _all_group_auc(self) -> F64:
+        """Σ weight · AUC and Σ weight, windows that are not closed included. [T, 2]"""
         group_auc_T2 = self._group_auc.copy()
         for window in (*self._unlabelled.values(), self._window):
             group_auc_T2 += window.group_auc()
+        return group_auc_T2
+
+    def _with_group_auc(self, metrics: dict[str, TaskMetrics], group_auc_T2: F64) -> dict[str, TaskMetrics]:
         for task, (weighted, weight) in zip(self._schema.tasks, group_auc_T2, strict=True):
             if task.kind == "binary" and weight:
                 metrics[task.name] = replace(metrics[task.name], gauc_windowed=_defined(weighted / weight))
@@ -277,6 +294,30 @@ class ProgressiveEvaluation(Observer):
         self._period, self._before_window = (int(n) for n in state["window"])
         frozen = under("frozen.", state)
         self._frozen = self._thaw(frozen) if frozen else None
+
+
+def _metrics(tally: BinaryTally | RegressionTally) -> TaskMetrics:
+    """The metrics of a tally, without the GAUC."""
+    if isinstance(tally, RegressionTally):
+        return TaskMetrics(
+            tally.examples,
+            tally.positives,
+            xauc=_defined(tally.xauc),
+            mae=_defined(tally.mean_absolute_error),
+            mean_bias=_defined(tally.mean_bias),
+            not_scored=tally.not_scored,
+        )
+    report = tally.report()
+    return TaskMetrics(
+        report.examples,
+        report.positives,
+        base_rate=report.positives / report.examples if report.examples else None,
+        auc=_defined(report.auc),
+        ne=_defined(report.ne),
+        ece=_defined(report.ece),
+        calibration=_defined(report.calibration),
+        not_scored=report.not_scored,
+    )
 
 
 def _beginning(examples: ExampleBlock) -> tuple[ExampleBlock, bool]:

@@ -30,12 +30,14 @@ from trainer.freshness import FeedbackArrivals
 from trainer.gated_cuts import GatedCuts
 from trainer.lineages import lineage_to_publish, new_lineage, root_of
 from trainer.observers import BatchSender, DelayedResults, Observer
+from trainer.part_times import PartTimes
 from trainer.publisher import Publisher
 from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
 from trainer.schemas_before import SchemasBefore
 from trainer.stream import Stream
+from trainer.stretches import Stretches
 from trainer.training_state import Progress, TrainingState
 
 _logger = logging.getLogger(__name__)
@@ -56,6 +58,10 @@ class Trainer:
         arms: How well the scorer's arms served.
         publisher: Publishes cuts for serving; None until :meth:`publish_to`.
         schemas: From which the lineage was carried over.
+        times: What the time goes to.
+        cut_ms: When the newest cut was taken, Unix milliseconds; None before the first one of this process.
+        writer: Writes checkpoints; None without a folder for them.
+        failed: Counts steps that failed.
 
     Args:
         learner: The weights; the thread that runs this object owns them from now on.
@@ -70,6 +76,7 @@ class Trainer:
         max_failed_steps: So many steps in a row that are not finite stop the trainer.
         dead_letters: Where the examples of such steps go; None: they are only counted.
         gated: Judges the cuts; None: every cut is published.
+        stretches: Observes the metrics over time; None: nobody does.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class Trainer:
         max_failed_steps: int = DEFAULT_MAX_FAILED_STEPS,
         dead_letters: Callable[[Sequence[DeadLetter]], None] | None = None,
         gated: GatedCuts | None = None,
+        stretches: Stretches | None = None,
     ) -> None:
         self.learner, self.stream, self.evaluation = learner, stream, evaluation
         self.lineage = lineage or new_lineage()
@@ -94,24 +102,40 @@ class Trainer:
         self.experts = ExpertTally(learner.expert_limits, routing)
         self.arms = ArmTallies(learner.schema)
         self._flags, self._checkpoints = flags, checkpoints
-        self._writer = CheckpointWriter(checkpoints) if checkpoints else None
+        self.writer = CheckpointWriter(checkpoints) if checkpoints else None
+        self.times = PartTimes()
+        self.cut_ms: int | None = None
         self._features = SampledFeatures(learner)
         ahead = learner.overlaps_copies if prefetch is None else prefetch
         self._sender = BatchSender(learner, ahead=ahead, first=self._features.see)
         self._observers: list[Observer] = []
         self._results = DelayedResults(self._observers)
         self._routing = RoutingObserver(learner, self.experts, self._results.deliver)
-        self._failed = FailedSteps(max_failed_steps, self._forget, dead_letters)
+        self.failed = FailedSteps(max_failed_steps, self._forget, dead_letters)
         self.gated = gated
         gate = gated.gate if gated else None
-        self._observers += [self._routing, evaluation, self.arms, *([gate] if gate else []), *observers, self._failed]
-        self._state = TrainingState(learner, stream, evaluation, self.experts, self.arms, gate)
+        told_first = [
+            self._routing,
+            evaluation,
+            *([stretches] if stretches else []),
+            self.arms,
+            *([gate] if gate else []),
+        ]
+        self._observers += [*told_first, *observers, self.failed]
+        self._state = TrainingState(learner, stream, evaluation, self.experts, self.arms, gate, stretches)
+        if stretches is not None:
+            stretches.follow(lambda: (learner.step_number, self.trained, self._event_time_ms))
         self.publisher: Publisher | None = None
         self.schemas = SchemasBefore()
         self._arrivals = FeedbackArrivals(stream.taken_times)
         self._event_time_ms: int | None = None
         self._cut_step = -1
         self._first_cut_step = 0
+
+    @property
+    def event_time_ms(self) -> int | None:
+        """Event time of the newest example trained on; None before the first."""
+        return self._event_time_ms
 
     def observe(self, observer: Observer) -> None:
         """Add an observer of the steps from now on."""
@@ -232,8 +256,8 @@ class Trainer:
                 _logger.warning("%s", stopped)
             self._deliver_last()
         except StepsNotFinite:
-            if self._writer is not None:
-                self._writer.wait()
+            if self.writer is not None:
+                self.writer.wait()
             self._close_publisher()
             raise
         except SmesError:
@@ -269,9 +293,11 @@ class Trainer:
         if not self.step():
             self._results.deliver()
             self.stream.poll(_POLL_S)
+            self.times.lap("read")
             for observer in self._observers:
                 observer.after_read()
         self.run_requested()
+        self.times.lap("duties")
 
     def step(self) -> bool:
         """Score the next batch with the weights as they are, then take one step on it; False if none is ready."""
@@ -284,9 +310,12 @@ class Trainer:
             if self.gated is not None and (sifted := self.gated.gate.sift(to_train_on)) is not to_train_on:
                 self._sender.forget()
             batch = self._sender.take(examples, sifted)
+            self.times.lap("prepare")
             for observer in self._observers:
                 observer.before_step(to_train_on)
+            self.times.lap("evaluate")
             result = self.learner.step(batch)
+            self.times.lap("step")
             self.trained += to_train_on.num_impressions
             newest_ms = int(to_train_on.event_time_ms.max())
             self._event_time_ms = newest_ms if self._event_time_ms is None else max(self._event_time_ms, newest_ms)
@@ -294,7 +323,9 @@ class Trainer:
             self.learner.observe_closed(closings)
         sifts = self.gated is not None and self.gated.gate.sifts  # what a batch weighs is then found before its step
         self._sender.send_ahead(None if sifts else self.stream.upcoming())
+        self.times.lap("prepare")
         self._results.keep(to_train_on, result, closings)
+        self.times.lap("results")
         return True
 
     def run_requested(self) -> None:
@@ -312,13 +343,13 @@ class Trainer:
             self.cut()
         if self._flags.take(CHECKPOINT):
             self._results.deliver()  # did the last step fail?
-            if self._failed.in_a_row or (self.gated is not None and self.gated.postpones_checkpoints):
+            if self.failed.in_a_row or (self.gated is not None and self.gated.postpones_checkpoints):
                 self._flags.request(CHECKPOINT)  # later
                 return
-            if self._writer is not None and self._writer.is_busy:
+            if self.writer is not None and self.writer.is_busy:
                 self._flags.request(CHECKPOINT)  # later
-            elif self._writer is not None:
-                self._writer.start(*self._view())
+            elif self.writer is not None:
+                self.writer.start(*self._view())
 
     def save(self) -> None:
         """Offer the final cut and write the final checkpoint; errors as :meth:`checkpoint`."""
@@ -405,6 +436,7 @@ class Trainer:
         else:
             deltas = (self.learner.take_delta(),)
         view = self.learner.full_view() if full or base else None
+        self.cut_ms = wall_clock_ms()
         return Cut(
             step=self.learner.step_number,
             dense=self.learner.dense_serving_state() if view is None else view.dense,
@@ -418,7 +450,7 @@ class Trainer:
                 **({"gate": self.gated.gate.summary()} if self.gated else {}),
                 **({"features": features} if (features := self._features.summary()) else {}),
             },
-            cut_ms=wall_clock_ms(),
+            cut_ms=self.cut_ms,
             feedback=self._arrivals.take(),
         )
 
@@ -428,9 +460,9 @@ class Trainer:
         Raises:
             CheckpointError: The disk refused it.
         """
-        if self._writer is not None:
+        if self.writer is not None:
             self._results.deliver()
-            self._writer.write(*self._view())
+            self.writer.write(*self._view())
 
     def view(self) -> CheckpointView:
         """The whole present state, for a checkpoint in another folder."""

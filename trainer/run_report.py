@@ -26,35 +26,14 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
     trainer.settle()
     ledger, publisher = trainer.stream.ledger(), trainer.publisher
     tally, limits = trainer.experts, trainer.learner.expert_limits
+    events, feedback = training_counts(trainer)
     tasks = task_figures(trainer.evaluation.report())
     return TrainingReport(
         schema=trainer.learner.schema.hash,
         lineage=trainer.lineage,
         version=trainer.learner.step_number,
-        events=EventCounts(
-            impressions=ledger.impressions,
-            trained=trainer.trained,
-            waiting=ledger.waiting,
-            late=ledger.late,
-            duplicate=ledger.duplicate,
-            dead_lettered=ledger.dead_lettered,
-            not_finite=trainer.not_finite,
-            gaps=ledger.gaps,
-            unreadable=ledger.unreadable,
-        ),
-        feedback=FeedbackCounts(
-            received=ledger.feedback,
-            attached=ledger.attached,
-            corrected=ledger.corrected,
-            waiting=ledger.feedback_waiting,
-            late=ledger.feedback_late,
-            orphaned=ledger.orphaned,
-            duplicate=ledger.feedback_duplicate,
-            dead_lettered=ledger.feedback_dead_lettered,
-            dropped=ledger.feedback_dropped,
-            gaps=ledger.feedback_gaps,
-            unreadable=ledger.feedback_unreadable,
-        ),
+        events=events,
+        feedback=feedback,
         throughput=Throughput(trained / seconds if seconds > 0 else None),
         freshness_ms=Quantiles(),
         freshness_stages_ms={},
@@ -75,6 +54,36 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
         features=ledger.features,
         gate=trainer.gated.gate.summary() if trainer.gated else None,
     )
+
+
+def training_counts(trainer: Trainer) -> tuple[EventCounts, FeedbackCounts]:
+    """The two ledgers of a trainer."""
+    ledger = trainer.stream.ledger()
+    events = EventCounts(
+        impressions=ledger.impressions,
+        trained=trainer.trained,
+        waiting=ledger.waiting,
+        late=ledger.late,
+        duplicate=ledger.duplicate,
+        dead_lettered=ledger.dead_lettered,
+        not_finite=trainer.not_finite,
+        gaps=ledger.gaps,
+        unreadable=ledger.unreadable,
+    )
+    feedback = FeedbackCounts(
+        received=ledger.feedback,
+        attached=ledger.attached,
+        corrected=ledger.corrected,
+        waiting=ledger.feedback_waiting,
+        late=ledger.feedback_late,
+        orphaned=ledger.orphaned,
+        duplicate=ledger.feedback_duplicate,
+        dead_lettered=ledger.feedback_dead_lettered,
+        dropped=ledger.feedback_dropped,
+        gaps=ledger.feedback_gaps,
+        unreadable=ledger.feedback_unreadable,
+    )
+    return events, feedback
 
 
 def task_figures(metrics: dict[str, TaskMetrics]) -> dict[str, TaskFigures]:

@@ -23,6 +23,7 @@ from trainer.gate import PublishGate
 from trainer.routing_figures import ExpertTally
 from trainer.schemas_before import SchemasBefore
 from trainer.stream import Stream
+from trainer.stretches import Stretches
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class TrainingState:
     Attributes:
         learner, stream, evaluation, experts, arms: Of the trainer.
         gate: Its gate; None: the cuts are not judged.
+        stretches: Its metrics over time; None: nobody asked for them.
     """
 
     learner: Learner
@@ -56,6 +58,7 @@ class TrainingState:
     experts: ExpertTally
     arms: ArmTallies
     gate: PublishGate | None
+    stretches: Stretches | None = None
 
     def load(self, checkpoint: Checkpoint) -> Progress:
         """Put every part into the state of a checkpoint.
@@ -77,6 +80,9 @@ class TrainingState:
             gate = under("gate.", arrays)
             if self.gate is not None and gate:
                 self.gate.load_state(gate)
+            stretches = under("stretches.", arrays)
+            if self.stretches is not None and stretches:
+                self.stretches.load_state(stretches)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"checkpoint of step {checkpoint.step}: {error}") from error
         return Progress(trained, not_finite, None if event_time_ms == MISSING else event_time_ms, schemas)
@@ -97,6 +103,8 @@ class TrainingState:
         }
         if self.gate is not None:
             arrays |= prefixed("gate.", _kept(self.gate.state(), final="reference."))
+        if self.stretches is not None:
+            arrays |= prefixed("stretches.", _kept(self.stretches.state(), final="base."))
         view = CheckpointView(
             lineage=lineage,
             step=self.learner.step_number,

@@ -18,8 +18,8 @@ from fastapi import FastAPI
 
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
+from smes_io.bearer import Tokens
 from smes_io.secrets import SecretError, SecretPlace
-from smes_scorer.bearer import Tokens
 from smes_scorer.scoring_queue import ScoringQueue
 
 ONE, TWO, THREE = "0123456789abcdef", "fedcba9876543210-._~+/==", "another-token-for-rotation"
@@ -189,7 +189,7 @@ def test_every_token_is_compared_by_its_hash(file: Path, monkeypatch: pytest.Mon
         compared.append((len(a), len(b)))
         return digest(a, b)
 
-    monkeypatch.setattr("smes_scorer.bearer.hmac.compare_digest", noted)
+    monkeypatch.setattr("smes_io.bearer.hmac.compare_digest", noted)
     tokens = Tokens(SecretPlace(file=file))
     for shown in (b"", f"Bearer {ONE}".encode(), f"Bearer {TWO}".encode(), b"Bearer " + os.urandom(4000), b"Basic x"):
         compared.clear()

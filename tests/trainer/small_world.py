@@ -1,5 +1,6 @@
 """A small world on an in-memory log, and trainers over it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from trainer.gated_cuts import GatedCuts
 from trainer.loop import Trainer
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
+from trainer.stretches import Stretches
 
 SCHEMA = Schema(
     name="small",
@@ -108,27 +110,30 @@ def make_trainer(
     routing: RoutingHistoryConfig | None = None,
     stream: ExampleStream | None = None,
     gated: GatedCuts | None = None,
+    over_time: Callable[[ProgressiveEvaluation], Stretches] | None = None,
 ) -> Trainer:
     """A trainer that has trained on nothing yet; ``learner`` replaces the one of :func:`make_learner`.
 
-    So does ``stream`` the one of ``log`` by :data:`STREAM`.
+    So does ``stream`` the one of ``log`` by :data:`STREAM`. ``over_time`` makes what observes the metrics over time.
     """
     learner, letters = learner or make_learner(), DeadLetterWriter(log)
+    evaluation = ProgressiveEvaluation(
+        SCHEMA,
+        EvaluationConfig(window_s=10),
+        freeze=lambda: FrozenModel.freeze(learner),
+        thaw=lambda state: FrozenModel.thaw(learner, state),
+    )
     return Trainer(
         learner,
         stream or ExampleStream(SCHEMA, STREAM, log, letters),
-        ProgressiveEvaluation(
-            SCHEMA,
-            EvaluationConfig(window_s=10),
-            freeze=lambda: FrozenModel.freeze(learner),
-            thaw=lambda state: FrozenModel.thaw(learner, state),
-        ),
+        evaluation,
         flags or Flags(),
         checkpoints=CheckpointDirectory(checkpoints, keep=2) if checkpoints else None,
         prefetch=prefetch,
         routing=routing,
         dead_letters=letters.write,
         gated=gated,
+        stretches=over_time(evaluation) if over_time else None,
     )
 
 

@@ -1,0 +1,179 @@
+"""A run's metrics over time, in files of a folder: ``history-000001.jsonl``, …; the newest line comes last.
+
+A line is an object of JSON (:func:`line_of`). Lines are bounded: when a file is full the next one begins, and the
+oldest ones go. A trainer that goes on from a checkpoint first takes out the lines of after it: it writes them again.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from smes.errors import SmesError
+from smes.model.rows_config import RowCounts
+from trainer.lineages import root_of
+from trainer.log_end import Lag
+from trainer.stretches import Stretch
+from trainer.telemetry import Experts
+
+_NAME = re.compile(r"history-(\d{6,})\.jsonl")
+_FILES = 4  # full ones that hold as many lines as are kept
+
+_logger = logging.getLogger(__name__)
+
+
+def line_of(
+    stretch: Stretch, *, lineage: str, wall_ms: int, experts: Experts, rows: RowCounts, lag: Lag | None
+) -> dict[str, Any]:
+    """What is written of a stretch. Experts, rows and lag are those of the moment of writing.
+
+    Args:
+        stretch: See :class:`trainer.stretches.Stretch`.
+        lineage: The lineage trained.
+        wall_ms: The time, Unix milliseconds.
+        experts, rows: Of the trainer.
+        lag: How far behind the log's end; None where nobody looks.
+    """
+    return {
+        "stretch": stretch.number,
+        "step": stretch.step,
+        "lineage": lineage,
+        "wall_ms": wall_ms,
+        "event_time_ms": stretch.event_time_ms,
+        "trained": stretch.trained,
+        "impressions": stretch.impressions,
+        "windows": stretch.windows,
+        "tasks": {
+            name: {**asdict(metrics), "ranked": round(stretch.ranked[name])} for name, metrics in stretch.tasks.items()
+        },
+        "experts": {
+            **asdict(experts.routing),
+            "active_mean": experts.active_mean,
+            "load_share": [round(share, 5) for share in experts.load_share],
+        },
+        "rows": asdict(rows),
+        "lag": None if lag is None else {"records": lag.records, "seconds": lag.seconds},
+    }
+
+
+class HistoryFiles:
+    """Appends lines for one writer.
+
+    Attributes:
+        failures: Lines that could not be written.
+
+    Args:
+        directory: Created if missing.
+        keep: So many of the newest lines are kept at least.
+
+    Raises:
+        SmesError: The folder cannot be created.
+    """
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self._directory, self._keep = directory, keep
+        self._most = max(1, -(-keep // _FILES))  # lines of a file
+        self.failures = 0
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SmesError(f"history folder {directory}: cannot be created: {error.strerror}") from error
+        self._counts: dict[Path, int] = {}  # lines of each file, oldest first
+
+    def begin(self, lineage: str, step: int, stretch: int | None) -> None:
+        """Go on in a lineage: later lines of it, and of its forks, are taken out, and what is torn.
+
+        Args:
+            lineage: Of the trainer.
+            step: Steps that it has taken.
+            stretch: Number of its next stretch; None: any.
+
+        Raises:
+            SmesError: The folder cannot be read or written.
+        """
+        try:
+            for path in _files(self._directory):
+                text = path.read_text(encoding="utf-8", errors="replace")
+                kept = [line for line in text.splitlines() if _stays(line, root_of(lineage), step, stretch)]
+                if not kept:
+                    path.unlink()
+                    continue
+                if (new := "".join(f"{line}\n" for line in kept)) != text:
+                    _replace(path, new)
+                self._counts[path] = len(kept)
+        except OSError as error:
+            raise SmesError(f"history folder {self._directory}: cannot be read: {error.strerror}") from error
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line. If that fails, it is logged, and the training goes on."""
+        newest = next(reversed(self._counts), None)
+        if newest is None or self._counts[newest] >= self._most:
+            number = 1 if newest is None else _number(newest) + 1
+            newest = self._directory / f"history-{number:06d}.jsonl"
+            self._counts[newest] = 0
+        try:
+            with newest.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._counts[newest] += 1
+            for oldest in list(self._counts):
+                if sum(self._counts.values()) - self._counts[oldest] < self._keep:
+                    break
+                oldest.unlink(missing_ok=True)
+                del self._counts[oldest]
+        except OSError as error:
+            self.failures += 1
+            _logger.error("history %s: a line could not be written: %s", newest, error.strerror)
+
+
+def read_history(directory: Path) -> Iterator[dict[str, Any]]:
+    """All lines, oldest first; what is no line is passed over, as the last one may be while it is written.
+
+    Raises:
+        SmesError: There is no such folder, or it cannot be read.
+    """
+    if not directory.is_dir():
+        raise SmesError(f"{directory}: no such folder, expected one of trainer.history.directory or --history")
+    for path in _files(directory):
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            continue  # it was the oldest
+        except OSError as error:
+            raise SmesError(f"{path}: cannot be read: {error.strerror}") from error
+        yield from (line for line in map(_parsed, text.splitlines()) if line is not None)
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=_number)
+
+
+def _number(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    assert found is not None, "only such files are listed"
+    return int(found[1])
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and {"stretch", "step", "lineage", "tasks"} <= value.keys() else None
+
+
+def _stays(line: str, root: str, step: int, stretch: int | None) -> bool:
+    value = _parsed(line)
+    if value is None:
+        return False
+    if root_of(value["lineage"]) != root or value["step"] < step:
+        return True
+    return bool(value["step"] == step and (stretch is None or value["stretch"] < stretch))
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
