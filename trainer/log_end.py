@@ -5,6 +5,7 @@ An event log that is away makes this thread wait, and nobody else.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from stream.topics import FEEDBACK, IMPRESSIONS
 _logger = logging.getLogger(__name__)
 _EVERY_S = 2.0
 _READ_S = 0.05
+_PATIENCE_S = 5.0  # the client itself tries again for longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,6 @@ class LogEnd:
 
     Attributes:
         lag: What was found last; None before the first time.
-        problem: Why the last look failed; None if it did not.
         failures: Looks that failed.
 
     Args:
@@ -81,11 +82,21 @@ class LogEnd:
     ) -> None:
         self._open_log, self._decode, self._positions, self._every_s = open_log, decode, positions, every_s
         self.lag: Lag | None = None
-        self.problem: str | None = None
         self.failures = 0
+        self._failure: str | None = None
+        self._asked_s: float | None = None  # since when there is no answer
         self._times: dict[tuple[TopicPartition, int], int | None] = {}  # of records that were looked at before
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log-end", daemon=True)
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not known where the log ends; None if it is. From any thread."""
+        asked_s = self._asked_s
+        waited_s = 0.0 if asked_s is None else time.monotonic() - asked_s
+        if waited_s > _PATIENCE_S:
+            return f"where the event log ends is not known: no answer for {waited_s:.0f} s"
+        return self._failure
 
     def start(self) -> None:
         """Start the thread."""
@@ -101,16 +112,18 @@ class LogEnd:
         log: EventLog | None = None
         while not self._stop.is_set():
             try:
+                self._asked_s = time.monotonic()
                 if log is None:
                     log = self._open_log()
                     log.set_stop(self._stop)
                 self.lag = self._look(log)
-                self.problem = None
+                self._failure = None
             except SmesError as error:
                 self._failed(error)
             except Exception as error:  # whatever a client raises: the next look is in two seconds
                 self._failed(error)
                 _logger.debug("looking where the event log ends", exc_info=True)
+            self._asked_s = None
             self._stop.wait(self._every_s)
         if log is not None:
             log.close()
@@ -118,7 +131,7 @@ class LogEnd:
     def _failed(self, error: Exception) -> None:
         if not self._stop.is_set():
             self.failures += 1
-            self.problem = f"where the event log ends is not known: {error}"
+            self._failure = f"where the event log ends is not known: {error}"
 
     def _look(self, log: EventLog) -> Lag:
         positions, known, self._times = self._positions(), self._times, {}

@@ -21,7 +21,7 @@ from trainer.run_report import training_counts
 from trainer.stretches import Stretch, Stretches
 
 _EVERY_S = 1.0
-STILL_S = 30.0
+STILL_S = 10.0
 """After so many seconds without a step and without a read the training thread counts as standing still."""
 
 
