@@ -41,8 +41,8 @@ def infer(
     except OSError as error:
         raise SmesError(f"--out {out}: cannot be written: {error.strerror}") from error
     console.print(
-        f"wrote {out}: {len(proposal.roles.labels)} tasks, {len(proposal.features)} features; {unsure_lines(text)} "
-        f"places are marked with ?\nnext: smes check {log} --schema {out}",
+        f"wrote {out}: tasks {len(proposal.roles.labels)}, features {len(proposal.features)}, places marked with ? "
+        f"{unsure_lines(text)}\nnext: smes check {log} --schema {out}",
         highlight=False,
         soft_wrap=True,
     )

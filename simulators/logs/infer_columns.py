@@ -80,6 +80,11 @@ class Column:
         return self.filled > 0 and self.flags >= 0.999 and self.distinct > 1
 
     @property
+    def never_repeats(self) -> bool:
+        """Another value in each row, as a number of the row has it."""
+        return self.filled >= 20 and self.distinct >= 0.98 * self.filled
+
+    @property
     def is_list(self) -> bool:
         """Whether it holds several ids in one value."""
         return self.sql_type.endswith("]") or self.bracketed > 0.95 or self.separator is not None

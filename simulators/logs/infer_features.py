@@ -159,6 +159,9 @@ def log_features(sample: LogSample, log: Table, columns: Sequence[Column], roles
                 "0 and 1, and no name that says which: an outcome (a task), or known before (a feature)?"
             )
             continue
+        if column.never_repeats and not column.is_number and not column.is_list and not fixed:
+            roles.left_out[column.name] = "another text in each row: the impression's own id (impression_id)?"
+            continue
         line = feature_of(column, roles.left_out)
         if line is None:
             continue

@@ -158,7 +158,7 @@ def _find_ids(table: Table, columns: Sequence[Column], hints: Hints, roles: Role
         if getattr(roles, role):
             continue
         wanted = 2 if role == "user" and not roles.item else 1
-        ranked = sorted(others, key=lambda c: -c.distinct)[:wanted]
+        ranked = sorted(others, key=lambda c: (c.never_repeats, -c.distinct))[:wanted]
         if not ranked:
             raise LogError(
                 f"{table.files[0]}: no column looks like the id of the {role}, expected one (--{role} names it); "
@@ -167,7 +167,8 @@ def _find_ids(table: Table, columns: Sequence[Column], hints: Hints, roles: Role
         chosen = min(ranked, key=columns.index)
         others.remove(chosen)
         setattr(roles, role, chosen.name)
-        roles.notes[f"{role}_id"] = "by its content alone: it repeats, and has many values"
+        why = "though another one in each row" if chosen.never_repeats else "it repeats, and has many values"
+        roles.notes[f"{role}_id"] = f"by its content alone: {why}"
     if roles.user == roles.item:
         raise ValueError(f"{table.files[0]}: column {roles.user!r} as user and item, expected two (--user, --item)")
 

@@ -237,6 +237,18 @@ def test_hints_decide_what_names_do_not(tmp_path: Path) -> None:
     assert [label.column for label in schema_file.log.labels.values()] == ["f"]
 
 
+def test_numbers_of_rows_are_no_users_and_no_features(tmp_path: Path) -> None:
+    rows = {"nr": [f"n{n}" for n in range(N)], "kunde": USER + 100, "artikel": [f"a{i}" for i in ITEM]}
+    folder = wrote(tmp_path / "log", log__csv=text({**rows, "gezeigt": TIME_S, "click": CLICK}))
+
+    schema_file, written = proposed(folder)
+
+    assert schema_file.log is not None
+    assert (schema_file.log.user_id, schema_file.log.item_id) == ("kunde", "artikel")
+    assert "nr" not in features(schema_file)
+    assert "nr: another text in each row: the impression's own id (impression_id)?" in written
+
+
 def test_of_a_large_file_pieces_from_all_over_it_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A log sorted by user shows users of its beginning and of its end."""
     monkeypatch.setattr(infer_tables, "SAMPLE_BYTES", 12_000)
