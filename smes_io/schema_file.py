@@ -86,7 +86,10 @@ def _check_log(schema: Schema, log: LogSpec) -> None:
             raise ValueError(f"log.labels.{name}: unknown task, expected one of {names}")
     for name, task in tasks.items():
         if name not in log.labels:
-            raise ValueError(f"log.labels: task {name!r} has no label, expected one for each of {names}")
+            raise ValueError(
+                f"log.labels: task {name!r} has no label, expected one for each of {names}; where the log does not "
+                "know the task, leave out section log, which only reading that log needs"
+            )
         label = log.labels[name]
         floor = label.delay.at_least
         if floor is not None and (floor not in tasks or tasks[floor].kind != "regression"):
