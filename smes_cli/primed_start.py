@@ -11,6 +11,7 @@ from smes_cli.config import Config
 from smes_cli.console import console
 from smes_cli.starting_point import InService, WithoutCheckpoint, model_in_service
 from smes_cli.times import utc
+from smes_io.clock import wall_clock_ms
 from stream.join.watermarks import START_OF_TIME
 from stream.log.event_log import EventLog, Positions
 from stream.priming import Primed, is_of_blocks, live_state, primed_by
@@ -66,9 +67,12 @@ def begin_primed(
         The snapshot in service.
 
     Raises:
+        ValueError: The time to read from is yet to come.
         ServingWithoutCheckpoint: A model is in service, and nobody said that it is to be replaced.
         CheckpointError, SchemaMismatch: There is no checkpoint of a log in files that fits.
     """
+    if start.since_ms is not None and start.since_ms > wall_clock_ms():
+        raise ValueError(f"--since: {utc(start.since_ms)} UTC, expected a time that is over")
     in_service = model_in_service(store)
     if (in_service.manifest is not None or in_service.problem is not None) and not other.anew:
         raise ServingWithoutCheckpoint(

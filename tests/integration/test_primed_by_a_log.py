@@ -130,5 +130,8 @@ def test_what_cannot_be_primed_is_refused_and_says_why(
         assert run(["-c", str(tmp_path / "other" / "smes.yaml"), "train", "--anew", "--from", str(wrong)]) == 1
         assert expected in capsys.readouterr().err
     assert run(["-c", str(path), "train", "--since", "2h"]) == EXIT_USAGE
+    ahead = PrimedStart(folder, wall_clock_ms() + 60_000)
+    with pytest.raises(ValueError, match="expected a time that is over"):
+        drain_primed(other, ahead)
     assert run(["-c", str(path), "backtest", str(world), "--checkpoint", str(folder)]) == EXIT_USAGE
     assert "has a checkpoint already, expected an empty folder" in capsys.readouterr().err
