@@ -1,6 +1,7 @@
 """Entry point: run the command, and turn errors into one line and an exit code."""
 
 import gc
+import logging
 import sys
 
 from smes.errors import SmesError
@@ -39,7 +40,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _print(error: Exception) -> None:
-    """Print an error, and what was noted on its way, as one line."""
+    """Print an error, and what was noted on its way, as one line; where it came from is for ``--verbose``."""
+    logging.getLogger(__name__).debug("where it came from", exc_info=error)
     errors.print("smes: " + "; ".join([str(error), *getattr(error, "__notes__", [])]), highlight=False, soft_wrap=True)
 
 

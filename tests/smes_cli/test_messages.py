@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +25,7 @@ from stream.topics import IMPRESSIONS
 from tests.integration.training import drain
 from tests.running import (
     DEADLINE_S,
+    environment,
     read_config,
     read_json,
     start_smes,
@@ -235,3 +238,15 @@ def test_a_replay_of_nothing_takes_no_time(capsys: Captured, tmp_path: Path, red
     path = write_config(tmp_path, redis_url, namespace)
     assert run(["-c", str(path), "replay", str(tmp_path / "world.parquet"), "--limit", "0"]) == 0
     assert "0 impressions and 0 feedback events appended in 0.0 s" in capsys.readouterr().out
+
+
+def test_verbose_says_where_an_error_came_from(tmp_path: Path) -> None:
+    """As a process: it configures the logging of the whole program."""
+    command = [sys.executable, "-P", "-m", "smes_cli", "check", "nowhere", "--schema", "synthetic"]
+    quiet, verbose = (
+        subprocess.run(each, cwd=tmp_path, env=environment(), capture_output=True, text=True).stderr
+        for each in (command, [*command[:4], "-v", *command[4:]])
+    )
+    assert "Traceback" not in quiet
+    assert "find_files" in verbose
+    assert verbose.endswith(quiet)
