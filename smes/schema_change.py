@@ -62,6 +62,11 @@ class SchemaChange:
         """Features that go on: new name → old name, in the new order. Without derived ones."""
         return self._features.old_name
 
+    @property
+    def derived_names(self) -> dict[str, str]:
+        """Derived features that go on: new name → old name, in the new order."""
+        return self._derived.old_name
+
     @cached_property
     def task_names(self) -> dict[str, str]:
         """Tasks that go on: new name → old name, in the new order."""
@@ -129,7 +134,7 @@ class SchemaChange:
         """What goes on, in words: ``feature 'price_usd' (was 'price')``."""
         return (
             *(in_words("feature", new, old) for new, old in self.feature_names.items()),
-            *(in_words("derived feature", new, old) for new, old in self._derived.old_name.items()),
+            *(in_words("derived feature", new, old) for new, old in self.derived_names.items()),
             *(in_words("task", new, old) for new, old in self.task_names.items()),
         )
 
@@ -138,11 +143,7 @@ class SchemaChange:
         """What is new, in words."""
         return (
             *(f"feature {f.name!r} ({f.kind})" for f in self.now.features if f.name not in self.feature_names),
-            *(
-                f"derived feature {d.name!r} ({d.kind})"
-                for d in self.now.derived
-                if d.name not in self._derived.old_name
-            ),
+            *(f"derived feature {d.name!r} ({d.kind})" for d in self.now.derived if d.name not in self.derived_names),
             *(f"task {t.name!r} ({t.kind})" for t in self.now.tasks if t.name not in self.task_names),
         )
 
@@ -150,7 +151,7 @@ class SchemaChange:
     def dropped(self) -> tuple[str, ...]:
         """What is no longer there, in words."""
         features, tasks = set(self.feature_names.values()), set(self.task_names.values())
-        derived = set(self._derived.old_name.values())
+        derived = set(self.derived_names.values())
         return (
             *(f"feature {f.name!r} ({f.kind})" for f in self.was.features if f.name not in features),
             *(f"derived feature {d.name!r} ({d.kind})" for d in self.was.derived if d.name not in derived),
@@ -358,7 +359,7 @@ class SchemaChange:
         found = []
         pairs: list[tuple[str, Any, Any, Mapping[str, str]]] = [
             ("feature", self.was.features, self.now.features, self.feature_names),
-            ("derived feature", self.was.derived, self.now.derived, self._derived.old_name),
+            ("derived feature", self.was.derived, self.now.derived, self.derived_names),
             ("task", self.was.tasks, self.now.tasks, self.task_names),
         ]
         for kind, was, now, names in pairs:
@@ -370,7 +371,7 @@ class SchemaChange:
 
     def _as_now(self, key: str, value: Any) -> Any:
         """An attribute from before as the new schema says it: with the new names of features."""
-        new_name = {old: new for new, old in {**self.feature_names, **self._derived.old_name}.items()}
+        new_name = {old: new for new, old in {**self.feature_names, **self.derived_names}.items()}
         if key in ("query", "accompanies"):
             return new_name.get(value, value)
         return tuple(new_name.get(name, name) for name in value) if key == "of" else value

@@ -45,7 +45,7 @@ from stream.join.ledgers import CORRECTED, DUPLICATE, HELD, LATE, ORPHANED, READ
 from stream.log.event_log import EventLog, Positions, TopicPartition
 from stream.partition_state import saved_partitions, state_name
 from stream.recount import LetterRecount, Progress, Recount, Recounter, Span, recount_letters
-from stream.sources import Began, began_in, counted_in, lost_in
+from stream.sources import Began, began_in, counted_in, lost_in, refused_in
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 
 
@@ -185,7 +185,7 @@ class _Audit:
                 unread=recount.unread,
                 reinjected=len(recount.origins),
             )
-        ledger, refused = self._array(source, "ledger").tolist(), self._array(source, "refused").tolist()
+        ledger, refused = self._array(source, "ledger").tolist(), refused_in(self._state, source)
         counted, lost, queued = counted_in(self._state, source), lost_in(self._state, source), self._queued[source]
         return PartitionAudit(
             topic=source.topic,
@@ -202,13 +202,13 @@ class _Audit:
             duplicate=ledger[DUPLICATE],
             orphaned=ledger[ORPHANED],
             dead_lettered=counted.dead_lettered,
-            dropped=refused[4],
+            dropped=refused.dropped,
             unread=recount.unread,
             trimmed_read=max(0, min(recount.begin, span.position) - began_in(self._state, source).position),
             trimmed_unread=lost.trimmed + max(0, recount.begin - span.position),
             logs_replaced=lost.replaced,
             gaps=counted.gaps,
-            unreadable=refused[3],
+            unreadable=refused.unreadable,
             letters=letters.spans[source].all,
             reinjected=len(recount.origins),
         )

@@ -22,10 +22,10 @@ from stream.join.entries import EARLY
 from stream.join.joiner import JoinConfig
 from stream.join.ledgers import HELD, READ
 from stream.join.waits import described, stages_of
+from stream.log.event_log import TopicPartition
 from stream.partition_state import saved_partitions, state_name
+from stream.sources import refused_in
 from stream.topics import FEEDBACK, IMPRESSIONS
-
-_DROPPED = 4  # column of ``refused``
 
 
 class CarriedStream(NamedTuple):
@@ -65,11 +65,6 @@ def waiting_in(state: Arrays) -> int:
     return sum(int(state[state_name(IMPRESSIONS, p, "ledger")][HELD]) for p in found)
 
 
-def count_dropped(state: Arrays, change: SchemaChange) -> int:
-    """How much feedback of a state waits for its impression and is of tasks that there are no more."""
-    return sum(_early_of_dropped_tasks(state, change).values())
-
-
 def _converted(name: str, array: NDArray[Any], change: SchemaChange) -> NDArray[Any]:
     table, _, column = name.rpartition("/")[2].partition(".")
     convert = _COLUMNS.get(column) if table in ("entry", "waiting", "queued") else None
@@ -105,12 +100,12 @@ def _drop_early(state: Arrays, converted: Arrays, change: SchemaChange) -> int:
     """Count feedback of dropped tasks that waits as dropped: it has never reached an impression."""
     dropped = _early_of_dropped_tasks(state, change)
     for partition, count in dropped.items():
-        ledger, refused = (state_name(FEEDBACK, partition, what) for what in ("ledger", "refused"))
-        counts, others = converted[ledger].copy(), converted[refused].copy()
-        counts[READ] -= count
-        counts[HELD] -= count
-        others[_DROPPED] += count
-        converted[ledger], converted[refused] = counts, others
+        name = state_name(FEEDBACK, partition, "ledger")
+        converted[name] = state[name].copy()
+        converted[name][[READ, HELD]] -= count
+        refused = refused_in(state, TopicPartition(FEEDBACK, partition))
+        refused = refused._replace(dropped=refused.dropped + count)
+        converted[state_name(FEEDBACK, partition, "refused")] = np.array(refused, np.int64)
     return dropped.total()
 
 

@@ -23,6 +23,7 @@ from stream.join.ledgers import StreamLedger
 from stream.left_out_features import FeatureTally
 from stream.log.event_log import TopicPartition, UnreadableRecord
 from stream.partition_state import load_rows, save_rows, state_name
+from stream.sources import refused_in
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 
@@ -173,7 +174,7 @@ class Assembler:
 
     @property
     def _counts_refused(self) -> tuple[Counter[TopicPartition], ...]:
-        """The counts of the array ``refused``, in its order."""
+        """The counts of a :class:`stream.sources.Refused`, in its order."""
         return self._dead, self._unknown_fields, self._gaps, self._unreadable, self._dropped
 
     @property
@@ -348,9 +349,8 @@ class Assembler:
         self._join.load_state(state)
         self.features.load_state(state, self.sources)
         for source in self.sources:
-            refused = state.get(state_name(source.topic, source.partition, "refused"), np.zeros(0, np.int64)).tolist()
-            for i, counts in enumerate(self._counts_refused):
-                counts[source] = refused[i] if i < len(refused) else 0  # a state from before it was counted
+            for counts, count in zip(self._counts_refused, refused_in(state, source), strict=True):
+                counts[source] = count
         columns = load_rows(IMPRESSIONS, "queued", state)
         order = np.argsort(columns.pop("order"))
         queued, start = ExampleBlock(**columns).take(order), 0

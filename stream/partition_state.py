@@ -11,7 +11,7 @@ has more partitions can load it:
 ``*/p/vouched_ms``           the event time that enough of the last events have reached (:mod:`stream.join.watermarks`)
 ``*/p/recent_*``             those last events
 ``*/p/ledger``               counts of events (:data:`stream.join.ledgers.COLUMNS`)
-``*/p/refused``              events dead-lettered, unknown fields of others, gaps, unreadable records, events dropped
+``*/p/refused``              counts of what never came to the join (:class:`stream.sources.Refused`)
 ``impressions/p/features``   look-ups of features that were left out (:mod:`stream.left_out_features`)
 ``feedback/p/entry.*``       feedback that was read before its impression
 ``impressions/p/entry.*``    impression ids that wait or are remembered, with the labels attached so far

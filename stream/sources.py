@@ -64,6 +64,24 @@ class Skipped:
         return max(0, self.now - self.before) if self.was is None else 0
 
 
+class Refused(NamedTuple):
+    """What was read of a partition, or passed over, and never came to the join.
+
+    Attributes:
+        dead_lettered: Events refused.
+        unknown_fields: Fields of other events that the schema does not have.
+        gaps: Records that the log no longer holds.
+        unreadable: Records that nobody can read as one of ours, each dead-lettered as well.
+        dropped: Feedback for tasks that there are no more.
+    """
+
+    dead_lettered: int = 0
+    unknown_fields: int = 0
+    gaps: int = 0
+    unreadable: int = 0
+    dropped: int = 0
+
+
 class Counted(NamedTuple):
     """What a state has counted of a partition, all incarnations of the log together.
 
@@ -252,12 +270,17 @@ class Sources:
         return {**self._log.begin(IMPRESSIONS), **self._log.begin(FEEDBACK)}
 
 
+def refused_in(state: Arrays, source: TopicPartition) -> Refused:
+    """What a stream's state has counted of a partition; zeros where it knows nothing of it."""
+    counts = state.get(state_name(source.topic, source.partition, "refused"))
+    return Refused() if counts is None else Refused(*counts.tolist())
+
+
 def counted_in(state: Arrays, source: TopicPartition) -> Counted:
     """What a stream's state has counted of a partition; zeros where it knows nothing of it."""
     ledger = state.get(state_name(source.topic, source.partition, "ledger"), np.zeros(len(COLUMNS), np.int64))
-    refused = state.get(state_name(source.topic, source.partition, "refused"), np.zeros(5, np.int64))
-    dead, _, gaps, _, dropped = refused.tolist()
-    return Counted(int(ledger[READ]) + dead + dropped, dead, gaps)
+    refused = refused_in(state, source)
+    return Counted(int(ledger[READ]) + refused.dead_lettered + refused.dropped, refused.dead_lettered, refused.gaps)
 
 
 def began_in(state: Arrays, source: TopicPartition) -> Began:

@@ -19,7 +19,7 @@ from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.rows_config import RowsConfig
 from smes.schema import Schema, Task
 from smes.schema_change import NEW, SchemaChange
-from stream.carry_over import carry_over_stream, count_dropped, waiting_in
+from stream.carry_over import carry_over_stream, waiting_in
 from stream.join.joiner import JoinConfig
 from trainer.checkpoint_file import Checkpoint
 from trainer.gate_verdicts import Marks
@@ -65,16 +65,17 @@ class CarryOver:
         """What is not kept though it could be wished for, in words."""
         change, arrays = self.change, checkpoint.arrays
         stream = under("stream.", arrays)
+        carried = carry_over_stream(stream, change, self.join)
         found = ["metrics: the open evaluation window ends; the routing's history begins anew"]
         if self.gate and under("gate.", arrays):
             found.append("publish gate: what it takes for usual, and the version that it compares with, begin anew")
-        if dropped := count_dropped(stream, change):
+        if carried.dropped:
             found.append(
-                f"join: {dropped:,} feedback events that wait are of dropped tasks; they are counted as dropped"
+                f"join: {carried.dropped:,} feedback events that wait are of dropped tasks; they are counted as dropped"
             )
         if np.any(change.tasks == NEW) and (waiting := waiting_in(stream)):
             found.append(f"join: {waiting:,} impressions that wait have no labels of the new tasks")
-        if carry_over_stream(stream, change, self.join).restaged:
+        if carried.restaged:
             found.append(
                 "join: tasks wait otherwise than before: impressions that were trained on for some of their tasks are "
                 "so with later feedback alone"

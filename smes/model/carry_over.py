@@ -15,6 +15,7 @@ Letters: T tasks, W id columns, F numeric features.
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def carry_over(
     was_model = was_model or model
     if problems := carry_over_problems(change, model, was_model):
         raise ValueError(f"schema {change.now.name!r}: {problems[0]}")
-    inputs = SchemaChange(change.was.inputs, change.now.inputs, change.renamed)
+    inputs = change.inputs
     old_dense = under("dense.", state)
     try:
         was = structure_of(under("structure.", old_dense), change.was.num_tasks)
@@ -79,7 +80,8 @@ def carry_over(
         new_dense["shared_rows_V"] = torch.from_numpy(rules.keys(change.now).shared_rows)
         arrays: Arrays = {n: t.numpy() for n, t in state.items() if n.startswith(("rows.", "table."))}
         table = carried_table(arrays, old_dense["shared_rows_V"].numpy(), inputs, rules)
-        _carry_boundaries(old_dense, new_dense, change)
+        for bucket, before in _buckets_that_go_on(change):
+            new_dense["boundaries_Q"][bucket.boundaries] = old_dense["boundaries_Q"][before.boundaries]
         if not _reads_the_same(dense):
             new_dense |= prefixed("before.", _before(old_dense, inputs, change, was_model))
         out = prefixed("dense.", new_dense)
@@ -177,24 +179,27 @@ def _inverse(was: I64, length: int) -> I64:
     return now
 
 
-def _carry_boundaries(old: Mapping[str, Tensor], new: dict[str, Tensor], change: SchemaChange) -> None:
-    """Boundaries of quantile buckets, by the names of the features."""
-    was = boundary_slices(change.was)
-    for name, at in boundary_slices(change.now).items():
-        before = was.get(change.renamed.features.get(name, name), was.get(name))
-        if before is not None and before.stop - before.start == at.stop - at.start:
-            new["boundaries_Q"][at] = old["boundaries_Q"][before]
+class _Bucket(NamedTuple):
+    """The place of a quantile bucket among those of its schema, and its boundaries within those of all."""
+
+    place: int
+    boundaries: slice
+
+
+def _buckets_that_go_on(change: SchemaChange) -> list[tuple[_Bucket, _Bucket]]:
+    """The quantile buckets that both schemas have: now and before. They have as many boundaries in both."""
+    was, now = (
+        {name: _Bucket(k, at) for k, (name, at) in enumerate(boundary_slices(schema).items())}
+        for schema in (change.was, change.now)
+    )
+    return [(bucket, was[change.derived_names[name]]) for name, bucket in now.items() if name in change.derived_names]
 
 
 def _quantiles(old: Mapping[str, Tensor], change: SchemaChange) -> dict[str, Tensor]:
     fresh = StreamQuantiles(Derivations(change.now)).state()
-    was = {name: k for k, name in enumerate(boundary_slices(change.was))}
-    for k, (name, at) in enumerate(boundary_slices(change.now).items()):
-        before = was.get(change.renamed.features.get(name, name), was.get(name))
-        width = boundary_slices(change.was)[list(was)[before]] if before is not None else None
-        if before is not None and width is not None and width.stop - width.start == at.stop - at.start:
-            for key, array in fresh.items():
-                array[k] = old[key].numpy()[before]
+    for bucket, before in _buckets_that_go_on(change):
+        for key, array in fresh.items():
+            array[bucket.place] = old[key].numpy()[before.place]
     return {key: torch.from_numpy(array) for key, array in fresh.items()}
 
 

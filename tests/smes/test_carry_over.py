@@ -19,7 +19,7 @@ from smes.model.learner import Learner
 from smes.model.probing import probe_findings
 from smes.model.rows_config import RowsConfig
 from smes.model.serving import ServingModel
-from smes.schema import MISSING, Feature, Schema, Task
+from smes.schema import MISSING, Derived, Feature, Schema, Task
 from smes.schema_change import NEW, Renames, SchemaChange
 from tests.smes.plain_smes import changed
 from tests.smes.schema_changes import examples, random_change, with_new_values, with_tasks_of
@@ -184,6 +184,37 @@ def test_rows_go_on_by_vocabulary(rows: RowsConfig | None) -> None:
     assert all(taken)
     if rows is not None:
         assert after.row_counts.in_use <= 60
+
+
+def test_boundaries_of_quantile_buckets_go_on_by_name() -> None:
+    """A bucket that has kept its name keeps its boundaries, though the file says what another one was renamed from."""
+    features = (Feature("price", "numeric"), Feature("age", "numeric"))
+    band, stage = Derived("band", "bucket", ("price",), quantiles=4), Derived("stage", "bucket", ("age",), quantiles=3)
+    was = Schema("s", (Task("click"),), features, derived=(band, stage))
+    more = Derived("more", "bucket", ("age",), quantiles=5)
+    model, rng = ModelConfig(ranker="linear"), np.random.default_rng(0)
+    learner = Learner(was, model, _OPTIMIZER, device=_CPU)
+    learner.step(learner.prepare(examples(rng, was, 64)))
+    state = learner.state()
+    fresh = Learner(was, model, _OPTIMIZER, device=_CPU).state()["dense.boundaries_Q"]
+    renamed = replace(stage, name="phase")
+    for derived, renames, places in (
+        ((stage, more, band), {"stage": "band"}, (1, None, 0)),
+        ((renamed, more, band), {"phase": "stage"}, (1, None, 0)),
+        ((renamed, band), {}, (None, 0)),
+    ):
+        change = SchemaChange(was, replace(was, derived=derived), Renames(renames))
+        carried = carry_over(state, change, model, _OPTIMIZER, 0)
+        after = Learner(change.now, model, _OPTIMIZER, device=_CPU)
+        after.load_state(carried)
+        old = torch.split(state["dense.boundaries_Q"], [3, 2])
+        new = torch.split(carried["dense.boundaries_Q"], [d.quantiles - 1 for d in derived if d.quantiles])
+        for i, (place, boundaries) in enumerate(zip(places, new, strict=True)):
+            assert torch.equal(boundaries, fresh[:1].expand(len(boundaries)) if place is None else old[place])
+            for name in ("values", "places", "seen", "moved_at"):
+                had = state[f"quantiles.{name}"]
+                expected = torch.zeros_like(had[0]) if place is None else had[place]
+                assert torch.equal(carried[f"quantiles.{name}"][i], expected)
 
 
 def _rows_by_key(learner: Learner) -> dict[int, tuple[np.ndarray, np.ndarray]]:
