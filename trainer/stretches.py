@@ -139,7 +139,11 @@ class Stretches(Observer):
 
     def end(self) -> None:
         """End the last stretch of a run that does not go on, windows that are not closed included."""
-        if self._base is not None and self._marks.trained > self._marks.ended_at:
+        if self._base is None:
+            return
+        tasks, ranked = self._evaluation.since(self._base, with_open=True)
+        has_labels = any(metrics.examples for metrics in tasks.values())  # they come after the last step, too
+        if has_labels or any(ranked.values()) or self._marks.trained > self._marks.ended_at:
             self._end(with_open=True)
 
     def _begin(self) -> None:

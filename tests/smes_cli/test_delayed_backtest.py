@@ -10,7 +10,8 @@ from smes_cli.__main__ import run
 from smes_cli.backtest import run_backtest
 from smes_cli.config import load_config
 from tests.running import write_config
-from trainer.report import conservation_errors
+from trainer.history import read_history
+from trainer.report import TrainingReport, conservation_errors
 
 Captured = pytest.CaptureFixture[str]
 
@@ -25,12 +26,33 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def backtest(tmp_path: Path, world: Path, wait: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The report, and the positives of each task by a baseline that is the same ranker on the same examples."""
     config = load_config(write_config(tmp_path, "redis://unused:1/0", "unused"), {"SMES_STREAM__JOIN__WAIT": wait})
-    result = run_backtest(config, world, limit=None, seed=0, baseline="smes", should_stop=lambda: False)
+    history = tmp_path / "history"
+    result = run_backtest(
+        config, world, limit=None, seed=0, baseline="smes", should_stop=lambda: False, history=history
+    )
     assert result.baseline is not None
+    assert_adds_up(history, result.report)
     return result.report.to_dict(), {name: task["positives"] for name, task in result.baseline["tasks"].items()}
 
 
-def test_a_backtest_counts_the_same_labels_whenever_tasks_are_trained_on(tmp_path: Path, world: Path) -> None:
+def assert_adds_up(history: Path, report: TrainingReport) -> None:
+    """The metrics over time of a run, in a folder that has those of others, too, add up to its report."""
+    lines = [line for line in read_history(history) if line["lineage"] == report.lineage]
+    assert [line["stretch"] for line in lines] == list(range(len(lines)))
+    assert lines[-1]["step"] == report.version
+    assert sum(line["windows"] for line in lines) > 4
+    for name, task in report.tasks.items():
+        of_task = [line["tasks"][name] for line in lines]
+        assert sum(each["positives"] for each in of_task) == task.positives
+        if task.gauc_windowed is not None:
+            ranked = [(each["ranked"], each["gauc_windowed"]) for each in of_task if each["ranked"]]
+            mean = sum(n * gauc for n, gauc in ranked) / sum(n for n, _ in ranked)
+            assert mean == pytest.approx(task.gauc_windowed, abs=1e-12)
+
+
+def test_a_backtest_counts_the_same_labels_whenever_tasks_are_trained_on(
+    capsys: Captured, tmp_path: Path, world: Path
+) -> None:
     waits, waits_baseline = backtest(tmp_path, world, "{default: window}")
     at_once, at_once_baseline = backtest(tmp_path, world, "{default: immediate, click: 2}")
 
@@ -41,6 +63,13 @@ def test_a_backtest_counts_the_same_labels_whenever_tasks_are_trained_on(tmp_pat
     positives = {name: task["positives"] for name, task in waits["tasks"].items()}
     assert {name: task["positives"] for name, task in at_once["tasks"].items()} == positives
     assert waits_baseline == at_once_baseline == positives
+    capsys.readouterr()
+    assert run(["curves", str(tmp_path / "history"), "--last", "1", "--task", "click"]) == 0
+    title, _, row = capsys.readouterr().out.strip().splitlines()
+    assert title.strip() == "click"
+    assert f"  {at_once['version']:,}  " in row
+    assert run(["curves", str(tmp_path / "history"), "--task", "clicks"]) == 2
+    assert "--task clicks: no such task, expected one of click, " in capsys.readouterr().err
 
 
 def test_a_wait_of_a_task_that_does_not_exist_is_named(
