@@ -66,7 +66,8 @@ def deployment_status(config: "Config", url: str | None = None) -> dict[str, Any
     reached = {"event log": events, "snapshots": snapshots}
     alarms = [f"{name}: {section['problem']}" for name, section in reached.items() if "problem" in section]
     alarms += [] if trainer or "problem" in snapshots else ["trainer: none holds the lease, expected a `smes train`"]
-    alarms += _alarms(config, snapshots, scorer)
+    unread = events.get("unread impressions", 0) + events.get("unread feedback", 0)
+    alarms += _alarms(config, snapshots, scorer, unread)
     return {
         "trainer": trainer,
         "event log": events,
@@ -144,11 +145,14 @@ def _scorer(config: "Config", url: str | None) -> Section:
     }
 
 
-def _alarms(config: "Config", snapshots: Section, scorer: Section) -> list[str]:
+def _alarms(config: "Config", snapshots: Section, scorer: Section, unread: int) -> list[str]:
     found = []
     oldest_s = max(_OLD_S, _OLD_CUTS * config.trainer.snapshot_interval_s)
-    if snapshots.get("age_s", 0.0) > oldest_s:
-        found.append(f"snapshots: the newest is {snapshots['age_s']:,.0f} s old, expected at most {oldest_s:,.0f} s")
+    if unread and snapshots.get("age_s", 0.0) > oldest_s:  # without events there is nothing to publish
+        found.append(
+            f"snapshots: the newest is {snapshots['age_s']:,.0f} s old and {unread:,} events are unread, expected at most "
+            f"{oldest_s:,.0f} s"
+        )
     if snapshots.get("published") == 0:
         found.append("snapshots: none was published yet")
     if snapshots.get("held"):
