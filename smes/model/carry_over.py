@@ -24,7 +24,8 @@ from torch import Tensor
 from smes.arrays import I64, Arrays, prefixed, under
 from smes.derive import Derivations, boundary_slices
 from smes.model.before import COLUMNS, described
-from smes.model.carry_dense import Axes, Axis, DenseChange, carried, carried_moments, carried_weights
+from smes.model.carry_axes import Axes, Axis, DenseChange
+from smes.model.carry_dense import carried, carried_moments, carried_weights
 from smes.model.carry_table import TableRules, carried_table
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.numeric_moments import NumericMoments
