@@ -150,8 +150,8 @@ def _alarms(config: "Config", snapshots: Section, scorer: Section, unread: int) 
     oldest_s = max(_OLD_S, _OLD_CUTS * config.trainer.snapshot_interval_s)
     if unread and snapshots.get("age_s", 0.0) > oldest_s:  # without events there is nothing to publish
         found.append(
-            f"snapshots: the newest is {snapshots['age_s']:,.0f} s old and {unread:,} events are unread, expected at most "
-            f"{oldest_s:,.0f} s"
+            f"snapshots: the newest is {snapshots['age_s']:,.0f} s old and {unread:,} events are unread, expected at "
+            f"most {oldest_s:,.0f} s"
         )
     if snapshots.get("published") == 0:
         found.append("snapshots: none was published yet")
