@@ -3,6 +3,7 @@
 import gc
 import logging
 import sys
+import traceback
 
 from smes.errors import SmesError
 from smes_cli.app import app
@@ -41,7 +42,9 @@ def run(arguments: list[str]) -> int:
 
 def _print(error: Exception) -> None:
     """Print an error, and what was noted on its way, as one line; where it came from is for ``--verbose``."""
-    logging.getLogger(__name__).debug("where it came from", exc_info=error)
+    # Places alone: the messages of its causes may quote a configuration, passwords included.
+    places = [f"{place.filename}:{place.lineno} {place.name}" for place in traceback.extract_tb(error.__traceback__)]
+    logging.getLogger(__name__).debug("%s came from\n  %s", type(error).__name__, "\n  ".join(places))
     errors.print("smes: " + "; ".join([str(error), *getattr(error, "__notes__", [])]), highlight=False, soft_wrap=True)
 
 
