@@ -12,7 +12,7 @@ from rich.table import Table
 
 from smes.errors import SmesError
 from smes_cli.command_line import SchemaOfEvents, config_of, stop_signals
-from smes_cli.console import console, number
+from smes_cli.console import console, number, progress
 from smes_cli.letter_text import letter_lines, letter_values, one_line
 from smes_cli.times import unix_ms_of, utc
 
@@ -177,7 +177,13 @@ def dead_letters_replay(
             adopt_schema=adopt_schema,
             too_late=_too_late(config),
         )
-        outcome = replayer.run(chosen, dry_run=dry_run, should_stop=should_stop)
+        with progress("replay", None) as advance:
+            outcome = replayer.run(
+                chosen,
+                dry_run=dry_run,
+                should_stop=should_stop,
+                on_progress=(lambda letters: None) if as_json else (lambda letters: advance(letters, "letters")),
+            )
     if as_json:
         console.print_json(json.dumps(_outcome_values(outcome, dry_run=dry_run)))
         return

@@ -33,6 +33,7 @@ def export(
     from smes_cli.frozen_version import frozen_version
 
     frozen = frozen_version(config, version, lineage, checkpoint)
+    console.print(f"export: {frozen.source}; writes it, and checks what was written", highlight=False, soft_wrap=True)
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

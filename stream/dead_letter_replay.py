@@ -124,6 +124,7 @@ class Replayer:
         *,
         dry_run: bool = False,
         should_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[int], None] = lambda letters: None,
     ) -> ReplayOutcome:
         """Append the events of the letters that match and were not replayed yet.
 
@@ -133,6 +134,7 @@ class Replayer:
             chosen: Which letters.
             dry_run: Append nothing; say what would be.
             should_stop: Asked between two blocks.
+            on_progress: Told, after each block, how many letters were chosen so far.
 
         Raises:
             EventLogError, EventLogUnavailable: As the log raises them. What was appended so far is noted, or will be
@@ -147,6 +149,7 @@ class Replayer:
             self._incarnations = self._log.incarnations(IMPRESSIONS) | self._log.incarnations(FEEDBACK)
         for block in self._blocks(chosen, until, done, found, outcome):
             self._replay_block(block, outcome, dry_run=dry_run)
+            on_progress(outcome.chosen)
             if should_stop():
                 break
         return outcome
