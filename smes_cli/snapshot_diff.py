@@ -31,7 +31,6 @@ def diff(context: typer.Context, a: Version, b: Version, lineage: Lineage = None
     if not store.list() and not store.held():
         raise none_published(config)
     first, second = (_found(store, text, lineage) for text in (a, b))
-    console.print(f"diff: loads {a} and {b}", highlight=False)
     weights = difference(store, first, second)
     result = {
         "a": _described(first),
