@@ -160,6 +160,7 @@ class _Tries:
         self._until_s = time.monotonic() + deadline_s
         self._count = 0
         self._last: str = "no try"
+        self._answer: str | None = None
 
     def __iter__(self) -> Iterator[float]:
         while (left_s := self._until_s - time.monotonic()) > 0:
@@ -171,7 +172,7 @@ class _Tries:
         if response.status_code not in _BUSY:
             return None
         wanted = response.headers.get("retry-after", "")
-        self._last = f"{response.status_code}: {response.text[:_LONGEST_SHOWN]}"
+        self._last = self._answer = f"{response.status_code}: {response.text[:_LONGEST_SHOWN]}"
         return self._pause(float(wanted) if wanted.isdigit() else 0.0)
 
     def pause_s(self, error: Exception) -> float:
@@ -181,8 +182,10 @@ class _Tries:
 
     def over(self, url: str) -> ScorerUnavailable:
         """The error to raise when the deadline is over."""
+        # The deadline may cut the last try short, which then tells nothing; an answer before it does.
+        before = f"; the last answer: {self._answer}" if self._answer not in (None, self._last) else ""
         return ScorerUnavailable(
-            f"{url}: no answer within {self._allowed_s:g} s, in {self._count} tries; the last: {self._last}"
+            f"{url}: no answer within {self._allowed_s:g} s, in {self._count} tries; the last: {self._last}{before}"
         )
 
     def _pause(self, wanted_s: float) -> float:
