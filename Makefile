@@ -34,9 +34,9 @@ check: install
 	$(BIN)/lint-imports
 	@if test -f .coverage; then $(BIN)/coverage report; else echo "no coverage yet: run make test first"; fi
 
-# The lists of keys in docs/configuration.md.
+# The lists of keys in docs/reference/configuration.md.
 docs: install
-	$(BIN)/python -P -m smes_cli.configuration_docs docs/configuration.md
+	$(BIN)/python -P -m smes_cli.configuration_docs docs/reference/configuration.md
 
 # The libraries that benchmarks compare with, without their dependencies: torch stays the installed build.
 .venv/.bench-installed: requirements-bench.lock .venv/.installed

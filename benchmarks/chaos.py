@@ -4,7 +4,8 @@
     KAFKA_HOME=… python -m benchmarks.chaos --eventlog kafka --parts kills outages
 
 Every part starts servers of its own: the event log with 4 partitions, and a Valkey for the snapshots. ``smes train``,
-``serve`` and ``replay`` are processes. All moments are drawn from ``--seed``. docs/chaos.md says what each part does,
+``serve`` and ``replay`` are processes. All moments are drawn from ``--seed``. docs/experiments/chaos.md says what
+each part does,
 what its figures mean and what was measured. The exit status is 1 if something did not hold.
 """
 

@@ -1,7 +1,7 @@
 """How fresh answers are, and what that is worth.
 
     python -m benchmarks.freshness --json freshness.json
-    python -m benchmarks.freshness --value --kuairand PATH/TO/KuaiRand-Pure --plot docs/freshness.png
+    python -m benchmarks.freshness --value --kuairand PATH/TO/KuaiRand-Pure --plot docs/images/freshness.png
 
 Without ``--value``: a whole system under live traffic (:mod:`benchmarks.freshness_live`), with tables of 1 and 10
 million rows. With it: how much AUC and normalised entropy lose when the weights that answer are replaced less often

@@ -5,7 +5,8 @@
     python -m benchmarks.routing --world segments --ranker smes_e256 --impressions 262144 --plot segments.png
 
 The plot: tasks × experts in the newest segment that has ended, and over time; overlap between tasks; skew, dead
-experts and drift over time. How to read them: docs/architecture.md. The plot needs matplotlib (the ``bench`` extra).
+experts and drift over time. How to read them: docs/concepts/architecture.md. The plot needs matplotlib (the
+``bench`` extra).
 """
 
 import argparse

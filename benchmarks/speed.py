@@ -1,6 +1,6 @@
 """Training and scoring speed of SMES beside other libraries and beside its own dense execution, in one run.
 
-    python -m benchmarks.speed --json speed.json --plot docs/speed.png
+    python -m benchmarks.speed --json speed.json --plot docs/images/speed.png
     python -m benchmarks.speed --preset paper --smes experts.dims=[128,64]      # the paper's form as the contender
 
 33 id fields × 16, 8 tasks, batches of 1,024, scoring calls of 500 candidates, 2 threads, all embeddings trained. Rounds

@@ -1,7 +1,7 @@
 """Ranges of configuration values, written as annotations.
 
 The same annotations are read three times: by pydantic where a file is read, by :func:`check_ranges` where a
-configuration is made in Python, and by the generator of ``docs/configuration.md``.
+configuration is made in Python, and by the generator of ``docs/reference/configuration.md``.
 
 >>> from dataclasses import dataclass
 >>> @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write the lists of keys in ``docs/configuration.md`` from the configuration's dataclasses (``make docs``).
+"""Write the lists of keys in ``docs/reference/configuration.md`` from the configuration's dataclasses (``make docs``).
 
 A list stands between ``<!-- keys: SECTION -->`` and ``<!-- end of keys -->``, where SECTION is a key of the file's top
 level. Each entry holds the key, its default, its range from the annotation, and its meaning from the ``Attributes`` of

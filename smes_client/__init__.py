@@ -8,8 +8,8 @@
 ...     shown = events.impression(user="c17", item=answer.ranking[0], features={"page": 0}, served=answer.served(0))
 ...     events.feedback(shown.impression_id, "open")
 
-What travels is written down to the byte in ``docs/wire.md``. Each name below is loaded on first use, so that a program
-that only asks for scores needs httpx, and one that only sends events needs kafka-python or redis.
+What travels is written down to the byte in ``docs/reference/wire.md``. Each name below is loaded on first use, so that
+a program that only asks for scores needs httpx, and one that only sends events needs kafka-python or redis.
 """
 
 from importlib import import_module

@@ -98,7 +98,7 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    for target in re.findall(r"(?:\]\(|^\[[^\]]+\]: )([^)\s]+)", path.read_text(), re.MULTILINE):
         if not target.startswith(("http://", "https://")):
             name, _, anchor = target.partition("#")
             page = path.parent / name if name else path
@@ -128,7 +128,7 @@ def test_changelog_has_the_version_and_the_lock_fits_the_requirements() -> None:
         assert needed.specifier.contains(pinned[canonicalize_name(needed.name)]), text
 
 
-# ---- operations.md and every command line shown
+# ---- the page of commands and every command line shown
 
 
 def commands(group: TyperGroup, path: str) -> Iterator[tuple[str, TyperCommand]]:
@@ -152,14 +152,13 @@ def options(command: TyperGroup | TyperCommand) -> set[str]:
 
 @pytest.mark.parametrize("path", [path for path, _ in commands(root_command(), "smes")])
 def test_every_command_and_option_is_documented(path: str) -> None:
-    text = section((ROOT / "docs/operations.md").read_text(), f"### `{path}`")
+    text = section((ROOT / "docs/reference/cli.md").read_text(), f"## `{path}`")
     command = dict(commands(root_command(), "smes"))[path]
     assert set(re.findall(r"^\| `(--?[a-z-]+)", text, re.MULTILINE)) == options(command)
 
 
 def test_the_options_of_all_commands_are_documented() -> None:
-    text = section((ROOT / "docs/operations.md").read_text(), "## Commands")
-    intro = text.partition("\n### ")[0]
+    intro = (ROOT / "docs/reference/cli.md").read_text().partition("\n## ")[0]
     assert options(root_command()) <= set(re.findall(r"`(--?[a-z-]+)\b", intro))
 
 
@@ -205,8 +204,8 @@ def test_command_lines_in_the_documentation_parse(path: Path) -> None:
             parse(arguments)
 
 
-def test_bring_your_own_log_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "docs/bring-your-own-log.md").read_text()
+def test_the_page_on_your_own_log_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/your-own-log.md").read_text()
     monkeypatch.chdir(tmp_path)
     subprocess.run([sys.executable, "-P", "-c", fenced(text, "python")[0]], check=True)
     schema, *others = fenced(text, "yaml")

@@ -186,7 +186,7 @@ class OptimizerConfig:
         betas: AdamW's decay rates.
         embedding_learning_rate: Of the embedding rows (row-wise Adagrad).
         wide_learning_rate: Of the linear part's ids (Adagrad). The linear part's weights of numeric features are dense
-            weights like others: at an Adagrad rate they drown what the ranker learns (docs/quality.md).
+            weights like others: at an Adagrad rate they drown what the ranker learns (docs/experiments/quality.md).
         initial_accumulator: Start of Adagrad's accumulators; see :class:`AdagradConfig`.
         accumulator_half_life_s: Adagrad's accumulators forget: what a row's accumulators have above their start halves
             in so many seconds of event time, so that rows keep learning where the stream drifts. Null: they never

@@ -79,7 +79,7 @@ def offset_of(at: TopicPartition, entry: Id) -> int:
             break
     raise EventLogError(
         f"{at.topic}/{at.partition}: entry id {shown(entry)} of another program cannot be a position of the event log; "
-        "copy the other entries to a new stream (see Event log in docs/operations.md)"
+        "copy the other entries to a new stream (see docs/operate/outages.md)"
     )
 
 

@@ -112,7 +112,7 @@ def test_a_rollback_is_in_effect_in_every_scorer(stack: ExitStack, tmp_path: Pat
 
     assert figures["scorer_errors"] == figures["left_the_old_version"] == 0
     assert figures["published_meanwhile"] > 0
-    assert figures["rollback_s"] < 10  # a bound against hanging; docs/chaos.md has what was measured
+    assert figures["rollback_s"] < 10  # a bound against hanging; docs/experiments/chaos.md has what was measured
 
 
 @pytest.mark.soak

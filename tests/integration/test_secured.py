@@ -28,8 +28,8 @@ SECRETS["signing"] = "s1gning-0123456789abcdef0123456789abcdef"
 
 
 def documented(command: str) -> dict[str, list[str]]:
-    """The words after this command in docs/operations.md, by user."""
-    page = (ROOT / "docs" / "operations.md").read_text().replace("\\\n", " ")
+    """The words after this command in docs/operate/security.md, by user."""
+    page = (ROOT / "docs/operate/security.md").read_text().replace("\\\n", " ")
     lines = [shlex.split(line.removeprefix(command)) for line in page.splitlines() if line.startswith(command)]
     return {re.sub("^User:", "", next(w for w in words if not w.startswith("-"))): words for words in lines}
 
@@ -40,7 +40,7 @@ def redis_rules(user: str, namespace: str) -> list[str]:
 
 
 def kafka_operations(user: str) -> list[ACLOperation]:
-    page = (ROOT / "docs" / "operations.md").read_text().replace("\\\n", " ")
+    page = (ROOT / "docs/operate/security.md").read_text().replace("\\\n", " ")
     (line,) = re.findall(rf"^kafka-acls\.sh .*User:{user} .*$", page, re.MULTILINE)
     return [ACLOperation[name.upper()] for name in re.findall(r"--operation (\w+)", line)]
 

@@ -1,4 +1,4 @@
-"""``docs/configuration.md`` lists every key of the program, with its default, its range and its meaning."""
+"""``docs/reference/configuration.md`` lists every key of the program, with its default, its range and its meaning."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from smes.ranges import PositiveInt
 from smes_cli.config import Config
 from smes_cli.configuration_docs import COLUMNS, Key, attributes, entry, generated, keys
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs/reference/configuration.md").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``docs/wire.md`` is true: its bytes, tables and programs, run from outside and read back by our decoder."""
+"""``docs/reference/wire.md`` is true: its bytes, tables and programs, run from outside and read back by our decoder."""
 
 import json
 import re
@@ -35,7 +35,7 @@ from tests.running import until
 from tests.smes_scorer.conftest import listening as listening
 from tests.smes_scorer.made_payloads import version_payload
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "wire.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs/reference/wire.md").read_text()
 SPLITMIX, KAFKA, ARROW, REDIS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 SHOWN = [4711, 3934009182551599478, 14, 3, 2, 5, 8, MISSING]
 

@@ -178,7 +178,7 @@ def test_records_of_another_program_are_read_whatever_their_ids(
 def test_an_id_that_can_be_no_position_is_named(log: RedisStreamsLog, client: redis.Redis, key: str) -> None:
     append(log, 0, 3)
     client.xadd(key, {"foo": "bar"}, id="18446744073709551615-0")
-    wanted = r"t/0: entry id 18446744073709551615-0 of another program .*docs/operations.md"
+    wanted = r"t/0: entry id 18446744073709551615-0 of another program .*docs/operate/outages.md"
 
     with pytest.raises(EventLogError, match=wanted):
         append(log, 3, 4)
