@@ -10,14 +10,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smes.errors import SmesError
-from smes.model.rows_config import RowCounts
 from trainer.lineages import root_of
-from trainer.log_end import Lag
-from trainer.stretches import Stretch
-from trainer.telemetry import Experts
+
+if TYPE_CHECKING:  # what reads lines imports no torch: the console does
+    from smes.model.rows_config import RowCounts
+    from trainer.log_end import Lag
+    from trainer.stretches import Stretch
+    from trainer.telemetry import Experts
 
 _NAME = re.compile(r"history-(\d{6,})\.jsonl")
 _FILES = 4  # full ones that hold as many lines as are kept
@@ -26,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 def line_of(
-    stretch: Stretch, *, lineage: str, wall_ms: int, experts: Experts, rows: RowCounts, lag: Lag | None
+    stretch: "Stretch", *, lineage: str, wall_ms: int, experts: "Experts", rows: "RowCounts", lag: "Lag | None"
 ) -> dict[str, Any]:
     """What is written of a stretch. Experts, rows and lag are those of the moment of writing.
 
