@@ -1,5 +1,7 @@
 """What operators may do with serving: pin a version, go back to one, promote one, follow the trainer again.
 
+With ``dry_run``, an action writes nothing, and its decision says what would be decided now.
+
 Each action writes a decision (:mod:`feature_store.pins`), keeps it in a bounded history and wakes every scorer, in one
 atomic step. If something was published or decided since the operator's process looked, it looks again.
 """
@@ -19,7 +21,7 @@ from feature_store.reading import SnapshotReader
 from feature_store.redis_reads import missing, server_ms
 from feature_store.signing import Signer
 from smes.errors import SnapshotError, SnapshotNotFound
-from smes_io.redis_client import FEATURE_STORE, retry_during_outage
+from smes_io.redis_client import FEATURE_STORE, retry_during_outage, translated
 
 _TRIES = 50  # a trainer may publish several times a second
 
@@ -36,7 +38,7 @@ class _Found:
 
 
 class Operator:
-    """Decides what is served. Every method returns the decision that it wrote.
+    """Decides what is served. Every action returns the decision that it wrote, or with ``dry_run`` would write.
 
     Args:
         client: A client that returns bytes.
@@ -63,7 +65,15 @@ class Operator:
         self._outage_timeout_s = outage_timeout_s
         self._script = client.register_script(DECIDE)
 
-    def pin(self, version: int, lineage: str | None = None, *, why: str = "", by: str) -> Decision:
+    def pin(
+        self,
+        version: int,
+        lineage: str | None = None,
+        *,
+        why: str = "",
+        by: str,
+        dry_run: bool = False,
+    ) -> Decision:
         """Keep a version in service, whatever is published, until the next decision.
 
         Args:
@@ -84,9 +94,9 @@ class Operator:
                 raise SnapshotError(f"snapshot {name}: held, expected one that was published; promote it first")
             return name, None
 
-        return self._decide("pin", chosen, why, by)
+        return self._decide("pin", chosen, why, by, dry_run=dry_run)
 
-    def unpin(self, *, why: str = "", by: str) -> Decision:
+    def unpin(self, *, why: str = "", by: str, dry_run: bool = False) -> Decision:
         """Follow what is current again.
 
         Raises:
@@ -104,9 +114,17 @@ class Operator:
                 raise SnapshotNotFound("nothing is current, expected a publication before unpin")
             return found.current, None
 
-        return self._decide("unpin", chosen, why, by)
+        return self._decide("unpin", chosen, why, by, dry_run=dry_run)
 
-    def rollback(self, version: int | None = None, lineage: str | None = None, *, why: str = "", by: str) -> Decision:
+    def rollback(
+        self,
+        version: int | None = None,
+        lineage: str | None = None,
+        *,
+        why: str = "",
+        by: str,
+        dry_run: bool = False,
+    ) -> Decision:
         """Put an earlier version into service and keep it there; all that was published after it is rolled back.
 
         Args:
@@ -135,9 +153,17 @@ class Operator:
             order = found.orders.get(name, 0)
             return name, (order, max(found.orders.values(), default=order))
 
-        return self._decide("rollback", chosen, why, by)
+        return self._decide("rollback", chosen, why, by, dry_run=dry_run)
 
-    def promote(self, version: int | None = None, lineage: str | None = None, *, why: str = "", by: str) -> Decision:
+    def promote(
+        self,
+        version: int | None = None,
+        lineage: str | None = None,
+        *,
+        why: str = "",
+        by: str,
+        dry_run: bool = False,
+    ) -> Decision:
         """Put a version into service until the next publication; what was held is published with that.
 
         A held version that is later than the current one of its lineage becomes current, so that the trainer's next
@@ -162,7 +188,19 @@ class Operator:
                 raise SnapshotNotFound("no snapshot is held, expected a version")
             return held[-1], None
 
-        return self._decide("promote", chosen, why, by)
+        return self._decide("promote", chosen, why, by, dry_run=dry_run)
+
+    def rolls_back(self, decision: Decision) -> tuple[str, ...]:
+        """``lineage:version`` of the listed versions that a decision rolls back, in order of publication.
+
+        Raises:
+            FeatureStoreUnavailable: Redis gave no answer in time.
+        """
+        if decision.rolled_back is None:
+            return ()
+        after, up_to = decision.rolled_back
+        with translated(self._client, "snapshots were listed"):
+            return tuple(name for name, order in self._reader.orders().items() if after < order <= up_to)
 
     def _decide(
         self,
@@ -170,6 +208,8 @@ class Operator:
         chosen: Callable[[_Found], tuple[str, tuple[int, int] | None]],
         why: str,
         by: str,
+        *,
+        dry_run: bool,
     ) -> Decision:
         """Choose, check that the version can be loaded, and write; again if something has changed meanwhile."""
         tried: list[Decision] = []
@@ -199,6 +239,8 @@ class Operator:
                 ),
                 found,
             )
+            if dry_run:
+                return "ok", decision
             tried.append(decision)
             return self._write(decision, moves, found), decision
 
@@ -206,7 +248,8 @@ class Operator:
         for _ in range(_TRIES):
             outcome, decision = retry_during_outage(self._client, doing, attempt, FEATURE_STORE, self._outage_timeout_s)
             if outcome == "ok":
-                self._pins.last = decision
+                if not dry_run:
+                    self._pins.last = decision
                 return decision
             if outcome == "gone":
                 raise SnapshotNotFound(f"snapshot {decision.name}: retention removed it")

@@ -40,6 +40,12 @@ _FUTURE_MS = 100_000_000_000
 """Three years: a number so far ahead of the clock is none of ours."""
 
 Action = Literal["pin", "unpin", "rollback", "promote"]
+_EFFECTS: dict[Action, str] = {
+    "pin": "is pinned",
+    "unpin": "is in service, and what is published after it",
+    "rollback": "is pinned; what was published after it is rolled back",
+    "promote": "is in service, until the next publication",
+}
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +84,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def name(self) -> str:
         """``lineage:version`` of what is to be in service."""
         return member(self.lineage, self.version)
+
+    @property
+    def effect(self) -> str:
+        """What it does, in words."""
+        return f"{self.name} {_EFFECTS[self.action]}"
 
     def holds(self, current: str | None) -> bool:
         """Whether it says what is served while this is current."""

@@ -13,13 +13,13 @@ from rich.table import Table
 from smes.errors import SmesError
 from smes_cli.command_line import SchemaOfEvents, config_of, stop_signals
 from smes_cli.console import console, number, progress
-from smes_cli.letter_text import letter_lines, letter_values, one_line
+from smes_cli.letter_text import letter_lines, one_line
 from smes_cli.times import unix_ms_of, utc
 
 if TYPE_CHECKING:
     from smes_cli.config import Config
     from stream.dead_letter_reading import LetterFilter, LetterGroup, StoredLetter
-    from stream.dead_letter_replay import ReplayOutcome, TooLate
+    from stream.dead_letter_replay import Replayer, TooLate
     from stream.log.event_log import EventLog
 
 _logger = logging.getLogger(__name__)
@@ -98,6 +98,8 @@ def dead_letters_show(
         ids = ", ".join(each.id for each in found)
         raise SmesError(f"letter {letter}: several letters, expected more digits of one of {ids}, …")
     if as_json:
+        from stream.dead_letter_values import letter_values
+
         values = letter_values(found[0]) | {"replayed": found[0].number in done}
         console.print_json(json.dumps(values))
         return
@@ -164,19 +166,11 @@ def dead_letters_replay(
     if not every and not any((reason, topic, partition, since, until, letters)):
         raise ValueError("replay: expected letters, an option that chooses some, or --all")
     config = config_of(context, schema)
-    from smes_cli.schema_changes import declared_changes
-    from stream.dead_letter_replay import Replayer
+    from stream.dead_letter_values import outcome_lines, outcome_values
 
     with closing(_open_log(config)) as log, stop_signals() as should_stop:
         log.set_stop(should_stop)
-        replayer = Replayer(
-            log,
-            config.schema_file().schema,
-            changes=declared_changes(config),
-            max_future_ms=round(config.stream.max_future_s * 1000),
-            adopt_schema=adopt_schema,
-            too_late=_too_late(config),
-        )
+        replayer = replayer_of(config, log, adopt_schema=adopt_schema)
         with progress("replay", None) as advance:
             outcome = replayer.run(
                 chosen,
@@ -185,10 +179,29 @@ def dead_letters_replay(
                 on_progress=(lambda letters: None) if as_json else (lambda letters: advance(letters, "letters")),
             )
     if as_json:
-        console.print_json(json.dumps(_outcome_values(outcome, dry_run=dry_run)))
+        console.print_json(json.dumps(outcome_values(outcome, dry_run=dry_run)))
         return
-    for line in _outcome_lines(outcome, dry_run=dry_run):
+    for line in outcome_lines(outcome, dry_run=dry_run, adopt_schema="--adopt-schema"):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def replayer_of(config: "Config", log: "EventLog", *, adopt_schema: bool) -> "Replayer":
+    """Re-injects letters as this configuration says.
+
+    Raises:
+        ValueError: There is no schema, or one of ``stream.old_schemas`` cannot be read.
+    """
+    from smes_cli.schema_changes import declared_changes
+    from stream.dead_letter_replay import Replayer
+
+    return Replayer(
+        log,
+        config.schema_file().schema,
+        changes=declared_changes(config),
+        max_future_ms=round(config.stream.max_future_s * 1000),
+        adopt_schema=adopt_schema,
+        too_late=_too_late(config),
+    )
 
 
 def _filter(
@@ -303,6 +316,8 @@ def _print_groups(groups: "list[LetterGroup]", done: set[int], by: str) -> None:
 
 
 def _group_values(group: "LetterGroup", done: set[int]) -> dict[str, Any]:
+    from stream.dead_letter_values import letter_values
+
     return {
         "reason": group.code,
         "topic": group.topic,
@@ -317,6 +332,8 @@ def _group_values(group: "LetterGroup", done: set[int]) -> dict[str, Any]:
 
 
 def _print_letters(letters: "list[StoredLetter]", *, as_json: bool) -> None:
+    from stream.dead_letter_values import letter_values
+
     if as_json:
         console.print_json(json.dumps([letter_values(each) for each in letters]))
         return
@@ -327,6 +344,8 @@ def _print_letters(letters: "list[StoredLetter]", *, as_json: bool) -> None:
 
 def _print_each(letters: "Iterable[StoredLetter]", *, as_json: bool) -> None:
     """One line each."""
+    from stream.dead_letter_values import letter_values
+
     for each in letters:
         line = json.dumps(letter_values(each)) if as_json else one_line(each)
         console.print(line, highlight=False, soft_wrap=True)
@@ -346,36 +365,3 @@ def _too_late(config: "Config") -> "TooLate | None":
         return None
     lateness_ms = round(config.stream.join.allowed_lateness_s * 1000)
     return too_late_by(config.schema_file().schema, state.arrays, lateness_ms)
-
-
-def _outcome_values(outcome: "ReplayOutcome", *, dry_run: bool) -> dict[str, Any]:
-    return {
-        "dry_run": dry_run,
-        "chosen": outcome.chosen,
-        "appended": outcome.appended,
-        "events": outcome.events,
-        "too_late": outcome.too_late,
-        "replayed_before": outcome.replayed_before,
-        "found": outcome.found,
-        "refused": dict(outcome.refused),
-        "impossible": dict(outcome.impossible),
-    }
-
-
-def _outcome_lines(outcome: "ReplayOutcome", *, dry_run: bool) -> Iterable[str]:
-    would = "would be appended" if dry_run else "appended"
-    yield f"{outcome.chosen:,} letters chosen: {outcome.appended:,} {would}, with {outcome.events:,} events"
-    if outcome.too_late:
-        yield (
-            f"of these events, {outcome.too_late:,} are older than what the trainer still takes: they will be counted "
-            "as late or orphaned, and not learned from"
-        )
-    if outcome.replayed_before:
-        yield f"{outcome.replayed_before:,} were replayed before"
-    if outcome.found:
-        yield f"{outcome.found:,} are in the log already: a replay appended them and was interrupted before it said so"
-    for code, count in sorted(outcome.refused.items()):
-        hint = "; --adopt-schema takes them for events of the configured schema" if code == "schema_mismatch" else ""
-        yield f"{count:,} would be refused again: {code}{hint}"
-    for why, count in sorted(outcome.impossible.items()):
-        yield f"{count:,} cannot be replayed: {why}"

@@ -97,11 +97,5 @@ def history(context: typer.Context) -> None:
 
 
 def _say(decision: "Decision") -> None:
-    what = {
-        "pin": "is pinned",
-        "unpin": "is in service, and what is published after it",
-        "rollback": "is pinned; what was published after it is rolled back",
-        "promote": "is in service, until the next publication",
-    }[decision.action]
     before = f"; before: {decision.before}" if decision.before else ""
-    console.print(f"{decision.name} {what}{before}", highlight=False, soft_wrap=True)
+    console.print(f"{decision.effect}{before}", highlight=False, soft_wrap=True)

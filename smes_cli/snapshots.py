@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from smes.errors import SnapshotError, SnapshotNotFound
+from smes.errors import SnapshotNotFound
 from smes_cli.command_line import config_of
 from smes_cli.console import console, number
 from smes_cli.serving_decisions import history, pin, promote, rollback, unpin
@@ -15,7 +15,6 @@ from smes_cli.snapshot_places import none_published, snapshot_store
 from smes_cli.times import utc
 
 if TYPE_CHECKING:
-    from feature_store.manifest import Manifest
     from feature_store.snapshots import SnapshotStore
     from smes_cli.config import Config
 
@@ -27,9 +26,11 @@ for _command in (pin, unpin, rollback, promote, history, diff):
 @snapshots_app.command("list")
 def snapshots_list(context: typer.Context) -> None:
     """List the snapshots that can be loaded, newest last, and what is held: which is current, pinned, rolled back."""
+    from feature_store.serving_marks import ServingMarks
+
     config = config_of(context)
     store = snapshot_store(config)
-    marks = _Marks(store)
+    marks = ServingMarks.of_store(store)
     manifests, held = store.list(), store.held()
     if not manifests and not held:
         raise none_published(config)
@@ -44,48 +45,10 @@ def snapshots_list(context: typer.Context) -> None:
         cells = [str(manifest.version), parent, manifest.kind, number(manifest.total_bytes)]
         cells.append("–" if base is None else number(base.total_bytes))
         cells += [utc(manifest.event_time_ms), utc(manifest.created_ms)]
-        table.add_row(manifest.lineage, *cells, marks.of(manifest, is_held=manifest in held))
+        table.add_row(manifest.lineage, *cells, ", ".join(marks.of(manifest, is_held=manifest in held)))
     console.print(table)
     for problem in marks.problems:
         console.print(problem, highlight=False, soft_wrap=True)
-
-
-class _Marks:
-    """What is said of each version: current, in service, pinned, held, rolled back."""
-
-    def __init__(self, store: "SnapshotStore") -> None:
-        self.problems: list[str] = []
-        self._current, self._serves, self._pinned = store.pointer(), "", False
-        if store.pointer_problem is not None:
-            self.problems.append(store.pointer_problem)
-        try:
-            served = store.to_serve()
-        except SnapshotNotFound:
-            served = None
-        except SnapshotError as error:
-            served = None
-            self.problems.append(str(error))
-        else:
-            decision = store.pins.last
-            self._pinned = decision is not None and decision.pins
-        if served is not None:
-            self._serves = f"{served.lineage}:{served.version}"
-        self._rolled_back = store.rolled_back()
-
-    def of(self, manifest: "Manifest", *, is_held: bool) -> str:
-        name = f"{manifest.lineage}:{manifest.version}"
-        marks = []
-        if name == self._current:
-            marks.append("current")
-        if name == self._serves and self._pinned:
-            marks.append("pinned")
-        elif name == self._serves != self._current:
-            marks.append("in service")
-        if name in self._rolled_back:
-            marks.append("rolled back")
-        if manifest.held is not None:
-            marks.append(f"{'held' if is_held else 'promoted, was held'}: {manifest.held}")
-        return ", ".join(marks)
 
 
 @snapshots_app.command("show")
