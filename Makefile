@@ -14,8 +14,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 install: .venv/.installed
 
+# STAY=1: everything stays up until Ctrl-C.
 demo: install
-	$(BIN)/smes demo
+	$(BIN)/smes demo $(if $(STAY),--stay)
 
 # Two processes, each with its own servers. Tests that share a costly fixture run in the same process. Each process and
 # each of its children has one torch thread: more threads than cores would wait for each other.

@@ -25,13 +25,13 @@ from smes_cli.command_line import (
 )
 from smes_cli.console import (
     console,
-    errors,
     progress,
     report_table,
     routing_line,
     set_up_logging,
     write_report,
 )
+from smes_cli.console_command import console_page
 from smes_cli.curves import curves
 from smes_cli.dead_letters import dead_letters_app
 from smes_cli.evaluate import evaluate
@@ -60,6 +60,7 @@ app = typer.Typer(
     "130 interrupted.",
 )
 app.command("audit")(audit)
+app.command("console")(console_page)
 app.command("curves")(curves)
 app.command("evaluate")(evaluate)
 app.command("export")(export)
@@ -129,9 +130,12 @@ def demo(
     requests_per_s: Annotated[float, typer.Option(help="Scoring requests per second.", min=0.1)] = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of the synthetic log and of the feedback delays.")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Keep the run's files and logs in this folder.")] = None,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="When the replay is through, show the report, and run on until Ctrl-C.")
+    ] = False,
     report: ReportPath = None,
 ) -> None:
-    """Run everything on this machine: servers, replay, trainer, scorer, and requests against it; then the report."""
+    """Run everything on this machine: servers, replay, trainer, scorer, requests, console; then the report."""
     from smes_cli.demo.demo import DemoOptions, run_demo
 
     options = DemoOptions(
@@ -143,21 +147,16 @@ def demo(
         seed=seed,
         requests_per_s=requests_per_s,
         keep=keep,
+        stay=stay,
     )
-    with stop_signals() as should_stop:
-        result = run_demo(config_of(context, schema), options, should_stop=should_stop)
-    write_report(result.report, report)
-    print_tasks(result.report)
-    console.print(report_table(result.report))
-    if result.report["freshness_ms"]["p50"] is not None:
-        from smes_cli.freshness import freshness_table
+    from smes_cli.demo.shown import Shown
 
-        console.print(freshness_table(result.report))
-    for failure in result.failures:
-        errors.print(f"failed: {failure}", style="bold red", highlight=False)
+    shown = Shown(report)
+    with stop_signals() as should_stop:
+        result = run_demo(config_of(context, schema), options, should_stop=should_stop, on_replayed=shown.all_of)
+    shown.end(result)
     if result.failures:
         raise typer.Exit(EXIT_CHECK_FAILED)
-    console.print("conservation: every event that was appended is accounted for", highlight=False)
 
 
 @app.command()

@@ -17,9 +17,10 @@ import redis
 from simulators.synthetic import synthesize
 from smes_cli.compile_loops import compile_loops
 from smes_cli.config import Config
-from smes_cli.console import console, read_report
+from smes_cli.console import console, read_report, write_report
+from smes_cli.demo.addresses import Addresses, live_report
 from smes_cli.demo.local_servers import start_kafka, start_valkey
-from smes_cli.demo.processes import log_tail, stop
+from smes_cli.demo.processes import log_tail, stop, stop_all
 from smes_cli.demo.requests import RequestLoop, RequestTally
 from smes_cli.demo.workers import Workers
 from smes_cli.features import load_features
@@ -29,9 +30,12 @@ from smes_io.redis_client import connect
 from stream.log.kafka_access import KafkaAccess
 from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
+from trainer.config import HistoryConfig, HttpConfig
 from trainer.report import conservation_errors
 
 _SETTLE_S = 15.0
+_LOOK_S = 0.5
+_POINTS, _FEWEST_EXAMPLES = 50, 200
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class DemoOptions:
         seed: Seed of the synthetic log and of the feedback delays.
         requests_per_s: Scoring requests per second.
         items_per_request: Items that each request ranks.
-        keep: Folder for the run's configuration, logs and data. None: a temporary one, removed at the end.
+        keep: Folder for the run's configuration, logs, data, addresses and report. None: a temporary one, removed at
+            the end.
+        stay: Whether everything stays up when the replay is through, until a stop is asked for.
     """
 
     log: Path | None = None
@@ -59,6 +65,7 @@ class DemoOptions:
     requests_per_s: float = 20.0
     items_per_request: int = 50
     keep: Path | None = None
+    stay: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +81,20 @@ class DemoResult:
     failures: list[str]
 
 
-def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], bool]) -> DemoResult:
+def run_demo(
+    config: Config,
+    options: DemoOptions,
+    *,
+    should_stop: Callable[[], bool],
+    on_replayed: Callable[[DemoResult], None] = lambda result: None,
+) -> DemoResult:
     """Start all processes, replay a log while the scorer is asked, stop all processes, and check the report.
+
+    Args:
+        config: Of all processes; servers and ports are those of this run.
+        options: Of the run.
+        should_stop: Asked every half second.
+        on_replayed: Called with what is known when the replay is through and everything stays up.
 
     Raises:
         SmesError: A process did not start, or ended too early. The message ends with the process's own output.
@@ -89,8 +108,10 @@ def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], 
         workers = Workers(config, folder, stack)
         trainer = workers.start("train", "--drain", "--report", str(folder / "train.json"))
         scorer = workers.start("serve")
-        url = workers.scorer_url(scorer)
+        url = workers.printed_url("serve", scorer)
         replay = workers.start("replay", str(log), "--report", str(folder / "replay.json"), *_replay_arguments(options))
+        addresses = Addresses(url, workers.printed_url("train", trainer).removesuffix("/metrics"))
+        page = workers.start("console", *addresses.arguments(), "--history", str(config.trainer.history.directory))
         workers.wait_ready(url, scorer, trainer)
         requests = RequestLoop(
             url,
@@ -101,15 +122,35 @@ def run_demo(config: Config, options: DemoOptions, *, should_stop: Callable[[], 
             items_per_request=options.items_per_request,
         )
         requests.start()
-        replayed = workers.watch(url, replay, [trainer, scorer], should_stop)
+        address = workers.printed_url("console", page)
+        addresses.write(folder / "addresses.json", console=address)
+        console.print(f"console: {address}", highlight=False, soft_wrap=True)
+        running = {"train": trainer, "serve": scorer, "console": page}
+        replayed = workers.watch(url, replay, running, should_stop)
+        if options.stay and not should_stop():
+            report = live_report(addresses.trainer, replayed, should_stop)
+            if report is not None:
+                _await_version(url, report)
+                on_replayed(_result(report, replayed, url, requests.so_far(), options.keep))
+            console.print(f"everything stays up until Ctrl-C: {address}", highlight=False, soft_wrap=True)
+            while not should_stop():
+                workers.check_alive(running)
+                time.sleep(_LOOK_S)
         stop(trainer, timeout_s=120)
         report = read_report(folder / "train.json", log_tail(workers.log_of("train")))
         _await_version(url, report)
-        tally = requests.stop()
-        stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
-        stop(scorer, timeout_s=20)
-    _add_scorer(report, stats, tally)
+        result = _result(report, replayed, url, requests.stop(), options.keep)
+        stop_all([scorer, page], timeout_s=20)
+    return result
+
+
+def _result(
+    report: dict[str, Any], replayed: dict[str, Any], url: str, tally: RequestTally, keep: Path | None
+) -> DemoResult:
+    """The trainer's report with what scorer and replay know, checked."""
+    _add_scorer(report, httpx.get(f"{url}/v1/stats", timeout=10).json(), tally)
     report["log"] = replayed["log"]
+    write_report(report, None if keep is None else keep / "report.json")
     return DemoResult(report, _failures(report, replayed, tally.last_error))
 
 
@@ -164,9 +205,18 @@ def _with_servers(config: Config, options: DemoOptions, folder: Path, stack: Exi
             trainer,
             threads=trainer.threads or 1,
             checkpoint=replace(trainer.checkpoint, directory=folder / "checkpoints"),
+            http=HttpConfig(port=0),
+            history=_history(trainer.history, folder, options.limit),
         ),
         scorer=replace(config.scorer, port=0, entity_timeout_ms=1000, tokens=None),
     )
+
+
+def _history(config: HistoryConfig, folder: Path, limit: int) -> HistoryConfig:
+    """The run's metrics over time: a learning curve of some fifty points, unless it is configured."""
+    if config.every_examples is None and config.every_s is None:
+        config = replace(config, every_examples=max(_FEWEST_EXAMPLES, limit // _POINTS))
+    return replace(config, directory=folder / "history")
 
 
 def _kafka(folder: Path, stack: ExitStack) -> str:

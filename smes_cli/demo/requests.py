@@ -2,17 +2,20 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
 import numpy as np
 
-from smes.arrays import I64
+from smes.arrays import F64, I64
 
 _TOLERANCE = 1e-4  # scores of one item at two places of a batch may differ in the last bits of float32
 _FIXED_EVERY = 5
+_KEPT_LATENCIES = 100_000
+_CALENDAR_S = 900  # hours and days begin, in every time zone, at a multiple of this
 
 
 @dataclass(slots=True)
@@ -24,7 +27,7 @@ class RequestTally:
         errors: Requests that failed, or whose answer lacked an item or a task.
         mixed_versions: Answers whose scores cannot all come from the version that they name.
         versions: (lineage, version) of the answers.
-        latency_ms: Time to each answer, measured by the caller.
+        latency_ms: Time to each of the newest 100,000 answers, measured by the caller.
         last_error: Message of the last failure.
     """
 
@@ -32,7 +35,7 @@ class RequestTally:
     errors: int = 0
     mixed_versions: int = 0
     versions: set[tuple[str, int]] = field(default_factory=set)
-    latency_ms: list[float] = field(default_factory=list)
+    latency_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT_LATENCIES))
     last_error: str = ""
 
     def quantile_ms(self, q: float) -> float | None:
@@ -44,7 +47,8 @@ class RequestLoop:
     """A thread that asks for rankings until it is stopped.
 
     Two checks find answers that mix versions. Every request contains one item twice, which must get the same scores in
-    both places. And a fixed request is sent again and again, which must get the same scores from the same version.
+    both places. And a fixed request is sent again and again, which must get the same scores from the same version as
+    shortly before. (Over hours the scores may move: features may count the time.)
 
     Args:
         url: Base URL of the scorer.
@@ -71,8 +75,8 @@ class RequestLoop:
         self._period_s, self._per_request = 1 / per_s, items_per_request
         self._rng = np.random.default_rng(seed)
         self._fixed = self._draw()
-        self._fixed_scores: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.float64]]] = {}
-        self._stopped = threading.Event()
+        self._fixed_scores: dict[tuple[str, int], tuple[int, F64]] = {}
+        self._stopped, self._counting = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
         self.tally = RequestTally()
 
@@ -86,6 +90,12 @@ class RequestLoop:
         if self._thread.is_alive():
             self._thread.join()
         return self.tally
+
+    def so_far(self) -> RequestTally:
+        """A copy of the counts, while the thread goes on."""
+        with self._counting:
+            tally = self.tally
+            return replace(tally, versions=set(tally.versions), latency_ms=deque(tally.latency_ms))
 
     def _run(self) -> None:
         next_s = time.monotonic()
@@ -101,21 +111,28 @@ class RequestLoop:
         return {"user_id": int(self._rng.choice(self._users)), "context": {}, "items": [*items, items[0]]}
 
     def _ask(self, client: httpx.Client, request: dict[str, Any], *, fixed: bool) -> None:
-        started_s = time.perf_counter()
+        started_s, asked = time.perf_counter(), _calendar()
+        latency_ms = None
         try:
             response = client.post("/v1/score", json=request)
-            self.tally.latency_ms.append(1000 * (time.perf_counter() - started_s))
+            latency_ms = 1000 * (time.perf_counter() - started_s)
             response.raise_for_status()
             answer = response.json()
             scores = self._scores(request, answer)
+            version, failure = (answer["lineage"], answer["version"]), ""
         except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
-            self.tally.errors += 1
-            self.tally.last_error = f"{type(error).__name__}: {error}"
-        else:
-            self._check_one_version((answer["lineage"], answer["version"]), scores, fixed=fixed)
-        self.tally.requests += 1
+            failure = f"{type(error).__name__}: {error}"
+        with self._counting:
+            self.tally.requests += 1
+            if latency_ms is not None:
+                self.tally.latency_ms.append(latency_ms)
+            if failure:
+                self.tally.errors += 1
+                self.tally.last_error = failure
+            else:
+                self._check_one_version(version, scores, asked if fixed and asked == _calendar() else None)
 
-    def _scores(self, request: dict[str, Any], answer: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _scores(self, request: dict[str, Any], answer: dict[str, Any]) -> F64:
         """Scores of a complete answer: float64 [items, tasks]."""
         if [item["item_id"] for item in answer["items"]] != request["items"]:
             raise ValueError(f"answer for {len(answer['items'])} items, expected the {len(request['items'])} requested")
@@ -127,12 +144,17 @@ class RequestLoop:
         names = sorted(self._tasks)
         return np.array([[item["scores"][name] for name in names] for item in answer["items"]])
 
-    def _check_one_version(
-        self, version: tuple[str, int], scores: np.ndarray[Any, np.dtype[np.float64]], *, fixed: bool
-    ) -> None:
+    def _check_one_version(self, version: tuple[str, int], scores: F64, asked: int | None) -> None:
+        """Count an answer whose scores differ; ``asked``: in which part of the day, of the fixed request."""
         self.tally.versions.add(version)
         mixed = not np.allclose(scores[0], scores[-1], rtol=_TOLERANCE, atol=_TOLERANCE)
-        if fixed:
-            known = self._fixed_scores.setdefault(version, scores)
-            mixed |= not np.allclose(known, scores, rtol=_TOLERANCE, atol=_TOLERANCE)
+        if asked is not None:
+            then, known = self._fixed_scores.get(version, (asked, scores))
+            self._fixed_scores[version] = asked, scores
+            mixed |= then == asked and not np.allclose(known, scores, rtol=_TOLERANCE, atol=_TOLERANCE)
         self.tally.mixed_versions += mixed
+
+
+def _calendar() -> int:
+    """The part of the day: within it no feature of the hour or the day changes."""
+    return int(time.time() // _CALENDAR_S)

@@ -1,10 +1,11 @@
 """The worker processes of a demo: started from one configuration file, watched, and asked for their reports."""
 
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +21,11 @@ from smes_cli.demo.processes import log_tail, spawn, stop
 from smes_io.clock import wait_until
 
 _READY_WITHIN_S = 90.0
+_URL = re.compile(r"(?:listening on|metrics:) (http://\S+)")
 
 
 class Workers:
-    """``smes train``, ``serve`` and ``replay`` as processes that die with this one.
+    """``smes train``, ``serve``, ``replay`` and ``console`` as processes that die with this one.
 
     Args:
         config: Their configuration, which is written to a file in the folder.
@@ -51,23 +53,23 @@ class Workers:
         self._stack.callback(stop, process, timeout_s=10)
         return process
 
-    def scorer_url(self, scorer: subprocess.Popen[bytes]) -> str:
-        """Wait for the scorer to print its URL, whose port it chose itself.
+    def printed_url(self, command: str, process: subprocess.Popen[bytes]) -> str:
+        """Wait for a worker to print the URL that it listens on, whose port it chose itself.
 
         Raises:
             SmesError: It ended, or did not listen in time.
         """
 
-        def printed_url() -> str | None:
-            for line in log_tail(self.log_of("serve"), 50).splitlines():
-                if "listening on http://" in line:
-                    return line.rsplit(" ", 1)[-1]
-            self._check_alive("serve", scorer)
-            return None
+        def printed() -> str | None:
+            found = _URL.search(log_tail(self.log_of(command), 200))
+            if found is None:
+                self._check_alive(command, process)
+            return None if found is None else found[1]
 
-        url = wait_until(printed_url, timeout_s=_READY_WITHIN_S)
+        with console.status(f"starting smes {command}"):
+            url = wait_until(printed, timeout_s=_READY_WITHIN_S)
         if url is None:
-            raise SmesError(f"scorer: not listening within {_READY_WITHIN_S:g} s:\n{self._tail('serve')}")
+            raise SmesError(f"smes {command}: not listening within {_READY_WITHIN_S:g} s:\n{self._tail(command)}")
         return url
 
     def wait_ready(self, url: str, scorer: subprocess.Popen[bytes], trainer: subprocess.Popen[bytes]) -> None:
@@ -92,7 +94,7 @@ class Workers:
         self,
         url: str,
         replay: subprocess.Popen[bytes],
-        others: list[subprocess.Popen[bytes]],
+        others: Mapping[str, subprocess.Popen[bytes]],
         should_stop: Callable[[], bool],
     ) -> dict[str, Any]:
         """Show progress until the replay ends or is stopped; the replay's report.
@@ -100,7 +102,7 @@ class Workers:
         Args:
             url: Base URL of the scorer.
             replay: The replay.
-            others: Trainer and scorer, which must keep running.
+            others: Command → the worker that must keep running.
             should_stop: Whether to stop the replay early.
 
         Raises:
@@ -108,8 +110,7 @@ class Workers:
         """
         with progress("replaying and serving", None) as advance:
             while replay.poll() is None and not should_stop():
-                for command, process in zip(("train", "serve"), others, strict=True):
-                    self._check_alive(command, process)
+                self.check_alive(others)
                 stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
                 fresh = number(stats["freshness_ms"]["p50"], 0)
                 advance(
@@ -122,6 +123,15 @@ class Workers:
         if replay.poll() is None:  # should_stop() became true
             stop(replay, timeout_s=30)
         return read_report(self._folder / "replay.json", self._tail("replay"))
+
+    def check_alive(self, processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
+        """Check that workers run.
+
+        Raises:
+            SmesError: One has ended; the message ends with its output.
+        """
+        for command, process in processes.items():
+            self._check_alive(command, process)
 
     def _tail(self, command: str) -> str:
         return log_tail(self.log_of(command))

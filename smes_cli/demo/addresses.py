@@ -1,0 +1,65 @@
+"""Where the parts of a running demo are found, and what its trainer says while it runs."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from smes_cli.console import errors
+
+_WITHIN_S = 60.0
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Base URLs of scorer and trainer."""
+
+    scorer: str
+    trainer: str
+
+    def arguments(self) -> tuple[str, ...]:
+        """The options by which ``smes console`` finds both; it takes a free port itself."""
+        return ("--scorer", self.scorer, "--trainer", self.trainer, "--host", "127.0.0.1", "--port", "0")
+
+    def write(self, path: Path, *, console: str) -> None:
+        """Write them as JSON, with the console's address, which may end with its token: for this user alone."""
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+        path.write_text(json.dumps({"console": console, "scorer": self.scorer, "trainer": self.trainer}) + "\n")
+
+
+def live_report(trainer: str, replayed: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any] | None:
+    """The report of a trainer that runs, once it has read everything that was replayed.
+
+    Args:
+        trainer: Its base URL.
+        replayed: How many ``impressions`` and how much ``feedback`` were appended.
+        should_stop: Ends the wait.
+
+    Returns:
+        The report; None if it did not come in time, which is printed, or a stop was asked for.
+    """
+    deadline_s, why = time.monotonic() + _WITHIN_S, "it has not read all events"
+    with httpx.Client(timeout=10) as client:
+        while not should_stop() and time.monotonic() < deadline_s:
+            try:
+                report = client.get(f"{trainer}/v1/stats").raise_for_status().json()["report"]
+            except (httpx.HTTPError, ValueError, KeyError) as error:
+                why = f"{type(error).__name__}: {error}"
+            else:
+                if report is not None and _read_all(report, replayed):
+                    return dict(report)
+            time.sleep(_POLL_S)
+    if not should_stop():
+        errors.print(f"trainer: no report within {_WITHIN_S:g} s: {why}", style="bold red", highlight=False)
+    return None
+
+
+def _read_all(report: dict[str, Any], replayed: dict[str, Any]) -> bool:
+    impressions, feedback = report["events"]["impressions"], report["feedback"]["received"]
+    return bool(impressions >= replayed["impressions"] and feedback >= replayed["feedback"])
