@@ -189,6 +189,7 @@ def _assemble(
     arms = open_arms(config, schema, places, load, telemetry)
     answerer = Answerer(interfaces, swap, first_answers, telemetry, arms=arms)
     checks = StoreChecks(lambda: _check_store(features, answerer.interface), config.entity_check_s)
+    telemetry.loader_alive.set_function(lambda: float(swap.alive))
     telemetry.snapshot_age_s.set_function(lambda: _age_s(swap) or 0.0)
     telemetry.degraded.set_function(
         lambda: float(not swap.served or any(_problems(swap, features, answerer, arms).values()))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
@@ -97,6 +97,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
 
         def counter(name: str, what: str) -> Counter:
             return Counter(f"smes_scorer_{name}", what, registry=self.registry)
@@ -134,6 +135,9 @@ class Telemetry:
         )
         self.degraded = Gauge(
             "smes_scorer_degraded", "1 while /health/ready is not ready or names a problem", registry=self.registry
+        )
+        self.loader_alive = Gauge(
+            "smes_scorer_loader_alive", "1 while the thread that loads versions lives", registry=self.registry
         )
         self.store_damage = Gauge(
             "smes_scorer_store_damage", "Different broken things found in the store", registry=self.registry
