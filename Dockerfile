@@ -38,6 +38,7 @@ COPY smes_io smes_io
 COPY smes_scorer smes_scorer
 COPY simulators simulators
 COPY smes_client smes_client
+COPY smes_console smes_console
 COPY smes_cli smes_cli
 RUN pip install --no-deps .
 

@@ -23,6 +23,7 @@ from smes.errors import LogError, SmesError
 from smes.model.config import ModelConfig, OptimizerConfig, Preset, model_preset
 from smes.model.rows_config import RowsConfig
 from smes.rankers.config import task_groups
+from smes_console.config import ConsoleConfig
 from smes_io.schema_file import BuiltinName, SchemaFile, load_builtin, load_schema_file
 from smes_io.secrets import shown
 from smes_io.yaml_file import STRICT, read_mapping, validated
@@ -48,7 +49,8 @@ class Config:
             given a log recognizes the built-in schemas by the log's files. A folder with ``log_standard_*.csv`` is
             KuaiRand, and a Parquet file with a ``.truth.parquet`` beside it is synthetic. ``train`` and ``serve`` are
             given no log and therefore need this key.
-        event_log, stream, model, optimizer, rows, trainer, feature_store, scorer, replay: The parts of the components.
+        event_log, stream, model, optimizer, rows, trainer, feature_store, scorer, console, replay: The parts of the
+            components.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -62,6 +64,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     feature_store: FeatureStoreConfig = field(default_factory=FeatureStoreConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    console: ConsoleConfig = field(default_factory=ConsoleConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 
     def schema_name(self, log: Path | None = None) -> str:

@@ -1,0 +1,75 @@
+// Requests to the console's own server. What is not GET carries the token.
+
+export class ApiError extends Error {
+  constructor(status, detail) {
+    super(detail);
+    this.name = "ApiError";
+    this.status = status; // 0: no answer
+  }
+}
+
+const KEY = "smes-token";
+
+// The token of the address (#token=…), kept for this tab.
+export const token = {
+  get: () => sessionStorage.getItem(KEY),
+  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+};
+
+async function ask(path, options) {
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch {
+    throw new ApiError(0, "the console gave no answer; does `smes console` still run?");
+  }
+  const text = await response.text();
+  let body = null;
+  try {
+    body = text ? JSON.parse(text) : null;
+  } catch {
+    throw new ApiError(response.status, `${path}: the answer is no JSON`);
+  }
+  if (!response.ok) throw new ApiError(response.status, detailOf(body) ?? `${path}: status ${response.status}`);
+  return body;
+}
+
+function detailOf(body) {
+  const detail = body?.detail;
+  if (Array.isArray(detail)) return detail.map((each) => `${(each.loc ?? []).join(".")}: ${each.msg}`).join("; ");
+  return typeof detail === "string" ? detail : null;
+}
+
+// `askForToken(why)` resolves to a token that a person typed, or to null.
+export function createApi(askForToken) {
+  const headers = () => (token.get() ? { authorization: `Bearer ${token.get()}` } : {});
+
+  async function withToken(send) {
+    let why = "This needs a token: the part after #token= of the address that `smes console` printed.";
+    for (;;) {
+      try {
+        return await send();
+      } catch (error) {
+        if (!(error instanceof ApiError) || error.status !== 401) throw error;
+        if (token.get()) why = "That token is not, or no longer, accepted.";
+        const typed = await askForToken(why);
+        if (!typed) throw error;
+        token.set(typed);
+      }
+    }
+  }
+
+  return {
+    // The JSON at a path. Throws ApiError.
+    get: (path) => withToken(() => ask(path, { headers: headers() })),
+    // Sends JSON, with the token; asks the person for one where there is none, or a wrong one. Throws ApiError.
+    post: (path, body = {}) =>
+      withToken(() =>
+        ask(path, {
+          method: "POST",
+          headers: { "content-type": "application/json", ...headers() },
+          body: JSON.stringify(body),
+        }),
+      ),
+  };
+}

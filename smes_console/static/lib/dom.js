@@ -1,0 +1,33 @@
+// Elements without markup in strings: what comes from outside is only ever text.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes ?? {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+// h("p", {class: "quiet", onclick: f}, "text", otherElement)
+export const h = (name, attributes, ...children) => fill(document.createElement(name), attributes, children);
+
+// The same for SVG.
+export const s = (name, attributes, ...children) => fill(document.createElementNS(SVG, name), attributes, children);
+
+// Sets an element's text and its exact value, if they have changed. Browser tests read `data-value`.
+export function show(element, text, value) {
+  if (element.textContent !== text) element.textContent = text;
+  const exact = value === null || value === undefined ? "" : String(value);
+  if (element.getAttribute("data-value") !== exact) element.setAttribute("data-value", exact);
+}
+
+// An element that shows a figure of the report: data-figure="events.trained".
+export function figure(name, text = "–", value = null, attributes = {}) {
+  const element = h("span", { "data-figure": name, ...attributes });
+  show(element, text, value);
+  return element;
+}

@@ -1,0 +1,5 @@
+export const title = "Flow";
+
+export function mount(root, context) {
+  return { update() {}, unmount() {} };
+}

@@ -1,0 +1,5 @@
+export const title = "Learning";
+
+export function mount(root, context) {
+  return { update() {}, unmount() {} };
+}

@@ -1,0 +1,5 @@
+export const title = "Dead letters";
+
+export function mount(root, context) {
+  return { update() {}, unmount() {} };
+}

@@ -1,0 +1,5 @@
+export const title = "Try it";
+
+export function mount(root, context) {
+  return { update() {}, unmount() {} };
+}
