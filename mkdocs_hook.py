@@ -1,0 +1,168 @@
+"""What the site of the documentation needs beyond Markdown; MkDocs calls these functions (``mkdocs.yml``).
+
+The pages are written for a checkout: they link to files of the repository by relative paths. On the site
+
+- a file of the repository that a page links to becomes a page of its own below ``files/``: Markdown as it is, all else
+  as a listing. A missing one is an error;
+- the decisions (``docs/adr``) are listed in the navigation, and notebooks (``notebooks/``) are pages;
+- Markdown that GitHub reads and Python-Markdown reads otherwise is an error;
+- external links are only listed, in ``external-links.txt`` beside the site: nothing is asked of another host.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent
+LINK = re.compile(r"(\]\(|^\[[^\]^]+\]: )([^)\s]+)", re.MULTILINE)
+_FENCE = re.compile(r"^( *)(`{3,})[^\n]*\n.*?^\1\2 *$", re.MULTILINE | re.DOTALL)
+_EXTERNAL = re.compile(r"[a-z]+:")
+_LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json", ".sh": "sh"}
+
+log = logging.getLogger("mkdocs.smes")
+external: set[str] = set()
+
+
+def outside_fences(text: str, change: Callable[[str], str]) -> str:
+    """Text with everything changed that stands in no fenced block."""
+    parts, end = [], 0
+    for fence in _FENCE.finditer(text):
+        parts += [change(text[end : fence.start()]), fence[0]]
+        end = fence.end()
+    return "".join([*parts, change(text[end:])])
+
+
+def misread(text: str) -> Iterator[str]:
+    """Lines that the site would not show as GitHub does: content of list entries that is indented too little.
+
+    Python-Markdown wants four spaces for what belongs to an entry after a blank line, and for an entry in an entry.
+    """
+    fence, before = "", ""
+    for number, line in enumerate(text.splitlines(), 1):
+        shallow = re.match(r" {1,3}\S", line)
+        if mark := re.match(r" *(`{3,})", line):
+            if not fence and shallow:
+                yield f"line {number}: expected four spaces before {line.strip()}"
+            if fence in ("", mark[1]):
+                fence = "" if fence else mark[1]
+        elif not fence and shallow and (not before or re.match(r" +([-*]|\d+\.) ", line)):
+            yield f"line {number}: expected four spaces before {line.strip()[:40]}"
+        before = line.strip()
+
+
+def repository_path(src_uri: str) -> str:
+    """Where in the repository a page of the site comes from."""
+    if src_uri.startswith("files/"):
+        path = src_uri.removeprefix("files/")
+        return path if (ROOT / path).exists() else path.removesuffix(".md")
+    return f"docs/{src_uri}"
+
+
+def site_path(path: str) -> str | None:
+    """The source of the page that shows a file of the repository, None if there is no such file."""
+    found = ROOT / path
+    if found.is_dir() and (found / "README.md").exists():
+        path, found = f"{path}/README.md", found / "README.md"
+    if not found.is_file() or not found.is_relative_to(ROOT):
+        return None
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    if path.startswith("notebooks/"):
+        return path
+    return f"files/{path}" if path.endswith(".md") else f"files/{path}.md"
+
+
+def resolved(target: str, page: str) -> tuple[str, str]:
+    """Where a relative link of a page of the repository leads: a path in the repository, and the anchor with its #."""
+    name, mark, anchor = target.partition("#")
+    path = os.path.normpath(PurePosixPath(page).parent / name) if name else page
+    return path, mark + anchor
+
+
+def linked(text: str) -> list[str]:
+    """The targets of all relative links of a page."""
+    targets: list[str] = []
+
+    def collect(part: str) -> str:
+        targets.extend(target for _, target in LINK.findall(part))
+        return part
+
+    outside_fences(text, collect)
+    external.update(target for target in targets if _EXTERNAL.match(target))
+    return [target for target in targets if not _EXTERNAL.match(target)]
+
+
+def shown(path: str) -> str:
+    """A file of the repository as Markdown."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    if path.endswith(".md"):
+        return text
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=2) + 1) if "```" in text else "```"
+    return f"# {path}\n\n{fence}{_LANGUAGES.get(Path(path).suffix, 'text')}\n{text.rstrip()}\n{fence}\n"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List the decisions in the navigation."""
+    external.clear()
+    assert config.nav is not None
+    for entry in config.nav:
+        if "Decisions" in entry:
+            entry["Decisions"] = [f"adr/{path.name}" for path in sorted((ROOT / "docs/adr").glob("*.md"), key=_rank)]
+    return config
+
+
+def _rank(path: Path) -> tuple[bool, str]:
+    return path.name != "README.md", path.name
+
+
+@event_priority(100)  # before notebooks are made pages
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add notebooks, and the files of the repository that pages link to, however far the chain of links goes."""
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        files.append(File(f"notebooks/{notebook.name}", str(ROOT), config.site_dir, config.use_directory_urls))
+    waiting = ["CHANGELOG.md", "CONTRIBUTING.md"]
+    for page in files.documentation_pages():
+        path = repository_path(page.src_uri)
+        for problem in misread(page.content_string):
+            log.warning("%s: %s", path, problem)
+        waiting += [resolved(target, path)[0] for target in linked(page.content_string)]
+    while waiting:
+        path = waiting.pop()
+        source = site_path(path)
+        if source is None or not source.startswith("files/") or source in files.src_uris:
+            continue
+        files.append(File.generated(config, source, content=shown(path)))
+        if path.endswith(".md"):
+            waiting += [resolved(target, path)[0] for target in linked(shown(path))]
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links to files of the repository into links to their pages."""
+    path = repository_path(page.file.src_uri)
+
+    def rewrite(found: re.Match[str]) -> str:
+        if _EXTERNAL.match(found[2]) or found[2].startswith("#"):
+            return found[0]
+        target, anchor = resolved(found[2], path)
+        source = site_path(target)
+        if source is None:
+            log.warning("%s: %s leads to no file", path, found[2])
+            return found[0]
+        return found[1] + os.path.relpath(source, PurePosixPath(page.file.src_uri).parent) + anchor
+
+    return outside_fences(markdown, lambda part: LINK.sub(rewrite, part))
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """List the external links."""
+    text = "".join(f"{link}\n" for link in sorted(external))
+    Path(config.site_dir).with_name("external-links.txt").write_text(text, encoding="utf-8")
+    log.info("%d external links: %s", len(external), Path(config.site_dir).with_name("external-links.txt"))
