@@ -122,7 +122,7 @@ def run_live(setting: LiveSetting) -> LiveFigures:
         _finish(context.Process(target=fill_table, args=(config, population)))
         workers = Workers(config, folder, stack)
         trainer, scorer = workers.start("train", "--report", str(folder / "train.json")), workers.start("serve")
-        url = workers.scorer_url(scorer)
+        url = workers.printed_url("serve", scorer)
         _await_ready(url, workers, {"train": trainer, "serve": scorer})
         seconds = setting.warm_up_s + setting.seconds
         traffic = Traffic(config.schema_file().schema, population, first_id=wall_clock_ms(), seed=1)

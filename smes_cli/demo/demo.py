@@ -35,7 +35,7 @@ from trainer.report import conservation_errors
 
 _SETTLE_S = 15.0
 _LOOK_S = 0.5
-_POINTS, _FEWEST_EXAMPLES = 50, 200
+_POINTS, _FEWEST_EXAMPLES, _POINT_S = 50, 200, 10.0
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,8 @@ def _with_servers(config: Config, options: DemoOptions, folder: Path, stack: Exi
 
 def _history(config: HistoryConfig, folder: Path, limit: int) -> HistoryConfig:
     """The run's metrics over time: a learning curve of some fifty points, unless it is configured."""
-    if config.every_examples is None and config.every_s is None:
-        config = replace(config, every_examples=max(_FEWEST_EXAMPLES, limit // _POINTS))
+    if replace(config, directory=None) == HistoryConfig():
+        config = replace(config, every_examples=max(_FEWEST_EXAMPLES, limit // _POINTS), every_s=_POINT_S)
     return replace(config, directory=folder / "history")
 
 
