@@ -69,6 +69,7 @@ def places_of(config: "Config") -> "Places":
     Raises:
         ValueError: A baseline is no folder, or two have the same name.
     """
+    from smes_cli.dead_letters import replayer_of
     from smes_console.sources import Places
 
     own, http = config.console, config.trainer.http
@@ -84,6 +85,7 @@ def places_of(config: "Config") -> "Places":
         history=own.history or config.trainer.history.directory,
         baselines=_baselines(own.baseline),
         snapshot_interval_s=config.trainer.snapshot_interval_s,
+        replayer=lambda log, adopt_schema: replayer_of(config, log, adopt_schema=adopt_schema),
     )
 
 

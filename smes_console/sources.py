@@ -27,6 +27,7 @@ from stream.log.open_log import EventLogConfig
 
 if TYPE_CHECKING:
     from feature_store.snapshots import SnapshotStore
+    from stream.dead_letter_replay import Replayer
     from stream.log.event_log import EventLog
 
 FRESH_S = 1.0
@@ -74,6 +75,8 @@ class Places:
         history: Folder of the run's metrics over time; None: there is none.
         baselines: Name → folder of another run's.
         snapshot_interval_s: How often the trainer cuts; a version in service that is much older is stale.
+        replayer: Makes what re-injects dead letters of a log, and whether it adopts the present schema; None: nobody
+            does.
     """
 
     event_log: EventLogConfig
@@ -86,6 +89,7 @@ class Places:
     history: Path | None = None
     baselines: Mapping[str, Path] | None = None
     snapshot_interval_s: float = 1.0
+    replayer: "Callable[[EventLog, bool], Replayer] | None" = None
 
 
 class Sources:
@@ -160,6 +164,11 @@ class Sources:
                 else:
                     look.failed(problem)
                 look.running, look.done_s = None, self._monotonic()
+
+    def forget(self, name: str) -> None:
+        """Look anew at the next call, because something was changed; a look that is on its way does not count."""
+        with self._lock:
+            self._looks.pop(name, None)
 
     def together(self, *looks: Callable[[], Any]) -> list[Any]:
         """The results of several functions that each look at something, in their order, as quick as the slowest."""

@@ -173,8 +173,27 @@ def read_entries(log: EventLog, until: Positions | None = None) -> Iterator[Entr
     for at, stop in sorted((until or end).items()):
         position = begin.get(at, 0)
         while position < stop:
-            found, position = _read_some(log, at, position, stop)
+            found, position = read_some(log, at, position, stop)
             yield from found
+
+
+def read_some(log: EventLog, at: TopicPartition, position: int, stop: int) -> tuple[list[Entry], int]:
+    """What one read of a partition finds from ``position`` on and before ``stop``, and the position after it.
+
+    Raises:
+        EventLogError, EventLogUnavailable: As the log raises them.
+    """
+    try:
+        fetch = log.read({at: position}, max_records=_RECORDS_PER_READ, timeout_s=_READ_S)
+    except PositionOutOfRange:
+        oldest = log.begin(at.topic)[at]
+        if oldest <= position:
+            raise
+        _logger.warning("%s/%d: what lay before %d was trimmed while it was read", at.topic, at.partition, oldest)
+        return [], oldest
+    entries: list[Entry] = [entry_of(record) for record in fetch.records if record.offset < stop]
+    entries += [Foreign(at, each.offset, each.reason) for each in fetch.unreadable if each.offset < stop]
+    return entries, fetch.positions[at]
 
 
 def follow_entries(log: EventLog, positions: Positions, timeout_s: float) -> tuple[list[Entry], Positions]:
@@ -224,21 +243,6 @@ class LetterGroup:
             self.last_ms = max(self.last_ms, stored.written_ms)
             self.first_ms = min(self.first_ms, stored.written_ms)
             self.example = stored
-
-
-def _read_some(log: EventLog, at: TopicPartition, position: int, stop: int) -> tuple[list[Entry], int]:
-    """What one read finds before ``stop``, and the position after it."""
-    try:
-        fetch = log.read({at: position}, max_records=_RECORDS_PER_READ, timeout_s=_READ_S)
-    except PositionOutOfRange:
-        oldest = log.begin(at.topic)[at]
-        if oldest <= position:
-            raise
-        _logger.warning("%s/%d: what lay before %d was trimmed while it was read", at.topic, at.partition, oldest)
-        return [], oldest
-    entries: list[Entry] = [entry_of(record) for record in fetch.records if record.offset < stop]
-    entries += [Foreign(at, each.offset, each.reason) for each in fetch.unreadable if each.offset < stop]
-    return entries, fetch.positions[at]
 
 
 def _names(text: str, stored: StoredLetter) -> bool:

@@ -177,7 +177,8 @@ def _one(store: SnapshotStore, lineage: str, version: int) -> dict[str, Any]:
 
 
 def _decide(store: SnapshotStore, asked: Asked) -> dict[str, Any]:
-    operator, rest = store.operator, {"why": asked.why, "by": asked.by or "console", "dry_run": asked.dry_run}
+    operator = store.operator
+    rest: dict[str, Any] = {"why": asked.why, "by": asked.by or "console", "dry_run": asked.dry_run}
     before = store.rolled_back()
     match asked.action:
         case "pin":
