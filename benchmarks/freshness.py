@@ -17,7 +17,7 @@ from benchmarks.freshness_runs import value_runs
 from benchmarks.freshness_value import plot_value, value_figures, value_json, value_table
 from benchmarks.run_cache import RunCache, run_missing
 from smes_cli.console import console
-from smes_cli.freshness import DEPENDS_ON
+from smes_scorer.freshness_stages import DEPENDS_ON
 
 
 def live(arguments: argparse.Namespace) -> dict[str, float]:

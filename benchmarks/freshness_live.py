@@ -33,9 +33,9 @@ from smes_cli.config import Config
 from smes_cli.demo.local_servers import start_valkey
 from smes_cli.demo.processes import stop
 from smes_cli.demo.workers import Workers
-from smes_cli.freshness import DEPENDS_ON
 from smes_io.clock import wait_until, wall_clock_ms
 from smes_io.redis_client import connect
+from smes_scorer.freshness_stages import DEPENDS_ON
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
 from stream.join.joiner import JoinConfig

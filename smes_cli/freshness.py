@@ -11,19 +11,9 @@ from smes.errors import SmesError
 from smes_cli.config import Config
 from smes_cli.console import console, number, write_report
 from smes_io.bearer import one_token
+from smes_scorer.freshness_stages import DEPENDS_ON
 
 _TIMEOUT_S = 10.0
-
-DEPENDS_ON = {
-    "joined": ("event log → joined", "stream.join: wait, allowed_lateness_s, vouchers; stream.idle_after_s"),
-    "batched": ("joined → batched", "stream.batch: size, max_wait_s"),
-    "trained": ("batched → trained", "how fast the trainer is: trainer.device, trainer.threads"),
-    "cut": ("trained → cut", "trainer.snapshot_interval_s"),
-    "published": ("cut → published", "bytes of a delta: feature_store.snapshots.precision; Redis"),
-    "in_service": ("published → in service", "how fast the scorer loads; scorer.poll_s where notices are lost"),
-    "answered": ("in service → first answer", "how often scores are asked for"),
-}
-"""Stage → what it goes from and to, and what it depends on. The stages are those of the scorer, in their order."""
 
 
 def run_freshness(config: Config, url: str | None, report: Path | None) -> dict[str, Any]:

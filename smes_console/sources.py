@@ -180,6 +180,10 @@ class Sources:
         """``/v1/stats`` of the trainer."""
         return self.look("trainer", lambda: self._ask_trainer("/v1/stats"))
 
+    def trainer_brief(self) -> Reached[dict[str, Any]]:
+        """The same without ``experts``, which is by far the longest part."""
+        return self.look("trainer, in brief", lambda: self._ask_trainer("/v1/stats?without=experts"))
+
     def trainer_history(self, after: int | None = None, last: int | None = None) -> Reached[dict[str, Any]]:
         """``/v1/history`` of the trainer: ``lines``, oldest first, and ``next``.
 

@@ -1,10 +1,84 @@
 """What the page *Flow* shows: where everything is on its way from event to answer, and how fast it moves."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from fastapi import APIRouter
 
-from smes_console.sources import Sources
+from smes.errors import SmesError
+from smes_console.deployment import log_state, store_state, unread
+from smes_console.sources import Reached, Sources
+from smes_io.clock import wall_clock_ms
+from smes_scorer.freshness_stages import DEPENDS_ON
+from trainer.report import conservation_errors
+
+_ENDED = "report.json"  # what a run that has ended leaves in the folder of its history
+_ENDED_FRESH_S = 5.0
+_OF_REPORT = ("events", "feedback", "throughput", "snapshots", "rows", "active_experts", "routing", "features", "gate")
 
 
 def router(sources: Sources) -> APIRouter:
-    """Everything under ``/api/flow``."""
-    return APIRouter(prefix="/api/flow")
+    """``/api/flow``."""
+    routes = APIRouter(prefix="/api/flow")
+
+    @routes.get("")
+    def flow() -> dict[str, Any]:
+        """Trainer, event log, store and scorer, each with its ``problem``; figures are named as in the report."""
+        trainer, log, store, scorer = sources.together(
+            sources.trainer_brief, lambda: log_state(sources), lambda: store_state(sources), sources.scorer
+        )
+        return {
+            "at_ms": wall_clock_ms(),
+            "trainer": _trainer(sources, trainer),
+            "log": _log(sources, log, trainer, store),
+            "store": {**store.state(), **(store.value or {})},
+            "scorer": {**scorer.state(), **(scorer.value or {})},
+            "stages": [{"stage": name, "what": what, "why": why} for name, (what, why) in DEPENDS_ON.items()],
+        }
+
+    return routes
+
+
+def _trainer(sources: Sources, trainer: Reached[dict[str, Any]]) -> dict[str, Any]:
+    """What a trainer says; where none answers, the report of a run that has ended, if it left one."""
+    values = dict(trainer.value or {})
+    report, ended = values.pop("report", None), False
+    if report is None and trainer.problem is not None and sources.places.history is not None:
+        path = sources.places.history / _ENDED
+        report = sources.look("report of a run that has ended", lambda: _written(path), fresh_s=_ENDED_FRESH_S).value
+        ended = report is not None
+    return {
+        **trainer.state(),
+        **values,
+        "ended": ended,
+        "report": {name: report.get(name) for name in _OF_REPORT} if report else None,
+        "unaccounted": conservation_errors(report) if report else None,
+    }
+
+
+def _log(
+    sources: Sources, log: Reached[dict[str, Any]], trainer: Reached[dict[str, Any]], store: Reached[dict[str, Any]]
+) -> dict[str, Any]:
+    """The topics; ``unread`` counts records beyond the trainer's positions, else beyond those of the newest version."""
+    positions = (trainer.value or {}).get("positions")
+    by = "trainer" if positions else None
+    if not positions and store.value and store.value["current"]:
+        positions, by = store.value["current"]["positions"], "newest version"
+    return {
+        **log.state(),
+        "kind": sources.places.event_log.kind,
+        "topics": log.value,
+        "unread": unread(log.value, positions) if log.value and positions else None,
+        "read_by": by,
+    }
+
+
+def _written(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise SmesError(f"{path}: no report, expected one when the run has ended") from error
+    if not isinstance(report, dict) or not {"events", "feedback"} <= report.keys():
+        raise SmesError(f"{path}: expected a report, an object of JSON")
+    return report

@@ -19,8 +19,8 @@ import pytest
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from simulators.synthetic import synthesize
-from smes_cli.freshness import DEPENDS_ON
 from smes_io.schema_file import load_builtin
+from smes_scorer.freshness_stages import DEPENDS_ON
 from tests.e2e.reports import SYNTHETIC_TASKS, assert_documented
 from tests.e2e.shop import Shop
 from tests.running import MARKER, environment, read_json, running, start_smes, until, until_log_says
