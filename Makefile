@@ -27,17 +27,23 @@ test: install
 soak: install
 	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadgroup --durations=10 -m soak
 
+# Strict: a dead link is an error.
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The coverage is that of the last `make test`.
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MKDOCS)
 	@if test -f .coverage; then $(BIN)/coverage report; else echo "no coverage yet: run make test first"; fi
 
-# The lists of keys in docs/reference/configuration.md.
+# Rewrites what pages take from the code, and builds the site: build/site/index.html. External links are only listed.
 docs: install
 	$(BIN)/python -P -m smes_cli.configuration_docs docs/reference/configuration.md
+	$(BIN)/python -P -m smes_cli.command_docs docs/reference/cli.md
+	$(MKDOCS)
 
 # The libraries that benchmarks compare with, without their dependencies: torch stays the installed build.
 .venv/.bench-installed: requirements-bench.lock .venv/.installed

@@ -18,9 +18,8 @@ import yaml
 
 from smes.ranges import expected
 from smes_cli.config import Config
+from smes_cli.generated_lists import filled, wrapped
 
-COLUMNS = 120
-_LIST = re.compile(r"<!-- keys: (\w+) -->\n.*?<!-- end of keys -->", re.DOTALL)
 _IN_YAML = {r"(^|\. )None\b": r"\1Null", r"\bNone\b": "null"}
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]+\.)?(\w+)`")
 
@@ -78,9 +77,7 @@ def entry(key: Key) -> str:
     value = list(key.default) if isinstance(key.default, tuple) else key.default
     default = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
     head = f"- `{key.path}`: `{default}`" + (f" ({key.range})" if key.range else "")
-    return textwrap.fill(
-        f"{head}. {key.meaning}", COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
+    return wrapped(f"{head}. {key.meaning}")
 
 
 def generated(page: str) -> str:
@@ -92,15 +89,7 @@ def generated(page: str) -> str:
     lists: dict[str, list[str]] = {}
     for key in keys(Config()):
         lists.setdefault(key.path.partition(".")[0], []).append(entry(key))
-    sections = _LIST.findall(page)
-    if sorted(sections) != sorted(lists):
-        raise ValueError(f"sections {sections}, expected each of {list(lists)} once")
-
-    def written(found: re.Match[str]) -> str:
-        entries = "\n".join(lists[found[1]])
-        return f"<!-- keys: {found[1]} -->\n\n{entries}\n\n<!-- end of keys -->"
-
-    return _LIST.sub(written, page)
+    return filled(page, "keys", {section: "\n".join(entries) for section, entries in lists.items()})
 
 
 def main(path: Path) -> None:

@@ -17,10 +17,11 @@ import yaml
 from jsonschema.validators import validator_for
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 from smes_cli.__main__ import run
 from smes_cli.app import app
+from smes_cli.command_docs import commands
 from smes_cli.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,38 +129,13 @@ def test_changelog_has_the_version_and_the_lock_fits_the_requirements() -> None:
         assert needed.specifier.contains(pinned[canonicalize_name(needed.name)]), text
 
 
-# ---- the page of commands and every command line shown
-
-
-def commands(group: TyperGroup, path: str) -> Iterator[tuple[str, TyperCommand]]:
-    for name, command in group.commands.items():
-        if isinstance(command, TyperGroup):
-            yield from commands(command, f"{path} {name}")
-        else:
-            assert isinstance(command, TyperCommand)
-            yield f"{path} {name}", command
+# ---- every command line shown
 
 
 def root_command() -> TyperGroup:
     command = typer.main.get_command(app)
     assert isinstance(command, TyperGroup)
     return command
-
-
-def options(command: TyperGroup | TyperCommand) -> set[str]:
-    return {name for p in command.params if p.param_type_name == "option" for name in p.opts}
-
-
-@pytest.mark.parametrize("path", [path for path, _ in commands(root_command(), "smes")])
-def test_every_command_and_option_is_documented(path: str) -> None:
-    text = section((ROOT / "docs/reference/cli.md").read_text(), f"## `{path}`")
-    command = dict(commands(root_command(), "smes"))[path]
-    assert set(re.findall(r"^\| `(--?[a-z-]+)", text, re.MULTILINE)) == options(command)
-
-
-def test_the_options_of_all_commands_are_documented() -> None:
-    intro = (ROOT / "docs/reference/cli.md").read_text().partition("\n## ")[0]
-    assert options(root_command()) <= set(re.findall(r"`(--?[a-z-]+)\b", intro))
 
 
 def parse(arguments: list[str]) -> str:
@@ -175,7 +151,7 @@ def parse(arguments: list[str]) -> str:
     def record(path: str) -> Any:
         return lambda **parameters: ran.append(path)
 
-    for path, command in commands(root, "smes"):
+    for path, command in commands(root):
         command.callback = record(path)
     root.main(arguments, prog_name="smes", standalone_mode=False)
     assert len(ran) == 1, f"smes {shlex.join(arguments)}: expected one command, parsed {ran}"
@@ -243,17 +219,22 @@ def test_compose_file_fits_the_specification() -> None:
 
 def test_compose_services_refer_to_what_is_there() -> None:
     services = COMPOSE["services"]
-    assert set(services) == {"kafka", "redis", "trainer", "scorer", "simulator"}
+    ours, others = {"trainer", "scorer", "simulator", "console"}, {"kafka", "redis", "prometheus", "grafana"}
+    assert set(services) == ours | others
     used = set()
     for name, service in services.items():
         for target, how in service.get("depends_on", {}).items():
             assert target in services, name
             assert how["condition"] != "service_healthy" or "healthcheck" in services[target], f"{name} on {target}"
         used |= {interpolated(volume).partition(":")[0] for volume in service.get("volumes", [])}
-    assert used == set(COMPOSE["volumes"])
+    folders = {name for name in used if name.startswith("./")}
+    assert used - folders == set(COMPOSE["volumes"])
+    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+    images = [service["image"] for name, service in services.items() if name in others]
+    assert all(re.fullmatch(r"[\w/]+:v?\d[\d.]*", image) for image in images), "images are pinned"
 
 
-@pytest.mark.parametrize("service", ["trainer", "scorer", "simulator"])
+@pytest.mark.parametrize("service", ["trainer", "scorer", "simulator", "console"])
 def test_compose_runs_commands_and_keys_that_exist(
     service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +247,7 @@ def test_compose_runs_commands_and_keys_that_exist(
     assert config.schema_file().name == "synthetic"
     command = COMPOSE["services"][service]["command"]
     if service != "simulator":
-        expected = {"trainer": "smes train", "scorer": "smes serve"}
+        expected = {"trainer": "smes train", "scorer": "smes serve", "console": "smes console"}
         assert parse([interpolated(word) for word in command]) == expected[service]
         return
     script = interpolated(command[0])
@@ -278,14 +259,27 @@ def test_compose_runs_commands_and_keys_that_exist(
 
 def test_compose_health_checks_look_where_the_processes_are() -> None:
     config = load_config(None, environment("scorer"))
-    scorer, trainer = COMPOSE["services"]["scorer"], COMPOSE["services"]["trainer"]
-    *_, keep_off_the_path, option, code = scorer["healthcheck"]["test"]
-    assert (keep_off_the_path, option) == ("-P", "-c")
-    compile(code, "healthcheck", "exec")
-    assert f":{config.scorer.port}/health/ready" in code
-    assert scorer["ports"] == [f"127.0.0.1:{config.scorer.port}:{config.scorer.port}"]
-    assert f"find {config.trainer.checkpoint.directory} " in trainer["healthcheck"]["test"][1]
-    assert any(volume.endswith(":/data") for volume in trainer["volumes"])
+    http, services = config.trainer.http, COMPOSE["services"]
+    places = {
+        "trainer": (http.port, "/health/ready"),
+        "scorer": (config.scorer.port, "/health/ready"),
+        "console": (config.console.port, "/"),
+    }
+    for service, (port, path) in places.items():
+        *_, keep_off_the_path, option, code = services[service]["healthcheck"]["test"]
+        assert (keep_off_the_path, option) == ("-P", "-c")
+        compile(code, "healthcheck", "exec")
+        assert f"'http://127.0.0.1:{port}{path}'" in code
+        ports = services[service].get("ports")
+        assert ports == (None if service == "trainer" else [f"127.0.0.1:{port}:{port}"]), service
+    hosts = {http.host, config.scorer.host, config.console.host}
+    assert hosts == {"0.0.0.0"}, "other containers reach them"
+    assert config.console.trainer_url == f"http://trainer:{http.port}"
+    assert config.console.scorer_url == f"http://scorer:{config.scorer.port}"
+    for folder in (config.trainer.checkpoint.directory, config.trainer.history.directory):
+        assert str(folder).startswith("/data/")
+    for service in ("trainer", "console"):
+        assert any(volume.split(":")[1] == "/data" for volume in services[service]["volumes"])
 
 
 def test_kafka_takes_the_settings_of_the_compose_file(kafka_home: Path, tmp_path: Path) -> None:
