@@ -1,10 +1,289 @@
-"""What the page *learning* shows."""
+"""What the page *learning* shows: metrics of each task over time, against other runs and the version in service."""
 
-from fastapi import APIRouter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
+import numpy as np
+from fastapi import APIRouter, Query
+
+from smes_console.curves import Axis, Parts, curve_of, parts_of, positions_of, whole
+from smes_console.deployment import in_service
+from smes_console.history_lines import Line, runs_of
+from smes_console.runs import Found, Runs
 from smes_console.sources import Sources
+from trainer.lineages import root_of
+from trainer.task_figures import RARE_BELOW
+
+Metric = Literal["gauc_windowed", "auc", "ne", "calibration", "ece", "base_rate"]
+
+OF_REGRESSION: dict[str, str | None] = {
+    "gauc_windowed": "xauc",
+    "auc": "xauc",
+    "ne": "mae",
+    "calibration": "mean_bias",
+    "ece": "mae",
+    "base_rate": None,
+}
+"""What is shown of a regression task beside a metric of binary tasks: the order, the size of errors, or the bias."""
+
+_EARLIER_RUNS = 3  # of the same folder
+_MANIFEST_FRESH_S = 30.0
+_Object = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What curves are asked for.
+
+    Attributes:
+        metric: Of binary tasks; regression tasks have the one of :data:`OF_REGRESSION`.
+        axis: What x is.
+        points: About so many of a curve at most.
+        within: Only this range of x; None: all.
+        at_least: Stretches that a point is made of at least.
+    """
+
+    metric: str
+    axis: Axis
+    points: int
+    within: tuple[float, float] | None
+    at_least: int
+
+    def parts(self, lines: Sequence[Line]) -> Parts:
+        """Which lines of a run make which points."""
+        return parts_of(lines, self.axis, self.points, self.within, self.at_least)
 
 
 def router(sources: Sources) -> APIRouter:
     """Everything under ``/api/learning``."""
-    return APIRouter(prefix="/api/learning")
+    routes = APIRouter(prefix="/api/learning")
+    runs = Runs(sources)
+
+    @routes.get("")
+    def learning(
+        metric: Metric = "gauc_windowed",
+        axis: Axis = "event_time",
+        low: Annotated[float | None, Query(alias="from")] = None,
+        high: Annotated[float | None, Query(alias="to")] = None,
+        points: Annotated[int, Query(ge=10, le=2000)] = 240,
+        together: Annotated[int, Query(ge=1, le=4096)] = 1,
+        seen: str | None = None,
+    ) -> _Object:
+        """Curves of every task, the report of the run, its newest stretch and the version in service.
+
+        Args:
+            metric: Of binary tasks; regression tasks have the one of :data:`OF_REGRESSION`.
+            axis: What x is: Unix milliseconds, or impressions.
+            low, high: Only this range of x.
+            points: About so many of a curve at most.
+            together: Stretches that a point is made of at least.
+            seen: ``key`` of an answer to the same question: ``curves`` is null if they are still the same.
+        """
+        found, _, others, (report, report_state) = sources.together(
+            runs.watched, lambda: in_service(sources), runs.baselines, runs.report
+        )
+        served = _service(sources)
+        grouped = runs_of(found.lines)
+        *earlier, main = grouped.values() if grouped else [[]]
+        key = _key(found, others, served)
+        within = None if low is None or high is None else (low, high)
+        question = Question(metric, axis, points, within, together)
+        return {
+            "key": key,
+            "sources": {
+                "history": found.state(),
+                "report": report_state,
+                "snapshots": {"problem": served["problem"], "since_ms": served["since_ms"]},
+            },
+            "tasks": _tasks(main, report),
+            "report": report,
+            "newest": _newest(main),
+            "service": _placed(served["version"], main, axis),
+            "curves": None if seen == key else _curves(main, earlier[-_EARLIER_RUNS:], others, question),
+        }
+
+    return routes
+
+
+def _key(found: Found, others: dict[str, Found], served: _Object) -> str:
+    """What curves depend on, beside the question."""
+    version = served["version"] or {}
+    parts = [version.get("lineage"), version.get("version"), found.kind]
+    for each in (found, *others.values()):
+        newest = each.lines[-1] if each.lines else None
+        parts += [len(each.lines), newest and newest.lineage, newest and newest.stretch, newest and newest.wall_ms]
+    return ":".join(str(part) for part in parts)
+
+
+def _tasks(lines: Sequence[Line], report: _Object | None) -> list[_Object]:
+    """The tasks of the newest line, else those of the report: their kind, and how dense they are over the whole run."""
+    of_report = (report or {}).get("tasks") or {}
+    names = lines[-1].tasks if lines else tuple(of_report)
+    tasks = []
+    for name in names:
+        figures = of_report.get(name) or {}
+        of_line = lines[-1].task(name) if lines else {}
+        is_regression = any(figures.get(key) is not None or of_line.get(key) is not None for key in ("mae", "xauc"))
+        rate = figures.get("base_rate")
+        if rate is None and lines and not is_regression:
+            rate = whole(lines, name, "base_rate")
+        density = None if rate is None or is_regression else ("rare" if rate < RARE_BELOW else "dense")
+        tasks.append(
+            {
+                "name": name,
+                "kind": "regression" if is_regression else "binary",
+                "density": density,
+                "base_rate": None if is_regression else rate,
+            }
+        )
+    return tasks
+
+
+def _newest(lines: Sequence[Line]) -> _Object | None:
+    if not lines:
+        return None
+    line = lines[-1]
+    return {
+        "stretch": line.stretch,
+        "step": line.step,
+        "lineage": line.lineage,
+        "wall_ms": line.wall_ms,
+        "event_time_ms": line.event_time_ms,
+        "trained": line.trained,
+        "impressions": line.impressions,
+        "windows": line.windows,
+        "tasks": {name: line.task(name) for name in line.tasks},
+        "routing": {key: line.experts.get(key) for key in ("dead", "load_skew", "drift", "overlap", "active_mean")},
+    }
+
+
+def _service(sources: Sources) -> _Object:
+    """The version in service with its metrics: ``version`` (None without one), ``problem``, ``since_ms``."""
+    served = in_service(sources)
+    lineage, version = served["lineage"], served["version"]
+    if version is None:
+        look = sources.scorer() if sources.places.scorer_url else None
+        return {"version": None, "problem": look.problem if look else None, "since_ms": look.since_ms if look else None}
+
+    def manifest() -> _Object:
+        found = sources.snapshots().get(lineage, version)
+        return {
+            "created_ms": found.created_ms,
+            "event_time_ms": found.event_time_ms,
+            "step": found.step,
+            "tasks": found.metrics.get("tasks") or {},
+        }
+
+    look_up = sources.look(f"snapshot {lineage}:{version}", manifest, fresh_s=_MANIFEST_FRESH_S)
+    said = look_up.value or {"created_ms": None, "event_time_ms": None, "step": version, "tasks": {}}
+    return {
+        "version": {"lineage": lineage, "version": version, **said},
+        "problem": look_up.problem,
+        "since_ms": look_up.since_ms,
+    }
+
+
+def _placed(version: _Object | None, lines: Sequence[Line], axis: Axis) -> _Object | None:
+    """The version in service with ``x``, where its cut lies on the curve; None where that is not known."""
+    if version is None:
+        return None
+    x: float | None = version["event_time_ms"] if axis == "event_time" else version["created_ms"]
+    is_of_run = bool(lines) and root_of(version["lineage"]) == root_of(lines[-1].lineage)
+    if axis == "impressions":
+        x = None
+        if is_of_run and lines[0].step <= version["step"]:
+            steps = np.array([line.step for line in lines], np.float64)
+            x = float(np.interp(version["step"], steps, [float(line.trained) for line in lines]))
+    return {**version, "x": x if is_of_run else None, "is_of_run": is_of_run}
+
+
+def _curves(main: list[Line], earlier: Sequence[list[Line]], others: dict[str, Found], question: Question) -> _Object:
+    parts = question.parts(main)
+    names = main[-1].tasks if main else ()
+    compared = [
+        _compared(f"earlier run {root_of(lines[-1].lineage)}", "earlier", lines, main, question) for lines in earlier
+    ]
+    for name, found in others.items():
+        _, newest = [("", []), *runs_of(found.lines).items()][-1]
+        curve = _compared(name, "baseline", newest, main, question)
+        compared.append({**curve, "where": found.where, "problem": found.problem})
+    return {
+        "metric": question.metric,
+        "of_regression": OF_REGRESSION[question.metric],
+        "axis": question.axis,
+        "run": {"lineage": main[-1].lineage if main else None, **_both(parts, question.metric, names)},
+        "compared": compared,
+        "base_rates": curve_of(parts, "base_rate", names).values,
+        "routing": _routing(parts),
+    }
+
+
+def _both(parts: Parts, metric: str, names: Sequence[str]) -> _Object:
+    """The curves of a metric, and of its counterpart for regression tasks."""
+    curve = curve_of(parts, metric, names).to_dict()
+    counterpart = OF_REGRESSION[metric]
+    if counterpart is not None:
+        of_regression = curve_of(parts, counterpart, names).values
+        for name, values in of_regression.items():
+            if any(value is not None for value in values):
+                curve["values"][name] = values
+    return curve
+
+
+def _compared(name: str, kind: str, lines: list[Line], main: list[Line], question: Question) -> _Object:
+    """The curves of another run, and by how much the watched one differs where both have trained as much."""
+    names = lines[-1].tasks if lines else ()
+    is_beside = bool(lines and main) and _overlap(lines, main, question.axis)
+    return {
+        "name": name,
+        "kind": kind,
+        "lineage": lines[-1].lineage if lines else None,
+        "is_beside": is_beside,
+        **_both(question.parts(lines if is_beside else []), question.metric, names),
+        "difference": _difference(main, lines, question.metric),
+    }
+
+
+def _overlap(one: Sequence[Line], other: Sequence[Line], axis: Axis) -> bool:
+    """Whether two runs have a part of an axis in common."""
+    spans = []
+    for lines in (one, other):
+        x = positions_of(lines, axis)
+        x = x[np.isfinite(x)]
+        if not len(x):
+            return False
+        spans.append((x[0], x[-1]))
+    (low, high), (other_low, other_high) = spans
+    return bool(low <= other_high and other_low <= high)
+
+
+def _difference(main: Sequence[Line], other: Sequence[Line], metric: str) -> _Object | None:
+    """Task → value of the watched run minus that of the other one, over the impressions that both have trained on."""
+    if not main or not other:
+        return None
+    low = max(main[0].trained - main[0].impressions, other[0].trained - other[0].impressions)
+    high = min(main[-1].trained, other[-1].trained)
+    ours, theirs = ([line for line in lines if low < line.trained <= high] for lines in (main, other))
+    tasks: dict[str, float | None] = {}
+    for name in main[-1].tasks:
+        for figure in (metric, OF_REGRESSION[metric]):
+            if figure is None or tasks.get(name) is not None:
+                continue
+            one, another = whole(ours, name, figure), whole(theirs, name, figure)
+            tasks[name] = None if one is None or another is None else one - another
+    return {"from": low, "to": high, "tasks": tasks}
+
+
+def _routing(parts: Parts) -> _Object:
+    """Figures of the experts at the end of each point; None where the curve is interrupted."""
+    ends = np.append(parts.starts[1:], len(parts.lines)) - 1 if len(parts.starts) else parts.starts
+    columns: _Object = {}
+    for key in ("drift", "load_skew", "dead", "active_mean"):
+        values: list[float | None] = []
+        for end, interrupted in zip(ends.tolist(), parts.interrupted.tolist(), strict=True):
+            if interrupted and values:
+                values.append(None)
+            values.append(parts.lines[end].experts.get(key))
+        columns[key] = values
+    return columns

@@ -1,0 +1,250 @@
+"""Learning curves for a page: few enough points to draw, of as many stretches as there are.
+
+Stretches are put together in groups of equal number. What a point then says:
+
+- GAUC is the mean by ranked impressions, as that of the whole run is. Base rate, calibration, normalised entropy, mean
+  absolute error and mean bias are those of the group's examples together, but for stretches that have none: one
+  without a positive has no calibration and no entropy.
+- AUC is the share of ordered pairs of a positive and a negative of the same stretch. ECE and XAUC are means by
+  examples.
+
+Letters: N lines, P points, T tasks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smes.arrays import F64, I64, Bool
+from smes_console.history_lines import FIGURES, Line, figures_of
+
+Axis = Literal["event_time", "wall_time", "impressions"]
+
+_COLUMN = {figure: m for m, figure in enumerate(FIGURES)}
+_GAP = 20.0  # times the usual distance of two lines is a gap
+_LONGEST_PART = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One run over an axis.
+
+    Attributes:
+        x: P positions that never go back: Unix milliseconds, or impressions.
+        values: Task name → P values; None where there is none, and where the curve is interrupted.
+        stretches: P numbers of stretches behind a point; 0 where the curve is interrupted.
+        marks: Where the lineage changed, and what to.
+        stretches_a_point: Stretches that are put together.
+    """
+
+    x: list[float]
+    values: dict[str, list[float | None]]
+    stretches: list[int]
+    marks: list[dict[str, Any]]
+    stretches_a_point: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "x": self.x,
+            "values": self.values,
+            "stretches": self.stretches,
+            "marks": self.marks,
+            "stretches_a_point": self.stretches_a_point,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Which lines make which points.
+
+    Attributes:
+        lines: N of them, those that the axis can place.
+        starts: int64 [P], the first line of each point.
+        x: float64 [P], the position of its last line.
+        places: float64 [N], those of the lines.
+        interrupted: bool [P], whether something is missing before it.
+        stretches_a_point: Lines of a full point.
+    """
+
+    lines: list[Line]
+    starts: I64
+    x: F64
+    places: F64
+    interrupted: Bool
+    stretches_a_point: int
+
+
+def positions_of(lines: Sequence[Line], axis: Axis) -> F64:
+    """Where lines stand: float64 [N], never going back; NaN where a line has no such time."""
+    places = [_place(line, axis) for line in lines]
+    x = np.array([np.nan if place is None else float(place) for place in places], np.float64)
+    known = np.isfinite(x)
+    x[known] = np.maximum.accumulate(x[known])
+    return x
+
+
+def _place(line: Line, axis: Axis) -> int | None:
+    if axis == "event_time":
+        return line.event_time_ms
+    return line.trained if axis == "impressions" else line.wall_ms or None
+
+
+def parts_of(
+    lines: Sequence[Line], axis: Axis, most: int, within: tuple[float, float] | None = None, at_least: int = 1
+) -> Parts:
+    """Put lines of one run together into points.
+
+    Args:
+        lines: Oldest first.
+        axis: What x is.
+        most: Points at most, about; where many parts are missing there are more.
+        within: Only the lines of this range of x, and one more on each side.
+        at_least: Lines that a point is made of at least.
+    """
+    x = positions_of(lines, axis)
+    placed = np.flatnonzero(np.isfinite(x))
+    if within is not None and len(placed):
+        low = np.searchsorted(x[placed], within[0], "left") - 1
+        high = np.searchsorted(x[placed], within[1], "right") + 1
+        placed = placed[max(0, low) : high]
+    chosen, x = [lines[n] for n in placed.tolist()], x[placed]
+    together = at_least
+    while together < _LONGEST_PART and len(chosen) > most * together:
+        together *= 2
+    # Groups are counted by the numbers of the stretches, so that they stay the same while the run goes on.
+    group = np.array([line.stretch for line in chosen], np.int64) // together
+    gap = _gaps(chosen, x)
+    is_start = np.ones(len(chosen), np.bool_)
+    if len(chosen):
+        is_start[1:] = (group[1:] != group[:-1]) | gap[1:]
+    starts = np.flatnonzero(is_start)
+    ends = np.append(starts[1:], len(chosen)) - 1 if len(starts) else starts
+    return Parts(chosen, starts, x[ends], x, gap[starts], together)
+
+
+def _gaps(lines: Sequence[Line], x: F64) -> Bool:
+    """Whether stretches are missing before a line, or it comes much later than usual: bool [N]."""
+    gap = np.zeros(len(lines), np.bool_)
+    if len(lines) > 1:
+        number = np.array([line.stretch for line in lines], np.int64)
+        gap[1:] = np.diff(number) != 1
+        distance = np.diff(x)
+        usual = float(np.median(distance[distance > 0])) if (distance > 0).any() else 0.0
+        if len(lines) > 8 and usual > 0:
+            gap[1:] |= distance > _GAP * usual
+    return gap
+
+
+def curve_of(parts: Parts, figure: str, tasks: Sequence[str]) -> Curve:
+    """The curve of a figure of some tasks.
+
+    Args:
+        parts: See :func:`parts_of`.
+        figure: One of ``history_lines.FIGURES`` that is no count.
+        tasks: Names; one that no line has gets no curve.
+    """
+    values = {}
+    for name in tasks:
+        if not any(name in line.tasks for line in (*parts.lines[:1], *parts.lines[-1:])):
+            continue
+        values[name] = _listed(together(figures_of(parts.lines, name), figure, parts.starts), parts)
+    return Curve(
+        x=_with_gaps(parts.x, parts, between=True),
+        values=values,
+        stretches=[int(n or 0) for n in _with_gaps(np.diff(np.append(parts.starts, len(parts.lines))), parts)],
+        marks=_marks(parts),
+        stretches_a_point=parts.stretches_a_point,
+    )
+
+
+def _listed(values: F64, parts: Parts) -> list[float | None]:
+    return [None if value is None or value != value else round(value, 6) for value in _with_gaps(values, parts)]
+
+
+def _with_gaps(values: NDArray[Any], parts: Parts, *, between: bool = False) -> list[Any]:
+    """The values as a list, with another one before each part that follows a gap: None, or the middle."""
+    listed: list[Any] = []
+    for value, interrupted in zip(values.tolist(), parts.interrupted.tolist(), strict=True):
+        if interrupted and listed:
+            listed.append((listed[-1] + value) / 2 if between else None)
+        listed.append(value)
+    return listed
+
+
+def _marks(parts: Parts) -> list[dict[str, Any]]:
+    return [
+        {"x": float(parts.places[n]), "lineage": line.lineage}
+        for n, (before, line) in enumerate(pairwise(parts.lines), start=1)
+        if line.lineage != before.lineage
+    ]
+
+
+def together(figures_NM: F64, figure: str, starts: I64) -> F64:
+    """A figure of groups of stretches of one task.
+
+    Args:
+        figures_NM: float64 [N, M], a task's figures, NaN where there is none.
+        figure: Which one.
+        starts: int64 [P], the first stretch of each group, growing from 0.
+
+    Returns:
+        float64 [P], NaN where no stretch of the group has it.
+    """
+    value = figures_NM[:, _COLUMN[figure]]
+    if not len(starts):
+        return np.zeros(0)
+    examples, positives = (np.nan_to_num(figures_NM[:, _COLUMN[name]]) for name in ("examples", "positives"))
+    if figure == "ne":
+        return _normalised_entropy(value, examples, positives, starts)
+    if figure == "gauc_windowed":
+        weight = np.nan_to_num(figures_NM[:, _COLUMN["ranked"]])
+    elif figure == "calibration":
+        weight = positives
+    elif figure == "auc":
+        weight = positives * (examples - positives)
+    else:
+        weight = examples
+    weight = np.where(np.isfinite(value), weight, 0.0)
+    return _ratio(np.nan_to_num(value) * weight, weight, starts)
+
+
+def _normalised_entropy(value: F64, examples: F64, positives: F64, starts: I64) -> F64:
+    """Σ log loss / (examples · entropy of their base rate), of stretches that say the same of themselves."""
+    known = np.isfinite(value)
+    loss = np.where(known, np.nan_to_num(value) * examples * _entropy(positives, examples), 0.0)
+    n, k = (np.add.reduceat(np.where(known, counts, 0.0), starts) for counts in (examples, positives))
+    scale = n * _entropy(k, n)
+    total = np.add.reduceat(loss, starts)
+    return _divided(total, scale)
+
+
+def _entropy(positives: F64, examples: F64) -> F64:
+    rate = np.divide(positives, examples, out=np.zeros_like(positives), where=examples > 0)
+    inside = (rate > 0) & (rate < 1)
+    r = np.where(inside, rate, 0.5)
+    entropy: F64 = np.where(inside, -(r * np.log(r) + (1 - r) * np.log(1 - r)), 0.0)
+    return entropy
+
+
+def _ratio(sums: F64, weights: F64, starts: I64) -> F64:
+    total, weight = np.add.reduceat(sums, starts), np.add.reduceat(weights, starts)
+    return _divided(total, weight)
+
+
+def _divided(value: F64, by: F64) -> F64:
+    """NaN where there is nothing to divide by."""
+    quotient: F64 = np.divide(value, by, out=np.full(len(by), np.nan), where=by > 0)
+    return quotient
+
+
+def whole(lines: Sequence[Line], task: str, figure: str) -> float | None:
+    """A figure of a task over all these lines; None where there is none."""
+    if not lines:
+        return None
+    value = float(together(figures_of(lines, task), figure, np.zeros(1, np.int64))[0])
+    return None if value != value else value
