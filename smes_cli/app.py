@@ -246,7 +246,7 @@ def backtest(
             checkpoint=checkpoint,
             history=history,
         )
-    figures = result.report.to_dict() | {"log": result.ledger.to_dict()}
+    figures = result.figures()
     write_report(figures, report)
     write_report(result.routing | {"own_experts": result.own_experts}, routing, indent=None)
     print_tasks(figures, result.baseline, named=baseline or "")

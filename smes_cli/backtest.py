@@ -21,7 +21,7 @@ from smes_cli.building import build_evaluation, build_learner
 from smes_cli.config import Config
 from smes_cli.console import Advance, console, load_line, progress
 from smes_cli.primed_start import empty_folder
-from smes_cli.seen import write_history
+from smes_cli.seen import end_history, write_history
 from stream.block_stream import BlockStream
 from trainer.checkpoints import CheckpointDirectory
 from trainer.evaluation import ProgressiveEvaluation
@@ -64,6 +64,10 @@ class BacktestResult:
     expert_load: str
     routing: dict[str, Any]
     own_experts: list[dict[str, Any]] | None
+
+    def figures(self) -> dict[str, Any]:
+        """The report with the log's ledger, as ``--report`` has it."""
+        return self.report.to_dict() | {"log": self.ledger.to_dict()}
 
 
 class _Baseline(Observer):
@@ -157,7 +161,8 @@ def run_backtest(
         checkpoint: An empty folder for a checkpoint from which a live training can go on (``smes train --from``). It is
             of the end of the log. If the log has ids of its own, it may also be of where the backtest was stopped, and
             impressions whose windows were open wait in it; the report is of after they were trained on, too.
-        history: Folder for the metrics over time (:mod:`trainer.history`); the last line has the rest of the log.
+        history: Folder for the metrics over time (:mod:`trainer.history`); the last line has the rest of the log. The
+            report and the experts over time are written there, too.
 
     Raises:
         LogError: The log cannot be read as its schema file says.
@@ -205,7 +210,7 @@ def run_backtest(
             stretches.end()
         seconds = time.monotonic() - started_s
         memory.take()
-        return BacktestResult(
+        result = BacktestResult(
             training_report(trainer, seconds=seconds, trained=trainer.trained),
             other.report() if other is not None else None,
             memory.samples,
@@ -216,6 +221,9 @@ def run_backtest(
             routing_report(trainer.experts.history, learner.expert_limits, names),
             None if corrections is None else own_experts_report(corrections.sums, names),
         )
+        if history is not None:
+            end_history(history, trainer, result.figures())
+        return result
 
 
 def _write_checkpoint(trainer: Trainer, stream: BlockStream, folder: CheckpointDirectory, *, own_ids: bool) -> None:

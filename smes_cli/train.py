@@ -16,7 +16,7 @@ from smes_cli.config import Config
 from smes_cli.console import console, write_report
 from smes_cli.primed_start import PrimedStart, begin_primed
 from smes_cli.schema_changes import carrying_over, declared_changes
-from smes_cli.seen import build_stretches, open_server, show
+from smes_cli.seen import build_stretches, end_history, open_server, show
 from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
 from smes_cli.stored_features import open_stored_features
 from smes_cli.train_progress import show_progress
@@ -31,8 +31,9 @@ from trainer.lease import LeaseKeeper
 from trainer.loop import CHECKPOINT, SNAPSHOT, Trainer
 from trainer.publisher import Publisher
 from trainer.report import TrainingReport
-from trainer.run_report import training_report
+from trainer.run_report import report_so_far, training_report
 from trainer.schedule import Flags, Schedule
+from trainer.telemetry import Watch
 from trainer.waits import WaitingLog, Waits
 
 _logger = logging.getLogger(__name__)
@@ -137,9 +138,9 @@ def run_train(
             unreadable=served.problem is not None,
             steps_before_replacing=config.trainer.steps_before_replacing,
         )
-        show(config, trainer, stretches, server, stack)
-        reporter = _Reporter(trainer, report)
-        waits.meanwhile = _duties(trainer, reporter, should_stop)
+        reporter = _Reporter(trainer, report, config.trainer.history.directory)
+        watch = show(config, trainer, stretches, server, reporter.so_far, stack)
+        waits.meanwhile = _duties(trainer, reporter, watch, should_stop)
         _run(config, trainer, flags, should_stop, drain=drain, flush=flush, reporter=reporter)
         return reporter.write()
 
@@ -178,27 +179,50 @@ def _run(
 
 
 class _Reporter:
-    """Writes the report, as often as it is asked to: the last one stands."""
+    """Writes the report, as often as it is asked to: the last one stands.
 
-    def __init__(self, trainer: Trainer, path: Path | None) -> None:
-        self._trainer, self._path = trainer, path
+    Args:
+        trainer: Whose report.
+        path: Where to, if anywhere.
+        history: Folder of its metrics over time, which gets the report, too; None: there is none.
+    """
+
+    def __init__(self, trainer: Trainer, path: Path | None, history: Path | None) -> None:
+        self._trainer, self._path, self._history = trainer, path, history
         self._started_s, self._trained_before = time.monotonic(), trainer.trained
+
+    def so_far(self) -> TrainingReport:
+        """What the trainer knows now; it changes nothing."""
+        return report_so_far(self._trainer, seconds=self._seconds, trained=self._trained)
 
     def write(self) -> TrainingReport:
         """Write what the trainer knows now, and return it."""
-        seconds, trained = time.monotonic() - self._started_s, self._trainer.trained - self._trained_before
-        report = training_report(self._trainer, seconds=seconds, trained=trained)
+        report = training_report(self._trainer, seconds=self._seconds, trained=self._trained)
         write_report(report.to_dict(), self._path)
+        if self._history is not None:
+            end_history(self._history, self._trainer, report.to_dict())
         return report
 
+    @property
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started_s
 
-def _duties(trainer: Trainer, reporter: _Reporter, should_stop: Callable[[], bool]) -> Callable[[], None]:
-    """What is done while the event log is away: the schedules, and saving once a stop is asked for."""
+    @property
+    def _trained(self) -> int:
+        return self._trainer.trained - self._trained_before
+
+
+def _duties(
+    trainer: Trainer, reporter: _Reporter, watch: Watch | None, should_stop: Callable[[], bool]
+) -> Callable[[], None]:
+    """What is done while the event log is away: the schedules, copies, and saving once a stop is asked for."""
     saved = False
 
     def duties() -> None:
         nonlocal saved
         trainer.run_requested()
+        if watch is not None:
+            watch.look_if_due(moved=False)
         if should_stop() and not saved:
             saved = True
             trainer.save()

@@ -85,6 +85,11 @@ class BlockStream:
         """Whether the last pair was taken."""
         return self.ended
 
+    @property
+    def join_nbytes(self) -> int:
+        """Bytes of memory that the join takes."""
+        return self.assembler.join_nbytes
+
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """How many pairs were taken."""
         return {BLOCKS: {"0": self._read}}

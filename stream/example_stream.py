@@ -260,6 +260,11 @@ class ExampleStream:
         state = self.assembler.state()
         return {source: counted_in(state, source) for source in self.assembler.sources}
 
+    @property
+    def join_nbytes(self) -> int:
+        """Bytes of memory that the join takes."""
+        return self.assembler.join_nbytes
+
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition (decimal digits) → next record to read."""
         topics: dict[str, dict[str, int]] = {}

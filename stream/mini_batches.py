@@ -183,6 +183,11 @@ class Assembler:
         return self._join.sources
 
     @property
+    def join_nbytes(self) -> int:
+        """Bytes of memory that the join takes."""
+        return self._join.nbytes
+
+    @property
     def watermark_ms(self) -> int:
         """Event time that the join has passed, Unix milliseconds (far in the past before the first event)."""
         return self._join.watermark_ms

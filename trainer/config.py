@@ -132,7 +132,7 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class HttpConfig:
-    """Where the trainer says how it is: ``/metrics``, ``/health/live`` and ``/health/ready``.
+    """Where the trainer says how it is: ``/metrics``, ``/v1/stats``, ``/v1/history`` and ``/health/…``.
 
     Attributes:
         host: Address to listen on.

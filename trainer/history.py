@@ -1,64 +1,30 @@
 """A run's metrics over time, in files of a folder: ``history-000001.jsonl``, …; the newest line comes last.
 
-A line is an object of JSON (:func:`line_of`). Lines are bounded: when a file is full the next one begins, and the
-oldest ones go. A trainer that goes on from a checkpoint first takes out the lines of after it: it writes them again.
+A line is an object of JSON (:func:`trainer.history_line.line_of`). Lines are bounded: when a file is full the next one
+begins, and the oldest ones go. A trainer that goes on from a checkpoint first takes out the lines of after it: it
+writes them again. A run that has ended leaves its report there, too, and its experts over time.
+
+Imports no torch: whoever reads a folder needs none.
 """
 
 import json
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smes.errors import SmesError
 from trainer.lineages import root_of
 
-if TYPE_CHECKING:  # what reads lines imports no torch: the console does
-    from smes.model.rows_config import RowCounts
-    from trainer.log_end import Lag
-    from trainer.stretches import Stretch
-    from trainer.telemetry import Experts
-
 _NAME = re.compile(r"history-(\d{6,})\.jsonl")
+REPORT, EXPERTS = "report.json", "experts.json"
+"""What a run that has ended leaves beside its lines: its report, and its experts as ``/v1/stats`` of a trainer has them
+(:mod:`trainer.experts_over_time`). Neither is there while a run goes on, or after it was killed."""
+
 _FILES = 4  # full ones that hold as many lines as are kept
 
 _logger = logging.getLogger(__name__)
-
-
-def line_of(
-    stretch: "Stretch", *, lineage: str, wall_ms: int, experts: "Experts", rows: "RowCounts", lag: "Lag | None"
-) -> dict[str, Any]:
-    """What is written of a stretch. Experts, rows and lag are those of the moment of writing.
-
-    Args:
-        stretch: See :class:`trainer.stretches.Stretch`.
-        lineage: The lineage trained.
-        wall_ms: The time, Unix milliseconds.
-        experts, rows: Of the trainer.
-        lag: How far behind the log's end; None where nobody looks.
-    """
-    return {
-        "stretch": stretch.number,
-        "step": stretch.step,
-        "lineage": lineage,
-        "wall_ms": wall_ms,
-        "event_time_ms": stretch.event_time_ms,
-        "trained": stretch.trained,
-        "impressions": stretch.impressions,
-        "windows": stretch.windows,
-        "tasks": {
-            name: {**asdict(metrics), "ranked": round(stretch.ranked[name])} for name, metrics in stretch.tasks.items()
-        },
-        "experts": {
-            **asdict(experts.routing),
-            "active_mean": experts.active_mean,
-            "load_share": [round(share, 5) for share in experts.load_share],
-        },
-        "rows": asdict(rows),
-        "lag": None if lag is None else {"records": lag.records, "seconds": lag.seconds},
-    }
 
 
 class HistoryFiles:
@@ -86,7 +52,7 @@ class HistoryFiles:
         self._counts: dict[Path, int] = {}  # lines of each file, oldest first
 
     def begin(self, lineage: str, step: int, stretch: int | None) -> None:
-        """Go on in a lineage: later lines of it, and of its forks, are taken out, and what is torn.
+        """Go on in a lineage: later lines of it, and of its forks, are taken out, what is torn, and an end's files.
 
         Args:
             lineage: Of the trainer.
@@ -97,7 +63,9 @@ class HistoryFiles:
             SmesError: The folder cannot be read or written.
         """
         try:
-            for path in _files(self._directory):
+            for name in (REPORT, EXPERTS):
+                (self._directory / name).unlink(missing_ok=True)
+            for path in history_files(self._directory):
                 text = path.read_text(encoding="utf-8", errors="replace")
                 kept = [line for line in text.splitlines() if _stays(line, root_of(lineage), step, stretch)]
                 if not kept:
@@ -130,6 +98,24 @@ class HistoryFiles:
             _logger.error("history %s: a line could not be written: %s", newest, error.strerror)
 
 
+def write_end(directory: Path, report: dict[str, Any], experts: dict[str, Any]) -> None:
+    """Write what a run leaves that has ended; what is there already is replaced.
+
+    Args:
+        directory: Of its lines.
+        report: As ``--report`` has it.
+        experts: As ``/v1/stats`` of a trainer has them.
+
+    Raises:
+        SmesError: A file cannot be written.
+    """
+    for name, values in ((REPORT, report), (EXPERTS, experts)):
+        try:
+            _replace(directory / name, json.dumps(values, allow_nan=False) + "\n")
+        except OSError as error:
+            raise SmesError(f"{directory / name}: cannot be written: {error.strerror}") from error
+
+
 def read_history(directory: Path) -> Iterator[dict[str, Any]]:
     """All lines, oldest first; what is no line is passed over, as the last one may be while it is written.
 
@@ -138,7 +124,7 @@ def read_history(directory: Path) -> Iterator[dict[str, Any]]:
     """
     if not directory.is_dir():
         raise SmesError(f"{directory}: no such folder, expected one of trainer.history.directory or --history")
-    for path in _files(directory):
+    for path in history_files(directory):
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -148,7 +134,8 @@ def read_history(directory: Path) -> Iterator[dict[str, Any]]:
         yield from (line for line in map(_parsed, text.splitlines()) if line is not None)
 
 
-def _files(directory: Path) -> list[Path]:
+def history_files(directory: Path) -> list[Path]:
+    """The files of a history, the oldest first."""
     return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=_number)
 
 

@@ -1,11 +1,12 @@
-"""``GET /metrics``, ``/health/live`` and ``/health/ready`` of a trainer, by threads of their own."""
+"""``GET /metrics``, ``/v1/stats``, ``/v1/history`` and ``/health/…`` of a trainer, by threads of their own."""
 
 import json
 import logging
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
+from urllib.parse import parse_qsl
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
@@ -14,6 +15,7 @@ from smes_io.bearer import Tokens
 from trainer.config import HttpConfig
 
 LIVE_PATH, READY_PATH, METRICS_PATH = "/health/live", "/health/ready", "/metrics"
+STATS_PATH, HISTORY_PATH = "/v1/stats", "/v1/history"
 TOKENS_KEY = "trainer.http.tokens"
 _JSON = "application/json"
 _MOST_CONNECTIONS = 16
@@ -21,6 +23,16 @@ _LOOK_S = 0.1  # between two looks at a stop
 _SILENT_S = 5.0  # then a connection is cut
 
 _logger = logging.getLogger(__name__)
+
+
+class Answers(Protocol):
+    """Answers in JSON, see :class:`trainer.stats.TrainerStats`. Both raise :class:`ValueError` for a wrong query."""
+
+    def stats(self, query: dict[str, str]) -> str:
+        """All figures."""
+
+    def history(self, query: dict[str, str]) -> str:
+        """Lines of the metrics over time."""
 
 
 class TrainerServer:
@@ -57,9 +69,10 @@ class TrainerServer:
         self._thread.start()
         _logger.info("trainer.http: listening on port %d", self.port)
 
-    def show(self, registry: CollectorRegistry, problems: Callable[[], dict[str, str]]) -> None:
-        """Show these metrics from now on: the trainer is ready."""
-        self._server.registry, self._server.problems = registry, problems
+    def show(self, registry: CollectorRegistry, problems: Callable[[], dict[str, str]], answers: Answers) -> None:
+        """Show these figures from now on: the trainer is ready."""
+        self._server.problems, self._server.answers = problems, answers
+        self._server.registry = registry
 
     def stop(self) -> None:
         """Stop listening. An answer that is being written may be cut."""
@@ -74,6 +87,7 @@ class _Server(ThreadingHTTPServer):
     tokens: Tokens | None = None
     registry: CollectorRegistry | None = None
     problems: Callable[[], dict[str, str]] = staticmethod(dict)
+    answers: Answers | None = None
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -102,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer, unless a token is needed and there is none."""
-        server, path = self.server, self.path.partition("?")[0]
+        server, (path, _, query) = self.server, self.path.partition("?")
         values = self.headers.get_all("authorization") or []
         known = server.tokens is None or server.tokens.accept(values[0].encode("latin-1") if len(values) == 1 else b"")
         if path == LIVE_PATH:
@@ -111,14 +125,25 @@ class _Handler(BaseHTTPRequestHandler):
             self._ready(known=known)
         elif not known:
             self._answer(401, {"detail": "a bearer token is needed"})
-        elif path != METRICS_PATH:
-            self._answer(404, {"detail": f"expected {METRICS_PATH}, {LIVE_PATH} or {READY_PATH}"})
-        elif server.registry is None:
+        elif path not in (METRICS_PATH, STATS_PATH, HISTORY_PATH):
+            expected = f"{METRICS_PATH}, {STATS_PATH}, {HISTORY_PATH}, {LIVE_PATH} or {READY_PATH}"
+            self._answer(404, {"detail": f"expected {expected}"})
+        elif server.registry is None or server.answers is None:
             self._answer(503, {"detail": "the trainer has not begun"})
-        else:
+        elif path == METRICS_PATH:
             self._send(200, generate_latest(server.registry), CONTENT_TYPE_LATEST)
+        else:
+            self._figures(server.answers.stats if path == STATS_PATH else server.answers.history, query)
 
     do_HEAD = do_GET
+
+    def _figures(self, answer: Callable[[dict[str, str]], str], query: str) -> None:
+        try:
+            body = answer(dict(parse_qsl(query, keep_blank_values=True)))
+        except ValueError as error:
+            self._answer(400, {"detail": str(error)})
+        else:
+            self._send(200, body.encode(), _JSON)
 
     def _ready(self, *, known: bool) -> None:
         if self.server.registry is None:

@@ -28,10 +28,12 @@ class Behind:
     Attributes:
         records: Records not read yet, counted in offsets. An Arrow record may hold thousands of events.
         seconds: Event time from the next record to read to the newest one; 0 at the end, None where it is not known.
+        end: Where the partition ends: the next offset that a record will get.
     """
 
     records: int
     seconds: float | None
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ class LogEnd:
             if position < end:
                 next_ms = self._time(log, known, source, position)
                 seconds = None if last_ms is None or next_ms is None else max(0.0, (last_ms - next_ms) / 1000)
-            behind[source] = Behind(end - position, seconds)
+            behind[source] = Behind(end - position, seconds, end)
         return Lag(behind, max(newest, default=None))
 
     def _time(

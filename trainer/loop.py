@@ -32,6 +32,7 @@ from trainer.lineages import lineage_to_publish, new_lineage, root_of
 from trainer.observers import BatchSender, DelayedResults, Observer
 from trainer.part_times import PartTimes
 from trainer.publisher import Publisher
+from trainer.report import RoutingSummary
 from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
@@ -478,6 +479,10 @@ class Trainer:
         """Count a batch whose step failed."""
         self.trained -= examples.num_impressions
         self.not_finite += examples.num_impressions
+
+    def routing_now(self) -> RoutingSummary:
+        """See :meth:`trainer.routing_figures.RoutingObserver.summary_now`."""
+        return self._routing.summary_now()
 
     def settle(self) -> None:
         """Give the last step's result to the observers, so that metrics cover every trained example."""

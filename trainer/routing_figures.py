@@ -51,8 +51,22 @@ def drift(before_PTK: NDArray[Any], after_PTK: NDArray[Any]) -> F64:
     return shares_T
 
 
+def newest_drift(history: RoutingHistory) -> F64 | None:
+    """The drift of each task from the last but one segment that has ended to the last one, [T]; None without."""
+    if len(history.closed) < 2:
+        return None
+    before, last = history.closed[-2:]
+    assert before.choices_PTK is not None, "it has ended"
+    assert last.choices_PTK is not None, "it has ended"
+    return drift(before.choices_PTK, last.choices_PTK)
+
+
 def routing_summary(history: RoutingHistory, limits: ExpertLimits | None) -> RoutingSummary:
     """Figures of the newest segment that has ended; of the open one if none has."""
+    return _summary(history, limits, newest_drift(history))
+
+
+def _summary(history: RoutingHistory, limits: ExpertLimits | None, drift_T: F64 | None) -> RoutingSummary:
     segments = history.closed or history.segments
     if limits is None or not segments:
         return RoutingSummary()
@@ -61,8 +75,7 @@ def routing_summary(history: RoutingHistory, limits: ExpertLimits | None) -> Rou
     if last.choices_PTK is not None:
         others = overlap(last.choices_PTK)[np.triu_indices(len(last.load_TE), k=1)]
         mean_overlap = float(others.mean()) if others.size else None
-        before = segments[-2].choices_PTK if len(segments) > 1 else None
-        mean_drift = float(drift(before, last.choices_PTK).mean()) if before is not None else None
+        mean_drift = float(drift_T.mean()) if drift_T is not None else None
     return RoutingSummary(
         segment_steps=last.steps,
         dead=len(dead_experts(last.load_TE)),
@@ -135,7 +148,7 @@ class ExpertTally:
     def __init__(self, limits: ExpertLimits | None, history: RoutingHistoryConfig | None = None) -> None:
         self.history = RoutingHistory(history)
         self._limits = limits
-        self._summarised: tuple[Segment | None, RoutingSummary] = (None, RoutingSummary())
+        self._summarised: tuple[Segment | None, RoutingSummary, F64 | None] = (None, RoutingSummary(), None)
         self._counts = np.zeros(3, np.int64)  # instances, experts executed for them, most for one
         self._load_TE = np.zeros((0, 0), np.int64)
 
@@ -185,10 +198,19 @@ class ExpertTally:
 
     def routing(self) -> RoutingSummary:
         """:func:`trainer.routing_figures.routing_summary`, computed once a segment: every cut asks for it."""
+        self._summarise()
+        return self._summarised[1]
+
+    def drift(self) -> F64 | None:
+        """:func:`trainer.routing_figures.newest_drift`, computed once a segment. [T]"""
+        self._summarise()
+        return self._summarised[2]
+
+    def _summarise(self) -> None:
         newest = self.history.closed[-1] if self.history.closed else None
         if newest is None or newest is not self._summarised[0]:
-            self._summarised = newest, routing_summary(self.history, self._limits)
-        return self._summarised[1]
+            drift_T = newest_drift(self.history)
+            self._summarised = newest, _summary(self.history, self._limits, drift_T), drift_T
 
     def state(self) -> Arrays:
         """Arrays from which :meth:`load_state` continues."""
@@ -216,6 +238,7 @@ class RoutingObserver(Observer):
     def __init__(self, learner: Learner, tally: ExpertTally, settle: Callable[[], None]) -> None:
         self._learner, self._tally, self._settle = learner, tally, settle
         self._pending = 0  # steps taken whose results have not come yet
+        self._ahead: tuple[Segment, RoutingSummary] | None = None  # if the segment ended now
 
     def before_step(self, examples: ExampleBlock) -> None:
         """End the open segment if it is full: the step to come belongs to the next one."""
@@ -241,3 +264,16 @@ class RoutingObserver(Observer):
         choices_PTK = self._learner.choices(*history.probe)
         assert choices_PTK is not None, "only a ranker that routes has a history of its routing"
         history.close(choices_PTK.cpu().numpy())
+
+    def summary_now(self) -> RoutingSummary:
+        """Figures as of a run that ended now: an open segment that is full counts as ended. Changes nothing."""
+        tally = self._tally
+        if self._pending or not tally.history.is_full(pending=False):
+            return tally.routing()
+        last = tally.history.segments[-1]
+        if self._ahead is None or self._ahead[0] is not last:
+            choices_PTK = self._learner.choices(*tally.history.probe)
+            assert choices_PTK is not None, "only a ranker that routes has a history of its routing"
+            ended = tally.history.ended(choices_PTK.cpu().numpy())
+            self._ahead = last, routing_summary(ended, self._learner.expert_limits)
+        return self._ahead[1]

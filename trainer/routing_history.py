@@ -7,7 +7,8 @@ Letters: B instances of a batch, T tasks, E experts, K experts that a task choos
 columns, F numeric features, S segments.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from smes.arrays import F32, I64
 from smes.events import ExampleBlock
 from smes.ranges import PositiveInt, check_ranges
+from smes.schema import MISSING
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,15 @@ class Segment:
         load_TE: int64, instances that each task sent to each expert.
         choices_PTK: int32, experts that each task chooses for the probe with the weights at the segment's end; None
             while the segment is open.
+        event_time_ms: Event time of its newest example, Unix milliseconds; :data:`smes.schema.MISSING` where it is not
+            known: without an example, or from a checkpoint of before this was kept.
     """
 
     steps: int
     instances: int
     load_TE: I64
     choices_PTK: NDArray[np.int32] | None
+    event_time_ms: int = MISSING
 
 
 class RoutingHistory:
@@ -102,7 +107,8 @@ class RoutingHistory:
             self._probe.append((examples.ids[rows], examples.numerics[rows], examples.event_time_ms[rows]))
         before = self._open
         load = load_TE.astype(np.int64) if before.steps == 0 else before.load_TE + load_TE
-        self._open = Segment(before.steps + 1, before.instances + len(examples), load, None)
+        newest_ms = max(before.event_time_ms, int(examples.event_time_ms.max()))
+        self._open = Segment(before.steps + 1, before.instances + len(examples), load, None, newest_ms)
 
     def is_full(self, *, pending: bool) -> bool:
         """Whether the open segment has all its steps. ``pending`` counts one step that is still to be added."""
@@ -111,17 +117,25 @@ class RoutingHistory:
     def close(self, choices_PTK: NDArray[Any]) -> None:
         """End the open segment, with what the present weights choose for the probe."""
         ended = self._open
-        self._closed.append(Segment(ended.steps, ended.instances, ended.load_TE, choices_PTK.astype(np.int32)))
+        self._closed.append(replace(ended, choices_PTK=choices_PTK.astype(np.int32)))
         self._open = _empty_segment()
         if len(self._closed) == self._config.most_segments:
             self._closed = [_merged(*pair) for pair in zip(self._closed[::2], self._closed[1::2], strict=True)]
             self._steps *= 2
+
+    def ended(self, choices_PTK: NDArray[Any]) -> "RoutingHistory":
+        """What this history would be if the open segment ended now; this one stays as it is."""
+        other = copy.copy(self)
+        other._closed = list(self._closed)
+        other.close(choices_PTK)
+        return other
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays from which :meth:`load_state` continues."""
         state: dict[str, NDArray[Any]] = {
             "steps": np.array([self._steps, *(segment.steps for segment in self.segments)]),
             "instances": np.array([segment.instances for segment in self.segments], np.int64),
+            "event_time_ms": np.array([segment.event_time_ms for segment in self.segments], np.int64),
         }
         if self.segments:
             state["load_STE"] = np.stack([segment.load_TE for segment in self.segments])
@@ -137,7 +151,8 @@ class RoutingHistory:
         self._closed, self._open = [], _empty_segment()
         for s, count in enumerate(steps):
             at_end = choices[s].copy() if s < len(choices) else None
-            segment = Segment(count, int(state["instances"][s]), state["load_STE"][s].copy(), at_end)
+            newest_ms = int(state["event_time_ms"][s]) if "event_time_ms" in state else MISSING
+            segment = Segment(count, int(state["instances"][s]), state["load_STE"][s].copy(), at_end, newest_ms)
             if at_end is not None:
                 self._closed.append(segment)
             else:
@@ -159,4 +174,5 @@ def _merged(one: Segment, next_one: Segment) -> Segment:
         one.instances + next_one.instances,
         one.load_TE + next_one.load_TE,
         next_one.choices_PTK,
+        max(one.event_time_ms, next_one.event_time_ms),
     )

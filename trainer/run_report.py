@@ -16,7 +16,7 @@ from trainer.task_figures import TaskFigures, headline
 
 
 def training_report(trainer: Trainer, *, seconds: float, trained: int) -> TrainingReport:
-    """Everything that the trainer knows; the scorer's parts are None.
+    """Everything that the trainer knows at the end of a run; the scorer's parts are None.
 
     Args:
         trainer: After its last step.
@@ -24,6 +24,16 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
         trained: Examples that this process has trained on, without those before a restart.
     """
     trainer.settle()
+    return report_so_far(trainer, seconds=seconds, trained=trained)
+
+
+def report_so_far(trainer: Trainer, *, seconds: float, trained: int) -> TrainingReport:
+    """The report while the run goes on. It changes nothing; metrics are without the step whose result has not come.
+
+    Args:
+        trainer: Between two steps.
+        seconds, trained: As of :func:`training_report`.
+    """
     ledger, publisher = trainer.stream.ledger(), trainer.publisher
     tally, limits = trainer.experts, trainer.learner.expert_limits
     events, feedback = training_counts(trainer)
@@ -46,7 +56,7 @@ def training_report(trainer: Trainer, *, seconds: float, trained: int) -> Traini
             bound=limits.bound if limits else None,
             num_experts=limits.num_experts if limits else None,
         ),
-        routing=tally.routing(),
+        routing=trainer.routing_now(),
         headline=headline(tasks),
         tasks=tasks,
         arms=trainer.arms.report(),

@@ -95,6 +95,8 @@ class TrainerSeries(Collector):
         yield from _tasks(seen)
         yield from _experts(seen)
         yield _gauge("rows", "Ids that have a row", (), {(): seen.rows.in_use})
+        memory: Values = {(part,): float(count) for part, count in seen.memory.items()}
+        yield _gauge("memory_bytes", "Memory of some parts; the process has more", ("part",), memory)
         positions: Values = {(p.topic, str(p.partition)): float(at) for p, at in seen.positions.items()}
         yield _gauge("position", "Next record to read", ("topic", "partition"), positions)
         yield from self._times(seen)
@@ -162,6 +164,16 @@ def _experts(seen: Seen) -> Iterator[Metric]:
     ):
         if value is not None:
             yield _gauge(name, what, (), {(): value})
+    loads = dict(zip(seen.run, experts.load_TE, strict=True))
+    used: Values = {(task,): float((load_E > 0).sum()) for task, load_E in loads.items()}
+    yield _gauge("task_experts_used", "Experts that the task used in that segment", ("task",), used)
+    busiest: Values = {(task,): float(load_E.max() / load_E.sum()) for task, load_E in loads.items() if load_E.any()}
+    what = "Share of the task's busiest expert of its uses in that segment"
+    yield _gauge("task_expert_share_max", what, ("task",), busiest)
+    if experts.drift:
+        drifts: Values = {(task,): value for task, value in zip(seen.run, experts.drift, strict=True)}
+        what = "1 - Jaccard of the task's experts since the segment before"
+        yield _gauge("task_routing_drift", what, ("task",), drifts)
 
 
 def _gauge(name: str, what: str, labels: tuple[str, ...], values: Values) -> GaugeMetricFamily:

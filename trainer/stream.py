@@ -36,6 +36,10 @@ class Stream(Protocol):
     def has_reached(self, end: Positions) -> bool:
         """Whether everything before ``end`` has been read."""
 
+    @property
+    def join_nbytes(self) -> int:
+        """Bytes of memory that the join takes."""
+
     def positions_by_topic(self) -> dict[str, dict[str, int]]:
         """Topic → partition → next record to read."""
 

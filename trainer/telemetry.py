@@ -1,26 +1,40 @@
 """What a trainer shows of itself: copied by its thread once a second at most, read by scrapes at any time.
 
 The training thread never waits for a scrape: it makes a new :class:`Seen`, which nobody changes, and replaces the last
-one. Counters count from the start of this process, and never go down: Prometheus would take that for a restart.
+one. Counters count from the start of this process, and never go down: Prometheus would take that for a restart. The
+report is costly, so it is made only while somebody asks for it, and so seldom that it takes a twentieth of the time.
+
+Letters: T tasks, E experts.
 """
 
+import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
+from smes.arrays import I64, prefixed, under
 from smes.events import ExampleBlock
 from smes.model.rows_config import RowCounts
+from smes_io.clock import wall_clock_ms
 from stream.log.event_log import Positions, TopicPartition
 from trainer.evaluation import TaskMetrics
 from trainer.log_end import LogEnd
 from trainer.loop import Trainer
 from trainer.observers import Observer, StepFigures
-from trainer.report import RoutingSummary
+from trainer.recent_rates import RecentCounts
+from trainer.report import RoutingSummary, TrainingReport
+from trainer.routing_history import Segment
 from trainer.run_report import training_counts
 from trainer.stretches import Stretch, Stretches
 
 _EVERY_S = 1.0
+_ASKED_S = 10.0  # so long after somebody asked for the report it is made
+_SECONDS = "seconds."
+_TIMES_AS_LONG = 20  # the pause after a report, in times of what it took
 STILL_S = 10.0
 """After so many seconds without a step and without a read the training thread counts as standing still."""
 
@@ -33,20 +47,42 @@ class Experts:
         load_share: Share of each expert of all uses in the newest segment that has ended; empty without experts.
         routing: Figures of that segment.
         active_mean: Experts executed per instance, of the whole run.
+        load_TE: int64, instances that each task sent to each expert in that segment. [0, 0] without experts.
+        drift: Of each task since the segment before; empty where there is none.
     """
 
     load_share: tuple[float, ...]
     routing: RoutingSummary
     active_mean: float | None
+    load_TE: I64
+    drift: tuple[float, ...]
 
 
 def experts_of(trainer: Trainer) -> Experts:
     """The experts of a trainer. Call it on the training thread."""
     history = trainer.experts.history
     segments = history.closed or history.segments
-    load_E = segments[-1].load_TE.sum(axis=0) if segments else None
-    shares = () if load_E is None or not load_E.any() else tuple((load_E / load_E.sum()).tolist())
-    return Experts(shares, trainer.experts.routing(), trainer.experts.mean)
+    load_TE = segments[-1].load_TE if segments else np.zeros((0, 0), np.int64)
+    load_E, drift_T = load_TE.sum(axis=0), trainer.experts.drift()
+    shares = tuple((load_E / load_E.sum()).tolist()) if load_E.any() else ()
+    drift = () if drift_T is None else tuple(drift_T.tolist())
+    return Experts(shares, trainer.experts.routing(), trainer.experts.mean, load_TE, drift)
+
+
+@dataclass(frozen=True, slots=True)
+class Lately:
+    """What happened over the last ten seconds, or since the start of the process if that is less.
+
+    Attributes:
+        over_s: Seconds looked back.
+        rates: Name → events per second: ``steps``; ``events.NAME`` and ``feedback.NAME`` for every column of the two
+            ledgers. ``waiting`` may fall.
+        step_ms: Part of the loop → mean milliseconds of a step; empty without a step.
+    """
+
+    over_s: float
+    rates: dict[str, float]
+    step_ms: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +100,11 @@ class Seen:
         stretch: The stretch that ended last; None before the first.
         cut_ms, checkpoint_ms: When the newest ones were taken and written; None before the first of this process.
         problems: What is wrong with what.
+        at_ms: When, Unix milliseconds.
+        memory: Part → bytes.
+        lately: What happened over the last ten seconds.
+        report, report_ms: As ``--report`` would have it, and of when that is; None where nobody asks for it.
+        segments: Of the routing's history, the open one included; empty where nobody asks for the report.
     """
 
     at_s: float
@@ -80,6 +121,12 @@ class Seen:
     cut_ms: int | None
     checkpoint_ms: int | None
     problems: dict[str, str]
+    at_ms: int
+    memory: dict[str, int]
+    lately: Lately
+    report: dict[str, Any] | None
+    report_ms: int | None
+    segments: tuple[Segment, ...]
 
 
 class Watch(Observer):
@@ -87,10 +134,12 @@ class Watch(Observer):
 
     Attributes:
         seen: The newest copy.
+        trainer: As given.
 
     Args:
         trainer: Whose state; its checkpoint, if any, is restored already.
         stretches: Its metrics over time.
+        report: Makes the report so far.
         every_s: Seconds between two copies.
         monotonic: Seconds of a clock that never goes back.
     """
@@ -100,13 +149,20 @@ class Watch(Observer):
         trainer: Trainer,
         stretches: Stretches,
         *,
+        report: Callable[[], TrainingReport],
         every_s: float = _EVERY_S,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._trainer, self._stretches, self._every_s, self._monotonic = trainer, stretches, every_s, monotonic
+        self.trainer = self._trainer = trainer
+        self._stretches, self._report, self._every_s, self._monotonic = stretches, report, every_s, monotonic
         self._base = self._counted()
         self._counts: dict[str, dict[tuple[str, ...], float]] = {}
-        self._due_s = monotonic()
+        self._recent = RecentCounts(monotonic(), self._ledgers())
+        self._due_s = self._moved_s = monotonic()
+        self._asked_s = -math.inf
+        self._reported: tuple[dict[str, Any], int] | None = None
+        self._report_due_s = self._due_s
+        self._looked = threading.Condition()
         self.seen = self._look()
 
     def after_step(self, examples: ExampleBlock, figures: StepFigures) -> None:
@@ -121,11 +177,34 @@ class Watch(Observer):
         """Look if it is time to."""
         self.look_if_due()
 
-    def look_if_due(self) -> None:
-        """Copy what is shown, if the last copy is old. Call it on the training thread."""
-        if self._monotonic() >= self._due_s:
+    def look_if_due(self, *, moved: bool = True) -> None:
+        """Copy what is shown, if the last copy is old. Call it on the training thread, between two steps.
+
+        Args:
+            moved: Whether a step or a read has ended; else the thread waits for a server.
+        """
+        now_s = self._monotonic()
+        if moved:
+            self._moved_s = now_s
+        if now_s >= self._due_s or (self.seen.report is None and self._is_asked(now_s)):
             self.seen = self._look()
             self._due_s = self._monotonic() + self._every_s
+            with self._looked:
+                self._looked.notify_all()
+
+    def ask(self, timeout_s: float) -> Seen:
+        """The newest copy, and from now on for ten seconds copies with a report. From any thread.
+
+        Args:
+            timeout_s: So long it waits for the first one with a report.
+        """
+        self._asked_s = self._monotonic()
+        with self._looked:
+            self._looked.wait_for(lambda: self.seen.report is not None, timeout_s)
+        return self.seen
+
+    def _is_asked(self, now_s: float) -> bool:
+        return now_s - self._asked_s < _ASKED_S
 
     def positions(self) -> Positions:
         """Next record to read of every partition, as of the newest copy."""
@@ -133,7 +212,7 @@ class Watch(Observer):
 
     def problems(self) -> dict[str, str]:
         """What is wrong with what, now. From any thread."""
-        problems, still_s = dict(self.seen.problems), self._monotonic() - self.seen.at_s
+        problems, still_s = dict(self.seen.problems), self._monotonic() - self._moved_s
         if still_s > STILL_S:
             problems["training"] = f"no step and no read for {still_s:.0f} s"
         return problems
@@ -147,8 +226,11 @@ class Watch(Observer):
                 began = self._base.get(name, {}).get(labels, 0)
                 before[labels] = max(before.get(labels, 0.0), value - began)
         gate, writer = trainer.gated.gate.summary() if trainer.gated else None, trainer.writer
+        now_s = self._monotonic()
+        self._report_if_asked(now_s)
+        report, report_ms = self._reported or (None, None)
         return Seen(
-            at_s=self._monotonic(),
+            at_s=now_s,
             step=trainer.learner.step_number,
             event_time_ms=trainer.event_time_ms,
             positions={
@@ -166,7 +248,39 @@ class Watch(Observer):
             cut_ms=trainer.cut_ms,
             checkpoint_ms=None if writer is None else writer.saved_ms,
             problems=_problems(trainer, gate),
+            at_ms=wall_clock_ms(),
+            memory={**asdict(trainer.learner.memory), "join": trainer.stream.join_nbytes},
+            lately=self._lately(now_s),
+            report=report,
+            report_ms=report_ms,
+            segments=trainer.experts.history.segments if report else (),
         )
+
+    def _report_if_asked(self, now_s: float) -> None:
+        """Make the report if somebody asks and the last one is old; forget it if nobody does."""
+        if not self._is_asked(now_s):
+            self._reported, self._report_due_s = None, now_s
+        elif now_s >= self._report_due_s:
+            self._reported = self._report().to_dict(), wall_clock_ms()
+            ended_s = self._monotonic()
+            self._report_due_s = ended_s + _TIMES_AS_LONG * (ended_s - now_s)
+
+    def _ledgers(self) -> dict[str, float]:
+        """Every column of the two ledgers, the steps, and the seconds of the loop's parts, under names of their own."""
+        events, feedback = training_counts(self._trainer)
+        return {
+            "steps": self._trainer.learner.step_number,
+            **prefixed("events.", asdict(events)),
+            **prefixed("feedback.", asdict(feedback)),
+            **prefixed(_SECONDS, self._trainer.times.seconds),
+        }
+
+    def _lately(self, now_s: float) -> Lately:
+        over_s, more = self._recent.since(now_s, self._ledgers())
+        seconds = under(_SECONDS, more)
+        rates = {name: n / over_s if over_s > 0 else 0.0 for name, n in more.items() if not name.startswith(_SECONDS)}
+        steps = more["steps"]
+        return Lately(over_s, rates, {part: 1000 * s / steps for part, s in seconds.items()} if steps > 0 else {})
 
     def _counted(self) -> dict[str, dict[tuple[str, ...], float]]:
         """Name → label values → what the run has counted, with what was counted before a restart."""

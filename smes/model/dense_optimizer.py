@@ -52,6 +52,11 @@ class DenseOptimizer:
         self._adamw.found_inf = None if taken is None else (~taken).float()  # type: ignore[attr-defined]
         self._adamw.step()
 
+    @property
+    def moments(self) -> list[Tensor]:
+        """All tensors that it keeps of the weights. Not copies."""
+        return [tensor for moments in self._adamw.state.values() for tensor in moments.values()]
+
     def clear(self) -> None:
         """Forget the gradients."""
         self._adamw.zero_grad(set_to_none=True)

@@ -94,6 +94,11 @@ class IdRows:
         return len(self._map)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the map from ids to rows takes."""
+        return self._map.nbytes
+
+    @property
     def counts(self) -> RowCounts:
         """The rows of ids, those that every table has not included."""
         in_use = len(self) - len(self._required_rows)

@@ -25,6 +25,7 @@ from smes.model.features import FeatureInputs
 from smes.model.frozen import FrozenRows, FrozenWeights, KeptState
 from smes.model.id_table import IdTable
 from smes.model.ids import pool_weights
+from smes.model.memory_use import MemoryUse, memory_use
 from smes.model.numeric_moments import NumericMoments
 from smes.model.probing import Probe, ProbeFinding
 from smes.model.rank_model import ModelOutput, build_model, form_of
@@ -112,6 +113,11 @@ class Learner:
     def row_counts(self) -> RowCounts:
         """How many rows ids have, and what became of those that they had."""
         return self._table.rows.counts
+
+    @property
+    def memory(self) -> MemoryUse:
+        """How much memory its parts take."""
+        return memory_use(self._table, self._model.state_dict().values(), self._dense.moments)
 
     @property
     def overlaps_copies(self) -> bool:

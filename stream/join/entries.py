@@ -85,6 +85,12 @@ class EntryTable:
         self._features = GrowingColumns(ImpressionBlock.empty(schema).arrays())
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of memory, the room for more entries included."""
+        columns = self._columns.nbytes + self._features.nbytes
+        return columns + self._rows.nbytes + self._feature_rows.nbytes
+
+    @property
     def columns(self) -> Entries:
         """The entries' columns, to be read and written in place; good until the next :meth:`insert`."""
         return Entries(**self._columns.arrays)

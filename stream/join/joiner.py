@@ -183,6 +183,11 @@ class Joiner:
             self._own[source.topic][source.partition] = True
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the impressions take which it remembers."""
+        return self._entries.nbytes
+
+    @property
     def ledger(self) -> JoinLedger:
         """Where every event is, in all partitions together."""
         return JoinLedger.of_counts(self._ledgers.impressions.sum(axis=0), self._ledgers.feedback.sum(axis=0))
