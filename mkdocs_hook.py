@@ -6,14 +6,17 @@ The pages are written for a checkout: they link to files of the repository by re
   as a listing. A missing one is an error;
 - the decisions (``docs/adr``) are listed in the navigation, and notebooks (``notebooks/``) are pages;
 - Markdown that GitHub reads and Python-Markdown reads otherwise is an error;
+- whatever a page refers to, in what was built at last, is there, with the anchor, and nothing is loaded from elsewhere;
 - external links are only listed, in ``external-links.txt`` beside the site: nothing is asked of another host.
 """
 
+import html as html_text
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
@@ -59,6 +62,8 @@ def misread(text: str) -> Iterator[str]:
 
 def repository_path(src_uri: str) -> str:
     """Where in the repository a page of the site comes from."""
+    if src_uri.startswith("notebooks/"):
+        return src_uri
     if src_uri.startswith("files/"):
         path = src_uri.removeprefix("files/")
         return path if (ROOT / path).exists() else path.removesuffix(".md")
@@ -130,7 +135,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     waiting = ["CHANGELOG.md", "CONTRIBUTING.md"]
     for page in files.documentation_pages():
         path = repository_path(page.src_uri)
-        for problem in misread(page.content_string):
+        for problem in misread(page.content_string) if path.endswith(".md") else ():
             log.warning("%s: %s", path, problem)
         waiting += [resolved(target, path)[0] for target in linked(page.content_string)]
     while waiting:
@@ -147,6 +152,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to files of the repository into links to their pages."""
     path = repository_path(page.file.src_uri)
+    if path.endswith(".ipynb"):
+        return markdown  # its cells become HTML by themselves
 
     def rewrite(found: re.Match[str]) -> str:
         if _EXTERNAL.match(found[2]) or found[2].startswith("#"):
@@ -161,8 +168,51 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return outside_fences(markdown, lambda part: LINK.sub(rewrite, part))
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The same for a notebook, and without the scripts that would load what it does not use from another host."""
+    path = repository_path(page.file.src_uri)
+    if not path.endswith(".ipynb"):
+        return html
+
+    def rewrite(found: re.Match[str]) -> str:
+        target, anchor = resolved(found[1], path)
+        file = files.get_file_from_path(site_path(target) or "")
+        if file is None:
+            log.warning("%s: %s leads to no file", path, found[1])
+            return found[0]
+        return f'href="{file.url_relative_to(page.file)}{anchor}"'
+
+    html = re.sub(r"<script\b(?:(?!</script>).)*https?://(?:(?!</script>).)*</script>", "", html, flags=re.DOTALL)
+    return re.sub(r'href="(?!#|[a-z]+:)([^"]+)"', rewrite, html)
+
+
+def dead_links(site: Path) -> Iterator[str]:
+    """What pages of a built site refer to and is not there, or is to be loaded from another host."""
+    pages = {
+        path.resolve(): path.read_text(encoding="utf-8") for path in site.rglob("*.html") if path.name != "404.html"
+    }
+    ids = {path: set(re.findall(r"\s(?:id|name)=[\"']?([^\"'\s>]+)", text)) for path, text in pages.items()}
+    for path, text in pages.items():
+        here = path.relative_to(site.resolve())
+        for loaded in re.findall(r"<(?:script|img|iframe|source)\b[^>]*\ssrc=[\"']?(https?:[^\"'\s>]+)", text):
+            yield f"{here}: {loaded} is loaded from another host"
+        for loaded in re.findall(r"<link\b[^>]*\shref=[\"']?(https?:[^\"'\s>]+)", text):
+            yield f"{here}: {loaded} is loaded from another host"
+        for link in set(re.findall(r"<[a-z]+\b[^>]*\s(?:href|src)=[\"']?([^\"'\s>]+)", text)):
+            name, _, anchor = html_text.unescape(link).partition("#")
+            target = (path.parent / unquote(name)).resolve() if name else path
+            if _EXTERNAL.match(link):
+                continue
+            if not target.exists():
+                yield f"{here}: {link} leads to no file"
+            elif anchor and target in ids and unquote(anchor) not in ids[target] and not anchor.startswith("__"):
+                yield f"{here}: {link} leads to no place of the page"
+
+
 def on_post_build(config: MkDocsConfig) -> None:
-    """List the external links."""
-    text = "".join(f"{link}\n" for link in sorted(external))
-    Path(config.site_dir).with_name("external-links.txt").write_text(text, encoding="utf-8")
-    log.info("%d external links: %s", len(external), Path(config.site_dir).with_name("external-links.txt"))
+    """Look at what was built, and list the external links."""
+    for problem in sorted(dead_links(Path(config.site_dir))):
+        log.warning("%s", problem)
+    place = Path(config.site_dir).with_name("external-links.txt")
+    place.write_text("".join(f"{link}\n" for link in sorted(external)), encoding="utf-8")
+    log.info("%d external links, not asked for: %s", len(external), place)

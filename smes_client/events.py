@@ -175,7 +175,8 @@ class Events:
         """Send an impression: an item that was shown to a user.
 
         Args:
-            user, item: Their ids.
+            user: Their id.
+            item: Its id.
             features: Name of a feature → an id, a list of ids, or a number. What is left out is missing; where all
                 features of the user, or of the item, are left out, the trainer reads them from the feature store.
             served: ``arm``, ``version`` and ``scores`` of the answer by which it was shown
