@@ -91,6 +91,13 @@ def openssl() -> None:
 
 
 @pytest.fixture(scope="session")
+def prometheus() -> None:
+    """The programs ``prometheus`` and ``promtool``."""
+    if shutil.which("prometheus") is None or shutil.which("promtool") is None:
+        _missing("no Prometheus: install prometheus of Debian")
+
+
+@pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
     """A real Redis Cluster of three Valkey nodes."""
     with redis_cluster(tmp_path_factory.mktemp("cluster")) as nodes:
