@@ -27,35 +27,7 @@ Axis = Literal["event_time", "wall_time", "impressions"]
 _COLUMN = {figure: m for m, figure in enumerate(FIGURES)}
 _GAP = 20.0  # times the usual distance of two lines is a gap
 _LONGEST_PART = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One run over an axis.
-
-    Attributes:
-        x: P positions that never go back: Unix milliseconds, or impressions.
-        values: Task name → P values; None where there is none, and where the curve is interrupted.
-        stretches: P numbers of stretches behind a point; 0 where the curve is interrupted.
-        marks: Where the lineage changed, and what to.
-        stretches_a_point: Stretches that are put together.
-    """
-
-    x: list[float]
-    values: dict[str, list[float | None]]
-    stretches: list[int]
-    marks: list[dict[str, Any]]
-    stretches_a_point: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "x": self.x,
-            "values": self.values,
-            "stretches": self.stretches,
-            "marks": self.marks,
-            "stretches_a_point": self.stretches_a_point,
-        }
+_ENOUGH_POSITIVES, _FEWEST_POINTS = 50, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +49,36 @@ class Parts:
     places: F64
     interrupted: Bool
     stretches_a_point: int
+
+    def listed_x(self) -> list[float]:
+        """The positions; where something is missing one stands between, whose value is None."""
+        return _with_gaps(self.x, self, between=True)
+
+    def listed(self, values: F64) -> list[float | None]:
+        """A figure of the points; None where there is none, and where something is missing."""
+        return [None if value is None or value != value else round(value, 6) for value in _with_gaps(values, self)]
+
+    def ends(self) -> list[Line]:
+        """The last line of each point."""
+        after = np.append(self.starts[1:], len(self.lines)) if len(self.starts) else self.starts
+        return [self.lines[n - 1] for n in after.tolist()]
+
+    def lineage_changes(self) -> list[dict[str, Any]]:
+        """Where the lineage changed: ``x``, and the new ``lineage``."""
+        return [
+            {"x": float(self.places[n]), "lineage": line.lineage}
+            for n, (before, line) in enumerate(pairwise(self.lines), start=1)
+            if line.lineage != before.lineage
+        ]
+
+
+def enough(lines: Sequence[Line], task: str) -> int:
+    """How many stretches a point of a task needs, a power of two: some fifty positives, and eight points at least."""
+    positives = float(np.nan_to_num(figures_of(lines, task)[:, _COLUMN["positives"]]).sum())
+    together = 1
+    while together * 2 * _FEWEST_POINTS <= len(lines) and positives * together < _ENOUGH_POSITIVES * len(lines):
+        together *= 2
+    return together
 
 
 def positions_of(lines: Sequence[Line], axis: Axis) -> F64:
@@ -140,30 +142,16 @@ def _gaps(lines: Sequence[Line], x: F64) -> Bool:
     return gap
 
 
-def curve_of(parts: Parts, figure: str, tasks: Sequence[str]) -> Curve:
-    """The curve of a figure of some tasks.
+def curve_of(parts: Parts, figure: str, task: str) -> list[float | None] | None:
+    """A figure of a task at each point, as :meth:`Parts.listed`; None if no line has it.
 
     Args:
         parts: See :func:`parts_of`.
         figure: One of ``history_lines.FIGURES`` that is no count.
-        tasks: Names; one that no line has gets no curve.
+        task: Its name.
     """
-    values = {}
-    for name in tasks:
-        if not any(name in line.tasks for line in (*parts.lines[:1], *parts.lines[-1:])):
-            continue
-        values[name] = _listed(together(figures_of(parts.lines, name), figure, parts.starts), parts)
-    return Curve(
-        x=_with_gaps(parts.x, parts, between=True),
-        values=values,
-        stretches=[int(n or 0) for n in _with_gaps(np.diff(np.append(parts.starts, len(parts.lines))), parts)],
-        marks=_marks(parts),
-        stretches_a_point=parts.stretches_a_point,
-    )
-
-
-def _listed(values: F64, parts: Parts) -> list[float | None]:
-    return [None if value is None or value != value else round(value, 6) for value in _with_gaps(values, parts)]
+    values = together(figures_of(parts.lines, task), figure, parts.starts)
+    return parts.listed(values) if np.isfinite(values).any() else None
 
 
 def _with_gaps(values: NDArray[Any], parts: Parts, *, between: bool = False) -> list[Any]:
@@ -176,12 +164,15 @@ def _with_gaps(values: NDArray[Any], parts: Parts, *, between: bool = False) -> 
     return listed
 
 
-def _marks(parts: Parts) -> list[dict[str, Any]]:
-    return [
-        {"x": float(parts.places[n]), "lineage": line.lineage}
-        for n, (before, line) in enumerate(pairwise(parts.lines), start=1)
-        if line.lineage != before.lineage
-    ]
+def counts_of(parts: Parts, task: str) -> tuple[F64, F64]:
+    """Examples and positives of a task behind each point: float64 [P] and [P]."""
+    figures_NM = np.nan_to_num(figures_of(parts.lines, task))
+    if not len(parts.starts):
+        return np.zeros(0), np.zeros(0)
+    examples, positives = (
+        np.add.reduceat(figures_NM[:, _COLUMN[name]], parts.starts) for name in ("examples", "positives")
+    )
+    return examples, positives
 
 
 def together(figures_NM: F64, figure: str, starts: I64) -> F64:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Query
 
-from smes_console.curves import Axis, Parts, curve_of, parts_of, positions_of, whole
+from smes_console.curves import Axis, Parts, counts_of, curve_of, enough, parts_of, positions_of, whole
 from smes_console.deployment import in_service
 from smes_console.history_lines import Line, runs_of
 from smes_console.runs import Found, Runs
@@ -27,6 +27,7 @@ OF_REGRESSION: dict[str, str | None] = {
 }
 """What is shown of a regression task beside a metric of binary tasks: the order, the size of errors, or the bias."""
 
+_BASE_RATE_POINTS, _FEW_POSITIVES = 48, 10
 _EARLIER_RUNS = 3  # of the same folder
 _MANIFEST_FRESH_S = 30.0
 _Object = dict[str, Any]
@@ -41,7 +42,7 @@ class Question:
         axis: What x is.
         points: About so many of a curve at most.
         within: Only this range of x; None: all.
-        at_least: Stretches that a point is made of at least.
+        at_least: Stretches that a point is made of at least; 0: as many as a task needs for some fifty positives.
     """
 
     metric: str
@@ -50,9 +51,9 @@ class Question:
     within: tuple[float, float] | None
     at_least: int
 
-    def parts(self, lines: Sequence[Line]) -> Parts:
+    def parts(self, lines: Sequence[Line], at_least: int = 1) -> Parts:
         """Which lines of a run make which points."""
-        return parts_of(lines, self.axis, self.points, self.within, self.at_least)
+        return parts_of(lines, self.axis, self.points, self.within, at_least)
 
 
 def router(sources: Sources) -> APIRouter:
@@ -67,7 +68,7 @@ def router(sources: Sources) -> APIRouter:
         low: Annotated[float | None, Query(alias="from")] = None,
         high: Annotated[float | None, Query(alias="to")] = None,
         points: Annotated[int, Query(ge=10, le=2000)] = 240,
-        together: Annotated[int, Query(ge=1, le=4096)] = 1,
+        together: Annotated[int, Query(ge=0, le=4096)] = 0,
         seen: str | None = None,
     ) -> _Object:
         """Curves of every task, the report of the run, its newest stretch and the version in service.
@@ -77,7 +78,7 @@ def router(sources: Sources) -> APIRouter:
             axis: What x is: Unix milliseconds, or impressions.
             low, high: Only this range of x.
             points: About so many of a curve at most.
-            together: Stretches that a point is made of at least.
+            together: Stretches that a point is made of at least; 0: as many as a task needs for some fifty positives.
             seen: ``key`` of an answer to the same question: ``curves`` is null if they are still the same.
         """
         found, _, others, (report, report_state) = sources.together(
@@ -212,23 +213,37 @@ def _curves(main: list[Line], earlier: Sequence[list[Line]], others: dict[str, F
         "metric": question.metric,
         "of_regression": OF_REGRESSION[question.metric],
         "axis": question.axis,
-        "run": {"lineage": main[-1].lineage if main else None, **_both(parts, question.metric, names)},
+        "run": {
+            "lineage": main[-1].lineage if main else None,
+            "lineage_changes": parts.lineage_changes(),
+            **_of_tasks(main, question, names),
+        },
         "compared": compared,
-        "base_rates": curve_of(parts, "base_rate", names).values,
+        "base_rates": _base_rates(parts_of(main, question.axis, _BASE_RATE_POINTS, question.within), names),
         "routing": _routing(parts),
     }
 
 
-def _both(parts: Parts, metric: str, names: Sequence[str]) -> _Object:
-    """The curves of a metric, and of its counterpart for regression tasks."""
-    curve = curve_of(parts, metric, names).to_dict()
-    counterpart = OF_REGRESSION[metric]
-    if counterpart is not None:
-        of_regression = curve_of(parts, counterpart, names).values
-        for name, values in of_regression.items():
-            if any(value is not None for value in values):
-                curve["values"][name] = values
-    return curve
+def _of_tasks(lines: Sequence[Line], question: Question, names: Sequence[str]) -> _Object:
+    """The curves of tasks: ``grids`` name → ``x`` and ``stretches_a_point``, ``values`` task → ``grid`` and ``y``."""
+    grids: dict[str, Parts] = {}
+    values = {}
+    for name in names:
+        at_least = question.at_least or enough(lines, name)
+        grid = str(at_least)
+        if grid not in grids:
+            grids[grid] = question.parts(lines, at_least)
+        curve = curve_of(grids[grid], question.metric, name)
+        if curve is None and (counterpart := OF_REGRESSION[question.metric]) is not None:
+            curve = curve_of(grids[grid], counterpart, name)
+        if curve is not None:
+            values[name] = {"grid": grid, "y": curve}
+    return {
+        "grids": {
+            grid: {"x": parts.listed_x(), "stretches_a_point": parts.stretches_a_point} for grid, parts in grids.items()
+        },
+        "values": values,
+    }
 
 
 def _compared(name: str, kind: str, lines: list[Line], main: list[Line], question: Question) -> _Object:
@@ -240,7 +255,7 @@ def _compared(name: str, kind: str, lines: list[Line], main: list[Line], questio
         "kind": kind,
         "lineage": lines[-1].lineage if lines else None,
         "is_beside": is_beside,
-        **_both(question.parts(lines if is_beside else []), question.metric, names),
+        **_of_tasks(lines if is_beside else [], question, names),
         "difference": _difference(main, lines, question.metric),
     }
 
@@ -275,15 +290,29 @@ def _difference(main: Sequence[Line], other: Sequence[Line], metric: str) -> _Ob
     return {"from": low, "to": high, "tasks": tasks}
 
 
+def _base_rates(parts: Parts, names: Sequence[str]) -> _Object:
+    """``x``, and ``tasks`` name → share of positives at each point (``y``), that of all (``rate``), and its ``spread``.
+
+    The spread is the mean of the squared differences from the rate of the whole curve, in units of what chance alone
+    would make of them: about 1 where nothing moves, whatever the rate and the number of examples. Tasks with few
+    positives at a point are left out.
+    """
+    tasks = {}
+    for name in names:
+        values = curve_of(parts, "base_rate", name)
+        examples, positives = counts_of(parts, name)
+        if values is None or not 0 < positives.sum() < examples.sum() or positives.mean() < _FEW_POSITIVES:
+            continue
+        rate, some = positives.sum() / examples.sum(), examples > 0
+        spread = ((positives - examples * rate)[some] ** 2 / (examples[some] * rate * (1 - rate))).mean()
+        tasks[name] = {"y": values, "rate": rate, "spread": round(float(spread), 2)}
+    return {"x": parts.listed_x(), "tasks": tasks}
+
+
 def _routing(parts: Parts) -> _Object:
-    """Figures of the experts at the end of each point; None where the curve is interrupted."""
-    ends = np.append(parts.starts[1:], len(parts.lines)) - 1 if len(parts.starts) else parts.starts
-    columns: _Object = {}
+    """Figures of the experts at the end of each point; null where something is missing."""
+    columns: _Object = {"x": parts.listed_x()}
     for key in ("drift", "load_skew", "dead", "active_mean"):
-        values: list[float | None] = []
-        for end, interrupted in zip(ends.tolist(), parts.interrupted.tolist(), strict=True):
-            if interrupted and values:
-                values.append(None)
-            values.append(parts.lines[end].experts.get(key))
-        columns[key] = values
+        values = [line.experts.get(key) for line in parts.ends()]
+        columns[key] = parts.listed(np.array([np.nan if value is None else value for value in values], np.float64))
     return columns
