@@ -160,8 +160,8 @@ def _example(block: ImpressionBlock, schema: Schema) -> dict[str, Any]:
 
 def _value(block: ImpressionBlock, schema: Schema, feature: Feature, row: int) -> list[Value]:
     if feature.kind == "numeric":
-        number = float(block.numerics[row, schema.numeric_features.index(feature)])
-        return [] if np.isnan(number) else [float(f"{number:.7g}")]  # float32 as it was written
+        number = block.numerics[row, schema.numeric_features.index(feature)]
+        return [] if np.isnan(number) else [str(number)]  # the shortest text of this float32
     columns = block.ids[row, schema.id_slices[feature.name]]
     return [value for value in columns.tolist() if value != MISSING]
 

@@ -4,7 +4,7 @@ A decision is first asked for with ``dry_run``: the answer says what would happe
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException
@@ -15,13 +15,15 @@ from feature_store.pins import Decision
 from feature_store.serving_marks import ServingMarks
 from feature_store.snapshots import SnapshotStore
 from smes.errors import FeatureStoreUnavailable, SmesError
-from smes_console.sources import Sources
+from smes_console.sources import Reached, Sources
 from smes_io.clock import wall_clock_ms
 from trainer.task_figures import TaskFigures, headline
 
 _FRESH_S = 2.0
 _LOOK = "versions"
 _FIGURES = tuple(each.name for each in fields(TaskFigures))
+_MEANS = ("gauc_windowed", "auc", "ne")
+_SHOWN = (*_MEANS, "calibration", "xauc", "mae")
 
 Lineage = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 Version = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
@@ -51,21 +53,34 @@ def router(sources: Sources) -> APIRouter:
     """Everything under ``/api/versions``."""
     routes = APIRouter(prefix="/api/versions")
 
+    def found() -> Reached[dict[str, Any]]:
+        return sources.look(_LOOK, lambda: _versions(sources.snapshots()), fresh_s=_FRESH_S)
+
     @routes.get("")
-    def versions() -> dict[str, Any]:
-        """All versions, the newest first, and the decisions, the newest first."""
-        found = sources.look(_LOOK, lambda: _versions(sources.snapshots()), fresh_s=_FRESH_S)
-        scorer = sources.scorer()
-        serving = scorer.value or {}
+    def versions(of: str = "dense") -> dict[str, Any]:
+        """All versions, the newest first, and the decisions, the newest first.
+
+        Args:
+            of: Whose figures: ``dense`` or ``rare`` for the report's headline rows, or ``task:`` and a task's name.
+        """
+        looked, scorer, trainer = sources.together(found, sources.scorer, sources.trainer)
+        serving, report = scorer.value or {}, (trainer.value or {}).get("report") or {}
+        value = dict(looked.value or {})
+        rows = value.pop("versions", [])
+        figures = {
+            "tasks": [name.removeprefix("task:") for name in rows[0]["figures"]][2:] if rows else [],
+            "versions": [{**row, "figures": row["figures"].get(of)} for row in rows],
+        }
         return {
-            **found.state(),
-            "at_ms": found.at_ms,
-            **(found.value or {}),
+            **looked.state(),
+            "at_ms": looked.at_ms,
+            **value,
+            **figures,
             "scorer": {
                 **scorer.state(),
                 "lineage": serving.get("lineage"),
                 "version": serving.get("version"),
-                "arms": _arms(serving.get("arms") or {}),
+                "arms": _arms(serving.get("arms") or {}, report.get("arms") or {}),
             },
         }
 
@@ -135,7 +150,7 @@ def _row(
         "is_held": is_held,
         "held": manifest.held,
         "gate": _verdict(manifest, is_held=is_held),
-        "headline": _headline(manifest),
+        "figures": _figures(manifest),
     }
 
 
@@ -149,17 +164,22 @@ def _verdict(manifest: Manifest, *, is_held: bool) -> str:
     return "passed" if isinstance(manifest.metrics.get("gate"), dict) else "none"
 
 
-def _headline(manifest: Manifest) -> dict[str, Any] | None:
-    """The report's two headline rows, as of this version; None where the manifest has no such metrics."""
-    tasks = manifest.metrics.get("tasks")
-    if not isinstance(tasks, dict):
-        return None
+def _figures(manifest: Manifest) -> dict[str, dict[str, Any] | None]:
+    """The report's two headline rows as of this version, ``dense`` and ``rare``, and ``task:`` with a name → figures.
+
+    They are of all that the lineage has trained on up to the version. None where the manifest has none.
+    """
     try:
+        tasks = dict(manifest.metrics.get("tasks") or {})
         figures = {name: TaskFigures(**{key: task.get(key) for key in _FIGURES}) for name, task in tasks.items()}
-        found = asdict(headline(figures))
-    except (AttributeError, TypeError):  # a store's manifest may hold anything
-        return None
-    return {kind: means and {**means, "tasks": len(means["tasks"])} for kind, means in found.items()}
+        rows = headline(figures)
+    except (AttributeError, TypeError, ValueError):  # a store's manifest may hold anything
+        return {"dense": None, "rare": None}
+    shown: dict[str, dict[str, Any] | None] = {
+        "dense": None if rows.dense is None else {key: getattr(rows.dense, key) for key in _MEANS},
+        "rare": None if rows.rare is None else {key: getattr(rows.rare, key) for key in _MEANS},
+    }
+    return shown | {f"task:{name}": {key: getattr(task, key) for key in _SHOWN} for name, task in figures.items()}
 
 
 def _one(store: SnapshotStore, lineage: str, version: int) -> dict[str, Any]:
@@ -215,6 +235,11 @@ def _decision(decision: Decision) -> dict[str, Any]:
     }
 
 
-def _arms(arms: dict[str, Any]) -> list[dict[str, Any]]:
-    """The scorer's arms beside the main one, as its ``/v1/stats`` has them."""
-    return [{"name": name, **arm} for name, arm in arms.items()]
+def _arms(arms: dict[str, Any], report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The scorer's arms, as its ``/v1/stats`` and the trainer's report have them; the main one is of the report alone.
+
+    Args:
+        arms: Name → what serves.
+        report: Name → how well it served, over final labels.
+    """
+    return [{"name": name, **arms.get(name, {}), "served": report.get(name)} for name in {**report, **arms}]

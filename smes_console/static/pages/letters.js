@@ -1,5 +1,250 @@
+// Dead letters: what was refused, by reason, time and partition; a letter in full; and back into the log after a fix.
+
+import { confirm, open } from "../lib/dialog.js";
+import { figure, h, show } from "../lib/dom.js";
+
 export const title = "Dead letters";
 
 export function mount(root, context) {
-  return { update() {}, unmount() {} };
+  const { api, format, table } = context;
+  let found = null;
+  const chosen = { reason: null, topic: null, partition: null, since_ms: null, until_ms: null };
+
+  // ---- what is meant
+
+  const problem = h("p", { class: "problem", role: "status" });
+  const reading = h("p", { class: "quiet", role: "status" });
+  const letters = figure("dead_letters.letters");
+  const events = figure("dead_letters.events");
+  const replayed = figure("dead_letters.replayed");
+  const filter = h("div", { class: "buttons", "aria-label": "Chosen" });
+  const said = h("div", { role: "status" });
+  const replay = h("button", { type: "button", onclick: () => replayThem(null) }, "Replay…");
+  replay.title = "Append the events of these letters to the event log again, each once; first says what would happen";
+
+  // ---- by reason and place, by time, one by one
+
+  const groups = table({
+    caption: "By reason, topic and partition. Enter or a click chooses them.",
+    key: (row) => `${row.reason} ${row.topic} ${row.partition}`,
+    onSelect: ({ reason, topic, partition }) => choose({ reason, topic, partition }),
+    empty: "no dead letters",
+    columns: [
+      { key: "reason", title: "Reason", head: true },
+      { key: "topic", title: "Topic" },
+      { key: "partition", title: "Partition", numeric: true, format: String },
+      { key: "letters", title: "Letters", numeric: true, format: format.number, figure: (row) => `dead_letters.${row.reason}.${row.topic}.${row.partition}` },
+      { key: "events", title: "Events", hint: "A letter about a whole Arrow record stands for its rows", numeric: true, format: format.number },
+      { key: "replayed", title: "Replayed", numeric: true, format: format.number },
+    ],
+  });
+  const bars = h("div", { class: "bars", role: "group", "aria-label": "Letters by the time they were written" });
+  const every = h("p", { class: "quiet" });
+  const newest = table({
+    caption: "The newest letters. Enter or a click opens one.",
+    key: (row) => row.id,
+    onSelect: (row) => details(row.id),
+    empty: "none",
+    columns: [
+      { key: "written_ms", title: "Written (UTC)", format: format.utc, head: true },
+      { key: "reason", title: "Reason" },
+      { key: "place", title: "Event", hint: "topic/partition/offset, and the row of an Arrow record" },
+      { key: "says", title: "What was expected", format: (text) => (text.length > 90 ? `${text.slice(0, 90)}…` : text) },
+      { key: "field", title: "Field" },
+      { key: "replayed", title: "Replayed", format: (v) => (v ? "yes" : "no") },
+    ],
+  });
+  const listed = h("p", { class: "quiet" });
+
+  root.append(
+    problem,
+    h("p", { class: "lead" }, letters, " letters with ", events, " events, ", replayed, " of the letters replayed"),
+    reading,
+    filter,
+    h("div", { class: "buttons" }, replay),
+    said,
+    groups.element,
+    h("h2", {}, "By time"),
+    bars,
+    every,
+    h("h2", {}, "One by one"),
+    newest.element,
+    listed,
+  );
+
+  function choose(change) {
+    Object.assign(chosen, change);
+    said.replaceChildren();
+    update();
+  }
+
+  const asked = () => Object.fromEntries(Object.entries(chosen).filter(([, value]) => value !== null));
+
+  async function update() {
+    const answer = await api.get(`api/letters?${new URLSearchParams(asked())}`);
+    found = answer;
+    const away = answer.problem ? `${answer.problem}, ${format.since(answer.since_ms)}` : "";
+    show(problem, away && answer.at_ms ? `${away}; below is what was read before` : away, null);
+    const part = answer.read < answer.of;
+    show(reading, part ? `Reading the topic: ${format.number(answer.read)} of ${format.number(answer.of)} records so far` : "", null);
+    show(letters, format.number(answer.letters), answer.letters);
+    show(events, format.number(answer.events), answer.events);
+    show(replayed, format.number(answer.replayed), answer.replayed);
+    replay.disabled = !answer.letters || !answer.can_replay || answer.replaying;
+    show(replay, answer.replaying ? "A replay is on its way" : `Replay ${Object.keys(asked()).length ? "these" : "all"}…`, null);
+    drawFilter();
+    groups.update(answer.groups);
+    drawBars(answer.times);
+    newest.update(answer.newest);
+    const rest = answer.letters - answer.newest.length;
+    const foreign = answer.foreign ? ` ${format.number(answer.foreign)} entries of the topic are neither letters nor notes of this version.` : "";
+    show(listed, (rest > 0 ? `${format.number(rest)} older ones: choose above, or \`smes dead-letters list\`.` : "") + foreign, null);
+  }
+
+  function drawFilter() {
+    const parts = [];
+    if (chosen.reason) parts.push([chosen.reason, ["reason"]]);
+    if (chosen.topic) parts.push([chosen.topic, ["topic"]]);
+    if (chosen.partition !== null) parts.push([`partition ${chosen.partition}`, ["partition"]]);
+    if (chosen.since_ms !== null) parts.push([`${format.utc(chosen.since_ms)} to ${format.utc(chosen.until_ms)} UTC`, ["since_ms", "until_ms"]]);
+    const text = parts.map(([name]) => name).join("\n");
+    if (filter.dataset.shown === text) return;
+    filter.dataset.shown = text;
+    filter.replaceChildren(
+      ...parts.map(([name, keys]) =>
+        h(
+          "button",
+          { type: "button", title: "No longer only these", onclick: () => choose(Object.fromEntries(keys.map((key) => [key, null]))) },
+          `${name} ×`,
+        ),
+      ),
+    );
+  }
+
+  function drawBars({ every_ms: step, from_ms: from, letters: counts }) {
+    const shown = JSON.stringify([step, from, counts]);
+    if (bars.dataset.shown === shown) return;
+    bars.dataset.shown = shown;
+    const most = Math.max(1, ...counts);
+    const focused = document.activeElement?.dataset?.from;
+    bars.replaceChildren(
+      ...counts.map((count, n) => {
+        const since_ms = from + n * step;
+        const says = `${format.utc(since_ms).slice(0, 16)}: ${format.number(count)}`;
+        const bar = h(
+          "button",
+          {
+            type: "button",
+            title: says,
+            "aria-label": says,
+            "data-from": since_ms,
+            disabled: !count,
+            onclick: () => choose({ since_ms, until_ms: since_ms + step }),
+          },
+          h("span", {}),
+        );
+        bar.firstChild.style.height = `${count ? Math.max(4, (100 * count) / most) : 0}%`;
+        return bar;
+      }),
+    );
+    if (focused) bars.querySelector(`[data-from="${focused}"]`)?.focus();
+    const until = from + counts.length * step;
+    show(
+      every,
+      counts.length
+        ? `${format.utc(from).slice(0, 16)} to ${format.utc(until).slice(0, 16)} UTC, a bar for each ${format.duration(step)}; the highest is ${format.number(most)}. A click chooses its letters.`
+        : "nothing was written",
+      null,
+    );
+  }
+
+  // ---- one letter
+
+  async function details(id) {
+    const body = h("div", {}, h("p", { class: "quiet" }, "…"));
+    const again = h("button", { type: "button", onclick: () => (element.close(), replayThem(id)) }, "Replay it…");
+    again.disabled = !found.can_replay;
+    const element = open(`Letter ${id}`, [
+      body,
+      h("div", { class: "buttons" }, again, h("button", { type: "button", onclick: () => element.close() }, "Close")),
+    ]);
+    try {
+      body.replaceChildren(...pageOf(await api.get(`api/letters/one?id=${id}`)));
+    } catch (error) {
+      body.replaceChildren(h("p", { class: "problem" }, error.message));
+    }
+  }
+
+  function pageOf({ problem: away, letter, replayed: done }) {
+    if (!letter) return [h("p", { class: "problem" }, away)];
+    const pairs = [
+      ["Reason", letter.code],
+      ["Expected", letter.reason],
+      ["Field", letter.field],
+      ["Event", letter.where],
+      ["Place", letter.place],
+      ["Stands for", letter.events === 1 ? null : `${format.number(letter.events)} events`],
+      ["Written", `${format.utc(letter.written_ms)} UTC`],
+      ["Arrived", letter.arrival_ms === null ? null : `${format.utc(letter.arrival_ms)} UTC`],
+      ["Replayed", done ? "yes" : "no"],
+      ["Headers", letter.headers && Object.entries(letter.headers).map(([name, value]) => `${name} = ${value}`).join(", ")],
+      ["Log", letter.log || "unknown"],
+      ["Payload", `${format.number(letter.payload_bytes)} bytes${letter.is_whole ? "" : ", of which a part is here"}`],
+    ];
+    const more = letter.lines_left_out ? [h("p", { class: "quiet" }, `${format.number(letter.lines_left_out)} more lines`)] : [];
+    return [
+      h("dl", { class: "pairs" }, pairs.filter(([, value]) => value !== null && value !== "").map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
+      h("pre", { tabindex: "0", "aria-label": "The event" }, letter.lines.join("\n")),
+      ...more,
+    ];
+  }
+
+  // ---- replaying
+
+  async function replayThem(id) {
+    said.replaceChildren();
+    const meant = id ? { ids: [id] } : asked();
+    const adopt = h("input", { type: "checkbox", name: "adopt", value: "yes" });
+    const outcome = h("div", { "aria-live": "polite" });
+    let tried = null;
+
+    async function dryRun() {
+      outcome.replaceChildren(h("p", { class: "quiet" }, "Trying, without appending anything…"));
+      tried = await api.post("api/letters/replay", { ...meant, adopt_schema: adopt.checked, dry_run: true });
+      outcome.replaceChildren(...tried.lines.map((line) => h("p", {}, line)));
+    }
+
+    try {
+      await dryRun();
+    } catch (error) {
+      if (error.status !== 401) {
+        open("That cannot be done", [
+          h("p", { class: "problem" }, error.message),
+          h("form", { method: "dialog" }, h("button", { autofocus: true }, "Close")),
+        ]);
+      }
+      return;
+    }
+    adopt.addEventListener("change", () => dryRun().catch((error) => outcome.replaceChildren(h("p", { class: "problem" }, error.message))));
+    const result = await confirm({
+      title: id ? `Replay letter ${id}?` : "Replay these letters?",
+      says: ["The events go into the event log again, each once. The trainer reads them as new records."],
+      fields: [
+        outcome,
+        h("label", { class: "field" }, h("span", {}, adopt, " Take for the configured schema"), h("span", { class: "quiet" }, "whatever schema the events came with")),
+      ],
+      verb: "Replay",
+      action: () => {
+        if (!tried.appended) throw new Error("There is nothing to append: see above.");
+        // What was shown: letters that were written since then are left alone.
+        const until_ms = id ? null : Math.min(chosen.until_ms ?? Infinity, tried.at_ms);
+        return api.post("api/letters/replay", { ...meant, until_ms, adopt_schema: adopt.checked, dry_run: false });
+      },
+    });
+    if (!result) return;
+    said.replaceChildren(...result.lines.map((line) => h("p", { class: "good" }, line)));
+    await update();
+  }
+
+  return { update, unmount() {} };
 }
