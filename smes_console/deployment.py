@@ -122,7 +122,11 @@ class Alarm:
 def alarms(sources: Sources) -> list[Alarm]:
     """What is wrong with the deployment now; empty if nothing is."""
     store, log, scorer, ready, trainer = sources.together(
-        lambda: store_state(sources), lambda: log_state(sources), sources.scorer, sources.scorer_ready, sources.trainer_brief
+        lambda: store_state(sources),
+        lambda: log_state(sources),
+        sources.scorer,
+        sources.scorer_ready,
+        sources.trainer_brief,
     )
     looks = {"event log": log, "snapshots": store, "scorer": scorer}
     if sources.places.trainer_url is not None:

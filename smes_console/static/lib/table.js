@@ -13,7 +13,7 @@ export function table({ caption, columns, key, onSelect, rowClass, empty = "noth
   const element = h(
     "div",
     { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
-    h("table", {}, h("caption", {}, caption), h("thead", {}, h("tr", {}, heads)), body),
+    h("table", {}, h("caption", {}, h("span", {}, caption)), h("thead", {}, h("tr", {}, heads)), body),
   );
   const drawn = new Map();
 
