@@ -35,6 +35,7 @@ FRESH_S = 1.0
 TIMEOUT_S = 2.0
 """Longest wait for one look."""
 _CALL_S = 1.5  # longest wait inside of a look, so that its own words come before the look is over
+_SLOW_S = 0.5
 _MOST_LOOKS = 16
 _REMEMBERED = 256  # looks of different names
 
@@ -125,6 +126,8 @@ class Sources:
     def look(self, name: str, what: Callable[[], _T], *, fresh_s: float = FRESH_S) -> Reached[_T]:
         """Do something that may fail or take long: at most once in ``fresh_s``, and waited for two seconds at most.
 
+        A place that was slow to fail is not waited for until it answers: its problem is told at once.
+
         Args:
             name: Looks of one name share their result.
             what: Called on a thread of its own; a :class:`SmesError` or :class:`OSError` becomes the problem.
@@ -138,12 +141,13 @@ class Sources:
                 look.started_s = self._monotonic()
                 look.running = self._pool.submit(self._do, name, look, what)
             running, left_s = look.running, look.started_s + TIMEOUT_S - self._monotonic()
-        if running is not None:
+        if running is not None and not look.slow:
             done = threading.Event()
             running.add_done_callback(lambda _: done.set())
             if not done.wait(max(0.0, left_s)):
                 with self._lock:
                     if look.running is not None:
+                        look.slow = True
                         look.failed(f"{name}: no answer within {TIMEOUT_S:g} s")
         with self._lock:
             return look.result
@@ -164,6 +168,7 @@ class Sources:
                 else:
                     look.failed(problem)
                 look.running, look.done_s = None, self._monotonic()
+                look.slow = problem is not None and look.done_s - look.started_s > _SLOW_S
 
     def forget(self, name: str) -> None:
         """Look anew at the next call, because something was changed; a look that is on its way does not count."""
@@ -293,6 +298,7 @@ class _Look:
     def __init__(self) -> None:
         self.running: Future[None] | None = None
         self.started_s = self.done_s = float("-inf")
+        self.slow = False  # it took long to fail
         self.result: Reached[Any] = Reached(None, "not looked at yet", 0)
 
     def found(self, value: Any) -> None:

@@ -8,7 +8,8 @@ const HEIGHT = 22;
 // `label` is what a screen reader says. update([{name, value, mark}]): `mark` is the short text inside of a part.
 export function stackedBar(label) {
   const parts = s("g");
-  const element = s("svg", { class: "stacked", role: "img", "aria-label": label, height: HEIGHT, width: "100%" }, parts);
+  const said = { role: "img", "aria-label": label };
+  const element = s("svg", { class: "stacked", ...said, height: HEIGHT, width: "100%" }, parts);
 
   function update(values) {
     const total = values.reduce((sum, each) => sum + (each.value ?? 0), 0);
@@ -23,7 +24,8 @@ export function stackedBar(label) {
           x: `${100 * x}%`, width: `${100 * share}%`, y: 0, height: HEIGHT, fill: COLOURS[n % COLOURS.length],
         });
         box.append(s("title", {}, `${name}: ${(100 * share).toFixed(0)} %`));
-        const inside = { x: `${100 * (x + share / 2)}%`, y: HEIGHT / 2, class: n % COLOURS.length ? "on-light" : "on-dark" };
+        const tone = n % COLOURS.length ? "on-light" : "on-dark";
+        const inside = { x: `${100 * (x + share / 2)}%`, y: HEIGHT / 2, class: tone };
         return share > 0.03 ? [box, s("text", inside, mark)] : [box];
       }),
     );

@@ -23,7 +23,9 @@ export function lines({ label, x = "time", height = 160, series, sync, range, dr
   let data = [[], ...series.map(() => [])];
 
   function options(width) {
-    const axis = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line") } };
+    const line = css("--line");
+    const axis = { stroke: css("--quiet"), grid: { stroke: line, width: 1 }, ticks: { stroke: line } };
+    const ofY = typeof range === "function" ? (_, ...found) => range(...found) : range;
     return {
       width,
       height,
@@ -31,7 +33,7 @@ export function lines({ label, x = "time", height = 160, series, sync, range, dr
       tzDate: (ms) => uPlot.tzDate(new Date(ms), "Etc/UTC"),
       legend: { show: legend, live: true },
       cursor: { ...(sync ? { sync: { key: sync, setSeries: false } } : {}), drag: { x: true, y: false } },
-      scales: { x: { time }, y: range ? { range: typeof range === "function" ? (_, ...r) => range(...r) : range } : {} },
+      scales: { x: { time }, y: range ? { range: ofY } : {} },
       axes: [axis, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => trimmed(tick)) }],
       series: [
         { label: time ? "UTC" : "", value: (_, v) => (v === null ? "–" : time ? utc(v) : number(v)) },

@@ -8,7 +8,8 @@ function fill(element, attributes, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  const given = (child) => child !== null && child !== undefined && child !== false;
+  element.append(...children.flat(Infinity).filter(given));
   return element;
 }
 

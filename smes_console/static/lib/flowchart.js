@@ -4,7 +4,7 @@
 import { h, s, show } from "./dom.js";
 
 // cards: [{id, title, hint}] in reading order; links: [{from, to, what: in a word, what passes}].
-// Gives {element, card(id) → {body, problem(text)}, rates({"from-to": {rate, text}}), destroy()}.
+// Gives {element, card(id) → {body, problem(text, more)}, rates({"from-to": {rate, text}}), destroy()}.
 export function flowchart({ cards, links }) {
   const made = new Map(cards.map((card) => [card.id, makeCard(card)]));
   const order = cards.map(({ id }) => id);
@@ -30,12 +30,14 @@ export function flowchart({ cards, links }) {
     const away = h("p", { class: "problem", hidden: true });
     const body = h("div", { class: "figures" });
     const head = h("h2", { id: `card-${id}`, title: hint }, title);
-    const card = h("section", { class: `card at-${id}`, "aria-labelledby": `card-${id}`, "data-card": id }, head, away, body);
+    const named = { class: `card at-${id}`, "aria-labelledby": `card-${id}`, "data-card": id };
+    const card = h("section", named, head, away, body);
     return {
       element: card,
       body,
-      problem(text) {
+      problem(text, more = "") {
         away.hidden = !text;
+        away.title = more;
         card.classList.toggle("away", Boolean(text));
         show(away, text ?? "", null);
       },

@@ -40,7 +40,7 @@ export function rate(value) {
 // Milliseconds as a time that something took: "0.8 ms", "12 ms", "1.24 s", "3 min 10 s", "2 h 5 min", "3 d 4 h".
 export function duration(ms) {
   if (!known(ms)) return DASH;
-  if (ms < 10) return `${ms.toFixed(1)} ms`;
+  if (ms < 10) return `${ms === 0 ? 0 : ms.toFixed(1)} ms`;
   if (ms < 1000) return `${Math.round(ms)} ms`;
   if (ms < 60_000) return `${(ms / 1000).toFixed(ms < 10_000 ? 2 : 1)} s`;
   const s = Math.round(ms / 1000);

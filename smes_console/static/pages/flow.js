@@ -100,8 +100,8 @@ export function mount(root, { api, format, table }) {
   ledger("join", "feedback", "received", "read");
   ledger("join", "feedback", "attached", "attached", "Feedback that found its impression in time");
   ledger("join", "feedback", "waiting", "waiting", "For its impression, or with it");
-  ledger("join", "feedback", "corrected", "corrected", "It came after its task's wait, and was trained on as a correction");
-  ledger("join", "feedback", "late", "late", "It came after its impression was trained on, too late for a correction");
+  ledger("join", "feedback", "corrected", "corrected", "After its task's wait; it was trained on as a correction");
+  ledger("join", "feedback", "late", "late", "After its impression was trained on, and too late for a correction");
   ledger("join", "feedback", "orphaned", "orphaned", "No impression came for it in time");
   ledger("join", "feedback", "duplicate", "duplicate");
   row("batches", "rates.trained", "examples", (d) => d.trainer.rates?.events?.trained, rate, {
@@ -140,7 +140,9 @@ export function mount(root, { api, format, table }) {
     v === null ? "–" : `${seconds(v)} ago`,
   );
   row("cuts", "snapshots.published", "published", report("snapshots", "published"));
-  row("cuts", "gate.passed", "gate passed", report("gate", "passed"), number, { hint: "Cuts that the publish gate let go" });
+  row("cuts", "gate.passed", "gate passed", report("gate", "passed"), number, {
+    hint: "Cuts that the publish gate let go",
+  });
   row("cuts", "gate.refused", "gate refused", report("gate", "refused"));
   const current = (key) => (d) => d.store.current?.[key];
   row("store", "store.version", "newest version", current("version"), number, {
@@ -160,7 +162,8 @@ export function mount(root, { api, format, table }) {
   row("store", "store.pinned", "pinned", (d) => d.store.pinned, (v) => (v === null ? "–" : v ? "yes" : "no"), {
     hint: "Whether an operator has pinned what is served",
   });
-  row("store", "store.publisher", "publisher", (d) => d.store.publisher?.name, (v) => v ?? "none", {
+  const publisher = (d) => (d.store.problem ? null : (d.store.publisher?.name ?? "none"));
+  row("store", "store.publisher", "publisher", publisher, (v) => v ?? "–", {
     hint: "The trainer that holds the lease",
   });
   row("scorer", "scorer.version", "version", (d) => d.scorer.version, number, {
@@ -169,10 +172,14 @@ export function mount(root, { api, format, table }) {
   row("scorer", "scorer.age_ms", "its age", (d) => d.scorer.snapshot_age_ms, duration);
   row("scorer", "scorer.requests", "requests", (d) => d.scorer.requests);
   row("scorer", "scorer.errors", "errors", (d) => d.scorer.errors);
-  row("scorer", "scorer.waiting", "queue", (d) => d.scorer.waiting, number, { hint: "Requests that wait to be scored" });
+  row("scorer", "scorer.waiting", "queue", (d) => d.scorer.waiting, number, {
+    hint: "Requests that wait to be scored",
+  });
   row("scorer", "scorer.p50_ms", "answer, median", (d) => d.scorer.latency_ms?.p50, duration);
   row("scorer", "scorer.p99_ms", "99 of 100 within", (d) => d.scorer.latency_ms?.p99, duration);
-  row("service", "rates.requests", "asks", (d) => asked(d), rate, { hint: "Scoring requests, over the last ten seconds" });
+  row("service", "rates.requests", "asks", (d) => asked(d), rate, {
+    hint: "Scoring requests, over the last ten seconds",
+  });
   row("service", "rates.impressions", "shows", (d) => d.trainer.rates?.events?.impressions, rate, {
     hint: "Impressions, as the trainer reads them",
   });
@@ -195,7 +202,7 @@ export function mount(root, { api, format, table }) {
   const samples = [];
 
   function remember({ at_ms, trainer, scorer }) {
-    const { published } = trainer.report?.snapshots ?? {};
+    const published = trainer.ended ? undefined : trainer.report?.snapshots?.published;
     samples.push({ at_ms, published, requests: scorer.requests, swaps: scorer.swaps });
     while (samples.length > 2 && samples[1].at_ms <= at_ms - OVER_MS) samples.shift();
     const [first, last] = [samples[0], samples.at(-1)];
@@ -216,15 +223,24 @@ export function mount(root, { api, format, table }) {
     columns: [
       { key: "mark", title: "", sort: false },
       { key: "what", title: "stage", head: true, sort: false },
-      { key: "mean", title: "mean", numeric: true, sort: false, format: duration, figure: (r) => `freshness.${r.stage}.mean` },
-      { key: "p50", title: "median", numeric: true, sort: false, format: duration, figure: (r) => `freshness.${r.stage}.p50` },
-      { key: "p99", title: "99 of 100", numeric: true, sort: false, format: duration, figure: (r) => `freshness.${r.stage}.p99` },
+      ...[["mean", "mean"], ["p50", "median"], ["p99", "99 of 100"]].map(([key, title]) => ({
+        key,
+        title,
+        numeric: true,
+        sort: false,
+        format: duration,
+        figure: ({ stage }) => `freshness_stages_ms.${stage}.${key}`,
+      })),
       { key: "why", title: "depends on", sort: false },
     ],
   });
   const freshP50 = figure("freshness_ms.p50");
   const freshP99 = figure("freshness_ms.p99");
-  whole.append("Half of all feedback was known to an answer after ", freshP50, ", 99 of 100 after ", freshP99, ".");
+  const known = h(
+    "span", {}, "Half of all feedback was known to an answer after ", freshP50, ", 99 of 100 after ", freshP99, ".",
+  );
+  const unknown = h("span", { class: "quiet" }, "No feedback has been counted by a scorer that answers.");
+  whole.append(known, unknown);
 
   const balance = h("p", { "data-figure": "conservation" });
   root.append(
@@ -243,7 +259,8 @@ export function mount(root, { api, format, table }) {
     show(freshP50, duration(scorer.freshness_ms?.p50 ?? null), scorer.freshness_ms?.p50);
     show(freshP99, duration(scorer.freshness_ms?.p99 ?? null), scorer.freshness_ms?.p99);
     freshBar.update(lines.map(({ what, mean, mark }) => ({ name: what, value: mean, mark })));
-    freshBar.element.classList.toggle("hidden", !counted);
+    for (const each of [known, freshBar.element, stages.element]) each.classList.toggle("hidden", !counted);
+    unknown.classList.toggle("hidden", counted);
     stages.update(lines);
   }
 
@@ -271,7 +288,7 @@ export function mount(root, { api, format, table }) {
   function drawLinks(data) {
     const { events, feedback, steps: perS } = data.trainer.rates ?? {};
     const read = events ? events.impressions + feedback.received : null;
-    const said = (value, words = "") => ({ rate: value ?? null, text: value === null || value === undefined ? "" : rate(value) + words });
+    const said = (value) => ({ rate: value ?? null, text: value === null || value === undefined ? "" : rate(value) });
     chart.rates({
       "service-log": said(read),
       "log-join": said(read),
@@ -286,13 +303,13 @@ export function mount(root, { api, format, table }) {
   }
 
   function drawProblems({ trainer, log, store, scorer }) {
-    const said = ({ problem, since_ms }) => (problem ? `▲ away ${since(since_ms)}: ${problem}` : null);
-    const ended = trainer.ended ? `▲ no trainer runs; figures of the run that has ended` : said(trainer);
-    for (const id of ["join", "batches", "trainer", "cuts"]) chart.card(id).problem(ended);
-    chart.card("log").problem(said(log));
-    chart.card("letters").problem(said(log));
-    chart.card("store").problem(said(store));
-    chart.card("scorer").problem(said(scorer));
+    const away = ({ problem, since_ms }) => (problem ? [`▲ away ${since(since_ms)}`, problem] : [null]);
+    const ofTrainer = trainer.ended ? ["▲ no trainer runs; this is of the run that has ended"] : away(trainer);
+    for (const id of ["join", "batches", "trainer", "cuts"]) chart.card(id).problem(...ofTrainer);
+    chart.card("log").problem(...away(log));
+    chart.card("letters").problem(...away(log));
+    chart.card("store").problem(...away(store));
+    chart.card("scorer").problem(...away(scorer));
   }
 
   return {
