@@ -95,13 +95,13 @@ def _snapshots(config: "Config") -> Section:
     manifest = store.current()
     if manifest is None:
         return found | {"published": 0}
-    gate = manifest.metrics.get("gate")
+    decision, gate = store.pins.decision(), manifest.metrics.get("gate")
     return found | {
         "lineage": manifest.lineage,
         "version": manifest.version,
         "age_s": max(0.0, (wall_clock_ms() - manifest.created_ms) / 1000),
         "event_time": utc(manifest.event_time_ms),
-        "pinned": store.pins.last is not None and store.pins.last.pins,
+        "pinned": decision is not None and decision.pins,
         "held": len(store.held()),
         "refused_in_a_row": gate.get("refused_in_a_row") if isinstance(gate, dict) else None,
         "positions": manifest.positions,

@@ -8,6 +8,7 @@ import pytest
 
 from feature_store.snapshots import SnapshotStore
 from smes_cli.__main__ import run
+from smes_cli.status import deployment_status
 from tests.integration.training import snapshots_of
 from tests.running import read_config, read_json, write_config
 from tests.smes_scorer.chains import Chain, four_versions
@@ -52,13 +53,14 @@ def snapshots(path: Path, capsys: Captured) -> Command:
 
 
 def test_one_command_goes_back_and_the_list_says_what_is_served(
-    snapshots: Command, chain: Chain, store: SnapshotStore
+    snapshots: Command, chain: Chain, store: SnapshotStore, path: Path
 ) -> None:
     out = snapshots("rollback", "--why", "AUC fell", "--by", "kim@desk")
     assert out == "a:3 is pinned; what was published after it is rolled back; before: a:4\n"
     listed = snapshots("list").splitlines()
     assert [line.split()[1] for line in listed[1:]] == ["1", "2", "3", "4"]
     assert listed[3].endswith(" pinned")
+    assert deployment_status(read_config(path))["snapshots"]["pinned"] is True
     assert listed[4].endswith(" current, rolled back")
 
     assert snapshots("promote", "2").startswith("a:2 is in service, until the next publication; before: a:3")
