@@ -86,7 +86,7 @@ class HistoryFiles:
             self._counts[newest] = 0
         try:
             with newest.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, separators=(",", ":")) + "\n")
             self._counts[newest] += 1
             for oldest in list(self._counts):
                 if sum(self._counts.values()) - self._counts[oldest] < self._keep:

@@ -25,7 +25,7 @@ class RecentLines:
 
     def add(self, line: dict[str, Any]) -> None:
         """Keep a line, which comes after all others."""
-        text = json.dumps(line)
+        text = json.dumps(line, separators=(",", ":"))
         with self._lock:
             self._lines.append((line["stretch"], text))
             self._characters += len(text)

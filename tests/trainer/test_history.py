@@ -2,13 +2,18 @@
 
 import json
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smes.errors import SmesError
+from smes_cli.curves_tensorboard import write_tensorboard
 from smes_cli.seen import write_history
 from stream.log.memory_log import InMemoryLog
 from tests.trainer.small_world import fill, make_trainer, open_log, train_to_the_end
@@ -71,6 +76,7 @@ def test_killed_anywhere_the_lines_are_those_of_one_never_killed(
         trainer.restore()
         trainer.checkpoint()
         write_history(HistoryConfig(keep=8), tmp_path / "history", trainer, stretches)
+        write_tensorboard(tmp_path / "board", read_history(tmp_path / "history"))  # and again after the next death
         killed = False
         while not killed and (trainer.step() or trainer.stream.poll(0)):
             if chance.random() < 0.25:
@@ -82,6 +88,18 @@ def test_killed_anywhere_the_lines_are_those_of_one_never_killed(
     stretches.end()
 
     assert lives > 2
+    (root,) = write_tensorboard(tmp_path / "board", read_history(tmp_path / "history"))
+    board = EventAccumulator(str(tmp_path / "board" / root)).Reload()
+    figures: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "auc/click": lambda line: line["tasks"]["click"]["auc"],
+        "run/trained": lambda line: line["trained"],
+    }
+    for tag, of in figures.items():
+        shown = [(each.step, each.value, each.wall_time) for each in board.Scalars(tag)]
+        lines = [line for line in read_history(tmp_path / "history") if of(line) is not None]
+        assert [step for step, _, _ in shown] == [line["step"] for line in lines]
+        np.testing.assert_allclose([value for _, value, _ in shown], [of(line) for line in lines], rtol=1e-6)
+        assert [at for _, _, at in shown] == [line["wall_ms"] / 1000 for line in lines]
     got = lines_of(tmp_path / "history")
     assert got == wanted[-len(got) :]
     assert 8 <= len(got) <= 10, "eight, and less than the oldest file of two"
@@ -146,6 +164,19 @@ def test_other_runs_stay_and_torn_lines_go(tmp_path: Path) -> None:
         ("root.another", 6),
     ]
     assert all(json.loads(line) for path in tmp_path.iterdir() for line in path.read_text().splitlines())
+
+
+def test_tensorboard_that_is_not_there_and_names_that_are_no_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SmesError, match="a line of lineage '/etc': expected a name of letters and digits"):
+        write_tensorboard(tmp_path, [{"lineage": "/etc"}])
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "tensorboard":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(SmesError, match=r"not installed .*, expected: pip install 'smes-online\[tensorboard\]'"):
+        write_tensorboard(tmp_path, [])
 
 
 def test_no_folder_is_an_error(tmp_path: Path) -> None:
