@@ -6,20 +6,27 @@ Letters: N items, T tasks.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
 from smes.arm_names import MAIN
 from smes.arrays import F32
 from smes.errors import SmesError
+from smes.model.serving import Explained
 from smes_io.clock import wall_clock_ms
 from smes_scorer.arms import NO_ARMS, Arm, Arms
+from smes_scorer.explanation import MOST_EXPLAINED
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.interface import Asked, Interface, Interfaces
+from smes_scorer.request import FieldError
 from smes_scorer.shadow_scoring import Answered
 from smes_scorer.telemetry import Telemetry
-from smes_scorer.versions import Knowing, ServedModel
+from smes_scorer.versions import Explaining, Knowing, ServedModel
+
+_T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
 
@@ -90,8 +97,7 @@ class Answerer:
         request = interface.reader.read(body)
         if request.ignored_context:
             self._telemetry.ignored_context.inc(request.ignored_context)
-        if self._swap.served is None:
-            raise NotReady(self._swap.problem or "no snapshot was published yet")
+        self._check_ready()
         asked = interface.with_rows(body, request, self._now_ms())
         arm = self._arms.chosen(request.user_id)
         if arm is not None and (by_arm := self._by_arm(arm, asked)) is not None:
@@ -104,18 +110,41 @@ class Answerer:
         self._arms.shadow(request.user_id, Answered(scored.asked, scored.scores_NT))
         return answer
 
+    def explain(self, body: bytes) -> bytes:
+        """The answer to a request, and what it is made of, by the arm and version that :meth:`answer` would take.
+
+        Nothing is counted: nobody is served by it.
+
+        Raises:
+            FieldError, UnreadableBody, NotReady, SmesError: As :meth:`answer`; at most :data:`MOST_EXPLAINED` items.
+        """
+        interface = self.interface
+        request = interface.reader.read(body)
+        if len(request.items) > MOST_EXPLAINED:
+            raise FieldError(
+                ("body", "items"), f"{len(request.items)} items, expected at most {MOST_EXPLAINED} to explain"
+            )
+        self._check_ready()
+        asked = interface.with_rows(body, request, self._now_ms())
+        arm = self._arms.chosen(request.user_id)
+        if arm is not None and arm.is_ready:
+            return by_one_version(self._interfaces, arm.swap, asked, partial(_explained, arm.name))
+        return by_one_version(self._interfaces, self._swap, asked, partial(_explained, MAIN))
+
+    def _check_ready(self) -> None:
+        if self._swap.served is None:
+            raise NotReady(self._swap.problem or "no snapshot was published yet")
+
     def _scored(self, swap: HotSwap, asked: Asked, *, measured: bool = False) -> _Scored:
         """Score a request by the version in service, under its schema: the answer is of this version alone."""
-        while True:
-            interface = self._interfaces.of(swap.schema)
-            asked = interface.again(asked)
-            with swap.reading() as served:
-                if served.schema.hash == asked.schema.hash:
-                    scores_NT = served.model.score(asked.rows.ids, asked.rows.numerics, asked.now_ms)
-                    if measured and interface.served.wants():
-                        _measure(interface, asked, served)
-                    return _Scored(interface, asked, served.key, scores_NT)
-            # A version of another schema came into service in between.
+
+        def score(interface: Interface, asked: Asked, served: ServedModel) -> _Scored:
+            scores_NT = served.model.score(asked.rows.ids, asked.rows.numerics, asked.now_ms)
+            if measured and interface.served.wants():
+                _measure(interface, asked, served)
+            return _Scored(interface, asked, served.key, scores_NT)
+
+        return by_one_version(self._interfaces, swap, asked, score)
 
     def _by_arm(self, arm: Arm, asked: Asked) -> _Scored | None:
         """What a split arm makes of a request; None where it cannot, and the main arm is to answer."""
@@ -140,6 +169,31 @@ class Answerer:
         first = first_answers.answered(key, self._now_ms())
         if first is not None:
             telemetry.first_answer(first)
+
+
+def by_one_version(
+    interfaces: Interfaces, swap: HotSwap, asked: Asked, use: Callable[[Interface, Asked, ServedModel], _T]
+) -> _T:
+    """Use the version in service for a request under its schema; nothing of the version changes meanwhile."""
+    while True:
+        interface = interfaces.of(swap.schema)
+        asked = interface.again(asked)
+        with swap.reading() as served:
+            if served.schema.hash == asked.schema.hash:
+                return use(interface, asked, served)
+        # A version of another schema came into service in between.
+
+
+def _explained(arm: str, interface: Interface, asked: Asked, served: ServedModel) -> bytes:
+    rows, model = asked.rows, served.model
+    if isinstance(model, Explaining):
+        explained = model.explain(rows.ids, rows.numerics, asked.now_ms)
+    else:
+        explained = Explained(model.score(rows.ids, rows.numerics, asked.now_ms), None, rows.ids, rows.numerics)
+    missing = interface.missing.of(rows.ids, rows.numerics)
+    return interface.explanation.write(
+        interface.writer.answer(arm, served.key, asked.request.items, explained.scores_NT, missing), rows, explained
+    )
 
 
 def _measure(interface: Interface, asked: Asked, served: ServedModel) -> None:

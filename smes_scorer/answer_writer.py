@@ -27,15 +27,24 @@ class AnswerWriter:
     Args:
         schema: Tasks of an answer.
         fusion_weights: float32 [T], the factor of each task's score in the fused score.
+
+    Attributes:
+        struct, item_struct: Types of an answer and of an item in it.
     """
 
     def __init__(self, schema: Schema, fusion_weights: F32) -> None:
         self._fusion_weights = fusion_weights
-        self._scores, self._item_scores, self.struct = _answer_structs(schema)
+        self._scores, self.item_struct, self.struct = _answer_structs(schema)
         self._encoder = msgspec.json.Encoder()
 
     def write(self, arm: str, key: tuple[str, int], items: list[int | str], scores_NT: F32, missing: Missing) -> bytes:
-        """The JSON of an answer.
+        """The JSON of an :meth:`answer`; arguments and errors as there."""
+        return self._encoder.encode(self.answer(arm, key, items, scores_NT, missing))
+
+    def answer(
+        self, arm: str, key: tuple[str, int], items: list[int | str], scores_NT: F32, missing: Missing
+    ) -> msgspec.Struct:
+        """An answer, of the type :attr:`struct`.
 
         Args:
             arm: Name of the arm that answers.
@@ -52,9 +61,10 @@ class AnswerWriter:
             raise SmesError(f"snapshot {lineage}:{version} gave a score that is no finite number")
         fused_N = scores_NT @ self._fusion_weights
         rows = zip(items, scores_NT.tolist(), fused_N.tolist(), strict=True)
-        scored = [self._item_scores(item, self._scores(*scores), fused) for item, scores, fused in rows]
+        scored = [self.item_struct(item, self._scores(*scores), fused) for item, scores, fused in rows]
         ranking = [items[i] for i in np.argsort(-fused_N, kind="stable").tolist()]
-        return self._encoder.encode(self.struct(arm, lineage, version, scored, ranking, missing))
+        answer: msgspec.Struct = self.struct(arm, lineage, version, scored, ranking, missing)
+        return answer
 
 
 def _answer_structs(schema: Schema) -> tuple[type[Any], type[Any], type[Any]]:

@@ -1,6 +1,7 @@
 """The scorer's HTTP interface.
 
-``POST /v1/score``, ``GET /v1/stats``, ``GET /health/live``, ``GET /health/ready``, ``GET /metrics``.
+``POST /v1/score`` and ``/v1/explain``; ``GET /v1/stats``, ``/health/live``, ``/health/ready``, ``/metrics`` and
+``/docs``.
 """
 
 import asyncio
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from email.message import Message
 from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import msgspec
 import redis
@@ -39,11 +39,13 @@ from smes_scorer.hot_swap import HotSwap
 from smes_scorer.interface import Interface, Interfaces
 from smes_scorer.loading import Load, load_table_model
 from smes_scorer.middleware import BodyLimit, EndsQuietly, Metered, RequestMeter, TimeLimit
+from smes_scorer.openapi import FieldProblem, Refusal, add_page, describe_bodies, describe_tokens, documented
 from smes_scorer.request import FieldError, UnreadableBody
 from smes_scorer.scoring_queue import Busy, Dropped, ScoringQueue
 from smes_scorer.telemetry import Telemetry
 
-SCORE_PATH, LIVE_PATH, READY_PATH = "/v1/score", "/health/live", "/health/ready"
+SCORE_PATH, EXPLAIN_PATH = "/v1/score", "/v1/explain"
+LIVE_PATH, READY_PATH = "/health/live", "/health/ready"
 
 _CLOSING_SHARE = 0.2
 """Of ``shutdown_s``: for the application's own end, after the requests in flight."""
@@ -117,7 +119,7 @@ def create_app(
         ValueError: ``fusion_weights`` names an unknown task, or the URL has a wrong form.
         SecretError: The tokens or the keys cannot be read.
     """
-    tokens = None if config.tokens is None else Tokens(config.tokens)
+    tokens, open_paths = None if config.tokens is None else Tokens(config.tokens), (LIVE_PATH, READY_PATH)
 
     def connected(timeout_s: float, of: str) -> redis.Redis:
         return open_client(redis_url, timeout_s, access=redis_access, namespace=of)
@@ -130,15 +132,16 @@ def create_app(
         yield
         await asyncio.to_thread(parts.close)
 
-    app = FastAPI(title="SMES Online scorer", lifespan=lifespan)
+    app = FastAPI(title="SMES Online scorer", lifespan=lifespan, docs_url=None, redoc_url=None)
     _add_scoring(app, parts)
     _add_insight(app, parts)
     if tokens is not None:
-        _describe_tokens(app)
-    _describe_bodies(app, parts.answerer)
+        describe_tokens(app, open_paths)
+    describe_bodies(app, lambda: parts.answerer.interface)
+    add_page(app)
     app.add_middleware(BodyLimit, max_body_bytes=config.max_body_bytes, body_timeout_s=config.body_timeout_s)
     app.add_middleware(TimeLimit, request_timeout_s=config.request_timeout_s)
-    app.add_middleware(BearerOnly, tokens=tokens, open_paths=(LIVE_PATH, READY_PATH))
+    app.add_middleware(BearerOnly, tokens=tokens, open_paths=open_paths)
     app.add_middleware(EndsQuietly)
     app.add_middleware(RequestMeter, path=SCORE_PATH, telemetry=parts.telemetry)  # outermost: sees the 413s too
     app.state.telemetry = parts.telemetry
@@ -204,70 +207,50 @@ def _assemble(
 def _add_scoring(app: FastAPI, parts: _Parts) -> None:
     answerer = parts.answerer
 
-    @app.post(SCORE_PATH, **_documented("ScoreRequest", "Answer"))
+    @app.post(SCORE_PATH, **documented("ScoreRequest", "Answer"))
     async def score(request: Request) -> Response:
         """Score and rank items for a user, all by one version of the weights."""
-        body = await request.body()
-        try:
-            _check_content_type(request, body)
-            answer = await parts.queue.run(partial(answerer.answer, body), partial(_left, request))
-        except FieldError as error:
-            refusal = Refusal([FieldProblem(error.kind, list(error.loc), str(error))])
-            return Response(msgspec.json.encode(refusal), 422, media_type="application/json")
-        except UnreadableBody as error:
-            raise HTTPException(400, detail=str(error)) from error
-        except NotReady as error:
-            raise HTTPException(503, detail=f"not ready: {error}", headers={"Retry-After": "1"}) from error
-        except (Busy, Dropped) as error:
-            left = isinstance(error, Dropped) and error.left
-            Metered.of(request.scope).outcome = "busy" if isinstance(error, Busy) else "dropped"
-            # 499 as nginx calls it: nobody reads it.
-            raise HTTPException(499 if left else 503, detail=f"busy: {error}", headers={"Retry-After": "1"}) from error
-        except Exception as error:
-            # Answered here: an exception that reaches the server would also cost the client its connection.
-            _logger.exception("a request could not be scored")
-            detail = str(error) if isinstance(error, SmesError) else "scoring failed; the scorer's log says why"
-            raise HTTPException(500, detail=detail) from error
-        return Response(answer, media_type="application/json")
+        return await _answered(request, parts.queue, answerer.answer)
+
+    @app.post(EXPLAIN_PATH, **documented("ScoreRequest", "Explanation"))
+    async def explain(request: Request) -> Response:
+        """Score at most 50 items as `/v1/score` does, and say which experts answered and which features were found.
+
+        For people: it takes longer, and counts neither as a request nor for freshness.
+        """
+        return await _answered(request, parts.queue, answerer.explain)
+
+
+async def _answered(request: Request, queue: ScoringQueue, answer: Callable[[bytes], bytes]) -> Response:
+    """The answer to a scoring request, or why there is none."""
+    body = await request.body()
+    try:
+        _check_content_type(request, body)
+        answered = await queue.run(partial(answer, body), partial(_left, request))
+    except FieldError as error:
+        refusal = Refusal([FieldProblem(error.kind, list(error.loc), str(error))])
+        return Response(msgspec.json.encode(refusal), 422, media_type="application/json")
+    except UnreadableBody as error:
+        raise HTTPException(400, detail=str(error)) from error
+    except NotReady as error:
+        raise HTTPException(503, detail=f"not ready: {error}", headers={"Retry-After": "1"}) from error
+    except (Busy, Dropped) as error:
+        left = isinstance(error, Dropped) and error.left
+        Metered.of(request.scope).outcome = "busy" if isinstance(error, Busy) else "dropped"
+        # 499 as nginx calls it: nobody reads it.
+        raise HTTPException(499 if left else 503, detail=f"busy: {error}", headers={"Retry-After": "1"}) from error
+    except Exception as error:
+        # Answered here: an exception that reaches the server would also cost the client its connection.
+        _logger.exception("a request could not be scored")
+        detail = str(error) if isinstance(error, SmesError) else "scoring failed; the scorer's log says why"
+        raise HTTPException(500, detail=detail) from error
+    return Response(answered, media_type="application/json")
 
 
 async def _left(request: Request) -> None:
     """Wait until the caller of a request, whose body was read, leaves."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-class FieldProblem(msgspec.Struct):
-    """What is wrong with one field of a request, in the form that FastAPI uses."""
-
-    type: str
-    loc: list[str | int]
-    msg: str
-
-
-class Refusal(msgspec.Struct):
-    """The body of a 422."""
-
-    detail: list[FieldProblem]
-
-
-def _documented(request: str, answer: str) -> dict[str, Any]:
-    """The part of the OpenAPI document that FastAPI cannot find in the function: schemas by name, and statuses."""
-
-    def content(name: str) -> dict[str, Any]:
-        return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
-
-    return {
-        "openapi_extra": {"requestBody": {"required": True, **content(request)}},
-        "responses": {
-            200: content(answer),
-            400: {"description": "The body cannot be parsed, or is nested deeper than max_depth"},
-            408: {"description": "The body did not arrive within body_timeout_s"},
-            413: {"description": "The body is larger than max_body_bytes"},
-            422: {"description": "A field of the request is wrong", **content("Refusal")},
-            503: {"description": "No snapshot was loaded yet, too many requests wait, or request_timeout_s is over"},
-        },
-    }
 
 
 def _check_content_type(request: Request, body: bytes) -> None:
@@ -316,7 +299,7 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
 
     @app.get("/v1/stats")
     async def stats() -> Response:
-        """Counters and quantiles since the start; times in milliseconds."""
+        """Counters and quantiles since the start, and rates of the last ten seconds; times in milliseconds."""
         return JSONResponse({**_served(parts.swap), **parts.telemetry.summary(), **_shown(parts.arms)})
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -351,35 +334,6 @@ def _served(swap: HotSwap) -> dict[str, object]:
         "step": served.manifest.step if served else None,
         "snapshot_age_ms": None if age_s is None else round(age_s * 1000),
     }
-
-
-def _describe_bodies(app: FastAPI, answerer: Answerer) -> None:
-    """Add the schemas of the bodies to the OpenAPI document; after every endpoint was added.
-
-    They are those of the version in service.
-    """
-    plain = app.openapi()  # made once and kept by the application
-
-    def described() -> dict[str, Any]:
-        interface = answerer.interface
-        structs = (interface.reader.struct, interface.writer.struct, Refusal)
-        _, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
-        schemas["Context"]["additionalProperties"] = True  # other names are ignored and counted
-        components = plain.get("components", {})
-        return {**plain, "components": {**components, "schemas": {**components.get("schemas", {}), **schemas}}}
-
-    app.openapi = described  # type: ignore[method-assign]  # as FastAPI's documentation extends it
-
-
-def _describe_tokens(app: FastAPI) -> None:
-    """Say in the OpenAPI document who needs a token."""
-    document = app.openapi()
-    document.setdefault("components", {})["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-    for path, methods in document["paths"].items():
-        for operation in methods.values():
-            if path not in (LIVE_PATH, READY_PATH):
-                operation["security"] = [{"bearer": []}]
-                operation["responses"]["401"] = {"description": "Without a bearer token"}
 
 
 def _age_s(swap: HotSwap) -> float | None:

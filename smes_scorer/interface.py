@@ -16,6 +16,7 @@ from smes.events import fill_elapsed
 from smes.schema import Schema
 from smes_scorer.answer_writer import AnswerWriter
 from smes_scorer.config import ScorerConfig, fusion_weights, unknown_weights
+from smes_scorer.explanation import ExplanationWriter
 from smes_scorer.feature_lookup import FeatureLookup
 from smes_scorer.missing import MissingFeatures
 from smes_scorer.request import RequestReader, ScoreRequest
@@ -56,7 +57,7 @@ class Interface:
 
     Attributes:
         schema, store: As given.
-        reader, writer: Of requests and answers.
+        reader, writer, explanation: Of requests, answers and explanations.
         missing: Finds the features without a value.
         served: Measures what requests bring.
     """
@@ -68,6 +69,7 @@ class Interface:
         self._lookup, self._config = lookup, config
         self.reader = RequestReader(schema, config.max_items, config.max_depth)
         self.writer = AnswerWriter(schema, fusion_weights(config, schema))
+        self.explanation = ExplanationWriter(schema, self.writer)
         self.missing = MissingFeatures(schema)
         self.served = ServedFeatures(schema, config.skew, telemetry)
 

@@ -20,7 +20,7 @@ from smes.model.config import ModelConfig
 from smes.model.deltas import RowDelta
 from smes.model.fitting import fitting_config
 from smes.model.ids import IdKeys
-from smes.model.serving import ServingModel, check_required, group_columns, required_keys
+from smes.model.serving import Explained, ServingModel, check_required, group_columns, required_keys
 from smes.model.serving_rows import ServingTable, Shadow, TableRows
 from smes.schema import Schema
 from smes.schema_difference import describe_difference_from
@@ -70,6 +70,10 @@ class TableModel:
     def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         """As :meth:`smes.model.serving.ServingModel.score`."""
         return self.model.score(ids, numerics, now_ms)
+
+    def explain(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> Explained:
+        """As :meth:`smes.model.serving.ServingModel.explain`."""
+        return self.model.explain(ids, numerics, now_ms)
 
     def knows(self, ids: I64) -> Bool:
         """As :meth:`smes_scorer.versions.Knowing.knows`."""

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from smes.arrays import F64, I64
 from smes_scorer.arm_telemetry import ArmTelemetry
 from smes_scorer.first_answers import STAGES, FirstAnswer
+from smes_scorer.recent_requests import RecentRequests
 from smes_scorer.refused import Refused
 
 _LATENCY_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -123,6 +124,7 @@ class Telemetry:
             registry=self.registry,
         )
         self._latency_ms = QuantileSketch(0.01, 1e6)
+        self._recent = RecentRequests(OUTCOMES)
         self._freshness = _WeightedHistogram(_FRESHNESS_BUCKETS_MS)
         self._stages = {stage: _WeightedHistogram(_STAGE_BUCKETS_MS) for stage in STAGES}
         self.registry.register(_FreshnessSeries(self._freshness, self._stages))
@@ -185,13 +187,16 @@ class Telemetry:
 
     def request(self, status: int, latency_s: float) -> None:
         """Count one answered scoring request."""
-        self._requests.labels(_outcome(status)).inc()
+        outcome = _outcome(status)
+        self._requests.labels(outcome).inc()
+        self._recent.add(outcome, latency_s * 1000)
         self._latency.observe(latency_s)
         self._latency_ms.add(np.array([latency_s * 1000]))
 
     def unscored(self, outcome: Literal["busy", "dropped"]) -> None:
         """Count a scoring request that was not scored because of the load. The latencies do not show it."""
         self._requests.labels(outcome).inc()
+        self._recent.add(outcome)
 
     def cut(self, reason: Cut) -> None:
         """Count a connection that the service ended."""
@@ -213,7 +218,7 @@ class Telemetry:
         return int(self.registry.get_sample_value(f"smes_scorer_{name}", labels) or 0)
 
     def summary(self) -> dict[str, object]:
-        """All counters and quantiles as plain data; times in milliseconds."""
+        """All counters and quantiles as plain data, times in milliseconds; rates are of the last ten seconds."""
         by_outcome = self.requests()
         counters = (
             "swaps",
@@ -232,6 +237,7 @@ class Telemetry:
             "outcomes": by_outcome,
             "waiting": self.value("waiting"),
             "latency_ms": asdict(Quantiles.of(self._latency_ms)),
+            **self._recent.summary(),
             "freshness_ms": asdict(Quantiles.of(self._freshness.sketch)),
             "freshness_stages_ms": {stage: asdict(StageFigures.of(one)) for stage, one in self._stages.items()},
             **{name: self.value(f"{name}_total") for name in counters},

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from feature_store.manifest import Manifest
 from smes.arrays import F32, I64, Bool
+from smes.model.serving import Explained
 from smes.schema import Schema
 
 
@@ -49,6 +50,15 @@ class Knowing(Scorable, Protocol):
 
     def knows(self, ids: I64) -> Bool:
         """Which ids have a row of their own; a missing one has. int64 [N, W] → bool [N, W]."""
+        ...
+
+
+@runtime_checkable
+class Explaining(Scorable, Protocol):
+    """A model that can say what its scores are made of."""
+
+    def explain(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> Explained:
+        """As :meth:`smes.model.serving.ServingModel.explain`."""
         ...
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.arrays import under
@@ -66,14 +67,27 @@ class Before(nn.Module):
         """The scores with those of the model before in place of the model's own, for the tasks that it has."""
         # In training a forward pass changes moments; the model before does not change.
         model = copy.deepcopy(self.model) if self.training else self.model
-        old = FeatureInputs(
+        old = self._old(inputs)
+        old_BT = model.scores(model(old, autocast), old, autocast)
+        return scores_BT.index_copy(1, self.now_P, old_BT.index_select(1, self.was_P))
+
+    def put_expert_weights(self, weights_BTE: Tensor, inputs: FeatureInputs) -> Tensor:
+        """The weights of experts, likewise: the experts are those that the model before has."""
+        old_BTE = self.model.expert_weights(self._old(inputs))
+        if old_BTE is None:
+            return weights_BTE
+        E = max(old_BTE.shape[2], weights_BTE.shape[2])
+        old_BTE, weights_BTE = (F.pad(one, (0, E - one.shape[2])) for one in (old_BTE, weights_BTE))
+        return weights_BTE.index_copy(1, self.now_P, old_BTE.index_select(1, self.was_P))
+
+    def _old(self, inputs: FeatureInputs) -> FeatureInputs:
+        """What the model before reads."""
+        return FeatureInputs(
             embedding_BWD=None if inputs.embedding_BWD is None else _some(inputs.embedding_BWD, self.id_columns_W, 0.0),
             wide_BWT=self._wide(inputs.wide_BWT),
             pool_BW=self._pool(inputs),
             numerics_BF=_some(inputs.numerics_BF, self.numerics_F, float("nan")),
         )
-        old_BT = model.scores(model(old, autocast), old, autocast)
-        return scores_BT.index_copy(1, self.now_P, old_BT.index_select(1, self.was_P))
 
     def _pool(self, inputs: FeatureInputs) -> Tensor | None:
         """As :func:`smes.model.ids.pool_weights`: a schema without bags and sequences has none."""

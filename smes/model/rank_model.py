@@ -339,6 +339,20 @@ class RankModel(nn.Module):
         self.train(training)
         return choices_BTK
 
+    def expert_weights(self, inputs: FeatureInputs) -> Tensor | None:
+        """How much each expert counts for each task in the scores of B ≥ 1 instances. The model must be in evaluation.
+
+        Returns:
+            float32 [B, T, E], see :meth:`smes.rankers.ranker.RoutedRanker.expert_weights`; None for a ranker without
+            experts.
+        """
+        assert not self.training, "in training a part would observe its input"
+        if not isinstance(self.ranker, RoutedRanker):
+            return None
+        x_BI, _ = self.features(inputs)
+        weights_BTE = self.ranker.expert_weights(x_BI)
+        return weights_BTE if self.before is None else self.before.put_expert_weights(weights_BTE, inputs)
+
 
 class _Stored(nn.Module):
     """Tensors that are part of the weights."""

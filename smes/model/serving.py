@@ -3,11 +3,13 @@
 The dense weights are the model's own. The rows of ids come from a :class:`RowReader`, so that versions may share a
 table: the scorer's (:mod:`smes.model.serving_rows`), or the trainer's as it was at some moment.
 
-Letters: N instances, W id columns, F numeric features, T tasks, R rows, D embedding width, C columns of a group.
+Letters: N instances, W id columns, F numeric features, V and G id and numeric columns that the model reads, T tasks, E
+experts, R rows, D embedding width, C columns of a group.
 """
 
 from collections.abc import Mapping
 from copy import copy
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -49,6 +51,24 @@ def group_columns(schema: Schema, model: ModelConfig) -> dict[str, int]:
     """The column groups of a model's id table, and how many columns each has."""
     groups = {"embedding": model.table_dim, "wide": schema.num_tasks if model.wide else 0}
     return {name: columns for name, columns in groups.items() if columns}
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """Scores, and what they are made of.
+
+    Attributes:
+        scores_NT: float32, as :meth:`ServingModel.score` gives them.
+        experts_NTE: float32, how much each expert counts for each task
+            (:meth:`smes.rankers.ranker.RoutedRanker.expert_weights`); None for a ranker without experts.
+        ids_NV, numerics_NG: int64 and float32, what the model reads: the columns of
+            :attr:`smes.schema.Schema.inputs`, derived features included.
+    """
+
+    scores_NT: F32
+    experts_NTE: F32 | None
+    ids_NV: I64
+    numerics_NG: F32
 
 
 class ServingModel:
@@ -134,6 +154,17 @@ class ServingModel:
             inputs = self.inputs(ids, numerics, now_ms)
             scores: F32 = self._model.scores(self._model(inputs), inputs).cpu().numpy()
         return scores
+
+    def explain(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> "Explained":
+        """Score N instances as :meth:`score` does, and say what the scores are made of; arguments as there."""
+        self._check(ids, numerics)
+        read = self._derive(ids, numerics, now_ms, self._boundaries_Q)
+        scores_NT, weights_NTE = self.score(ids, numerics, now_ms), None
+        if len(ids):
+            with torch.inference_mode():
+                weights = self._model.expert_weights(self.inputs(ids, numerics, now_ms))
+            weights_NTE = None if weights is None else weights.cpu().numpy()
+        return Explained(scores_NT, weights_NTE, read.ids, read.numerics)
 
     @property
     def dense(self) -> RankModel:

@@ -173,6 +173,14 @@ class RoutedRanker(Protocol):
         """The experts that each task chooses for each instance, without those that always run; int64 [B, T, K]."""
         ...
 
+    def expert_weights(self, x_BI: Tensor) -> Tensor:
+        """How much each expert counts in each task's representation, as a forward pass in evaluation has it.
+
+        float32 [B, T, E], 0 for an expert that the task does not use. Experts that one task has for itself follow
+        after the E, task by task; they are added to the others' mean, and their weights sum to 1, too.
+        """
+        ...
+
 
 @runtime_checkable
 class CountingRanker(Protocol):

@@ -23,7 +23,7 @@ from smes_io.secrets import SecretError, SecretPlace
 from smes_scorer.scoring_queue import ScoringQueue
 
 ONE, TWO, THREE = "0123456789abcdef", "fedcba9876543210-._~+/==", "another-token-for-rotation"
-EVERYTHING = ["/v1/stats", "/metrics", "/docs", "/redoc", "/openapi.json", "/", "/v1/score", "/no/such/path"]
+EVERYTHING = ["/v1/stats", "/metrics", "/docs", "/docs/start.js", "/openapi.json", "/", "/v1/score", "/no/such/path"]
 Ready = Callable[..., AbstractContextManager[httpx.Client]]
 
 

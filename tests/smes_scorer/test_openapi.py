@@ -49,7 +49,8 @@ def test_openapi_says_who_needs_a_token(make_app: Callable[..., FastAPI], tmp_pa
     closed = make_app(tokens=SecretPlace(file=tokens)).openapi()
     paths = {path: next(iter(methods.values())) for path, methods in closed["paths"].items()}
 
-    assert {path for path, one in paths.items() if "security" in one} == {"/v1/score", "/v1/stats", "/metrics"}
+    closed_paths = {"/v1/score", "/v1/explain", "/v1/stats", "/metrics"}
+    assert {path for path, one in paths.items() if "security" in one} == closed_paths
     assert all(("401" in one["responses"]) == ("security" in one) for one in paths.values())
     assert "securitySchemes" not in make_app().openapi()["components"]
 
@@ -57,7 +58,11 @@ def test_openapi_says_who_needs_a_token(make_app: Callable[..., FastAPI], tmp_pa
 def test_openapi_describes_every_endpoint(make_app: Callable[..., FastAPI]) -> None:
     document = make_app().openapi()
 
-    assert set(document["paths"]) == {"/v1/score", "/v1/stats", "/health/live", "/health/ready", "/metrics"}
-    bodies = document["paths"]["/v1/score"]["post"]
-    assert bodies["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ScoreRequest")
-    assert bodies["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Answer")
+    assert set(document["paths"]) == {
+        *("/v1/score", "/v1/explain", "/v1/stats", "/health/live", "/health/ready", "/metrics")
+    }
+    for path, answer in (("/v1/score", "/Answer"), ("/v1/explain", "/Explanation")):
+        bodies = document["paths"][path]["post"]
+        assert bodies["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/ScoreRequest")
+        assert bodies["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith(answer)
+        assert answer[1:] in document["components"]["schemas"]

@@ -70,6 +70,24 @@ class Newcomers(nn.Module):
         places = z_BNU.topk(count, dim=-1).indices
         return experts_BU.unsqueeze(1).expand(-1, places.shape[1], -1).gather(2, places)
 
+    def expert_weights(self, x_BI: Tensor, h_BD: Tensor, runs_BE: Tensor) -> Tensor:
+        """How much each expert counts for each newcomer: E shared ones, then all own ones. float32 [B, N, E + O].
+
+        Args:
+            x_BI: The ranker's input.
+            h_BD: The encoder's output.
+            runs_BE: Which shared experts run for the others.
+        """
+        z_BNE = self.router(x_BI, h_BD)
+        parts = [z_BNE.masked_fill(~runs_BE.unsqueeze(1), float("-inf")).softmax(dim=-1)]
+        for n, own in self.own.items():
+            assert isinstance(own, OwnExperts), "the dictionary has nothing else"
+            weights_BO = own.expert_weights(x_BI, h_BD)
+            part_BNO = weights_BO.new_zeros(len(weights_BO), z_BNE.shape[1], weights_BO.shape[1])
+            part_BNO[:, int(n)] = weights_BO
+            parts.append(part_BNO)
+        return torch.cat(parts, dim=2)
+
     def balance(self) -> list[Tensor]:
         """The balance losses of own experts, of the forward pass before."""
         losses = [own.balance() for own in self.own.values() if isinstance(own, OwnExperts)]
@@ -122,6 +140,12 @@ class OwnExperts(nn.Module):
         self._routing = routing if self.training else None
         plan = dispatch_all(routing) if torch.compiler.is_exporting() else dispatch(routing, trim=False)
         return combine(self.experts(padded_BD, plan), routing.weights_BRK, plan).squeeze(1)
+
+    def expert_weights(self, x_BI: Tensor, h_BD: Tensor) -> Tensor:
+        """The weight of each expert, 0 for those not chosen. float32 [B, O]."""
+        routing: Routing = self.selection(self.router(x_BI, h_BD))
+        weights_BRO = routing.weights_BRK.new_zeros(len(x_BI), 1, routing.num_experts)
+        return weights_BRO.scatter(2, routing.experts_BRK, routing.weights_BRK).squeeze(1)
 
     def balance(self) -> Tensor | None:
         """The balance loss times its weight, of the forward pass before."""

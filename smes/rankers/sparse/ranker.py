@@ -332,6 +332,21 @@ class SMES(nn.Module):
         new_BNK = self.newcomers.choices(self.newcomers.router(x_BI, h_BD), chosen_BRK.flatten(1), chosen_BRK.shape[2])
         return self._in_order(choices_BTK, new_BNK, dim=1)
 
+    def expert_weights(self, x_BI: Tensor) -> Tensor:
+        """As of :class:`smes.rankers.ranker.RoutedRanker`, by the routing of :meth:`forward`."""
+        h_BD = self.encoder(x_BI)
+        routing = self.route(x_BI, h_BD)
+        B, R, _ = routing.experts_BRK.shape
+        weights_BRE = routing.weights_BRK.new_zeros(B, R, routing.num_experts)
+        weights_BRE = weights_BRE.scatter(2, routing.experts_BRK, routing.weights_BRK)
+        weights_BTE = self.reads.outputs(weights_BRE)
+        if self.newcomers is None:
+            return weights_BTE
+        runs_BE = torch.zeros(B, routing.num_experts, dtype=torch.bool, device=x_BI.device)
+        new_BNE = self.newcomers.expert_weights(x_BI, h_BD, runs_BE.scatter(1, routing.experts_BRK.flatten(1), True))
+        weights_BTE = F.pad(weights_BTE, (0, new_BNE.shape[2] - weights_BTE.shape[2]))
+        return self._in_order(weights_BTE, new_BNE, dim=1)
+
     def forget(self, instances: int) -> None:
         """Take so many instances back: the step on them was not taken."""
         self.selection.forget(instances)
