@@ -63,6 +63,11 @@ class Parts:
         after = np.append(self.starts[1:], len(self.lines)) if len(self.starts) else self.starts
         return [self.lines[n - 1] for n in after.tolist()]
 
+    @property
+    def newest(self) -> int:
+        """Stretches behind the last point: as many as a full one, and those that make none yet."""
+        return len(self.lines) - int(self.starts[-1]) if len(self.starts) else 0
+
     def lineage_changes(self) -> list[dict[str, Any]]:
         """Where the lineage changed: ``x``, and the new ``lineage``."""
         return [
@@ -125,6 +130,8 @@ def parts_of(
     if len(chosen):
         is_start[1:] = (group[1:] != group[:-1]) | gap[1:]
     starts = np.flatnonzero(is_start)
+    if len(starts) > 1 and len(chosen) - starts[-1] < together and not gap[starts[-1]]:
+        starts = starts[:-1]  # what is not a full point yet counts with the one before
     ends = np.append(starts[1:], len(chosen)) - 1 if len(starts) else starts
     return Parts(chosen, starts, x[ends], x, gap[starts], together)
 

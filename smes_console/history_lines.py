@@ -7,7 +7,7 @@ line, M figures, E experts.
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class _Written(msgspec.Struct):
     experts: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
+_SHARES = ("load_share", "of_tasks", "drift_of_tasks")
 _MOST_NAMES = 1000
 _NO_FIGURES = np.full(len(FIGURES), np.nan)
 _decoder = msgspec.json.Decoder(_Written)
@@ -79,7 +80,9 @@ class Line:
         stretch, step, lineage, wall_ms, event_time_ms, trained, impressions, windows: As written.
         tasks: Names of the T tasks.
         figures_TM: float64, NaN where there is none; columns as :data:`FIGURES`.
-        experts: As written.
+        experts: As written, without the next.
+        shares: ``load_share``, ``of_tasks`` and ``drift_of_tasks`` of the experts as written: of the newest segment
+            that had ended. Lines of one segment share the object.
     """
 
     stretch: int
@@ -93,6 +96,7 @@ class Line:
     tasks: tuple[str, ...]
     figures_TM: F64
     experts: dict[str, Any]
+    shares: dict[str, Any]
 
     def task(self, name: str) -> dict[str, float | None]:
         """The figures of a task by name; empty if the line has no such task."""
@@ -120,8 +124,17 @@ def line_of_json(written: bytes | dict[str, Any]) -> Line | None:
         windows=value.windows,
         tasks=_shared(tuple(value.tasks)),
         figures_TM=np.array(rows, np.float64).reshape(len(rows), len(FIGURES)),
-        experts=value.experts,
+        experts={key: each for key, each in value.experts.items() if key not in _SHARES},
+        shares={key: value.experts[key] for key in _SHARES if key in value.experts},
     )
+
+
+def extend(lines: list[Line], found: Iterable[Line]) -> None:
+    """Append lines; equal shares of neighbours become one object."""
+    for line in found:
+        if lines and lines[-1].shares == line.shares:
+            line = replace(line, shares=lines[-1].shares)
+        lines.append(line)
 
 
 _names: dict[tuple[str, ...], tuple[str, ...]] = {}
@@ -186,14 +199,10 @@ class FolderLines:
                     stream.seek(file.offset)
                     text, newline, _ = stream.read().rpartition(b"\n")
                     file.offset += len(text) + len(newline)
-                    file.lines.extend(_lines(text.splitlines()))
+                    extend(file.lines, filter(None, map(line_of_json, text.splitlines())))
                 return file
         except FileNotFoundError:
             return None  # it was the oldest
-
-
-def _lines(texts: Iterable[bytes]) -> list[Line]:
-    return [line for line in map(line_of_json, texts) if line is not None]
 
 
 def figures_of(lines: Sequence[Line], task: str) -> F64:

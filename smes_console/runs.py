@@ -2,20 +2,20 @@
 
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smes.errors import SmesError
-from smes_console.history_lines import FolderLines, Line, line_of_json
+from smes_console.history_lines import FolderLines, Line, extend, line_of_json
 from smes_console.sources import Reached, Sources
+from trainer.history import EXPERTS, REPORT
 from trainer.lineages import root_of
 
-REPORT = "report.json"
-"""The report of a run that has ended, in the folder of its history."""
-
+_Object = dict[str, Any]
 _MOST_LIVE = 5000
-_REPORT_FRESH_S = 5.0
+_WRITTEN_FRESH_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Found:
     problem: str | None
     since_ms: int | None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> _Object:
         """What a page is told of it beside the lines."""
         return {
             "kind": self.kind,
@@ -66,9 +66,8 @@ class Runs:
 
         A folder that is away or empty leaves those that the trainer has kept.
         """
-        trainer = self._sources.trainer() if self._sources.places.trainer_url is not None else None
-        report = (trainer.value or {}).get("report") if trainer is not None else None
-        lineage = report.get("lineage") if isinstance(report, dict) else None
+        trainer = self._sources.trainer_brief() if self._sources.places.trainer_url is not None else None
+        lineage = (trainer.value or {}).get("lineage") if trainer is not None else None
         folder = self._of_folder()
         if folder is not None and folder.lines and (lineage is None or _is_of(lineage, folder.lines[-1])):
             return folder
@@ -93,35 +92,37 @@ class Runs:
             for name, folder in self._baselines.items()
         }
 
-    def report(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    def report(self) -> tuple[_Object | None, _Object]:
         """The report of the run that is watched, and what a page is told of where it comes from.
 
         A running trainer says it; a run that has ended left it in the folder of its history.
         """
+        return self._said_or_written("report", self._sources.trainer_brief, REPORT)
+
+    def experts(self) -> tuple[_Object | None, _Object]:
+        """The experts over time (:mod:`trainer.experts_over_time`), likewise."""
+        return self._said_or_written("experts", self._sources.trainer, EXPERTS)
+
+    def _said_or_written(
+        self, key: str, ask: Callable[[], Reached[_Object]], name: str
+    ) -> tuple[_Object | None, _Object]:
+        problem, since_ms = f"no {key}: no trainer and no folder is known", None
         if self._sources.places.trainer_url is not None:
-            trainer = self._sources.trainer()
-            report = (trainer.value or {}).get("report")
-            if isinstance(report, dict):
-                return report, {"kind": "trainer", "at_ms": trainer.at_ms, **trainer.state()}
-        else:
-            trainer = None
+            said = ask()
+            value = (said.value or {}).get(key)
+            if isinstance(value, dict):
+                at_ms = (said.value or {}).get("report_at_ms") or said.at_ms
+                return value, {"kind": "trainer", "at_ms": at_ms, **said.state()}
+            problem, since_ms = said.problem or f"the trainer has no {key} yet", said.since_ms
         if self._folder is not None:
-            path = self._folder.directory / REPORT
-            written = self._sources.look("report", lambda: _read_report(path), fresh_s=_REPORT_FRESH_S)
+            path = self._folder.directory / name
+            written = self._sources.look(name, lambda: _read(path), fresh_s=_WRITTEN_FRESH_S)
             if written.value is not None:
-                report, at_ms = written.value
-                return report, {"kind": "folder", "at_ms": at_ms, **written.state()}
-            if trainer is None:
-                return None, {"kind": None, "at_ms": None, **written.state()}
-        if trainer is None:
-            return None, {
-                "kind": None,
-                "at_ms": None,
-                "problem": "no report: no trainer and no folder",
-                "since_ms": None,
-            }
-        problem = trainer.problem or "the trainer has no report yet"
-        return None, {"kind": None, "at_ms": None, "problem": problem, "since_ms": trainer.since_ms}
+                value, at_ms = written.value
+                return value, {"kind": "folder", "at_ms": at_ms, **written.state()}
+            if self._sources.places.trainer_url is None:
+                problem, since_ms = written.problem or problem, written.since_ms
+        return None, {"kind": None, "at_ms": None, "problem": problem, "since_ms": since_ms}
 
 
 def _is_of(lineage: str, line: Line) -> bool:
@@ -136,13 +137,13 @@ def _found(kind: str, where: str, look: Reached[list[Line]]) -> Found:
     return Found(kind, where, lines, problem, look.since_ms)
 
 
-def _read_report(path: Path) -> tuple[dict[str, Any], int]:
+def _read(path: Path) -> tuple[_Object, int]:
     try:
         value, written_ms = json.loads(path.read_bytes()), round(path.stat().st_mtime * 1000)
     except FileNotFoundError as error:
-        raise SmesError(f"{path}: no report, expected one when the run has ended") from error
+        raise SmesError(f"{path}: no such file, expected one when the run has ended") from error
     if not isinstance(value, dict):
-        raise SmesError(f"{path}: expected a report, an object of JSON")
+        raise SmesError(f"{path}: expected an object of JSON")
     return value, written_ms
 
 
@@ -168,7 +169,7 @@ class _LiveLines:
             del self._lines[:-_MOST_LIVE]
             return _found("trainer", where or "", Reached(list(self._lines), look.problem, look.at_ms, look.since_ms))
 
-    def _take(self, answer: dict[str, Any]) -> bool:
+    def _take(self, answer: _Object) -> bool:
         """Take what is new; False where it does not go on from what is known."""
         found = [line for line in map(line_of_json, answer.get("lines") or ()) if line is not None]
         follows = answer.get("next")
@@ -180,7 +181,7 @@ class _LiveLines:
                 return True  # the answer before, from the cache
             if found[0].stretch <= last.stretch or not _is_of(found[0].lineage, last):
                 return False
-        self._lines.extend(found)
+        extend(self._lines, found)
         if isinstance(follows, int):
             self._after = follows
         return True

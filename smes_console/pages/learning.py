@@ -225,7 +225,7 @@ def _curves(main: list[Line], earlier: Sequence[list[Line]], others: dict[str, F
 
 
 def _of_tasks(lines: Sequence[Line], question: Question, names: Sequence[str]) -> _Object:
-    """The curves of tasks: ``grids`` name → ``x`` and ``stretches_a_point``, ``values`` task → ``grid`` and ``y``."""
+    """The curves of tasks: ``grids`` name → ``x`` and stretches of points, ``values`` task → ``grid`` and ``y``."""
     grids: dict[str, Parts] = {}
     values = {}
     for name in names:
@@ -240,7 +240,8 @@ def _of_tasks(lines: Sequence[Line], question: Question, names: Sequence[str]) -
             values[name] = {"grid": grid, "y": curve}
     return {
         "grids": {
-            grid: {"x": parts.listed_x(), "stretches_a_point": parts.stretches_a_point} for grid, parts in grids.items()
+            grid: {"x": parts.listed_x(), "stretches_a_point": parts.stretches_a_point, "newest": parts.newest}
+            for grid, parts in grids.items()
         },
         "values": values,
     }

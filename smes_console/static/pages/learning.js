@@ -110,7 +110,7 @@ export function mount(root, context) {
         if (isIntersecting && panel.next) flush(panel);
       }
     },
-    { rootMargin: "300px" },
+    { rootMargin: "2000px" },
   );
   for (const panel of [moves, drift]) observe(panel);
 
@@ -359,7 +359,7 @@ export function mount(root, context) {
     if (!curves || panel.drawn === stamp()) return;
     panel.drawn = stamp();
     const own = curveFrom(curves.run, task.name);
-    panel.together = own ? curves.run.grids[curves.run.values[task.name].grid].stretches_a_point : 1;
+    panel.together = own ? curves.run.grids[curves.run.values[task.name].grid].newest : 1;
     panel.curves = [
       ...(own ? [{ label: "this run", ...own, colour: palette.css("--strong"), width: 2 }] : []),
       ...compared().flatMap(({ name: label, look, ...run }) => {
