@@ -156,6 +156,12 @@ TRAINER = Board(
                     "none",
                     (_trainer("failed_steps_in_a_row"), "{{instance}}"),
                 ),
+                parts(
+                    "Memory of the model and the join",
+                    "Without frozen copies, activations and libraries: the process has more, see the last row.",
+                    "bytes",
+                    (_trainer("memory_bytes"), "{{part}} {{instance}}"),
+                ),
                 chart("Rows", "Ids that have a row in the table.", "short", (_trainer("rows"), "{{instance}}")),
                 chart(
                     "What becomes of rows",
@@ -219,6 +225,24 @@ TRAINER = Board(
                     "Largest load over mean load; 1 is even.",
                     "none",
                     (_trainer("expert_load_skew"), "{{instance}}"),
+                ),
+                chart(
+                    "Experts that a task uses",
+                    "In the newest segment.",
+                    "none",
+                    (_trainer("task_experts_used", _TASK), "{{task}} {{instance}}"),
+                ),
+                chart(
+                    "Share of a task's busiest expert",
+                    "Of all its uses in the newest segment.",
+                    "percentunit",
+                    (_trainer("task_expert_share_max", _TASK), "{{task}} {{instance}}"),
+                ),
+                chart(
+                    "Routing drift of a task",
+                    "How much its experts changed since the segment before; 0 is not at all.",
+                    "percentunit",
+                    (_trainer("task_routing_drift", _TASK), "{{task}} {{instance}}"),
                 ),
                 chart(
                     "Routing drift and overlap",
