@@ -14,7 +14,6 @@ from smes_scorer.freshness_stages import DEPENDS_ON
 from trainer.report import conservation_errors
 
 _ENDED = "report.json"  # what a run that has ended leaves in the folder of its history
-_ENDED_FRESH_S = 5.0
 _OF_REPORT = ("events", "feedback", "throughput", "snapshots", "rows", "active_experts", "routing", "features", "gate")
 
 
@@ -46,7 +45,7 @@ def _trainer(sources: Sources, trainer: Reached[dict[str, Any]]) -> dict[str, An
     report, ended = values.pop("report", None), False
     if report is None and trainer.problem is not None and sources.places.history is not None:
         path = sources.places.history / _ENDED
-        report = sources.look("report of a run that has ended", lambda: _written(path), fresh_s=_ENDED_FRESH_S).value
+        report = sources.look("report of a run that has ended", lambda: _written(path)).value
         ended = report is not None
     return {
         **trainer.state(),
