@@ -68,6 +68,16 @@ class Parts:
         """Stretches behind the last point: as many as a full one, and those that make none yet."""
         return len(self.lines) - int(self.starts[-1]) if len(self.starts) else 0
 
+    def gaps(self) -> list[dict[str, Any]]:
+        """Where stretches are missing: ``x`` of the first one after, and how many (``missing``; 0: only time passed)."""
+        stops = np.flatnonzero(self.interrupted).tolist()
+        found = []
+        for stop in stops:
+            n = int(self.starts[stop])
+            missing = self.lines[n].stretch - self.lines[n - 1].stretch - 1
+            found.append({"x": float(self.places[n]), "missing": max(0, missing)})
+        return found
+
     def lineage_changes(self) -> list[dict[str, Any]]:
         """Where the lineage changed: ``x``, and the new ``lineage``."""
         return [

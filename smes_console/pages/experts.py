@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 
 from smes_console.expert_segments import ExpertHistory, history_of_json, history_of_lines
-from smes_console.history_lines import runs_of
+from smes_console.history_lines import Line, runs_of
 from smes_console.runs import Runs
 from smes_console.sources import Sources
 
@@ -32,7 +32,9 @@ def router(sources: Sources) -> APIRouter:
             found = runs.watched()
             of_lines = history_of_lines(list(runs_of(found.lines).values())[-1]) if found.lines else None
             if of_lines is not None and of_lines.segments:
-                history, state = of_lines, {**state, "kind": "lines", "at_ms": found.lines[-1].wall_ms}
+                newest = found.lines[-1]
+                history, state = of_lines, {**state, "kind": "lines", "at_ms": newest.wall_ms}
+                report = report or _of_line(newest)
         chosen = None if history is None else history.at(step)
         key = _key(history, None if chosen is None else chosen.steps)
         return {
@@ -43,6 +45,12 @@ def router(sources: Sources) -> APIRouter:
         }
 
     return routes
+
+
+def _of_line(line: Line) -> _Object:
+    """What of a report a line knows."""
+    active = {"mean": line.experts.get("active_mean")}
+    return {"lineage": line.lineage, "version": line.step, "active_experts": active, "routing": line.experts}
 
 
 def _history(said: _Object | None) -> tuple[ExpertHistory | None, str | None]:

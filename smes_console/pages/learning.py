@@ -216,6 +216,7 @@ def _curves(main: list[Line], earlier: Sequence[list[Line]], others: dict[str, F
         "run": {
             "lineage": main[-1].lineage if main else None,
             "lineage_changes": parts.lineage_changes(),
+            "gaps": parts.gaps(),
             **_of_tasks(main, question, names),
         },
         "compared": compared,

@@ -11,7 +11,7 @@ const ROBUST_FROM = 24; // so many points say what is usual
 // Options: key (charts of one key point together), height, isTime, onRange(low, high), onWhole(), onPoint(x or null).
 // Gives {element, draw(content), destroy()}.
 // content: {label, x: [low, high] or null, curves: [{x, y, colour, dash?, width?}], marks: [{x, kind: "lineage" | "service"}],
-//           level: a value of y with a line of its own, or null}
+//           level: a value of y with a line of its own, or null, least?: [low, high] of y that is always there}
 export function curveChart({ key, height, isTime, onRange, onWhole, onPoint }) {
   const element = document.createElement("div");
   element.className = "chart";
@@ -82,8 +82,9 @@ export function curveChart({ key, height, isTime, onRange, onWhole, onPoint }) {
   function rangeOf(low, high) {
     if (low === null || high === null) return [0, 1];
     const usual = content.usual ?? [low, high];
-    const [from, to] = [Math.max(low, usual[0]), Math.min(high, usual[1])];
-    const room = Math.max((to - from) * 0.08, Math.abs(to) * 1e-3, 1e-9);
+    let [from, to] = [Math.max(low, usual[0]), Math.min(high, usual[1])];
+    if (content.least) [from, to] = [Math.min(from, content.least[0]), Math.max(to, content.least[1])];
+    const room = Math.max((to - from) * 0.08, Math.abs(to) * 5e-3, 1e-9);
     return [from - room, to + room];
   }
 

@@ -4,6 +4,7 @@ import { h, show } from "./dom.js";
 import { css, sequential } from "./palette.js";
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
+const HEAD = 3; // for the cursor
 const FOOT = 16; // for the columns' labels
 const FONT = "11px system-ui, sans-serif";
 
@@ -12,7 +13,8 @@ const FONT = "11px system-ui, sans-serif";
 // Gives {element, draw(content), move(row, column, quiet), at: {row, column}, destroy()}.
 // content: {rows: [names], columns: [names], value(row, column) → 0…1 of the scale, or null: not known,
 //   exact(row, column) → the cell's figure, words(row, column) → text, cell: [least, most] height of a row in pixels,
-//   square?: as wide as high, dead?: Set of columns to be marked, every?: label of each n-th column}
+//   beside?: names that the left margin has room for, so that maps stand below each other, square?: as wide as high,
+//   dead?: Set of columns to be marked}
 export function heatmap({ name, figure, onMove }) {
   const canvas = h("canvas", {
     tabindex: "0",
@@ -27,18 +29,18 @@ export function heatmap({ name, figure, onMove }) {
   let box = null; // {left, cell: {width, height}} in CSS pixels
 
   function layout() {
-    const { rows, columns, cell, square } = content;
+    const { rows, columns, cell, square, beside = [] } = content;
     const width = element.clientWidth;
     const context = canvas.getContext("2d");
     context.font = FONT;
-    const longest = Math.max(0, ...rows.map((each) => context.measureText(each).width));
+    const longest = Math.max(0, ...[...rows, ...beside].map((each) => context.measureText(each).width));
     const left = Math.ceil(Math.min(longest + 8, width * 0.3));
     let cellWidth = (width - left - 1) / Math.max(1, columns.length);
     let cellHeight = Math.max(cell[0], Math.min(cell[1], 280 / Math.max(1, rows.length)));
     if (square) cellWidth = cellHeight = Math.min(cellWidth, cell[1]);
     else cellWidth = Math.min(cellWidth, 36);
     box = { left, width: cellWidth, height: cellHeight };
-    const size = { width: Math.ceil(left + cellWidth * columns.length) + 1, height: Math.ceil(cellHeight * rows.length) + FOOT };
+    const size = { width: Math.ceil(left + cellWidth * columns.length) + 1, height: HEAD + Math.ceil(cellHeight * rows.length) + FOOT };
     canvas.style.width = `${size.width}px`;
     canvas.style.height = `${size.height}px`;
     canvas.width = Math.round(size.width * devicePixelRatio);
@@ -74,7 +76,7 @@ export function heatmap({ name, figure, onMove }) {
 
   function placeOf(row, column) {
     const [x, next] = [column, column + 1].map((each) => snapped(box.left + each * box.width));
-    const [y, below] = [row, row + 1].map((each) => snapped(each * box.height));
+    const [y, below] = [row, row + 1].map((each) => snapped(HEAD + each * box.height));
     return [x, y, next - x, below - y];
   }
 
@@ -87,14 +89,14 @@ export function heatmap({ name, figure, onMove }) {
     context.textAlign = "right";
     const each = Math.ceil(12 / box.height);
     rows.forEach((name_, row) => {
-      if (row % each === 0) context.fillText(fitted(context, name_, box.left - 6), box.left - 5, (row + 0.5) * box.height);
+      if (row % each === 0) context.fillText(fitted(context, name_, box.left - 6), box.left - 5, HEAD + (row + 0.5) * box.height);
     });
     context.textAlign = "center";
     context.textBaseline = "alphabetic";
     const widest = Math.max(...columns.map((each_) => context.measureText(each_).width), 1) + 8;
     const every = nice(Math.ceil(widest / box.width));
     columns.forEach((name_, column) => {
-      if (column % every === 0) context.fillText(name_, Math.max(box.left + (column + 0.5) * box.width, 6), box.height * rows.length + 12);
+      if (column % every === 0) context.fillText(name_, Math.max(box.left + (column + 0.5) * box.width, 6), HEAD + box.height * rows.length + 12);
     });
   }
 
@@ -102,7 +104,7 @@ export function heatmap({ name, figure, onMove }) {
   function cross(context, column) {
     const [x, , width] = placeOf(0, column);
     const size = Math.min(3, Math.max(1.2, width / 2 - 0.5));
-    const [middle, top] = [x + width / 2, box.height * content.rows.length + 3];
+    const [middle, top] = [x + width / 2, HEAD + box.height * content.rows.length + 3];
     context.strokeStyle = css("--bad");
     context.lineWidth = 1.2;
     context.beginPath();
@@ -150,8 +152,8 @@ export function heatmap({ name, figure, onMove }) {
   });
   const pointed = (event) => {
     if (!box || !content) return;
-    const [x, y] = [event.offsetX - box.left, event.offsetY];
-    if (x < 0 || y >= box.height * content.rows.length || x >= box.width * content.columns.length) return;
+    const [x, y] = [event.offsetX - box.left, event.offsetY - HEAD];
+    if (x < 0 || y < 0 || y >= box.height * content.rows.length || x >= box.width * content.columns.length) return;
     const [row, column] = [Math.floor(y / box.height), Math.floor(x / box.width)];
     if (row !== at.row || column !== at.column) move(row, column);
   };

@@ -9,6 +9,7 @@ export const title = "Experts";
 const ORDERS = { number: "by number", load: "busiest first" };
 const SCALES = { task: "each task by its busiest", all: "all by the busiest" };
 const MOST_NAMED = 24;
+const OF_LINES = "Of each task only the experts that it uses most are known (a dot: not known), from the lines of the history. ";
 
 export function mount(root, context) {
   const { format, palette, table } = context;
@@ -40,6 +41,7 @@ export function mount(root, context) {
   const time = heatmap({ name: "Experts over time: share of all uses", figure: "experts.over_time", onMove: (row, column) => together(column) });
   const shared = heatmap({ name: "Tasks by tasks: overlap of their experts", figure: "experts.overlap" });
   const drift = heatmap({ name: "Drift of each task over time", figure: "experts.drift" });
+  const overlapText = h("p", { class: "quiet" });
   const charts = ["load_skew", "drift", "dead"].map((name) => chartOf(name));
   const users = h("div", {});
   const busiest = table({
@@ -70,7 +72,7 @@ export function mount(root, context) {
     h("h2", {}, "Even, and steady?"),
     h("div", { class: "grid" }, charts.map(({ element }) => element)),
     h("div", { class: "two" },
-      h("section", {}, h("h2", { title: "Jaccard index of two tasks' experts for the same instance, mean over the probe" }, "Who shares experts"), h("p", { class: "quiet" }, "Overlap at the end of the newest segment that has ended. ", scale("0", "1: the same experts")), shared.element),
+      h("section", {}, h("h2", { title: "Jaccard index of two tasks' experts for the same instance, mean over the probe" }, "Who shares experts"), overlapText, shared.element),
       h("section", {}, h("h2", { title: "Share of a task's expert choices for the probe that changed from one segment to the next" }, "Drift of each task"), h("p", { class: "quiet" }, "Share of choices that changed since the segment before. ", scale("0", "1: all changed")), drift.element),
     ),
     h("h2", {}, "The busiest experts"),
@@ -140,12 +142,10 @@ export function mount(root, context) {
   }
 
   function sayProblems({ source }) {
-    const texts = [];
-    if (source.kind === "lines") texts.push(`Seen through the lines of the history: of each task only the experts that it uses most (dots: not known). ${source.problem ?? ""}`);
-    else if (source.problem) texts.push(`${source.problem}${source.since_ms ? ` (${format.since(source.since_ms)})` : ""}`);
-    if (problems.dataset.shown === texts.join()) return;
-    problems.dataset.shown = texts.join();
-    problems.replaceChildren(...texts.map((text) => h("p", { class: "problem" }, text)));
+    const text = `${source.kind === "lines" ? OF_LINES : ""}${source.problem ?? ""}${source.problem && source.since_ms ? ` (${format.since(source.since_ms)})` : ""}`;
+    if (problems.dataset.shown === text) return;
+    problems.dataset.shown = text;
+    problems.replaceChildren(...(text ? [h("p", { class: source.kind === "lines" ? "warn" : "problem" }, text)] : []));
   }
 
   function saySummary({ report, source }) {
@@ -250,12 +250,16 @@ export function mount(root, context) {
       value: (row, column) => Math.min(1, segments[row].load_share[order[column]] / top),
       exact: (row, column) => segments[row].load_share[order[column]],
       words,
+      beside: data.tasks,
       cell: [5, 16],
     });
   }
 
   function drawShared() {
     const { tasks, overlap } = data;
+    overlapText.replaceChildren(
+      ...(overlap ? ["Overlap at the end of the newest segment that has ended. ", scale("0", "1: the same experts")] : ["Not known: no segment has ended, or nobody says it."]),
+    );
     if (!overlap) {
       shared.draw({ rows: [], columns: [], value: () => null, exact: () => null, words: () => "", cell: [9, 22] });
       return;
@@ -294,6 +298,7 @@ export function mount(root, context) {
         curves: [{ label: text, x: ended.map(({ to }) => to), y, colour: palette.css("--strong"), width: 2 }],
         marks: [],
         level: name === "load_skew" ? 1 : null,
+        least: name === "dead" ? [0, 1] : null,
       });
       show(readout, `newest ${format.number(last, name === "dead" ? 0 : 3)} · over steps`, last);
     }

@@ -253,9 +253,13 @@ export function mount(root, context) {
     const said = METRICS[choice.metric];
     const regression = curves?.of_regression ? ` Regression tasks: ${METRICS[curves.of_regression].title}, ${METRICS[curves.of_regression].better}.` : " Regression tasks have none.";
     const changed = (curves?.run.lineage_changes ?? []).slice(-3).map(({ x, lineage }) => `${placeText(x, isTime())} → ${lineage}`).join("; ");
+    const gaps = curves?.run.gaps ?? [];
+    const gap = gaps.at(-1);
+    const lost = gap ? ` The lines are interrupted ${gaps.length === 1 ? "once" : `${gaps.length} times`}, the last time before ${placeText(gap.x, isTime())}${gap.missing ? `: ${format.number(gap.missing)} windows were not written` : ""}.` : "";
     const texts = [
       `${said.title}: ${said.better}.${regression}`,
       service && service.x !== null ? ` ▼ cut of the version in service, ${service.lineage}:${service.version}.` : "",
+      lost,
       changed ? ` ┆ lineage changed: ${changed}.` : "",
       " Drag over a chart to zoom all; double click shows all again.",
     ];
