@@ -54,10 +54,12 @@ export function confirm({ title, says, fields = [], verb, danger = false, action
 
 // The two fields of whoever decides something; the name is remembered in this browser.
 export function whoAndWhy({ required = true } = {}) {
-  const by = h("input", { name: "by", required, maxlength: 300, autocomplete: "name", value: localStorage.getItem(WHO) ?? "" });
+  const value = localStorage.getItem(WHO) ?? "";
+  const by = h("input", { name: "by", required, maxlength: 300, autocomplete: "name", value });
   by.addEventListener("change", () => localStorage.setItem(WHO, by.value));
+  const why = h("input", { name: "why", required, maxlength: 1000, autocomplete: "off", autofocus: true });
   return [
-    h("label", { class: "field" }, "Why (for the history) ", h("input", { name: "why", required, maxlength: 1000, autofocus: true })),
+    h("label", { class: "field" }, "Why (for the history) ", why),
     h("label", { class: "field" }, "Your name ", by),
   ];
 }

@@ -5,6 +5,17 @@ import { figure, h, show } from "../lib/dom.js";
 
 export const title = "Dead letters";
 
+const STEPS = {
+  60000: "minute",
+  300000: "5 minutes",
+  900000: "15 minutes",
+  3600000: "hour",
+  21600000: "6 hours",
+  86400000: "day",
+  604800000: "week",
+  2592000000: "30 days",
+};
+
 export function mount(root, context) {
   const { api, format, table } = context;
   let found = null;
@@ -17,7 +28,7 @@ export function mount(root, context) {
   const letters = figure("dead_letters.letters");
   const events = figure("dead_letters.events");
   const replayed = figure("dead_letters.replayed");
-  const filter = h("div", { class: "buttons", "aria-label": "Chosen" });
+  const filter = h("span", { class: "chosen" });
   const said = h("div", { role: "status" });
   const replay = h("button", { type: "button", onclick: () => replayThem(null) }, "Replay…");
   replay.title = "Append the events of these letters to the event log again, each once; first says what would happen";
@@ -33,9 +44,21 @@ export function mount(root, context) {
       { key: "reason", title: "Reason", head: true },
       { key: "topic", title: "Topic" },
       { key: "partition", title: "Partition", numeric: true, format: String },
-      { key: "letters", title: "Letters", numeric: true, format: format.number, figure: (row) => `dead_letters.${row.reason}.${row.topic}.${row.partition}` },
-      { key: "events", title: "Events", hint: "A letter about a whole Arrow record stands for its rows", numeric: true, format: format.number },
-      { key: "replayed", title: "Replayed", numeric: true, format: format.number },
+      {
+        key: "letters",
+        title: "Letters",
+        numeric: true,
+        format: (v) => format.number(v),
+        figure: (row) => `dead_letters.${row.reason}.${row.topic}.${row.partition}`,
+      },
+      {
+        key: "events",
+        title: "Events",
+        hint: "A letter about a whole Arrow record stands for its rows",
+        numeric: true,
+        format: (v) => format.number(v),
+      },
+      { key: "replayed", title: "Replayed", numeric: true, format: (v) => format.number(v) },
     ],
   });
   const bars = h("div", { class: "bars", role: "group", "aria-label": "Letters by the time they were written" });
@@ -49,20 +72,18 @@ export function mount(root, context) {
       { key: "written_ms", title: "Written (UTC)", format: format.utc, head: true },
       { key: "reason", title: "Reason" },
       { key: "place", title: "Event", hint: "topic/partition/offset, and the row of an Arrow record" },
-      { key: "says", title: "What was expected", format: (text) => (text.length > 90 ? `${text.slice(0, 90)}…` : text) },
-      { key: "field", title: "Field" },
       { key: "replayed", title: "Replayed", format: (v) => (v ? "yes" : "no") },
+      { key: "field", title: "Field" },
+      { key: "says", title: "What was expected", format: (v) => (v.length > 70 ? `${v.slice(0, 70)}…` : v) },
     ],
   });
   const listed = h("p", { class: "quiet" });
 
-  root.append(
-    problem,
-    h("p", { class: "lead" }, letters, " letters with ", events, " events, ", replayed, " of the letters replayed"),
-    reading,
-    filter,
-    h("div", { class: "buttons" }, replay),
-    said,
+  const none = h("p", { class: "quiet" }, "No dead letters: every event in the log could be read.");
+  const parts = h(
+    "div",
+    {},
+    h("div", { class: "buttons" }, replay, filter),
     groups.element,
     h("h2", {}, "By time"),
     bars,
@@ -70,6 +91,14 @@ export function mount(root, context) {
     h("h2", {}, "One by one"),
     newest.element,
     listed,
+  );
+  root.append(
+    problem,
+    h("p", { class: "lead" }, letters, " letters with ", events, " events, ", replayed, " of the letters replayed"),
+    reading,
+    said,
+    none,
+    parts,
   );
 
   function choose(change) {
@@ -85,28 +114,36 @@ export function mount(root, context) {
     found = answer;
     const away = answer.problem ? `${answer.problem}, ${format.since(answer.since_ms)}` : "";
     show(problem, away && answer.at_ms ? `${away}; below is what was read before` : away, null);
-    const part = answer.read < answer.of;
-    show(reading, part ? `Reading the topic: ${format.number(answer.read)} of ${format.number(answer.of)} records so far` : "", null);
+    const part = `Reading the topic: ${format.number(answer.read)} of ${format.number(answer.of)} records so far`;
+    show(reading, answer.read < answer.of ? part : "", null);
+    const isEmpty = !answer.letters && !Object.keys(asked()).length;
+    parts.hidden = isEmpty;
+    none.hidden = !isEmpty || answer.problem !== null || answer.read < answer.of;
     show(letters, format.number(answer.letters), answer.letters);
     show(events, format.number(answer.events), answer.events);
     show(replayed, format.number(answer.replayed), answer.replayed);
     replay.disabled = !answer.letters || !answer.can_replay || answer.replaying;
-    show(replay, answer.replaying ? "A replay is on its way" : `Replay ${Object.keys(asked()).length ? "these" : "all"}…`, null);
+    const which = Object.keys(asked()).length ? "these" : "all";
+    show(replay, answer.replaying ? "A replay is on its way" : `Replay ${which}…`, null);
     drawFilter();
     groups.update(answer.groups);
     drawBars(answer.times);
     newest.update(answer.newest);
     const rest = answer.letters - answer.newest.length;
-    const foreign = answer.foreign ? ` ${format.number(answer.foreign)} entries of the topic are neither letters nor notes of this version.` : "";
-    show(listed, (rest > 0 ? `${format.number(rest)} older ones: choose above, or \`smes dead-letters list\`.` : "") + foreign, null);
+    const older = rest > 0 ? `${format.number(rest)} older ones: choose above, or \`smes dead-letters list\`. ` : "";
+    const foreign = `${format.number(answer.foreign)} entries of the topic are neither letters nor notes of this version`;
+    show(listed, older + (answer.foreign ? foreign : ""), null);
   }
 
   function drawFilter() {
-    const parts = [];
+    const parts = []; // a text, and the keys that it stands for
     if (chosen.reason) parts.push([chosen.reason, ["reason"]]);
     if (chosen.topic) parts.push([chosen.topic, ["topic"]]);
     if (chosen.partition !== null) parts.push([`partition ${chosen.partition}`, ["partition"]]);
-    if (chosen.since_ms !== null) parts.push([`${format.utc(chosen.since_ms)} to ${format.utc(chosen.until_ms)} UTC`, ["since_ms", "until_ms"]]);
+    if (chosen.since_ms !== null) {
+      const span = `${format.utc(chosen.since_ms)} to ${format.utc(chosen.until_ms)} UTC`;
+      parts.push([span, ["since_ms", "until_ms"]]);
+    }
     const text = parts.map(([name]) => name).join("\n");
     if (filter.dataset.shown === text) return;
     filter.dataset.shown = text;
@@ -114,7 +151,11 @@ export function mount(root, context) {
       ...parts.map(([name, keys]) =>
         h(
           "button",
-          { type: "button", title: "No longer only these", onclick: () => choose(Object.fromEntries(keys.map((key) => [key, null]))) },
+          {
+            type: "button",
+            title: "No longer only these",
+            onclick: () => choose(Object.fromEntries(keys.map((key) => [key, null]))),
+          },
           `${name} ×`,
         ),
       ),
@@ -149,13 +190,9 @@ export function mount(root, context) {
     );
     if (focused) bars.querySelector(`[data-from="${focused}"]`)?.focus();
     const until = from + counts.length * step;
-    show(
-      every,
-      counts.length
-        ? `${format.utc(from).slice(0, 16)} to ${format.utc(until).slice(0, 16)} UTC, a bar for each ${format.duration(step)}; the highest is ${format.number(most)}. A click chooses its letters.`
-        : "nothing was written",
-      null,
-    );
+    const span = `${format.utc(from).slice(0, 16)} to ${format.utc(until).slice(0, 16)} UTC`;
+    const says = `${span}, a bar for each ${STEPS[step]}; the highest is ${format.number(most)}.`;
+    show(every, counts.length ? `${says} A click chooses its letters.` : "nothing was written", null);
   }
 
   // ---- one letter
@@ -177,6 +214,7 @@ export function mount(root, context) {
 
   function pageOf({ problem: away, letter, replayed: done }) {
     if (!letter) return [h("p", { class: "problem" }, away)];
+    const headers = Object.entries(letter.headers ?? {}).map(([name, value]) => `${name} = ${value}`);
     const pairs = [
       ["Reason", letter.code],
       ["Expected", letter.reason],
@@ -187,15 +225,17 @@ export function mount(root, context) {
       ["Written", `${format.utc(letter.written_ms)} UTC`],
       ["Arrived", letter.arrival_ms === null ? null : `${format.utc(letter.arrival_ms)} UTC`],
       ["Replayed", done ? "yes" : "no"],
-      ["Headers", letter.headers && Object.entries(letter.headers).map(([name, value]) => `${name} = ${value}`).join(", ")],
+      ["Headers", headers.join(", ")],
       ["Log", letter.log || "unknown"],
       ["Payload", `${format.number(letter.payload_bytes)} bytes${letter.is_whole ? "" : ", of which a part is here"}`],
     ];
-    const more = letter.lines_left_out ? [h("p", { class: "quiet" }, `${format.number(letter.lines_left_out)} more lines`)] : [];
+    const known = pairs.filter(([, value]) => value !== null && value !== "");
+    const described = known.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
+    const more = letter.lines_left_out ? `${format.number(letter.lines_left_out)} more lines` : "";
     return [
-      h("dl", { class: "pairs" }, pairs.filter(([, value]) => value !== null && value !== "").map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
+      h("dl", { class: "pairs" }, described.flat()),
       h("pre", { tabindex: "0", "aria-label": "The event" }, letter.lines.join("\n")),
-      ...more,
+      h("p", { class: "quiet" }, more),
     ];
   }
 
@@ -210,6 +250,7 @@ export function mount(root, context) {
 
     async function dryRun() {
       outcome.replaceChildren(h("p", { class: "quiet" }, "Trying, without appending anything…"));
+      tried = null;
       tried = await api.post("api/letters/replay", { ...meant, adopt_schema: adopt.checked, dry_run: true });
       outcome.replaceChildren(...tried.lines.map((line) => h("p", {}, line)));
     }
@@ -225,17 +266,18 @@ export function mount(root, context) {
       }
       return;
     }
-    adopt.addEventListener("change", () => dryRun().catch((error) => outcome.replaceChildren(h("p", { class: "problem" }, error.message))));
+    const failed = (error) => outcome.replaceChildren(h("p", { class: "problem" }, error.message));
+    adopt.addEventListener("change", () => dryRun().catch(failed));
     const result = await confirm({
       title: id ? `Replay letter ${id}?` : "Replay these letters?",
       says: ["The events go into the event log again, each once. The trainer reads them as new records."],
       fields: [
         outcome,
-        h("label", { class: "field" }, h("span", {}, adopt, " Take for the configured schema"), h("span", { class: "quiet" }, "whatever schema the events came with")),
+        h("label", { class: "field" }, h("span", {}, adopt, " Take for the configured schema, whatever they say")),
       ],
       verb: "Replay",
       action: () => {
-        if (!tried.appended) throw new Error("There is nothing to append: see above.");
+        if (!tried?.appended) throw new Error("There is nothing to append: see above.");
         // What was shown: letters that were written since then are left alone.
         const until_ms = id ? null : Math.min(chosen.until_ms ?? Infinity, tried.at_ms);
         return api.post("api/letters/replay", { ...meant, until_ms, adopt_schema: adopt.checked, dry_run: false });

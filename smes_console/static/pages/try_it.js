@@ -5,6 +5,7 @@ import { figure, h, show } from "../lib/dom.js";
 export const title = "Try it";
 
 const INTEGER = /^-?(0|[1-9]\d*)(\.0)?$/; // what the scorer takes for an integer; any other text is hashed
+const NO_SCHEMA = "No schema is configured; give --schema to `smes console`.";
 const SOURCES = {
   request: "from the request",
   store: "from the feature store",
@@ -33,7 +34,12 @@ export function mount(root, context) {
   const element = h(
     "form",
     { class: "try" },
-    h("div", { class: "fields" }, h("label", {}, "User", user), h("label", { class: "wide" }, "Items, separated by spaces, commas or lines", items)),
+    h(
+      "div",
+      { class: "fields" },
+      h("label", {}, "User", user),
+      h("label", { class: "wide" }, "Items, separated by spaces, commas or lines", items),
+    ),
     h("details", { class: "context" }, h("summary", {}, "Context features of the request"), contextPart),
     h("div", { class: "buttons" }, score, example),
   );
@@ -72,20 +78,22 @@ export function mount(root, context) {
       ...fields.map(({ name, input, kind, history }) =>
         h("label", {}, `${name} · ${history ? "history" : kind}`, input),
       ),
-      ...(features.length ? [] : [h("p", { class: "quiet" }, form.schema ? "The schema has none." : "No schema is configured; give --schema to `smes console`.")]),
+      ...(features.length ? [] : [h("p", { class: "quiet" }, form.schema ? "The schema has none." : NO_SCHEMA)]),
     );
     example.disabled = !form.schema;
   }
 
   function inputOf({ kind, max_length: most, accompanies }, value) {
-    const hint = { id: "an id: an integer or a text", numeric: "a number" }[kind] ?? `up to ${most} ids, separated by commas`;
+    const list = `up to ${most} ids, separated by commas`;
+    const hint = { id: "an id: an integer or a text", numeric: "a number" }[kind] ?? list;
     const title = accompanies ? `${hint}; as many as ${accompanies} has` : hint;
     return h("input", { autocomplete: "off", placeholder: "none", title, value });
   }
 
   async function fillIn() {
     note.textContent = "";
-    const { problem: away, example: found } = await api.get("api/try_it/example").catch((error) => ({ problem: error.message }));
+    const failed = (error) => ({ problem: error.message });
+    const { problem: away, example: found } = await api.get("api/try_it/example").catch(failed);
     if (!found) {
       note.textContent = away;
       return;
@@ -101,8 +109,11 @@ export function mount(root, context) {
 
   function request() {
     const parts = [`"user_id": ${id(user.value.trim())}`, `"items": [${split(items.value).map(id).join(", ")}]`];
-    const given = fields.map(({ name, kind, input }) => [name, valueOf(kind, input.value.trim())]).filter(([, text]) => text !== null);
-    if (given.length) parts.push(`"context": {${given.map(([name, text]) => `${JSON.stringify(name)}: ${text}`).join(", ")}}`);
+    const given = fields
+      .map(({ name, kind, input }) => [name, valueOf(kind, input.value.trim())])
+      .filter(([, text]) => text !== null)
+      .map(([name, text]) => `${JSON.stringify(name)}: ${text}`);
+    if (given.length) parts.push(`"context": {${given.join(", ")}}`);
     return `{${parts.join(", ")}}`;
   }
 
@@ -179,13 +190,19 @@ export function mount(root, context) {
     const item = answer.items[n];
     result.querySelector("#try-item").replaceChildren(
       h("h2", {}, `Item ${item.item_id}`),
-      h("div", { class: "grid" }, h("div", { class: "panel" }, featuresOf(item)), h("div", { class: "panel" }, expertsOf(item))),
+      h(
+        "div",
+        { class: "grid" },
+        h("div", { class: "panel" }, featuresOf(answer, item)),
+        h("div", { class: "panel" }, expertsOf(item)),
+      ),
     );
   }
 
-  function featuresOf(item) {
-    const rows = Object.entries(item.features ?? {}).flatMap(([of, named]) =>
-      Object.entries(named).map(([name, { source, ...value }]) => ({ of, name, source, value: Object.values(value)[0] })),
+  function featuresOf(answer, item) {
+    const groups = { user: answer.features.user, context: answer.features.context, item: item.features };
+    const rows = Object.entries(groups).flatMap(([of, named]) =>
+      Object.entries(named).map(([name, { value, source }]) => ({ of, name, value, source })),
     );
     const missing = rows.filter((row) => row.source === "missing").length;
     const features = table({
@@ -197,7 +214,12 @@ export function mount(root, context) {
         { key: "name", title: "Feature", head: true },
         { key: "of", title: "Of" },
         { key: "value", title: "Value", format: valueText },
-        { key: "source", title: "Where from", format: (source) => `${source === "missing" ? "✕ " : ""}${SOURCES[source] ?? source}`, figure: (row) => `feature:${row.of}:${row.name}` },
+        {
+          key: "source",
+          title: "Where from",
+          format: (source) => `${source === "missing" ? "✕ " : ""}${SOURCES[source]}`,
+          figure: (row) => `feature:${row.of}:${row.name}`,
+        },
       ],
     });
     features.update(rows);
@@ -228,7 +250,8 @@ export function mount(root, context) {
         const bar = h("span", { class: "weight", "aria-hidden": "true" });
         bar.style.width = `${Math.max(2, 40 * Math.min(1, Math.max(0, weight)))}px`;
         bar.style.background = palette.line(expert).colour;
-        return h("span", { class: "chip", title: `expert ${expert}: weight ${weight}` }, bar, `${expert} · ${format.percent(weight, 0)}`);
+        const text = `${expert} · ${format.percent(weight, 0)}`;
+        return h("span", { class: "chip", title: `expert ${expert}: weight ${weight}` }, bar, text);
       }),
     );
   }
@@ -243,7 +266,8 @@ function valueOf(kind, text) {
   if (!text) return null;
   if (kind === "id") return id(text);
   if (kind === "numeric") return Number.isFinite(Number(text)) ? String(Number(text)) : JSON.stringify(text);
-  return `[${text.split(",").map((each) => each.trim()).filter(Boolean).map(id).join(", ")}]`;
+  const ids = text.split(",").map((each) => each.trim());
+  return `[${ids.filter(Boolean).map(id).join(", ")}]`;
 }
 
 function valueText(value) {

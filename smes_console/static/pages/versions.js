@@ -7,10 +7,13 @@ export const title = "Versions";
 
 const EVERY_MS = 2000;
 const GATE = { passed: "passed", refused: "refused", promoted: "refused, promoted", none: "no gate" };
-const HINTS = {
-  gauc: "Windowed GAUC: how well a user's items are ordered, over all that the lineage trained on up to this version",
-  auc: "AUC over all that the lineage trained on up to this version",
-  ne: "Normalized entropy: log loss over that of always saying the base rate; below 1 is better than that",
+// Figures are of all that the lineage trained on up to a version; each example was scored before it was learned from.
+const FIGURES = {
+  auc: ["AUC", "Share of pairs of a positive and a negative that the scores put in the right order; 0.5 is chance"],
+  ne: ["NE", "Normalized entropy: log loss over that of always saying the base rate; below 1 is better than that"],
+  calibration: ["Calibration", "Mean score over mean label; 1 is right"],
+  xauc: ["XAUC", "Share of pairs of examples whose predicted values are in the right order"],
+  mae: ["MAE", "Mean absolute error, in the unit of the label"],
 };
 
 export function mount(root, context) {
@@ -37,29 +40,10 @@ export function mount(root, context) {
 
   // ---- the list
 
-  const select = h("select", { onchange: choose }, option("dense", "dense tasks"), option("rare", "rare tasks"));
+  const select = h("select", { onchange: choose });
   const counted = figure("versions.count", "–", null, { class: "quiet" });
-  const list = table({
-    caption: "Versions that can be loaded, the newest first. Enter or a click opens one.",
-    key: (row) => row.name,
-    onSelect: (row) => details(row.name),
-    rowClass: (row) => (row.serves ? "serves" : row.rolled_back ? "dropped" : row.is_held ? "aside" : ""),
-    empty: "none was published yet",
-    columns: [
-      { key: "version", title: "Version", head: true, numeric: true, format: String, figure: (row) => `version:${row.name}` },
-      { key: "state", title: "", hint: "In service, pinned, current, held, rolled back" },
-      { key: "published_ms", title: "Published (UTC)", format: format.utc },
-      { key: "gauc_windowed", title: "GAUC", hint: HINTS.gauc, numeric: true, format: (v) => format.number(v) },
-      { key: "auc", title: "AUC", hint: HINTS.auc, numeric: true, format: (v) => format.number(v) },
-      { key: "ne", title: "NE", hint: HINTS.ne, numeric: true, format: (v) => format.number(v) },
-      { key: "gate", title: "Gate", hint: "What the publish gate said of it", format: (v) => GATE[v] },
-      { key: "kind", title: "Kind", hint: "full: all weights; delta: what changed since the version before" },
-      { key: "total_bytes", title: "Size", numeric: true, format: format.bytes },
-      { key: "base_bytes", title: "Base", hint: "Size of the full payload that a delta has, too", numeric: true, format: format.bytes },
-      { key: "event_time_ms", title: "Learned up to (UTC)", hint: "Event time that the training had reached", format: format.utc },
-      { key: "lineage", title: "Lineage", hint: "One uninterrupted history of weights" },
-    ],
-  });
+  const listPart = h("div");
+  let list = null;
 
   const arms = table({
     caption: "Arms: other models beside the one in service, and what came of what each served",
@@ -68,10 +52,16 @@ export function mount(root, context) {
       { key: "name", title: "Arm", head: true },
       { key: "kind", title: "Kind", hint: "split: answers a share of the users; shadow: is only measured" },
       { key: "share", title: "Share", numeric: true, format: (v) => format.percent(v) },
-      { key: "version", title: "Version", numeric: true, format: (v) => (v ?? "–").toString() },
+      { key: "version", title: "Version", numeric: true, format: (v) => String(v ?? format.DASH) },
       { key: "state", title: "State" },
-      { key: "impressions", title: "Impressions with final labels", numeric: true, format: format.number },
-      { key: "auc", title: "Mean AUC", hint: "Of the served scores, mean over its binary tasks", numeric: true, format: (v) => format.number(v) },
+      { key: "impressions", title: "Impressions with final labels", numeric: true, format: (v) => format.number(v) },
+      {
+        key: "auc",
+        title: "Mean AUC",
+        hint: "Of the served scores, mean over its binary tasks",
+        numeric: true,
+        format: (v) => format.number(v),
+      },
     ],
   });
   const armsPart = h("section", { hidden: true }, h("h2", {}, "Arms"), arms.element);
@@ -97,7 +87,7 @@ export function mount(root, context) {
     h("div", { class: "buttons" }, Object.values(buttons)),
     said,
     h("div", { class: "fields" }, h("label", {}, "Figures of ", select), counted),
-    list.element,
+    listPart,
     armsPart,
     h("h2", {}, "Decisions"),
     decisions.element,
@@ -130,19 +120,21 @@ export function mount(root, context) {
     const differs = scorer.version !== null && shown.serves && `${scorer.lineage}:${scorer.version}` !== shown.serves;
     show(serves, shown.serves ?? "nothing", shown.serves);
     const last = shown.decisions?.[0];
-    const pin = shown.pinned && last ? `pinned ${format.since(last.at_ms)} by ${last.by}: ${last.why || "no reason given"}` : "";
+    const reason = last?.why || "no reason given";
+    const pin = shown.pinned && last ? `pinned ${format.since(last.at_ms)} by ${last.by}: ${reason}` : "";
     const lag = differs ? `the scorer still answers with ${scorer.lineage}:${scorer.version}` : "";
     show(why, [pin, lag].filter(Boolean).join(" · "), null);
     show(current, shown.current ?? "none", shown.current);
-    show(publisher, shown.publisher ? `Publisher: ${shown.publisher.name}, ${format.since(shown.publisher.since_ms)}.` : "Nobody publishes now.", null);
+    const { publisher: who } = shown;
+    show(publisher, who ? `Publisher: ${who.name}, ${format.since(who.since_ms)}.` : "Nobody publishes now.", null);
     buttons.unpin.disabled = !shown.pinned;
     buttons.rollback.disabled = !shown.serves;
     const held = (shown.versions ?? []).some((row) => row.is_held);
     buttons.promote.hidden = !held;
     const rows = (shown.versions ?? []).map((row) => ({ ...row, ...(row.figures ?? {}), state: stateOf(row) }));
-    show(counted, `${format.number(rows.length)} versions`, rows.length);
-    list.update(rows);
+    show(counted, rows.length === 1 ? "1 version" : `${format.number(rows.length)} versions`, rows.length);
     drawTasks(shown.tasks ?? []);
+    drawList(rows);
     const ofArms = scorer.arms.filter((arm) => arm.kind || scorer.arms.length > 1);
     armsPart.hidden = !ofArms.length;
     arms.update(ofArms.map(armRow));
@@ -152,8 +144,68 @@ export function mount(root, context) {
   function drawTasks(tasks) {
     if (select.dataset.tasks === tasks.join("\n")) return;
     select.dataset.tasks = tasks.join("\n");
-    select.replaceChildren(option("dense", "dense tasks"), option("rare", "rare tasks"), ...tasks.map((name) => option(`task:${name}`, name)));
+    const own = tasks.map((name) => option(`task:${name}`, name));
+    select.replaceChildren(option("dense", "dense tasks"), option("rare", "rare tasks"), ...own);
     select.value = of;
+  }
+
+  function drawList(rows) {
+    const isRegression = rows.some((row) => row.xauc != null);
+    const ofOne = isRegression ? ["xauc", "mae"] : ["auc", "ne", "calibration"];
+    const figures = of.startsWith("task:") ? ofOne : ["auc", "ne"];
+    if (listPart.dataset.figures !== figures.join()) {
+      listPart.dataset.figures = figures.join();
+      list = makeList(figures);
+      listPart.replaceChildren(list.element);
+    }
+    list.update(rows);
+  }
+
+  function makeList(figures) {
+    return table({
+      caption: "Versions that can be loaded, the newest first. Enter or a click opens one.",
+      key: (row) => row.name,
+      onSelect: (row) => details(row.name),
+      rowClass: (row) => (row.serves ? "serves" : row.rolled_back ? "dropped" : row.is_held ? "aside" : ""),
+      empty: "none was published yet",
+      columns: [
+        {
+          key: "version",
+          title: "Version",
+          head: true,
+          numeric: true,
+          format: String,
+          figure: (row) => `version:${row.name}`,
+        },
+        { key: "state", title: "State", hint: "In service, pinned, current, held, rolled back" },
+        { key: "published_ms", title: "Published (UTC)", format: format.utc },
+        ...figures.map((key) => ({
+          key,
+          title: FIGURES[key][0],
+          hint: FIGURES[key][1],
+          numeric: true,
+          format: (v) => format.number(v),
+          figure: (row) => `${key}:${row.name}`,
+        })),
+        { key: "gate", title: "Gate", hint: "What the publish gate said of it", format: (v) => GATE[v] },
+        { key: "kind", title: "Kind", hint: "full: all weights; delta: what changed since the version before" },
+        { key: "total_bytes", title: "Size", numeric: true, format: format.bytes },
+        {
+          key: "base_bytes",
+          title: "Base",
+          hint: "Size of the full payload that a delta has, too",
+          numeric: true,
+          format: format.bytes,
+        },
+        {
+          key: "event_time_ms",
+          title: "Learned up to (UTC)",
+          hint: "Event time that the training had reached",
+          format: format.utc,
+        },
+        { key: "lineage", title: "Lineage", hint: "One uninterrupted history of weights" },
+      ],
+    });
   }
 
   // ---- one version
@@ -172,7 +224,9 @@ export function mount(root, context) {
         "div",
         { class: "buttons" },
         row.is_held ? null : h("button", { type: "button", onclick: act("pin") }, "Pin…"),
-        row.is_held || row.serves ? null : h("button", { type: "button", class: "danger", onclick: act("rollback") }, "Roll back to it…"),
+        row.is_held || row.serves
+          ? null
+          : h("button", { type: "button", class: "danger", onclick: act("rollback") }, "Roll back to it…"),
         h("button", { type: "button", onclick: act("promote") }, "Promote…"),
         h("button", { type: "button", onclick: () => element.close() }, "Close"),
       ),
@@ -188,6 +242,7 @@ export function mount(root, context) {
   function pageOf({ problem, manifest, loads, loads_problem }, row) {
     if (problem) return [h("p", { class: "problem" }, problem)];
     const gate = manifest.metrics.gate;
+    const whole = loads.reduce((sum, each) => sum + each.bytes, 0);
     const pairs = [
       ["State", stateOf(row) || "may be put into service"],
       ["Step", format.number(manifest.step)],
@@ -195,10 +250,10 @@ export function mount(root, context) {
       ["Published", `${format.utc(manifest.published_ms)} UTC`],
       ["Learned up to", `${format.utc(manifest.event_time_ms)} UTC`],
       ["Leads on from", manifest.parent === null ? "nothing: the first of its lineage" : String(manifest.parent)],
-      ["Payload", `${manifest.kind}, ${manifest.precision}, ${format.bytes(manifest.total_bytes)} in ${manifest.chunks} chunks`],
-      ["To load it", loads_problem ?? `${loads.length} payloads, ${format.bytes(loads.reduce((sum, each) => sum + each.bytes, 0))}`],
+      ["Payload", `${manifest.kind}, ${manifest.precision}, ${format.bytes(manifest.total_bytes)}`],
+      ["To load it", loads_problem ?? `${many(loads.length, "payload")}, ${format.bytes(whole)}`],
       ["Schema", manifest.schema_hash],
-      ["Gate", gate ? `${GATE[row.gate]}; ${format.number(gate.passed)} cuts passed and ${format.number(gate.refused)} refused so far` : "none"],
+      ["Gate", gate ? `${GATE[row.gate]}; ${gate.passed} cuts passed and ${gate.refused} refused so far` : "none"],
       ["Why refused", manifest.held],
       ["Signed", manifest.signature ? "yes" : "no"],
     ];
@@ -208,17 +263,20 @@ export function mount(root, context) {
       key: (each) => each.task,
       columns: [
         { key: "task", title: "Task", head: true },
-        ...[["base_rate", "Base rate"], ["gauc_windowed", "GAUC"], ["auc", "AUC"], ["ne", "NE"], ["calibration", "Calibration"], ["xauc", "XAUC"], ["mae", "MAE"]].map(
-          ([key, name]) => ({ key, title: name, numeric: true, format: (v) => format.number(v) }),
-        ),
+        { key: "base_rate", title: "Base rate", numeric: true, format: (v) => format.number(v) },
+        ...Object.entries(FIGURES).map(([key, [name, hint]]) => ({
+          key,
+          title: name,
+          hint,
+          numeric: true,
+          format: (v) => format.number(v),
+        })),
       ],
     });
     metrics.update(tasks);
     const known = pairs.filter(([, value]) => value !== null && value !== undefined);
-    return [
-      h("dl", { class: "pairs" }, known.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
-      metrics.element,
-    ];
+    const described = known.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
+    return [h("dl", { class: "pairs" }, described.flat()), metrics.element];
   }
 
   // ---- deciding
@@ -287,26 +345,39 @@ function wordsOf({ decision, rolls_back: dropped, was_rolled_back }, row) {
   const now = before === name ? `It is in service now.` : `In service now: ${before ?? "nothing"}.`;
   const again = was_rolled_back ? [`${name} was rolled back before; this takes that back.`] : [];
   const held = row?.is_held ? `The gate refused it: ${row.held}.` : null;
+  const later = `${many(dropped.length, "version")} published after it will count as rolled back: ${listed(dropped)}.`;
   const words = {
-    pin: [`Pin ${name}?`, "Pin it", [`Scorers will serve ${name} and stay with it, whatever is published, until the next decision.`]],
-    unpin: ["Unpin?", "Unpin", [`Scorers will follow what the trainer publishes again, beginning with ${name}, which is current.`]],
+    pin: [
+      `Pin ${name}?`,
+      "Pin it",
+      [`Scorers will serve ${name} and stay with it, whatever is published, until the next decision.`],
+    ],
+    unpin: [
+      "Unpin?",
+      "Unpin",
+      [`Scorers will follow what the trainer publishes again, beginning with ${name}, which is current.`],
+    ],
     rollback: [
       `Roll back to ${name}?`,
       "Roll back",
-      [
-        `Scorers will serve ${name} and stay with it until the next decision.`,
-        `${dropped.length === 1 ? "One version" : `${dropped.length} versions`} published after it will count as rolled back: ${listed(dropped)}.`,
-      ],
+      [`Scorers will serve ${name} and stay with it until the next decision.`, dropped.length ? later : null],
     ],
     promote: [
       `Promote ${name}?`,
       "Promote it",
-      [held, row?.is_held ? `It will be published, and served until the trainer publishes next.` : `Scorers will serve ${name} until the trainer publishes next.`],
+      [
+        held,
+        row?.is_held
+          ? "It will be published, and served until the trainer publishes next."
+          : `Scorers will serve ${name} until the trainer publishes next.`,
+      ],
     ],
   };
   const [title, verb, says] = words[action];
   return { title, verb, says: [...says.filter(Boolean), now, ...again] };
 }
+
+const many = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
 
 function listed(names) {
   return names.length > 6 ? `${names.slice(0, 3).join(", ")} … ${names.slice(-2).join(", ")}` : names.join(", ");
