@@ -13,6 +13,7 @@ from smes_cli.console import errors
 
 _WITHIN_S = 60.0
 _POLL_S = 0.2
+_SETTLED_S = 2.5  # the trainer's copy of the report may be a second old, and a cut comes a second after the last step
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Addresses:
 
 
 def live_report(trainer: str, replayed: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any] | None:
-    """The report of a trainer that runs, once it has read everything that was replayed.
+    """The report of a trainer that runs, once it has read everything that was replayed and nothing changes any more.
 
     Args:
         trainer: Its base URL.
@@ -45,6 +46,7 @@ def live_report(trainer: str, replayed: dict[str, Any], should_stop: Callable[[]
         The report; None if it did not come in time, which is printed, or a stop was asked for.
     """
     deadline_s, why = time.monotonic() + _WITHIN_S, "it has not read all events"
+    before, since_s = None, time.monotonic()
     with httpx.Client(timeout=10) as client:
         while not should_stop() and time.monotonic() < deadline_s:
             try:
@@ -52,7 +54,10 @@ def live_report(trainer: str, replayed: dict[str, Any], should_stop: Callable[[]
             except (httpx.HTTPError, ValueError, KeyError) as error:
                 why = f"{type(error).__name__}: {error}"
             else:
-                if report is not None and _read_all(report, replayed):
+                now = None if report is None else {**report, "throughput": None}  # which falls as time goes on
+                if now != before:
+                    before, since_s = now, time.monotonic()
+                elif report is not None and _read_all(report, replayed) and time.monotonic() - since_s > _SETTLED_S:
                     return dict(report)
             time.sleep(_POLL_S)
     if not should_stop():

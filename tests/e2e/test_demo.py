@@ -8,11 +8,13 @@ SIGKILL, none of its processes is left running.
 import os
 import re
 import signal
+import stat
 import subprocess
 import uuid
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -93,7 +95,10 @@ def assert_served(report: dict[str, Any]) -> None:
 )
 def test_everything_on_one_machine(event_log: str, codec: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     env = {"KAFKA_HOME": str(request.getfixturevalue("kafka_home"))} if event_log == "kafka" else {}
-    demo = Demo(tmp_path, "--limit", "3000", "--rate", "2000", "--eventlog", event_log, "--codec", codec, **env)
+    arguments = ("--limit", "3000", "--rate", "2000", "--eventlog", event_log, "--codec", codec)
+    stays = event_log == "redis"
+    demo = Demo(tmp_path, *arguments, *(("--stay", "--keep", str(tmp_path / "kept")) if stays else ()), **env)
+    live = assert_stays_up(demo, tmp_path / "kept") if stays else None
     assert demo.exit_code() == 0, demo.log.read_text()
     text = demo.log.read_text()
     assert "\x1b" not in text  # plain when piped
@@ -109,6 +114,35 @@ def test_everything_on_one_machine(event_log: str, codec: str, tmp_path: Path, r
     assert (report["events"]["impressions"], report["feedback"]["received"]) == (3000, feedback)
     assert report["events"]["trained"] > 1000
     assert report["throughput"]["trained_per_s"] > 0
+    if live is not None:  # the trainer knew everything already
+        of_trainer = ("events", "feedback", "tasks", "rows", "version")
+        assert {name: live[name] for name in of_trainer} == {name: report[name] for name in of_trainer}
+        assert report["scorer"]["requests"] > live["scorer"]["requests"]
+
+
+def assert_stays_up(demo: Demo, folder: Path) -> dict[str, Any]:
+    """When the replay is through, everything answers, and the report is shown; then ask for the end.
+
+    Returns:
+        The report of this moment.
+    """
+    until_log_says(demo.log, "everything stays up until Ctrl-C: ", demo.process)
+    report, addresses = read_json(folder / "report.json"), read_json(folder / "addresses.json")
+    assert report == demo.report()
+    assert f"console: {addresses['console']}" in demo.log.read_text()
+    assert stat.S_IMODE((folder / "addresses.json").stat().st_mode) == 0o600  # it has the console's token
+    page, token = addresses["console"].split("#token=")
+    with httpx.Client(timeout=30) as http:
+        assert "<title>" in http.get(page).text
+        bearer = {"authorization": f"Bearer {token}"}
+        assert [http.post(f"{page}api/none", headers=h).status_code for h in ({}, bearer)] == [401, 405]
+        assert http.get(f"{addresses['scorer']}/health/ready").json()["version"] == report["version"]
+        shown = http.get(f"{addresses['trainer']}/v1/stats").json()["report"]
+        assert shown["tasks"] == report["tasks"]
+    lines = [line for path in (folder / "history").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len(lines) >= 5
+    demo.process.send_signal(signal.SIGINT)
+    return report
 
 
 @pytest.mark.kuairand
