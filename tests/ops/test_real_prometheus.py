@@ -6,12 +6,15 @@ goes wrong does; the documentation names the metrics that there are, and no othe
 
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 
 from simulators.synthetic import synthesize
@@ -62,6 +65,15 @@ def read(server: Prometheus) -> float:
     return float(series["value"][1])
 
 
+def is_healthy_to_compose(port: int) -> bool:
+    """What the trainer's health check of docker-compose.yml says of one on another port."""
+    *_, code = yaml.safe_load((OPS.parent / "docker-compose.yml").read_text())["services"]["trainer"]["healthcheck"][
+        "test"
+    ]
+    assert ":8001/" in code
+    return subprocess.run([sys.executable, "-c", code.replace(":8001/", f":{port}/")], check=False).returncode == 0
+
+
 def documented_metrics_are_those_there_are(server: Prometheus) -> None:
     """Both ways, with their kinds. What this run cannot have is known from the code."""
     there = {name: about[0]["type"] for name, about in server.get("metadata").items() if name.startswith("smes_")}
@@ -105,7 +117,7 @@ def _nothing_left_running() -> Iterator[None]:
     stop_started()
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_what_is_asked_is_there_and_what_goes_wrong_alerts(prometheus: None, namespace: str, tmp_path: Path) -> None:
     world, token = tmp_path / "world.parquet", tmp_path / "token"
     synthesize(world, 3000, seed=5)
@@ -162,25 +174,27 @@ def test_what_is_asked_is_there_and_what_goes_wrong_alerts(prometheus: None, nam
             return not pending
 
         try:
-            until(all_there, within_s=60)
+            until(all_there)
         except AssertionError:
             pytest.fail(f"no series: {pending}")
-        until(lambda: not server.firing(), "an end of all alerts", within_s=60)
+        until(lambda: not server.firing(), "an end of all alerts")
         assert {rule["health"] for group in server.get("rules")["groups"] for rule in group["rules"]} == {"ok"}
         assert len(server.query("count by (job) (up == 1)")) == 2
+        assert is_healthy_to_compose(ports["trainer"])
         documented_metrics_are_those_there_are(server)
 
         with closing(open_event_log(config.event_log)) as log_of_events:
             log_of_events.append(IMPRESSIONS, [OutRecord(b"no impression", (), 0)])
-        until(lambda: "SmesDeadLetters" in server.firing(), "an alert of a dead letter", within_s=30)
+        until(lambda: "SmesDeadLetters" in server.firing(), "an alert of a dead letter")
 
         store_run.close()
         fill_servers(config, rest, "json")
         impressions = totals(first)[0] + totals(rest)[0] + 1
-        until(lambda: read(server) >= impressions, "everything read", within_s=30)
+        until(lambda: read(server) >= impressions, "everything read")
         events_run.close()
         away = {"SmesPublicationFails", "SmesScorerDegraded", "SmesTrainerDegraded"}
-        until(lambda: away <= server.firing(), "alerts of servers that are away", within_s=30)
+        until(lambda: away <= server.firing(), "alerts of servers that are away")
         trainer.kill()
         until(lambda: {"SmesTrainerDown", "SmesScorerDegraded"} <= server.firing(), "an alert of a killed trainer")
         assert "SmesScorerDown" not in server.firing()
+        assert not is_healthy_to_compose(ports["trainer"])
