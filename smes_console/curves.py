@@ -69,7 +69,7 @@ class Parts:
         return len(self.lines) - int(self.starts[-1]) if len(self.starts) else 0
 
     def gaps(self) -> list[dict[str, Any]]:
-        """Where stretches are missing: ``x`` of the first one after, and how many (``missing``; 0: only time passed)."""
+        """Where stretches are missing: ``x`` of the first one after, and how many (0: only time has passed)."""
         stops = np.flatnonzero(self.interrupted).tolist()
         found = []
         for stop in stops:
