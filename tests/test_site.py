@@ -37,8 +37,8 @@ def repository(tmp_path: Path) -> Path:
         "CONTRIBUTING.md": "# How\n",
         "notes/more.md": "# More\n\n[Code](../code/run.py)",
         "code/run.py": 'print("```")  # <here>\n',
-        "docs/index.md": "# Small\n\n## Here\n\n[Changes](../CHANGELOG.md), [decided][one], [all](adr), [out](https://a.test/)"
-        "\n\n[one]: adr/0001-one.md\n\n```md\n[not](a/link.md)\n```\n",
+        "docs/index.md": "# Small\n\n## Here\n\n[Changes](../CHANGELOG.md), [decided][one], [all](adr), "
+        "[out](https://a.test/)\n\n[one]: adr/0001-one.md\n\n```md\n[not](a/link.md)\n```\n",
         "docs/adr/README.md": "# Decisions\n",
         "docs/adr/0001-one.md": "# 1. One\n\nAs [in code](../../code/run.py).\n",
     }
