@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def shell_lines(script: str) -> Iterator[list[str]]:
     for line in script.replace("\\\n", " ").splitlines():
         if found := re.search(r"(?:^|\|\| |exec |\.venv/bin/)smes (.*)", line.strip()):
             words = shlex.split(found[1], comments=True)
-            yield [w for w in words if w != "&"]
+            yield list(takewhile(lambda word: word not in {"&", "|"} and not re.match("[0-9&]?>", word), words))
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
