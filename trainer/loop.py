@@ -7,26 +7,23 @@ weights, optimiser state, id table, join state, positions and metrics are all of
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
 
 import torch
 
 from feature_store.publication import Manifest
 from smes.errors import FeatureStoreUnavailable, SmesError, StepsNotFinite, Stopped
 from smes.events import ExampleBlock
-from smes.model.deltas import RowDelta
 from smes.model.learner import Learner
-from smes_io.clock import wall_clock_ms
 from stream.dead_letters import DeadLetter
 from trainer.arms_report import ArmTallies
 from trainer.checkpoint_file import Checkpoint, CheckpointView
 from trainer.checkpoint_writer import CheckpointWriter
 from trainer.checkpoints import CheckpointDirectory
+from trainer.cut_offers import CutOffers
 from trainer.cuts import Cut
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.failed_steps import DEFAULT_MAX_FAILED_STEPS, FailedSteps
 from trainer.feature_figures import SampledFeatures
-from trainer.freshness import FeedbackArrivals
 from trainer.gated_cuts import GatedCuts
 from trainer.lineages import lineage_to_publish, new_lineage, root_of
 from trainer.observers import BatchSender, DelayedResults, Observer
@@ -57,10 +54,9 @@ class Trainer:
         lineage: Name of this history of weights.
         experts: What the routing executed.
         arms: How well the scorer's arms served.
-        publisher: Publishes cuts for serving; None until :meth:`publish_to`.
+        offers: Offers its cuts for serving.
         schemas: From which the lineage was carried over.
         times: What the time goes to.
-        cut_ms: When the newest cut was taken, Unix milliseconds; None before the first one of this process.
         writer: Writes checkpoints; None without a folder for them.
         failed: Counts steps that failed.
 
@@ -105,10 +101,9 @@ class Trainer:
         self._flags, self._checkpoints = flags, checkpoints
         self.writer = CheckpointWriter(checkpoints) if checkpoints else None
         self.times = PartTimes()
-        self.cut_ms: int | None = None
-        self._features = SampledFeatures(learner)
+        features = SampledFeatures(learner)
         ahead = learner.overlaps_copies if prefetch is None else prefetch
-        self._sender = BatchSender(learner, ahead=ahead, first=self._features.see)
+        self._sender = BatchSender(learner, ahead=ahead, first=features.see)
         self._observers: list[Observer] = []
         self._results = DelayedResults(self._observers)
         self._routing = RoutingObserver(learner, self.experts, self._results.deliver)
@@ -126,12 +121,26 @@ class Trainer:
         self._state = TrainingState(learner, stream, evaluation, self.experts, self.arms, gate, stretches)
         if stretches is not None:
             stretches.follow(lambda: (learner.step_number, self.trained, self._event_time_ms))
-        self.publisher: Publisher | None = None
         self.schemas = SchemasBefore()
-        self._arrivals = FeedbackArrivals(stream.taken_times)
         self._event_time_ms: int | None = None
-        self._cut_step = -1
-        self._first_cut_step = 0
+        self.offers = CutOffers(
+            self._state,
+            features,
+            gated,
+            event_time_ms=lambda: self._event_time_ms,
+            deliver=self._results.deliver,
+            forget_sent=self._sender.forget,
+        )
+
+    @property
+    def publisher(self) -> Publisher | None:
+        """Publishes cuts for serving; None until :meth:`publish_to`."""
+        return self.offers.publisher
+
+    @property
+    def cut_ms(self) -> int | None:
+        """When the newest cut was taken, Unix milliseconds; None before the first one of this process."""
+        return self.offers.cut_ms
 
     @property
     def event_time_ms(self) -> int | None:
@@ -216,12 +225,12 @@ class Trainer:
                 descend from, ≥ 1.
         """
         self.lineage = lineage_to_publish(self.lineage, self.learner.step_number, served, listed)
+        first_step = 0
         if served is not None or unreadable:
             stranger = served is None or root_of(served.lineage) != root_of(self.lineage)
-            self._first_cut_step = steps_before_replacing if stranger else 1
-        self.publisher = open_publisher(self.lineage)
-        self.observe(self._arrivals)
-        self._features.start()
+            first_step = steps_before_replacing if stranger else 1
+        self.offers.open(open_publisher(self.lineage), first_step)
+        self.observe(self.offers.arrivals)
         if self.learner.step_number:
             self.cut()
 
@@ -384,76 +393,18 @@ class Trainer:
 
     def _close_publisher(self) -> bool:
         """Close the publisher, if any; whether everything was published."""
-        refused = self.gated is not None and self.gated.gate.refuses
-        take_full = None if refused else lambda: self.take_cut(full=True)
-        published = self.publisher is None or self.publisher.close(take_full=take_full)
+        published = self.offers.close()
         if not published:
             _logger.error("the last snapshot, of step %d, was not published", self.learner.step_number)
         return published
 
     def cut(self) -> None:
-        """Offer the present weights to serving, unless the last cut has the same ones.
+        """Offer the present weights to serving; see :meth:`trainer.cut_offers.CutOffers.offer`."""
+        self.offers.offer()
 
-        Weights without a step are offered only where nothing is in service yet.
-        """
-        step, publisher = self.learner.step_number, self.publisher
-        if publisher is None or step < self._first_cut_step:
-            return
-        full = publisher.wants_full
-        if step == self._cut_step and not (full and publisher.has_owed):
-            return
-        if self.gated is not None:
-            self._cut_gated(self.gated, publisher, full=full)
-            return
-        self._cut_step = step
-        publisher.offer(self.take_cut(full=full, base=publisher.wants_base))
-
-    def _cut_gated(self, gated: GatedCuts, publisher: Publisher, *, full: bool) -> None:
-        """Offer the present weights if the gate lets them pass. If not, they are kept aside, or go back."""
-        self._results.deliver()
-        step = self.learner.step_number
-        outcome = gated.judge(step, publisher)
-        if outcome == "skip":
-            return
-        if outcome == "go_back":
-            gated.go_back(step)
-            self.evaluation.reopen()
-            self._sender.forget()
-        cut = self.take_cut(full=full or outcome == "go_back", base=outcome != "hold" and publisher.wants_base)
-        if outcome == "hold" or (outcome == "publish" and gated.refuses_weights(cut)):
-            publisher.offer(replace(cut, held=gated.gate.reason))
-            return
-        self._cut_step = step
-        publisher.offer(cut)
-        if outcome == "publish":
-            gated.published(step)
-
-    def take_cut(self, *, full: bool, base: bool = False) -> Cut:
-        """The present weights: all of them, or what changed since the last cut, and for a base all of them as well."""
-        self._results.deliver()
-        deltas: tuple[RowDelta, ...] = ()
-        if full:
-            self.learner.skip_delta()
-        else:
-            deltas = (self.learner.take_delta(),)
-        view = self.learner.full_view() if full or base else None
-        self.cut_ms = wall_clock_ms()
-        return Cut(
-            step=self.learner.step_number,
-            dense=self.learner.dense_serving_state() if view is None else view.dense,
-            deltas=deltas,
-            view=view,
-            positions=self.stream.positions_by_topic(),
-            event_time_ms=self._event_time_ms,
-            metrics={
-                "tasks": {name: asdict(metrics) for name, metrics in self.evaluation.progressive().items()},
-                "experts": self.experts.summary(),
-                **({"gate": self.gated.gate.summary()} if self.gated else {}),
-                **({"features": features} if (features := self._features.summary()) else {}),
-            },
-            cut_ms=self.cut_ms,
-            feedback=self._arrivals.take(),
-        )
+    def take_cut(self, *, full: bool) -> Cut:
+        """The present weights: all of them, or what changed since the last cut."""
+        return self.offers.take(full=full)
 
     def checkpoint(self) -> None:
         """Write the whole present state to disk; when this returns, it is there.

@@ -193,7 +193,7 @@ def test_killed_anywhere_it_goes_on_bit_for_bit(
     killed.checkpoint()
     again = trainer_of(log, gate, tmp_path)
     assert again.restore() == kill_at
-    again.publisher = killed.publisher
+    again.offers.publisher = killed.publisher
     for _ in cuts(again):
         pass
     assert again.gated is not None
