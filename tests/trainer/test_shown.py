@@ -207,7 +207,7 @@ def test_experts_over_time_are_the_routing_report_and_the_text_is_made_once(log:
 
 
 def test_lines_and_statistics_of_40_tasks_and_256_experts_are_bounded() -> None:
-    T, E, P, K = 40, 256, 512, 8
+    T, E, P, K = 40, 256, 64, 8
     rng = np.random.default_rng(0)
     names = [f"task_of_{t:02d}" for t in range(T)]
     load_TE = rng.integers(0, 100_000, (T, E))
