@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from smes_cli.config import Config
 
 _TIMEOUT_S = 2.0
-_OLD_CUTS = 30
-"""A version in service is old beyond so many snapshot intervals, and beyond `_OLD_S`."""
-_OLD_S = 60.0
 
 Section = dict[str, Any]
 
@@ -146,13 +143,11 @@ def _scorer(config: "Config", url: str | None) -> Section:
 
 
 def _alarms(config: "Config", snapshots: Section, scorer: Section, unread: int) -> list[str]:
+    from smes_console.deployment import stale
+
     found = []
-    oldest_s = max(_OLD_S, _OLD_CUTS * config.trainer.snapshot_interval_s)
-    if unread and snapshots.get("age_s", 0.0) > oldest_s:  # without events there is nothing to publish
-        found.append(
-            f"snapshots: the newest is {snapshots['age_s']:,.0f} s old and {unread:,} events are unread, expected at "
-            f"most {oldest_s:,.0f} s"
-        )
+    if text := stale(snapshots.get("age_s", 0.0), unread, config.trainer.snapshot_interval_s):
+        found.append(f"snapshots: {text}")
     if snapshots.get("published") == 0:
         found.append("snapshots: none was published yet")
     if snapshots.get("held"):

@@ -16,7 +16,7 @@ def store_state(sources: Sources) -> Reached[dict[str, Any]]:
 
     def state() -> dict[str, Any]:
         store = sources.snapshots()
-        publisher, manifest = store.publisher(), store.current()
+        publisher, manifest, decision = store.publisher(), store.current(), store.pins.decision()
         gate = manifest.metrics.get("gate") if manifest else None
         return {
             "publisher": {"name": publisher.name, "since_ms": publisher.since_ms} if publisher else None,
@@ -33,7 +33,7 @@ def store_state(sources: Sources) -> Reached[dict[str, Any]]:
                 "positions": manifest.positions,
                 "refused_in_a_row": gate.get("refused_in_a_row") if isinstance(gate, dict) else None,
             },
-            "pinned": store.pins.last is not None and store.pins.last.pins,
+            "pinned": decision is not None and decision.pins,
             "held": len(store.held()),
         }
 
@@ -156,15 +156,27 @@ def _of_store(sources: Sources, store: dict[str, Any], log: dict[str, Any] | Non
     if current is None:
         return [*found, Alarm("snapshots", "none was published yet")]
     age_s = max(0.0, (wall_clock_ms() - current["created_ms"]) / 1000)
-    oldest_s = max(_OLD_S, _OLD_CUTS * sources.places.snapshot_interval_s)
     beyond = sum(unread(log, current["positions"]).values()) if log else 0
-    if beyond and age_s > oldest_s:  # without events there is nothing to publish
-        found.append(
-            Alarm(
-                "snapshots",
-                f"the newest is {age_s:,.0f} s old and {beyond:,} records are unread, "
-                f"expected at most {oldest_s:,.0f} s",
-                current["created_ms"] + round(oldest_s * 1000),
-            )
-        )
+    interval_s = sources.places.snapshot_interval_s
+    if text := stale(age_s, beyond, interval_s):
+        found.append(Alarm("snapshots", text, current["created_ms"] + round(oldest_s(interval_s) * 1000)))
     return found
+
+
+def oldest_s(snapshot_interval_s: float) -> float:
+    """How old the newest version may be while there is something to train on, seconds."""
+    return max(_OLD_S, _OLD_CUTS * snapshot_interval_s)
+
+
+def stale(age_s: float, beyond: int, snapshot_interval_s: float) -> str | None:
+    """That the newest version is too old, in words; None if it is not, or nothing is left to train on.
+
+    Args:
+        age_s: Its age.
+        beyond: Records that it has not read.
+        snapshot_interval_s: Seconds between two cuts.
+    """
+    most_s = oldest_s(snapshot_interval_s)
+    if not beyond or age_s <= most_s:
+        return None
+    return f"the newest is {age_s:,.0f} s old and {beyond:,} records are unread, expected at most {most_s:,.0f} s"

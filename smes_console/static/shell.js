@@ -1,7 +1,6 @@
 // The frame of all pages: links between them, the head, the refresh loop, the keys and the token.
 
 import { createApi, token } from "./lib/api.js";
-import * as charts from "./lib/charts.js";
 import { h, show } from "./lib/dom.js";
 import * as format from "./lib/format.js";
 import * as palette from "./lib/palette.js";
@@ -19,7 +18,7 @@ const PAGES = [
 
 const at = (id) => document.getElementById(id);
 const root = at("page");
-const context = { api: createApi(askForToken), format, charts, table, palette };
+const context = { api: createApi(askForToken), format, table, palette };
 let page = null; // {name, view}
 let paused = false;
 let turn = 0; // counts the pages that were opened, so that a slow one does not replace a later one
@@ -117,8 +116,11 @@ async function head() {
     [source, text.startsWith(source) ? text.slice(source.length).replace(/^:? /, "") : text, since_ms],
   );
   const shown = JSON.stringify(wanted);
-  if (at("alarms").dataset.shown === shown) return; // a screen reader would read them again
+  if (at("alarms").dataset.shown === shown) return;
   at("alarms").dataset.shown = shown;
+  // Read aloud when something else is wrong, and not whenever a number in it grows.
+  const aloud = wanted.map(([source, text]) => `${source}: ${text}`).join(". ");
+  if (aloud.replace(/\d+/g, "") !== at("said").textContent.replace(/\d+/g, "")) at("said").textContent = aloud;
   at("alarms").replaceChildren(...wanted.map(([source, text, since]) => alarm(source, text, since)));
 }
 

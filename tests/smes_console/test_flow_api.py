@@ -43,17 +43,19 @@ AWAY_WITHIN_S = 3.0
 
 @pytest.fixture
 def log(redis_url: str, namespace: str) -> Iterator[EventLog]:
-    """An event log on Redis, with 2,000 impressions and their feedback."""
+    """An event log on Redis, with 1,500 impressions and their feedback."""
     with closing(open_event_log(EventLogConfig(redis_url=redis_url, namespace=namespace))) as log:
         for topic in (IMPRESSIONS, FEEDBACK):
             log.ensure_topic(topic, 2)
-        fill(log, 2000)
+        fill(log, 1500)
         yield log
 
 
 def publish(redis_url: str, namespace: str, *, age_s: float, positions: dict[str, dict[str, int]]) -> None:
+    """Publish version 7 of lineage ``a``, and pin it."""
     with closing(connect(redis_url, 5.0)) as client:
-        SnapshotStore(client, namespace).publish(
+        store = SnapshotStore(client, namespace)
+        store.publish(
             version_payload(7, {"lineage": "a", "version": "7", "schema_hash": "made"}),
             lineage="a",
             version=7,
@@ -62,6 +64,7 @@ def publish(redis_url: str, namespace: str, *, age_s: float, positions: dict[str
             created_ms=wall_clock_ms() - round(1000 * age_s),
             positions=positions,
         )
+        store.operator.pin(7, by="a test")
 
 
 def trainer_on(log: EventLog) -> tuple[Trainer, Stretches]:
@@ -142,7 +145,7 @@ def test_what_is_shown_of_a_trainer_is_its_report(
     redis_url: str, namespace: str, log: EventLog, tmp_path: Path
 ) -> None:
     trainer, stretches = trainer_on(log)
-    while trainer.stream.ledger().impressions < 2000:
+    while trainer.stream.ledger().impressions < 1500:
         trainer.stream.poll(0.1)
     train_to_the_end(trainer)
     report = training_report(trainer, seconds=1, trained=trainer.trained).to_dict()
@@ -182,7 +185,7 @@ def test_without_a_trainer_the_newest_version_says_what_was_read(
         ends = {topic: {p.partition: end for p, end in log.end(topic).items()} for topic in (IMPRESSIONS, FEEDBACK)}
         beyond = {IMPRESSIONS: ends[IMPRESSIONS][0] - 100, FEEDBACK: sum(ends[FEEDBACK].values())}
         assert (flow["log"]["read_by"], flow["log"]["unread"]) == ("newest version", beyond)
-        assert (flow["store"]["current"]["version"], flow["store"]["pinned"], flow["store"]["held"]) == (7, False, 0)
+        assert (flow["store"]["current"]["version"], flow["store"]["pinned"], flow["store"]["held"]) == (7, True, 0)
         head = http.get("/api/header").json()
         assert {name: head["in_service"][name] for name in ("source", "lineage", "version")} == {
             "source": "snapshots",

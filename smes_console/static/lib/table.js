@@ -2,8 +2,8 @@
 
 import { h, show } from "./dom.js";
 
-// columns: [{key, title, hint?, format?(value, row) → text or element, numeric?, figure?(row) → name, head?: row header,
-//   sort?: false}]
+// columns: [{key, title, hint?, format?(value, row) → text or element, numeric?, figure?(row) → name,
+//   head?: whether it is the row's header, sort?: false}]
 // Options: caption, key(row) → identity, onSelect?(row), rowClass?(row), empty?: text.
 // Gives {element, update(rows)}.
 export function table({ caption, columns, key, onSelect, rowClass, empty = "nothing" }) {

@@ -175,8 +175,11 @@ export function mount(root, { api, format, table }) {
   row("scorer", "scorer.waiting", "queue", (d) => d.scorer.waiting, number, {
     hint: "Requests that wait to be scored",
   });
-  row("scorer", "scorer.p50_ms", "answer, median", (d) => d.scorer.latency_ms?.p50, duration);
-  row("scorer", "scorer.p99_ms", "99 of 100 within", (d) => d.scorer.latency_ms?.p99, duration);
+  for (const [key, label] of [["p50", "answers, half in"], ["p99", "99 of 100 in"]]) {
+    row("scorer", `recent_latency_ms.${key}`, label, (d) => d.scorer.recent_latency_ms?.[key], duration, {
+      hint: "From a request's arrival to its answer, over the last ten seconds",
+    });
+  }
   row("service", "rates.requests", "asks", (d) => asked(d), rate, {
     hint: "Scoring requests, over the last ten seconds",
   });
@@ -189,7 +192,7 @@ export function mount(root, { api, format, table }) {
   ledger("letters", "feedback", "dead_lettered", "feedback");
   chart.card("letters").body.append(h("p", {}, h("a", { href: "#/letters" }, "look at them")));
 
-  const asked = (d) => d.scorer.rates?.requests ?? recent.requests;
+  const asked = (d) => d.scorer.rates?.requests;
   const kept = (topic) => {
     if (!topic) return null;
     const sum = (offsets) => Object.values(offsets).reduce((total, each) => total + each, 0);
@@ -198,12 +201,12 @@ export function mount(root, { api, format, table }) {
 
   // ---- rates of what is only counted, over the last ten seconds that this page has seen
 
-  const recent = { requests: null, published: null, swaps: null };
+  const recent = { published: null, swaps: null };
   const samples = [];
 
   function remember({ at_ms, trainer, scorer }) {
     const published = trainer.ended ? undefined : trainer.report?.snapshots?.published;
-    samples.push({ at_ms, published, requests: scorer.requests, swaps: scorer.swaps });
+    samples.push({ at_ms, published, swaps: scorer.swaps });
     while (samples.length > 2 && samples[1].at_ms <= at_ms - OVER_MS) samples.shift();
     const [first, last] = [samples[0], samples.at(-1)];
     for (const name of Object.keys(recent)) {
