@@ -11,7 +11,10 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 _read: Any = nbformat.read
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the kernel's client
+]
 
 
 def printed(cell: Any) -> str:
