@@ -33,10 +33,10 @@ ROUTING = RoutingHistoryConfig(first_steps=4, most_segments=4, probe=16)
 
 @pytest.fixture(scope="module")
 def log() -> InMemoryLog:
-    """3,000 impressions."""
+    """2,000 impressions."""
     torch.set_num_threads(1)
     log = open_log()
-    fill(log, 3000)
+    fill(log, 2000)
     return log
 
 
@@ -116,9 +116,9 @@ def test_a_report_every_time_changes_no_bit_and_at_rest_is_the_last_one(log: InM
     assert any(full)
     assert len(reports) > 20
     assert {name: n for name, n in shown()["events"].items() if n} == {
-        "impressions": 3000,
+        "impressions": 2000,
         "trained": trainer.trained,
-        "waiting": 3000 - trainer.trained,
+        "waiting": 2000 - trainer.trained,
     }
     last = shown()
     assert last == training_report(trainer, seconds=1, trained=trainer.trained).to_dict()
