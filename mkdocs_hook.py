@@ -7,6 +7,7 @@ The pages are written for a checkout: they link to files of the repository by re
 - the decisions (``docs/adr``) are listed in the navigation, and notebooks (``notebooks/``) are pages;
 - Markdown that GitHub reads and Python-Markdown reads otherwise is an error;
 - whatever a page refers to, in what was built at last, is there, with the anchor, and nothing is loaded from elsewhere;
+- docstrings are shown without what only Sphinx or a doctest reads (:class:`Docstrings`);
 - external links are only listed, in ``external-links.txt`` beside the site: nothing is asked of another host.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
@@ -31,6 +33,22 @@ _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml",
 
 log = logging.getLogger("mkdocs.smes")
 external: set[str] = set()
+
+
+class Docstrings(griffe.Extension):
+    """Makes docstrings Markdown (``mkdocs.yml`` names it among the extensions of mkdocstrings)."""
+
+    def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: object) -> None:
+        """Change the docstring of one object."""
+        if obj.docstring is not None:
+            obj.docstring.value = in_markdown(obj.docstring.value)
+
+
+def in_markdown(docstring: str) -> str:
+    """A docstring with names in place of Sphinx's roles, and with sessions of Python in fences."""
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", docstring)
+    text = re.sub(r" *# doctest: \+\w+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"^>>> .*(?:\n.+)*", lambda session: f"```pycon\n{session[0]}\n```", text, flags=re.MULTILINE)
 
 
 def outside_fences(text: str, change: Callable[[str], str]) -> str:
@@ -110,7 +128,8 @@ def shown(path: str) -> str:
     if path.endswith(".md"):
         return text
     fence = "`" * (max(map(len, re.findall("`+", text)), default=2) + 1) if "```" in text else "```"
-    return f"# {path}\n\n{fence}{_LANGUAGES.get(Path(path).suffix, 'text')}\n{text.rstrip()}\n{fence}\n"
+    head = "---\nsearch: {exclude: true}\n---\n\n"  # who looks for a word looks for pages
+    return f"{head}# {path}\n\n{fence}{_LANGUAGES.get(Path(path).suffix, 'text')}\n{text.rstrip()}\n{fence}\n"
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:

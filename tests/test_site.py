@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mkdocs_hook import misread
+from mkdocs_hook import in_markdown, misread
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -106,3 +106,9 @@ def test_what_leads_nowhere_is_an_error(repository: Path) -> None:
 )
 def test_what_python_markdown_reads_otherwise_is_found(text: str, lines: list[int]) -> None:
     assert [int(problem.split()[1].rstrip(":")) for problem in misread(text)] == lines
+
+
+def test_docstrings_become_markdown() -> None:
+    docstring = "As :meth:`smes.schema.Schema.of`.\n\n>>> a = 1  # doctest: +SKIP\n>>> a\n1\n\nThen :class:`~x.Y`."
+
+    assert in_markdown(docstring) == "As `of`.\n\n```pycon\n>>> a = 1\n>>> a\n1\n```\n\nThen `Y`."
