@@ -54,6 +54,11 @@ class Parts:
         """The positions; where something is missing one stands between, whose value is None."""
         return _with_gaps(self.x, self, between=True)
 
+    def breaks(self) -> list[int]:
+        """Where in the lists something is missing; elsewhere None only says that a stretch has no such figure."""
+        at = np.flatnonzero(self.interrupted)
+        return (at + np.arange(len(at))).tolist()
+
     def listed(self, values: F64) -> list[float | None]:
         """A figure of the points; None where there is none, and where something is missing."""
         return [None if value is None or value != value else round(value, 6) for value in _with_gaps(values, self)]

@@ -27,7 +27,8 @@ OF_REGRESSION: dict[str, str | None] = {
 }
 """What is shown of a regression task beside a metric of binary tasks: the order, the size of errors, or the bias."""
 
-_BASE_RATE_POINTS, _FEW_POSITIVES = 48, 10
+_BASE_RATE_POINTS, _FEW_POSITIVES = 32, 30
+_SIMILAR = 0.1  # numbers of windows
 _EARLIER_RUNS = 3  # of the same folder
 _MANIFEST_FRESH_S = 30.0
 _Object = dict[str, Any]
@@ -241,7 +242,12 @@ def _of_tasks(lines: Sequence[Line], question: Question, names: Sequence[str]) -
             values[name] = {"grid": grid, "y": curve}
     return {
         "grids": {
-            grid: {"x": parts.listed_x(), "stretches_a_point": parts.stretches_a_point, "newest": parts.newest}
+            grid: {
+                "x": parts.listed_x(),
+                "breaks": parts.breaks(),
+                "stretches_a_point": parts.stretches_a_point,
+                "newest": parts.newest,
+            }
             for grid, parts in grids.items()
         },
         "values": values,
@@ -276,20 +282,29 @@ def _overlap(one: Sequence[Line], other: Sequence[Line], axis: Axis) -> bool:
 
 
 def _difference(main: Sequence[Line], other: Sequence[Line], metric: str) -> _Object | None:
-    """Task → value of the watched run minus that of the other one, over the impressions that both have trained on."""
+    """By how much a figure of each task is larger in the watched run, over the impressions that both have trained on.
+
+    ``from`` and ``to`` are those impressions. GAUC is not compared where the numbers of windows differ: then ``windows``
+    has them.
+    """
     if not main or not other:
         return None
     low = max(main[0].trained - main[0].impressions, other[0].trained - other[0].impressions)
     high = min(main[-1].trained, other[-1].trained)
     ours, theirs = ([line for line in lines if low < line.trained <= high] for lines in (main, other))
+    windows = [sum(line.windows for line in lines) for lines in (ours, theirs)]
+    # The longer a window, the older are the weights that its GAUC is by.
+    is_alike = metric != "gauc_windowed" or abs(windows[0] - windows[1]) <= _SIMILAR * max(windows)
     tasks: dict[str, float | None] = {}
     for name in main[-1].tasks:
-        for figure in (metric, OF_REGRESSION[metric]):
-            if figure is None or tasks.get(name) is not None:
-                continue
-            one, another = whole(ours, name, figure), whole(theirs, name, figure)
-            tasks[name] = None if one is None or another is None else one - another
-    return {"from": low, "to": high, "tasks": tasks}
+        figures = (metric if is_alike else None, OF_REGRESSION[metric])
+        tasks[name] = next((value for f in figures if f and (value := _minus(ours, theirs, name, f)) is not None), None)
+    return {"from": low, "to": high, "windows": None if is_alike else windows, "tasks": tasks}
+
+
+def _minus(ours: Sequence[Line], theirs: Sequence[Line], task: str, figure: str) -> float | None:
+    one, other = whole(ours, task, figure), whole(theirs, task, figure)
+    return None if one is None or other is None else one - other
 
 
 def _base_rates(parts: Parts, names: Sequence[str]) -> _Object:
@@ -308,12 +323,12 @@ def _base_rates(parts: Parts, names: Sequence[str]) -> _Object:
         rate, some = positives.sum() / examples.sum(), examples > 0
         spread = ((positives - examples * rate)[some] ** 2 / (examples[some] * rate * (1 - rate))).mean()
         tasks[name] = {"y": values, "rate": rate, "spread": round(float(spread), 2)}
-    return {"x": parts.listed_x(), "tasks": tasks}
+    return {"x": parts.listed_x(), "breaks": parts.breaks(), "tasks": tasks}
 
 
 def _routing(parts: Parts) -> _Object:
     """Figures of the experts at the end of each point; null where something is missing."""
-    columns: _Object = {"x": parts.listed_x()}
+    columns: _Object = {"x": parts.listed_x(), "breaks": parts.breaks()}
     for key in ("drift", "load_skew", "dead", "active_mean"):
         values = [line.experts.get(key) for line in parts.ends()]
         columns[key] = parts.listed(np.array([np.nan if value is None else value for value in values], np.float64))

@@ -164,6 +164,14 @@ export function curveChart({ key, height, isTime, onRange, onWhole, onPoint }) {
   };
 }
 
+export const isNumber = (value) => value !== null && value !== undefined;
+
+// A curve as it is drawn: interrupted where something is missing (null), and not where a stretch has no such figure.
+export function curveOf({ x, breaks }, y) {
+  const missing = new Set(breaks);
+  return { x, y: y.map((value, n) => (value === null && !missing.has(n) ? undefined : value)) };
+}
+
 const joined = (curves) => (curves.length ? uPlot.join(curves.map(({ x, y }) => [x, y])) : [[]]);
 
 // A range of x with room; never empty.
@@ -172,17 +180,18 @@ function widened(low, high) {
   return low === high ? [low - 1, high + 1] : [low, high];
 }
 
-// From the 2nd to the 98th percentile of the first curve, and as much again on each side; null for few points.
+// From the 2nd to the 98th percentile of the curves, and as much again on each side; null for few points.
 export function usualOf(curves) {
-  const known = (curves[0]?.y ?? []).filter((value) => value !== null).sort((a, b) => a - b);
+  const known = curves.flatMap(({ y }) => y.filter(isNumber)).sort((a, b) => a - b);
   if (known.length < ROBUST_FROM) return null;
   const [low, high] = [known[Math.floor(known.length * 0.02)], known[Math.ceil(known.length * 0.98) - 1]];
   return [low - (high - low), high + (high - low)];
 }
 
-// The value of a curve nearest to x, and that x; null where it is interrupted or has ended.
+// The value of a curve nearest to x, and that x; null where it has none.
 export function nearest(curve, x) {
-  const { x: xs, y } = curve;
+  const known = curve.y.map((_, n) => n).filter((n) => isNumber(curve.y[n]));
+  const [xs, y] = [known.map((n) => curve.x[n]), known.map((n) => curve.y[n])];
   if (!xs.length || x === null) return null;
   let [low, high] = [0, xs.length - 1];
   while (high - low > 1) {
@@ -191,7 +200,7 @@ export function nearest(curve, x) {
     else high = middle;
   }
   const at = Math.abs(xs[low] - x) <= Math.abs(xs[high] - x) ? low : high;
-  return y[at] === null ? null : { x: xs[at], value: y[at] };
+  return { x: xs[at], value: y[at] };
 }
 
 // Times as short as the distance of the ticks allows, in UTC; a day's name where a day begins.

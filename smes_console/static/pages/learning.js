@@ -1,6 +1,6 @@
 // Metrics of each task over time: small charts, with other runs and the version in service, and the figures beside.
 
-import { curveChart, nearest, placeText, usualOf } from "../lib/curves.js";
+import { curveChart, curveOf, isNumber, nearest, placeText, usualOf } from "../lib/curves.js";
 import { figure, h, show } from "../lib/dom.js";
 
 export const title = "Learning";
@@ -18,7 +18,7 @@ const METRICS = {
 };
 const CHOICES = ["gauc_windowed", "auc", "ne", "calibration", "ece", "base_rate"];
 const AXES = { event_time: "event time", wall_time: "wall time", impressions: "impressions trained on" };
-const TOGETHER = { 0: "≥ 50 positives", 1: "each window", 4: "4 windows", 16: "16 windows", 64: "64 windows" };
+const TOGETHER = { 0: "≥ 50 positives", 1: "a stretch", 4: "4 stretches", 16: "16 stretches", 64: "64 stretches" };
 const RANGES = { 1: "all", 2: "newest half", 4: "newest quarter", 10: "newest tenth", chosen: "as drawn" };
 const ORDERS = { schema: "of the schema", dense: "densest first", rare: "rarest first", worst: "worst first" };
 const SHOWN = { all: "all tasks", dense: "dense tasks", rare: "rare tasks", regression: "regression tasks" };
@@ -41,7 +41,7 @@ export function mount(root, context) {
 
   // ---- what stands on the page
 
-  const source = h("p", { class: "quiet" });
+  const source = h("p", { class: "quiet", title: "A stretch ends when a window of the evaluation has closed, and also by the clock or by count where trainer.history says so" });
   const problems = h("div", { role: "status" });
   const select = (name, label, options, change) =>
     h("label", {}, label, h("select", { name, onchange: (event) => change(event.target.value) }, options.map(([value, text]) => h("option", { value }, text))));
@@ -80,7 +80,7 @@ export function mount(root, context) {
         figure: (row) => `headline.${row.name}.${each}`,
       })),
     ],
-    empty: "no report yet",
+    empty: "no report",
   });
   headline.element.classList.add("headline");
   const stream = h("div", { class: "grid" });
@@ -223,7 +223,7 @@ export function mount(root, context) {
     const parts = [];
     if (newest) {
       const from = history.kind === "trainer" ? `the trainer at ${history.where}` : history.where;
-      parts.push(`${format.number(history.lines)} windows of ${from}; lineage ${newest.lineage}, newest window at step `);
+      parts.push(`${format.number(history.lines)} stretches from ${from}; lineage ${newest.lineage}, the newest ends at step `);
     }
     const line = newest
       ? [...parts, figure("newest.step", format.number(newest.step), newest.step), ", ", figure("newest.trained", format.number(newest.trained), newest.trained), ` impressions, event time ${format.utc(newest.event_time_ms)} UTC. `]
@@ -232,7 +232,7 @@ export function mount(root, context) {
       ? [`Report of the ${sources.report.kind === "trainer" ? "running trainer" : "run, which has ended"} as of ${format.clock(sources.report.at_ms)} UTC, step `, figure("report.version", format.number(report.version), report.version), "."]
       : [];
     replaceIfOther(source, [...line, ...reportAt]);
-    const wrong = [];
+    const [wrong, notes] = [[], []];
     for (const [name, { problem, since_ms: since }] of Object.entries(sources)) {
       const what = { history: "Curves", report: "Report", snapshots: "Version in service" }[name];
       if (problem && !(name === "report" && sources.history.kind)) wrong.push(`${what}: ${problem}${since ? ` (${format.since(since)})` : ""}`);
@@ -240,10 +240,13 @@ export function mount(root, context) {
     if (!report && sources.report.problem && sources.history.kind) wrong.push(`Figures of the whole run: ${sources.report.problem}`);
     for (const each of curves?.compared ?? []) {
       if (each.problem) wrong.push(`Baseline ${each.name}: ${each.problem}`);
-      else if (!each.is_beside && each.lineage) wrong.push(`${each.name} has no part of the ${AXES[choice.axis]} axis in common with this run: its curve is not drawn here, and is over other axes.`);
+      else if (!each.is_beside && each.lineage) notes.push(`${each.name} has no part of the ${AXES[choice.axis]} axis in common with this run: its curve is not drawn.`);
     }
-    if (service && !service.is_of_run) wrong.push(`Version in service ${service.lineage}:${service.version} is of another run than these curves.`);
-    replaceIfOther(problems, wrong.map((text) => h("p", { class: "problem" }, text)));
+    for (const { name, difference } of curves?.compared ?? []) {
+      if (difference?.windows) notes.push(`GAUC is not compared with ${name}: it is by ${format.number(difference.windows[1])} windows there and by ${format.number(difference.windows[0])} here, over the same impressions.`);
+    }
+    if (service && !service.is_of_run) notes.push(`Version in service ${service.lineage}:${service.version} is of another run than these curves.`);
+    replaceIfOther(problems, [...wrong.map((text) => h("p", { class: "problem" }, text)), ...notes.map((text) => h("p", { class: "quiet" }, text))]);
     sayLegend(service);
     sayCompared();
     sayFigures();
@@ -255,7 +258,7 @@ export function mount(root, context) {
     const changed = (curves?.run.lineage_changes ?? []).slice(-3).map(({ x, lineage }) => `${placeText(x, isTime())} → ${lineage}`).join("; ");
     const gaps = curves?.run.gaps ?? [];
     const gap = gaps.at(-1);
-    const lost = gap ? ` The lines are interrupted ${gaps.length === 1 ? "once" : `${gaps.length} times`}, the last time before ${placeText(gap.x, isTime())}${gap.missing ? `: ${format.number(gap.missing)} windows were not written` : ""}.` : "";
+    const lost = gap ? ` The lines are interrupted ${gaps.length === 1 ? "once" : `${gaps.length} times`}, the last time before ${placeText(gap.x, isTime())}${gap.missing ? `: ${format.number(gap.missing)} stretches were not written` : ""}.` : "";
     const texts = [
       `${said.title}: ${said.better}.${regression}`,
       service && service.x !== null ? ` ▼ cut of the version in service, ${service.lineage}:${service.version}.` : "",
@@ -319,7 +322,7 @@ export function mount(root, context) {
   }
 
   function badness(task) {
-    const value = runValue(task, figureOf(task)) ?? newestValue(task, figureOf(task));
+    const value = runValue(task, figureOf(task)) ?? lastOf(task);
     if (value === null) return -Infinity;
     const { title: name } = METRICS[figureOf(task)];
     if (name === "calibration") return Math.abs(Math.log(Math.max(value, 1e-9)));
@@ -327,7 +330,6 @@ export function mount(root, context) {
     return ["GAUC", "AUC", "XAUC", "base rate"].includes(name) ? -value : value;
   }
 
-  const newestValue = (task, name) => answer.newest?.tasks[task.name]?.[name] ?? null;
   const runValue = (task, name) => answer.report?.tasks[task.name]?.[name] ?? null;
   const text = (name, value) => (name === "base_rate" ? format.percent(value, 2) : format.number(value));
 
@@ -386,17 +388,20 @@ export function mount(root, context) {
 
   function curveFrom(run, task) {
     const values = run.values[task];
-    return values ? { x: run.grids[values.grid].x, y: values.y } : null;
+    return values ? curveOf(run.grids[values.grid], values.y) : null;
   }
+
+  // The newest point of a task's curve.
+  const lastOf = (task) => curves?.run.values[task.name]?.y.findLast(isNumber) ?? null;
 
   function outsideOf(curves_) {
     const usual = usualOf(curves_);
-    return usual ? curves_[0].y.filter((value) => value !== null && (value < usual[0] || value > usual[1])).length : 0;
+    return usual ? curves_.flatMap(({ y }) => y).filter((value) => isNumber(value) && (value < usual[0] || value > usual[1])).length : 0;
   }
 
   function spoken(panel, said) {
     const [own] = panel.curves;
-    const values = (own?.y ?? []).filter((value) => value !== null);
+    const values = (own?.y ?? []).filter(isNumber);
     if (!values.length) return `${said} of ${panel.task.name}: no value yet`;
     const [low, high] = [Math.min(...values), Math.max(...values)];
     return `${said} of ${panel.task.name} over ${AXES[choice.axis]}: ${values.length} points from ${low} to ${high}, the newest ${values.at(-1)}`;
@@ -406,10 +411,10 @@ export function mount(root, context) {
     const { task } = panel;
     const name = figureOf(task);
     const together_ = panel.together ?? 1;
-    const last = (panel.curves?.[0]?.label === "this run" ? panel.curves[0].y : []).findLast((value) => value !== null) ?? null;
+    const last = lastOf(task);
     const run = runValue(task, name);
     replaceIfOther(panel.readout, [
-      `${METRICS[name].title}, newest ${together_ === 1 ? "window" : `${together_} windows`} `,
+      `${METRICS[name].title}, newest ${together_ === 1 ? "stretch" : `${together_} stretches`} `,
       h("strong", {}, figure(`newest.${task.name}.${name}`, text(name, last), last)),
       " · whole run ", figure(`panel.${task.name}.${name}`, text(name, run), run),
       panel.outside ?? "",
@@ -438,7 +443,7 @@ export function mount(root, context) {
     moves.curves = moving.map(([name, { y, rate }], n) => ({
       label: name,
       x: curves.base_rates.x,
-      y: y.map((value) => (value === null ? null : value / rate)),
+      y: curveOf(curves.base_rates, y).y.map((value) => (isNumber(value) ? value / rate : value)),
       width: 1.5,
       ...palette.line(n),
     }));
@@ -451,9 +456,9 @@ export function mount(root, context) {
     moves.say();
     flush(moves);
     const values = curves.routing.drift ?? [];
-    const last = values.filter((value) => value !== null).at(-1) ?? null;
+    const last = values.findLast(isNumber) ?? null;
     drift.curves = [
-      { label: "drift", x: curves.routing.x, y: values, colour: palette.css("--strong"), width: 2 },
+      { label: "drift", ...curveOf(curves.routing, values), colour: palette.css("--strong"), width: 2 },
     ];
     drift.next = { label: `Drift of the routing over time, newest ${last ?? "not known"}`, x: range, curves: drift.curves, marks: [], level: null };
     drift.say = () => {
@@ -473,8 +478,9 @@ export function mount(root, context) {
   let columnsOf = "";
 
   function sayFigures() {
-    const { report, tasks, newest, service } = answer;
+    const { report, tasks, service } = answer;
     const rows = ["dense", "rare"].filter((name) => report?.headline?.[name]).map((name) => ({ name, count: report.headline[name].tasks.length, ...report.headline[name] }));
+    headline.element.hidden = !rows.length;
     headline.update(rows);
     const against = (curves?.compared ?? []).filter((each) => each.difference).map((each) => each.name);
     const wantedColumns = JSON.stringify([against, choice.metric]);
@@ -487,7 +493,7 @@ export function mount(root, context) {
       tasks.map((task) => {
         const name = figureOf(task);
         const row = { name: task.name, kind: task.density ?? task.kind, ...(report?.tasks[task.name] ?? {}) };
-        row.newest = newest?.tasks[task.name]?.[name] ?? null;
+        row.newest = lastOf(task);
         row.served = service?.tasks?.[task.name]?.[name === "gauc_windowed" ? "auc" : name] ?? null;
         against.forEach((other, n) => {
           row[`against${n}`] = curves.compared.find((each) => each.name === other)?.difference?.tasks[task.name] ?? null;
@@ -508,14 +514,14 @@ export function mount(root, context) {
     });
     const said = METRICS[choice.metric].title;
     return context.table({
-      caption: `Tasks: the whole run, the newest window (${said}, or its like for regression tasks), the version in service when it was cut, and the difference to other runs`,
+      caption: `Tasks: the whole run, the newest point of the curve (${said}, or its like for regression tasks), the version in service when it was cut, and the difference to other runs`,
       key: (row) => row.name,
       columns: [
         { key: "name", title: "Task", head: true },
         { key: "kind", title: "Kind" },
         { key: "positives", title: "Positives", numeric: true, format: (value) => format.number(value), figure: (row) => `tasks.${row.name}.positives` },
         ...["base_rate", "auc", "gauc_windowed", "ne", "calibration", "ece", "xauc", "mae", "mean_bias"].map(column),
-        { key: "newest", title: `${said}, newest window`, numeric: true, format: (value) => format.number(value), figure: (row) => `newest.tasks.${row.name}` },
+        { key: "newest", title: `${said}, newest point`, numeric: true, format: (value) => format.number(value), figure: (row) => `newest.tasks.${row.name}` },
         { key: "served", title: `${choice.metric === "gauc_windowed" ? "AUC" : said}, in service`, hint: "Of the run up to the cut; a cut has no GAUC", numeric: true, format: (value) => format.number(value), figure: (row) => `service.tasks.${row.name}` },
         ...against.map((other, n) => ({
           key: `against${n}`,
