@@ -43,6 +43,10 @@ class Docstrings(griffe.Extension):
         if obj.docstring is not None:
             obj.docstring.value = in_markdown(obj.docstring.value)
 
+    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs: object) -> None:
+        """Change the docstring of a package itself, which is no member of another."""
+        self.on_object(obj=pkg, loader=loader)
+
 
 def in_markdown(docstring: str) -> str:
     """A docstring with names in place of Sphinx's roles, and with sessions of Python in fences."""
