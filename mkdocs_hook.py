@@ -49,8 +49,13 @@ class Docstrings(griffe.Extension):
 
 
 def in_markdown(docstring: str) -> str:
-    """A docstring with names in place of Sphinx's roles, and with sessions of Python in fences."""
+    """A docstring with names in place of Sphinx's roles, an entry for each name, and sessions of Python in fences."""
+
+    def each(entry: re.Match[str]) -> str:
+        return "\n".join(f"    {name}{entry[2]}" for name in entry[1].split(", "))
+
     text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", docstring)
+    text = re.sub(r"^    (\w+(?:, \w+)+)(: .*(?:\n {8}.*)*)", each, text, flags=re.MULTILINE)
     text = re.sub(r" *# doctest: \+\w+$", "", text, flags=re.MULTILINE)
     return re.sub(r"^>>> .*(?:\n.+)*", lambda session: f"```pycon\n{session[0]}\n```", text, flags=re.MULTILINE)
 

@@ -109,6 +109,12 @@ def test_what_python_markdown_reads_otherwise_is_found(text: str, lines: list[in
 
 
 def test_docstrings_become_markdown() -> None:
-    docstring = "As :meth:`smes.schema.Schema.of`.\n\n>>> a = 1  # doctest: +SKIP\n>>> a\n1\n\nThen :class:`~x.Y`."
+    docstring = (
+        "As :meth:`smes.schema.Schema.of`.\n\n>>> a = 1  # doctest: +SKIP\n>>> a\n1\n\nThen :class:`~x.Y`.\n\n"
+        "Args:\n    a, b: Their ids,\n        of both.\n    c: No, not: this.\n"
+    )
 
-    assert in_markdown(docstring) == "As `of`.\n\n```pycon\n>>> a = 1\n>>> a\n1\n```\n\nThen `Y`."
+    assert in_markdown(docstring) == (
+        "As `of`.\n\n```pycon\n>>> a = 1\n>>> a\n1\n```\n\nThen `Y`.\n\n"
+        "Args:\n    a: Their ids,\n        of both.\n    b: Their ids,\n        of both.\n    c: No, not: this.\n"
+    )
