@@ -79,7 +79,7 @@ def places_of(config: "Config") -> "Places":
         feature_store=config.feature_store,
         schema=config.schema_file() if config.schema is not None else None,
         trainer_url=trainer_url,
-        scorer_url=own.scorer_url or _url(config.scorer.host, config.scorer.port),
+        scorer_url=own.scorer_url or (_url(config.scorer.host, config.scorer.port) if config.scorer.port else None),
         trainer_token=own.trainer_token or http.tokens,
         scorer_token=own.scorer_token or config.scorer.tokens,
         history=own.history or config.trainer.history.directory,

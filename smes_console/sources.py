@@ -230,7 +230,7 @@ class Sources:
     ) -> httpx.Response:
         if url is None:
             raise SmesError(f"{who}: its address is not known; give --{who}, or configure console.{who}_url")
-        headers = {} if token is None else {"authorization": f"Bearer {one_token(token)}"}
+        headers = {} if token is None else {"authorization": f"Bearer {one_token(token, key=f'token of the {who}')}"}
         try:
             return self._http.request(method, url.rstrip("/") + path, headers=headers, json=body)
         except (httpx.HTTPError, httpx.InvalidURL) as error:

@@ -76,13 +76,16 @@ class Tokens:
         return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def one_token(place: SecretPlace) -> str:
+def one_token(place: SecretPlace, *, key: str = SCORER_TOKENS) -> str:
     """The first of the tokens, for a caller of one's own.
+
+    Args:
+        place, key: As of :class:`Tokens`.
 
     Raises:
         SecretError: As of :class:`Tokens`.
     """
-    return _tokens(place, SCORER_TOKENS)[0]
+    return _tokens(place, key)[0]
 
 
 def _hashes(place: SecretPlace, key: str) -> list[bytes]:

@@ -42,6 +42,7 @@ function wanted() {
 async function open() {
   const name = wanted();
   if (page?.name === name) return;
+  if (page) root.focus({ preventScroll: true }); // the keyboard goes on in the new page
   const mine = ++turn;
   page?.view?.unmount?.();
   page = { name, view: null };
@@ -82,7 +83,7 @@ async function refresh() {
   if (failed && !(failed.name === "ApiError")) console.error(failed);
   problem(failed ?? null);
   const missed = view !== page?.view; // another page was opened meanwhile
-  if (!paused) timer = setTimeout(refresh, missed ? 0 : EVERY_MS);
+  if (!paused && !document.hidden) timer = setTimeout(refresh, missed ? 0 : EVERY_MS);
 }
 
 let awaySince = null;
@@ -174,12 +175,20 @@ function askForToken(why) {
   return asking;
 }
 
+async function giveToken() {
+  const given = await askForToken("The part after #token= of the address that `smes console` printed.");
+  if (!given) return;
+  context.api.use(given);
+  refresh();
+}
+
 function listKeys() {
   if (document.querySelector("dialog")) return;
   const own = (page?.view?.keys ?? []).map(({ key, label }) => [key, label]);
   const keys = [
     ...PAGES.map(([, title], n) => [String(n + 1), title]),
     ["p", paused ? "go on refreshing" : "pause refreshing"],
+    ["t", "give a token"],
     ["?", "this list"],
     ...own,
   ];
@@ -197,6 +206,7 @@ document.addEventListener("keydown", (event) => {
   const digit = Number(event.key);
   if (digit >= 1 && digit <= PAGES.length) location.hash = `#/${PAGES[digit - 1][0]}`;
   else if (event.key === "?") listKeys();
+  else if (event.key === "t") giveToken();
   else if (event.key === "p") {
     paused = !paused;
     problem(null);

@@ -42,17 +42,20 @@ function detailOf(body) {
 
 // `askForToken(why)` resolves to a token that a person typed, or to null.
 export function createApi(askForToken) {
+  let declined = false; // then reading does not ask again: it would do so every second
   const headers = () => (token.get() ? { authorization: `Bearer ${token.get()}` } : {});
 
-  async function withToken(send) {
+  async function withToken(send, reads) {
     let why = "This needs a token: the part after #token= of the address that `smes console` printed.";
     for (;;) {
       try {
         return await send();
       } catch (error) {
         if (!(error instanceof ApiError) || error.status !== 401) throw error;
+        if (reads && declined) throw new ApiError(401, `${error.message}; the key t asks for it`);
         if (token.get()) why = "That token is not, or no longer, accepted.";
         const typed = await askForToken(why);
+        declined = !typed;
         if (!typed) throw error;
         token.set(typed);
       }
@@ -60,16 +63,23 @@ export function createApi(askForToken) {
   }
 
   return {
+    // From now on this token is shown.
+    use(given) {
+      token.set(given);
+      declined = false;
+    },
     // The JSON at a path. Throws ApiError.
-    get: (path) => withToken(() => ask(path, { headers: headers() })),
+    get: (path) => withToken(() => ask(path, { headers: headers() }), true),
     // Sends JSON, with the token; asks the person for one where there is none, or a wrong one. Throws ApiError.
     post: (path, body = {}) =>
-      withToken(() =>
-        ask(path, {
-          method: "POST",
-          headers: { "content-type": "application/json", ...headers() },
-          body: JSON.stringify(body),
-        }),
+      withToken(
+        () =>
+          ask(path, {
+            method: "POST",
+            headers: { "content-type": "application/json", ...headers() },
+            body: JSON.stringify(body),
+          }),
+        false,
       ),
   };
 }
