@@ -177,7 +177,7 @@ SCORER = Board(
                 chart(
                     "Skew",
                     "Distance between served and trained on, in the hour compared last: of shares, or of means in "
-                    "standard deviations.",
+                    "standard deviations. Empty before the first full hour of requests.",
                     "none",
                     (_scorer("skew_size"), "{{feature}} {{figure}} {{instance}}"),
                 ),
@@ -191,7 +191,7 @@ SCORER = Board(
             ),
         ),
         (
-            "Arms",
+            "Arms (empty without scorer.arms)",
             (
                 parts(
                     "Who answers",
