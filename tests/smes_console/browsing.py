@@ -7,7 +7,6 @@ another host fail the test.
 import os
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import uvicorn
-from fastapi import FastAPI
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.running import until
@@ -132,22 +129,6 @@ def tab(browser: Browser, address: str, width: int = 1280) -> Iterator[Tab]:
     opened = Tab(browser, address, width)
     yield opened
     opened.close()
-
-
-@contextmanager
-def serving(app: FastAPI) -> Iterator[str]:
-    """A console in this process; its address, with the token that it made, if any."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_config=None, access_log=False, ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    until(lambda: server.started, "the console", 30)
-    try:
-        token = getattr(app.state.tokens, "token", None)
-        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-        yield url if token is None else f"{url}#token={token}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:

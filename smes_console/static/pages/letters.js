@@ -131,7 +131,7 @@ export function mount(root, context) {
     newest.update(answer.newest);
     const rest = answer.letters - answer.newest.length;
     const older = rest > 0 ? `${format.number(rest)} older ones: choose above, or \`smes dead-letters list\`. ` : "";
-    const foreign = `${format.number(answer.foreign)} entries of the topic are neither letters nor notes of this version`;
+    const foreign = `${format.number(answer.foreign)} entries of the topic are not of this version.`;
     show(listed, older + (answer.foreign ? foreign : ""), null);
   }
 

@@ -6,12 +6,7 @@ export const title = "Try it";
 
 const INTEGER = /^-?(0|[1-9]\d*)(\.0)?$/; // what the scorer takes for an integer; any other text is hashed
 const NO_SCHEMA = "No schema is configured; give --schema to `smes console`.";
-const SOURCES = {
-  request: "from the request",
-  store: "from the feature store",
-  derived: "computed by the model",
-  missing: "missing",
-};
+const SOURCES = { request: "the request", store: "feature store", derived: "computed", missing: "missing" };
 
 export function mount(root, context) {
   const { api, format, table, palette } = context;
@@ -212,14 +207,14 @@ export function mount(root, context) {
       empty: "the schema has no features",
       columns: [
         { key: "name", title: "Feature", head: true },
-        { key: "of", title: "Of" },
-        { key: "value", title: "Value", format: valueText },
         {
           key: "source",
           title: "Where from",
           format: (source) => `${source === "missing" ? "✕ " : ""}${SOURCES[source]}`,
           figure: (row) => `feature:${row.of}:${row.name}`,
         },
+        { key: "value", title: "Value", sort: false, format: valueText },
+        { key: "of", title: "Of" },
       ],
     });
     features.update(rows);
@@ -272,5 +267,6 @@ function valueOf(kind, text) {
 
 function valueText(value) {
   if (value === null || value === undefined) return "–";
-  return Array.isArray(value) ? value.join(", ") || "–" : String(value);
+  if (Array.isArray(value)) return value.join(", ") || "–";
+  return typeof value === "number" ? String(Number(value.toPrecision(7))) : value; // numbers have 32 bits
 }
