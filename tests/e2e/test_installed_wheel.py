@@ -30,7 +30,7 @@ CLASHES = (
 )
 OURS = (
     *("smes", "smes_io", "smes_scorer", "smes_client", "smes_cli"),
-    *("stream", "feature_store", "trainer", "simulators"),
+    *("stream", "feature_store", "trainer", "simulators", "smes_console"),
 )
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("wheel")]
 
@@ -64,8 +64,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _share_compiled_loops(site_packages: Path) -> None:
     """Copy what numba has compiled of this checkout beside the same sources: to compile it again takes half a minute.
 
-    Numba takes it where time and size of the source are those that it was compiled from, and else compiles.
+    Numba takes it where time and size of the source are those that it was compiled from, and else compiles. A fresh
+    checkout is compiled first: other tests need that, too.
     """
+    compiling = (
+        "from smes_cli.compile_loops import compile_loops; from smes_cli.config import Config; "
+        "compile_loops(Config(schema='synthetic'), Config(schema='synthetic').schema_file().schema)"
+    )
+    python(sys.executable, "-c", compiling, cwd=ROOT)
     for cache in {compiled.parent for package in OURS for compiled in (ROOT / package).rglob("*.nbi")}:
         installed = site_packages / cache.relative_to(ROOT)
         for source in cache.parent.glob("*.py"):
