@@ -15,7 +15,6 @@ from trainer.lineages import root_of
 
 _Object = dict[str, Any]
 _MOST_LIVE = 5000
-_WRITTEN_FRESH_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ class Runs:
             problem, since_ms = said.problem or f"the trainer has no {key} yet", said.since_ms
         if self._folder is not None:
             path = self._folder.directory / name
-            written = self._sources.look(name, lambda: _read(path), fresh_s=_WRITTEN_FRESH_S)
+            written = self._sources.look(name, lambda: _read(path))
             if written.value is not None:
                 value, at_ms = written.value
                 return value, {"kind": "folder", "at_ms": at_ms, **written.state()}

@@ -284,8 +284,8 @@ def _overlap(one: Sequence[Line], other: Sequence[Line], axis: Axis) -> bool:
 def _difference(main: Sequence[Line], other: Sequence[Line], metric: str) -> _Object | None:
     """By how much a figure of each task is larger in the watched run, over the impressions that both have trained on.
 
-    ``from`` and ``to`` are those impressions. GAUC is not compared where the numbers of windows differ: then ``windows``
-    has them.
+    ``from`` and ``to`` are those impressions. GAUC is not compared where the numbers of windows differ: then they are
+    in ``windows``.
     """
     if not main or not other:
         return None
