@@ -28,6 +28,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent
 LINK = re.compile(r"(\]\(|^\[[^\]^]+\]: )([^)\s]+)", re.MULTILINE)
 _FENCE = re.compile(r"^( *)(`{3,})[^\n]*\n.*?^\1\2 *$", re.MULTILINE | re.DOTALL)
+_BEGINS = re.compile(r"[-*] |\d+\. |\|")
 _EXTERNAL = re.compile(r"[a-z]+:")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json", ".sh": "sh"}
 
@@ -70,9 +71,10 @@ def outside_fences(text: str, change: Callable[[str], str]) -> str:
 
 
 def misread(text: str) -> Iterator[str]:
-    """Lines that the site would not show as GitHub does: content of list entries that is indented too little.
+    """Lines that the site would not show as GitHub does.
 
-    Python-Markdown wants four spaces for what belongs to an entry after a blank line, and for an entry in an entry.
+    Python-Markdown wants four spaces for what belongs to a list's entry after a blank line, and for an entry in an
+    entry; and a blank line before a list or a table.
     """
     fence, before = "", ""
     for number, line in enumerate(text.splitlines(), 1):
@@ -84,7 +86,11 @@ def misread(text: str) -> Iterator[str]:
                 fence = "" if fence else mark[1]
         elif not fence and shallow and (not before or re.match(r" +([-*]|\d+\.) ", line)):
             yield f"line {number}: expected four spaces before {line.strip()[:40]}"
-        before = line.strip()
+        elif not fence and _BEGINS.match(line) and re.match(r"[^\s#<|]", before):
+            in_list = _BEGINS.match(before) is not None and not line.startswith("|")
+            if not in_list:
+                yield f"line {number}: expected a blank line before {line[:40]}"
+        before = "" if mark else line.rstrip()
 
 
 def repository_path(src_uri: str) -> str:

@@ -101,7 +101,10 @@ def test_what_leads_nowhere_is_an_error(repository: Path) -> None:
         ("1. a\n   ```sh\n   b\n   ```\n", [2]),
         ("- a\n  - b\n", [2]),
         ("- a\n\n    b\n\n    ```sh\n  - c\n\n  d\n    ```\n", []),
-        ("- a\n  goes on\n\n```\n - b\n```\n", []),
+        ("- a\n  goes on\n- b\n\n```\n - b\n```\n", []),
+        ("a\n- b\n", [2]),
+        ("a\n| b |\n|---|\n", [2]),
+        ("# a\n- b\n1. c\n2. d\n", []),
     ],
 )
 def test_what_python_markdown_reads_otherwise_is_found(text: str, lines: list[int]) -> None:
