@@ -51,15 +51,18 @@ export function mount(root, { api, format, table }) {
     chart.card(card).body.append(...(name ? [h("h3", {}, name)] : []), fill[card]);
   }
 
-  function row(card, name, label, value, text = number, { hint, more } = {}) {
+  // `rare`: shown only where it is not 0.
+  function row(card, name, label, value, text = number, { hint, more, rare } = {}) {
     if (!fill[card]) group(card);
     const shown = figure(name);
     const behind = more ? h("span", { class: "quiet" }) : null;
-    fill[card].append(h("dt", { title: hint }, label), h("dd", {}, shown, behind));
+    const line = [h("dt", { title: hint }, label), h("dd", {}, shown, behind)];
+    fill[card].append(...line);
     rows.push((data) => {
       const found = value(data) ?? null;
       show(shown, text(found, data), found);
       if (behind) show(behind, more(data) ?? "", null);
+      if (rare) for (const each of line) each.classList.toggle("hidden", !found);
     });
   }
 
@@ -68,8 +71,12 @@ export function mount(root, { api, format, table }) {
     const value = data.trainer.rates?.[section]?.[key];
     return value > 0 && key !== "waiting" ? ` ${rate(value)}` : "";
   };
-  const ledger = (card, section, key, label, hint) =>
-    row(card, `${section}.${key}`, label, report(section, key), number, { hint, more: now(section, key) });
+  const ledger = (card, section, key, label, hint, rare) =>
+    row(card, `${section}.${key}`, label, report(section, key), number, { hint, rare, more: now(section, key) });
+  const unread = { gaps: "No longer in the log when they were to be read", unreadable: "They are no records of ours" };
+  const lost = (section) => {
+    for (const [key, hint] of Object.entries(unread)) ledger("join", section, key, key, hint, true);
+  };
 
   for (const topic of ["impressions", "feedback"]) {
     const places = (data) => Object.values(data.log.topics?.[topic]?.end ?? {});
@@ -96,6 +103,18 @@ export function mount(root, { api, format, table }) {
   ledger("join", "events", "waiting", "waiting", "Their attribution window is open, or their mini-batch not full");
   ledger("join", "events", "late", "late", "They came after everything of their time was handed on");
   ledger("join", "events", "duplicate", "duplicate");
+  lost("events");
+  for (const entity of ["user", "item"]) {
+    const counted = (key) => (d) => d.trainer.report?.features?.[entity]?.[key];
+    row("join", `features.${entity}.from_store`, `${entity} looked up`, counted("from_store"), number, {
+      rare: true,
+      hint: `Impressions without features of their ${entity}, for which the store had some`,
+    });
+    row("join", `features.${entity}.not_in_store`, `${entity} not found`, counted("not_in_store"), number, {
+      rare: true,
+      hint: `Impressions without features of their ${entity}, for which the store had none`,
+    });
+  }
   group("join", "feedback");
   ledger("join", "feedback", "received", "read");
   ledger("join", "feedback", "attached", "attached", "Feedback that found its impression in time");
@@ -104,6 +123,8 @@ export function mount(root, { api, format, table }) {
   ledger("join", "feedback", "late", "late", "After its impression was trained on, and too late for a correction");
   ledger("join", "feedback", "orphaned", "orphaned", "No impression came for it in time");
   ledger("join", "feedback", "duplicate", "duplicate");
+  ledger("join", "feedback", "dropped", "dropped", "For a task of an old schema that there is no more", true);
+  lost("feedback");
   row("batches", "rates.trained", "examples", (d) => d.trainer.rates?.events?.trained, rate, {
     hint: "Over the last ten seconds",
   });
