@@ -58,7 +58,7 @@ class ExpertSegment:
         }
 
     def map(self) -> dict[str, Any]:
-        """Plain JSON values: ``shares`` T × E, null where not known; ``load`` T × E, null where only shares are known."""
+        """Plain JSON values: ``shares`` T × E, null where not known; ``load`` T × E, or null."""
         shares = [[None if x != x else x for x in row] for row in self.share_TE.round(6).tolist()]
         return {"from": self.steps[0], "to": self.steps[1], "shares": shares, "load": self.load_TE}
 

@@ -26,12 +26,13 @@ export function heatmap({ name, figure, onMove }) {
   const element = h("div", { class: "heatmap" }, canvas, words);
   const at = { row: 0, column: 0 };
   let content = null;
-  let box = null; // {left, cell: {width, height}} in CSS pixels
+  let box = null; // {left, width, height} of the cells in CSS pixels
+  const cells = document.createElement("canvas"); // all but the cursor
 
   function layout() {
     const { rows, columns, cell, square, beside = [] } = content;
     const width = element.clientWidth;
-    const context = canvas.getContext("2d");
+    const context = cells.getContext("2d");
     context.font = FONT;
     const longest = Math.max(0, ...[...rows, ...beside].map((each) => context.measureText(each).width));
     const left = Math.ceil(Math.min(longest + 8, width * 0.3));
@@ -43,8 +44,8 @@ export function heatmap({ name, figure, onMove }) {
     const size = { width: Math.ceil(left + cellWidth * columns.length) + 1, height: HEAD + Math.ceil(cellHeight * rows.length) + FOOT };
     canvas.style.width = `${size.width}px`;
     canvas.style.height = `${size.height}px`;
-    canvas.width = Math.round(size.width * devicePixelRatio);
-    canvas.height = Math.round(size.height * devicePixelRatio);
+    canvas.width = cells.width = Math.round(size.width * devicePixelRatio);
+    canvas.height = cells.height = Math.round(size.height * devicePixelRatio);
     return context;
   }
 
@@ -71,6 +72,16 @@ export function heatmap({ name, figure, onMove }) {
     });
     label(context, rows, columns);
     if (dead) for (const column of dead) cross(context, column);
+    point();
+  }
+
+  function point() {
+    if (!box) return;
+    const context = canvas.getContext("2d");
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(cells, 0, 0);
+    context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     cursor(context);
   }
 
@@ -134,7 +145,7 @@ export function heatmap({ name, figure, onMove }) {
     if (!content?.rows.length || !content.columns.length) return;
     at.row = Math.max(0, Math.min(content.rows.length - 1, row));
     at.column = Math.max(0, Math.min(content.columns.length - 1, column));
-    paint();
+    point();
     say();
     if (!quiet) onMove?.(at.row, at.column);
   }
