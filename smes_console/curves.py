@@ -125,14 +125,18 @@ def parts_of(
         lines: Oldest first.
         axis: What x is.
         most: Points at most, about; where many parts are missing there are more.
-        within: Only the lines of this range of x, and one more on each side.
+        within: Only the lines of this range of x, and on each side those up to one in which a window closed: to there
+            every metric has a value.
         at_least: Lines that a point is made of at least.
     """
     x = positions_of(lines, axis)
     placed = np.flatnonzero(np.isfinite(x))
     if within is not None and len(placed):
-        low = np.searchsorted(x[placed], within[0], "left") - 1
-        high = np.searchsorted(x[placed], within[1], "right") + 1
+        low = int(np.searchsorted(x[placed], within[0], "left"))
+        high = int(np.searchsorted(x[placed], within[1], "right"))
+        has_window = [n for n, at in enumerate(placed.tolist()) if lines[at].windows]
+        low = max((n for n in has_window if n < low), default=low - 1)
+        high = min((n + 1 for n in has_window if n >= high), default=high + 1)
         placed = placed[max(0, low) : high]
     chosen, x = [lines[n] for n in placed.tolist()], x[placed]
     together = at_least

@@ -303,10 +303,15 @@ def test_other_runs_and_the_version_in_service_stand_beside(
             "later": False,
             "away": False,
         }
-        # Only a part of x: the curve of that part, and a point on each side.
-        low, high = run.lines[3]["trained"], run.lines[5]["trained"]
-        part = asked(http, axis="impressions", together=1, **{"from": low, "to": high})["curves"]["run"]["grids"]["1"]
-        assert part["x"] == [line["trained"] for line in run.lines[2:7]]
+        # Only a part of x: the curve of that part, and what leads to it and on from it.
+        trained = [line["trained"] for line in run.lines]
+        part = asked(http, axis="impressions", together=1, **{"from": trained[3], "to": trained[5]})["curves"]["run"]
+        x = [each for each in part["grids"]["1"]["x"] if each in trained]
+        assert x == trained[trained.index(x[0]) : trained.index(x[-1]) + 1]
+        assert (x[0] < trained[3], x[-1] > trained[5]) == (True, True)
+        first, last = (run.lines[trained.index(each)] for each in (x[0], x[-1]))
+        assert first["windows"] or first is run.lines[0], "to where every metric has a value"
+        assert last["windows"] or last is run.lines[-1]
 
 
 def test_files_are_followed_as_they_grow_shrink_and_are_replaced(tmp_path: Path) -> None:
