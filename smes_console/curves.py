@@ -56,8 +56,8 @@ class Parts:
 
     def breaks(self) -> list[int]:
         """Where in the lists something is missing; elsewhere None only says that a stretch has no such figure."""
-        at = np.flatnonzero(self.interrupted)
-        return (at + np.arange(len(at))).tolist()
+        at = np.flatnonzero(self.interrupted).tolist()
+        return [each + before for before, each in enumerate(at)]
 
     def listed(self, values: F64) -> list[float | None]:
         """A figure of the points; None where there is none, and where something is missing."""
