@@ -35,13 +35,19 @@ def commands(group: TyperGroup, path: str = "smes") -> Iterator[tuple[str, Typer
 
 
 def options(command: TyperGroup | TyperCommand, path: str) -> Iterator[str]:
-    """The arguments and options of a command as entries of a list, without ``--help``."""
+    """The arguments and options of a command as entries of a list, without ``--help``.
+
+    Raises:
+        ValueError: One has no help text.
+    """
     context = command.make_context(path, [], resilient_parsing=True)
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is None or "--help" in parameter.opts:
             continue
         meaning, _, conditions = record[1].partition("  [")
+        if not meaning.strip():
+            raise ValueError(f"{path} {record[0]}: expected a help text")
         name = re.sub(r"<(\w+)[^>|]*>", lambda kind: _WORDS.get(kind[1], kind[0]), record[0])
         name = re.sub(r"<([^>]+)>", r"\1", name)
         if parameter.param_type_name == "argument":

@@ -82,8 +82,8 @@ def test_another_program_finds_the_same_id(text: str, digest: str) -> None:
 
 
 def test_the_page_tells_other_languages_the_same_ids() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "your-own-log.md").read_text(encoding="utf-8")
-    rows = re.findall(r'^\| (.*"(.+?)".*) \| (\d+) \|$', page.split("### Ids to the byte")[1], re.MULTILINE)
+    page = (Path(__file__).parents[2] / "docs/reference/schema-file.md").read_text(encoding="utf-8")
+    rows = re.findall(r'^\| (.*"(.+?)".*) \| (\d+) \|$', page.split("## Ids to the byte")[1], re.MULTILINE)
     assert len(rows) == 6
     for _, text, expected in rows:
         assert encode_id(text) == int(expected)

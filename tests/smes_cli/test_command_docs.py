@@ -77,3 +77,16 @@ def test_a_page_without_a_command_is_refused(change: object, wrong: str) -> None
     assert callable(change)
     with pytest.raises(ValueError, match=wrong):
         generated(change(PAGE))
+
+
+def test_an_option_without_help_is_refused() -> None:
+    one = typer.Typer(add_completion=False)
+
+    @one.command()
+    def act(last: int = 20) -> None:
+        """Act."""
+
+    command = typer.main.get_command(one)
+    assert isinstance(command, TyperCommand)
+    with pytest.raises(ValueError, match=r"smes act --last <int>: expected a help text"):
+        list(options(command, "smes act"))
