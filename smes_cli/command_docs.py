@@ -46,7 +46,7 @@ def options(command: TyperGroup | TyperCommand, path: str) -> Iterator[str]:
         if record is None or "--help" in parameter.opts:
             continue
         meaning, _, conditions = record[1].partition("  [")
-        if not meaning.strip():
+        if not getattr(parameter, "help", None):
             raise ValueError(f"{path} {record[0]}: expected a help text")
         name = re.sub(r"<(\w+)[^>|]*>", lambda kind: _WORDS.get(kind[1], kind[0]), record[0])
         name = re.sub(r"<([^>]+)>", r"\1", name)
