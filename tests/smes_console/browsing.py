@@ -144,8 +144,8 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def shows(text: str, value: Any) -> bool:
     """Whether what a page shows as an exact value is this one."""
-    if value is None:
-        return text in ("", "null")
+    if value is None or text == "":
+        return value is None and text == ""
     return float(text) == value if isinstance(value, int | float) else text == str(value)
 
 

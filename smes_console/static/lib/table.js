@@ -62,7 +62,9 @@ export function table({ caption, columns, key, onSelect, rowClass, empty = "noth
         line.classList.add("selectable");
         line.addEventListener("click", select);
         line.addEventListener("keydown", (event) => {
-          if (event.key === "Enter" && event.target === line) select();
+          if (event.key !== "Enter" || event.target !== line) return;
+          event.preventDefault(); // else what gets the focus now, such as a dialog's button, is pressed
+          select();
         });
       }
       drawn.set(id, { line, cells });
