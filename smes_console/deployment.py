@@ -1,11 +1,17 @@
 """What several pages need of a deployment: the state of its store and of its event log, and what is wrong with it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from smes.errors import SmesError
+from smes.errors import EventLogError, EventLogUnavailable
 from smes_console.sources import Reached, Sources
 from smes_io.clock import wall_clock_ms
+from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
+
+if TYPE_CHECKING:
+    from stream.log.event_log import EventLog
+
+_LETTERS_FRESH_S = 10.0
 
 _OLD_CUTS, _OLD_S = 30, 60.0
 """A version in service is old beyond so many snapshot intervals, and beyond so many seconds."""
@@ -44,24 +50,35 @@ def log_state(sources: Sources) -> Reached[dict[str, Any]]:
     """The event log: topic → ``begin`` and ``end``, each partition (decimal digits) → offset."""
 
     def state() -> dict[str, Any]:
-        from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
-
-        found = {}
-        with sources.event_log() as log:
-            for topic in (IMPRESSIONS, FEEDBACK, DEAD_LETTERS):
-                try:
-                    ends, begins = log.end(topic), log.begin(topic)
-                except SmesError:
-                    if topic != DEAD_LETTERS:  # the trainer makes that topic with the first letter
-                        raise
-                    ends, begins = {}, {}
-                found[topic] = {
-                    "end": {str(place.partition): offset for place, offset in ends.items()},
-                    "begin": {str(place.partition): offset for place, offset in begins.items()},
-                }
-        return found
+        with sources.event_log("ends") as log:
+            return {topic: _ends(log, topic) for topic in (IMPRESSIONS, FEEDBACK)}
 
     return sources.look("event log", state)
+
+
+def letters_state(sources: Sources) -> Reached[dict[str, dict[str, int]]]:
+    """``begin`` and ``end`` of the topic of dead letters, up to ten seconds old.
+
+    The trainer makes the topic with the first letter. Until then they are empty, and Kafka takes its time to say so.
+    """
+
+    def state() -> dict[str, dict[str, int]]:
+        with sources.event_log("letters") as log:
+            try:
+                return _ends(log, DEAD_LETTERS)
+            except EventLogUnavailable:
+                raise
+            except EventLogError:
+                return {"begin": {}, "end": {}}
+
+    return sources.look("dead letters, counted", state, fresh_s=_LETTERS_FRESH_S, waits=False)
+
+
+def _ends(log: "EventLog", topic: str) -> dict[str, dict[str, int]]:
+    return {
+        name: {str(place.partition): offset for place, offset in offsets.items()}
+        for name, offsets in (("begin", log.begin(topic)), ("end", log.end(topic)))
+    }
 
 
 def kept(topic: dict[str, dict[str, int]]) -> int:

@@ -26,6 +26,8 @@ from smes_io.secrets import SecretPlace, masked_text
 from stream.log.open_log import EventLogConfig
 
 if TYPE_CHECKING:
+    import redis
+
     from feature_store.snapshots import SnapshotStore
     from stream.dead_letter_replay import Replayer
     from stream.log.event_log import EventLog
@@ -117,13 +119,16 @@ class Sources:
         self._pool = ThreadPoolExecutor(_MOST_LOOKS, thread_name_prefix="console-look")
         self._waiters = ThreadPoolExecutor(2 * _MOST_LOOKS, thread_name_prefix="console-wait")
         self._http = httpx.Client(timeout=_CALL_S)
+        self._redis: redis.Redis | None = None
         self._store: SnapshotStore | None = None
-        self._log: EventLog | None = None
-        self._log_lock = threading.Lock()
+        log = self.places.event_log  # a look is not tried for as long as a trainer tries
+        patience: dict[str, Any] = {"outage_timeout_s": _CALL_S}
+        self._log_config = replace(log, redis=replace(log.redis, **patience), kafka=replace(log.kafka, **patience))
+        self._logs: dict[str, _Log] = {}
 
     # ---- one look at anything
 
-    def look(self, name: str, what: Callable[[], _T], *, fresh_s: float = FRESH_S) -> Reached[_T]:
+    def look(self, name: str, what: Callable[[], _T], *, fresh_s: float = FRESH_S, waits: bool = True) -> Reached[_T]:
         """Do something that may fail or take long: at most once in ``fresh_s``, and waited for two seconds at most.
 
         A place that was slow to fail is not waited for until it answers: its problem is told at once.
@@ -132,6 +137,7 @@ class Sources:
             name: Looks of one name share their result.
             what: Called on a thread of its own; a :class:`SmesError` or :class:`OSError` becomes the problem.
             fresh_s: So long a result counts.
+            waits: With False, a result that no longer counts is given at once, and renewed meanwhile.
         """
         with self._lock:
             while len(self._looks) > _REMEMBERED:
@@ -141,7 +147,8 @@ class Sources:
                 look.started_s = self._monotonic()
                 look.running = self._pool.submit(self._do, name, look, what)
             running, left_s = look.running, look.started_s + TIMEOUT_S - self._monotonic()
-        if running is not None and not look.slow:
+            waits = not look.slow and (waits or not look.ended)
+        if running is not None and waits:
             done = threading.Event()
             running.add_done_callback(lambda _: done.set())
             if not done.wait(max(0.0, left_s)):
@@ -167,7 +174,7 @@ class Sources:
                     look.found(value)
                 else:
                     look.failed(problem)
-                look.running, look.done_s = None, self._monotonic()
+                look.running, look.done_s, look.ended = None, self._monotonic(), True
                 look.slow = problem is not None and look.done_s - look.started_s > _SLOW_S
 
     def forget(self, name: str) -> None:
@@ -251,45 +258,65 @@ class Sources:
             if self._store is not None:
                 return self._store
         place = self.places.feature_store
-        store = SnapshotStore(
-            place.connect(), place.namespace, place.snapshots, signer=Signer.of(place.signing, place.namespace)
-        )
+        signer, client = Signer.of(place.signing, place.namespace), place.connect()
         with self._lock:
-            self._store = self._store or store
+            if self._store is None:
+                self._redis = client
+                self._store = SnapshotStore(client, place.namespace, place.snapshots, signer=signer)
+            else:
+                client.close()  # another thread was faster
             return self._store
 
     @contextmanager
-    def event_log(self) -> Iterator["EventLog"]:
+    def event_log(self, connection: str = "pages") -> Iterator["EventLog"]:
         """The event log, for one thread at a time; use it inside of a :meth:`look`.
 
-        Its connection is kept, and made anew after an error.
+        A connection is kept, and made anew after an error.
+
+        Args:
+            connection: Its name; those of other names go on meanwhile.
 
         Raises:
             SmesError: The log gave no answer within two seconds, or does not let us in.
         """
         from stream.log.open_log import open_event_log
 
-        if not self._log_lock.acquire(timeout=TIMEOUT_S):
+        with self._lock:
+            kept = self._logs.setdefault(connection, _Log())
+        if not kept.lock.acquire(timeout=TIMEOUT_S):
             raise SmesError(f"event log: no answer within {TIMEOUT_S:g} s")
         try:
-            if self._log is None:
-                self._log = open_event_log(self.places.event_log)
-            yield self._log
+            if kept.log is None:
+                kept.log = open_event_log(self._log_config)
+            yield kept.log
         except BaseException:
-            if self._log is not None:
-                self._log.close()
-                self._log = None
+            kept.close()
             raise
         finally:
-            self._log_lock.release()
+            kept.lock.release()
 
     def close(self) -> None:
-        """Close the connections; what is being looked at is not waited for."""
+        """Close the connections, when the looks that are on their way have ended: about two seconds at most."""
         for pool in (self._pool, self._waiters):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
         self._http.close()
-        if self._log is not None:
-            self._log.close()
+        if self._redis is not None:
+            self._redis.close()
+        for kept in self._logs.values():
+            kept.close()
+
+
+class _Log:
+    """A connection to the event log, if it is open."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.log: EventLog | None = None
+
+    def close(self) -> None:
+        log, self.log = self.log, None
+        if log is not None:
+            log.close()
 
 
 class _Look:
@@ -299,6 +326,7 @@ class _Look:
         self.running: Future[None] | None = None
         self.started_s = self.done_s = float("-inf")
         self.slow = False  # it took long to fail
+        self.ended = False  # at least once
         self.result: Reached[Any] = Reached(None, "not looked at yet", 0)
 
     def found(self, value: Any) -> None:

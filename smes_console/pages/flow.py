@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from smes.errors import SmesError
-from smes_console.deployment import log_state, store_state, unread
+from smes_console.deployment import kept, letters_state, log_state, store_state, unread
 from smes_console.sources import Reached, Sources
 from smes_io.clock import wall_clock_ms
 from smes_scorer.freshness_stages import DEPENDS_ON
@@ -24,13 +24,18 @@ def router(sources: Sources) -> APIRouter:
     @routes.get("")
     def flow() -> dict[str, Any]:
         """Trainer, event log, store and scorer, each with its ``problem``; figures are named as in the report."""
-        trainer, log, store, scorer = sources.together(
-            sources.trainer_brief, lambda: log_state(sources), lambda: store_state(sources), sources.scorer
+        trainer, log, letters, store, scorer = sources.together(
+            sources.trainer_brief,
+            lambda: log_state(sources),
+            lambda: letters_state(sources),
+            lambda: store_state(sources),
+            sources.scorer,
         )
         return {
             "at_ms": wall_clock_ms(),
             "trainer": _trainer(sources, trainer),
             "log": _log(sources, log, trainer, store),
+            "letters": {**letters.state(), "kept": None if letters.value is None else kept(letters.value)},
             "store": {**store.state(), **(store.value or {})},
             "scorer": {**scorer.state(), **(scorer.value or {})},
             "stages": [{"stage": name, "what": what, "why": why} for name, (what, why) in DEPENDS_ON.items()],

@@ -60,8 +60,9 @@ class Brokers:
 
     def describe(self, name: str) -> dict[str, Any] | None:
         """A topic as the brokers describe it; None if there is none, after waiting for a moment."""
+        wait_s = min(_METADATA_WAIT_S, self._connection.config.outage_timeout_s)
         try:
-            found = self.ask(f"look up topic {name}", lambda admin: _described(admin, name), _METADATA_WAIT_S)
+            found = self.ask(f"look up topic {name}", lambda admin: _described(admin, name), wait_s)
         except EventLogError as error:
             if isinstance(error.__cause__, UnknownTopicOrPartitionError):
                 return None

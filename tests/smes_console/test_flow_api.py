@@ -14,15 +14,17 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
+from feature_store.config import FeatureStoreConfig
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError
+from smes_console.deployment import kept, letters_state, log_state
 from smes_console.sources import Places, Reached, Sources
 from smes_io.clock import wall_clock_ms
 from smes_io.redis_client import connect
 from smes_scorer.first_answers import STAGES
 from stream.log.event_log import EventLog, OutRecord
 from stream.log.open_log import EventLogConfig, open_event_log
-from stream.topics import FEEDBACK, IMPRESSIONS
+from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 from tests.running import until
 from tests.smes_console.consoles import NOBODY, console, places_on
 from tests.smes_scorer.made_payloads import version_payload
@@ -257,6 +259,38 @@ def test_however_many_ask_a_place_is_asked_once_a_second(sources: Callable[..., 
         assert {each.value for each in browsers.map(look, range(20))} == {2}
         looks.forget("place")
         assert look().value == 3
+
+
+@pytest.mark.kafka
+def test_on_kafka_letters_that_nobody_has_written_yet_keep_nobody_waiting(
+    kafka_bootstrap: str, namespace: str, sources: Callable[..., Sources]
+) -> None:
+    now_s = [0.0]
+    config = EventLogConfig(kind="kafka", kafka_bootstrap=kafka_bootstrap, namespace=namespace)
+    looks = sources(Places(config, FeatureStoreConfig()), monotonic=lambda: now_s[0])
+    with closing(open_event_log(config)) as log:
+        for topic in (IMPRESSIONS, FEEDBACK):
+            log.ensure_topic(topic, 2)
+        assert kept(letters_state(looks).value or {"begin": {}, "end": {}}) == 0, (
+            "the one that asks first waits for the answer"
+        )
+        for records in (1, 2):
+            log.append(FEEDBACK, [OutRecord(b"{}", (), 1)])
+            now_s[0] += 11
+            started_s = time.monotonic()
+            assert kept(letters_state(looks).value or {"begin": {}, "end": {}}) == 0
+            found = log_state(looks).value
+            assert found is not None
+            assert found[FEEDBACK] == {"begin": {"0": 0, "1": 0}, "end": {"0": 0, "1": records}}
+            assert time.monotonic() - started_s < 1.4, "as long as Kafka takes to say that there is no topic"
+        log.ensure_topic(DEAD_LETTERS, 1)
+        log.append(DEAD_LETTERS, [OutRecord(b"{}", (), 0)])
+
+        def seen() -> bool:
+            now_s[0] += 11
+            return kept(letters_state(looks).value or {"begin": {}, "end": {}}) == 1
+
+        until(seen, "the letter is counted", 20)
 
 
 def test_whatever_goes_wrong_becomes_a_problem_in_words(sources: Callable[..., Sources]) -> None:

@@ -208,17 +208,12 @@ export function mount(root, { api, format, table }) {
     hint: "Impressions, as the trainer reads them",
   });
   row("service", "rates.feedback", "feedback", (d) => d.trainer.rates?.feedback?.received, rate);
-  row("letters", "letters.kept", "kept", (d) => kept(d.log.topics?.dead_letters), number);
+  row("letters", "letters.kept", "kept", (d) => d.letters.kept, number, { hint: "Up to ten seconds ago" });
   ledger("letters", "events", "dead_lettered", "impressions");
   ledger("letters", "feedback", "dead_lettered", "feedback");
   chart.card("letters").body.append(h("p", {}, h("a", { href: "#/letters" }, "look at them")));
 
   const asked = (d) => d.scorer.rates?.requests;
-  const kept = (topic) => {
-    if (!topic) return null;
-    const sum = (offsets) => Object.values(offsets).reduce((total, each) => total + each, 0);
-    return sum(topic.end) - sum(topic.begin);
-  };
 
   // ---- rates of what is only counted, over the last ten seconds that this page has seen
 
@@ -326,12 +321,12 @@ export function mount(root, { api, format, table }) {
     });
   }
 
-  function drawProblems({ trainer, log, store, scorer }) {
+  function drawProblems({ trainer, log, letters, store, scorer }) {
     const away = ({ problem, since_ms }) => (problem ? [`▲ away ${since(since_ms)}`, problem] : [null]);
     const ofTrainer = trainer.ended ? ["▲ no trainer runs; this is of the run that has ended"] : away(trainer);
     for (const id of ["join", "batches", "trainer", "cuts"]) chart.card(id).problem(...ofTrainer);
     chart.card("log").problem(...away(log));
-    chart.card("letters").problem(...away(log));
+    chart.card("letters").problem(...away(letters));
     chart.card("store").problem(...away(store));
     chart.card("scorer").problem(...away(scorer));
   }
