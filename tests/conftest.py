@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from smes_cli.demo.local_servers import start_kafka, start_valkey
+from smes_cli.demo.local_servers import KafkaServer, start_kafka, start_valkey
 from tests.secure_servers import (
     RedisCluster,
     SecureKafka,
@@ -56,14 +56,19 @@ def kafka_home() -> Path:
 
 
 @pytest.fixture(scope="session")
-def kafka_bootstrap(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Apache Kafka: the one at ``KAFKA_BOOTSTRAP``, or a single node that is started for the session."""
+def kafka_server(kafka_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaServer]:
+    """A real Apache Kafka of a single node, started for the session. A test may hold it up, but lets it go on."""
+    with start_kafka(kafka_home, tmp_path_factory.mktemp("kafka")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(request: pytest.FixtureRequest) -> str:
+    """A real Apache Kafka: the one at ``KAFKA_BOOTSTRAP``, or :func:`kafka_server`."""
     if bootstrap := os.environ.get("KAFKA_BOOTSTRAP"):
-        yield bootstrap
-        return
-    home: Path = request.getfixturevalue("kafka_home")
-    with start_kafka(home, tmp_path_factory.mktemp("kafka")) as server:
-        yield server.bootstrap
+        return bootstrap
+    server: KafkaServer = request.getfixturevalue("kafka_server")
+    return server.bootstrap
 
 
 @pytest.fixture(scope="session")
