@@ -119,6 +119,7 @@ class Sources:
         self._pool = ThreadPoolExecutor(_MOST_LOOKS, thread_name_prefix="console-look")
         self._waiters = ThreadPoolExecutor(2 * _MOST_LOOKS, thread_name_prefix="console-wait")
         self._http = httpx.Client(timeout=_CALL_S)
+        self._store_lock = threading.Lock()
         self._redis: redis.Redis | None = None
         self._store: SnapshotStore | None = None
         log = self.places.event_log  # a look is not tried for as long as a trainer tries
@@ -254,17 +255,11 @@ class Sources:
         from feature_store.signing import Signer
         from feature_store.snapshots import SnapshotStore
 
-        with self._lock:
-            if self._store is not None:
-                return self._store
-        place = self.places.feature_store
-        signer, client = Signer.of(place.signing, place.namespace), place.connect()
-        with self._lock:
+        with self._store_lock:
             if self._store is None:
-                self._redis = client
-                self._store = SnapshotStore(client, place.namespace, place.snapshots, signer=signer)
-            else:
-                client.close()  # another thread was faster
+                place = self.places.feature_store
+                signer, self._redis = Signer.of(place.signing, place.namespace), place.connect()
+                self._store = SnapshotStore(self._redis, place.namespace, place.snapshots, signer=signer)
             return self._store
 
     @contextmanager
