@@ -28,7 +28,8 @@ async function ask(path, options) {
   try {
     body = text ? JSON.parse(text) : null;
   } catch {
-    throw new ApiError(response.status, `${path}: the answer is no JSON`);
+    const said = response.ok ? "the answer is no JSON" : `status ${response.status}; the console's log says why`;
+    throw new ApiError(response.status, `${path}: ${said}`);
   }
   if (!response.ok) throw new ApiError(response.status, detailOf(body) ?? `${path}: status ${response.status}`);
   return body;
