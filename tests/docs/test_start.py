@@ -8,7 +8,7 @@ import pytest
 from tests.docs.session import assert_prints, follow
 
 DEMO = "smes demo --keep run --stay\n"
-_MEANWHILE = """{demo} --limit 2500 > demo.txt 2>&1 &
+_MEANWHILE = """{demo} --limit 1500 > demo.txt 2>&1 &
 until grep -q "everything stays up" demo.txt; do kill -0 %1; sleep 0.2; done
 cat demo.txt
 """
