@@ -68,6 +68,9 @@ class _Written(msgspec.Struct):
 
 _SHARES = ("load_share", "of_tasks", "drift_of_tasks")
 _MOST_NAMES = 1000
+_MOST_STACKS = 4
+_stacks: list[tuple[tuple[int, ...], Sequence["Line"], F64]] = []  # the lines are kept, so their identity stays theirs
+_stacks_lock = threading.Lock()
 _NO_FIGURES = np.full(len(FIGURES), np.nan)
 _decoder = msgspec.json.Decoder(_Written)
 
@@ -206,16 +209,30 @@ class FolderLines:
 
 
 def figures_of(lines: Sequence[Line], task: str) -> F64:
-    """The figures of one task: float64 [N, M], NaN where a line does not have it."""
-    places: dict[int, int | None] = {}  # of the task among the names of a line
-    rows = []
-    for line in lines:
-        names = line.tasks
-        if id(names) not in places:
-            places[id(names)] = names.index(task) if task in names else None
-        place = places[id(names)]
-        rows.append(_NO_FIGURES if place is None else line.figures_TM[place])
-    return np.array(rows, np.float64).reshape(len(rows), len(FIGURES))
+    """The figures of one task: float64 [N, M], NaN where a line does not have it; not to be written to."""
+    if not lines:
+        return np.zeros((0, len(FIGURES)))
+    names = lines[-1].tasks
+    if all(line.tasks is names for line in lines):
+        stacked_NTM = _stacked(lines)
+        return stacked_NTM[:, names.index(task)] if task in names else np.full((len(lines), len(FIGURES)), np.nan)
+    rows = [line.figures_TM[line.tasks.index(task)] if task in line.tasks else _NO_FIGURES for line in lines]
+    return np.array(rows, np.float64)
+
+
+def _stacked(lines: Sequence[Line]) -> F64:
+    """The figures of all tasks: float64 [N, T, M]. Pages ask for one task after the other, of the same lines."""
+    which = tuple(map(id, lines))
+    with _stacks_lock:
+        for n, (known, _, stack_NTM) in enumerate(_stacks):
+            if known == which:
+                _stacks.append(_stacks.pop(n))
+                return stack_NTM
+    stack_NTM = np.stack([line.figures_TM for line in lines])
+    with _stacks_lock:
+        _stacks.append((which, lines, stack_NTM))
+        del _stacks[:-_MOST_STACKS]
+    return stack_NTM
 
 
 def runs_of(lines: Sequence[Line]) -> dict[str, list[Line]]:
