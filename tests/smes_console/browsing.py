@@ -120,7 +120,7 @@ class Tab:
         """
         self._context.close()
         wrong = [each for each in self._messages if not any(re.search(known, each) for known in self.expected)]
-        assert wrong == []
+        assert not wrong, wrong
 
 
 @contextmanager

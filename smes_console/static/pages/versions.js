@@ -31,9 +31,17 @@ export function mount(root, context) {
   const said = h("p", { role: "status", class: "good" });
   const problems = h("div", { role: "status" });
   const buttons = {
-    unpin: h("button", { type: "button", onclick: () => decide("unpin") }, "Unpin…"),
-    rollback: h("button", { type: "button", class: "danger", onclick: () => decide("rollback") }, "Roll back…"),
-    promote: h("button", { type: "button", onclick: () => decide("promote") }, "Promote the one held last…"),
+    unpin: h("button", { type: "button", disabled: true, onclick: () => decide("unpin") }, "Unpin…"),
+    rollback: h(
+      "button",
+      { type: "button", class: "danger", disabled: true, onclick: () => decide("rollback") },
+      "Roll back…",
+    ),
+    promote: h(
+      "button",
+      { type: "button", hidden: true, onclick: () => decide("promote") },
+      "Promote the one held last…",
+    ),
   };
   buttons.unpin.title = "Follow what the trainer publishes again";
   buttons.rollback.title = "Go back to the version published before the one in service";
