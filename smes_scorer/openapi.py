@@ -17,6 +17,9 @@ DOCS_PATH = "/docs"
 _PAGE = Path(str(files("smes_scorer"))) / "docs_page"
 _CONTENT_SECURITY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
 
+_EXAMPLE = {"user_id": 7, "items": [9, 10], "context": {}}
+"""A request that every schema takes; the page begins with it."""
+
 
 class FieldProblem(msgspec.Struct):
     """What is wrong with one field of a request, in the form that FastAPI uses."""
@@ -35,11 +38,11 @@ class Refusal(msgspec.Struct):
 def documented(request: str, answer: str) -> dict[str, Any]:
     """The part of the OpenAPI document that FastAPI cannot find in the function: schemas by name, and statuses."""
 
-    def content(name: str) -> dict[str, Any]:
-        return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
+    def content(name: str, **more: Any) -> dict[str, Any]:
+        return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}, **more}}}
 
     return {
-        "openapi_extra": {"requestBody": {"required": True, **content(request)}},
+        "openapi_extra": {"requestBody": {"required": True, **content(request, example=_EXAMPLE)}},
         "responses": {
             200: content(answer),
             400: {"description": "The body cannot be parsed, or is nested deeper than max_depth"},

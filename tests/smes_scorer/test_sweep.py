@@ -21,6 +21,7 @@ TOKEN = "a-token-of-the-sweep"
 LONGEST_S = 30.0  # of an answer
 DOCUMENTED = {
     "/v1/score": {200, 400, 408, 413, 422},  # nothing here makes it busy, and it is ready
+    "/v1/explain": {200, 400, 408, 413, 422},
     "/v1/stats": {200},
     "/metrics": {200},
     "/health/live": {200},
@@ -38,7 +39,8 @@ LIMITS = settings(database=None, deadline=None, phases=[Phase.generate], suppres
 def sweep(url: str, cases: int, headers: dict[str, str]) -> Counter[tuple[str, int]]:
     """Send so many requests and check every answer; how many there were of each path and status.
 
-    So many are for scoring, half of which follow the document and half of which break it. The other paths have a few.
+    So many are for scoring, half of which follow the document and half of which break it, and a fifth as many for
+    explaining. The other paths have a few.
     """
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json", headers=headers)
     operations: list[Any] = [cast(Any, found).ok() for found in schema.get_all_operations()]
@@ -54,9 +56,9 @@ def sweep(url: str, cases: int, headers: dict[str, str]) -> Counter[tuple[str, i
         case.validate_response(answer, excluded_checks=UNFIT, headers=dict(headers))
 
     for operation in operations:
-        scores = operation.path == "/v1/score"
-        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE) if scores else (GenerationMode.POSITIVE,):
-            some: Any = settings(LIMITS, max_examples=-(-cases // 2) if scores else 10)  # hypothesis types decorators
+        cases_of = {"/v1/score": -(-cases // 2), "/v1/explain": cases // 10}.get(operation.path)
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE) if cases_of else (GenerationMode.POSITIVE,):
+            some: Any = settings(LIMITS, max_examples=cases_of or 10)  # hypothesis types decorators
             same: Any = seed(12)
             made: Any = given(operation.as_strategy(generation_mode=mode))
             same(some(made(check)))()
@@ -84,6 +86,7 @@ def test_every_request_has_a_documented_answer(
         seen = sweep(url, cases, {"Authorization": f"Bearer {TOKEN}"})
 
     scored = {status for (path, status), count in seen.items() if path == "/v1/score"}
+    assert {status for path, status in seen if path == "/v1/explain"} >= {200, 422}
     assert sum(count for (path, _), count in seen.items() if path == "/v1/score") >= cases
     assert {200, 401, 422} <= scored  # both sides of the document were tried
     assert {path for path, _ in seen} == set(DOCUMENTED)
