@@ -12,7 +12,7 @@ _MEANWHILE = """{demo} --limit 1500 > demo.txt 2>&1 &
 until grep -q "everything stays up" demo.txt; do kill -0 %1; sleep 0.2; done
 cat demo.txt
 """
-REQUEST = """-d '{"user_id": 7, "items": [9, 10], "context": {"tab": 1, "device": 2}}'\n"""
+REQUEST = """-d '{"user_id": 7, "items": [9, 10], "context": {"tab": 1, "device": 2}}' | python -m json.tool\n"""
 _BROWSER = """page=$(python -c "import json; print(json.load(open('run/addresses.json'))['console'].split('/#')[0])")
 curl -sf $page/ > page.html
 curl -sf $page/api/learning > learning.json
