@@ -8,13 +8,15 @@ Letters: N rows that changed, M rows that went, C columns of a group.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from smes.arrays import F32, I64, Bool
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK_ROWS = 16_384
 """How many rows a block of a full table has at most: a reader holds the table's lock for one block at a time."""
@@ -65,7 +67,7 @@ class FullView(Protocol):
     """The weights of one moment, while training goes on. Any thread may read it, one at a time."""
 
     @property
-    def dense(self) -> Mapping[str, Tensor]:
+    def dense(self) -> "Mapping[str, Tensor]":
         """``dense.*``, copies."""
 
     @property
