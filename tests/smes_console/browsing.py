@@ -70,9 +70,21 @@ class Tab:
 
     def open(self, name: str) -> None:
         """Open a page of the console, and wait until it shows its heading and has looked once."""
-        self.page.evaluate("name => { location.hash = '#/' + name }", name)
+        with self.opening(name):
+            self.page.evaluate("name => { location.hash = '#/' + name }", name)
+
+    @contextmanager
+    def opening(self, name: str) -> Iterator[None]:
+        """What is done within opens a page; afterwards the page shows its heading and has looked once."""
+        if self.page.url.endswith(f"#/{name}"):
+            yield
+            return
+        with self.page.expect_response(lambda response: f"/api/{name}" in response.url, timeout=20_000) as answer:
+            yield
+        answer.value.finished()
         title = TITLES[PAGES.index(name)]
         self.page.locator("h1", has_text=re.compile(f"^{title}$")).wait_for(timeout=20_000)
+        self.page.evaluate("() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
 
     def figures(self) -> dict[str, str]:
         """Every figure that the page shows: name → exact value."""

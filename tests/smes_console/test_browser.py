@@ -61,9 +61,9 @@ class Demo:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     folder = tmp_path_factory.mktemp("demo")
     kept = folder / "kept"
-    # The scorer is asked seldom, so that what it counts changes slowly.
     arguments = ("demo", "--stay", "--limit", "3000", "--rate", "3000", "--codec", "json", "--keep", str(kept))
-    process = start_smes(folder / "demo.log", *arguments, env=environment())
+    env = environment(SMES_TRAINER__SNAPSHOT_INTERVAL_S="0.2")  # some versions in so short a time
+    process = start_smes(folder / "demo.log", *arguments, env=env)
     until_log_says(folder / "demo.log", "everything stays up", process)
     addresses = read_json(kept / "addresses.json")
     config = load_config(kept / "smes.yaml", {})
@@ -275,9 +275,8 @@ _REACH = """() => { const e = document.activeElement; const again = e.dataset.re
 @pytest.mark.parametrize("page", PAGES)
 def test_every_control_is_reached_by_the_keyboard_and_shows_it(opened: Tab, page: str) -> None:
     opened.page.evaluate("document.activeElement.blur()")
-    opened.press(str(PAGES.index(page) + 1))
-    opened.open(page)
-    opened.page.wait_for_timeout(1200)
+    with opened.opening(page):
+        opened.press(str(PAGES.index(page) + 1))
     opened.press("p")  # nothing moves meanwhile
     opened.page.evaluate("() => { document.activeElement.blur(); document.querySelector('.skip').focus() }")
     for _ in range(500):
@@ -317,7 +316,6 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, demo: Demo) -> None:
     with tab(browser, demo.console, width=390) as opened:
         for page in PAGES:
             opened.open(page)
-            opened.page.wait_for_timeout(1000)
             assert opened.overflow() <= 0, page
         opened.open("versions")
         opened.page.locator("tr.selectable").first.click()
