@@ -1,6 +1,7 @@
 // Small charts of one quantity for several runs: they point together, and the page decides what part of x they show.
 
 import uPlot from "../vendor/uplot/uPlot.esm.js";
+import { s } from "./dom.js";
 import { short, utc } from "./format.js";
 import { css } from "./palette.js";
 
@@ -10,8 +11,9 @@ const ROBUST_FROM = 24; // so many points say what is usual
 
 // Options: key (charts of one key point together), height, isTime, onRange(low, high), onWhole(), onPoint(x or null).
 // Gives {element, draw(content), destroy()}.
-// content: {label, x: [low, high] or null, curves: [{x, y, colour, dash?, width?}], marks: [{x, kind: "lineage" | "service"}],
-//           level: a value of y with a line of its own, or null, least?: [low, high] of y that is always there}
+// content: {label, x: [low, high] or null, curves: [{x, y, colour, dash?, width?}],
+//           marks: [{x, kind: "lineage" | "service"}], level: a value of y with a line of its own, or null,
+//           least?: [low, high] of y that is always there}
 export function curveChart({ key, height, isTime, onRange, onWhole, onPoint }) {
   const element = document.createElement("div");
   element.className = "chart";
@@ -29,7 +31,12 @@ export function curveChart({ key, height, isTime, onRange, onWhole, onPoint }) {
 
   function options() {
     const quiet = css("--quiet");
-    const axis = { stroke: quiet, font: FONT, grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), size: 4 } };
+    const axis = {
+      stroke: quiet,
+      font: FONT,
+      grid: { stroke: css("--line"), width: 1 },
+      ticks: { stroke: css("--line"), size: 4 },
+    };
     const onlyMoves = (type) => type !== "mousedown" && type !== "mouseup";
     return {
       width: element.clientWidth,
@@ -37,7 +44,7 @@ export function curveChart({ key, height, isTime, onRange, onWhole, onPoint }) {
       ms: 1,
       tzDate: (ms) => uPlot.tzDate(new Date(ms), "Etc/UTC"),
       legend: { show: false },
-      padding: [8, 8, 0, 0],
+      padding: [8, isTime ? 22 : 12, 0, 0],
       cursor: {
         y: false,
         points: { size: 5 },
@@ -50,8 +57,20 @@ export function curveChart({ key, height, isTime, onRange, onWhole, onPoint }) {
         y: { range: (u, low, high) => rangeOf(low, high) },
       },
       axes: [
-        { ...axis, size: 22, space: 62, gap: 3, values: (u, ticks, n, space, step) => ticks.map((tick) => (isTime ? timeText(tick, step) : short(tick))) },
-        { ...axis, size: 44, space: 26, gap: 2, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : String(Number(tick.toPrecision(4))))) },
+        {
+          ...axis,
+          size: 22,
+          space: 62,
+          gap: 3,
+          values: (u, ticks, n, space, step) => ticks.map((tick) => (isTime ? timeText(tick, step) : short(tick))),
+        },
+        {
+          ...axis,
+          size: 44,
+          space: 26,
+          gap: 2,
+          values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : String(Number(tick.toPrecision(4))))),
+        },
       ],
       series: [
         {},
@@ -139,7 +158,8 @@ export function curveChart({ key, height, isTime, onRange, onWhole, onPoint }) {
 
   const sizes = new ResizeObserver(() => {
     if (!plot) make();
-    else if (element.clientWidth && plot.width !== element.clientWidth) plot.setSize({ width: element.clientWidth, height });
+    else if (element.clientWidth && plot.width !== element.clientWidth)
+      plot.setSize({ width: element.clientWidth, height });
   });
   sizes.observe(element);
   dark.addEventListener("change", make);
@@ -211,3 +231,12 @@ function timeText(ms, step) {
 }
 
 export const placeText = (x, isTime) => (isTime ? `${utc(x)} UTC` : `${short(Math.round(x))} impressions`);
+
+// A piece of a line, to stand beside its name.
+export function sample({ colour, dash = [] }, width = 2) {
+  const path = s("path", { d: "M0 4H28" });
+  path.style.stroke = colour;
+  path.style.strokeWidth = width;
+  path.style.strokeDasharray = dash.join(" ");
+  return s("svg", { width: 28, height: 8, "aria-hidden": "true" }, path);
+}

@@ -32,3 +32,11 @@ export function figure(name, text = "–", value = null, attributes = {}) {
   show(element, text, value);
   return element;
 }
+
+// Replaces what is in an element, if it would look otherwise: what has the focus or is read aloud stays.
+export function replaceIfOther(element, children) {
+  const now = children.map((child) => child.outerHTML ?? child).join("|");
+  if (element.dataset.shown === now) return;
+  element.dataset.shown = now;
+  element.replaceChildren(...children);
+}

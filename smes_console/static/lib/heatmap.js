@@ -41,7 +41,10 @@ export function heatmap({ name, figure, onMove }) {
     if (square) cellWidth = cellHeight = Math.min(cellWidth, cell[1]);
     else cellWidth = Math.min(cellWidth, 36);
     box = { left, width: cellWidth, height: cellHeight };
-    const size = { width: Math.ceil(left + cellWidth * columns.length) + 1, height: HEAD + Math.ceil(cellHeight * rows.length) + FOOT };
+    const size = {
+      width: Math.ceil(left + cellWidth * columns.length) + 1,
+      height: HEAD + Math.ceil(cellHeight * rows.length) + FOOT,
+    };
     canvas.style.width = `${size.width}px`;
     canvas.style.height = `${size.height}px`;
     canvas.width = cells.width = Math.round(size.width * devicePixelRatio);
@@ -100,14 +103,20 @@ export function heatmap({ name, figure, onMove }) {
     context.textAlign = "right";
     const each = Math.ceil(12 / box.height);
     rows.forEach((name_, row) => {
-      if (row % each === 0) context.fillText(fitted(context, name_, box.left - 6), box.left - 5, HEAD + (row + 0.5) * box.height);
+      if (row % each === 0)
+        context.fillText(fitted(context, name_, box.left - 6), box.left - 5, HEAD + (row + 0.5) * box.height);
     });
     context.textAlign = "center";
     context.textBaseline = "alphabetic";
     const widest = Math.max(...columns.map((each_) => context.measureText(each_).width), 1) + 8;
     const every = nice(Math.ceil(widest / box.width));
     columns.forEach((name_, column) => {
-      if (column % every === 0) context.fillText(name_, Math.max(box.left + (column + 0.5) * box.width, 6), HEAD + box.height * rows.length + 12);
+      if (column % every === 0)
+        context.fillText(
+          name_,
+          Math.max(box.left + (column + 0.5) * box.width, 6),
+          HEAD + box.height * rows.length + 12,
+        );
     });
   }
 
@@ -151,8 +160,14 @@ export function heatmap({ name, figure, onMove }) {
   }
 
   const STEPS = {
-    ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0],
-    Home: [0, -Infinity], End: [0, Infinity], PageUp: [-Infinity, 0], PageDown: [Infinity, 0],
+    ArrowLeft: [0, -1],
+    ArrowRight: [0, 1],
+    ArrowUp: [-1, 0],
+    ArrowDown: [1, 0],
+    Home: [0, -Infinity],
+    End: [0, Infinity],
+    PageUp: [-Infinity, 0],
+    PageDown: [Infinity, 0],
   };
   canvas.addEventListener("keydown", (event) => {
     const step = STEPS[event.key];
@@ -214,5 +229,12 @@ export function scale(low, high, none = "none") {
     context.fillStyle = `rgb(${sequential(x / 99)})`;
     context.fillRect(x, 0, 1, 10);
   }
-  return h("span", { class: "quiet scale" }, h("span", { class: "none", "aria-hidden": "true" }), ` ${none} · ${low} `, colours, ` ${high}`);
+  return h(
+    "span",
+    { class: "quiet scale" },
+    h("span", { class: "none", "aria-hidden": "true" }),
+    ` ${none} · ${low} `,
+    colours,
+    ` ${high}`,
+  );
 }
