@@ -157,6 +157,9 @@ def _result(
 @contextmanager
 def _run_folder(keep: Path | None) -> Iterator[Path]:
     if keep is not None:
+        if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+            # What an earlier run left, such as its checkpoints, is of another event log.
+            raise ValueError(f"--keep {keep}: expected a new or an empty folder, got one with files in it")
         keep.mkdir(parents=True, exist_ok=True)
         yield keep.resolve()
         return
