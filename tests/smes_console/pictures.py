@@ -17,7 +17,7 @@ PICTURES = {
     "learning-curve": ("learning?metric=auc", ".legend", ".grid.tasks"),
     "expert-map": ("experts", "h2 >> nth=0", ".heatmap >> nth=1"),
 }
-_MARGIN = 8
+_MARGIN = 3
 _WIDTH, _HEIGHT = 1280, 2400
 
 
