@@ -6,7 +6,8 @@ import { table } from "../../lib/table.js";
 
 const MOST_DEAD = 24; // that are named
 const MOST_BUSY = 10;
-const OF_LINES = "Of each task only the experts that it uses most are known, from the lines of the history; a dot: not known. ";
+const OF_LINES =
+  "Of each task only the experts that it uses most are known, from the lines of the history; a dot: not known. ";
 const WHOSE = { trainer: "the running trainer", folder: "the run, which has ended", lines: "the newest line" };
 
 // Gives {problems, summary, dead, busiest: table, sayProblems(source), saySummary(answer), saySegment()}.
