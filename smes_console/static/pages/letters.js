@@ -69,9 +69,9 @@ export function mount(root, context) {
     onSelect: (row) => details(row.id),
     empty: "none",
     columns: [
-      { key: "written_ms", title: "Written (UTC)", format: format.utc, head: true },
-      { key: "reason", title: "Reason" },
+      { key: "reason", title: "Reason", head: true },
       { key: "place", title: "Event", hint: "topic/partition/offset, and the row of an Arrow record" },
+      { key: "written_ms", title: "Written (UTC)", format: format.utc },
       { key: "replayed", title: "Replayed", format: (v) => (v ? "yes" : "no") },
       { key: "field", title: "Field" },
       { key: "says", title: "What was expected", format: (v) => (v.length > 70 ? `${v.slice(0, 70)}…` : v) },

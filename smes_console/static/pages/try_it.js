@@ -187,7 +187,7 @@ export function mount(root, context) {
       h("h2", {}, `Item ${item.item_id}`),
       h(
         "div",
-        { class: "grid" },
+        { class: "grid halves" },
         h("div", { class: "panel" }, featuresOf(answer, item)),
         h("div", { class: "panel" }, expertsOf(item)),
       ),

@@ -186,7 +186,6 @@ export function mount(root, context) {
           figure: (row) => `version:${row.name}`,
         },
         { key: "state", title: "State", hint: "In service, pinned, current, held, rolled back" },
-        { key: "published_ms", title: "Published (UTC)", format: format.utc },
         ...figures.map((key) => ({
           key,
           title: FIGURES[key][0],
@@ -195,6 +194,7 @@ export function mount(root, context) {
           format: (v) => format.number(v),
           figure: (row) => `${key}:${row.name}`,
         })),
+        { key: "published_ms", title: "Published (UTC)", format: format.utc },
         { key: "gate", title: "Gate", hint: "What the publish gate said of it", format: (v) => GATE[v] },
         { key: "kind", title: "Kind", hint: "full: all weights; delta: what changed since the version before" },
         { key: "total_bytes", title: "Size", numeric: true, format: format.bytes },
