@@ -208,7 +208,9 @@ export function mount(root, { api, format, table }) {
     hint: "Impressions, as the trainer reads them",
   });
   row("service", "rates.feedback", "feedback", (d) => d.trainer.rates?.feedback?.received, rate);
-  row("letters", "letters.kept", "kept", (d) => d.letters.kept, number, { hint: "Letters, and notes on replays; up to ten seconds ago" });
+  row("letters", "letters.kept", "kept", (d) => d.letters.kept, number, {
+    hint: "Letters, and notes on replays; up to ten seconds ago",
+  });
   ledger("letters", "events", "dead_lettered", "impressions");
   ledger("letters", "feedback", "dead_lettered", "feedback");
   chart.card("letters").body.append(h("p", {}, h("a", { href: "#/letters" }, "look at them")));
