@@ -34,7 +34,6 @@ from trainer.config import HistoryConfig, HttpConfig
 from trainer.report import conservation_errors
 
 _SETTLE_S = 15.0
-_LOOK_S = 0.5
 _POINTS, _FEWEST_EXAMPLES, _POINT_S = 50, 200, 10.0
 
 
@@ -112,6 +111,9 @@ def run_demo(
         replay = workers.start("replay", str(log), "--report", str(folder / "replay.json"), *_replay_arguments(options))
         addresses = Addresses(url, workers.printed_url("train", trainer).removesuffix("/metrics"))
         page = workers.start("console", *addresses.arguments(), "--history", str(config.trainer.history.directory))
+        address = workers.printed_url("console", page)
+        addresses.write(folder / "addresses.json", console=address)
+        console.print(f"console: {address}", highlight=False, soft_wrap=True)
         workers.wait_ready(url, scorer, trainer)
         requests = RequestLoop(
             url,
@@ -122,9 +124,6 @@ def run_demo(
             items_per_request=options.items_per_request,
         )
         requests.start()
-        address = workers.printed_url("console", page)
-        addresses.write(folder / "addresses.json", console=address)
-        console.print(f"console: {address}", highlight=False, soft_wrap=True)
         running = {"train": trainer, "serve": scorer, "console": page}
         replayed = workers.watch(url, replay, running, should_stop)
         if options.stay and not should_stop():
@@ -133,9 +132,7 @@ def run_demo(
                 _await_version(url, report)
                 on_replayed(_result(report, replayed, url, requests.so_far(), options.keep))
             console.print(f"everything stays up until Ctrl-C: {address}", highlight=False, soft_wrap=True)
-            while not should_stop():
-                workers.check_alive(running)
-                time.sleep(_LOOK_S)
+            workers.stay(running, should_stop)
         stop(trainer, timeout_s=120)
         report = read_report(folder / "train.json", log_tail(workers.log_of("train")))
         _await_version(url, report)

@@ -21,6 +21,7 @@ from smes_cli.demo.processes import log_tail, spawn, stop
 from smes_io.clock import wait_until
 
 _READY_WITHIN_S = 90.0
+_LOOK_S = 0.5
 _URL = re.compile(r"(?:listening on|metrics:) (http://\S+)")
 
 
@@ -117,12 +118,22 @@ class Workers:
                     int(stats["requests"]),
                     f"requests · serving version {stats['version']}, {stats['swaps']} swaps · freshness p50 {fresh} ms",
                 )
-                time.sleep(0.5)
+                time.sleep(_LOOK_S)
         if replay.poll() not in (0, None):
             raise SmesError(f"replay failed:\n{self._tail('replay')}")
         if replay.poll() is None:  # should_stop() became true
             stop(replay, timeout_s=30)
         return read_report(self._folder / "replay.json", self._tail("replay"))
+
+    def stay(self, processes: Mapping[str, subprocess.Popen[bytes]], should_stop: Callable[[], bool]) -> None:
+        """Wait until a stop is asked for.
+
+        Raises:
+            SmesError: One of the workers has ended.
+        """
+        while not should_stop():
+            self.check_alive(processes)
+            time.sleep(_LOOK_S)
 
     def check_alive(self, processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
         """Check that workers run.
