@@ -256,16 +256,17 @@ export function mount(root, context) {
       ["Step", format.number(manifest.step)],
       ["Cut at", `${format.utc(manifest.created_ms)} UTC`],
       ["Published", `${format.utc(manifest.published_ms)} UTC`],
-      ["Learned up to", `${format.utc(manifest.event_time_ms)} UTC`],
+      ["Learned up to", manifest.event_time_ms === null ? null : `${format.utc(manifest.event_time_ms)} UTC`],
       ["Leads on from", manifest.parent === null ? "nothing: the first of its lineage" : String(manifest.parent)],
       ["Payload", `${manifest.kind}, ${manifest.precision}, ${format.bytes(manifest.total_bytes)}`],
       ["To load it", loads_problem ?? `${many(loads.length, "payload")}, ${format.bytes(whole)}`],
       ["Schema", manifest.schema_hash],
-      ["Gate", gate ? `${GATE[row.gate]}; ${gate.passed} cuts passed and ${gate.refused} refused so far` : "none"],
+      ["Gate", GATE[row.gate] + (gate?.passed >= 0 ? `; ${gate.passed} cuts passed, ${gate.refused} refused so far` : "")],
       ["Why refused", manifest.held],
       ["Signed", manifest.signature ? "yes" : "no"],
     ];
-    const tasks = Object.entries(manifest.metrics.tasks ?? {}).map(([task, figures]) => ({ task, ...figures }));
+    const measured = typeof manifest.metrics.tasks === "object" ? manifest.metrics.tasks : null;
+    const tasks = Object.entries(measured ?? {}).map(([task, figures]) => ({ task, ...figures }));
     const metrics = table({
       caption: "Progressive metrics of all that the lineage trained on up to this version",
       key: (each) => each.task,
@@ -284,7 +285,7 @@ export function mount(root, context) {
     metrics.update(tasks);
     const known = pairs.filter(([, value]) => value !== null && value !== undefined);
     const described = known.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]);
-    return [h("dl", { class: "pairs" }, described.flat()), metrics.element];
+    return [h("dl", { class: "pairs" }, described.flat()), tasks.length ? metrics.element : null].filter(Boolean);
   }
 
   // ---- deciding
