@@ -7,6 +7,7 @@ from torch import Tensor
 
 from smes.rankers.sparse.config import RouterConfig
 from smes.rankers.sparse.experts import dispatch
+from smes.rankers.sparse.kernels import best
 from smes.rankers.sparse.router import Router
 from smes.rankers.sparse.routing import expert_load, route
 
@@ -134,3 +135,14 @@ def test_the_pool_of_a_budget_has_what_some_task_wants_most() -> None:
         for r in range(R):
             expected = sorted(pool, key=lambda e: -float(z_BRE[b, r, e]))[:adaptive]
             assert routing.experts_BRK[b, r, shared:].tolist() == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.sampled_from([2, 10_000]), st.integers(0, 2**31))
+def test_the_compiled_loop_chooses_as_a_stable_sort_does(columns: int, count: int, levels: int, seed: int) -> None:
+    """Ties go to the first, NaN comes before all, and every row gets so many different places."""
+    values = _z(6, 2, columns, levels, seed)
+    values[torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)) < 0.2] = float("-inf")
+    values[0, 0, 0], count = float("nan"), min(count, columns)
+    ordered = torch.where(values.isnan(), float("inf"), values).sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(best(values, count), ordered[..., :count])

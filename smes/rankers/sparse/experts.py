@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.rankers.sparse.config import ExpertForm, ExpertNorm, ExpertsConfig
+from smes.rankers.sparse.kernels import compiled, sorted_pairs
 from smes.rankers.sparse.routing import Routing
 
 
@@ -100,14 +101,19 @@ def _dispatch_disjoint(routing: Routing) -> Dispatch:
     B, R, K = routing.experts_BRK.shape
     device = routing.experts_BRK.device
     num_slots = R * K
-    sorted_P, slot_P = routing.experts_BRK.reshape(-1).sort(stable=True)
-    every_P = torch.arange(B * num_slots, device=device)
-    experts_E = torch.arange(routing.num_experts, device=device)
+    expert_P = routing.experts_BRK.reshape(-1)
+    if compiled(expert_P):
+        slot_P, instance_P, row_P, offsets_E = sorted_pairs(expert_P, routing.num_experts, num_slots)
+    else:
+        sorted_P, slot_P = expert_P.sort(stable=True)
+        experts_E = torch.arange(routing.num_experts, device=device)
+        instance_P, offsets_E = slot_P // num_slots, torch.searchsorted(sorted_P, experts_E, right=True, out_int32=True)
+        row_P = torch.empty_like(slot_P).scatter_(0, slot_P, torch.arange(B * num_slots, device=device))
     return Dispatch(
-        instance_P=slot_P // num_slots,
-        offsets_E=torch.searchsorted(sorted_P, experts_E, right=True, out_int32=True),
+        instance_P=instance_P,
+        offsets_E=offsets_E,
         used_P=None,
-        row_BU=torch.empty_like(slot_P).scatter_(0, slot_P, every_P).view(B, num_slots),
+        row_BU=row_P.view(B, num_slots),
         slot_BRK=torch.arange(num_slots, device=device).view(1, R, K).expand(B, R, K),
         slot_P=slot_P,
         active_B=torch.full((B,), num_slots, device=device),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.rankers.sparse.config import SmesConfig
+from smes.rankers.sparse.kernels import best, compiled
 from smes.rankers.sparse.stages import Stages
 
 
@@ -103,7 +104,7 @@ class Selection(nn.Module):
         mean_RL, z_BRK = mean_and_chosen(z_BRC, probs_BRL, columns_BRK)
         return Routing(
             experts_BRK=experts_BRK,
-            weights_BRK=z_BRK.softmax(dim=-1),
+            weights_BRK=_shares(z_BRK),
             probs_BRL=probs_BRL,
             mean_RL=mean_RL,
             num_experts=self.stages.num_experts,
@@ -142,7 +143,7 @@ class Selection(nn.Module):
         if self.stages.num_shared == 0:
             return probs_BRL.new_empty((probs_BRL.shape[0], 0), dtype=torch.int64)
         weighted_BL = torch.einsum("brl,r->bl", probs_BRL, self.weights_R)
-        return weighted_BL.topk(self.stages.num_shared, dim=-1).indices
+        return best(weighted_BL, self.stages.num_shared)
 
     def _closed(self, probs_BRL: Tensor, shared_BS: Tensor) -> Tensor | None:
         """The experts that stages II and III may not choose. bool [B, P, L]; None without a binding budget."""
@@ -152,7 +153,7 @@ class Selection(nn.Module):
         B, _, L = probs_BRL.shape
         highest_BPL = probs_BRL.index_select(1, self.members_PM.view(-1)).view(B, P, M, L).amax(dim=2)
         highest_BPL = highest_BPL.scatter(2, _for_each(shared_BS, P), -1.0)
-        open_BPQ = highest_BPL.topk(self._quota - self.stages.num_shared, dim=-1).indices
+        open_BPQ = best(highest_BPL, self._quota - self.stages.num_shared)
         closed_BPL = torch.ones_like(highest_BPL, dtype=torch.bool).scatter_(2, open_BPQ, False)
         return closed_BPL & self.bounded_P.view(1, P, 1)
 
@@ -163,7 +164,7 @@ class Selection(nn.Module):
             mean_BGL = mean_BGL.scatter(2, _for_each(shared_BS, self.stages.num_groups), -1.0)
         if closed_BPL is not None:
             mean_BGL = mean_BGL.masked_fill(closed_BPL, -1.0)
-        chosen_BGK = mean_BGL.topk(self.stages.num_group, dim=-1).indices
+        chosen_BGK = best(mean_BGL, self.stages.num_group)
         return chosen_BGK if self._router_is_group else chosen_BGK.index_select(1, self.group_R)
 
     def _for_routers(self, z_BRL: Tensor, chosen_BRK: Tensor, closed_BPL: Tensor | None) -> Tensor:
@@ -172,7 +173,7 @@ class Selection(nn.Module):
         if closed_BPL is not None:
             closed = closed_BPL.index_select(1, self.group_R) if self.stages.own_pools else closed_BPL
             rest_BRL = rest_BRL.masked_fill(closed, float("-inf"))
-        return rest_BRL.topk(self.stages.num_adaptive, dim=-1).indices
+        return best(rest_BRL, self.stages.num_adaptive)
 
 
 def route(
@@ -222,6 +223,14 @@ def mean_and_chosen(z_BRC: Tensor, probs_BRL: Tensor, columns_BRK: Tensor) -> tu
         z_BRC, probs_BRL, columns_BRK
     )
     return mean_RL, chosen_BRK
+
+
+def _shares(z_BRK: Tensor) -> Tensor:
+    """``softmax`` over the last dimension. For the CPU the few K are laid out as rows, along which torch vectorises."""
+    if not compiled(z_BRK):
+        return z_BRK.softmax(dim=-1)
+    z_KN = z_BRK.reshape(-1, z_BRK.shape[-1]).t().contiguous()
+    return z_KN.softmax(dim=0).t().contiguous().view(z_BRK.shape)
 
 
 class _MeanAndChosen(torch.autograd.Function):
