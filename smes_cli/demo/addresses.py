@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from smes.errors import SmesError
 from smes_cli.console import errors
 
 _WITHIN_S = 60.0
@@ -32,6 +33,18 @@ class Addresses:
         path.touch(mode=0o600)
         path.chmod(0o600)
         path.write_text(json.dumps({"console": console, "scorer": self.scorer, "trainer": self.trainer}) + "\n")
+
+
+def scorer_stats(scorer: str) -> dict[str, Any]:
+    """The scorer's ``/v1/stats``.
+
+    Raises:
+        SmesError: It gave no answer.
+    """
+    try:
+        return dict(httpx.get(f"{scorer}/v1/stats", timeout=10).raise_for_status().json())
+    except httpx.HTTPError as error:
+        raise SmesError(f"scorer at {scorer}: no answer: {error}") from error
 
 
 def live_report(trainer: str, replayed: dict[str, Any], should_stop: Callable[[], bool]) -> dict[str, Any] | None:

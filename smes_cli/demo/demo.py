@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import redis
 
@@ -18,7 +17,7 @@ from simulators.synthetic import synthesize
 from smes_cli.compile_loops import compile_loops
 from smes_cli.config import Config
 from smes_cli.console import console, read_report, write_report
-from smes_cli.demo.addresses import Addresses, live_report
+from smes_cli.demo.addresses import Addresses, live_report, scorer_stats
 from smes_cli.demo.local_servers import start_kafka, start_valkey
 from smes_cli.demo.processes import log_tail, stop, stop_all
 from smes_cli.demo.requests import RequestLoop, RequestTally
@@ -145,7 +144,7 @@ def _result(
     report: dict[str, Any], replayed: dict[str, Any], url: str, tally: RequestTally, keep: Path | None
 ) -> DemoResult:
     """The trainer's report with what scorer and replay know, checked."""
-    _add_scorer(report, httpx.get(f"{url}/v1/stats", timeout=10).json(), tally)
+    _add_scorer(report, scorer_stats(url), tally)
     report["log"] = replayed["log"]
     write_report(report, None if keep is None else keep / "report.json")
     return DemoResult(report, _failures(report, replayed, tally.last_error))
@@ -271,7 +270,7 @@ def _await_version(url: str, report: dict[str, Any]) -> None:
     """Wait until the last version answers, so that the freshness of the last feedback is measured too."""
 
     def is_served() -> bool:
-        stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
+        stats = scorer_stats(url)
         return bool((stats["lineage"], stats["version"]) == (report["lineage"], report["version"]))
 
     if wait_until(is_served, timeout_s=_SETTLE_S):

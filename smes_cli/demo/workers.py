@@ -17,6 +17,7 @@ import yaml
 from smes.errors import SmesError
 from smes_cli.config import Config
 from smes_cli.console import console, number, progress, read_report
+from smes_cli.demo.addresses import scorer_stats
 from smes_cli.demo.processes import log_tail, spawn, stop
 from smes_io.clock import wait_until
 
@@ -112,7 +113,7 @@ class Workers:
         with progress("replaying and serving", None) as advance:
             while replay.poll() is None and not should_stop():
                 self.check_alive(others)
-                stats = httpx.get(f"{url}/v1/stats", timeout=10).json()
+                stats = scorer_stats(url)
                 fresh = number(stats["freshness_ms"]["p50"], 0)
                 advance(
                     int(stats["requests"]),
