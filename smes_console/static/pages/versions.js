@@ -250,6 +250,7 @@ export function mount(root, context) {
   function pageOf({ problem, manifest, loads, loads_problem }, row) {
     if (problem) return [h("p", { class: "problem" }, problem)];
     const gate = manifest.metrics.gate;
+    const cuts = gate?.passed >= 0 ? `; ${gate.passed} cuts passed, ${gate.refused} refused so far` : "";
     const whole = loads.reduce((sum, each) => sum + each.bytes, 0);
     const pairs = [
       ["State", stateOf(row) || "may be put into service"],
@@ -261,7 +262,7 @@ export function mount(root, context) {
       ["Payload", `${manifest.kind}, ${manifest.precision}, ${format.bytes(manifest.total_bytes)}`],
       ["To load it", loads_problem ?? `${many(loads.length, "payload")}, ${format.bytes(whole)}`],
       ["Schema", manifest.schema_hash],
-      ["Gate", GATE[row.gate] + (gate?.passed >= 0 ? `; ${gate.passed} cuts passed, ${gate.refused} refused so far` : "")],
+      ["Gate", GATE[row.gate] + cuts],
       ["Why refused", manifest.held],
       ["Signed", manifest.signature ? "yes" : "no"],
     ];
