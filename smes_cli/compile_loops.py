@@ -1,4 +1,4 @@
-"""Compile the loops of the join, of the id table and of the moments, so that no event waits for them.
+"""Compile the loops of the join, of the id table, of the moments and of the routing, so that no event waits for them.
 
 A module of its own because it imports no torch: the demo's process compiles before it starts its workers.
 """
@@ -14,6 +14,7 @@ from smes.model.numeric_moments import NumericMoments
 from smes.model.rows_config import RowsConfig
 from smes.model.serving_kernels import compile_serving_kernels
 from smes.model.table_kernels import compile_kernels
+from smes.rankers.sparse.routing_kernels import compile_routing_kernels
 from smes.schema import Schema
 from smes_cli.config import Config
 from stream.block_stream import BlockStream
@@ -35,6 +36,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_map_kernels()
     compile_kernels(bool(config.model.table_dim) + config.model.wide)
     compile_serving_kernels()
+    compile_routing_kernels()
     NumericMoments(schema).observe(np.ones((1, schema.inputs.num_numerics), np.float32))
     return examples
 

@@ -3,12 +3,10 @@
 Letters: N rows, L columns of a row, K best of a row, P executed pairs, U pairs of an instance, E experts.
 """
 
-import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from smes.arrays import F32, I64
+from smes.rankers.sparse.routing_kernels import best_of_rows, sort_pairs
 
 
 def compiled(x: Tensor) -> bool:
@@ -25,7 +23,7 @@ def best(values: Tensor, count: int) -> Tensor:
         return values.topk(count, dim=-1).indices
     rows_NL = values.detach().contiguous().view(-1, values.shape[-1])
     places = torch.empty(*values.shape[:-1], count, dtype=torch.int64)
-    _best(rows_NL.numpy(), places.view(-1, count).numpy())
+    best_of_rows(rows_NL.numpy(), places.view(-1, count).numpy())
     return places
 
 
@@ -43,52 +41,7 @@ def sorted_pairs(expert_P: Tensor, num_experts: int, per_instance: int) -> tuple
     """
     pair_P, instance_P, place_P = (torch.empty_like(expert_P) for _ in range(3))
     ends_E = torch.zeros(num_experts, dtype=torch.int32)
-    _sorted_pairs(
+    sort_pairs(
         expert_P.numpy(), per_instance, pair_P.numpy(), instance_P.numpy(), place_P.numpy(), ends_E.numpy()
     )  # fmt: skip
     return pair_P, instance_P, place_P, ends_E
-
-
-@njit(cache=True, nogil=True)
-def _best(values_NL: F32, places_NK: I64) -> None:  # pragma: no cover - compiled
-    rows, columns = values_NL.shape
-    count = places_NK.shape[1]
-    if count == 0:
-        return
-    kept_K = np.empty(count, np.float32)
-    for n in range(rows):
-        for i in range(columns):
-            value = values_NL[n, i]
-            if value != value:
-                value = np.float32(np.inf)
-            if i >= count and value <= kept_K[count - 1]:
-                continue
-            place = min(i, count - 1)
-            while place > 0 and kept_K[place - 1] < value:
-                kept_K[place] = kept_K[place - 1]
-                places_NK[n, place] = places_NK[n, place - 1]
-                place -= 1
-            kept_K[place] = value
-            places_NK[n, place] = i
-
-
-@njit(cache=True, nogil=True)
-def _sorted_pairs(  # type: ignore[no-untyped-def]  # numba infers the types
-    expert_P, per_instance, pair_P, instance_P, place_P, ends_E
-):  # pragma: no cover - compiled
-    next_E = np.zeros(len(ends_E), np.int64)
-    for expert in expert_P:
-        next_E[expert] += 1
-    start = 0
-    for e in range(len(ends_E)):
-        count = next_E[e]
-        next_E[e] = start
-        start += count
-        ends_E[e] = start
-    for pair in range(len(expert_P)):
-        expert = expert_P[pair]
-        place = next_E[expert]
-        next_E[expert] = place + 1
-        pair_P[place] = pair
-        instance_P[place] = pair // per_instance
-        place_P[pair] = place
