@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smes.model.devices import RankBatch
 from smes.model.features import FeatureLayer
+from smes.model.fused_adam import FusedAdam
 from smes.model.learner import Learner
 from smes.model.numeric_moments import NumericMoments
 from smes.model.rank_model import TaskHeads, TaskOutputs
@@ -68,8 +69,8 @@ _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("heads", TaskOutputs, "loss"),
     ("heads", TaskOutputs, "observe"),
     ("backward", torch.Tensor, "backward"),
-    ("optimiser", torch.optim.AdamW, "step"),
-    ("optimiser", torch.optim.AdamW, "zero_grad"),
+    ("optimiser", FusedAdam, "step"),
+    ("optimiser", FusedAdam, "clear"),
     ("optimiser", HostTable, "gradients"),
     ("optimiser", HostTable, "update"),
 )

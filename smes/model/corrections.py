@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from smes.arrays import F64, prefixed, under
 from smes.model.config import ModelConfig, OptimizerConfig, RareTasksConfig
 from smes.model.devices import RankBatch
+from smes.model.fused_adam import FusedAdam
 from smes.model.rank_model import ModelOutput, TaskOutputs
 from smes.rankers.config import task_groups
 from smes.rankers.ranker import Clusters, RunningMoments
@@ -182,20 +183,19 @@ class _Learning:
     def to(self, device: torch.device) -> None:
         """Move to a device, once."""
         if device != self._device:
-            moments = self._adam.state_dict()
+            moments = self._adam.state()
             self._device = device
             for module in (self._moments, *self._corrections):
                 module.to(device)
             self._adam = self._new_adam()
-            self._adam.load_state_dict(moments)
+            self._adam.load_state(moments)
 
     def state(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of everything that :meth:`load_state` needs."""
         tensors = prefixed("moments.", self._moments.state_dict())
         for k, correction in enumerate(self._corrections):
             tensors |= prefixed(f"{k}.", correction.state_dict())
-        for index, moments in self._adam.state_dict()["state"].items():
-            tensors |= prefixed(f"adam.{index}.", moments)
+        tensors |= prefixed("adam.", self._adam.state())
         copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
         return copies | {"shape": torch.tensor(self._shape)}
 
@@ -204,13 +204,11 @@ class _Learning:
         self._moments.load_state_dict(under("moments.", state))
         for k, correction in enumerate(self._corrections):
             correction.load_state_dict(under(f"{k}.", state))
-        groups = self._adam.state_dict()["param_groups"]
-        each = {i: under(f"adam.{i}.", state) for i in groups[0]["params"]}
-        self._adam.load_state_dict({"state": {i: m for i, m in each.items() if m}, "param_groups": groups})
+        self._adam.load_state(under("adam.", state))
 
-    def _new_adam(self) -> torch.optim.Adam:
-        weights = [weight for correction in self._corrections for weight in correction.parameters()]
-        return torch.optim.Adam(weights, lr=self._rate, fused=True)
+    def _new_adam(self) -> FusedAdam:
+        weights = (weight for correction in self._corrections for weight in correction.parameters())
+        return FusedAdam({str(number): weight for number, weight in enumerate(weights)}, self._rate)
 
     def corrections(self, logits_BT: Tensor, x_BI: Tensor, tasks_BTH: Tensor, factor_T: Tensor) -> Tensor:
         """What each correction adds to the logits. [K, B, T]."""
@@ -222,7 +220,7 @@ class _Learning:
         return torch.stack([correct(logits_BT, x_BI, tasks_BTH, factor_T) for correct in self._corrections])
 
     def step(self, loss: Tensor) -> None:
-        self._adam.zero_grad()
+        self._adam.clear()
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
         self._adam.step()
 

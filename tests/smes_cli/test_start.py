@@ -31,12 +31,19 @@ compile_loops(Config(), load_builtin("synthetic").schema)
 assert "torch" not in sys.modules, "demo"
 """
 
-_WITHOUT_SIMULATORS = """
+_TRAIN_AND_SERVE = """
 import sys
 import smes_cli.train, smes_scorer.service
 simulators = {name for name in sys.modules if name.partition(".")[0] == "simulators"}
 assert simulators <= {"simulators", "simulators.config"}, simulators
 assert "duckdb" not in sys.modules
+
+# A start with everything up to the first step and the first scores.
+from smes_cli.building import warm_up
+from smes_cli.config import Config
+from smes_io.schema_file import load_builtin
+warm_up(Config(), load_builtin("synthetic").schema)
+assert not {"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys()
 """
 
 _COMPILED = """
@@ -87,8 +94,8 @@ def test_commands_that_touch_no_weights_import_no_torch(redis_url: str, namespac
     _python(_WITHOUT_TORCH, str(config), json.dumps(commands), folder=tmp_path)
 
 
-def test_train_and_serve_import_the_configuration_of_the_replay_but_no_simulator(tmp_path: Path) -> None:
-    _python(_WITHOUT_SIMULATORS, folder=tmp_path)
+def test_train_and_serve_import_no_simulator_and_no_compiler_of_torch(tmp_path: Path) -> None:
+    _python(_TRAIN_AND_SERVE, folder=tmp_path)
 
 
 def test_a_start_warms_up_what_derived_features_add(tmp_path: Path) -> None:
