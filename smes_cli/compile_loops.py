@@ -14,6 +14,7 @@ from smes.model.numeric_moments import NumericMoments
 from smes.model.rows_config import RowsConfig
 from smes.model.serving_kernels import compile_serving_kernels
 from smes.model.table_kernels import compile_kernels
+from smes.rankers.column_kernels import compile_column_kernels
 from smes.rankers.sparse.routing_kernels import compile_routing_kernels
 from smes.schema import Schema
 from smes_cli.config import Config
@@ -37,6 +38,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_kernels(bool(config.model.table_dim) + config.model.wide)
     compile_serving_kernels()
     compile_routing_kernels()
+    compile_column_kernels()
     NumericMoments(schema).observe(np.ones((1, schema.inputs.num_numerics), np.float32))
     return examples
 

@@ -13,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smes.rankers.kernels import column_sums
+
+_ROUNDED = 0.9999  # a value so near to the clip counts as beyond it
+_FAR_FROM_ZERO = 64.0  # deviations
+
 
 class RunningMoments(nn.Module):
     """Mean and variance per column over the values seen so far (Chan et al.'s merge of batch moments, in float64).
@@ -45,12 +50,15 @@ class RunningMoments(nn.Module):
         """
         if weight_BC is None:
             mean_C, variance_C = self._batch_moments(x_BC)
-            new_C = torch.full_like(mean_C, len(x_BC))
+            self._merge(torch.full_like(mean_C, len(x_BC)), mean_C, variance_C)
         else:
             x_BC, weight_BC = x_BC.double(), weight_BC.double()
             new_C = weight_BC.sum(dim=0)
             mean_C = (x_BC * weight_BC).sum(dim=0) / new_C.clamp(min=1e-12)
             variance_C = ((x_BC - mean_C).square() * weight_BC).sum(dim=0) / new_C.clamp(min=1e-12)
+            self._merge(new_C, mean_C, variance_C)
+
+    def _merge(self, new_C: Tensor, mean_C: Tensor, variance_C: Tensor) -> None:
         total_C = self.count_C + new_C
         share_C = new_C / total_C.clamp(min=1e-12)
         delta_C = mean_C - self.mean_C
@@ -62,20 +70,86 @@ class RunningMoments(nn.Module):
 
     def standardise(self, x_BC: Tensor, clip: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """``(x - mean) / std``, clipped at ±``clip`` and computed in ``dtype``. float32 [B, C]."""
-        # The least variance is what rounding leaves of a constant: a column may have any unit.
-        scale_C = torch.maximum(self.variance_C, 1e-24 * self.mean_C.square() + 1e-60).rsqrt()
-        shift_C = -self.mean_C * scale_C
+        scale_C, shift_C = self._affine()
         z_BC = torch.addcmul(shift_C.to(dtype), x_BC.to(dtype), scale_C.to(dtype))
         return F.hardtanh_(z_BC, -clip, clip).float()  # in place: each pass over [B, C] costs time
+
+    def _affine(self) -> tuple[Tensor, Tensor]:
+        """Factor and summand that standardise; float64 [C] each."""
+        # The least variance is what rounding leaves of a constant: a column may have any unit.
+        scale_C = torch.maximum(self.variance_C, 1e-24 * self.mean_C.square() + 1e-60).rsqrt()
+        return scale_C, -self.mean_C * scale_C
+
+    def fold(self, weight_OC: Tensor, x_BC: Tensor, clip: float, *, observe: bool) -> "FoldedMap":
+        """A linear map of what :meth:`standardise` gives, as one of ``x_BC`` itself.
+
+        Columns in which a value is clipped, and those whose mean is so many deviations from 0 that rounding would show,
+        stay out of it: :attr:`FoldedMap.exact_K` says which.
+
+        Args:
+            weight_OC: The map.
+            x_BC: float32, on the host.
+            clip: As for :meth:`standardise`.
+            observe: Whether to take the batch in afterwards, as :meth:`observe` does without weights.
+        """
+        x_BC = x_BC.detach()
+        scale_C, shift_C = self._affine()
+        near_C = self._near(x_BC)
+        sum_C, squares_C, most_C = column_sums(x_BC, near_C)
+        reach_C = (most_C + (near_C - self.mean_C).abs()) * scale_C
+        exact_C = (reach_C > clip * _ROUNDED) | (shift_C.abs() > _FAR_FROM_ZERO)
+        scale_C, shift_C = scale_C.float(), shift_C.float()
+        exact_K = exact_C.nonzero().squeeze(1) if exact_C.any() else None
+        factor_C, summand_C = scale_C, shift_C
+        if exact_K is not None:
+            factor_C, summand_C = scale_C.masked_fill(exact_C, 0.0), shift_C.masked_fill(exact_C, 0.0)
+        folded = FoldedMap(weight_OC * factor_C, weight_OC @ summand_C, weight_OC, exact_K, scale_C, shift_C, clip)
+        if observe:
+            mean_C = (sum_C / len(x_BC)).double()
+            variance_C = ((squares_C / len(x_BC)).double() - mean_C.square()).clamp_(min=0.0)
+            self._merge(torch.full_like(mean_C, len(x_BC)), near_C + mean_C, variance_C)
+        return folded
+
+    def _near(self, x_BC: Tensor) -> Tensor:
+        return torch.where(self.count_C > 0, self.mean_C.to(x_BC.dtype), x_BC[0])
 
     def _batch_moments(self, x_BC: Tensor) -> tuple[Tensor, Tensor]:
         # Sums of differences from an estimate of the mean, and of their squares: along columns on the CPU this takes a
         # tenth of the time of torch.var_mean, and is as exact if the estimate is good.
-        near_C = torch.where(self.count_C > 0, self.mean_C.to(x_BC.dtype), x_BC[0])
+        near_C = self._near(x_BC)
         difference_BC = x_BC - near_C
         mean_C = difference_BC.mean(dim=0).double()
         variance_C = difference_BC.square_().mean(dim=0).double() - mean_C.square()
         return near_C + mean_C, variance_C.clamp_(min=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedMap:
+    """``standardised(x) Wᵀ`` as ``x weightᵀ + bias + rest(x)``; see :meth:`RunningMoments.fold`.
+
+    Attributes:
+        weight_OC, bias_O: Of the columns that are standardised without a clip.
+        whole_OC: W.
+        exact_K: int64, the other columns; None for none.
+        scale_C, shift_C: What standardises them.
+        clip: Where it ends.
+    """
+
+    weight_OC: Tensor
+    bias_O: Tensor
+    whole_OC: Tensor
+    exact_K: Tensor | None
+    scale_C: Tensor
+    shift_C: Tensor
+    clip: float
+
+    def with_rest(self, y_BO: Tensor, x_BC: Tensor) -> Tensor:
+        """Add to ``x weightᵀ + bias`` what the columns left out give."""
+        if self.exact_K is None:
+            return y_BO
+        scale_K, shift_K = self.scale_C.index_select(0, self.exact_K), self.shift_C.index_select(0, self.exact_K)
+        z_BK = torch.addcmul(shift_K, x_BC.index_select(1, self.exact_K), scale_K).clamp(-self.clip, self.clip)
+        return torch.addmm(y_BO, z_BK, self.whole_OC.index_select(1, self.exact_K).t())
 
 
 class Undo:
@@ -269,3 +343,16 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x_BI = F.silu(layer(x_BI))
         return x_BI
+
+    @property
+    def first_weight(self) -> Tensor:
+        """Of the first layer's product, [D, I]. There is a layer."""
+        weight: Tensor = self.layers[0][0].weight  # type: ignore[index]
+        return weight
+
+    def after_product(self, y_BD: Tensor) -> Tensor:
+        """What :meth:`forward` gives, from the first layer's product."""
+        x_BD = F.silu(self.layers[0][1](y_BD))  # type: ignore[index]
+        for layer in self.layers[1:]:
+            x_BD = F.silu(layer(x_BD))
+        return x_BD

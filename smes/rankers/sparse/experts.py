@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smes.rankers.kernels import on_host
 from smes.rankers.sparse.config import ExpertForm, ExpertNorm, ExpertsConfig
-from smes.rankers.sparse.kernels import compiled, sorted_pairs
+from smes.rankers.sparse.kernels import sorted_pairs
 from smes.rankers.sparse.routing import Routing
 
 
@@ -102,7 +103,7 @@ def _dispatch_disjoint(routing: Routing) -> Dispatch:
     device = routing.experts_BRK.device
     num_slots = R * K
     expert_P = routing.experts_BRK.reshape(-1)
-    if compiled(expert_P):
+    if on_host(expert_P):
         slot_P, instance_P, row_P, offsets_E = sorted_pairs(expert_P, routing.num_experts, num_slots)
     else:
         sorted_P, slot_P = expert_P.sort(stable=True)

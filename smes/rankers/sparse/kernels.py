@@ -6,12 +6,8 @@ Letters: N rows, L columns of a row, K best of a row, P executed pairs, U pairs 
 import torch
 from torch import Tensor
 
+from smes.rankers.kernels import on_host
 from smes.rankers.sparse.routing_kernels import best_of_rows, sort_pairs
-
-
-def compiled(x: Tensor) -> bool:
-    """Whether these loops may stand in for torch's operations: on the CPU, on values (none while a model is traced)."""
-    return type(x) is Tensor and x.device.type == "cpu"
 
 
 def best(values: Tensor, count: int) -> Tensor:
@@ -19,7 +15,7 @@ def best(values: Tensor, count: int) -> Tensor:
 
     NaN counts as infinite. Of equal values the CPU takes the first.
     """
-    if not compiled(values) or values.dtype != torch.float32:
+    if not on_host(values) or values.dtype != torch.float32:
         return values.topk(count, dim=-1).indices
     rows_NL = values.detach().contiguous().view(-1, values.shape[-1])
     places = torch.empty(*values.shape[:-1], count, dtype=torch.int64)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smes.rankers.kernels import on_host
 from smes.rankers.ranker import Clusters, Encoder, ExpertLimits, RankerOutput, RoutingStats
 from smes.rankers.sparse.config import SmesConfig
 from smes.rankers.sparse.experts import EXPERT_FORMS, combine, dispatch, dispatch_all
@@ -264,8 +265,8 @@ class SMES(nn.Module):
 
         Takes B ≥ 1 instances. In training the output also has the balance loss and the routing's figures.
         """
-        h_BD = self.encoder(x_BI)
-        routing = self.route(x_BI, h_BD)
+        h_BD, z_BRC = self._read(x_BI)
+        routing: Routing = self.selection(z_BRC)
         if torch.compiler.is_exporting():
             plan = dispatch_all(routing)
         else:
@@ -290,6 +291,22 @@ class SMES(nn.Module):
             every_NE = load_RE.amax(dim=0).expand(len(self.structure.newcomers), -1)
             load_TE = self._in_order(load_TE, every_NE, dim=0)
         return RankerOutput(tasks_BTH, balance_loss, RoutingStats(plan.active_B, load_TE))
+
+    def _read(self, x_BI: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's output, and the routers' logits: on the CPU with one product for all that reads the input."""
+        autocast = torch.is_autocast_enabled(x_BI.device.type)
+        if not (on_host(x_BI) and x_BI.dtype == torch.float32 and self.config.encoder_dims) or autocast:
+            folded = None
+        else:
+            folded = self.router.fold(x_BI)
+        if folded is None:
+            h_BD = self.encoder(x_BI)
+            return h_BD, self.router(x_BI, h_BD)
+        own = self.encoder.first_weight
+        weight, bias = torch.cat([own, folded.weight_OC]), torch.cat([own.new_zeros(len(own)), folded.bias_O])
+        y = F.linear(x_BI, weight, bias)
+        q = folded.with_rest(y[:, len(own) :], x_BI)
+        return self.encoder.after_product(y[:, : len(own)]), self.router.after_product(q)
 
     def route(self, x_BI: Tensor, h_BD: Tensor) -> Routing:
         """Which experts each router uses for each instance.
@@ -323,8 +340,8 @@ class SMES(nn.Module):
         They are those of the final selection: while the stream is young, the first of the current ones.
         """
         final = self.selection.final
-        h_BD = self.encoder(x_BI)
-        routing: Routing = final(self.router(x_BI, h_BD))
+        h_BD, z_BRC = self._read(x_BI)
+        routing: Routing = final(z_BRC)
         chosen_BRK = routing.experts_BRK[..., final.stages.num_fixed :]
         choices_BTK = self.reads.choices(chosen_BRK)
         if self.newcomers is None:
@@ -334,8 +351,8 @@ class SMES(nn.Module):
 
     def expert_weights(self, x_BI: Tensor) -> Tensor:
         """As of :class:`smes.rankers.ranker.RoutedRanker`, by the routing of :meth:`forward`."""
-        h_BD = self.encoder(x_BI)
-        routing = self.route(x_BI, h_BD)
+        h_BD, z_BRC = self._read(x_BI)
+        routing: Routing = self.selection(z_BRC)
         B, R, _ = routing.experts_BRK.shape
         weights_BRE = routing.weights_BRK.new_zeros(B, R, routing.num_experts)
         weights_BRE = weights_BRE.scatter(2, routing.experts_BRK, routing.weights_BRK)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smes.rankers.ranker import RunningMoments
+from smes.rankers.ranker import FoldedMap, RunningMoments
 from smes.rankers.sparse.config import BalanceLoss, RouterConfig
 
 _HORIZON = 1e5  # the encoder's output drifts as it learns, so the moments look back over about this many instances
@@ -69,6 +69,20 @@ class Router(nn.Module):
             v_BV = self._normalised([part.float() for part in parts])
             z: Tensor = self.up(self.down(v_BV))
             return z.view(-1, self.num_routers, self.columns)
+
+    def fold(self, x_BI: Tensor) -> FoldedMap | None:
+        """The norm and the first map, if they read ``x_BI`` alone, column by column; None if they do not.
+
+        In training the batch counts for the moments, as in :meth:`forward`.
+        """
+        if self.moments is None or self.config.input != "raw" or not isinstance(self.down, nn.Linear):
+            return None
+        return self.moments.fold(self.down.weight, x_BI, _CLIP, observe=self.training)
+
+    def after_product(self, q: Tensor) -> Tensor:
+        """What :meth:`forward` gives, from the first map's product."""
+        z: Tensor = self.up(q)
+        return z.view(-1, self.num_routers, self.columns)
 
     def _normalised(self, parts: list[Tensor]) -> Tensor:
         if self.config.norm == "layer":

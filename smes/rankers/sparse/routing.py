@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smes.rankers.kernels import on_host
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.kernels import best, compiled
+from smes.rankers.sparse.kernels import best
 from smes.rankers.sparse.stages import Stages
 
 
@@ -227,7 +228,7 @@ def mean_and_chosen(z_BRC: Tensor, probs_BRL: Tensor, columns_BRK: Tensor) -> tu
 
 def _shares(z_BRK: Tensor) -> Tensor:
     """``softmax`` over the last dimension. For the CPU the few K are laid out as rows, along which torch vectorises."""
-    if not compiled(z_BRK):
+    if not on_host(z_BRK):
         return z_BRK.softmax(dim=-1)
     z_KN = z_BRK.reshape(-1, z_BRK.shape[-1]).t().contiguous()
     return z_KN.softmax(dim=0).t().contiguous().view(z_BRK.shape)
