@@ -9,6 +9,7 @@ import typer
 
 from smes.errors import SmesError, Stopped
 from smes_cli.audit import audit
+from smes_cli.collection import uncollected
 from smes_cli.command_line import (
     EXIT_CHECK_FAILED,
     Limit,
@@ -342,10 +343,11 @@ def serve(
     port: Annotated[int | None, typer.Option(help="TCP port; 0 for any free one.", min=0, max=65535)] = None,
 ) -> None:
     """Score over HTTP until stopped, always with the newest snapshot."""
-    config = config_of(context, schema)
-    schema_file = config.schema_file()
-    console.print(f"serve: schema {schema_file.name}", highlight=False)
-    from smes_scorer.service import serve as run_scorer
+    with uncollected():
+        config = config_of(context, schema)
+        schema_file = config.schema_file()
+        console.print(f"serve: schema {schema_file.name}", highlight=False)
+        from smes_scorer.service import serve as run_scorer
 
     scorer = config.scorer if port is None else replace(config.scorer, port=port)
     run_scorer(

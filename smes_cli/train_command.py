@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from smes.errors import Stopped
+from smes_cli.collection import uncollected
 from smes_cli.command_line import ReportPath, SchemaOfEvents, config_of, stop_signals
 from smes_cli.console import console, report_table
 from smes_cli.task_tables import print_tasks
@@ -71,18 +72,19 @@ def train(
     report: ReportPath = None,
 ) -> None:
     """Train from the event log until stopped (Ctrl-C, SIGTERM); the last cut is then published and on disk."""
-    config = config_of(context, schema)
-    # Mistakes in options and schema files are told before torch is imported.
-    config.schema_file()
-    since_ms = _since_ms(since, from_folder, from_snapshot=from_snapshot)
-    if change_schema and from_folder is not None:
-        raise ValueError("--change-schema --from: expected at most one of the two")
-    from smes_cli.schema_changes import declared_changes
+    with uncollected():
+        config = config_of(context, schema)
+        # Mistakes in options and schema files are told before torch is imported.
+        config.schema_file()
+        since_ms = _since_ms(since, from_folder, from_snapshot=from_snapshot)
+        if change_schema and from_folder is not None:
+            raise ValueError("--change-schema --from: expected at most one of the two")
+        from smes_cli.schema_changes import declared_changes
 
-    declared_changes(config)
-    from smes_cli.primed_start import PrimedStart
-    from smes_cli.starting_point import WithoutCheckpoint
-    from smes_cli.train import run_train
+        declared_changes(config)
+        from smes_cli.primed_start import PrimedStart
+        from smes_cli.starting_point import WithoutCheckpoint
+        from smes_cli.train import run_train
 
     with stop_signals() as should_stop:
         try:

@@ -32,8 +32,12 @@ assert "torch" not in sys.modules, "demo"
 """
 
 _TRAIN_AND_SERVE = """
-import sys
-import smes_cli.train, smes_scorer.service
+import gc, sys
+from smes_cli.collection import uncollected
+with uncollected():
+    import smes_cli.train, smes_scorer.service
+    assert not gc.isenabled()
+assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()
 simulators = {name for name in sys.modules if name.partition(".")[0] == "simulators"}
 assert simulators <= {"simulators", "simulators.config"}, simulators
 assert "duckdb" not in sys.modules
