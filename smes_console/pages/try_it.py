@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from smes.errors import SmesError
 from smes.events import ImpressionBlock
 from smes.schema import MISSING, Feature, Schema
-from smes_console.deployment import in_service
 from smes_console.sources import Sources
 from stream.log.event_log import EventLog, TopicPartition
 from stream.topics import IMPRESSIONS
@@ -54,7 +53,6 @@ def router(sources: Sources) -> APIRouter:
         return {
             **ready.state(),
             "schema": None if schema is None else _described(schema),
-            "in_service": in_service(sources),
             "url": sources.places.scorer_url,
             "needs_token": sources.places.scorer_token is not None,
         }
@@ -87,6 +85,8 @@ def router(sources: Sources) -> APIRouter:
             response = sources.ask_scorer("/v1/explain", request)
         except SmesError as error:
             raise HTTPException(503, detail=str(error)) from error
+        except ValueError as error:  # Python reads NaN, 1e999 and half a surrogate pair, which JSON does not have
+            raise HTTPException(422, detail=f"the request is no JSON: {error}") from error
         took_ms = 1000 * (time.perf_counter() - started_s)
         if response.status_code != 200:
             return _refusal(response)
@@ -110,9 +110,6 @@ def _refusal(response: httpx.Response) -> JSONResponse:
 def _described(schema: Schema) -> dict[str, Any]:
     names = schema.history_sequences
     return {
-        "name": schema.name,
-        "hash": schema.hash,
-        "tasks": [{"name": t.name, "kind": t.kind, "unit": t.unit} for t in schema.tasks],
         "context": [
             {
                 "name": f.name,

@@ -217,6 +217,7 @@ def test_a_request_that_nobody_can_answer_is_said_to_be(redis_url: str, namespac
         }
         example = http.get("/api/try_it/example").json()
         assert (example["example"], "impressions" in example["problem"]) == (None, True)
-        for request, status, says in (("{", 422, "no JSON"), ("{}", 503, "no answer"), ("[" * 10_000, 422, "no JSON")):
+        no_json = ("{", "[" * 10_000, "NaN", '{"user_id": 1e999}', '["\\ud800"]')
+        for request, status, says in (("{}", 503, "no answer"), *((each, 422, "no JSON") for each in no_json)):
             answer = http.post("/api/try_it/explain", headers=bearer(), json={"request": request})
             assert (answer.status_code, says in answer.json()["detail"]) == (status, True), answer.text
