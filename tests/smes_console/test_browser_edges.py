@@ -62,6 +62,17 @@ def test_with_nothing_running_every_page_says_what_is_away_and_where(browser: Br
         opened.wait_for_text("scorer http://127.0.0.1:1: no answer")
 
 
+def test_a_console_that_hangs_is_said_to_and_then_goes_on(browser: Browser) -> None:
+    """As where a phone slept, and its connection died."""
+    says = "the console gave no answer"
+    with served(create_console(ConsoleConfig(), places_on(NO_REDIS, "nobody"))) as url, tab(browser, url) as opened:
+        opened.open("flow")
+        opened.page.route("**/api/**", lambda _: None)
+        opened.wait_for_text(says)
+        opened.page.unroute("**/api/**")
+        until(lambda: says not in opened.text(), "it answers again", 30)
+
+
 def test_redis_goes_away_and_comes_back(browser: Browser) -> None:
     first = valkey_server()
     first.start()
@@ -113,7 +124,7 @@ def test_two_hundred_versions_are_quick(browser: Browser, redis_url: str, namesp
         assert time.monotonic() - started_s < 5
         figures = opened.figures()
         assert {figures[f"version:a:{version}"] for version in range(1, 201)} == {str(v) for v in range(1, 201)}
-        opened.page.get_by_label("Figures of").select_option("task_39")
+        opened.page.get_by_label("Metrics of").select_option("task_39")
         until(lambda: opened.figures().get("calibration:a:200") == "1", "the task's figures", 10)
         assert shows(opened.figures()["auc:a:77"], 0.6 + 77 / 10_000)
         # Sorting all of it is a matter of a moment.

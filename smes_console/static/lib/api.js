@@ -9,6 +9,8 @@ export class ApiError extends Error {
 }
 
 const KEY = "smes-token";
+// A console that hangs, or a connection that died while a phone slept, gives no answer and no error for minutes.
+const LONGEST_MS = 10_000;
 
 // The token of the address (#token=…), kept for this tab.
 export const token = {
@@ -17,13 +19,13 @@ export const token = {
 };
 
 async function ask(path, options) {
-  let response;
+  let response, text;
   try {
     response = await fetch(path, options);
+    text = await response.text();
   } catch {
     throw new ApiError(0, "the console gave no answer; does `smes console` still run?");
   }
-  const text = await response.text();
   let body = null;
   try {
     body = text ? JSON.parse(text) : null;
@@ -70,7 +72,8 @@ export function createApi(askForToken) {
       declined = false;
     },
     // The JSON at a path. Throws ApiError.
-    get: (path) => withToken(() => ask(path, { headers: headers() }), true),
+    get: (path) =>
+      withToken(() => ask(path, { headers: headers(), signal: AbortSignal.timeout(LONGEST_MS) }), true),
     // Sends JSON, with the token; asks the person for one where there is none, or a wrong one. Throws ApiError.
     post: (path, body = {}) =>
       withToken(
