@@ -22,6 +22,9 @@ REPORT, EXPERTS = "report.json", "experts.json"
 """What a run that has ended leaves beside its lines: its report, and its experts as ``/v1/stats`` of a trainer has them
 (:mod:`trainer.experts_over_time`). Neither is there while a run goes on, or after it was killed."""
 
+_KINDS = {"stretch": int, "step": int, "lineage": str, "tasks": dict}
+_READ = {"wall_ms", "event_time_ms", "impressions", "trained", "experts", "rows", "lag"}  # what readers need, too
+
 _FILES = 4  # full ones that hold as many lines as are kept
 
 _logger = logging.getLogger(__name__)
@@ -131,7 +134,7 @@ def read_history(directory: Path) -> Iterator[dict[str, Any]]:
             continue  # it was the oldest
         except OSError as error:
             raise SmesError(f"{path}: cannot be read: {error.strerror}") from error
-        yield from (line for line in map(_parsed, text.splitlines()) if line is not None)
+        yield from (line for line in map(_parsed, text.splitlines()) if line is not None and line.keys() >= _READ)
 
 
 def history_files(directory: Path) -> list[Path]:
@@ -150,7 +153,8 @@ def _parsed(line: str) -> dict[str, Any] | None:
         value = json.loads(line)
     except ValueError:
         return None
-    return value if isinstance(value, dict) and {"stretch", "step", "lineage", "tasks"} <= value.keys() else None
+    is_line = isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in _KINDS.items())
+    return value if is_line else None
 
 
 def _stays(line: str, root: str, step: int, stretch: int | None) -> bool:

@@ -25,6 +25,19 @@ from trainer.stretches import Stretches
 
 # Of the moment of writing, or of the process.
 _PASSING = ("wall_ms", "lineage", "rows", "experts", "lag")
+LINE: dict[str, Any] = {
+    "stretch": 0,
+    "step": 1,
+    "lineage": "root",
+    "tasks": {},
+    "wall_ms": 0,
+    "event_time_ms": None,
+    "impressions": 0,
+    "trained": 0,
+    "experts": {},
+    "rows": {},
+    "lag": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -149,13 +162,15 @@ def test_other_runs_stay_and_torn_lines_go(tmp_path: Path) -> None:
         ("root", 5, 2),
         ("root", 8, 3),
     ):
-        files.append({"lineage": lineage, "step": step, "stretch": stretch, "tasks": {}})
+        files.append({**LINE, "lineage": lineage, "step": step, "stretch": stretch})
     with (tmp_path / "history-000001.jsonl").open("a") as file:
+        for name in ("lineage", "step", "stretch", "tasks"):
+            file.write(json.dumps({**LINE, name: None}) + "\n")
         file.write('{"lineage": "ro')
 
     again = HistoryFiles(tmp_path, keep=100)
     again.begin("root.another", 5, 2)
-    again.append({"lineage": "root.another", "step": 6, "stretch": 2, "tasks": {}})
+    again.append({**LINE, "lineage": "root.another", "step": 6, "stretch": 2})
 
     assert [(line["lineage"], line["step"]) for line in read_history(tmp_path)] == [
         ("other", 9),
@@ -164,6 +179,13 @@ def test_other_runs_stay_and_torn_lines_go(tmp_path: Path) -> None:
         ("root.another", 6),
     ]
     assert all(json.loads(line) for path in tmp_path.iterdir() for line in path.read_text().splitlines())
+
+
+def test_a_line_that_lacks_what_readers_need_is_none(tmp_path: Path) -> None:
+    files = HistoryFiles(tmp_path, keep=100)
+    for line in (LINE, *({k: v for k, v in LINE.items() if k != name} for name in LINE)):
+        files.append(line)
+    assert list(read_history(tmp_path)) == [LINE]
 
 
 def test_tensorboard_that_is_not_there_and_names_that_are_no_folders(
