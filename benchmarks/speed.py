@@ -145,6 +145,8 @@ def run(contenders: Sequence[Contender], setting: Setting, effort: Effort) -> di
     for name in [c.name for c in contenders]:
         shares = zip(rounds[f"{name}_gflop_per_s"], rounds["gemm_gflop_per_s"], strict=True)
         rounds[f"{name}_share_of_gemm"] = [own / machine for own, machine in shares]
+    if "smes64_share_of_gemm" in rounds:
+        rounds["step_gemm_share"] = rounds["smes64_share_of_gemm"]
     rounds.update(ratios_of_rounds(rounds))
     return figures | _summary(rounds)
 

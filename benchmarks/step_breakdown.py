@@ -26,11 +26,13 @@ from smes.rankers.ranker import Encoder
 from smes.rankers.sparse import experts, routing
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.rankers.sparse.ranker import SMES
+from smes.rankers.sparse.router import Router
+from smes.rankers.sparse.routing import EarlyChoice
 
 PARTS = (
     "prepare",  # ids to rows, distinct rows
     "features",
-    "encoder",  # with the trunk
+    "encoder",  # with the trunk, and the routers' first map where one product reads the input for both
     "route",  # routers, selection, load and balance loss
     "pack",
     "gemm",  # grouped GEMMs of the experts, forward
@@ -56,7 +58,10 @@ _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("features", FeatureLayer, "forward"),
     ("features", NumericMoments, "observe"),
     ("encoder", Encoder, "forward"),
-    ("route", SMES, "route"),
+    ("encoder", SMES, "_read"),
+    ("route", Router, "forward"),
+    ("route", Router, "after_product"),
+    ("route", EarlyChoice, "forward"),
     ("route", SMES, "balance"),
     ("experts", FullExperts, "forward"),
     ("experts", LowRankExperts, "forward"),
