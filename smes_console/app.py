@@ -11,9 +11,8 @@ from starlette.staticfiles import StaticFiles
 from smes_console.access import Guard, tokens_of
 from smes_console.config import ConsoleConfig
 from smes_console.pages import experts, flow, header, learning, letters, try_it, versions
+from smes_console.runs import Runs
 from smes_console.sources import Places, Sources
-
-PAGES = (header, flow, learning, experts, versions, letters, try_it)
 
 
 def create_console(config: ConsoleConfig, places: Places) -> FastAPI:
@@ -30,6 +29,7 @@ def create_console(config: ConsoleConfig, places: Places) -> FastAPI:
         SecretError: The configured tokens cannot be read.
     """
     tokens, sources = tokens_of(config), Sources(places)
+    runs = Runs(sources)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -38,9 +38,11 @@ def create_console(config: ConsoleConfig, places: Places) -> FastAPI:
 
     # No /docs: FastAPI's page loads its scripts from another host.
     app = FastAPI(title="SMES Online console", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    for page in PAGES:
+    for page in (header, versions, letters, try_it):
         app.include_router(page.router(sources))
+    for page in (flow, learning, experts):  # share what was read of runs
+        app.include_router(page.router(sources, runs))
     app.mount("/", StaticFiles(directory=str(files("smes_console") / "static"), html=True))
     app.add_middleware(Guard, tokens=tokens, names=(config.host, *config.hosts), private=config.private)
-    app.state.tokens, app.state.sources = tokens, sources
+    app.state.tokens = tokens
     return app

@@ -26,10 +26,8 @@ from stream.dead_letter_reading import (
 from stream.log.event_log import EventLog, Positions, TopicPartition
 from stream.topics import DEAD_LETTERS
 
-NEWEST = 2000
-"""So many letters are kept with what a list shows."""
-
 _HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
+_NEWEST = 2000  # letters that are kept with what a list shows
 _MOST_BARS = 72
 _REASON = 300  # characters
 _DTYPE = np.dtype([("number", "u8"), ("at", "i4"), ("offset", "i8"), ("kind", "i4"), ("events", "i8"), ("ms", "i8")])
@@ -137,11 +135,11 @@ class LetterCatalog:
                     "events": letter.events,
                     "written_ms": entry.written_ms,
                 }
-                if len(self._newest) > 2 * NEWEST:
+                if len(self._newest) > 2 * _NEWEST:
                     self._keep_newest()
 
     def _keep_newest(self) -> None:
-        kept = sorted(self._newest.values(), key=lambda each: each["written_ms"])[-NEWEST:]
+        kept = sorted(self._newest.values(), key=lambda each: each["written_ms"])[-_NEWEST:]
         self._newest = OrderedDict((each["id"], each) for each in kept)
 
     def _drop_before(self, begin: Positions) -> None:

@@ -98,6 +98,12 @@ class Runs:
         """
         return self._said_or_written("report", self._sources.trainer_brief, REPORT)
 
+    def report_of_ended(self) -> _Object | None:
+        """The report that a run left in the folder of its history when it ended; None without one."""
+        written = self._written(REPORT)
+        report = None if written is None or written.value is None else written.value[0]
+        return report if report is not None and {"events", "feedback"} <= report.keys() else None
+
     def experts(self) -> tuple[_Object | None, _Object]:
         """The experts over time (:mod:`trainer.experts_over_time`), likewise."""
         return self._said_or_written("experts", self._sources.trainer, EXPERTS)
@@ -113,15 +119,20 @@ class Runs:
                 at_ms = (said.value or {}).get("report_at_ms") or said.at_ms
                 return value, {"kind": "trainer", "at_ms": at_ms, **said.state()}
             problem, since_ms = said.problem or f"the trainer has no {key} yet", said.since_ms
-        if self._folder is not None:
-            path = self._folder.directory / name
-            written = self._sources.look(name, lambda: _read(path))
+        if (written := self._written(name)) is not None:
             if written.value is not None:
                 value, at_ms = written.value
                 return value, {"kind": "folder", "at_ms": at_ms, **written.state()}
             if self._sources.places.trainer_url is None:
                 problem, since_ms = written.problem or problem, written.since_ms
         return None, {"kind": None, "at_ms": None, "problem": problem, "since_ms": since_ms}
+
+    def _written(self, name: str) -> Reached[tuple[_Object, int]] | None:
+        """What a run left in its folder under a name, and when; None without a folder."""
+        if self._folder is None:
+            return None
+        path = self._folder.directory / name
+        return self._sources.look(name, lambda: _read(path))
 
 
 def _is_of(lineage: str, line: Line) -> bool:

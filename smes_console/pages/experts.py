@@ -13,10 +13,9 @@ _Object = dict[str, Any]
 _OF_REPORT = ("lineage", "version", "active_experts", "routing")
 
 
-def router(sources: Sources) -> APIRouter:
+def router(sources: Sources, runs: Runs) -> APIRouter:
     """Everything under ``/api/experts``."""
     routes = APIRouter(prefix="/api/experts")
-    runs = Runs(sources)
 
     @routes.get("")
     def experts(step: Annotated[int | None, Query(ge=0)] = None, seen: str | None = None) -> _Object:

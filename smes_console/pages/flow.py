@@ -1,23 +1,20 @@
 """What the page *Flow* shows: where everything is on its way from event to answer, and how fast it moves."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
 
-from smes.errors import SmesError
 from smes_console.deployment import kept, letters_state, log_state, store_state, unread
+from smes_console.runs import Runs
 from smes_console.sources import Reached, Sources
 from smes_io.clock import wall_clock_ms
 from smes_scorer.freshness_stages import DEPENDS_ON
 from trainer.report import conservation_errors
 
-_ENDED = "report.json"  # what a run that has ended leaves in the folder of its history
-_OF_REPORT = ("events", "feedback", "throughput", "snapshots", "rows", "active_experts", "routing", "features", "gate")
+_OF_REPORT = ("events", "feedback", "snapshots", "rows", "features", "gate")
 
 
-def router(sources: Sources) -> APIRouter:
+def router(sources: Sources, runs: Runs) -> APIRouter:
     """``/api/flow``."""
     routes = APIRouter(prefix="/api/flow")
 
@@ -33,7 +30,7 @@ def router(sources: Sources) -> APIRouter:
         )
         return {
             "at_ms": wall_clock_ms(),
-            "trainer": _trainer(sources, trainer),
+            "trainer": _trainer(runs, trainer),
             "log": _log(sources, log, trainer, store),
             "letters": {**letters.state(), "kept": None if letters.value is None else kept(letters.value)},
             "store": {**store.state(), **(store.value or {})},
@@ -44,13 +41,12 @@ def router(sources: Sources) -> APIRouter:
     return routes
 
 
-def _trainer(sources: Sources, trainer: Reached[dict[str, Any]]) -> dict[str, Any]:
+def _trainer(runs: Runs, trainer: Reached[dict[str, Any]]) -> dict[str, Any]:
     """What a trainer says; where none answers, the report of a run that has ended, if it left one."""
     values = dict(trainer.value or {})
     report, ended = values.pop("report", None), False
-    if report is None and trainer.problem is not None and sources.places.history is not None:
-        path = sources.places.history / _ENDED
-        report = sources.look("report of a run that has ended", lambda: _written(path)).value
+    if report is None and trainer.problem is not None:
+        report = runs.report_of_ended()
         ended = report is not None
     return {
         **trainer.state(),
@@ -66,23 +62,10 @@ def _log(
 ) -> dict[str, Any]:
     """The topics; ``unread`` counts records beyond the trainer's positions, else beyond those of the newest version."""
     positions = (trainer.value or {}).get("positions")
-    by = "trainer" if positions else None
     if not positions and store.value and store.value["current"]:
-        positions, by = store.value["current"]["positions"], "newest version"
+        positions = store.value["current"]["positions"]
     return {
         **log.state(),
-        "kind": sources.places.event_log.kind,
         "topics": log.value,
         "unread": unread(log.value, positions) if log.value and positions else None,
-        "read_by": by,
     }
-
-
-def _written(path: Path) -> dict[str, Any]:
-    try:
-        report = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise SmesError(f"{path}: no report, expected one when the run has ended") from error
-    if not isinstance(report, dict) or not {"events", "feedback"} <= report.keys():
-        raise SmesError(f"{path}: expected a report, an object of JSON")
-    return report

@@ -29,6 +29,7 @@ OF_REGRESSION: dict[str, str | None] = {
 
 _BASE_RATE_POINTS, _FEW_POSITIVES = 32, 30
 _SIMILAR = 0.1  # numbers of windows
+_FEW_WINDOWS = 10  # stretches with a closed window: fewer draw no curve of GAUC
 _EARLIER_RUNS = 3  # of the same folder
 _MANIFEST_FRESH_S = 30.0
 _Object = dict[str, Any]
@@ -57,14 +58,13 @@ class Question:
         return parts_of(lines, self.axis, self.points, self.within, at_least)
 
 
-def router(sources: Sources) -> APIRouter:
+def router(sources: Sources, runs: Runs) -> APIRouter:
     """Everything under ``/api/learning``."""
     routes = APIRouter(prefix="/api/learning")
-    runs = Runs(sources)
 
     @routes.get("")
     def learning(
-        metric: Metric = "gauc_windowed",
+        metric: Metric | None = None,
         axis: Axis = "event_time",
         low: Annotated[float | None, Query(alias="from")] = None,
         high: Annotated[float | None, Query(alias="to")] = None,
@@ -75,7 +75,8 @@ def router(sources: Sources) -> APIRouter:
         """Curves of every task, the report of the run, its newest stretch and the version in service.
 
         Args:
-            metric: Of binary tasks; regression tasks have the one of :data:`OF_REGRESSION`.
+            metric: Of binary tasks; regression tasks have the one of :data:`OF_REGRESSION`. None: GAUC, or AUC while
+                GAUC has too few points for a curve.
             axis: What x is: Unix milliseconds, or impressions.
             low, high: Only this range of x.
             points: About so many of a curve at most.
@@ -90,7 +91,7 @@ def router(sources: Sources) -> APIRouter:
         *earlier, main = grouped.values() if grouped else [[]]
         key = _key(found, others, served)
         within = None if low is None or high is None else (low, high)
-        question = Question(metric, axis, points, within, together)
+        question = Question(metric or _metric_with_points(main), axis, points, within, together)
         return {
             "key": key,
             "sources": {
@@ -116,6 +117,11 @@ def _key(found: Found, others: dict[str, Found], served: _Object) -> str:
         newest = each.lines[-1] if each.lines else None
         parts += [len(each.lines), newest and newest.lineage, newest and newest.stretch, newest and newest.wall_ms]
     return ":".join(str(part) for part in parts)
+
+
+def _metric_with_points(lines: Sequence[Line]) -> Metric:
+    """GAUC, which has a point where a window of the evaluation has closed; AUC while these are few."""
+    return "gauc_windowed" if sum(line.windows > 0 for line in lines) >= _FEW_WINDOWS else "auc"
 
 
 def _tasks(lines: Sequence[Line], report: _Object | None) -> list[_Object]:
@@ -147,16 +153,12 @@ def _newest(lines: Sequence[Line]) -> _Object | None:
         return None
     line = lines[-1]
     return {
-        "stretch": line.stretch,
         "step": line.step,
         "lineage": line.lineage,
         "wall_ms": line.wall_ms,
         "event_time_ms": line.event_time_ms,
         "trained": line.trained,
-        "impressions": line.impressions,
-        "windows": line.windows,
-        "tasks": {name: line.task(name) for name in line.tasks},
-        "routing": {key: line.experts.get(key) for key in ("dead", "load_skew", "drift", "overlap", "active_mean")},
+        "routing": {key: line.experts.get(key) for key in ("dead", "load_skew", "active_mean")},
     }
 
 
@@ -327,9 +329,7 @@ def _base_rates(parts: Parts, names: Sequence[str]) -> _Object:
 
 
 def _routing(parts: Parts) -> _Object:
-    """Figures of the experts at the end of each point; null where something is missing."""
-    columns: _Object = {"x": parts.listed_x(), "breaks": parts.breaks()}
-    for key in ("drift", "load_skew", "dead", "active_mean"):
-        values = [line.experts.get(key) for line in parts.ends()]
-        columns[key] = parts.listed(np.array([np.nan if value is None else value for value in values], np.float64))
-    return columns
+    """``drift`` of the routing at the end of each point ``x``; null where something is missing."""
+    drift = [line.experts.get("drift") for line in parts.ends()]
+    values = np.array([np.nan if value is None else value for value in drift], np.float64)
+    return {"x": parts.listed_x(), "breaks": parts.breaks(), "drift": parts.listed(values)}

@@ -11,7 +11,7 @@ from fastapi import APIRouter, HTTPException, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from smes.errors import EventLogUnavailable, SmesError
-from smes_console.letter_catalog import NEWEST, Chosen, LetterCatalog, read_letter
+from smes_console.letter_catalog import Chosen, LetterCatalog, read_letter
 from smes_console.sources import Reached, Sources
 from smes_io.clock import wall_clock_ms
 from stream.codec.validation import CODES
@@ -79,7 +79,6 @@ def router(sources: Sources) -> APIRouter:
         return {
             **found.state(),
             "at_ms": found.at_ms,
-            "listed_of": NEWEST,
             "replaying": replaying.locked(),
             "can_replay": sources.places.replayer is not None,
             **catalog.counts(chosen, _MOST),

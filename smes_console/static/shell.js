@@ -1,6 +1,7 @@
 // The frame of all pages: links between them, the head, the refresh loop, the keys and the token.
 
 import { createApi, token } from "./lib/api.js";
+import { closing, open as openDialog } from "./lib/dialog.js";
 import { h, show } from "./lib/dom.js";
 import * as format from "./lib/format.js";
 import * as palette from "./lib/palette.js";
@@ -138,17 +139,6 @@ function alarm(source, text, since) {
 
 // ---- dialogs: the token, and the keys
 
-function dialog(children, onClose) {
-  const element = h("dialog", {}, children);
-  document.body.append(element);
-  element.addEventListener("close", () => {
-    element.remove();
-    onClose?.(element.returnValue);
-  });
-  element.showModal();
-  return element;
-}
-
 let asking = null; // one dialog, however many requests need the token
 
 function askForToken(why) {
@@ -167,7 +157,7 @@ function askForToken(why) {
         h("button", { value: "", formnovalidate: true }, "Cancel"),
       ),
     );
-    dialog([form], (value) => {
+    openDialog("Sign in", [form], (value) => {
       asking = null;
       resolve(value === "use" ? field.value.trim() : null);
     });
@@ -192,10 +182,9 @@ function listKeys() {
     ["?", "this list"],
     ...own,
   ];
-  dialog([
-    h("h2", {}, "Keys"),
+  openDialog("Keys", [
     h("dl", { class: "keys" }, keys.map(([key, label]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, label)])),
-    h("form", { method: "dialog" }, h("button", { autofocus: true }, "Close")),
+    closing(),
   ]);
 }
 

@@ -301,7 +301,7 @@ def test_the_keyboard_alone_is_enough(opened: Tab, demo: Demo) -> None:
         page.locator("h1", has_text=title).wait_for()
     opened.press("4")
     page.locator("tr.selectable").first.wait_for()
-    page.get_by_label("Figures of").focus()
+    page.get_by_label("Metrics of").focus()
     while "selectable" not in (page.evaluate("document.activeElement.className") or ""):
         opened.press("Tab")
     newest = opened.focused()

@@ -219,6 +219,8 @@ def test_what_is_asked_of_a_running_trainer_is_what_its_folder_says(
     run: Run, http: httpx.Client, redis_url: str, namespace: str, tmp_path: Path
 ) -> None:
     of_folder = asked(http, together=1)
+    closed = sum(line["windows"] > 0 for line in run.lines)
+    assert (closed, of_folder["curves"]["metric"]) == (closed, "gauc_windowed" if closed >= 10 else "auc")
     some = RecentLines(run.lines[:5])
     with answering(run, some) as server:
         url = f"http://127.0.0.1:{server.port}"
@@ -317,6 +319,7 @@ def test_other_runs_and_the_version_in_service_stand_beside(
 def test_files_are_followed_as_they_grow_shrink_and_are_replaced(tmp_path: Path) -> None:
     chance, reader = random.Random(5), FolderLines(tmp_path)
     files, number = HistoryFiles(tmp_path, keep=12), 0
+    rest = {"wall_ms": 1, "event_time_ms": 1, "impressions": 1, "trained": 1, "experts": {}, "rows": {}, "lag": None}
 
     def said(lines: list[Line]) -> list[tuple[str, int]]:
         return [(line.lineage, line.stretch) for line in lines]
@@ -327,7 +330,7 @@ def test_files_are_followed_as_they_grow_shrink_and_are_replaced(tmp_path: Path)
             files = HistoryFiles(tmp_path, keep=12)
             files.begin("a", number, number)
         else:
-            files.append({"stretch": number, "step": number, "lineage": "a", "tasks": {"t": {"auc": 0.5}}})
+            files.append({**rest, "stretch": number, "step": number, "lineage": "a", "tasks": {"t": {"auc": 0.5}}})
             number += 1
         newest = max(tmp_path.glob("*.jsonl"), default=None)
         if newest is not None and chance.random() < 0.2:

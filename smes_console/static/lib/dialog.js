@@ -19,6 +19,12 @@ export function open(title, children, onClose) {
 
 let count = 0;
 
+// What closes a dialog that has nothing to decide.
+export const closing = () => h("form", { method: "dialog" }, h("button", { autofocus: true }, "Close"));
+
+// Says that something was refused, and why.
+export const refuse = (why) => open("That cannot be done", [h("p", { class: "problem" }, why), closing()]);
+
 // Asks whether to do something, with the consequences in words and, with `fields`, for more.
 // `action(form)` is called with the form's values and does it; what it throws is shown in the dialog, which stays open.
 // Resolves to what `action` gave, or to null if the person did not want it.

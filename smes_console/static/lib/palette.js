@@ -2,8 +2,7 @@
 
 // Okabe and Ito; the order keeps neighbours apart. Yellow is left out of lines: it cannot be seen on white.
 export const COLOURS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a8a"];
-export const YELLOW = "#f0e442";
-export const DASHES = [[], [6, 3], [2, 3], [9, 3, 2, 3]];
+const DASHES = [[], [6, 3], [2, 3], [9, 3, 2, 3]];
 
 // The line of the n-th series: a colour, and from the eighth on another dash.
 export function line(n) {

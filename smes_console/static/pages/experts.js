@@ -9,7 +9,7 @@ import { createWords } from "./experts/words.js";
 export const title = "Experts";
 
 const ORDERS = { number: "by number", load: "busiest first" };
-const SCALES = { task: "each task by its busiest", all: "all by the busiest" };
+const SCALES = { task: "scaled for each task", all: "one scale for all tasks" };
 const CALM_MS = 60; // a slider moves fast
 
 export function mount(root, context) {
@@ -21,7 +21,7 @@ export function mount(root, context) {
   const slider = h("input", { type: "range", id: "segment", min: "0", step: "1" });
   slider.addEventListener("input", () => choose(Number(slider.value)));
   const said = h("output", { for: "segment", class: "segment" });
-  const newest = h("button", { type: "button", onclick: follow }, "Newest");
+  const newest = h("button", { type: "button", onclick: follow }, "Follow newest");
 
   function select(name, label, options) {
     const children = Object.entries(options).map(([value, text]) => h("option", { value }, text));
@@ -48,7 +48,7 @@ export function mount(root, context) {
     ),
     h("p", {}, said),
     maps.ofExperts,
-    h("h2", {}, "Even, and steady?"),
+    h("h2", {}, "Load balance and drift"),
     charts.element,
     maps.ofTasks,
     h("h2", {}, "The busiest experts"),
@@ -116,7 +116,7 @@ export function mount(root, context) {
     slider.value = String(segments.indexOf(segment));
     slider.setAttribute("aria-valuetext", text);
     newest.disabled = view.step === null;
-    show(said, `${text}${view.step === null ? " · follows the newest that has ended" : ""}`, segment.from);
+    show(said, `${text}${view.step === null ? " · the newest finished segment, followed" : ""}`, segment.from);
     words.saySegment();
     maps.draw();
     charts.draw();

@@ -9,14 +9,14 @@ export const title = "Flow";
 // In reading order: on a phone they stand below each other.
 const CARDS = [
   { id: "log", title: "Event log", hint: "Kafka or Redis Streams: impressions and feedback, as they arrive" },
-  { id: "join", title: "Decode and join", hint: "Feedback finds its impression by event time" },
-  { id: "batches", title: "Mini-batches", hint: "Examples, each trained on once, in order" },
+  { id: "join", title: "Decode and join", hint: "Feedback is joined to its impression by event time" },
+  { id: "batches", title: "Mini-batches", hint: "Examples in order, each trained on once" },
   { id: "trainer", title: "Trainer", hint: "Scores each batch first, then takes one step on it" },
-  { id: "cuts", title: "Cuts", hint: "What has changed, about every second; a checkpoint now and then" },
-  { id: "store", title: "Snapshots in Redis", hint: "Published versions, from which scorers load" },
-  { id: "scorer", title: "Scorer", hint: "Answers by one version, and takes over the next while it answers" },
-  { id: "service", title: "Your service", hint: "Asks for scores, shows items, and sends what came of it" },
-  { id: "letters", title: "Dead letters", hint: "Events that could not be used, kept with the reason" },
+  { id: "cuts", title: "Cuts", hint: "A cut: the weights at one step, about every second. Checkpoints are rarer" },
+  { id: "store", title: "Snapshots in Redis", hint: "Published versions, which scorers load" },
+  { id: "scorer", title: "Scorer", hint: "Scores with one version, and swaps in the next one while it serves" },
+  { id: "service", title: "Your service", hint: "Requests scores, shows items, and sends impressions and feedback" },
+  { id: "letters", title: "Dead letters", hint: "Events that were refused, kept with the reason" },
 ];
 const LINKS = [
   { from: "service", to: "log", what: "events" },
@@ -73,7 +73,7 @@ export function mount(root, { api, format, table }) {
   };
   const ledger = (card, section, key, label, hint, rare) =>
     row(card, `${section}.${key}`, label, report(section, key), number, { hint, rare, more: now(section, key) });
-  const unread = { gaps: "No longer in the log when they were to be read", unreadable: "They are no records of ours" };
+  const unread = { gaps: "Removed from the log before they were read", unreadable: "Records of an unknown format" };
   const lost = (section) => {
     for (const [key, hint] of Object.entries(unread)) ledger("join", section, key, key, hint, true);
   };
@@ -84,24 +84,24 @@ export function mount(root, { api, format, table }) {
     const parts = (data) => Object.values(data.trainer.lag?.partitions?.[topic] ?? {});
     group("log", topic);
     row("log", `log.${topic}.end`, "records", end, number, {
-      hint: "Where the topic ends: the offsets of its partitions, added up. An Arrow record holds many events",
+      hint: "End offsets of the topic's partitions, added up. An Arrow record holds many events",
     });
     const behind = (data) => (parts(data).length ? parts(data).reduce((sum, each) => sum + each.records, 0) : null);
-    row("log", `log.${topic}.unread`, "not read yet", (data) => behind(data) ?? data.log.unread?.[topic], number, {
-      hint: "Records beyond the trainer's positions; without a trainer, beyond those of the newest version",
+    row("log", `log.${topic}.unread`, "lag", (data) => behind(data) ?? data.log.unread?.[topic], number, {
+      hint: "Records that the trainer (without one: the newest version) has not read",
     });
     const late = (data) => {
       const known = parts(data).map((each) => each.seconds).filter((each) => each !== null);
       return known.length ? Math.max(...known) : null;
     };
-    row("log", `lag.${topic}.seconds`, "behind by", late, seconds, {
-      hint: "Event time from the next record to read to the newest one, of the partition where it is longest",
+    row("log", `lag.${topic}.seconds`, "lag in time", late, seconds, {
+      hint: "Event time between the next record to read and the newest one, of the partition that lags most",
     });
   }
   group("join", "impressions");
   ledger("join", "events", "impressions", "read");
-  ledger("join", "events", "waiting", "waiting", "Their attribution window is open, or their mini-batch not full");
-  ledger("join", "events", "late", "late", "They came after everything of their time was handed on");
+  ledger("join", "events", "waiting", "waiting", "Their attribution window is open, or their mini-batch is not full");
+  ledger("join", "events", "late", "late", "Their partition had passed their event time before they were read");
   ledger("join", "events", "duplicate", "duplicate");
   lost("events");
   for (const entity of ["user", "item"]) {
@@ -118,12 +118,12 @@ export function mount(root, { api, format, table }) {
   group("join", "feedback");
   ledger("join", "feedback", "received", "read");
   ledger("join", "feedback", "attached", "attached", "Feedback that found its impression in time");
-  ledger("join", "feedback", "waiting", "waiting", "For its impression, or with it");
-  ledger("join", "feedback", "corrected", "corrected", "After its task's wait; it was trained on as a correction");
-  ledger("join", "feedback", "late", "late", "After its impression was trained on, and too late for a correction");
-  ledger("join", "feedback", "orphaned", "orphaned", "No impression came for it in time");
+  ledger("join", "feedback", "waiting", "waiting", "For its impression, or for the window of its impression to close");
+  ledger("join", "feedback", "corrected", "corrected", "Arrived after its task's wait; trained on as a correction");
+  ledger("join", "feedback", "late", "late", "Arrived after its impression was trained on, too late for a correction");
+  ledger("join", "feedback", "orphaned", "orphaned", "Its impression did not arrive in time");
   ledger("join", "feedback", "duplicate", "duplicate");
-  ledger("join", "feedback", "dropped", "dropped", "For a task of an old schema that there is no more", true);
+  ledger("join", "feedback", "dropped", "dropped", "Of a task that only an old schema has", true);
   lost("feedback");
   row("batches", "rates.trained", "examples", (d) => d.trainer.rates?.events?.trained, rate, {
     hint: "Over the last ten seconds",
@@ -132,27 +132,27 @@ export function mount(root, { api, format, table }) {
   row(
     "batches",
     "rates.examples_per_step",
-    "examples in one",
+    "batch size",
     (d) => (d.trainer.rates?.steps ? d.trainer.rates.events.trained / d.trainer.rates.steps : null),
     (value) => number(value, 1),
     { hint: "Mean over the last ten seconds" },
   );
   ledger("trainer", "events", "trained", "trained on");
-  ledger("trainer", "events", "not_finite", "not finite", "In steps whose loss or gradients were not finite");
+  ledger("trainer", "events", "not_finite", "not finite", "Examples of steps whose loss or gradients were not finite");
   row("trainer", "step", "step", (d) => d.trainer.step, number, {
     more: (d) => (d.trainer.rates?.steps ? ` ${rate(d.trainer.rates.steps)}` : ""),
   });
   const partsOf = (d) => Object.entries(d.trainer.step_ms ?? {}).filter(([name]) => name in PARTS);
   const stepMs = (d) => (partsOf(d).length ? partsOf(d).reduce((sum, [, ms]) => sum + ms, 0) : null);
   row("trainer", "step_ms.read", "read and wait", (d) => d.trainer.step_ms?.read, duration, {
-    hint: "For one step: read, decode, join, and wait for events",
+    hint: "Per step: reading, decoding, joining, and waiting for events",
   });
-  row("trainer", "rows.in_use", "rows", report("rows", "in_use"), number, { hint: "Of the table, one for each id" });
+  row("trainer", "rows.in_use", "rows", report("rows", "in_use"), number, { hint: "Of the embedding table, for ids" });
   row("trainer", "memory.rss", "memory", (d) => d.trainer.memory?.rss, bytes, {
     more: (d) => (d.trainer.memory?.cuda ? `, ${bytes(d.trainer.memory.cuda)} on the GPU` : ""),
   });
-  row("trainer", "step_ms", "work of a step", stepMs, duration, { hint: "The parts below, added up" });
-  const steps = stackedBar("Work of a step by part");
+  row("trainer", "step_ms", "step time", stepMs, duration, { hint: "The parts below, added up" });
+  const steps = stackedBar("Step time by part");
   const stepList = h("ol", { class: "parts" });
   chart.card("trainer").body.append(steps.element, stepList);
 
@@ -162,7 +162,7 @@ export function mount(root, { api, format, table }) {
   );
   row("cuts", "snapshots.published", "published", report("snapshots", "published"));
   row("cuts", "gate.passed", "gate passed", report("gate", "passed"), number, {
-    hint: "Cuts that the publish gate let go",
+    hint: "Cuts that the publish gate let through",
   });
   row("cuts", "gate.refused", "gate refused", report("gate", "refused"));
   const current = (key) => (d) => d.store.current?.[key];
@@ -196,24 +196,24 @@ export function mount(root, { api, format, table }) {
   row("scorer", "scorer.waiting", "queue", (d) => d.scorer.waiting, number, {
     hint: "Requests that wait to be scored",
   });
-  for (const [key, label] of [["p50", "answers, half in"], ["p99", "99 of 100 in"]]) {
-    row("scorer", `recent_latency_ms.${key}`, label, (d) => d.scorer.recent_latency_ms?.[key], duration, {
+  for (const key of ["p50", "p99"]) {
+    row("scorer", `recent_latency_ms.${key}`, `latency ${key}`, (d) => d.scorer.recent_latency_ms?.[key], duration, {
       hint: "From a request's arrival to its answer, over the last ten seconds",
     });
   }
-  row("service", "rates.requests", "asks", (d) => asked(d), rate, {
+  row("service", "rates.requests", "score requests", (d) => asked(d), rate, {
     hint: "Scoring requests, over the last ten seconds",
   });
-  row("service", "rates.impressions", "shows", (d) => d.trainer.rates?.events?.impressions, rate, {
+  row("service", "rates.impressions", "impressions", (d) => d.trainer.rates?.events?.impressions, rate, {
     hint: "Impressions, as the trainer reads them",
   });
   row("service", "rates.feedback", "feedback", (d) => d.trainer.rates?.feedback?.received, rate);
   row("letters", "letters.kept", "kept", (d) => d.letters.kept, number, {
-    hint: "Letters, and notes on replays; up to ten seconds ago",
+    hint: "Records of the topic: letters, and notes on replays. Up to ten seconds old",
   });
   ledger("letters", "events", "dead_lettered", "impressions");
   ledger("letters", "feedback", "dead_lettered", "feedback");
-  chart.card("letters").body.append(h("p", {}, h("a", { href: "#/letters" }, "look at them")));
+  chart.card("letters").body.append(h("p", {}, h("a", { href: "#/letters" }, "List and replay them")));
 
   const asked = (d) => d.scorer.rates?.requests;
 
@@ -238,15 +238,15 @@ export function mount(root, { api, format, table }) {
   const whole = h("p", { class: "freshness" });
   const freshBar = stackedBar("Freshness by stage");
   const stages = table({
-    caption: "From a feedback event's arrival to the first answer that knows it, by stage. The means add up.",
+    caption: "From a feedback event's arrival to the first answer by a model that has trained on it. The means add up.",
     key: (each) => each.stage,
     empty: "no feedback has been counted yet",
     columns: [
       { key: "mark", title: "", sort: false },
       { key: "what", title: "stage", head: true, sort: false },
-      ...[["mean", "mean"], ["p50", "median"], ["p99", "99 of 100"]].map(([key, title]) => ({
+      ...["mean", "p50", "p99"].map((key) => ({
         key,
-        title,
+        title: key,
         numeric: true,
         sort: false,
         format: duration,
@@ -258,16 +258,16 @@ export function mount(root, { api, format, table }) {
   const freshP50 = figure("freshness_ms.p50");
   const freshP99 = figure("freshness_ms.p99");
   const known = h(
-    "span", {}, "Half of all feedback was known to an answer after ", freshP50, ", 99 of 100 after ", freshP99, ".",
+    "span", {}, "p50 ", freshP50, " · p99 ", freshP99,
   );
-  const unknown = h("span", { class: "quiet" }, "No feedback has been counted by a scorer that answers.");
+  const unknown = h("span", { class: "quiet" }, "No scorer has counted any feedback yet.");
   whole.append(known, unknown);
 
   const balance = h("p", { "data-figure": "conservation" });
   root.append(
     chart.element,
     balance,
-    h("h2", { title: "How old what is served is" }, "Freshness"),
+    h("h2", { title: "How long it takes until answers know of a feedback event" }, "Freshness"),
     whole,
     freshBar.element,
     stages.element,

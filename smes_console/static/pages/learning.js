@@ -23,9 +23,9 @@ export function mount(root, context) {
     words.legend,
     panels.none,
     panels.grid,
-    h("h2", {}, "The stream and the routing"),
+    h("h2", {}, "Stream and routing"),
     panels.stream,
-    h("h2", {}, "Figures"),
+    h("h2", {}, "Metrics by task"),
     tables.figures,
   );
   let turn = 0; // of the newest question: answers to others come too late
@@ -42,7 +42,8 @@ export function mount(root, context) {
   async function update() {
     const mine = ++turn;
     const { metric, axis, together } = view.choice;
-    const query = new URLSearchParams({ metric, axis, together });
+    const query = new URLSearchParams({ axis, together });
+    if (metric) query.set("metric", metric);
     if (view.range) {
       query.set("from", view.range[0]);
       query.set("to", view.range[1]);

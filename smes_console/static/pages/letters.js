@@ -1,6 +1,6 @@
 // Dead letters: what was refused, by reason, time and partition; a letter in full; and back into the log after a fix.
 
-import { confirm, open } from "../lib/dialog.js";
+import { confirm, open, refuse } from "../lib/dialog.js";
 import { figure, h, show } from "../lib/dom.js";
 
 export const title = "Dead letters";
@@ -36,7 +36,7 @@ export function mount(root, context) {
   // ---- by reason and place, by time, one by one
 
   const groups = table({
-    caption: "By reason, topic and partition. Enter or a click chooses them.",
+    caption: "By reason, topic and partition. Enter or a click filters by them.",
     key: (row) => `${row.reason} ${row.topic} ${row.partition}`,
     onSelect: ({ reason, topic, partition }) => choose({ reason, topic, partition }),
     empty: "no dead letters",
@@ -130,7 +130,7 @@ export function mount(root, context) {
     drawBars(answer.times);
     newest.update(answer.newest);
     const rest = answer.letters - answer.newest.length;
-    const older = rest > 0 ? `${format.number(rest)} older ones: choose above, or \`smes dead-letters list\`. ` : "";
+    const older = rest > 0 ? `${format.number(rest)} older ones: filter, or use \`smes dead-letters list\`. ` : "";
     const foreign = `${format.number(answer.foreign)} entries of the topic are not of this version.`;
     show(listed, older + (answer.foreign ? foreign : ""), null);
   }
@@ -153,7 +153,7 @@ export function mount(root, context) {
           "button",
           {
             type: "button",
-            title: "No longer only these",
+            title: "Remove this filter",
             onclick: () => choose(Object.fromEntries(keys.map((key) => [key, null]))),
           },
           `${name} ×`,
@@ -258,12 +258,7 @@ export function mount(root, context) {
     try {
       await dryRun();
     } catch (error) {
-      if (error.status !== 401) {
-        open("That cannot be done", [
-          h("p", { class: "problem" }, error.message),
-          h("form", { method: "dialog" }, h("button", { autofocus: true }, "Close")),
-        ]);
-      }
+      if (error.status !== 401) refuse(error.message);
       return;
     }
     const failed = (error) => outcome.replaceChildren(h("p", { class: "problem" }, error.message));

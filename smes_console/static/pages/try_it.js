@@ -15,7 +15,7 @@ export function mount(root, context) {
   let answered = null;
 
   const problem = h("p", { class: "problem", role: "status" });
-  const user = h("input", { id: "try-user", required: true, autocomplete: "off", inputmode: "text" });
+  const user = h("input", { id: "try-user", required: true, autocomplete: "off" });
   const items = h("textarea", { id: "try-items", rows: 3, required: true });
   const contextPart = h("div", { class: "fields" });
   const note = h("p", { class: "quiet", role: "status" });
@@ -48,8 +48,8 @@ export function mount(root, context) {
     element,
     note,
     result,
-    h("h2", {}, "The same by curl"),
-    h("p", { class: "quiet" }, "POST /v1/score answers with the scores alone; it is what a service calls."),
+    h("h2", {}, "The same request with curl"),
+    h("p", { class: "quiet" }, "POST /v1/score returns the scores alone; this is what your service calls."),
     curl,
     h("div", { class: "buttons" }, copy),
   );
@@ -96,7 +96,7 @@ export function mount(root, context) {
     user.value = found.user_id;
     items.value = found.items.join(" ");
     for (const { name, input } of fields) input.value = found.context[name] ?? "";
-    note.textContent = `An impression of ${format.utc(found.event_time_ms)} UTC, and other items of the newest ones.`;
+    note.textContent = `Impression of ${format.utc(found.event_time_ms)} UTC, with more items of the newest ones.`;
     drawCurl();
   }
 
@@ -209,7 +209,7 @@ export function mount(root, context) {
         { key: "name", title: "Feature", head: true },
         {
           key: "source",
-          title: "Where from",
+          title: "Source",
           format: (source) => `${source === "missing" ? "✕ " : ""}${SOURCES[source]}`,
           figure: (row) => `feature:${row.of}:${row.name}`,
         },

@@ -1,6 +1,6 @@
 // Versions: the snapshots that can be loaded, which of them is in service and why, and deciding about it.
 
-import { confirm, open, whoAndWhy } from "../lib/dialog.js";
+import { confirm, open, refuse, whoAndWhy } from "../lib/dialog.js";
 import { figure, h, show } from "../lib/dom.js";
 
 export const title = "Versions";
@@ -40,7 +40,7 @@ export function mount(root, context) {
     promote: h(
       "button",
       { type: "button", hidden: true, onclick: () => decide("promote") },
-      "Promote the one held last…",
+      "Promote the newest held version…",
     ),
   };
   buttons.unpin.title = "Follow what the trainer publishes again";
@@ -54,7 +54,7 @@ export function mount(root, context) {
   let list = null;
 
   const arms = table({
-    caption: "Arms: other models beside the one in service, and what came of what each served",
+    caption: "Arms: other models beside the main one, and how well each served",
     key: (row) => row.name,
     columns: [
       { key: "name", title: "Arm", head: true },
@@ -77,7 +77,7 @@ export function mount(root, context) {
   const decisions = table({
     caption: "Decisions about serving, the newest first",
     key: (row) => row.number,
-    empty: "nothing was decided yet: scorers serve what the trainer publishes",
+    empty: "no decision yet: scorers serve the newest published version",
     columns: [
       { key: "at_ms", title: "When (UTC)", format: format.utc, head: true },
       { key: "by", title: "Who" },
@@ -94,7 +94,7 @@ export function mount(root, context) {
     h("p", { class: "quiet" }, "Newest published: ", current, ". ", publisher),
     h("div", { class: "buttons" }, Object.values(buttons)),
     said,
-    h("div", { class: "fields" }, h("label", {}, "Figures of ", select), counted),
+    h("div", { class: "fields" }, h("label", {}, "Metrics of ", select), counted),
     listPart,
     armsPart,
     h("h2", {}, "Decisions"),
@@ -175,7 +175,7 @@ export function mount(root, context) {
       key: (row) => row.name,
       onSelect: (row) => details(row.name),
       rowClass: (row) => (row.serves ? "serves" : row.rolled_back ? "dropped" : row.is_held ? "aside" : ""),
-      empty: "none was published yet",
+      empty: "no version was published yet",
       columns: [
         {
           key: "version",
@@ -201,14 +201,14 @@ export function mount(root, context) {
         {
           key: "base_bytes",
           title: "Base",
-          hint: "Size of the full payload that a delta has, too",
+          hint: "Size of the full payload that is stored beside a delta",
           numeric: true,
           format: format.bytes,
         },
         {
           key: "event_time_ms",
-          title: "Learned up to (UTC)",
-          hint: "Event time that the training had reached",
+          title: "Trained up to (UTC)",
+          hint: "Event time that training had reached",
           format: format.utc,
         },
         { key: "lineage", title: "Lineage", hint: "One uninterrupted history of weights" },
@@ -298,7 +298,7 @@ export function mount(root, context) {
     try {
       tried = await api.post("api/versions/decide", { ...asked, dry_run: true });
     } catch (error) {
-      if (error.status !== 401) open("That cannot be done", [h("p", { class: "problem" }, error.message), closing()]);
+      if (error.status !== 401) refuse(error.message);
       return;
     }
     const { decision } = tried;
@@ -325,7 +325,6 @@ export function mount(root, context) {
 }
 
 const option = (value, text) => h("option", { value }, text);
-const closing = () => h("form", { method: "dialog" }, h("button", { autofocus: true }, "Close"));
 
 function stateOf(row) {
   const marks = [];

@@ -16,7 +16,7 @@ const CHARTS = [
   {
     name: "drift",
     title: "Drift",
-    hint: "Share of expert choices for the probe that changed since the segment before, mean over the tasks",
+    hint: "Share of expert choices for a fixed sample (probe) that changed since the segment before; mean over tasks",
     value: (segment) => segment.drift,
   },
   {

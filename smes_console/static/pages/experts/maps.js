@@ -20,7 +20,7 @@ export function createMaps(view) {
   const users = h("p", {});
   const overlap = h("p", { class: "quiet" });
   const quiet = (...children) => h("p", { class: "quiet" }, ...children);
-  const rows = "Share of all uses, a row for each segment, the newest on top; experts stand as above. ";
+  const rows = "Share of all uses; one row per segment, the newest on top; columns as above. ";
   const ofExperts = [
     h("h2", {}, "Tasks × experts"),
     colours,
@@ -30,12 +30,12 @@ export function createMaps(view) {
     quiet(rows, scale("least", "busiest expert of any segment")),
     time.element,
   ];
-  const jaccard = "Jaccard index of two tasks' experts for the same instance, mean over the probe";
-  const changed = "Share of a task's expert choices for the probe that changed since the segment before";
+  const jaccard = "Jaccard index of two tasks' experts for the same example, mean over a fixed sample (the probe)";
+  const changed = "Share of a task's choices for a fixed sample (the probe) that changed since the segment before";
   const ofTasks = h(
     "div",
     { class: "two" },
-    h("section", {}, h("h2", { title: jaccard }, "Who shares experts"), overlap, shared.element),
+    h("section", {}, h("h2", { title: jaccard }, "Experts shared by tasks"), overlap, shared.element),
     h(
       "section",
       {},
@@ -121,8 +121,8 @@ export function createMaps(view) {
 
   function drawShared() {
     const { tasks, overlap: values } = view.data;
-    const known = ["Overlap at the end of the newest segment that has ended. ", scale("0", "1: the same experts")];
-    overlap.replaceChildren(...(values ? known : ["Not known: no segment has ended, or nobody says it."]));
+    const known = ["Overlap at the end of the newest finished segment. ", scale("0", "1: the same experts")];
+    overlap.replaceChildren(...(values ? known : ["Not known: no segment has finished, or the trainer is away."]));
 
     function words(a, b) {
       if (a === b) return `${tasks[a]} (column ${b + 1})`;

@@ -7,7 +7,7 @@ import { table } from "../../lib/table.js";
 const MOST_DEAD = 24; // that are named
 const MOST_BUSY = 10;
 const OF_LINES =
-  "Of each task only the experts that it uses most are known, from the lines of the history; a dot: not known. ";
+  "The history knows only the experts that each task uses most; a dot means not known. ";
 const WHOSE = { trainer: "the running trainer", folder: "the run, which has ended", lines: "the newest line" };
 
 // Gives {problems, summary, dead, busiest: table, sayProblems(source), saySummary(answer), saySegment()}.
@@ -21,7 +21,7 @@ export function createWords(view) {
     columns: [
       { key: "expert", title: "Expert", head: true, numeric: true },
       { key: "share", title: "Share of all uses", numeric: true, format: (value) => percent(value, 2) },
-      { key: "relative", title: "Times the mean", numeric: true, format: (value) => number(value, 2) },
+      { key: "relative", title: "÷ mean share", numeric: true, format: (value) => number(value, 2) },
       { key: "tasks", title: "Tasks that use it, most first", sort: false },
     ],
     empty: "no use yet",
@@ -41,8 +41,8 @@ export function createWords(view) {
       ["experts", "experts.num_experts", experts],
       ...(pools === null ? [] : [["pools", "experts.pools", pools]]),
       ...(alwaysOn ? [["always on", "experts.always_on", alwaysOn]] : []),
-      ["active for an instance, mean", "active_experts.mean", active.mean, 2],
-      ["at most", "active_experts.max", active.max],
+      ["active per example, mean", "active_experts.mean", active.mean, 2],
+      ["max", "active_experts.max", active.max],
       ["dead", "routing.dead", routing.dead],
       ["load skew", "routing.load_skew", routing.load_skew, 3],
       ["drift", "routing.drift", routing.drift, 3],
@@ -53,7 +53,7 @@ export function createWords(view) {
       h("strong", {}, figure(name, number(value, digits), value)),
       "  ",
     ]);
-    const whose = h("span", { class: "quiet" }, `of ${WHOSE[source.kind] ?? ""}, newest segment that has ended`);
+    const whose = h("span", { class: "quiet" }, `of ${WHOSE[source.kind] ?? ""}, newest finished segment`);
     replaceIfOther(summary, [...said, whose]);
   }
 
@@ -77,7 +77,7 @@ export function createWords(view) {
     const named = `${list.length === 1 ? "expert" : "experts"} ${list.slice(0, MOST_DEAD).join(", ")}${more}`;
     const text = list.length
       ? `✕ Dead, used by no task in this segment: ${named}.`
-      : "No expert of this segment is dead.";
+      : "No dead expert in this segment: each is used by some task.";
     dead.className = list.length ? "warn" : "quiet";
     show(dead, text, list.length);
   }

@@ -9,16 +9,16 @@ import { AXES } from "./view.js";
 const OPTIONS = {
   metric: Object.fromEntries(CHOICES.map((name) => [name, METRICS[name].title])),
   axis: AXES,
-  together: { 0: "≥ 50 positives", 1: "a stretch", 4: "4 stretches", 16: "16 stretches", 64: "64 stretches" },
+  together: { 0: "≥ 50 positives", 1: "1 stretch", 4: "4 stretches", 16: "16 stretches", 64: "64 stretches" },
   show: { all: "all tasks", dense: "dense tasks", rare: "rare tasks", regression: "regression tasks" },
-  order: { schema: "of the schema", dense: "densest first", rare: "rarest first", worst: "worst first" },
+  order: { schema: "as in the schema", dense: "densest first", rare: "rarest first", worst: "worst first" },
 };
 const RANGES = { 1: "all", 2: "newest half", 4: "newest quarter", 10: "newest tenth", chosen: "as drawn" };
 
 // The choices of the address, #/learning?metric=ne&…; others are as at first.
 export function choicesOfAddress() {
   const given = new URLSearchParams(location.hash.split("?")[1] ?? "");
-  const first = { metric: "gauc_windowed", axis: "event_time", together: "0", show: "all", order: "schema" };
+  const first = { metric: "", axis: "event_time", together: "0", show: "all", order: "schema" };
   return {
     ...first,
     ...Object.fromEntries([...given].filter(([name, value]) => OPTIONS[name] && value in OPTIONS[name])),
@@ -40,7 +40,8 @@ export function createControls(view, { onAsk, onArrange }) {
 
   const remember = (name, then) => (value) => {
     choice[name] = value;
-    history.replaceState(null, "", `#/learning?${new URLSearchParams(choice)}`);
+    const chosen = Object.entries(choice).filter(([, each]) => each);
+    history.replaceState(null, "", `#/learning?${new URLSearchParams(chosen)}`);
     then();
   };
   const metric = select("metric", OPTIONS.metric, remember("metric", onAsk));
@@ -66,12 +67,12 @@ export function createControls(view, { onAsk, onArrange }) {
     "div",
     { class: "fields" },
     labelled("Metric", metric),
-    labelled("Over", axis),
-    labelled("A point is", together),
-    labelled("Show", part),
+    labelled("x axis", axis),
+    labelled("One point per", together),
+    labelled("Range", part),
     labelled("Tasks", shown),
     labelled("Order", order),
-    labelled("Name has", filter),
+    labelled("Filter by name", filter),
   );
   const runs = h("fieldset", { class: "choices", hidden: true });
 
@@ -91,6 +92,7 @@ export function createControls(view, { onAsk, onArrange }) {
 
   // Boxes for the lines of other runs; earlier runs of the same folder are not shown at first.
   function say() {
+    metric.value = view.metric();
     const all = (view.curves?.compared ?? []).filter((run) => run.lineage);
     for (const { name, kind } of all) {
       if (!known.has(name) && kind === "earlier") view.hidden.add(name);

@@ -15,12 +15,12 @@ const AHEAD = "2000px"; // charts so far beyond the window are drawn
 // Gives {grid, stream, none, arrange(), destroy()}.
 export function createPanels(view, { onRange, onWhole }) {
   const grid = h("div", { class: "grid tasks" });
-  const none = h("p", { class: "quiet", hidden: true }, "No task is left by these choices.");
+  const none = h("p", { class: "quiet", hidden: true }, "No task matches these filters.");
   const panels = new Map();
-  const moves = panelOf("Base rates", "Each divided by its own mean: the tasks that move most");
+  const moves = panelOf("Base rates", "Each divided by its mean; the tasks that vary most. Variance 1 is chance");
   const drift = panelOf(
     "Drift of the routing",
-    "Share of expert choices for the probe that changed since the segment before",
+    "Share of expert choices for a fixed sample (the probe) that changed since the segment before",
   );
   const stream = h("div", { class: "grid" }, moves.element, drift.element);
 
@@ -178,7 +178,7 @@ export function createPanels(view, { onRange, onWhole }) {
     moves.next = { label, x: view.range, curves: moves.curves, marks: [], level: 1 };
     moves.say = () => {
       const named = moving.flatMap(([name, { spread }], n) => [sample(line(n)), ` ${name} ${number(spread, 1)} `]);
-      replaceIfOther(moves.readout, ["Rate ÷ mean rate; spread 1 is chance: ", ...named]);
+      replaceIfOther(moves.readout, ["Base rate ÷ its mean. Variance ÷ that by chance: ", ...named]);
     };
     moves.say();
     flush(moves);
@@ -192,8 +192,8 @@ export function createPanels(view, { onRange, onWhole }) {
     drift.next = { label, x: view.range, curves: drift.curves, marks: [], level: null };
     drift.say = () => {
       const { dead, load_skew: skew, active_mean: active } = view.answer.newest?.routing ?? {};
-      const rest = `dead experts ${number(dead)} · load skew ${number(skew, 2)} · ${number(active, 2)} active. `;
-      const text = last === null ? "No drift: no experts, or a first segment. " : `Newest ${number(last, 3)} · ${rest}`;
+      const rest = `${number(dead)} dead · load skew ${number(skew, 2)} · ${number(active, 2)} active per example. `;
+      const text = last === null ? "No drift yet: it needs two segments. " : `Newest ${number(last, 3)} · ${rest}`;
       replaceIfOther(drift.readout, [text, h("a", { href: "#/experts" }, "Experts")]);
     };
     drift.say();

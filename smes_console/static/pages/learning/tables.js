@@ -14,7 +14,7 @@ export function createTables(view) {
     key: (row) => row.name,
     columns: [
       { key: "name", title: "Tasks", head: true, sort: false },
-      { key: "count", title: "How many", numeric: true, sort: false },
+      { key: "count", title: "Count", numeric: true, sort: false },
       ...["auc", "gauc_windowed", "ne"].map((name) => ({
         ...columnOf(name, (row) => `headline.${row.name}.${name}`),
         sort: false,
@@ -40,7 +40,7 @@ export function createTables(view) {
       lines.map((name) => ({ name, count: report.headline[name].tasks.length, ...report.headline[name] })),
     );
     const against = (view.curves?.compared ?? []).filter((run) => run.difference);
-    const wanted = JSON.stringify([against.map((run) => run.name), view.choice.metric]);
+    const wanted = JSON.stringify([against.map((run) => run.name), view.metric()]);
     if (columns !== wanted) {
       columns = wanted;
       tasks = tableOf(against.map((run) => run.name));
@@ -64,13 +64,13 @@ export function createTables(view) {
   }
 
   function tableOf(against) {
-    const { metric } = view.choice;
+    const metric = view.metric();
     const { title } = METRICS[metric];
     const plain = { numeric: true, format: (value) => number(value) };
     const difference = (value) => (value === null ? DASH : `${value >= 0 ? "+" : "−"}${number(Math.abs(value))}`);
     const beside = against.length ? ", and the difference to other runs" : "";
     return table({
-      caption: `Tasks: the whole run, the newest point of the curve, the version in service when it was cut${beside}`,
+      caption: `Each task: the whole run, the newest point of its curve, the version in service at its cut${beside}`,
       key: (row) => row.name,
       columns: [
         { key: "name", title: "Task", head: true },
@@ -80,14 +80,14 @@ export function createTables(view) {
         {
           key: "newest",
           title: `${title}, newest point`,
-          hint: "Of a regression task: what its chart shows",
+          hint: "Regression tasks: the metric of their chart",
           ...plain,
           figure: (row) => `newest.tasks.${row.name}`,
         },
         {
           key: "served",
           title: `${metric === "gauc_windowed" ? "AUC" : title}, in service`,
-          hint: "Of the run up to the cut; a cut has no GAUC",
+          hint: "Over the run up to the cut. A cut has no GAUC",
           ...plain,
           figure: (row) => `service.tasks.${row.name}`,
         },

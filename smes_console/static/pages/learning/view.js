@@ -8,7 +8,7 @@ export const AXES = { event_time: "event time", wall_time: "wall time", impressi
 
 export function createView(choice) {
   const view = {
-    choice, // {metric, axis, together, show, order}
+    choice, // {metric: "" for the console to choose, axis, together, show, order}
     words: "", // that the names of tasks have
     range: null, // [low, high] of x, or null for all
     rangeName: "1", // "newest 1/n", or "chosen"
@@ -19,9 +19,11 @@ export function createView(choice) {
     curves: null,
     answer: null, // the newest one
 
+    // The metric of binary tasks that is shown.
+    metric: () => choice.metric || (view.curves?.metric ?? "gauc_windowed"),
     isTime: () => choice.axis !== "impressions",
     // The name of a task's figure: regression tasks have another one than binary tasks.
-    figureOf: (task) => (task.kind === "regression" ? (view.curves?.of_regression ?? choice.metric) : choice.metric),
+    figureOf: (task) => (task.kind === "regression" ? (view.curves?.of_regression ?? view.metric()) : view.metric()),
     runValue: (task, name) => view.answer.report?.tasks[task.name]?.[name] ?? null,
     // The newest point of a task's curve.
     lastOf: (task) => view.curves?.run.values[task.name]?.y.findLast(isNumber) ?? null,

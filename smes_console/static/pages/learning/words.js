@@ -21,7 +21,7 @@ export function createWords(view) {
     const noted = notes().map((text) => h("p", { class: "quiet" }, text));
     replaceIfOther(problems, [...wrong, ...noted]);
     show(legend, meaning());
-    legend.title = METRICS[view.choice.metric].hint;
+    legend.title = METRICS[view.metric()].hint;
   }
 
   function ofLines() {
@@ -30,7 +30,7 @@ export function createWords(view) {
     const { kind, where, lines } = sources.history;
     const from = kind === "trainer" ? `the trainer at ${where}` : where;
     return [
-      `${number(lines)} stretches from ${from}; lineage ${newest.lineage}, the newest ends at step `,
+      `${number(lines)} stretches of the stream from ${from}; lineage ${newest.lineage}, the newest ends at step `,
       figure("newest.step", number(newest.step), newest.step),
       ", ",
       figure("newest.trained", number(newest.trained), newest.trained),
@@ -86,11 +86,14 @@ export function createWords(view) {
   }
 
   function meaning() {
-    const { title, better } = METRICS[view.choice.metric];
+    const { title, better } = METRICS[view.metric()];
     const other = METRICS[view.curves?.of_regression];
     const { service } = view.answer;
     const isTime = view.isTime();
     const texts = [`${title}: ${better}.`];
+    if (!view.choice.metric && view.metric() === "auc") {
+      texts.push("Shown because GAUC has too few points yet: one for each closed window of the evaluation.");
+    }
     texts.push(other ? `Regression tasks: ${other.title}, ${other.better}.` : "Regression tasks have none.");
     if (service && service.x !== null)
       texts.push(`▼ cut of the version in service, ${service.lineage}:${service.version}.`);
@@ -106,7 +109,7 @@ export function createWords(view) {
       const named = changes.map(({ x, lineage }) => `${placeText(x, isTime)} → ${lineage}`);
       texts.push(`┆ lineage changed: ${named.join("; ")}.`);
     }
-    texts.push("Drag over a chart to zoom all; double click shows all again.");
+    texts.push("Drag over a chart to zoom all charts; double-click to zoom out.");
     return texts.join(" ");
   }
 
