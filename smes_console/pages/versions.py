@@ -24,6 +24,7 @@ _LOOK = "versions"
 _FIGURES = tuple(each.name for each in fields(TaskFigures))
 _MEANS = ("auc", "ne")  # a cut has no GAUC: its windows end later
 _SHOWN = (*_MEANS, "calibration", "xauc", "mae")
+_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"  # terminals show it, too, and would obey control characters
 
 Lineage = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]
 Version = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
@@ -44,8 +45,8 @@ class Asked(BaseModel):
     action: Literal["pin", "unpin", "rollback", "promote"]
     version: Version | None = None
     lineage: Lineage | None = None
-    why: Annotated[str, Field(max_length=MAX_REASON)] = ""
-    by: Annotated[str, Field(max_length=300)] = ""
+    why: Annotated[str, Field(max_length=MAX_REASON, pattern=_LINE)] = ""
+    by: Annotated[str, Field(max_length=300, pattern=_LINE)] = ""
     dry_run: bool = False
 
 

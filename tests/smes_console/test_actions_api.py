@@ -113,6 +113,8 @@ def test_versions_are_listed_as_the_store_has_them_and_decisions_are_tried_befor
             ("pin", {"version": -1}, 422, "greater than or equal to 0"),
             ("pin", {"version": 1, "lineage": "../x"}, 422, "pattern"),
             ("pin", {"version": 1, "why": "x" * 1001}, 422, "at most 1000"),
+            ("pin", {"version": 1, "why": "a\nb"}, 422, "pattern"),
+            ("pin", {"version": 1, "by": "\x1b[31mann"}, 422, "pattern"),
             ("pin", {"version": 1, "surplus": 1}, 422, "Extra inputs"),
         ):
             answer = decide(http, action, **asked)
