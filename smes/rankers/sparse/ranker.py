@@ -293,12 +293,11 @@ class SMES(nn.Module):
         return RankerOutput(tasks_BTH, balance_loss, RoutingStats(plan.active_B, load_TE))
 
     def _read(self, x_BI: Tensor) -> tuple[Tensor, Tensor]:
-        """The encoder's output, and the routers' logits: on the CPU with one product for all that reads the input."""
+        """The encoder's output, and the routers' logits: in training on the CPU with one product for both."""
         autocast = torch.is_autocast_enabled(x_BI.device.type)
-        if not (on_host(x_BI) and x_BI.dtype == torch.float32 and self.config.encoder_dims) or autocast:
-            folded = None
-        else:
-            folded = self.router.fold(x_BI)
+        whole = on_host(x_BI) and x_BI.dtype == torch.float32 and not autocast
+        # Scoring passes less often over the input, and folding costs it more than that.
+        folded = self.router.fold(x_BI) if self.training and whole and self.config.encoder_dims else None
         if folded is None:
             h_BD = self.encoder(x_BI)
             return h_BD, self.router(x_BI, h_BD)
