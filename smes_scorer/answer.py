@@ -4,7 +4,7 @@ Letters: N items, T tasks.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -22,9 +22,13 @@ from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.interface import Asked, Interface, Interfaces
 from smes_scorer.request import FieldError
+from smes_scorer.scoring_queue import Done
 from smes_scorer.shadow_scoring import Answered
 from smes_scorer.telemetry import Telemetry
 from smes_scorer.versions import Explaining, Knowing, ServedModel
+
+MOST_TOGETHER = 1_000
+"""Most items that are scored in one call for several requests."""
 
 _T = TypeVar("_T")
 
@@ -93,22 +97,105 @@ class Answerer:
             NotReady: No snapshot was loaded yet.
             SmesError: The model gave a score that is no number.
         """
-        interface = self.interface
+        return self._answered(self._asked(self.interface, body))
+
+    def answer_all(self, bodies: Sequence[bytes], done: Done) -> None:
+        """Answer requests that came together. Those that one version answers are scored in one call of the model.
+
+        A request is answered as it would be alone, by :meth:`answer`, but for the rounding of its scores; what is
+        wrong with one is no matter of the others.
+
+        Args:
+            bodies: The JSON bodies of the requests.
+            done: Takes the number of each request with its answer, or with what :meth:`answer` would raise.
+        """
+        interface, together, size = self.interface, list[tuple[int, Asked]](), 0
+        for number, body in enumerate(bodies):
+            try:
+                asked = self._asked(interface, body)
+            except Exception as error:  # noqa: BLE001 - raised where the request waits
+                done(number, error)
+                continue
+            if together and size + len(asked.rows.ids) > MOST_TOGETHER:
+                self._answer_together(together, done)
+                together, size = [], 0
+            together.append((number, asked))
+            size += len(asked.rows.ids)
+        self._answer_together(together, done)
+
+    def _asked(self, interface: Interface, body: bytes) -> Asked:
         request = interface.reader.read(body)
         if request.ignored_context:
             self._telemetry.ignored_context.inc(request.ignored_context)
         self._check_ready()
-        asked = interface.with_rows(body, request, self._now_ms())
-        arm = self._arms.chosen(request.user_id)
+        return interface.with_rows(body, request, self._now_ms())
+
+    def _answered(self, asked: Asked) -> bytes:
+        """The answer to one request, by its arm or, where that cannot, by the main arm."""
+        arm = self._arms.chosen(asked.request.user_id)
         if arm is not None and (by_arm := self._by_arm(arm, asked)) is not None:
-            answer = by_arm.written(arm.name)
-            self._note(arm.name, by_arm.key, arm.first_answers, arm.telemetry)
-            return answer
-        scored = self._scored(self._swap, asked, measured=True)
+            return self._written_by_arm(arm, by_arm)
+        return self._written_by_main(self._scored(self._swap, asked, measured=True))
+
+    def _written_by_arm(self, arm: Arm, scored: _Scored) -> bytes:
+        answer = scored.written(arm.name)
+        self._note(arm.name, scored.key, arm.first_answers, arm.telemetry)
+        return answer
+
+    def _written_by_main(self, scored: _Scored) -> bytes:
         answer = scored.written(MAIN)
         self._note(MAIN, scored.key, self._first_answers, self._telemetry)
-        self._arms.shadow(request.user_id, Answered(scored.asked, scored.scores_NT))
+        self._arms.shadow(scored.asked.request.user_id, Answered(scored.asked, scored.scores_NT))
         return answer
+
+    def _answer_together(self, numbered: list[tuple[int, Asked]], done: Done) -> None:
+        """Answer requests, each arm's in one call of its model; alone what cannot be answered so."""
+        of_arms: dict[Arm | None, list[tuple[int, Asked]]] = {}
+        for number, asked in numbered:
+            arm = self._arms.chosen(asked.request.user_id)
+            of_arms.setdefault(arm if arm is not None and arm.is_ready else None, []).append((number, asked))
+        for arm, some in of_arms.items():
+            swap = self._swap if arm is None else arm.swap
+            scored = self._scored_together(swap, [asked for _, asked in some], measured=arm is None)
+            for place, (number, asked) in enumerate(some):
+                try:
+                    if scored is None:
+                        answer: bytes | Exception = self._answered(asked)
+                    elif arm is None:
+                        if (chosen := self._arms.chosen(asked.request.user_id)) is not None:
+                            self._telemetry.arms.fell_back(chosen.name, "not_ready")
+                        answer = self._written_by_main(scored[place])
+                    else:
+                        answer = self._written_by_arm(arm, scored[place])
+                except Exception as error:  # noqa: BLE001 - raised where the request waits
+                    answer = error
+                done(number, answer)
+
+    def _scored_together(self, swap: HotSwap, together: list[Asked], *, measured: bool) -> list[_Scored] | None:
+        """Score requests in one call; None where one is alone, of another schema, or makes the model fail."""
+        if len(together) == 1:
+            return None
+        interface = self._interfaces.of(together[0].schema)
+        with swap.reading() as served:
+            if served.schema.hash != interface.schema.hash:
+                return None
+            counts = [len(asked.rows.ids) for asked in together]
+            times_N = np.repeat([asked.now_ms for asked in together], counts)
+            ids_NW = np.concatenate([asked.rows.ids for asked in together])
+            numerics_NF = np.concatenate([asked.rows.numerics for asked in together])
+            try:
+                scores_NT = served.model.score(ids_NW, numerics_NF, times_N)
+            except Exception:  # each is scored alone, and what is wrong is said where it is
+                _logger.debug("requests could not be scored together", exc_info=True)
+                return None
+            if not np.isfinite(scores_NT).all():
+                return None
+            if measured:
+                for asked in together:
+                    if interface.served.wants():
+                        _measure(interface, asked, served)
+            parts = np.split(scores_NT, np.cumsum(counts)[:-1])
+            return [_Scored(interface, asked, served.key, part) for asked, part in zip(together, parts, strict=True)]
 
     def explain(self, body: bytes) -> bytes:
         """The answer to a request, and what it is made of, by the arm and version that :meth:`answer` would take.

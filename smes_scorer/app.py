@@ -41,7 +41,7 @@ from smes_scorer.loading import Load, load_table_model
 from smes_scorer.middleware import BodyLimit, EndsQuietly, Metered, RequestMeter, TimeLimit
 from smes_scorer.openapi import FieldProblem, Refusal, add_page, describe_bodies, describe_tokens, documented
 from smes_scorer.request import FieldError, UnreadableBody
-from smes_scorer.scoring_queue import Busy, Dropped, ScoringQueue
+from smes_scorer.scoring_queue import Busy, Dropped, ScoringQueue, Work, one_by_one
 from smes_scorer.telemetry import Telemetry
 
 SCORE_PATH, EXPLAIN_PATH = "/v1/score", "/v1/explain"
@@ -199,18 +199,18 @@ def _assemble(
     )
     store.damage.on_new = telemetry.refused.note
     telemetry.store_damage.set_function(lambda: store.damage.count + interfaces.damage_count)
-    queue = ScoringQueue(config.workers, config.max_waiting, config.max_age_s)
+    queue = ScoringQueue(config.workers, config.max_waiting, config.max_age_s, config.max_together)
     telemetry.waiting.set_function(lambda: queue.depth)
     return _Parts(config, telemetry, swap, features, checks, answerer, queue, (snapshots, entities), arms)
 
 
 def _add_scoring(app: FastAPI, parts: _Parts) -> None:
-    answerer = parts.answerer
+    explanations = one_by_one(parts.answerer.explain)
 
     @app.post(SCORE_PATH, **documented("ScoreRequest", "Answer"))
     async def score(request: Request) -> Response:
         """Score and rank items for a user, all by one version of the weights."""
-        return await _answered(request, parts.queue, answerer.answer)
+        return await _answered(request, parts.queue, parts.answerer.answer_all)
 
     @app.post(EXPLAIN_PATH, **documented("ScoreRequest", "Explanation"))
     async def explain(request: Request) -> Response:
@@ -218,15 +218,15 @@ def _add_scoring(app: FastAPI, parts: _Parts) -> None:
 
         For people: it takes longer, and counts neither as a request nor for freshness.
         """
-        return await _answered(request, parts.queue, answerer.explain)
+        return await _answered(request, parts.queue, explanations)
 
 
-async def _answered(request: Request, queue: ScoringQueue, answer: Callable[[bytes], bytes]) -> Response:
+async def _answered(request: Request, queue: ScoringQueue, work: Work) -> Response:
     """The answer to a scoring request, or why there is none."""
     body = await request.body()
     try:
         _check_content_type(request, body)
-        answered = await queue.run(partial(answer, body), partial(_left, request))
+        answered = await queue.run(work, body, partial(_left, request))
     except FieldError as error:
         refusal = Refusal([FieldProblem(error.kind, list(error.loc), str(error))])
         return Response(msgspec.json.encode(refusal), 422, media_type="application/json")

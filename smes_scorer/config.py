@@ -86,7 +86,9 @@ class ScorerConfig:
         max_items: Most items of one request.
         max_body_bytes: Largest request body.
         max_depth: How deep the lists and objects of a body may be nested. A request needs 3.
-        workers: Requests scored at the same time.
+        workers: Threads that score.
+        max_together: Most requests that one of these takes at once, of those that wait at that moment. Their scores
+            are computed in one call of the model.
         max_waiting: Most requests that wait for one of these; one more is answered 503 with ``Retry-After``.
         max_age_s: Longest wait for one of these, seconds; then the request is answered 503 and not scored. Nor is one
             whose caller has left.
@@ -118,6 +120,7 @@ class ScorerConfig:
     max_body_bytes: PositiveInt = 1024 * 1024
     max_depth: Annotated[int, Ge(3)] = 32
     workers: PositiveInt = 2
+    max_together: PositiveInt = 16
     max_waiting: NonNegativeInt = 200
     max_age_s: Seconds = 5.0
     max_connections: PositiveInt = 512

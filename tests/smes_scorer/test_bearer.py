@@ -20,7 +20,7 @@ from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes_io.bearer import Tokens
 from smes_io.secrets import SecretError, SecretPlace
-from smes_scorer.scoring_queue import ScoringQueue
+from smes_scorer.scoring_queue import ScoringQueue, one_by_one
 
 ONE, TWO, THREE = "0123456789abcdef", "fedcba9876543210-._~+/==", "another-token-for-rotation"
 EVERYTHING = ["/v1/stats", "/metrics", "/docs", "/docs/start.js", "/openapi.json", "/", "/v1/score", "/no/such/path"]
@@ -239,16 +239,18 @@ def test_a_job_that_nobody_waits_for_any_more_is_not_done() -> None:
         done: list[str] = []
         go_on = threading.Event()
 
-        def work(name: str) -> bytes:
+        def answer(name: bytes) -> bytes:
             go_on.wait(60)
-            done.append(name)
+            done.append(name.decode())
             return b""
+
+        work = one_by_one(answer)
 
         async def stays() -> None:
             await asyncio.Event().wait()
 
         def ask(name: str) -> "asyncio.Task[Any]":
-            return asyncio.ensure_future(queue.run(lambda: work(name), stays))
+            return asyncio.ensure_future(queue.run(work, name.encode(), stays))
 
         first, second = ask("first"), ask("second")
         await asyncio.sleep(0)

@@ -324,7 +324,9 @@ def test_a_connection_too_many_is_answered_503(serving: Callable[..., Service], 
 
 
 def test_a_stop_under_load_ends_in_time_and_without_a_traceback(serving: Callable[..., Service], until: Until) -> None:
-    service = serving(score_s=1.0, shutdown_s=6, max_age_s=60.0, header_timeout_s=60.0, body_timeout_s=60.0)
+    service = serving(
+        score_s=1.0, max_together=1, shutdown_s=6, max_age_s=60.0, header_timeout_s=60.0, body_timeout_s=60.0
+    )
     with (
         clients(service, 150, REQUEST) as callers,
         clients(service, 20, head(900_000) + b"x" * 800_000),
