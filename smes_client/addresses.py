@@ -6,7 +6,7 @@ from stream.log.event_log import ReportingLog
 
 if TYPE_CHECKING:
     from smes_io.redis_access import RedisAccess
-    from stream.log.kafka_access import KafkaAccess
+    from stream.log.kafka_config import KafkaAccess
 
 Access = Union["RedisAccess", "KafkaAccess", None]
 
@@ -52,8 +52,7 @@ def _open_redis(url: str, namespace: str, access: Access, delivery_timeout_s: fl
 
 
 def _open_kafka(bootstrap: str, namespace: str, access: Access, delivery_timeout_s: float) -> ReportingLog:
-    from stream.log.kafka_access import KafkaAccess
-    from stream.log.kafka_connection import KafkaLogConfig
+    from stream.log.kafka_config import KafkaAccess, KafkaLogConfig
     from stream.log.kafka_log import KafkaLog
 
     if access is not None and not isinstance(access, KafkaAccess):

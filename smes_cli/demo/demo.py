@@ -26,7 +26,7 @@ from smes_cli.features import load_features
 from smes_io.clock import wait_until
 from smes_io.redis_access import RedisAccess, key_prefix
 from smes_io.redis_client import connect
-from stream.log.kafka_access import KafkaAccess
+from stream.log.kafka_config import KafkaAccess
 from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.config import HistoryConfig, HttpConfig

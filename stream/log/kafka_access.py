@@ -1,16 +1,13 @@
-"""How Kafka's brokers let us in: TLS, SASL, and a knock at a listener that tells at once why it would not.
+"""A knock at a listener of Kafka, by TLS and SASL, that tells at once why it would not let us in.
 
 kafka-python's clients try again and again when a broker refuses the handshake or the credentials, and say in the end
 that nobody answered. So before a client is made, :func:`knock` connects, shakes hands and authenticates once by itself.
 """
 
-import logging
 import re
 import socket
 import ssl
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from kafka.errors import (
     AuthorizationError,
@@ -23,17 +20,12 @@ from kafka.net.sasl import get_sasl_mechanism
 from kafka.protocol.parser import KafkaProtocol
 from kafka.protocol.sasl import SaslAuthenticateRequest, SaslHandshakeRequest
 
-from smes.ranges import check_ranges
-from smes_io.secrets import HIDDEN, SecretError, SecretPlace
-from smes_io.tls import TlsFiles, refusal
-
-_T = TypeVar("_T")
+from smes_io.tls import refusal
 
 _MOST_STEPS = 4  # of an exchange of credentials; SCRAM has two
 _PIECE = 65_536
 _REFUSAL_S = 0.2
 _RIGHTS = re.compile(r"\w+AuthorizationFailedError")
-_TELLTALE_LOGS = ("kafka.admin", "kafka.consumer", "kafka.net", "kafka.producer", "kafka.protocol")
 
 
 class NotLetIn(KafkaError):  # type: ignore[misc]  # kafka-python has no types
@@ -43,91 +35,12 @@ class NotLetIn(KafkaError):  # type: ignore[misc]  # kafka-python has no types
         return str(self.args[0])
 
 
-@dataclass(frozen=True)
-class KafkaAccess:
-    """How the brokers let us in.
-
-    Attributes:
-        protocol: Of the listener, in Kafka's own words.
-        mechanism: Of the ``SASL_`` protocols.
-        user: The user's name, for the same.
-        password: Where the user's password is, for the same: ``{file: …}`` or ``{env: …}``.
-        tls: Certificates, for ``SSL`` and ``SASL_SSL``.
-    """
-
-    protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    user: str | None = None
-    password: SecretPlace | None = None
-    tls: TlsFiles = field(default_factory=TlsFiles)
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        for key in ("user", "password"):
-            if self.sasl and getattr(self, key) is None:
-                wanted = "a name" if key == "user" else "file or env"
-                raise ValueError(f"KafkaAccess.{key}: missing for protocol {self.protocol}, expected {wanted}")
-            if not self.sasl and getattr(self, key) is not None:
-                raise ValueError(f"KafkaAccess.{key}: given for protocol {self.protocol}, expected SASL_SSL")
-        if not self.encrypted and self.tls != TlsFiles():
-            raise ValueError(f"KafkaAccess.tls: given for protocol {self.protocol}, expected SSL or SASL_SSL")
-
-    @property
-    def sasl(self) -> bool:
-        """Whether a user logs in."""
-        return self.protocol.startswith("SASL_")
-
-    @property
-    def encrypted(self) -> bool:
-        """Whether the connection is by TLS."""
-        return self.protocol.endswith("SSL")
-
-    @property
-    def who(self) -> str:
-        """Whom the brokers take us for, as far as we can tell."""
-        return f"user {self.user!r}" if self.sasl else "the client's certificate" if self.encrypted else "everybody"
-
-    def options(self) -> dict[str, object]:
-        """Arguments of kafka-python's clients; files and secrets are read now.
-
-        Raises:
-            SecretError: One of them cannot be read.
-        """
-        options: dict[str, object] = {"security_protocol": self.protocol}
-        if self.encrypted:
-            options["ssl_context"] = _named("tls", self.tls.context)
-            options["ssl_check_hostname"] = self.tls.check_hostname
-        if self.sasl:
-            assert self.password is not None, "checked when it was made"
-            keep_secrets_out_of_logs()
-            options["sasl_mechanism"] = self.mechanism
-            options["sasl_plain_username"] = self.user
-            options["sasl_plain_password"] = _Hidden(_named("password", self.password.read))
-        return options
-
-
-class _Hidden(str):
-    """A secret that no message shows by accident: the clients log their configuration."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return repr(HIDDEN)
-
-
-def keep_secrets_out_of_logs() -> None:
-    """Silence the client's debug messages: they have every byte that is sent, and so the passwords of PLAIN."""
-    for name in _TELLTALE_LOGS:
-        log = logging.getLogger(name)
-        log.setLevel(max(log.level, logging.INFO))
-
-
 def knock(address: tuple[str, int], options: dict[str, object], timeout_s: float) -> None:
     """Connect to a listener, shake hands and log in, as a client with these options would.
 
     Args:
         address: Host and port.
-        options: From :meth:`KafkaAccess.options`.
+        options: From :meth:`stream.log.kafka_config.KafkaAccess.options`.
         timeout_s: Longest wait for each answer.
 
     Raises:
@@ -160,13 +73,6 @@ def lacking(error: BaseException | None) -> str | None:
         return type(error).__name__
     found = _RIGHTS.search(str(error))  # the producer quotes what it was answered when it asked for its identity
     return found[0] if found else None
-
-
-def _named(key: str, read: Callable[[], _T]) -> _T:
-    try:
-        return read()
-    except SecretError as error:
-        raise SecretError(f"event_log.kafka_access.{key}: {error}") from error
 
 
 def _log_in(connection: socket.socket, options: dict[str, object], host: str) -> None:

@@ -4,10 +4,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
-from annotated_types import Ge, Le
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import (
     BrokerNotAvailableError,
@@ -21,10 +19,10 @@ from kafka.errors import (
 )
 
 from smes.errors import EventLogError, EventLogUnavailable
-from smes.ranges import PositiveInt, check_ranges
 from smes_io.secrets import masked_text
 from smes_io.stopping import StoppableCalls
-from stream.log.kafka_access import KafkaAccess, NotLetIn, knock, lacking
+from stream.log.kafka_access import NotLetIn, knock, lacking
+from stream.log.kafka_config import KafkaAccess, KafkaLogConfig
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
@@ -42,34 +40,6 @@ _CLOSE_S = 1.0
 _LONGEST_BOOTSTRAP_S = 10.0
 _REQUEST_TIMEOUT_S = 10.0
 _MOST_RECONNECT_BACKOFF_MS = 1000  # the client's 30 s would outlast a restart by far
-
-
-@dataclass(frozen=True)
-class KafkaLogConfig:
-    """Limits of the event log on Kafka.
-
-    Attributes:
-        compression: Codec of the producer's batches. Dead letters are written with gzip instead of lz4 or zstd, because
-            every client can read that.
-        max_record_bytes: Largest record; also the limit of the topics that this log creates.
-        fetch_max_bytes: Most bytes of one fetch, and of one partition in it. A single larger record is still read.
-        batch_bytes: Size of a producer batch.
-        fetch_wait_ms: How long the broker may hold a fetch without data. A read of other partitions waits this long.
-        replication_factor: Of created topics; ``-1`` is the broker's default.
-        outage_timeout_s: How long an operation is tried while the brokers are away, as during a restart. Also how long
-            they may return nothing from before the end, until that counts as damage.
-    """
-
-    compression: Literal["lz4", "zstd", "gzip", "none"] = "lz4"
-    max_record_bytes: PositiveInt = 16 * 1024 * 1024
-    fetch_max_bytes: PositiveInt = 8 * 1024 * 1024
-    batch_bytes: PositiveInt = 256 * 1024
-    fetch_wait_ms: PositiveInt = 100
-    replication_factor: int = -1
-    outage_timeout_s: Annotated[float, Ge(1), Le(1_000_000)] = 30.0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 class KafkaConnection:

@@ -45,10 +45,10 @@ from stream.log.event_log import (
     check_partition_count,
     check_read,
 )
-from stream.log.kafka_access import KafkaAccess
 from stream.log.kafka_append import Appender
 from stream.log.kafka_brokers import Brokers
-from stream.log.kafka_connection import NOT_NOW, KafkaConnection, KafkaLogConfig, close_all
+from stream.log.kafka_config import KafkaAccess, KafkaLogConfig
+from stream.log.kafka_connection import NOT_NOW, KafkaConnection, close_all
 from stream.log.kafka_damage import damaged_at
 
 _RECORD_OVERHEAD_BYTES = 65_536  # headers and batch framing around a record's value

@@ -7,9 +7,7 @@ from typing import Literal
 from smes.ranges import PositiveInt, Seconds, check_ranges
 from smes_io.redis_access import RedisAccess
 from stream.log.event_log import EventLog
-from stream.log.kafka_access import KafkaAccess
-from stream.log.kafka_connection import KafkaLogConfig
-from stream.log.kafka_log import KafkaLog
+from stream.log.kafka_config import KafkaAccess, KafkaLogConfig
 from stream.log.redis_log import RedisLogConfig, RedisStreamsLog, connect_log
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -61,6 +59,8 @@ def open_event_log(config: EventLogConfig) -> EventLog:
         SecretError: A file or variable with a secret, or a certificate, cannot be read.
     """
     if config.kind == "kafka":
+        from stream.log.kafka_log import KafkaLog  # the client is a large library
+
         return KafkaLog(
             config.kafka_bootstrap,
             config.namespace,

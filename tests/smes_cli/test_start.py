@@ -35,7 +35,10 @@ _TRAIN_AND_SERVE = """
 import gc, sys
 from smes_cli.collection import uncollected
 with uncollected():
-    import smes_cli.train, smes_scorer.service
+    import smes_cli.config, smes_scorer.service
+    assert "kafka" not in sys.modules, "the scorer reads no event log"
+    import smes_cli.train
+    assert "kafka" not in sys.modules, "the event log may be another one"
     assert not gc.isenabled()
 assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()
 simulators = {name for name in sys.modules if name.partition(".")[0] == "simulators"}

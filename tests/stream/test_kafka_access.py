@@ -15,8 +15,7 @@ from smes.errors import EventLogError, EventLogUnavailable
 from smes_io.secrets import SecretError, SecretPlace
 from smes_io.tls import TlsFiles
 from stream.log.event_log import OutRecord, TopicPartition
-from stream.log.kafka_access import KafkaAccess
-from stream.log.kafka_connection import KafkaLogConfig
+from stream.log.kafka_config import KafkaAccess, KafkaLogConfig
 from stream.log.kafka_log import KafkaLog
 from tests.certificates import Authority
 from tests.secure_servers import SecureKafka, secure_kafka

@@ -21,7 +21,7 @@ from kafka.record.util import calc_crc32c
 
 from smes_cli.demo.local_servers import KafkaServer, start_kafka
 from stream.log.event_log import Fetch, Positions, TopicPartition
-from stream.log.kafka_connection import KafkaLogConfig
+from stream.log.kafka_config import KafkaLogConfig
 from stream.log.kafka_damage import damaged_at
 from stream.log.kafka_log import KafkaLog
 

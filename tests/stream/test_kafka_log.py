@@ -17,7 +17,7 @@ from smes.errors import EventLogError, EventLogUnavailable
 from smes_cli.demo.local_servers import start_kafka
 from smes_io.clock import wall_clock_ms
 from stream.log.event_log import OutRecord, Positions, TopicPartition
-from stream.log.kafka_connection import KafkaLogConfig
+from stream.log.kafka_config import KafkaLogConfig
 from stream.log.kafka_log import KafkaLog
 
 AT = TopicPartition("t", 0)

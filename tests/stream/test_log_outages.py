@@ -17,7 +17,7 @@ import redis
 from smes.errors import EventLogError, EventLogUnavailable, Stopped
 from smes_cli.demo.local_servers import ValkeyServer, start_kafka, start_valkey
 from stream.log.event_log import EventLog, OutRecord, Positions, TopicPartition
-from stream.log.kafka_connection import KafkaLogConfig
+from stream.log.kafka_config import KafkaLogConfig
 from stream.log.kafka_log import KafkaLog
 from stream.log.redis_log import RedisLogConfig, RedisStreamsLog, connect_log
 
@@ -286,7 +286,8 @@ def test_a_stop_ends_waits_for_a_redis_that_is_gone(server: ValkeyServer) -> Non
 _STOPPED_PROGRAM = """
 import sys, threading, time
 from stream.log.event_log import OutRecord, TopicPartition
-from stream.log.kafka_log import KafkaLog, KafkaLogConfig
+from stream.log.kafka_config import KafkaLogConfig
+from stream.log.kafka_log import KafkaLog
 from smes.errors import Stopped
 
 at = TopicPartition("t", 0)

@@ -4,7 +4,7 @@ import pytest
 
 from smes.errors import EventLogUnavailable
 from stream.log.event_log import OutRecord, TopicPartition
-from stream.log.kafka_connection import KafkaLogConfig
+from stream.log.kafka_config import KafkaLogConfig
 from stream.log.kafka_log import KafkaLog
 from stream.log.open_log import EventLogConfig, open_event_log
 from stream.log.redis_log import RedisLogConfig, RedisStreamsLog
