@@ -65,13 +65,21 @@ def url(
     publish: Callable[..., object],
     until: Until,
 ) -> Iterator[str]:
-    """A service with the gate for a model. The parameter of a test is its ``max_age_s``, 60 s without one."""
+    """A service with the gate for a model, each request by itself.
+
+    The parameter of a test is its ``max_age_s``, 60 s without one.
+    """
 
     def load(payloads: Iterable[PayloadContent], schema: Schema, before: Scorable | None) -> Gate:
         return gate
 
     publish(SnapshotStore(client, namespace), 1)
-    limits = {"workers": WORKERS, "max_waiting": MAX_WAITING, "max_age_s": getattr(request, "param", 60.0)}
+    limits = {
+        "workers": WORKERS,
+        "max_together": 1,
+        "max_waiting": MAX_WAITING,
+        "max_age_s": getattr(request, "param", 60.0),
+    }
     with listening(make_app(load=load, **limits)) as url:
         until(lambda: httpx.get(f"{url}/health/ready", timeout=60).status_code == 200)
         gate.close()
