@@ -201,22 +201,47 @@ class EntityStore:
         Raises:
             FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer.
         """
-        rows = blank_rows(self._schema, user_id, item_ids)
-        n = len(item_ids)
-        at_ms = self._now_ms() if now_ms is None else now_ms
-        keys = [f"{self._prefix}user:{user_id}", *(f"{self._prefix}item:{i}" for i in item_ids.tolist())]
-        if all(layout.dtype.itemsize == 0 for layout in self._layouts.values()):
-            return EntityRows(rows.ids, rows.numerics, True, np.ones(n, np.bool_))
-        with translated(self._client, "features were read"):
-            values = cast("list[bytes | None]", self._client.mget(keys))
+        return self.get_many([(user_id, item_ids)], now_ms)[0]
+
+    def get_many(self, asked: Sequence[tuple[int, I64]], now_ms: int | None = None) -> list[EntityRows]:
+        """The same of several requests, at least one, all in one round trip.
+
+        Args:
+            asked: User and items of each, int64 [N].
+            now_ms: As of :meth:`get`.
+
+        Raises:
+            FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer.
+        """
+        counts = [len(item_ids) for _, item_ids in asked]
+        users_U, items_N = (
+            np.array([user for user, _ in asked], np.int64),
+            np.concatenate([items for _, items in asked]),
+        )
+        of_user_N = np.repeat(np.arange(len(asked)), counts)
+        rows = blank_rows(self._schema, 0, items_N)
+        rows.ids[:, 0] = users_U[of_user_N]
+        known_U, known_N = np.ones(len(asked), np.bool_), np.ones(len(items_N), np.bool_)
         broken: list[str] = []
-        times_N = np.full(n, at_ms, np.int64)
-        first, own = blank_rows(self._schema, user_id, item_ids[:1]), self._own_columns["user"]
-        user = self._write("user", keys[:1], values[:1], np.zeros(len(first.ids), np.int64), times_N[:1], first, broken)
-        rows.ids[:, own.to_ids] = first.ids[:, own.to_ids]
-        rows.numerics[:, own.to_numerics] = first.numerics[:, own.to_numerics]
-        items = self._write("item", keys[1:], values[1:], np.arange(n), times_N, rows, broken)
-        return EntityRows(rows.ids, rows.numerics, bool(user.known.all()), items.known, broken[0] if broken else None)
+        if any(layout.dtype.itemsize for layout in self._layouts.values()):
+            at_ms = self._now_ms() if now_ms is None else now_ms
+            keys = [f"{self._prefix}user:{i}" for i in users_U.tolist()]
+            keys += [f"{self._prefix}item:{i}" for i in items_N.tolist()]
+            with translated(self._client, "features were read"):
+                values = cast("list[bytes | None]", self._client.mget(keys))
+            first, own = blank_rows(self._schema, 0, users_U), self._own_columns["user"]
+            places, times = np.arange(len(items_N)), np.full(len(keys), at_ms, np.int64)
+            u = len(asked)
+            known_U = self._write("user", keys[:u], values[:u], np.arange(u), times[:u], first, broken).known
+            rows.ids[:, own.to_ids] = first.ids[of_user_N][:, own.to_ids]
+            rows.numerics[:, own.to_numerics] = first.numerics[of_user_N][:, own.to_numerics]
+            known_N = self._write("item", keys[u:], values[u:], places, times[u:], rows, broken).known
+        parts = (np.split(whole, np.cumsum(counts)[:-1]) for whole in (rows.ids, rows.numerics, known_N))
+        problem = broken[0] if broken else None
+        return [
+            EntityRows(ids, numerics, user_known, items_known, problem)
+            for ids, numerics, items_known, user_known in zip(*parts, known_U.tolist(), strict=True)
+        ]
 
     def as_of(self, entity: Entity, ids_N: I64, time_ms_N: I64, out_ids_NW: I64, out_numerics_NF: F32) -> AsOf:
         """Write the rows that held at a time into matrices, whose other columns stay as they are.

@@ -21,7 +21,7 @@ from smes_scorer.explanation import MOST_EXPLAINED
 from smes_scorer.first_answers import FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.interface import Asked, Interface, Interfaces
-from smes_scorer.request import FieldError
+from smes_scorer.request import FieldError, ScoreRequest
 from smes_scorer.scoring_queue import Done
 from smes_scorer.shadow_scoring import Answered
 from smes_scorer.telemetry import Telemetry
@@ -97,7 +97,8 @@ class Answerer:
             NotReady: No snapshot was loaded yet.
             SmesError: The model gave a score that is no number.
         """
-        return self._answered(self._asked(self.interface, body))
+        interface = self.interface
+        return self._answered(interface.with_rows(body, self._read(interface, body), self._now_ms()))
 
     def answer_all(self, bodies: Sequence[bytes], done: Done) -> None:
         """Answer requests that came together. Those that one version answers are scored in one call of the model.
@@ -109,13 +110,20 @@ class Answerer:
             bodies: The JSON bodies of the requests.
             done: Takes the number of each request with its answer, or with what :meth:`answer` would raise.
         """
-        interface, together, size = self.interface, list[tuple[int, Asked]](), 0
+        interface = self.interface
+        numbers: list[int] = []
+        read: list[tuple[bytes, ScoreRequest]] = []
         for number, body in enumerate(bodies):
             try:
-                asked = self._asked(interface, body)
+                read.append((body, self._read(interface, body)))
+                numbers.append(number)
             except Exception as error:  # noqa: BLE001 - raised where the request waits
                 done(number, error)
-                continue
+        if not read:
+            return
+        together: list[tuple[int, Asked]] = []
+        size = 0
+        for number, asked in zip(numbers, interface.with_rows_of_all(read, self._now_ms()), strict=True):
             if together and size + len(asked.rows.ids) > MOST_TOGETHER:
                 self._answer_together(together, done)
                 together, size = [], 0
@@ -123,12 +131,12 @@ class Answerer:
             size += len(asked.rows.ids)
         self._answer_together(together, done)
 
-    def _asked(self, interface: Interface, body: bytes) -> Asked:
+    def _read(self, interface: Interface, body: bytes) -> ScoreRequest:
         request = interface.reader.read(body)
         if request.ignored_context:
             self._telemetry.ignored_context.inc(request.ignored_context)
         self._check_ready()
-        return interface.with_rows(body, request, self._now_ms())
+        return request
 
     def _answered(self, asked: Asked) -> bytes:
         """The answer to one request, by its arm or, where that cannot, by the main arm."""

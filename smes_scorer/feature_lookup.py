@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from feature_store.entities import EntityRows, EntityStore, blank_rows
 from feature_store.entity_layout import own_features
@@ -40,32 +40,32 @@ class FeatureLookup:
         """Why the last look-up failed or what it found broken, or that the store is empty; None when none of these."""
         return self._look_up_problem or self._empty
 
-    def rows(self, store: EntityStore, schema: Schema, user_id: int, item_ids: I64, now_ms: int) -> EntityRows:
-        """The instances of a user with N items, with their stored features where they could be looked up.
+    def rows_of_all(
+        self, store: EntityStore, schema: Schema, asked: Sequence[tuple[int, I64]], now_ms: int
+    ) -> list[EntityRows]:
+        """The instances of users with N items, with their stored features where they could be looked up.
 
         Args:
             store: Where the features of the schema are; its client's timeout bounds the look-up.
             schema: Which columns there are.
-            user_id: The user.
-            item_ids: int64 [N].
+            asked: User and items of each request, int64 [N]; at least one.
             now_ms: Unix milliseconds.
         """
         if self._monotonic_s() < self._next_try_s:
-            return self._without_features(schema, user_id, item_ids)
+            return self._without_features(schema, asked)
         try:
-            rows = store.get(user_id, item_ids, now_ms)
+            found = store.get_many(asked, now_ms)
         except SmesError as error:
             self._telemetry.feature_store_failures.inc()
             self._look_up_problem = str(error)
             self._next_try_s = self._monotonic_s() + self._retry_s
-            return self._without_features(schema, user_id, item_ids)
-        self._look_up_problem = rows.problem
-        unknown = int((~rows.items_known).sum())
-        self._telemetry.unknown_users.inc(not rows.user_known)
-        self._telemetry.unknown_items.inc(unknown)
-        if self._empty is not None and self._found_any(rows, schema):
+            return self._without_features(schema, asked)
+        self._look_up_problem = found[0].problem
+        self._telemetry.unknown_users.inc(sum(not rows.user_known for rows in found))
+        self._telemetry.unknown_items.inc(sum(int((~rows.items_known).sum()) for rows in found))
+        if self._empty is not None and any(self._found_any(rows, schema) for rows in found):
             self.check(store, schema)
-        return rows
+        return found
 
     def check(self, store: EntityStore, schema: Schema) -> None:
         """Look whether the store holds features at all, where the schema has stored ones. Never raises."""
@@ -84,9 +84,9 @@ class FeatureLookup:
         of_user, of_item = own_features(schema, "user"), own_features(schema, "item")
         return bool((of_user and rows.user_known) or (of_item and rows.items_known.any()))
 
-    def _without_features(self, schema: Schema, user_id: int, item_ids: I64) -> EntityRows:
-        self._telemetry.scored_without_features.inc()
-        return blank_rows(schema, user_id, item_ids)
+    def _without_features(self, schema: Schema, asked: Sequence[tuple[int, I64]]) -> list[EntityRows]:
+        self._telemetry.scored_without_features.inc(len(asked))
+        return [blank_rows(schema, user_id, item_ids) for user_id, item_ids in asked]
 
 
 class StoreChecks:

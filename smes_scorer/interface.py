@@ -8,7 +8,7 @@ Letters: N items, W id columns, F numeric columns.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from feature_store.entities import EntityRows, EntityStore
@@ -81,10 +81,19 @@ class Interface:
 
     def with_rows(self, body: bytes, request: ScoreRequest, now_ms: int) -> Asked:
         """A request that :attr:`reader` read, with its instances."""
-        rows = self._lookup.rows(self.store, self.schema, request.user_id, request.item_ids, now_ms)
-        fill_elapsed(rows.numerics, self.schema, now_ms)
-        request.write_context(rows)
-        return Asked(body, self.schema, request, rows, now_ms)
+        return self.with_rows_of_all([(body, request)], now_ms)[0]
+
+    def with_rows_of_all(self, requests: Sequence[tuple[bytes, ScoreRequest]], now_ms: int) -> list[Asked]:
+        """The same of several requests, at least one, given by body and request, with one look-up for all."""
+        wanted = [(request.user_id, request.item_ids) for _, request in requests]
+        found = self._lookup.rows_of_all(self.store, self.schema, wanted, now_ms)
+        for (_, request), rows in zip(requests, found, strict=True):
+            fill_elapsed(rows.numerics, self.schema, now_ms)
+            request.write_context(rows)
+        return [
+            Asked(body, self.schema, request, rows, now_ms)
+            for (body, request), rows in zip(requests, found, strict=True)
+        ]
 
     def again(self, asked: Asked) -> Asked:
         """The same request under this schema.

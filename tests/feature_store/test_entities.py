@@ -116,6 +116,21 @@ def test_a_read_is_one_round_trip(store: EntityStore, client: redis.Redis) -> No
     assert commands() - before == 1
 
 
+def test_several_requests_in_one_round_trip_get_what_each_gets_alone(store: EntityStore, client: redis.Redis) -> None:
+    asked = [(7, np.array([100, 999])), (5, np.array([2**62])), (-8, np.array([100, 2**62, 100])), (7, np.array([1]))]
+    alone = [store.get(user, items) for user, items in asked]
+    before = client.info("commandstats")["cmdstat_mget"]["calls"]
+
+    together = store.get_many(asked)
+
+    assert client.info("commandstats")["cmdstat_mget"]["calls"] == before + 1
+    for got, expected in zip(together, alone, strict=True):
+        np.testing.assert_array_equal(got.ids, expected.ids)
+        np.testing.assert_array_equal(got.numerics, expected.numerics)
+        np.testing.assert_array_equal(got.items_known, expected.items_known)
+        assert got.user_known == expected.user_known
+
+
 def test_rows_of_another_schema_are_read_by_the_names_of_their_columns(
     store: EntityStore, client: redis.Redis, namespace: str
 ) -> None:
