@@ -54,7 +54,7 @@ def deployment_status(config: "Config", url: str | None = None) -> dict[str, Any
         feature_store=replace(config.feature_store, timeout_s=min(_TIMEOUT_S, config.feature_store.timeout_s)),
     )
     snapshots = _tried(lambda: _snapshots(config))
-    positions = snapshots.pop("positions", {})
+    positions = _read_so_far(config, snapshots)
     events = _tried(lambda: _event_log(config, positions))
     letters = {"kept": events.pop("dead letters")} if "dead letters" in events else {}
     scorer = _tried(lambda: _scorer(config, url))
@@ -102,11 +102,29 @@ def _snapshots(config: "Config") -> Section:
         "held": len(store.held()),
         "refused_in_a_row": gate.get("refused_in_a_row") if isinstance(gate, dict) else None,
         "positions": manifest.positions,
+        "step": manifest.step,
     }
 
 
+def _read_so_far(config: "Config", snapshots: Section) -> dict[str, dict[str, int]]:
+    """Up to where the log was read; takes out of the section what only this needs."""
+    from smes_cli.console_command import places_of
+    from smes_console.deployment import read_so_far
+    from smes_console.sources import Sources
+
+    current = {name: snapshots.pop(name, None) for name in ("positions", "step")}
+    if current["positions"] is None:
+        return {}
+    places = places_of(config)
+    trainer = None
+    if places.trainer_url is not None:
+        with closing(Sources(places)) as sources:
+            trainer = sources.trainer_brief().value
+    return read_so_far({**current, "lineage": snapshots["lineage"]}, trainer)
+
+
 def _event_log(config: "Config", positions: dict[str, dict[str, int]]) -> Section:
-    """How much lies in the log, and how much of it the newest version has not read yet."""
+    """How much lies in the log, and how much of it is unread."""
     from stream.log.open_log import open_event_log
     from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 

@@ -100,6 +100,21 @@ def unread(log: dict[str, Any], positions: dict[str, dict[str, int]]) -> dict[st
     }
 
 
+def read_so_far(current: dict[str, Any], trainer: dict[str, Any] | None) -> dict[str, dict[str, int]]:
+    """Up to where the log was read: topic → partition → next record.
+
+    A version's positions are those of its cut, and without a step there is no cut. So where the trainer has taken no
+    step since, its own positions count: what it read meanwhile (dead letters, impressions that wait) changed no weight.
+
+    Args:
+        current: The newest version; ``lineage``, ``step`` and ``positions`` of it.
+        trainer: ``/v1/stats`` of the trainer; None: not known.
+    """
+    if trainer is not None and (trainer["lineage"], trainer["step"]) == (current["lineage"], current["step"]):
+        return dict(trainer["positions"])
+    return dict(current["positions"])
+
+
 def in_service(sources: Sources) -> dict[str, Any]:
     """Lineage, version and age of the version in service, as the scorer says; else of the newest published.
 
@@ -150,7 +165,7 @@ def alarms(sources: Sources) -> list[Alarm]:
         looks["trainer"] = trainer
     found = [Alarm(name, look.problem, look.since_ms) for name, look in looks.items() if look.problem is not None]
     if store.value is not None:
-        found += _of_store(sources, store.value, log.value)
+        found += _of_store(sources, store.value, log.value, trainer.value)
     if ready.value is not None and scorer.problem is None:
         status = ready.value.get("status")
         found += [Alarm("scorer", f"is {status}")] if status != "ready" else []
@@ -163,7 +178,9 @@ def alarms(sources: Sources) -> list[Alarm]:
     return found
 
 
-def _of_store(sources: Sources, store: dict[str, Any], log: dict[str, Any] | None) -> list[Alarm]:
+def _of_store(
+    sources: Sources, store: dict[str, Any], log: dict[str, Any] | None, trainer: dict[str, Any] | None
+) -> list[Alarm]:
     found = []
     if store["publisher"] is None:
         found.append(Alarm("trainer", "none holds the lease, expected a running `smes train`"))
@@ -173,7 +190,7 @@ def _of_store(sources: Sources, store: dict[str, Any], log: dict[str, Any] | Non
     if current is None:
         return [*found, Alarm("snapshots", "none was published yet")]
     age_s = max(0.0, (wall_clock_ms() - current["created_ms"]) / 1000)
-    beyond = sum(unread(log, current["positions"]).values()) if log else 0
+    beyond = sum(unread(log, read_so_far(current, trainer)).values()) if log else 0
     interval_s = sources.places.snapshot_interval_s
     if text := stale(age_s, beyond, interval_s):
         found.append(Alarm("snapshots", text, current["created_ms"] + round(oldest_s(interval_s) * 1000)))

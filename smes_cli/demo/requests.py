@@ -75,7 +75,7 @@ class RequestLoop:
         self._period_s, self._per_request = 1 / per_s, items_per_request
         self._rng = np.random.default_rng(seed)
         self._fixed = self._draw()
-        self._fixed_scores: dict[tuple[str, int], tuple[int, F64]] = {}
+        self._fixed_scores: dict[tuple[str, int], tuple[tuple[int, str], F64]] = {}
         self._stopped, self._counting = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
         self.tally = RequestTally()
@@ -118,7 +118,7 @@ class RequestLoop:
             latency_ms = 1000 * (time.perf_counter() - started_s)
             response.raise_for_status()
             answer = response.json()
-            scores = self._scores(request, answer)
+            scores, missing = self._scores(request, answer), str(answer["features_missing"])
             version, failure = (answer["lineage"], answer["version"]), ""
         except (httpx.HTTPError, KeyError, TypeError, ValueError) as error:
             failure = f"{type(error).__name__}: {error}"
@@ -130,7 +130,8 @@ class RequestLoop:
                 self.tally.errors += 1
                 self.tally.last_error = failure
             else:
-                self._check_one_version(version, scores, asked if fixed and asked == _calendar() else None)
+                asked_as = (asked, missing) if fixed and asked == _calendar() else None
+                self._check_one_version(version, scores, asked_as)
 
     def _scores(self, request: dict[str, Any], answer: dict[str, Any]) -> F64:
         """Scores of a complete answer: float64 [items, tasks]."""
@@ -144,8 +145,11 @@ class RequestLoop:
         names = sorted(self._tasks)
         return np.array([[item["scores"][name] for name in names] for item in answer["items"]])
 
-    def _check_one_version(self, version: tuple[str, int], scores: F64, asked: int | None) -> None:
-        """Count an answer whose scores differ; ``asked``: in which part of the day, of the fixed request."""
+    def _check_one_version(self, version: tuple[str, int], scores: F64, asked: tuple[int, str] | None) -> None:
+        """Count an answer whose scores differ.
+
+        ``asked``, of the fixed request alone: in which part of the day, and without which features it was answered.
+        """
         self.tally.versions.add(version)
         mixed = not np.allclose(scores[0], scores[-1], rtol=_TOLERANCE, atol=_TOLERANCE)
         if asked is not None:

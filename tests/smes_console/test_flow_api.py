@@ -53,16 +53,24 @@ def log(redis_url: str, namespace: str) -> Iterator[EventLog]:
         yield log
 
 
-def publish(redis_url: str, namespace: str, *, age_s: float, positions: dict[str, dict[str, int]]) -> None:
-    """Publish version 7 of lineage ``a``, and pin it."""
+def publish(
+    redis_url: str,
+    namespace: str,
+    *,
+    age_s: float,
+    positions: dict[str, dict[str, int]],
+    lineage: str = "a",
+    step: int = 70,
+) -> None:
+    """Publish version 7 of a lineage, and pin it."""
     with closing(connect(redis_url, 5.0)) as client:
         store = SnapshotStore(client, namespace)
         store.publish(
-            version_payload(7, {"lineage": "a", "version": "7", "schema_hash": "made"}),
-            lineage="a",
+            version_payload(7, {"lineage": lineage, "version": "7", "schema_hash": "made"}),
+            lineage=lineage,
             version=7,
             schema_hash="made",
-            step=70,
+            step=step,
             created_ms=wall_clock_ms() - round(1000 * age_s),
             positions=positions,
         )
@@ -173,6 +181,12 @@ def test_what_is_shown_of_a_trainer_is_its_report(
         ends = flow_of(http)["log"]["topics"][FEEDBACK]["end"]
         assert sum(ends.values()) == report["feedback"]["received"] + 3
         assert set(alarms_of(http)) == {"scorer", "trainer", "snapshots"}, "no lease, and no version"
+        # An old version: three records are unread by the trainer, and then none, though no cut was made of them.
+        lineage, step = trainer.lineage, report["version"]
+        publish(redis_url, namespace, age_s=100, positions={FEEDBACK: {"0": 0}}, lineage=lineage, step=step)
+        until(lambda: "3 records are unread" in str(alarms_of(http).get("snapshots")), "what the trainer has not read")
+        trainer.stream.poll(0.1)
+        until(lambda: "snapshots" not in alarms_of(http), "everything was read: nothing could be newer")
 
 
 def test_without_a_trainer_the_newest_version_says_what_was_read(
