@@ -147,8 +147,8 @@ class Operator:
                 later = found.service is not None and found.orders.get(name, -1) >= found.orders.get(found.service, 0)
                 if later and found.service in found.orders:
                     raise SnapshotError(
-                        f"snapshot {name}: published after {found.service}, which is in service, or the same, expected "
-                        f"one from before; pin puts any version into service"
+                        f"snapshot {name}: expected a version that was published before {found.service}, which is in "
+                        f"service; pin puts any version into service"
                     )
             order = found.orders.get(name, 0)
             return name, (order, max(found.orders.values(), default=order))
