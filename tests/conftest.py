@@ -1,14 +1,16 @@
 """Real servers for the tests, started once per session, and a namespace for each test."""
 
+import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from smes_cli.console import console
 from smes_cli.demo.local_servers import KafkaServer, start_kafka, start_valkey
 from tests.secure_servers import (
     RedisCluster,
@@ -22,9 +24,29 @@ from tests.secure_servers import (
 
 _ROOT = Path(__file__).resolve().parent.parent
 
+_LOGGERS = (None, "smes", "kafka", "numba", "asyncio", "httpx", "httpcore", "apscheduler")
+"""Those whose level a command sets."""
+
 # How long an example takes depends on what else the machine does.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """What a command sets for its process is as it was after each test: logging, and whether it prints.
+
+    Fixtures of a module or a session may run commands, too; so this is no fixture.
+    """
+    root = logging.getLogger()
+    handlers, quiet = root.handlers[:], console.quiet
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    try:
+        return (yield)
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        root.handlers[:], console.quiet = handlers, quiet
 
 
 def _missing(reason: str) -> None:

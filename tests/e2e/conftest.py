@@ -1,11 +1,9 @@
-"""Each end-to-end test stops the processes that it started and restores the settings that it changed."""
+"""Each end-to-end test stops the processes that it started and restores the number of threads."""
 
-import logging
 from collections.abc import Iterator
 
 import pytest
 
-from smes_cli.console import console
 from tests.e2e.shop import Shop, write_shop
 from tests.integration.training import one_thread
 from tests.running import stop_started
@@ -13,14 +11,9 @@ from tests.running import stop_started
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    root = logging.getLogger()
-    level, handlers, quiet = root.level, root.handlers[:], console.quiet
     with one_thread():
         yield
     stop_started()
-    root.setLevel(level)
-    root.handlers[:] = handlers
-    console.quiet = quiet
 
 
 @pytest.fixture(scope="session")

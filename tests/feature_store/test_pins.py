@@ -145,7 +145,9 @@ def test_a_rollback_does_not_go_forward(store: SnapshotStore) -> None:
     published(store, 1, 2, 3)
     store.operator.rollback(1, by=BY)
 
-    with pytest.raises(SnapshotError, match="snapshot a:2: expected a version that was published before a:1, which is in"):
+    with pytest.raises(
+        SnapshotError, match="snapshot a:2: expected a version that was published before a:1, which is in"
+    ):
         store.operator.rollback(2, by=BY)
 
 

@@ -3,7 +3,6 @@
 The users have the rights that the documentation gives them, and no others. No secret shows anywhere.
 """
 
-import logging
 import re
 import shlex
 import socket
@@ -19,7 +18,6 @@ import yaml
 from kafka.admin import ACLOperation
 
 from smes_cli.__main__ import run
-from smes_cli.console import console
 from smes_cli.demo.processes import stop
 from smes_io.redis_access import key_prefix
 from tests.running import DEADLINE_S, read_json, start_smes, until, until_log_says, write_config
@@ -139,23 +137,11 @@ def processes_as_ps_shows_them() -> str:
     return subprocess.run(["ps", "auxeww"], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture
-def logging_as_before() -> Iterator[None]:
-    root, levels = logging.getLogger(), {}
-    for name in (None, "smes", "kafka", "numba", "asyncio", "httpx", "httpcore", "apscheduler"):
-        levels[name] = logging.getLogger(name).level
-    handlers, quiet = root.handlers[:], console.quiet
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    root.handlers[:], console.quiet = handlers, quiet
-
-
 @pytest.mark.kafka
 @pytest.mark.timeout(400)
 @pytest.mark.xdist_group("kafka_secure")
 def test_documented_rights_are_enough_and_no_secret_shows(
-    written: Written, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], logging_as_before: None
+    written: Written, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer, scorer, features, producer = (str(written(user)) for user in USERS)
     logs = {name: tmp_path / f"{name}.log" for name in ("train", "serve")}
@@ -231,7 +217,6 @@ def test_a_command_that_is_not_let_in_says_why_in_one_line(
     wrong: str,
     command: list[str],
     capsys: pytest.CaptureFixture[str],
-    logging_as_before: None,
 ) -> None:
     password = tmp_path / "password"
     password.write_text("wr0ng-s3cret")

@@ -1,27 +1,20 @@
 """What the command sets for its process is pytest's here, and is as it was after each test."""
 
-import logging
 import os
 from collections.abc import Iterator
 
 import pytest
 
-from smes_cli.console import console
 from tests.integration.training import one_thread
 from tests.running import stop_started
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restore logging, quietness and threads, and stop the processes that a failed test has left running."""
+    """Restore the number of threads, and stop the processes that a failed test has left running."""
     for name in [name for name in os.environ if name.startswith("SMES_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")
-    root = logging.getLogger()
-    before = (root.level, root.handlers[:], console.quiet)
     with one_thread():
         yield
     stop_started()
-    root.setLevel(before[0])
-    root.handlers[:] = before[1]
-    console.quiet = before[2]

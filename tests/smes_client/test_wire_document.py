@@ -214,7 +214,9 @@ def test_the_request_by_curl(
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
 
     answer = json.loads(done.stdout)
-    documented = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \|", PAGE[PAGE.index("The answer:") :], re.MULTILINE)
+    documented = re.findall(
+        r"^\| `(\w+)`(?:, `(\w+)`)? \|", PAGE.partition("The answer:")[2].partition("\n## ")[0], re.MULTILINE
+    )
     assert {name for names in documented for name in names if name} == answer.keys()
     assert [item["item_id"] for item in answer["items"]] == [14, "sku-15"]
     last = float(encode_id("sku-15") % 10)
