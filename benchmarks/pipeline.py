@@ -2,16 +2,24 @@
 
 Both do the same steps on the same examples, progressive evaluation included. ``train_per_s`` takes ready-made batches;
 ``backtest_per_s`` is ``smes backtest``: it reads, sorts and de-duplicates the log, draws the delays, joins and batches.
-``step_only_per_s`` leaves out the frozen scores of the windowed GAUC too. Repeats are interleaved; medians are printed.
+``step_only_per_s`` leaves out the frozen scores of the windowed GAUC too, and ``backtest_share`` is what the backtest
+reaches of it. Repeats are interleaved; medians are printed.
 
-Run: ``python -m benchmarks.pipeline [LOG] [--json FILE] [--limit N] [--repeats N]``; LOG is a KuaiRand folder or a
-synthetic log, by default a synthetic one that is made first.
+``--against FOLDER`` times whole backtests in processes by turns, of this checkout and of the one in FOLDER, and adds
+how many times as fast this one is: by the clock (``backtest_speedup``) and in processor time.
+
+Run: ``python -m benchmarks.pipeline [LOG] [--json FILE] [--limit N] [--repeats N] [--against FOLDER]``; LOG is a
+KuaiRand folder or a synthetic log, by default a synthetic one that is made first.
 """
 
 import argparse
 import gc
+import json
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -82,13 +90,43 @@ def run(config: Config, log: Path, limit: int | None, repeats: int) -> dict[str,
             rates[name].append(examples / (time.perf_counter() - start_s))
             assert examples == sum(len(batch) for batch in batches), "a contender trained on other examples"
     figures = {name: statistics.median(values) for name, values in rates.items()}
-    shares = [b / t for b, t in zip(rates["backtest_per_s"], rates["train_per_s"], strict=True)]
     return {
         **figures,
-        "backtest_vs_train": statistics.median(shares),
+        "backtest_share": _ratio(rates["backtest_per_s"], rates["step_only_per_s"]),
+        "backtest_vs_train": _ratio(rates["backtest_per_s"], rates["train_per_s"]),
         "examples": float(sum(len(batch) for batch in batches)),
         "peak_resident_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def against(log: Path, limit: int, repeats: int, other: Path) -> dict[str, float]:
+    """How many times as fast a whole backtest by this checkout is as one by another, in processes by turns."""
+    here = Path(__file__).resolve().parent.parent
+    seconds: dict[Path, list[dict[str, float]]] = {here: [], other.resolve(): []}
+    for _ in range(repeats):
+        for checkout, measured in seconds.items():
+            measured.append(_child(checkout, log, limit))
+    ours, theirs = seconds.values()
+    assert {m["trained"] for m in ours} == {m["trained"] for m in theirs}, "the two trained on other examples"
+    return {
+        "backtest_speedup": _ratio([m["clock_s"] for m in theirs], [m["clock_s"] for m in ours]),
+        "backtest_processor_speedup": _ratio([m["processor_s"] for m in theirs], [m["processor_s"] for m in ours]),
+        "backtest_s": statistics.median(m["clock_s"] for m in ours),
+        "other_backtest_s": statistics.median(m["clock_s"] for m in theirs),
+    }
+
+
+def _child(checkout: Path, log: Path, limit: int) -> dict[str, float]:
+    command = [sys.executable, "-P", str(Path(__file__).with_name("pipeline_child.py")), str(log.resolve()), str(limit)]
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    seconds: dict[str, float] = json.loads(done.stdout)
+    return seconds
+
+
+def _ratio(above: list[float], below: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def main() -> None:
@@ -98,6 +136,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--limit", type=int, default=60_000, help="impressions")
     parser.add_argument("--repeats", type=int, default=5, help="at least 5 for a figure to quote")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another checkout, to time whole backtests with")
     arguments = parser.parse_args()
     console.quiet = True
     with tempfile.TemporaryDirectory() as folder:
@@ -106,6 +145,8 @@ def main() -> None:
             log = Path(folder) / "world.parquet"
             synthesize(log, arguments.limit, seed=0)
         figures = run(config, log, arguments.limit, arguments.repeats)
+        if arguments.against is not None:
+            figures |= against(log, arguments.limit, arguments.repeats, arguments.against)
     show(figures)
     save(figures, arguments.json)
 
