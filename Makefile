@@ -19,9 +19,10 @@ demo: install
 	$(BIN)/smes demo $(if $(STAY),--stay)
 
 # Two processes, each with its own servers. Tests that share a costly fixture run in the same process. Each process and
-# each of its children has one torch thread: more threads than cores would wait for each other.
+# each of its children has one torch thread: more threads than cores would wait for each other. COVERAGE=1 measures
+# coverage, which takes nearly half as long again.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadgroup --durations=10 --cov --cov-report=
+	OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n 2 --dist loadgroup --durations=10 $(if $(COVERAGE),--cov --cov-report=)
 
 # What takes too long for every run.
 soak: install
@@ -30,14 +31,14 @@ soak: install
 # Strict: a dead link is an error.
 MKDOCS = NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The coverage is that of the last `make test`.
+# The coverage is that of the last `make test COVERAGE=1`.
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MKDOCS)
-	@if test -f .coverage; then $(BIN)/coverage report; else echo "no coverage yet: run make test first"; fi
+	@if test -f .coverage; then $(BIN)/coverage report; else echo "no coverage yet: run make test COVERAGE=1 first"; fi
 
 # Rewrites what pages take from the code, and builds the site: build/site/index.html. External links are only listed.
 docs: install
