@@ -59,9 +59,9 @@ serve(ScorerConfig(port=0, poll_s=0.05, entity_timeout_ms=60_000), schema, redis
 
 
 @contextmanager
-def scorer_process(redis_url: str, namespace: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def scorer_process(redis_url: str, namespace: str, code: str = _SERVE) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """(process, URL) of a scorer, started as a user starts one."""
-    arguments = [sys.executable, "-P", "-c", _SERVE, json.dumps(SCHEMA.to_dict()), redis_url, namespace]
+    arguments = [sys.executable, "-P", "-c", code, json.dumps(SCHEMA.to_dict()), redis_url, namespace]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(arguments, cwd=_ROOT, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -187,6 +187,37 @@ def test_a_signal_stops_it_cleanly_with_requests_in_flight(
     # Every request that began was answered; then there was nobody to connect to.
     assert set(answered) == {200}
     assert refused[0] in (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError)
+
+
+_COUNTING = """
+import gc, json, sys
+import numpy as np
+from smes.schema import Schema
+from smes_scorer.config import ScorerConfig
+from smes_scorer.service import serve
+
+class Model:  # scores are how many objects the collector looks at
+    def score(self, ids, numerics, now_ms):
+        return np.full((len(ids), 3), len(gc.get_objects()), np.float32)
+
+serve(ScorerConfig(port=0, poll_s=0.05), Schema.from_dict(json.loads(sys.argv[1])), redis_url=sys.argv[2],
+      namespace=sys.argv[3], load=lambda payloads, schema, before: Model(),
+      on_listening=lambda url: print(url, flush=True))
+"""
+
+
+def test_a_collection_in_service_looks_at_few_objects(
+    redis_url: str, namespace: str, client: redis.Redis, until: Until
+) -> None:
+    publish(SnapshotStore(client, namespace), new_learner())
+    with (
+        scorer_process(redis_url, namespace, _COUNTING) as (_, url),
+        httpx.Client(base_url=url, timeout=60) as http,
+    ):
+        until(lambda: http.get("/health/ready").status_code == 200)
+        answers = [http.post("/v1/score", json={"user_id": 1, "items": [1]}).json() for _ in range(50)]
+
+    assert all(answer["items"][0]["scores"]["click"] < 20_000 for answer in answers)  # without: 300,000
 
 
 def test_a_port_in_use_is_named(redis_url: str) -> None:
