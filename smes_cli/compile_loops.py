@@ -11,6 +11,7 @@ from smes.model.id_rows import IdRows
 from smes.model.id_rows_kernels import not_among, not_seen_since, oldest
 from smes.model.ids import uniform_rows
 from smes.model.numeric_moments import NumericMoments
+from smes.model.request_kernels import compile_request_kernels
 from smes.model.rows_config import RowsConfig
 from smes.model.serving_kernels import compile_serving_kernels
 from smes.model.table_kernels import compile_kernels
@@ -37,6 +38,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_map_kernels()
     compile_kernels(bool(config.model.table_dim) + config.model.wide)
     compile_serving_kernels()
+    compile_request_kernels()
     compile_routing_kernels()
     compile_column_kernels()
     NumericMoments(schema).observe(np.ones((1, schema.inputs.num_numerics), np.float32))

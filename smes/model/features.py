@@ -4,21 +4,23 @@ Target attention follows DIN (Zhou et al., 2018, arXiv 1706.06978): the target i
 user's sequence. Instead of DIN's activation unit we use a scaled dot product of learned maps (Vaswani et al., 2017,
 arXiv 1706.03762) and normalise the weights, because that costs less on a CPU.
 
-Letters: B instances, W id columns, L columns of a sequence, F numeric features, N columns made from them (with
-indicators), D embedding width, A width in which target and entries are compared, T tasks, I output width.
+Letters: B instances, R requests, W id columns, L columns of a sequence, F numeric features, N columns made from them
+(with indicators), D embedding width, A width in which target and entries are compared, T tasks, I output width.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from smes.model.feature_parts import Entries, Part, Target, dim_of, entries_of, parts_of, queried, target_of
 from smes.model.ids import per_column
 from smes.model.numeric_moments import CLIP, KNOWN_FROM, far_limits
+from smes.model.request_split import RequestSplit, Side
 from smes.rankers.ranker import RunningMoments
-from smes.schema import Feature, Schema
+from smes.rankers.ranker_input import RankerInput, RequestRows, SplitInput, keep
+from smes.schema import Schema
 
 _EPSILON = 1e-6
 
@@ -38,6 +40,22 @@ class FeatureInputs:
     wide_BWT: Tensor | None
     pool_BW: Tensor | None
     numerics_BF: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RequestInputs:
+    """Features of instances that belong to requests, each feature of a request once.
+
+    Attributes:
+        request, item: Features of R requests, and of their B instances.
+        split: Which feature is where.
+        rows: Which instances each request has.
+    """
+
+    request: FeatureInputs
+    item: FeatureInputs
+    split: RequestSplit
+    rows: RequestRows
 
 
 class FeatureLayer(nn.Module):
@@ -73,33 +91,57 @@ class FeatureLayer(nn.Module):
     def __init__(self, schema: Schema, embedding_dim: int, *, wide: bool) -> None:
         super().__init__()
         schema = schema.inputs
-        self._parts = _parts(schema, embedding_dim)
-        self._sequences = _sequences(schema, embedding_dim)
-        self.attention = nn.ModuleList(TargetAttention(s.dim, attention_dim=s.dim) for s in self._sequences)
+        self._parts = parts_of(schema.id_features, schema.id_slices, embedding_dim)
+        self._sequences = tuple(
+            (i, target_of(f, schema.id_slices, embedding_dim), entries_of(f, schema, schema.id_slices, embedding_dim))
+            for i, f in enumerate(queried(schema, embedding_dim))
+        )
+        dims = [entries.dim for _, _, entries in self._sequences]
+        self.attention = nn.ModuleList(TargetAttention(dim, attention_dim=dim) for dim in dims)
         in_linear_part = per_column(schema, (f.query is None for f in schema.id_features))
         self.register_buffer("wide_W", torch.tensor(in_linear_part, dtype=torch.float32), persistent=False)
         indicated = [i for i, f in enumerate(schema.numeric_features) if f.indicator]
         self.register_buffer("indicated_F", torch.tensor(indicated, dtype=torch.int64), persistent=False)
         num_columns = schema.num_numerics + len(indicated)
         self.output_dim = num_columns + sum(p.output_dim for p in self._parts)
-        self.output_dim += sum(s.output_dim for s in self._sequences)
+        self.output_dim += sum(2 * dim for dim in dims)
         self.moments = RunningMoments(schema.num_numerics)
         log1p = [f.transform == "log1p" for f in schema.numeric_features]
         self.register_buffer("log1p_F", torch.tensor(log1p, dtype=torch.bool), persistent=False)
         self.register_buffer("far_F2", torch.from_numpy(far_limits(schema)).float(), persistent=False)
         self.wide_numerics = nn.Parameter(torch.zeros(num_columns, schema.num_tasks)) if wide else None
 
-    def forward(self, inputs: FeatureInputs) -> tuple[Tensor, Tensor | None]:
+    def forward(self, inputs: FeatureInputs | RequestInputs) -> tuple[RankerInput, Tensor | None]:
         """Returns (what the ranker reads, float32 [B, I]; logits of the linear part, float32 [B, T], or None)."""
-        numerics_BN = self._numerics(inputs.numerics_BF)
-        x_BI = torch.cat([*self._embedded(inputs), numerics_BN], dim=1)
+        if isinstance(inputs, RequestInputs):
+            return self._of_requests(inputs)
+        numerics_BN = self._numerics(inputs.numerics_BF, self._columns())
+        embedded = [
+            *_pooled(inputs, self._parts),
+            *(self._attended(i, target, entries, inputs) for i, target, entries in self._sequences),
+        ]
+        x_BI = torch.cat([*embedded, numerics_BN], dim=1)
         if inputs.wide_BWT is None or self.wide_numerics is None:
             return x_BI, None
-        if inputs.pool_BW is None:
-            wide_BT = inputs.wide_BWT.sum(dim=1)
-        else:
-            wide_BT = torch.einsum("bwt,bw->bt", inputs.wide_BWT, inputs.pool_BW * self.wide_W)
-        return x_BI, wide_BT + numerics_BN @ self.wide_numerics
+        return x_BI, _wide_of_ids(inputs, self.wide_W) + numerics_BN @ self.wide_numerics
+
+    def _of_requests(self, inputs: RequestInputs) -> tuple[SplitInput, Tensor | None]:
+        split, rows = inputs.split, inputs.rows
+        request_RN = self._numerics(inputs.request.numerics_BF, self._columns(split.request, split))
+        item_BN = self._numerics(inputs.item.numerics_BF, self._columns(split.item, split))
+        x = SplitInput(
+            _joined([*self._embedded(inputs.request, split.request), request_RN]),
+            _joined([*self._embedded(inputs.item, split.item), *self._attended_across(inputs), item_BN]),
+            split.request.columns,
+            split.item.columns,
+            rows,
+            split.kept,
+        )
+        if inputs.request.wide_BWT is None or self.wide_numerics is None:
+            return x, None
+        return x, self._wide(inputs.item, item_BN, split.item, split) + rows.spread(
+            self._wide(inputs.request, request_RN, split.request, split)
+        )
 
     def standardise_by(self, moments: Mapping[str, Tensor]) -> None:
         """Standardise by these ``count``, ``mean`` and ``variance`` from now on. float64 [F] each."""
@@ -107,93 +149,101 @@ class FeatureLayer(nn.Module):
         self.moments.mean_C.copy_(moments["mean"], non_blocking=True)
         self.moments.variance_C.copy_(moments["variance"], non_blocking=True)
 
-    def _embedded(self, inputs: FeatureInputs) -> list[Tensor]:
-        embedding_BWD = inputs.embedding_BWD
-        if embedding_BWD is None:
-            return []
-        pieces = [part(embedding_BWD, inputs.pool_BW) for part in self._parts]
-        for sequence, attention in zip(self._sequences, self.attention, strict=True):
-            assert inputs.pool_BW is not None, "a schema with sequences has pool weights"
-            pieces.append(attention(*sequence(embedding_BWD, inputs.pool_BW)))
-        return pieces
+    def _embedded(self, inputs: FeatureInputs, side: Side) -> list[Tensor]:
+        attended = [self._attended(i, target, entries, inputs) for i, target, entries in side.attention]
+        return [*_pooled(inputs, side.parts), *attended]
 
-    def _numerics(self, numerics_BF: Tensor) -> Tensor:
-        squashed_BF = self._squash(numerics_BF)
-        z_BF = self.moments.standardise(squashed_BF, clip=math.inf)
-        least_F, deviations_F = self.far_F2.unbind(1)
-        far_BF = (squashed_BF.abs() > least_F) & (z_BF.abs() > deviations_F) & (self.moments.count_C >= KNOWN_FROM)
+    def _attended(self, number: int, target: Target, entries: Entries, inputs: FeatureInputs) -> Tensor:
+        assert inputs.embedding_BWD is not None, "sequences with a query are for a model with embeddings"
+        assert inputs.pool_BW is not None, "a schema with sequences has pool weights"
+        read = entries(inputs.embedding_BWD, inputs.pool_BW)
+        attended: Tensor = self.attention[number](target(inputs.embedding_BWD), *read)
+        return attended
+
+    def _attended_across(self, inputs: RequestInputs) -> list[Tensor]:
+        """Attention of items to the sequences of their requests."""
+        attended = []
+        for i, target, entries in inputs.split.across:
+            of_request, of_item, attention = inputs.request, inputs.item, self.attention[i]
+            assert of_request.embedding_BWD is not None, "sequences with a query are for a model with embeddings"
+            assert of_request.pool_BW is not None, "a schema with sequences has pool weights"
+            assert of_item.embedding_BWD is not None, "the target is an id of the item"
+            read = entries(of_request.embedding_BWD, of_request.pool_BW)
+            assert isinstance(attention, TargetAttention), "the list has nothing else"
+            attended.append(attention.of_requests(target(of_item.embedding_BWD), *read, inputs.rows))
+        return attended
+
+    def _wide(self, inputs: FeatureInputs, numerics_BN: Tensor, side: Side, split: RequestSplit) -> Tensor:
+        """What a side adds to the linear part. [B, T]."""
+        wide_BT, weight_NT = _wide_of_ids(inputs, side.wide_W), self.wide_numerics
+        if weight_NT is None or not len(side.numerics_N):
+            return wide_BT
+        of_side_NT: Tensor = keep(split.kept, side, "wide", lambda: weight_NT.index_select(0, side.numerics_N))
+        return wide_BT + numerics_BN @ of_side_NT
+
+    def _columns(self, side: Side | None = None, split: RequestSplit | None = None) -> "_NumericColumns":
+        """What is known of the numeric features, those of a side only."""
+        if side is None or split is None:
+            scale_F, shift_F = self.moments.affine()
+            known_F = self.moments.count_C >= KNOWN_FROM
+            return _NumericColumns(self.log1p_F, self.far_F2, self.indicated_F, scale_F, shift_F, known_F)
+
+        def of_side() -> _NumericColumns:
+            all_, index_F = self._columns(), torch.from_numpy(side.numerics_F)
+            log1p_F, far_F2, scale_F, shift_F, known_F = (
+                column.index_select(0, index_F)
+                for column in (all_.log1p_F, all_.far_F2, all_.scale_F, all_.shift_F, all_.known_F)
+            )
+            return _NumericColumns(log1p_F, far_F2, side.indicated_F, scale_F, shift_F, known_F)
+
+        columns: _NumericColumns = keep(split.kept, side, "numerics", of_side)
+        return columns
+
+    def _numerics(self, numerics_BF: Tensor, columns: "_NumericColumns") -> Tensor:
+        if not numerics_BF.shape[1]:
+            return numerics_BF
+        squashed_BF = _squash(numerics_BF, columns.log1p_F)
+        z_BF = torch.addcmul(columns.shift_F, squashed_BF.double(), columns.scale_F).float()
+        least_F, deviations_F = columns.far_F2.unbind(1)
+        far_BF = (squashed_BF.abs() > least_F) & (z_BF.abs() > deviations_F) & columns.known_F
         missing_BF = numerics_BF.isnan() | far_BF
         x_BF = z_BF.clamp_(-CLIP, CLIP).masked_fill(missing_BF, 0.0)
-        return torch.cat([x_BF, missing_BF.index_select(1, self.indicated_F).float()], dim=1)
-
-    def _squash(self, x_BF: Tensor) -> Tensor:
-        x_BF = torch.nan_to_num(x_BF, nan=0.0, posinf=3e38, neginf=-3e38)
-        return torch.where(self.log1p_F, x_BF.sign() * x_BF.abs().log1p(), x_BF)
+        return torch.cat([x_BF, missing_BF.index_select(1, columns.indicated_F).float()], dim=1)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Computes one piece of the output: from neighbouring id features of one width, or from one bag or sequence."""
+@dataclass(frozen=True, slots=True)
+class _NumericColumns:
+    """What transforms and standardises numeric features; see :class:`FeatureLayer`."""
 
-    columns: slice
-    dim: int
-    is_list: bool
-
-    @property
-    def output_dim(self) -> int:
-        return self.dim if self.is_list else self.dim * (self.columns.stop - self.columns.start)
-
-    def __call__(self, embedding_BWD: Tensor, pool_BW: Tensor | None) -> Tensor:
-        x_BWD = embedding_BWD[:, self.columns, : self.dim]
-        if not self.is_list:
-            return x_BWD.flatten(1)
-        assert pool_BW is not None, "a schema with bags or sequences has pool weights"
-        return (x_BWD * pool_BW[:, self.columns].unsqueeze(2)).sum(dim=1)
+    log1p_F: Tensor
+    far_F2: Tensor
+    indicated_F: Tensor
+    scale_F: Tensor
+    shift_F: Tensor
+    known_F: Tensor
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """Selects the input of target attention: the columns of the target, of the entries and of their companions."""
-
-    dim: int
-    target: int
-    entries: tuple[slice, ...]
-
-    @property
-    def output_dim(self) -> int:
-        return 2 * self.dim
-
-    def __call__(self, embedding_BWD: Tensor, pool_BW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (target [B, D], entries [B, L, D], which entries are present, bool [B, L])."""
-        own, *others = (embedding_BWD[:, columns, : self.dim] for columns in self.entries)
-        return embedding_BWD[:, self.target, : self.dim], sum(others, start=own), pool_BW[:, self.entries[0]] > 0
+def _squash(x_BF: Tensor, log1p_F: Tensor) -> Tensor:
+    x_BF = torch.nan_to_num(x_BF, nan=0.0, posinf=3e38, neginf=-3e38)
+    return torch.where(log1p_F, x_BF.sign() * x_BF.abs().log1p(), x_BF)
 
 
-def _parts(schema: Schema, embedding_dim: int) -> tuple[_Part, ...]:
-    if embedding_dim == 0:
-        return ()
-    parts: list[_Part] = []
-    for feature in schema.id_features:
-        columns, dim = schema.id_slices[feature.name], _dim(feature, embedding_dim)
-        last = parts[-1] if parts else None
-        if last and not feature.is_list and not last.is_list and last.dim == dim:
-            parts[-1] = _Part(slice(last.columns.start, columns.stop), dim, False)
-        else:
-            parts.append(_Part(columns, dim, feature.is_list))
-    return tuple(parts)
+def _pooled(inputs: FeatureInputs, parts: Sequence[Part]) -> list[Tensor]:
+    embedding_BWD = inputs.embedding_BWD
+    return [] if embedding_BWD is None else [part(embedding_BWD, inputs.pool_BW) for part in parts]
 
 
-def _sequences(schema: Schema, embedding_dim: int) -> tuple[_Sequence, ...]:
-    if embedding_dim == 0:
-        return ()
-    sequences = []
-    for feature in schema.id_features:
-        if feature.query is not None:
-            names = (feature.name, *(f.name for f in schema.companions[feature.name]))
-            target = schema.id_slices[feature.query].start
-            entries = tuple(schema.id_slices[name] for name in names)
-            sequences.append(_Sequence(_dim(feature, embedding_dim), target, entries))
-    return tuple(sequences)
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Beside each other; a piece alone is not copied."""
+    some = [piece for piece in pieces if piece.shape[1]]
+    return some[0] if len(some) == 1 else torch.cat([*some] or [pieces[-1]], dim=1)
+
+
+def _wide_of_ids(inputs: FeatureInputs, wide_W: Tensor) -> Tensor:
+    assert inputs.wide_BWT is not None, "there is a linear part"
+    if inputs.pool_BW is None:
+        return inputs.wide_BWT.sum(dim=1)
+    return torch.einsum("bwt,bw->bt", inputs.wide_BWT, inputs.pool_BW * wide_W)
 
 
 def input_columns(schema: Schema, embedding_dim: int) -> list[tuple[str, str, int]]:
@@ -210,7 +260,7 @@ def input_columns(schema: Schema, embedding_dim: int) -> list[tuple[str, str, in
             ("attention", [f for f in schema.id_features if f.query is not None]),
         ):
             for feature in features:
-                width = _dim(feature, embedding_dim) * (2 if part == "attention" else 1)
+                width = dim_of(feature, embedding_dim) * (2 if part == "attention" else 1)
                 columns += [(feature.name, part, i) for i in range(width)]
     return columns + numeric_columns(schema)
 
@@ -219,13 +269,6 @@ def numeric_columns(schema: Schema) -> list[tuple[str, str, int]]:
     """The same of the N columns made from numeric features, which come last."""
     numerics = schema.numeric_features
     return [(f.name, "value", 0) for f in numerics] + [(f.name, "missing", 0) for f in numerics if f.indicator]
-
-
-def _dim(feature: Feature, embedding_dim: int) -> int:
-    dim = feature.dim or embedding_dim
-    if dim > embedding_dim:
-        raise ValueError(f"feature {feature.name!r}: dim {dim}, expected at most embedding_dim {embedding_dim}")
-    return dim
 
 
 class TargetAttention(nn.Module):
@@ -254,15 +297,28 @@ class TargetAttention(nn.Module):
         Returns:
             float32 [B, 2·D]; zeros for an empty sequence.
         """
-        # Embeddings start near zero and grow as they learn. Scaled to unit size, even young ones can be compared.
-        query_BA = self.query(_unit(target_BD))
-        # (W k)·q = k·(Wᵀ q): one matrix product per instance instead of one per entry.
-        query_BD = query_BA @ self.key.weight
-        score_BL = torch.einsum("bld,bd->bl", _unit(entry_BLD), query_BD) * self._scale
-        # -1e9 instead of -inf: with -inf, an empty sequence and its gradient would be NaN.
-        weight_BL = score_BL.masked_fill(~present_BL, -1e9).softmax(dim=1) * present_BL
+        score_BL = torch.einsum("bld,bd->bl", _unit(entry_BLD), self._query(target_BD)) * self._scale
+        weight_BL = _weights(score_BL, present_BL)
         attended_BD = torch.einsum("bl,bld->bd", weight_BL, entry_BLD)
         return torch.cat([attended_BD, attended_BD * target_BD], dim=1)
+
+    def of_requests(self, target_BD: Tensor, entry_RLD: Tensor, present_RL: Tensor, rows: RequestRows) -> Tensor:
+        """The same where all instances of a request have its entries; these are read once. [B, 2·D]."""
+        score_BL = rows.product(self._query(target_BD), _unit(entry_RLD).transpose(1, 2)) * self._scale
+        weight_BL = _weights(score_BL, rows.spread(present_RL))
+        attended_BD = rows.product(weight_BL, entry_RLD)
+        return torch.cat([attended_BD, attended_BD * target_BD], dim=1)
+
+    def _query(self, target_BD: Tensor) -> Tensor:
+        # Embeddings start near zero and grow as they learn. Scaled to unit size, even young ones can be compared.
+        query_BA: Tensor = self.query(_unit(target_BD))
+        # (W k)·q = k·(Wᵀ q): one matrix product per instance instead of one per entry.
+        return query_BA @ self.key.weight
+
+
+def _weights(score_BL: Tensor, present_BL: Tensor) -> Tensor:
+    # -1e9 instead of -inf: with -inf, an empty sequence and its gradient would be NaN.
+    return score_BL.masked_fill(~present_BL, -1e9).softmax(dim=1) * present_BL
 
 
 def _unit(x_D: Tensor) -> Tensor:

@@ -31,9 +31,9 @@ class FrozenRows:
     def __init__(self, rows: IdRows, keys: KeysView, table: TableView) -> None:
         self._rows, self._keys, self._table = rows, keys, table
 
-    def read(self, ids_NW: I64) -> dict[str, Tensor]:
+    def read(self, ids_NW: I64, columns_W: I64 | None = None) -> dict[str, Tensor]:
         """As :meth:`smes.model.serving.RowReader.read`. Call it from the thread that trains."""
-        rows_NW = self._rows.find_as_of(self._keys, ids_NW)
+        rows_NW = self._rows.find_as_of(self._keys, ids_NW, columns_W)
         weights = self._table.weights(rows_NW.ravel())
         return {name: torch.from_numpy(w).view(*ids_NW.shape, w.shape[1]) for name, w in weights.items()}
 

@@ -196,9 +196,9 @@ class IdRows:
         """The keys as they are now; of the first ``num_rows`` rows for a view that is restored."""
         return self._keys.view(num_rows)
 
-    def find_as_of(self, view: KeysView, ids_NW: I64) -> I64:
-        """The row that each id read when a view of these rows was opened. int64 [N, W] → int64 [N, W]."""
-        return find_rows(self.ids, ids_NW, lambda keys: view.find(keys, self._map.find))
+    def find_as_of(self, view: KeysView, ids_NW: I64, columns_W: I64 | None = None) -> I64:
+        """The row that each id, of these columns, read when a view was opened. int64 [N, W] → int64 [N, W]."""
+        return find_rows(self.ids, ids_NW, lambda keys: view.find(keys, self._map.find), columns_W)
 
     def state(self) -> Arrays:
         """What :meth:`load_state` continues from, beside the keys; copies."""
@@ -278,16 +278,18 @@ class IdRows:
         return len(rows_N)
 
 
-def find_rows(ids: IdKeys, ids_NW: I64, find: Callable[[I64], I64]) -> I64:
+def find_rows(ids: IdKeys, ids_NW: I64, find: Callable[[I64], I64], columns_W: I64 | None = None) -> I64:
     """The row that each id reads: its own, else its vocabulary's shared or default one. int64 [N, W] → int64 [N, W].
 
     Args:
         ids: Makes the keys.
         ids_NW: The ids.
         find: Finds the rows of keys, ``ABSENT`` for those without.
+        columns_W: Which columns these are; None: all.
     """
-    rows = find(ids.own(ids_NW))
-    absent = rows == ABSENT
-    if absent.any():
-        rows[absent] = find(ids.shared(ids_NW)[absent])
+    keys = ids.own(ids_NW, columns_W)
+    rows = find(keys)
+    absent = np.flatnonzero(rows == ABSENT)
+    if len(absent):
+        rows[absent] = find(ids.shared(keys[absent], absent, columns_W))
     return rows.reshape(ids_NW.shape)

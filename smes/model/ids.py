@@ -22,7 +22,7 @@ from numba import njit
 from smes.arrays import F32, I64
 from smes.hashing import GOLDEN
 from smes.scatter import scatter
-from smes.schema import MISSING, Schema
+from smes.schema import MISSING, Feature, Schema
 
 
 class IdKeys:
@@ -59,15 +59,29 @@ class IdKeys:
         self.required: I64 = np.concatenate([defaults, *shared])
         self._first_shared = len(defaults) + np.cumsum(self.shared_rows) - self.shared_rows
 
-    def own(self, ids_NW: I64) -> I64:
-        """The key of each id; of a missing one that of the default row. int64 [N, W] → int64 [N·W]."""
-        keys: I64 = _mix(ids_NW, self._salt_W)
+    def own(self, ids_NW: I64, columns_W: I64 | None = None) -> I64:
+        """The key of each id; of a missing one that of the default row.
+
+        Args:
+            ids_NW: int64.
+            columns_W: Which columns these are; None: all.
+
+        Returns:
+            int64 [N·W].
+        """
+        keys: I64 = _mix(ids_NW, self._salt_W if columns_W is None else self._salt_W[columns_W])
         return keys
 
-    def shared(self, ids_NW: I64) -> I64:
-        """The key of the row that each id reads while it has none of its own. int64 [N, W] → int64 [N·W]."""
-        vocabulary = np.tile(self.vocabulary_W, len(ids_NW))
-        keys: I64 = self.required[self.required_place(self.own(ids_NW), vocabulary)]
+    def shared(self, keys_N: I64, cells_N: I64, columns_W: I64 | None = None) -> I64:
+        """The keys of the rows that ids read while they have none of their own.
+
+        Args:
+            keys_N: int64, the ids' own keys.
+            cells_N: int64, where each of them stood in the matrix of ids, counted row by row.
+            columns_W: As for :meth:`own`.
+        """
+        vocabulary_W = self.vocabulary_W if columns_W is None else self.vocabulary_W[columns_W]
+        keys: I64 = self.required[self.required_place(keys_N, vocabulary_W[cells_N % len(vocabulary_W)])]
         return keys
 
     def required_place(self, keys: I64, vocabulary: I64) -> I64:
@@ -87,7 +101,7 @@ def per_column(schema: Schema, values: Iterable[int]) -> list[int]:
     return [value for f, value in zip(schema.id_features, values, strict=True) for _ in range(f.width)]
 
 
-def pool_weights(schema: Schema, ids_BW: I64) -> F32 | None:
+def pool_weights(schema: Schema, ids_BW: I64, features: Sequence[Feature] | None = None) -> F32 | None:
     """Weights with which the sum over a feature's columns is the mean over its ids.
 
     A bag without any id reads the default row of its vocabulary, through its first column. So does a sequence that
@@ -97,17 +111,18 @@ def pool_weights(schema: Schema, ids_BW: I64) -> F32 | None:
     Args:
         schema: Its inputs have these columns.
         ids_BW: int64, ``MISSING`` where missing.
+        features: Those id features that the columns belong to; None: all.
 
     Returns:
-        float32 [B, W]; None for a schema without bags and sequences.
+        float32 [B, W]; None without bags and sequences.
     """
-    schema = schema.inputs
-    if not any(f.is_list for f in schema.id_features):
+    features = schema.inputs.id_features if features is None else features
+    if not any(f.is_list for f in features):
         return None
-    weight_BW = np.ones(ids_BW.shape, np.float32)
-    for feature in schema.id_features:
+    weight_BW, start = np.ones(ids_BW.shape, np.float32), 0
+    for feature in features:
+        columns, start = slice(start, start + feature.width), start + feature.width
         if feature.is_list:
-            columns = schema.id_slices[feature.name]
             present = ids_BW[:, columns] != MISSING
             if feature.query is None:
                 present[~present.any(axis=1), 0] = True

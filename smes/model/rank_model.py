@@ -18,13 +18,14 @@ from smes.model.before import before_of
 from smes.model.borrowing import LabelRegression
 from smes.model.config import ModelConfig, RankerName, RareTasksConfig
 from smes.model.delayed_feedback import DelayedWeights
-from smes.model.features import FeatureInputs, FeatureLayer
+from smes.model.features import FeatureInputs, FeatureLayer, RequestInputs
 from smes.rankers.config import task_groups
 from smes.rankers.home import HoME
 from smes.rankers.linear import LinearRanker
 from smes.rankers.mmoe import MMoE
 from smes.rankers.ple import PLE
 from smes.rankers.ranker import Ranker, RankerOutput, RoutedRanker, RunningMoments
+from smes.rankers.ranker_input import RankerInput, whole
 from smes.rankers.shared_bottom import SharedBottom
 from smes.rankers.sparse.ranker import SMES, declared_structure
 from smes.rankers.structure import Structure, structure_of
@@ -253,12 +254,17 @@ class ModelOutput:
     Attributes:
         logits_BT: float32, with the tasks' base rates.
         ranker: The ranker's output.
-        x_BI: The ranker's input.
+        x: The ranker's input.
     """
 
     logits_BT: Tensor
     ranker: RankerOutput
-    x_BI: Tensor
+    x: RankerInput
+
+    @property
+    def x_BI(self) -> Tensor:
+        """The ranker's input as a matrix."""
+        return whole(self.x)
 
 
 class RankModel(nn.Module):
@@ -297,7 +303,9 @@ class RankModel(nn.Module):
         self.tasks = TaskOutputs(schema, config.rare)
         self.before = before_of(under("before.", weights or {}), schema)
 
-    def forward(self, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None) -> ModelOutput:
+    def forward(
+        self, inputs: FeatureInputs | RequestInputs, autocast: AbstractContextManager[object] | None = None
+    ) -> ModelOutput:
         """Logits of B ≥ 1 instances. ``autocast`` sets the precision of the ranker and the heads only."""
         x_BI, wide_BT = self.features(inputs)
         with autocast or nullcontext():
@@ -310,11 +318,17 @@ class RankModel(nn.Module):
         return ModelOutput(self.tasks.logits(sum(others, start=first)), output, x_BI)
 
     def scores(
-        self, output: ModelOutput, inputs: FeatureInputs, autocast: AbstractContextManager[object] | None = None
+        self,
+        output: ModelOutput,
+        inputs: FeatureInputs | RequestInputs,
+        autocast: AbstractContextManager[object] | None = None,
     ) -> Tensor:
         """The scores of a forward pass; right after a change of the schema those of the model before. [B, T]."""
         scores_BT = self.tasks.scores(output.logits_BT.detach())
-        return scores_BT if self.before is None else self.before.put_scores(scores_BT, inputs, autocast)
+        if self.before is None:
+            return scores_BT
+        assert isinstance(inputs, FeatureInputs), "the model before reads whole instances"
+        return self.before.put_scores(scores_BT, inputs, autocast)
 
     def _scale_gradient(self, tasks_BTH: Tensor | None) -> None:
         """Multiply each task's gradient on its way into the ranker. Heads and linear part keep theirs."""

@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smes.arrays import F32, I64, Bool, under
-from smes.derive import Derivations
+from smes.derive import Derivations, ModelInputs
 from smes.id_map import ABSENT, IdMap
 from smes.model.config import ModelConfig
-from smes.model.features import FeatureInputs
+from smes.model.features import FeatureInputs, RequestInputs
 from smes.model.fitting import OnlyAsLargeAs, check_finite, check_types
 from smes.model.ids import IdKeys, pool_weights
 from smes.model.rank_model import RankModel
+from smes.model.request_split import Side, Splits
+from smes.rankers.ranker_input import RequestRows
 from smes.schema import Schema
 
 _CPU = torch.device("cpu")
@@ -33,12 +35,12 @@ _CPU = torch.device("cpu")
 class RowReader(Protocol):
     """Reads the rows of ids, those of one version; any number of threads may use it."""
 
-    def read(self, ids_NW: I64) -> dict[str, Tensor]:
+    def read(self, ids_NW: I64, columns_W: I64 | None = None) -> dict[str, Tensor]:
         """The weights of every id, by column group.
 
         Args:
-            ids_NW: int64, ``MISSING`` where missing, the columns of :attr:`smes.schema.Schema.inputs`. An id without a
-                row of its own reads that of its vocabulary.
+            ids_NW: int64, ``MISSING`` where missing. An id without a row of its own reads that of its vocabulary.
+            columns_W: int64, which of the columns of :attr:`smes.schema.Schema.inputs` these are; None: all.
 
         Returns:
             ``embedding``: float32 [N, W, D], and ``wide``: float32 [N, W, T]; those that the model has
@@ -111,6 +113,7 @@ class ServingModel:
             raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
         self._model.to(device).eval().requires_grad_(False)
         self._derive = Derivations(schema)
+        self._splits = Splits(schema, model.table_dim)
         self._boundaries_Q: F32 = np.zeros(0, np.float32)
         if self._derive.quantiles:
             self._boundaries_Q = own["boundaries_Q"].cpu().numpy()
@@ -132,26 +135,33 @@ class ServingModel:
         other._rows = rows
         return other
 
-    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None, *, requests: I64 | None = None) -> F32:
         """Score N instances: probabilities for binary tasks, values in the label's unit for regression tasks.
+
+        What all instances of a request have in common is looked up and computed once per request, where that pays. It
+        is found by comparing; the scores are the same to rounding.
 
         Args:
             ids: int64 [N, W], ``MISSING`` where missing. An id that was never trained on counts as missing.
             numerics: float32 [N, F], NaN where missing.
             now_ms: When they are shown, Unix milliseconds: one number or int64 [N]. It may be left out where
                 :attr:`smes.schema.Schema.derives_from_time` is false.
+            requests: int64 [R], the first instance of each request, from 0 up; None: all are of one.
 
         Returns:
             float32 [N, T].
 
         Raises:
-            ValueError: The matrices do not have the schema's columns, or a derived feature needs the time.
+            ValueError: The matrices do not have the schema's columns, a derived feature needs the time, or ``requests``
+                are no rising numbers from 0 to N - 1.
         """
         self._check(ids, numerics)
         if len(ids) == 0:
             return np.zeros((0, self.schema.num_tasks), np.float32)
+        starts_R = _starts(requests, len(ids))
         with torch.inference_mode():
-            inputs = self.inputs(ids, numerics, now_ms)
+            read = self._derive(ids, numerics, now_ms, self._boundaries_Q)
+            inputs = self._request_inputs(read, starts_R) or self._inputs(read)
             scores: F32 = self._model.scores(self._model(inputs), inputs).cpu().numpy()
         return scores
 
@@ -173,14 +183,39 @@ class ServingModel:
 
     def inputs(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> FeatureInputs:
         """What the dense part reads of N ≥ 1 instances; arguments as of :meth:`score`."""
-        read = self._derive(ids, numerics, now_ms, self._boundaries_Q)
-        rows = self._rows.read(read.ids)
-        pool_NW = pool_weights(self.schema, read.ids)
+        return self._inputs(self._derive(ids, numerics, now_ms, self._boundaries_Q))
+
+    def _inputs(self, read: ModelInputs) -> FeatureInputs:
+        return self._read(read.ids, read.numerics)
+
+    def _request_inputs(self, read: ModelInputs, starts_R: I64) -> RequestInputs | None:
+        """What the dense part reads once per request and once per item; None where that does not pay."""
+        if self._device.type != "cpu" or self._model.before is not None:
+            return None
+        split = self._splits.of(read, starts_R)
+        if split is None:
+            return None
+        request, item = split.request, split.item
+        return RequestInputs(
+            self._read(
+                read.ids[starts_R][:, request.id_columns_W], read.numerics[starts_R][:, request.numerics_F], request
+            ),
+            self._read(read.ids[:, item.id_columns_W], read.numerics[:, item.numerics_F], item),
+            split,
+            RequestRows(torch.from_numpy(starts_R), len(read.ids)),
+        )
+
+    def _read(self, ids: I64, numerics: F32, side: Side | None = None) -> FeatureInputs:
+        """Inputs of all columns, or of those of a side."""
+        if side is None:
+            rows, pool_NW = self._rows.read(ids), pool_weights(self.schema, ids)
+        else:
+            rows, pool_NW = self._rows.read(ids, side.id_columns_W), pool_weights(self.schema, ids, side.features)
         return FeatureInputs(
             embedding_BWD=self._sent(rows.get("embedding")),
             wide_BWT=self._sent(rows.get("wide")),
             pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(self._device),
-            numerics_BF=torch.tensor(read.numerics, dtype=torch.float32, device=self._device),
+            numerics_BF=torch.tensor(numerics, dtype=torch.float32, device=self._device),
         )
 
     def _sent(self, rows: Tensor | None) -> Tensor | None:
@@ -193,6 +228,15 @@ class ServingModel:
         ):
             if matrix.shape != (len(ids), width):
                 raise ValueError(f"{name}: shape {list(matrix.shape)}, expected [{len(ids)}, {width}]")
+
+
+def _starts(requests: I64 | None, instances: int) -> I64:
+    if requests is None:
+        return np.zeros(1, np.int64)
+    starts_R: I64 = np.ascontiguousarray(requests, np.int64)
+    if not len(starts_R) or starts_R[0] != 0 or starts_R[-1] >= instances or (np.diff(starts_R) <= 0).any():
+        raise ValueError(f"requests: expected rising numbers from 0 to at most {instances - 1}, found {starts_R}")
+    return starts_R
 
 
 class TensorRows:
@@ -225,12 +269,13 @@ class TensorRows:
             raise ValueError(f"serving tensors: of another schema or model configuration: {error}") from error
         self._device = device
 
-    def read(self, ids_NW: I64) -> dict[str, Tensor]:
+    def read(self, ids_NW: I64, columns_W: I64 | None = None) -> dict[str, Tensor]:
         """As :meth:`RowReader.read`, on the device."""
-        found = self._map.find(self._keys.own(ids_NW))
-        absent = found == ABSENT
-        if absent.any():
-            found[absent] = self._map.find(self._keys.shared(ids_NW)[absent])
+        keys = self._keys.own(ids_NW, columns_W)
+        found = self._map.find(keys)
+        absent = np.flatnonzero(found == ABSENT)
+        if len(absent):
+            found[absent] = self._map.find(self._keys.shared(keys[absent], absent, columns_W))
         rows_NW = torch.from_numpy(found).view(*ids_NW.shape).to(self._device)
         return {name: F.embedding(rows_NW, weights) for name, weights in self._weights.items()}
 

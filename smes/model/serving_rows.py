@@ -244,13 +244,14 @@ class TableRows:
     table: ServingTable
     shadows: tuple[Shadow, ...] = ()
 
-    def read(self, ids_NW: I64) -> dict[str, Tensor]:
+    def read(self, ids_NW: I64, columns_W: I64 | None = None) -> dict[str, Tensor]:
         """As :meth:`smes.model.serving.RowReader.read`."""
-        found, records = self._find(self.keys.own(ids_NW))
+        keys = self.keys.own(ids_NW, columns_W)
+        found, records = self._find(keys)
         absent = np.flatnonzero(found == ABSENT)
         if len(absent):
             # Records taken later hold what earlier ones do: no fold changes a row that this version reads there.
-            found[absent], records = self._find(self.keys.shared(ids_NW)[absent])
+            found[absent], records = self._find(self.keys.shared(keys[absent], absent, columns_W))
             assert (found[absent] != ABSENT).all(), "every table has the required rows"
         result = {}
         for name, columns in self.table.groups.items():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from smes.rankers.config import HomeConfig
 from smes.rankers.dense_experts import DenseExperts, Gates, mix, uniform
 from smes.rankers.ranker import Encoder, ExpertLimits, RankerOutput
+from smes.rankers.ranker_input import RankerInput
 
 
 class HoME(nn.Module):
@@ -49,12 +50,12 @@ class HoME(nn.Module):
         ]
         self.task = HomeLayer(H, 2 * H, reads, task, config)
 
-    def forward(self, x_BI: Tensor) -> RankerOutput:
+    def forward(self, x_BI: RankerInput) -> RankerOutput:
         v_BD = self.encoder(x_BI)
         z_GBH = self.meta(v_BD.unsqueeze(0).expand(len(self.meta.gates.weight), -1, -1), v_BD)
         own_TBH = z_GBH.index_select(0, self.group_T)
         gate_input = torch.cat([own_TBH, z_GBH[-1:].expand_as(own_TBH)], dim=2)
-        return RankerOutput(tasks_BTH=self.task(z_GBH, gate_input).transpose(0, 1))
+        return RankerOutput(self.task(z_GBH, gate_input).transpose(0, 1))
 
 
 class HomeLayer(nn.Module):

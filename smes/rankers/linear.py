@@ -3,9 +3,10 @@
 Its scores come from the linear part of the feature layer alone. Letters: B instances, I input width.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
 from smes.rankers.ranker import ExpertLimits, RankerOutput
+from smes.rankers.ranker_input import RankerInput
 
 
 class LinearRanker(nn.Module):
@@ -14,5 +15,5 @@ class LinearRanker(nn.Module):
     output_dim = 0
     expert_limits: ExpertLimits | None = None
 
-    def forward(self, x_BI: Tensor) -> RankerOutput:
-        return RankerOutput(tasks_BTH=None)
+    def forward(self, x_BI: RankerInput) -> RankerOutput:
+        return RankerOutput(None)

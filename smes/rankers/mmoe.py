@@ -1,10 +1,11 @@
 """MMoE: multi-gate mixture of experts (Ma et al., KDD 2018). Letters: B instances, T tasks, I input width."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from smes.rankers.config import MmoeConfig
 from smes.rankers.dense_experts import DenseExperts, Gates, mix
 from smes.rankers.ranker import Encoder, ExpertLimits, RankerOutput
+from smes.rankers.ranker_input import RankerInput
 
 
 class MMoE(nn.Module):
@@ -26,6 +27,6 @@ class MMoE(nn.Module):
         self.gates = Gates(width, num_tasks, config.num_experts)
         self.output_dim = self.experts.output_dim
 
-    def forward(self, x_BI: Tensor) -> RankerOutput:
+    def forward(self, x_BI: RankerInput) -> RankerOutput:
         h_BD = self.encoder(x_BI)
-        return RankerOutput(tasks_BTH=mix(self.gates(h_BD), self.experts(h_BD)))
+        return RankerOutput(mix(self.gates(h_BD), self.experts(h_BD)))

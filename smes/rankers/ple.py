@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from smes.rankers.config import PleConfig
 from smes.rankers.dense_experts import DenseExperts, Gates, mix
 from smes.rankers.ranker import Encoder, ExpertLimits, RankerOutput
+from smes.rankers.ranker_input import RankerInput
 
 
 class PLE(nn.Module):
@@ -34,12 +35,12 @@ class PLE(nn.Module):
         self.levels = nn.ModuleList(levels)
         self._num_streams = num_tasks + 1
 
-    def forward(self, x_BI: Tensor) -> RankerOutput:
+    def forward(self, x_BI: RankerInput) -> RankerOutput:
         h_BD = self.encoder(x_BI)
         streams_GBD = h_BD.expand(self._num_streams, *h_BD.shape)
         for level in self.levels:
             streams_GBD = level(streams_GBD)
-        return RankerOutput(tasks_BTH=streams_GBD.transpose(0, 1))
+        return RankerOutput(streams_GBD.transpose(0, 1))
 
 
 class _Level(nn.Module):

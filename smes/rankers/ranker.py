@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.rankers.kernels import column_sums
+from smes.rankers.ranker_input import RankerInput, SplitInput
 
 _ROUNDED = 0.9999  # a value so near to the clip counts as beyond it
 _FAR_FROM_ZERO = 64.0  # deviations
@@ -70,11 +71,18 @@ class RunningMoments(nn.Module):
 
     def standardise(self, x_BC: Tensor, clip: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """``(x - mean) / std``, clipped at ±``clip`` and computed in ``dtype``. float32 [B, C]."""
-        scale_C, shift_C = self._affine()
+        scale_C, shift_C = self.affine()
         z_BC = torch.addcmul(shift_C.to(dtype), x_BC.to(dtype), scale_C.to(dtype))
         return F.hardtanh_(z_BC, -clip, clip).float()  # in place: each pass over [B, C] costs time
 
-    def _affine(self) -> tuple[Tensor, Tensor]:
+    def standardise_split(self, x: SplitInput, clip: float) -> SplitInput:
+        """:meth:`standardise` of either part, in float32."""
+        (scale_J, scale_K), (shift_J, shift_K) = x.sliced(self, lambda: tuple(c.float() for c in self.affine()))
+        z_RJ = torch.addcmul(shift_J, x.request_RJ, scale_J)
+        z_NK = torch.addcmul(shift_K, x.item_NK, scale_K)
+        return x.mapped(F.hardtanh_(z_RJ, -clip, clip), F.hardtanh_(z_NK, -clip, clip))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
         """Factor and summand that standardise; float64 [C] each."""
         # The least variance is what rounding leaves of a constant: a column may have any unit.
         scale_C = torch.maximum(self.variance_C, 1e-24 * self.mean_C.square() + 1e-60).rsqrt()
@@ -93,7 +101,7 @@ class RunningMoments(nn.Module):
             observe: Whether to take the batch in afterwards, as :meth:`observe` does without weights.
         """
         x_BC = x_BC.detach()
-        scale_C, shift_C = self._affine()
+        scale_C, shift_C = self.affine()
         near_C = self._near(x_BC)
         sum_C, squares_C, most_C = column_sums(x_BC, near_C)
         reach_C = (most_C + (near_C - self.mean_C).abs()) * scale_C
@@ -236,18 +244,18 @@ class Ranker(Protocol):
     output_dim: int
     expert_limits: ExpertLimits | None
 
-    def __call__(self, x_BI: Tensor) -> RankerOutput: ...
+    def __call__(self, x_BI: RankerInput) -> RankerOutput: ...
 
 
 @runtime_checkable
 class RoutedRanker(Protocol):
     """A ranker that chooses experts."""
 
-    def choices(self, x_BI: Tensor) -> Tensor:
+    def choices(self, x_BI: RankerInput) -> Tensor:
         """The experts that each task chooses for each instance, without those that always run; int64 [B, T, K]."""
         ...
 
-    def expert_weights(self, x_BI: Tensor) -> Tensor:
+    def expert_weights(self, x_BI: RankerInput) -> Tensor:
         """How much each expert counts in each task's representation, as a forward pass in evaluation has it.
 
         float32 [B, T, E], 0 for an expert that the task does not use. Experts that one task has for itself follow
@@ -339,7 +347,9 @@ class Encoder(nn.Module):
             nn.Sequential(nn.Linear(d_in, d_out, bias=False), nn.LayerNorm(d_out)) for d_in, d_out in pairwise(widths)
         )
 
-    def forward(self, x_BI: Tensor) -> Tensor:
+    def forward(self, x_BI: RankerInput) -> Tensor:
+        if isinstance(x_BI, SplitInput):
+            return self.after_product(x_BI.linear(self.first_weight)) if len(self.layers) else x_BI.whole()
         for layer in self.layers:
             x_BI = F.silu(layer(x_BI))
         return x_BI

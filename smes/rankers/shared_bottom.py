@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from smes.rankers.config import SharedBottomConfig
 from smes.rankers.ranker import Encoder, ExpertLimits, RankerOutput
+from smes.rankers.ranker_input import RankerInput
 
 
 class SharedBottom(nn.Module):
@@ -23,6 +24,6 @@ class SharedBottom(nn.Module):
         self.encoder = Encoder(input_dim, config.dims)
         self.output_dim = self.encoder.output_dim
 
-    def forward(self, x_BI: Tensor) -> RankerOutput:
+    def forward(self, x_BI: RankerInput) -> RankerOutput:
         h_BH = self.encoder(x_BI)
         return RankerOutput(tasks_BTH=h_BH.unsqueeze(1).expand(-1, self.num_tasks, -1))

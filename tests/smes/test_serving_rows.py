@@ -47,7 +47,8 @@ def delta_of(changed: Rows, removed: list[int]) -> RowDelta:
 
 def assert_reads(rows: TableRows, naive: Rows, ids_NW: I64) -> None:
     """The table gives what a dictionary gives: an id's own row, or that which ids without one share."""
-    own, shared = rows.keys.own(ids_NW), rows.keys.shared(ids_NW)
+    own = rows.keys.own(ids_NW)
+    shared = rows.keys.shared(own, np.arange(ids_NW.size))
     expected = np.stack([naive.get(int(a), naive[int(b)]) for a, b in zip(own, shared, strict=True)])
     read = rows.read(ids_NW)
     got = np.concatenate([read[name].numpy().reshape(len(own), -1) for name in GROUPS], axis=1)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from smes.rankers.ranker_input import RankerInput
 from smes.rankers.sparse.config import SmesConfig
 from smes.rankers.sparse.experts import Dispatch, ResidualExperts, combine, dispatch, dispatch_all
 from smes.rankers.sparse.router import BALANCE_LOSSES, Router
@@ -44,7 +45,7 @@ class Newcomers(nn.Module):
             {str(n): OwnExperts(input_dim, encoder_dim, expert_dim, own, config) for n, own in enumerate(own_N) if own}
         )
 
-    def forward(self, x_BI: Tensor, h_BD: Tensor, padded_BD: Tensor, shared: "SharedExperts") -> Tensor:
+    def forward(self, x_BI: RankerInput, h_BD: Tensor, padded_BD: Tensor, shared: "SharedExperts") -> Tensor:
         """float32 [B, N, H].
 
         Args:
@@ -70,7 +71,7 @@ class Newcomers(nn.Module):
         places = z_BNU.topk(count, dim=-1).indices
         return experts_BU.unsqueeze(1).expand(-1, places.shape[1], -1).gather(2, places)
 
-    def expert_weights(self, x_BI: Tensor, h_BD: Tensor, runs_BE: Tensor) -> Tensor:
+    def expert_weights(self, x_BI: RankerInput, h_BD: Tensor, runs_BE: Tensor) -> Tensor:
         """How much each expert counts for each newcomer: E shared ones, then all own ones. float32 [B, N, E + O].
 
         Args:
@@ -134,14 +135,14 @@ class OwnExperts(nn.Module):
         self._balance = config.balance
         self._routing: Routing | None = None
 
-    def forward(self, x_BI: Tensor, h_BD: Tensor, padded_BD: Tensor) -> Tensor:
+    def forward(self, x_BI: RankerInput, h_BD: Tensor, padded_BD: Tensor) -> Tensor:
         """[B, H]."""
         routing: Routing = self.selection(self.router(x_BI, h_BD))
         self._routing = routing if self.training else None
         plan = dispatch_all(routing) if torch.compiler.is_exporting() else dispatch(routing, trim=False)
         return combine(self.experts(padded_BD, plan), routing.weights_BRK, plan).squeeze(1)
 
-    def expert_weights(self, x_BI: Tensor, h_BD: Tensor) -> Tensor:
+    def expert_weights(self, x_BI: RankerInput, h_BD: Tensor) -> Tensor:
         """The weight of each expert, 0 for those not chosen. float32 [B, O]."""
         routing: Routing = self.selection(self.router(x_BI, h_BD))
         weights_BRO = routing.weights_BRK.new_zeros(len(x_BI), 1, routing.num_experts)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from smes.rankers.kernels import on_host
 from smes.rankers.ranker import Clusters, Encoder, ExpertLimits, RankerOutput, RoutingStats
+from smes.rankers.ranker_input import RankerInput
 from smes.rankers.sparse.config import SmesConfig
 from smes.rankers.sparse.experts import EXPERT_FORMS, combine, dispatch, dispatch_all
 from smes.rankers.sparse.groups import GroupFinder
@@ -260,7 +261,7 @@ class SMES(nn.Module):
         order = torch.tensor([*structure.founders, *structure.newcomers])
         self.register_buffer("place_T", order.argsort(), persistent=False)
 
-    def forward(self, x_BI: Tensor) -> RankerOutput:
+    def forward(self, x_BI: RankerInput) -> RankerOutput:
         """Encode, route, run each chosen expert once per instance, combine the outputs for each task.
 
         Takes B ≥ 1 instances. In training the output also has the balance loss and the routing's figures.
@@ -292,13 +293,13 @@ class SMES(nn.Module):
             load_TE = self._in_order(load_TE, every_NE, dim=0)
         return RankerOutput(tasks_BTH, balance_loss, RoutingStats(plan.active_B, load_TE))
 
-    def _read(self, x_BI: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, x_BI: RankerInput) -> tuple[Tensor, Tensor]:
         """The encoder's output, and the routers' logits: in training on the CPU with one product for both."""
         autocast = torch.is_autocast_enabled(x_BI.device.type)
-        whole = on_host(x_BI) and x_BI.dtype == torch.float32 and not autocast
         # Scoring passes less often over the input, and folding costs it more than that.
-        folded = self.router.fold(x_BI) if self.training and whole and self.config.encoder_dims else None
-        if folded is None:
+        folds = self.training and self.config.encoder_dims and not autocast and x_BI.dtype == torch.float32
+        folded = self.router.fold(x_BI) if folds and isinstance(x_BI, Tensor) and on_host(x_BI) else None
+        if folded is None or not isinstance(x_BI, Tensor):
             h_BD = self.encoder(x_BI)
             return h_BD, self.router(x_BI, h_BD)
         own = self.encoder.first_weight
@@ -307,7 +308,7 @@ class SMES(nn.Module):
         q = folded.with_rest(y[:, len(own) :], x_BI)
         return self.encoder.after_product(y[:, : len(own)]), self.router.after_product(q)
 
-    def route(self, x_BI: Tensor, h_BD: Tensor) -> Routing:
+    def route(self, x_BI: RankerInput, h_BD: Tensor) -> Routing:
         """Which experts each router uses for each instance.
 
         Args:
@@ -333,7 +334,7 @@ class SMES(nn.Module):
         probs_RE = selection.mean_probs(routing)
         return self.config.balance.weight * loss(self.reads.gates(traffic_RE), self.reads.gates(probs_RE))
 
-    def choices(self, x_BI: Tensor) -> Tensor:
+    def choices(self, x_BI: RankerInput) -> Tensor:
         """The experts that each task chooses for each instance, without the fixed ones. int64 [B, T, K].
 
         They are those of the final selection: while the stream is young, the first of the current ones.
@@ -348,7 +349,7 @@ class SMES(nn.Module):
         new_BNK = self.newcomers.choices(self.newcomers.router(x_BI, h_BD), chosen_BRK.flatten(1), chosen_BRK.shape[2])
         return self._in_order(choices_BTK, new_BNK, dim=1)
 
-    def expert_weights(self, x_BI: Tensor) -> Tensor:
+    def expert_weights(self, x_BI: RankerInput) -> Tensor:
         """As of :class:`smes.rankers.ranker.RoutedRanker`, by the routing of :meth:`forward`."""
         h_BD, z_BRC = self._read(x_BI)
         routing: Routing = self.selection(z_BRC)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.rankers.ranker import FoldedMap, RunningMoments
+from smes.rankers.ranker_input import RankerInput, SplitInput, whole
 from smes.rankers.sparse.config import BalanceLoss, RouterConfig
 
 _HORIZON = 1e5  # the encoder's output drifts as it learns, so the moments look back over about this many instances
@@ -57,18 +58,31 @@ class Router(nn.Module):
             with torch.no_grad():
                 self.up.weight.mul_(config.scale)
 
-    def forward(self, x_BI: Tensor, h_BD: Tensor) -> Tensor:
+    def forward(self, x_BI: RankerInput, h_BD: Tensor) -> Tensor:
         """float32 logits [B, R, C]. Half precision would decide near-ties by rounding.
 
         Args:
             x_BI: The ranker's input.
             h_BD: The encoder's output.
         """
-        parts = {"raw": (x_BI,), "encoder": (h_BD,), "both": (x_BI, h_BD)}[self.config.input]
+        if isinstance(x_BI, SplitInput) and (q := self._of_split(x_BI)) is not None:
+            return self.after_product(q)
+        of_input = {"raw": (x_BI,), "encoder": (h_BD,), "both": (x_BI, h_BD)}[self.config.input]
+        parts = [whole(part) for part in of_input]
         with torch.autocast(x_BI.device.type, enabled=False):
             v_BV = self._normalised([part.float() for part in parts])
             z: Tensor = self.up(self.down(v_BV))
             return z.view(-1, self.num_routers, self.columns)
+
+    def _of_split(self, x: SplitInput) -> Tensor | None:
+        """The first map's product, if it reads the input alone, column by column, and no batch counts for moments."""
+        by_column = self.config.norm != "layer" and not (self.training and self.moments is not None)
+        if self.config.input != "raw" or not by_column or not isinstance(self.down, nn.Linear):
+            return None
+        with torch.autocast(x.device.type, enabled=False):
+            if self.moments is not None:
+                x = self.moments.standardise_split(x, _CLIP)
+            return x.linear(self.down.weight)
 
     def fold(self, x_BI: Tensor) -> FoldedMap | None:
         """The norm and the first map, if they read ``x_BI`` alone, column by column; None if they do not.

@@ -1,0 +1,182 @@
+"""Scores for which what a request shares is computed once are those of each instance by itself."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from smes.arrays import F32, I64
+from smes.events import ExampleBlock
+from smes.model.config import ModelConfig, OptimizerConfig, RankerName
+from smes.model.deltas import RowDelta
+from smes.model.learner import Learner
+from smes.model.request_kernels import equal_in_requests
+from smes.model.request_split import Splits, features_shared
+from smes.model.serving import ServingModel, TensorRows, group_columns
+from smes.model.serving_rows import ServingTable, Shadow, TableRows
+from smes.rankers.ranker_input import RequestRows
+from smes.schema import MISSING, Feature, Schema, Task
+
+SCHEMA = Schema(
+    "requests",
+    tasks=(Task("click"), Task("watch", kind="regression", max_value=600.0)),
+    features=(
+        Feature("age", kind="numeric"),
+        Feature("recent", kind="sequence", max_length=4, vocabulary="item_id", query="item_id"),
+        Feature("city", dim=2),
+        Feature("price", kind="numeric", transform="log1p"),
+        Feature("outcomes", kind="sequence", max_length=4, accompanies="recent"),
+        Feature("tags", kind="bag", max_length=3),
+        Feature("hour", kind="numeric", indicator=False),
+    ),
+)
+IDS, NUMBERS = [f.name for f in SCHEMA.id_features], [f.name for f in SCHEMA.numeric_features]
+COUNTS = (9, 1, 30, 6)
+N = sum(COUNTS)
+STARTS = np.cumsum((0, *COUNTS[:-1]))
+HISTORY = {"recent", "outcomes"}
+SHARED = {
+    "items differ": ({"user_id", "city", "age", "hour", *HISTORY}, {"user_id", "city", "age", "hour", *HISTORY}),
+    "all but one": ({*IDS, *NUMBERS} - {"tags"}, {*IDS, *NUMBERS} - {"tags"}),
+    # Entries and their target, or entries and their companions, go with the items if one of them does.
+    "histories differ": ({*IDS, "price"} - HISTORY, {"user_id", "city", "tags", "price"}),
+    "outcomes differ": ({*IDS, "hour"} - {"outcomes"}, {"user_id", "city", "tags", "hour"}),
+}
+"""What is equal within a request, and what is therefore computed once."""
+
+
+def rows(shared: set[str], starts: I64 = STARTS, seed: int = 0) -> tuple[I64, F32]:
+    """Instances whose requests have these features in common; ids and numbers are missing here and there."""
+    rng = np.random.default_rng(seed)
+    request_N = np.searchsorted(starts, np.arange(N), side="right") - 1
+    ids = rng.integers(0, 12, (N, SCHEMA.id_width))
+    ids[rng.random(ids.shape) < 0.3] = MISSING
+    ids[:, :2] = np.abs(ids[:, :2])
+    numerics = rng.normal(size=(N, SCHEMA.num_numerics)).astype(np.float32) * 30
+    numerics[rng.random(numerics.shape) < 0.2] = np.nan
+    numerics[3, 1] = 1e30  # which nothing measures
+    for name in shared & {*IDS}:
+        ids[:, SCHEMA.id_slices[name]] = ids[starts[request_N], SCHEMA.id_slices[name]]
+    for i, name in enumerate(NUMBERS):
+        if name in shared:
+            numerics[:, i] = numerics[starts[request_N], i]
+    return ids, numerics
+
+
+def trained(ranker: RankerName) -> Learner:
+    """A learner after a few steps."""
+    learner = Learner(SCHEMA, ModelConfig(ranker), OptimizerConfig(), device=torch.device("cpu"))
+    rng = np.random.default_rng(1)
+    for seed in range(8):
+        ids, numerics = rows(set(), seed=seed)
+        labels = (rng.random((N, 2)) < 0.5) * np.array([1, 40])
+        block = replace(ExampleBlock.empty(SCHEMA, N), ids=ids, numerics=numerics, labels=labels.astype(np.float32))
+        learner.step(learner.prepare(replace(block, label_mask=np.ones((N, 2), np.bool_))))
+    return learner
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[RankerName, ServingModel]:
+    """Models of several rankers."""
+    names: tuple[RankerName, ...] = ("smes", "mmoe", "linear")
+    learners = [trained(name) for name in names]
+    return {
+        name: ServingModel.from_state(SCHEMA, one.config, one.serving_state())
+        for name, one in zip(names, learners, strict=True)
+    }
+
+
+@pytest.mark.parametrize("ranker", ["smes", "mmoe", "linear"])
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("starts", [STARTS, STARTS[:1], np.arange(0, N, 23)], ids=["uneven", "one", "even"])
+def test_scores_are_those_of_each_instance_by_itself(
+    models: dict[RankerName, ServingModel], ranker: RankerName, case: str, starts: I64
+) -> None:
+    model = models[ranker]
+    model._splits = Splits(SCHEMA, model._splits._embedding_dim)  # no other case's will do
+    equal, computed_once = SHARED[case]
+    ids, numerics = rows(equal, starts)
+    alone = model.score(ids, numerics, requests=np.arange(N))
+    together = model.score(ids, numerics, requests=starts)
+    np.testing.assert_allclose(together, alone, rtol=2e-6, atol=1e-6)
+    again = model.score(ids, numerics, requests=starts)  # with what was kept of the weights
+    np.testing.assert_array_equal(together, again)
+    used = model._splits.of(model._derive(ids, numerics, None, np.zeros(0, np.float32)), starts)
+    assert used is not None
+    assert {name for name, once in zip([*IDS, *NUMBERS], used.shared, strict=True) if once} == computed_once
+
+
+def test_one_request_is_the_default_and_few_shared_columns_or_rows_are_read_whole(
+    models: dict[RankerName, ServingModel],
+) -> None:
+    model = models["smes"]
+    ids, numerics = rows(SHARED["items differ"][0], STARTS[:1])
+    np.testing.assert_array_equal(model.score(ids, numerics), model.score(ids, numerics, requests=STARTS[:1]))
+    for equal, starts in (({"city"}, STARTS[:1]), ({*IDS, *NUMBERS}, np.arange(0, N, 2))):
+        ids, numerics = rows(equal, starts)
+        read = model._derive(ids, numerics, None, np.zeros(0, np.float32))
+        assert model._splits.of(read, starts) is None
+        scores = model.score(ids, numerics, requests=starts)
+        np.testing.assert_array_equal(scores, model.score(ids, numerics, requests=np.arange(N)))
+
+
+@pytest.mark.parametrize("requests", [[], [1], [0, N], [0, 4, 4], [0, 5, 3]])
+def test_requests_that_are_no_rising_rows_are_refused(
+    models: dict[RankerName, ServingModel], requests: list[int]
+) -> None:
+    with pytest.raises(ValueError, match="requests: expected rising numbers from 0"):
+        models["linear"].score(*rows(set()), requests=np.array(requests, np.int64))
+
+
+def test_chance_makes_no_split_of_its_own(models: dict[RankerName, ServingModel]) -> None:
+    model = models["smes"]
+    for extra in (set(), {"tags"}, {"price"}):  # the history alone has most columns
+        ids, numerics = rows(SHARED["items differ"][0] | extra, STARTS[:1])
+        model.score(ids, numerics)
+        read = model._derive(ids, numerics, None, np.zeros(0, np.float32))
+        splits = {id(model._splits.of(read, STARTS[:1])) for _ in range(2)}
+        assert len(splits) == 1
+    assert len(model._splits._known) <= 8
+
+
+def test_equal_columns_are_found_within_requests() -> None:
+    ids, _ = rows({"user_id", "tags"})
+    equal = equal_in_requests(ids, STARTS)
+    ends = [*STARTS[1:], N]
+    expected = [all(len(set(ids[a:b, c])) == 1 for a, b in zip(STARTS, ends, strict=True)) for c in range(len(ids.T))]
+    np.testing.assert_array_equal(equal, expected)
+    assert equal.sum() >= 4
+    assert not features_shared(SCHEMA, np.zeros(SCHEMA.id_width, np.bool_), np.zeros(3, np.bool_)).any()
+
+
+def test_every_reader_reads_some_columns_as_it_reads_all() -> None:
+    learner = trained("linear")
+    state = learner.serving_state()
+    ids, _ = rows(set(), seed=3)
+    ids[0, 0] = 777  # never seen: it reads the row of its vocabulary
+    columns = np.array([0, 3, 7])
+    groups = group_columns(SCHEMA, learner.config)
+    keys, weights = state["table.keys"].numpy(), {name: state[f"table.{name}"].numpy() for name in groups}
+    table, tensors = ServingTable(groups), TensorRows(SCHEMA, learner.config, state)
+    table.add(keys[1:], {name: array[1:] for name, array in weights.items()})
+    delta = RowDelta(keys[:1], {name: array[:1] for name, array in weights.items()}, np.zeros(0, np.int64))
+    for reader in (tensors, TableRows(tensors._keys, table, (Shadow(delta, 2, groups),)), learner.freeze().rows):
+        every, some = reader.read(ids), reader.read(ids[:, columns], columns)
+        assert set(every) == set(groups)
+        for name, values in every.items():
+            assert torch.equal(some[name], values[:, columns]), name
+
+
+@pytest.mark.parametrize("counts", [(7,), (4, 4, 4), (5, 1, 3), (1,) * 9 + (40,)])
+def test_products_with_what_requests_have(counts: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, starts = sum(counts), torch.tensor(np.cumsum((0, *counts[:-1])))
+    request_rows = RequestRows(starts, n)
+    x_NA = torch.randn(n, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    y_RAC = torch.randn(len(counts), 3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    request_N = [r for r, count in enumerate(counts) for _ in range(count)]
+    assert request_rows.spread(starts).tolist() == [int(starts[r]) for r in request_N]
+    expected = torch.stack([x_NA[i] @ y_RAC[r] for i, r in enumerate(request_N)])
+    torch.testing.assert_close(request_rows.product(x_NA, y_RAC), expected)
+    torch.autograd.gradcheck(request_rows.product, (x_NA, y_RAC))
