@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from smes.arm_names import MAIN
-from smes.arrays import F32
+from smes.arrays import F32, I64
 from smes.errors import SmesError
 from smes.model.serving import Explained
 from smes_io.clock import wall_clock_ms
@@ -25,7 +25,7 @@ from smes_scorer.request import FieldError, ScoreRequest
 from smes_scorer.scoring_queue import Done
 from smes_scorer.shadow_scoring import Answered
 from smes_scorer.telemetry import Telemetry
-from smes_scorer.versions import Explaining, Knowing, ServedModel
+from smes_scorer.versions import Explaining, Knowing, OfRequests, Scorable, ServedModel
 
 MOST_TOGETHER = 1_000
 """Most items that are scored in one call for several requests."""
@@ -192,7 +192,7 @@ class Answerer:
             ids_NW = np.concatenate([asked.rows.ids for asked in together])
             numerics_NF = np.concatenate([asked.rows.numerics for asked in together])
             try:
-                scores_NT = served.model.score(ids_NW, numerics_NF, times_N)
+                scores_NT = _scores_of_requests(served.model, ids_NW, numerics_NF, times_N, counts)
             except Exception:  # each is scored alone, and what is wrong is said where it is
                 _logger.debug("requests could not be scored together", exc_info=True)
                 return None
@@ -264,6 +264,13 @@ class Answerer:
         first = first_answers.answered(key, self._now_ms())
         if first is not None:
             telemetry.first_answer(first)
+
+
+def _scores_of_requests(model: Scorable, ids_NW: I64, numerics_NF: F32, times_N: I64, counts: Sequence[int]) -> F32:
+    if not isinstance(model, OfRequests):
+        return model.score(ids_NW, numerics_NF, times_N)
+    starts_R = np.cumsum(counts, dtype=np.int64) - np.array(counts, np.int64)
+    return model.score_requests(ids_NW, numerics_NF, times_N, starts_R)
 
 
 def by_one_version(

@@ -71,6 +71,10 @@ class TableModel:
         """As :meth:`smes.model.serving.ServingModel.score`."""
         return self.model.score(ids, numerics, now_ms)
 
+    def score_requests(self, ids: I64, numerics: F32, now_ms: I64, requests: I64) -> F32:
+        """As :meth:`smes_scorer.versions.OfRequests.score_requests`."""
+        return self.model.score(ids, numerics, now_ms, requests=requests)
+
     def explain(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> Explained:
         """As :meth:`smes.model.serving.ServingModel.explain`."""
         return self.model.explain(ids, numerics, now_ms)

@@ -54,6 +54,15 @@ class Knowing(Scorable, Protocol):
 
 
 @runtime_checkable
+class OfRequests(Scorable, Protocol):
+    """A model that computes once what instances of a request share."""
+
+    def score_requests(self, ids: I64, numerics: F32, now_ms: I64, requests: I64) -> F32:
+        """Score instances of several requests; as :meth:`smes.model.serving.ServingModel.score` with ``requests``."""
+        ...
+
+
+@runtime_checkable
 class Explaining(Scorable, Protocol):
     """A model that can say what its scores are made of."""
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import redis
 from fastapi import FastAPI
@@ -21,7 +22,7 @@ from smes.schema import Schema
 from smes_scorer.app import create_app
 from smes_scorer.arms import user_point
 from smes_scorer.config import ArmConfig, ScorerConfig
-from smes_scorer.loading import load_table_model
+from smes_scorer.loading import TableModel, load_table_model
 from smes_scorer.versions import Scorable
 from tests.smes_scorer.made_payloads import full_payload
 from tests.smes_scorer.test_explain import SCHEMA, learner
@@ -39,19 +40,29 @@ REQUESTS: list[dict[str, Any]] = [
 class Held:
     """A model that scores when the test lets it, and fails for one item; it keeps how many items each call had."""
 
-    def __init__(self, model: Scorable) -> None:
+    def __init__(self, model: TableModel) -> None:
         self._model = model
         self.opened, self.begun = threading.Event(), threading.Event()
         self.opened.set()
         self.calls: list[int] = []
+        self.told_apart: list[bool] = []
 
     def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
+        self._enter(ids)
+        return self._model.score(ids, numerics, now_ms)
+
+    def score_requests(self, ids: I64, numerics: F32, now_ms: I64, requests: I64) -> F32:
+        self._enter(ids)
+        users = [set(part[:, 0].tolist()) for part in np.split(ids, requests[1:])]
+        self.told_apart.append(requests[0] == 0 and all(len(some) == 1 for some in users))
+        return self._model.score_requests(ids, numerics, now_ms, requests)
+
+    def _enter(self, ids: I64) -> None:
         self.begun.set()
         assert self.opened.wait(60), "the test did not open the gate within 60 s"
         self.calls.append(len(ids))
         if (ids[:, 1] == BAD_ITEM).any():
             raise RuntimeError("a bug")
-        return self._model.score(ids, numerics, now_ms)
 
 
 def same(together: httpx.Response, alone: httpx.Response) -> None:
@@ -119,6 +130,9 @@ def test_requests_that_wait_are_scored_together_and_answered_as_alone(
     for got, expected in zip([first.result(), *together], [alone[0], *alone], strict=True):
         same(got, expected)
     assert good.status_code == 200
+    told_apart = [one for model in models for one in model.told_apart]
+    assert told_apart or share is None, "one item makes each call for several requests fail, where there is one arm"
+    assert all(told_apart)
     if share is not None:
         of_b = [user for user in range(1, 9) if user_point(user, b"x") < share]
         assert [answer.json()["arm"] == "b" for answer in together[:8]] == [user in of_b for user in range(1, 9)]
