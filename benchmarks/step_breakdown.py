@@ -20,8 +20,9 @@ from smes.model.features import FeatureLayer
 from smes.model.fused_adam import FusedAdam
 from smes.model.learner import Learner
 from smes.model.numeric_moments import NumericMoments
-from smes.model.rank_model import TaskHeads, TaskOutputs
 from smes.model.table_host import HostTable
+from smes.model.task_heads import TaskHeads
+from smes.model.task_outputs import TaskOutputs
 from smes.rankers.ranker import Encoder
 from smes.rankers.sparse import experts, routing
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
@@ -67,9 +68,9 @@ _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("experts", LowRankExperts, "forward"),
     ("experts", ResidualExperts, "forward"),
     ("heads", TaskHeads, "forward"),
-    ("heads", TaskOutputs, "gradient_factors"),
-    ("heads", TaskOutputs, "trust"),
-    ("heads", TaskOutputs, "logits"),
+    ("heads", TaskHeads, "of_streams"),
+    ("heads", TaskOutputs, "rates"),
+    ("heads", TaskOutputs, "with_borrowed"),
     ("heads", TaskOutputs, "scores"),
     ("heads", TaskOutputs, "loss"),
     ("heads", TaskOutputs, "observe"),

@@ -7,6 +7,7 @@ import numpy as np
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.id_map_kernels import compile_map_kernels
+from smes.model.borrowing_kernels import compile_borrowing_kernels
 from smes.model.id_rows import IdRows
 from smes.model.id_rows_kernels import not_among, not_seen_since, oldest
 from smes.model.ids import uniform_rows
@@ -15,6 +16,7 @@ from smes.model.request_kernels import compile_request_kernels
 from smes.model.rows_config import RowsConfig
 from smes.model.serving_kernels import compile_serving_kernels
 from smes.model.table_kernels import compile_kernels
+from smes.model.task_kernels import compile_task_kernels
 from smes.rankers.column_kernels import compile_column_kernels
 from smes.rankers.sparse.routing_kernels import compile_routing_kernels
 from smes.schema import Schema
@@ -41,6 +43,8 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_request_kernels()
     compile_routing_kernels()
     compile_column_kernels()
+    compile_task_kernels()
+    compile_borrowing_kernels()
     NumericMoments(schema).observe(np.ones((1, schema.inputs.num_numerics), np.float32))
     return examples
 

@@ -9,6 +9,9 @@ Letters: B instances, T tasks.
 import torch
 from torch import Tensor, nn
 
+from smes.model.borrowing_kernels import add_borrowed, add_pairs, solve_pairs
+from smes.rankers.kernels import on_host
+
 _RIDGE = 0.1
 _LEAST = 0.1  # the least factor of a base rate; its inverse is the greatest
 _HORIZON = 1e7  # labels; longer than that of the base rates: pairs of labels are rarer
@@ -41,6 +44,23 @@ class LabelRegression(nn.Module):
             self.register_buffer(name, torch.zeros(num_tasks, num_tasks, dtype=torch.float64))
         self.register_buffer("weight_TT", torch.zeros(num_tasks, num_tasks))
 
+    def add_to(self, logits_BT: Tensor, base_T: Tensor) -> Tensor:
+        """Add what is borrowed to the tasks' own logits.
+
+        Args:
+            logits_BT: float32, with base rates.
+            base_T: float32, the base rates as logits.
+        """
+        if not on_host(logits_BT):
+            borrowed_BT: Tensor = self(logits_BT.sigmoid(), base_T.sigmoid())
+            return logits_BT + borrowed_BT
+        if not self.weight_TT.numpy().any():
+            return logits_BT
+        added_BT = torch.zeros(logits_BT.shape)
+        rate_BT = logits_BT.detach().sigmoid()
+        add_borrowed(rate_BT.numpy(), base_T.numpy(), self.weight_TT.numpy(), _LEAST, added_BT.numpy())
+        return logits_BT + added_BT
+
     def forward(self, rate_BT: Tensor, mean_T: Tensor) -> Tensor:
         """What to add to the logits.
 
@@ -68,13 +88,20 @@ class LabelRegression(nn.Module):
             weight_BT: Sample weights; 0 where there is no label.
             is_binary_T: bool.
         """
+        sums = (self.count_TT, self.sum_TT, self.product_TT)
+        if on_host(self.count_TT):
+            cells = (labels_BT.double().contiguous().numpy(), weight_BT.double().contiguous().numpy())
+            count, total, product = (tensor.numpy() for tensor in sums)
+            add_pairs(*cells, _HORIZON, count, total, product)
+            solve_pairs(count, total, product, is_binary_T.numpy(), self._ratio, _RIDGE, self.weight_TT.numpy())
+            return
         present_BT, weight_BT = (weight_BT > 0).double(), weight_BT.double()
         weighted_BT = labels_BT.double() * weight_BT
         self.count_TT.add_(weight_BT.T @ present_BT)
         self.sum_TT.add_(weighted_BT.T @ present_BT)
         self.product_TT.add_(weighted_BT.T @ (labels_BT.double() * present_BT))
         fade_TT = (_HORIZON / self.count_TT).clamp(max=1.0)
-        for sums_TT in (self.count_TT, self.sum_TT, self.product_TT):
+        for sums_TT in sums:
             sums_TT.mul_(fade_TT)
         mean_TT = self.sum_TT / self.count_TT.clamp(min=1e-12)
         covariance_TT = self.product_TT / self.count_TT.clamp(min=1e-12) - mean_TT * mean_TT.T

@@ -29,7 +29,8 @@ from smes.arrays import F64, prefixed, under
 from smes.model.config import ModelConfig, OptimizerConfig, RareTasksConfig
 from smes.model.devices import RankBatch
 from smes.model.fused_adam import FusedAdam
-from smes.model.rank_model import ModelOutput, TaskOutputs
+from smes.model.rank_model import ModelOutput
+from smes.model.task_outputs import TaskOutputs
 from smes.rankers.config import task_groups
 from smes.rankers.ranker import Clusters, RunningMoments
 from smes.schema import Schema
@@ -135,16 +136,20 @@ class Corrections:
 
     def before_backward(self, output: ModelOutput) -> None:
         """Keep the gradient of the tasks' representations."""
-        if output.ranker.tasks_BTH is not None:
-            output.ranker.tasks_BTH.retain_grad()
+        keeps = output.ranker.tasks_BTH if output.task_gradients is None else output.logits_BT
+        if keeps is not None:
+            keeps.retain_grad()
 
     def after_backward(self, output: ModelOutput, batch: RankBatch) -> None:
         """Score the batch with each correction, then take a step with all of them."""
         logits_BT, x_BI = output.logits_BT.detach(), output.x_BI.detach()
         B, T = logits_BT.shape
-        tasks_BTH, gradient_BTH = output.ranker.tasks_BTH, None
+        with torch.no_grad():
+            tasks_BTH, gradient_BTH = output.ranker.tasks_BTH, None
         if tasks_BTH is None:
             tasks_BTH = x_BI.new_zeros(B, T, 0)
+        elif output.task_gradients is not None and output.logits_BT.grad is not None:
+            gradient_BTH = output.task_gradients(output.logits_BT.grad)
         else:
             tasks_BTH, gradient_BTH = tasks_BTH.detach().float(), tasks_BTH.grad
         if gradient_BTH is None:

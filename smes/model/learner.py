@@ -241,7 +241,7 @@ class Learner:
         """Take in the final labels of impressions that were trained on before these were known.
 
         They teach which labels come together, which examples of single labels cannot; see
-        :meth:`smes.model.rank_model.TaskOutputs.observe_final`. No weights are trained on them.
+        :meth:`smes.model.task_outputs.TaskOutputs.observe_final`. No weights are trained on them.
         """
         columns = [self._device.send(c) for c in (examples.labels, examples.label_mask, examples.weight)]
         self._device.receive(columns, self._device.ticket())

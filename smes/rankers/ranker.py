@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smes.rankers.kernels import column_sums
+from smes.rankers.column_kernels import merge_weighted
+from smes.rankers.kernels import column_sums, on_host
 from smes.rankers.ranker_input import RankerInput, SplitInput
+from smes.rankers.streams import SharedStreams
 
 _ROUNDED = 0.9999  # a value so near to the clip counts as beyond it
 _FAR_FROM_ZERO = 64.0  # deviations
@@ -52,6 +54,10 @@ class RunningMoments(nn.Module):
         if weight_BC is None:
             mean_C, variance_C = self._batch_moments(x_BC)
             self._merge(torch.full_like(mean_C, len(x_BC)), mean_C, variance_C)
+        elif on_host(self.mean_C):
+            cells = (x_BC.double().contiguous(), weight_BC.double().contiguous())
+            moments = (self.count_C, self.mean_C, self.variance_C)
+            merge_weighted(*(t.numpy() for t in cells), self._horizon, *(t.numpy() for t in moments))
         else:
             x_BC, weight_BC = x_BC.double(), weight_BC.double()
             new_C = weight_BC.sum(dim=0)
@@ -222,15 +228,22 @@ class RankerOutput:
     """Result of one forward pass.
 
     Attributes:
-        tasks_BTH: A representation per task, from which the task heads predict; None for a ranker that leaves
-            everything to the linear part.
+        representations: One per task, from which the task heads predict: [B, T, H], or what tasks share; None for a
+            ranker that leaves everything to the linear part.
         auxiliary_loss: Scalar to add to the task losses; None for no such loss, and outside training.
         stats: None for a ranker without experts, and outside training.
     """
 
-    tasks_BTH: Tensor | None
+    representations: Tensor | SharedStreams | None
     auxiliary_loss: Tensor | None = None
     stats: RoutingStats | None = None
+
+    @property
+    def tasks_BTH(self) -> Tensor | None:
+        """The tasks' representations; where tasks share, they are laid out anew with each call."""
+        if isinstance(self.representations, SharedStreams):
+            return self.representations.for_tasks()
+        return self.representations
 
 
 class Ranker(Protocol):

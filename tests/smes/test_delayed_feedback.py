@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smes.model.delayed_feedback import DelayedWeights
-from smes.model.rank_model import TaskOutputs
+from smes.model.task_outputs import TaskOutputs
 from smes.schema import Schema, Task
 
 SCHEMA = Schema("tasks", tasks=(Task("click"), Task("watch", kind="regression", max_value=100.0), Task("like")))

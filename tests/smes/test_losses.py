@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from smes.model.rank_model import TaskHeads, TaskOutputs
+from smes.model.task_heads import TaskHeads
+from smes.model.task_outputs import TaskOutputs
 from smes.schema import Schema, Task
 
 _SCHEMA = Schema(

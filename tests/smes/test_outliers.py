@@ -13,7 +13,7 @@ from smes.arrays import F64, Bool
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
-from smes.model.rank_model import TaskOutputs
+from smes.model.task_outputs import TaskOutputs
 from smes.schema import Feature, Schema, Task
 from tests.smes.plain_smes import plain
 from tests.smes.streams import history_stream

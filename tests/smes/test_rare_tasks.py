@@ -11,8 +11,9 @@ from torch import Tensor
 from smes.model.config import ModelConfig, OptimizerConfig, RankerName, RareTasksConfig
 from smes.model.features import FeatureInputs
 from smes.model.learner import Learner
-from smes.model.rank_model import RankModel, TaskOutputs, build_model
+from smes.model.rank_model import RankModel, build_model
 from smes.model.serving import ServingModel
+from smes.model.task_outputs import TaskOutputs
 from smes.rankers.config import SharedBottomConfig
 from smes.rankers.sparse.config import SmesConfig
 from smes.schema import Feature, Schema, Task

@@ -25,7 +25,8 @@ from smes.rankers.sparse.groups import GroupFinder
 from smes.rankers.sparse.newcomers import Newcomers, SharedExperts
 from smes.rankers.sparse.router import BALANCE_LOSSES, Router
 from smes.rankers.sparse.routing import EarlyChoice, Routing, early_stages, expert_load
-from smes.rankers.structure import Structure
+from smes.rankers.streams import SharedStreams
+from smes.rankers.structure import NEWCOMER, Structure
 
 
 class TaskReads(nn.Module, ABC):
@@ -219,6 +220,9 @@ class SMES(nn.Module):
     """
 
     place_T: Tensor
+    stream_T: Tensor
+    share_TS: Tensor
+    newcomers_NN: Tensor
 
     def __init__(
         self,
@@ -260,6 +264,13 @@ class SMES(nn.Module):
             self.newcomers = Newcomers(input_dim, width, width + self._padding, own_N, config)
         order = torch.tensor([*structure.founders, *structure.newcomers])
         self.register_buffer("place_T", order.argsort(), persistent=False)
+        streams = len(self.reads.group_R) + len(structure.newcomers)
+        new = iter(range(len(self.reads.group_R), streams))
+        stream_T = [next(new) if router == NEWCOMER else router for router in structure.router_T]
+        self._one_each = stream_T == list(range(streams))
+        self.register_buffer("stream_T", torch.tensor(stream_T), persistent=False)
+        self.register_buffer("share_TS", F.one_hot(self.stream_T, streams).float(), persistent=False)
+        self.register_buffer("newcomers_NN", torch.eye(len(structure.newcomers)), persistent=False)
 
     def forward(self, x_BI: RankerInput) -> RankerOutput:
         """Encode, route, run each chosen expert once per instance, combine the outputs for each task.
@@ -274,14 +285,16 @@ class SMES(nn.Module):
             plan = dispatch(routing, trim=x_BI.device.type == "cpu" if self.trim is None else self.trim)
         padded_BD = F.pad(h_BD, (0, self._padding)) if self._padding else h_BD
         y_PH = self.experts(padded_BD, plan)
-        tasks_BTH = self.reads.outputs(combine(y_PH, routing.weights_BRK, plan))
+        streams_BSH = combine(y_PH, routing.weights_BRK, plan)
         if self.newcomers is not None:
             new_BNH = self.newcomers(x_BI, h_BD, padded_BD, SharedExperts(y_PH, routing, plan))
-            tasks_BTH = self._in_order(tasks_BTH, new_BNH.to(tasks_BTH.dtype), dim=1)
+            streams_BSH = torch.cat([streams_BSH, new_BNH.to(streams_BSH.dtype)], dim=1)
+        common_BH = None
         if self.trunk is not None:
-            tasks_BTH = tasks_BTH + self.trunk(x_BI if self.config.trunk_input == "raw" else h_BD).unsqueeze(1)
+            common_BH = self.trunk(x_BI if self.config.trunk_input == "raw" else h_BD)
+        shared = self._shared(streams_BSH, common_BH)
         if not self.training:
-            return RankerOutput(tasks_BTH)
+            return RankerOutput(shared)
         load_RE = expert_load(routing.experts_BRK, self.config.experts.num)
         balance_loss = self.balance(routing, load_RE)
         self.selection.observe(len(x_BI))
@@ -291,7 +304,7 @@ class SMES(nn.Module):
                 balance_loss = loss if balance_loss is None else balance_loss + loss
             every_NE = load_RE.amax(dim=0).expand(len(self.structure.newcomers), -1)
             load_TE = self._in_order(load_TE, every_NE, dim=0)
-        return RankerOutput(tasks_BTH, balance_loss, RoutingStats(plan.active_B, load_TE))
+        return RankerOutput(shared, balance_loss, RoutingStats(plan.active_B, load_TE))
 
     def _read(self, x_BI: RankerInput) -> tuple[Tensor, Tensor]:
         """The encoder's output, and the routers' logits: in training on the CPU with one product for both."""
@@ -375,6 +388,17 @@ class SMES(nn.Module):
     def regroup(self, groups: Clusters) -> None:
         """Route the tasks by groups that the search found."""
         self.reads.regroup(groups)
+
+    def _shared(self, streams_BSH: Tensor, common_BH: Tensor | None) -> SharedStreams:
+        """What each task reads of the routers' outputs, behind which those of the newcomers follow."""
+        if not isinstance(self.reads, FoundReads):
+            return SharedStreams(streams_BSH, self.share_TS, self.stream_T, common_BH, self._one_each)
+        share_TS = self.reads.share_TG
+        if self.newcomers is not None:
+            founders_TS = F.pad(share_TS, (0, len(self.newcomers_NN)))
+            newcomers_NS = F.pad(self.newcomers_NN, (share_TS.shape[1], 0))
+            share_TS = self._in_order(founders_TS, newcomers_NS, dim=0)
+        return SharedStreams(streams_BSH, share_TS, None, common_BH)
 
     def _in_order(self, founders: Tensor, newcomers: Tensor, dim: int) -> Tensor:
         """Rows of the founding tasks and of the newcomers, in the order of the tasks."""
