@@ -194,6 +194,7 @@ class RecordingEvaluation(ProgressiveEvaluation):
             config.trainer.evaluation,
             freeze=lambda: recorded(FrozenModel.freeze(learner, device)),
             thaw=lambda state: recorded(FrozenModel.thaw(learner, state, device)),
+            scored_together=1,
         )
 
     def before_step(self, examples: ExampleBlock) -> None:

@@ -20,8 +20,9 @@ from smes.model.rows_config import RowsConfig
 from smes.schema import Schema, Task
 from smes.schema_change import NEW, SchemaChange
 from stream.carry_over import carry_over_stream, waiting_in
-from stream.join.joiner import JoinConfig
+from stream.config import JoinConfig
 from trainer.checkpoint_file import Checkpoint
+from trainer.evaluation import with_all_scored
 from trainer.gate_verdicts import Marks
 from trainer.routing_history import RoutingHistory
 from trainer.schemas_before import SchemasBefore
@@ -128,6 +129,7 @@ class CarryOver:
 
 def carry_over_evaluation(state: Arrays, change: SchemaChange) -> Arrays:
     """The state of an evaluation: figures go on by task; the frozen weights of the open window are given up."""
+    state = with_all_scored(state)
     fixed = ("frozen.", *(f"{t}." for t in range(change.was.num_tasks)))
     converted = {name: array for name, array in state.items() if not name.startswith(fixed)}
     converted["group_auc"] = change.by_task(state["group_auc"], 0.0, axis=0)

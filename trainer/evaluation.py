@@ -13,6 +13,8 @@ Within a group, nothing may change that the group's own labels can influence: ne
 history. So windows lie within fixed periods of event time, as those of the schema's history do
 (:attr:`smes.schema.History.window_s`); by default they are the same. A length that would let a window reach over the
 end of one of the history's windows is refused.
+
+The frozen copy scores many examples at once, when a few thousand wait (:mod:`trainer.waiting_examples`).
 """
 
 from collections.abc import Callable
@@ -29,10 +31,12 @@ from smes.schema import Schema
 from trainer.config import EvaluationConfig
 from trainer.observers import Observer, StepFigures
 from trainer.ranked_windows import OpenImpressions, RankedWindow
+from trainer.waiting_examples import SCORES, WAITING, WaitingExamples
 
 _FIRST_WINDOW_EXAMPLES = 1024
 _DAY_S = 86_400.0
 _PLAIN_WINDOW, _LARGEST_WINDOW = 16_384, 262_144
+_SCORED_TOGETHER = 2048  # twice as many cost a tenth less each, and a live training waits for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,8 @@ class ProgressiveEvaluation(Observer):
         freeze: Makes a model of the present weights.
         thaw: Makes the model again that a state was taken from, when the weights are those of the same moment.
         first_window_counts: Whether the GAUC of the first window counts, because its weights have learned something.
+        scored_together: So many examples of a window wait until they are scored together, ≥ 1. With 1, each batch is
+            scored when it comes.
 
     Raises:
         ValueError: ``window_s`` is not a whole part of the schema's history window.
@@ -99,6 +105,7 @@ class ProgressiveEvaluation(Observer):
         freeze: Callable[[], FrozenModel],
         thaw: Callable[[Arrays], FrozenModel],
         first_window_counts: bool = False,
+        scored_together: int = _SCORED_TOGETHER,
     ) -> None:
         self._schema, self._freeze, self._thaw = schema, freeze, thaw
         history = schema.history
@@ -119,10 +126,11 @@ class ProgressiveEvaluation(Observer):
         self._window = RankedWindow(schema.num_tasks)
         self._unlabelled: dict[int, RankedWindow] = {}  # closed windows that wait for final labels, by number
         self._open = OpenImpressions(schema.num_tasks)
+        self._waiting, self._scored_together = WaitingExamples(schema), scored_together
         self._group_auc = np.zeros((schema.num_tasks, 2), np.float64)  # Σ weight · AUC, Σ weight of closed windows
 
     def before_step(self, examples: ExampleBlock) -> None:
-        """Score a batch with the window's frozen weights; open a new window first where one is due.
+        """Let the window's frozen weights score a batch, at once or later; open a new window first where one is due.
 
         Where a period ends within the batch, a copy of the weights from before the whole batch scores the rest. That
         copy is as old as the start of the next window, or older.
@@ -136,19 +144,37 @@ class ProgressiveEvaluation(Observer):
             if len(rows) == 0:
                 continue
             part = examples.take(rows) if len(rows) < len(examples) else examples
-            frozen = self._open_window(int(period_B[rows[0]]))
-            scores = self._as_served(part, frozen.score(part.ids, part.numerics, part.event_time_ms))
+            self._open_window_if_due(int(period_B[rows[0]]))
             self._window.scored += len(part)
-            if whole:
-                self._window.add(part, scores)
-            else:
-                self._open.begin(part.impression_id, self._window.number, scores)
+            self._waiting.add(part, whole=whole)
+            if not whole:
+                self._open.begin(part.impression_id, self._window.number)
+            if len(self._waiting) >= self._scored_together:
+                self._score_waiting()
 
-    def _open_window(self, period: int) -> FrozenModel:
-        """The frozen model of the open window, or of a new one if the period is over or the window is full."""
+    def _score_waiting(self) -> None:
+        """Score what waits, by the weights of the open window."""
+        if len(self._waiting):
+            examples, whole_N = self._waiting.all()
+            scores = self._scores_of_waiting()
+            self._waiting.clear()
+            if whole_N.any():
+                self._window.add(examples.take(whole_N), scores[whole_N])
+            self._open.score_frozen(examples.impression_id[~whole_N], scores[~whole_N])
+
+    def _scores_of_waiting(self) -> F32:
+        examples, _ = self._waiting.all()
+        if not len(examples):
+            return np.zeros((0, self._schema.num_tasks), np.float32)
+        assert self._frozen is not None, "what waits is scored before its window ends"
+        return self._as_served(examples, self._frozen.score(examples.ids, examples.numerics, examples.event_time_ms))
+
+    def _open_window_if_due(self, period: int) -> None:
+        """Open a new window if there is none, if the period is over, or if the window is full."""
         most = min(self._window_examples, max(_FIRST_WINDOW_EXAMPLES, self._before_window))
         if self._frozen is not None and period == self._period and self._window.scored < most:
-            return self._frozen
+            return
+        self._score_waiting()
         self._unlabelled[self._window.number] = self._window
         self._count_labelled()
         self._before_window += self._window.scored
@@ -158,10 +184,10 @@ class ProgressiveEvaluation(Observer):
         if self._frozen is not None:
             self._frozen.close()
         self._frozen = self._freeze()
-        return self._frozen
 
     def reopen(self) -> None:
         """Open a new window before the next step: the weights are not those that the open one goes on from."""
+        self._score_waiting()
         if self._frozen is not None:
             self._frozen.close()
             self._frozen = None
@@ -177,6 +203,8 @@ class ProgressiveEvaluation(Observer):
 
     def after_closing(self, examples: ExampleBlock) -> None:
         """Count impressions whose final labels have come, with their scores from before their first training."""
+        if self._waiting.have_one_of(examples):
+            self._score_waiting()
         known, noted = self._open.close(examples)
         trained = noted["is_trained_on"]
         self._tally(known.take(trained), noted["scores"][trained])
@@ -247,9 +275,14 @@ class ProgressiveEvaluation(Observer):
         return self._with_group_auc(self.progressive(), self._all_group_auc())
 
     def _all_group_auc(self) -> F64:
-        """Σ weight · AUC and Σ weight, windows that are not closed included. [T, 2]"""
+        """Σ weight · AUC and Σ weight, windows that are not closed included. [T, 2]
+
+        What waits is scored for it, and goes on waiting: where the next ones are scored must not depend on who asks.
+        """
         group_auc_T2 = self._group_auc.copy()
-        for window in (*self._unlabelled.values(), self._window):
+        examples, whole_N = self._waiting.all()
+        waiting = (examples.take(whole_N), self._scores_of_waiting()[whole_N])
+        for window in (*self._unlabelled.values(), self._window.with_more(*waiting)):
             group_auc_T2 += window.group_auc()
         return group_auc_T2
 
@@ -260,7 +293,11 @@ class ProgressiveEvaluation(Observer):
         return metrics
 
     def state(self) -> Arrays:
-        """Arrays from which :meth:`load_state` continues, with the windows that are not counted yet."""
+        """Arrays from which :meth:`load_state` continues, with the windows that are not counted yet.
+
+        What waits to be scored goes on waiting. It is there with its scores, too, for who has other weights
+        (:func:`with_all_scored`).
+        """
         state: Arrays = {"group_auc": self._group_auc, "window": np.array([self._period, self._before_window])}
         for t, tally in enumerate(self._tallies):
             state |= prefixed(f"{t}.", tally.state())
@@ -269,6 +306,7 @@ class ProgressiveEvaluation(Observer):
         for window in windows:
             state |= prefixed(f"window.{window.number}.", window.arrays())
         state |= prefixed("open.", self._open.state())
+        state |= self._waiting.state() | {SCORES: self._scores_of_waiting()}
         if self._frozen is not None:
             state |= prefixed("frozen.", self._frozen.state())
         return state
@@ -290,10 +328,26 @@ class ProgressiveEvaluation(Observer):
         self._window = windows.pop(max(windows))
         self._unlabelled = windows
         self._open.load_state(under("open.", state))
+        self._waiting.load_state(state)
         self._group_auc = state["group_auc"].copy()
         self._period, self._before_window = (int(n) for n in state["window"])
         frozen = under("frozen.", state)
         self._frozen = self._thaw(frozen) if frozen else None
+
+
+def with_all_scored(state: Arrays) -> Arrays:
+    """A state of :class:`ProgressiveEvaluation` whose open window ends: nothing waits in it to be scored."""
+    scored = {name: array for name, array in state.items() if not name.startswith(WAITING)}
+    examples, whole_N = WaitingExamples.of(state)
+    if examples is None:
+        return scored
+    scores, number = state[SCORES], int(state["windows"][:, 0].max())
+    window = RankedWindow(scores.shape[1], number, arrays=under(f"window.{number}.", state))
+    window.add(examples.take(whole_N), scores[whole_N])
+    opened = OpenImpressions(scores.shape[1])
+    opened.load_state(under("open.", state))
+    opened.score_frozen(examples.impression_id[~whole_N], scores[~whole_N])
+    return scored | prefixed(f"window.{number}.", window.arrays()) | prefixed("open.", opened.state())
 
 
 def _metrics(tally: BinaryTally | RegressionTally) -> TaskMetrics:

@@ -30,7 +30,12 @@ class FrozenEvaluation:
     def __init__(self, model: ServingModel, schema: Schema, config: EvaluationConfig) -> None:
         self._scores = _Kept(model)
         self._evaluation = ProgressiveEvaluation(
-            schema, config, freeze=lambda: self._scores, thaw=self._no_state, first_window_counts=True
+            schema,
+            config,
+            freeze=lambda: self._scores,
+            thaw=self._no_state,
+            first_window_counts=True,
+            scored_together=1,  # what follows takes the scores of each batch
         )
         self.impressions = 0
 

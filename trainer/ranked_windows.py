@@ -59,6 +59,13 @@ class RankedWindow:
         group = groups_of(examples)
         self._parts.append({"group": group, "scores": scores, "labels": examples.labels, "mask": mask})
 
+    def with_more(self, examples: ExampleBlock, scores: F32) -> "RankedWindow":
+        """A copy with further impressions, as :meth:`add` takes them; this window stays as it is."""
+        arrays = self.arrays()
+        other = RankedWindow(arrays["scores"].shape[1], self.number, counts=self.counts, arrays=arrays)
+        other.add(examples, scores)
+        return other
+
     def arrays(self) -> Arrays:
         """All columns."""
         merged = {name: np.concatenate([part[name] for part in self._parts]) for name in self._empty}
@@ -109,18 +116,21 @@ class OpenImpressions:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def begin(self, impression_id: I64, window: int, frozen: F32) -> None:
-        """Note the scores of a window's frozen weights, before the first step on these impressions.
+    def begin(self, impression_id: I64, window: int) -> None:
+        """Note these impressions before the first step on them.
 
         Args:
             impression_id: int64 [N].
             window: Number of the window.
-            frozen: float32 [N, T].
         """
         rows = self._rows.insert(impression_id)
         self._columns.reserve(self._rows.num_rows)
         arrays = self._columns.arrays
-        arrays["window"][rows], arrays["frozen"][rows], arrays["is_trained_on"][rows] = window, frozen, False
+        arrays["window"][rows], arrays["frozen"][rows], arrays["is_trained_on"][rows] = window, np.nan, False
+
+    def score_frozen(self, impression_id: I64, scores: F32) -> None:
+        """Note the scores that the window's frozen weights give, before :meth:`close`. int64 [N], float32 [N, T]."""
+        self._columns.arrays["frozen"][self._rows.find(impression_id)] = scores
 
     def score(self, impression_id: I64, scores: F32) -> None:
         """Note the scores that the weights had given just before that step. int64 [N], float32 [N, T]."""

@@ -17,10 +17,10 @@ from sklearn.metrics import roc_auc_score
 
 from smes.arm_names import arm_column
 from smes.arrays import F32, I64, Arrays
-from smes.events import ExampleBlock
+from smes.events import CLOSING, FIRST, WHOLE, ExampleBlock
 from smes.schema import MISSING, Feature, History, Schema, Task
 from trainer.config import EvaluationConfig
-from trainer.evaluation import FrozenModel, ProgressiveEvaluation
+from trainer.evaluation import FrozenModel, ProgressiveEvaluation, with_all_scored
 from trainer.observers import StepFigures
 
 SCHEMA = Schema("evaluated", tasks=(Task("click"), Task("like"), Task("watch", kind="regression")))
@@ -312,6 +312,70 @@ def test_a_restart_in_mid_window_changes_nothing(at: int) -> None:
     second.load_state(saved)
     run(second, weights, stream[at:])
     assert second.report() == whole.report()
+
+
+class _ByTheCall(_Frozen):
+    """Scores depend on how many rows are scored together, as the last bits of a real model's do."""
+
+    def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
+        return (super().score(ids, numerics) + len(ids) * ids[:, 1:2] % 7 / 70).astype(np.float32)
+
+
+class _WeightsByTheCall(Weights):
+    def freeze(self) -> FrozenModel:
+        return _ByTheCall(self.version)
+
+    @staticmethod
+    def thaw(state: Arrays) -> FrozenModel:
+        return _ByTheCall(int(state["version"][0]))
+
+
+def by_the_call(weights: Weights) -> ProgressiveEvaluation:
+    config = EvaluationConfig(window_s=150, window_examples=90)
+    return ProgressiveEvaluation(SCHEMA, config, freeze=weights.freeze, thaw=weights.thaw, scored_together=50)
+
+
+def test_what_is_scored_together_depends_on_the_examples_alone() -> None:
+    stream, weights = batches(700), _WeightsByTheCall()
+    run(whole := by_the_call(weights), weights, stream)
+
+    weights = _WeightsByTheCall()
+    evaluated = by_the_call(weights)
+    for batch in stream:
+        run(evaluated, weights, [batch])
+        evaluated.report()
+        state = {name: array.copy() for name, array in evaluated.state().items()}
+        evaluated = by_the_call(weights)
+        evaluated.load_state(state)
+
+    assert evaluated.report() == whole.report()
+    run(at_once := evaluation(EvaluationConfig(150, 90), weights := _WeightsByTheCall()), weights, stream)
+    assert at_once.report() != whole.report(), "the scores tell how many were scored together"
+
+
+@pytest.mark.parametrize("kind", [WHOLE, FIRST])
+def test_a_window_that_ends_by_force_counts_what_waited_in_it(kind: int) -> None:
+    stream, weights = batches(300), Weights()
+    for batch in stream:
+        batch.impression_id[:] = batch.event_time_ms
+        batch.kind[:] = kind
+    went_on = ProgressiveEvaluation(
+        SCHEMA, EvaluationConfig(), freeze=weights.freeze, thaw=weights.thaw, first_window_counts=True
+    )
+    run(went_on, weights, stream)
+    state = with_all_scored({name: array.copy() for name, array in went_on.state().items()})
+    assert not [name for name in state if name.startswith("waiting.")]
+    other = evaluation(EvaluationConfig(), weights)
+
+    other.load_state({name: array for name, array in state.items() if not name.startswith("frozen.")})
+
+    if kind == FIRST:
+        closings = ExampleBlock.concat(stream)
+        closings.kind[:] = CLOSING
+        for evaluated in (went_on, other):
+            evaluated.after_closing(closings)
+    assert other.report() == went_on.report()
+    assert other.report()["click"].gauc_windowed is not None
 
 
 def test_the_untrained_window_alone_gives_no_gauc() -> None:
