@@ -19,7 +19,8 @@ from smes.rankers.ranker_input import RankerInput, SplitInput
 from smes.rankers.streams import SharedStreams
 
 _ROUNDED = 0.9999  # a value so near to the clip counts as beyond it
-_FAR_FROM_ZERO = 64.0  # deviations
+FAR_FROM_ZERO = 64.0
+"""Deviations; where a value or a mean lies farther out, folding a norm into weights would round too much."""
 
 
 class RunningMoments(nn.Module):
@@ -111,7 +112,7 @@ class RunningMoments(nn.Module):
         near_C = self._near(x_BC)
         sum_C, squares_C, most_C = column_sums(x_BC, near_C)
         reach_C = (most_C + (near_C - self.mean_C).abs()) * scale_C
-        exact_C = (reach_C > clip * _ROUNDED) | (shift_C.abs() > _FAR_FROM_ZERO)
+        exact_C = (reach_C > clip * _ROUNDED) | (shift_C.abs() > FAR_FROM_ZERO)
         scale_C, shift_C = scale_C.float(), shift_C.float()
         exact_K = exact_C.nonzero().squeeze(1) if exact_C.any() else None
         factor_C, summand_C = scale_C, shift_C

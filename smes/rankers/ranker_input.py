@@ -6,11 +6,13 @@ requests and to instances, O output width.
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 _MOST_PADDING = 4  # times the rows; from there on products read a copy per instance
 
@@ -122,16 +124,21 @@ class SplitInput:
         def both() -> tuple[tuple[Tensor, Tensor], ...]:
             return tuple((t.index_select(-1, self.columns_J), t.index_select(-1, self.columns_K)) for t in make())
 
-        columns: tuple[tuple[Tensor, Tensor], ...] = keep(self._kept, owner, "columns", both)
+        columns: tuple[tuple[Tensor, Tensor], ...] = self.kept(owner, "columns", both)
         return columns
+
+    def kept(self, owner: object, name: str, make: Callable[[], _T]) -> _T:
+        """What ``make`` gives; the same as the last time where weights never change."""
+        return keep(self._kept, owner, name, make)
 
     def linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """``F.linear`` of the whole, with one product per part. [N, O]."""
         ((weight_OJ, weight_OK),) = self.sliced(weight_OI, lambda: (weight_OI,))
-        of_request_RO = F.linear(self.request_RJ, weight_OJ, bias_O)
-        if self.rows.requests == 1:
-            return F.linear(self.item_NK, weight_OK, of_request_RO.squeeze(0))
-        return F.linear(self.item_NK, weight_OK) + self.rows.spread(of_request_RO)
+        return self.added(F.linear(self.request_RJ, weight_OJ, bias_O), F.linear(self.item_NK, weight_OK))
+
+    def added(self, of_request_RO: Tensor, of_item_NO: Tensor) -> Tensor:
+        """The sum of what both parts give. [N, O]."""
+        return of_item_NO + self.rows.spread(of_request_RO)
 
     def mapped(self, request_RJ: Tensor, item_NK: Tensor) -> "SplitInput":
         """The same split of what was computed column by column of this one."""
@@ -147,11 +154,11 @@ def whole(x: RankerInput) -> Tensor:
     return x.whole() if isinstance(x, SplitInput) else x
 
 
-def keep(kept: Kept | None, owner: object, name: str, make: Callable[[], Any]) -> Any:
+def keep(kept: Kept | None, owner: object, name: str, make: Callable[[], _T]) -> _T:
     """What ``make`` gives; the same as the last time if it is kept."""
     if kept is None:
         return make()
-    found = kept.get((id(owner), name))
+    found: tuple[object, _T] | None = kept.get((id(owner), name))
     if found is None:
         found = kept[id(owner), name] = (owner, make())
     return found[1]

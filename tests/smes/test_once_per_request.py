@@ -107,6 +107,20 @@ def test_scores_are_those_of_each_instance_by_itself(
     assert {name for name, once in zip([*IDS, *NUMBERS], used.shared, strict=True) if once} == computed_once
 
 
+@pytest.mark.parametrize("outlier", [30.0, 1e5])
+def test_what_the_router_clips_is_clipped(models: dict[RankerName, ServingModel], outlier: float) -> None:
+    """Its norm is folded into its weights, as long as nothing lies so far out that rounding would show."""
+    learner = trained("smes")
+    state = learner.serving_state()
+    state["table.embedding"][::3] *= outlier
+    model = ServingModel.from_state(SCHEMA, learner.config, state)
+    ids, numerics = rows(SHARED["items differ"][0])
+    alone = model.score(ids, numerics, requests=np.arange(N))
+    assert np.abs(alone - models["smes"].score(ids, numerics)).max() > 1e-3
+    together = model.score(ids, numerics, requests=STARTS)
+    np.testing.assert_allclose(together, alone, rtol=2e-6, atol=2e-6)
+
+
 def test_one_request_is_the_default_and_few_shared_columns_or_rows_are_read_whole(
     models: dict[RankerName, ServingModel],
 ) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smes.rankers.kernels import on_host
 from smes.rankers.ranker import Clusters, Encoder, ExpertLimits, RankerOutput, RoutingStats
-from smes.rankers.ranker_input import RankerInput
+from smes.rankers.ranker_input import RankerInput, SplitInput
 from smes.rankers.sparse.config import SmesConfig
 from smes.rankers.sparse.experts import EXPERT_FORMS, combine, dispatch, dispatch_all
 from smes.rankers.sparse.groups import GroupFinder
@@ -309,7 +309,11 @@ class SMES(nn.Module):
     def _read(self, x_BI: RankerInput) -> tuple[Tensor, Tensor]:
         """The encoder's output, and the routers' logits: in training on the CPU with one product for both."""
         autocast = torch.is_autocast_enabled(x_BI.device.type)
-        # Scoring passes less often over the input, and folding costs it more than that.
+        if isinstance(x_BI, SplitInput) and not self.training and self.config.encoder_dims and not autocast:
+            products = self.router.of_split(self.encoder.first_weight, x_BI)
+            if products is not None:
+                return self.encoder.after_product(products[0]), self.router.after_product(products[1])
+        # Scoring whole instances passes less often over the input, and folding costs it more than that.
         folds = self.training and self.config.encoder_dims and not autocast and x_BI.dtype == torch.float32
         folded = self.router.fold(x_BI) if folds and isinstance(x_BI, Tensor) and on_host(x_BI) else None
         if folded is None or not isinstance(x_BI, Tensor):

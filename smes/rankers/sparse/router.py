@@ -13,12 +13,15 @@ if the task groups are found from the stream), E experts without the fixed ones.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smes.rankers.ranker import FoldedMap, RunningMoments
+from smes.rankers.clip_kernels import add_clipped
+from smes.rankers.ranker import FAR_FROM_ZERO, FoldedMap, RunningMoments
 from smes.rankers.ranker_input import RankerInput, SplitInput, whole
 from smes.rankers.sparse.config import BalanceLoss, RouterConfig
 
@@ -84,6 +87,32 @@ class Router(nn.Module):
                 x = self.moments.standardise_split(x, _CLIP)
             return x.linear(self.down.weight)
 
+    def of_split(self, encoder_OI: Tensor, x: SplitInput) -> tuple[Tensor, Tensor] | None:
+        """The first products of an encoder and of the routers, as one product; in evaluation.
+
+        The norm is folded into the weights, and what it clips is put right afterwards.
+
+        Args:
+            encoder_OI: The encoder's weight.
+            x: The ranker's input, float32 on the host.
+
+        Returns:
+            Both products, [N, O] and the routers'; None if the routers read something else, or a value lies so far out
+            that rounding would show.
+        """
+        moments, down, first = self.moments, self.down, len(encoder_OI)
+        if moments is None or self.config.input != "raw" or not isinstance(down, nn.Linear):
+            return None
+        maps = x.kept(self, "folded", lambda: _folded(encoder_OI, down.weight, moments, x))
+        if maps is None:
+            return None
+        of_request_RO = F.linear(x.request_RJ, maps.request.weight_OC, maps.bias_O)
+        far = maps.request.clip(x.request_RJ, of_request_RO, first)
+        y_NO = x.added(of_request_RO, F.linear(x.item_NK, maps.item.weight_OC))
+        if max(far, maps.item.clip(x.item_NK, y_NO, first)) > FAR_FROM_ZERO:
+            return None
+        return y_NO[:, :first], y_NO[:, first:]
+
     def fold(self, x_BI: Tensor) -> FoldedMap | None:
         """The norm and the first map, if they read ``x_BI`` alone, column by column; None if they do not.
 
@@ -108,6 +137,51 @@ class Router(nn.Module):
         if self.training:  # after use: the scores of a step do not depend on its own batch
             self.moments.observe(v_BV.detach())
         return standardised_BV
+
+
+@dataclass(frozen=True, slots=True)
+class _FoldedPart:
+    """The part of a folded map that reads some columns.
+
+    Attributes:
+        weight_OC: All maps, the norm folded into the routers'.
+        down_CQ: The routers' map by itself.
+        scale_C, shift_C: The norm.
+    """
+
+    weight_OC: Tensor
+    down_CQ: Tensor
+    scale_C: Tensor
+    shift_C: Tensor
+
+    def clip(self, x_BC: Tensor, y_BO: Tensor, first: int) -> float:
+        """Put right what should have been clipped, in place; the largest standardised value."""
+        columns = (x_BC.contiguous().numpy(), self.scale_C.numpy(), self.shift_C.numpy())
+        return float(add_clipped(*columns, np.float32(_CLIP), self.down_CQ.numpy(), y_BO.numpy(), first))
+
+
+@dataclass(frozen=True, slots=True)
+class _FoldedMaps:
+    """Both parts of a folded map, and its bias."""
+
+    request: _FoldedPart
+    item: _FoldedPart
+    bias_O: Tensor
+
+
+def _folded(encoder_OI: Tensor, down_QI: Tensor, moments: RunningMoments, x: SplitInput) -> _FoldedMaps | None:
+    scale_I, shift_I = (column.float() for column in moments.affine())
+    if (shift_I.abs() > FAR_FROM_ZERO).any():
+        return None
+    weight_OI = torch.cat([encoder_OI, down_QI * scale_I])
+
+    def part(columns: Tensor) -> _FoldedPart:
+        down_CQ = down_QI.index_select(1, columns).t().contiguous()
+        own = (weight_OI.index_select(1, columns), down_CQ, scale_I[columns], shift_I[columns])
+        return _FoldedPart(*(tensor.detach() for tensor in own))
+
+    bias_O = torch.cat([down_QI.new_zeros(len(encoder_OI)), down_QI @ shift_I]).detach()
+    return _FoldedMaps(part(x.columns_J), part(x.columns_K), bias_O)
 
 
 class OwnMaps(nn.Module):
