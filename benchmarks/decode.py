@@ -22,9 +22,9 @@ from benchmarks.figures import save, show
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Feature, Schema, Task
 from stream.codec.codec import Codec, decode, encode_feedback, encode_impressions
-from stream.join.joiner import JoinConfig
+from stream.config import JoinConfig, MiniBatchConfig
 from stream.log.event_log import OutRecord, Record
-from stream.mini_batches import Assembler, MiniBatchConfig
+from stream.mini_batches import Assembler
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 START_MS = 1_650_844_800_000

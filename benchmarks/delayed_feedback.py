@@ -36,9 +36,9 @@ from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.devices import keep_freed_memory
 from smes.model.frozen_model import FrozenModel
 from smes.model.learner import Learner
-from stream.join.joiner import JoinConfig
+from stream.config import JoinConfig, MiniBatchConfig
 from stream.join.waits import Correction, Wait
-from stream.mini_batches import Assembler, MiniBatchConfig
+from stream.mini_batches import Assembler
 
 DAY_S = 86_400.0
 WINDOW_S, SPAN_S, WARM_UP_S = 2 * DAY_S, 8 * DAY_S, 5 * DAY_S

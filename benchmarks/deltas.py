@@ -53,8 +53,7 @@ from smes_scorer.hot_swap import HotSwap
 from smes_scorer.loading import load_table_model
 from smes_scorer.telemetry import Telemetry
 from stream.block_stream import BlockStream
-from stream.join.joiner import JoinConfig
-from stream.mini_batches import MiniBatchConfig
+from stream.config import JoinConfig, MiniBatchConfig
 from trainer.config import EvaluationConfig
 from trainer.cuts import Cut, Payloads
 from trainer.evaluation import ProgressiveEvaluation

@@ -36,9 +36,9 @@ from smes_cli.demo.workers import Workers
 from smes_io.clock import wait_until, wall_clock_ms
 from smes_io.redis_client import connect
 from smes_scorer.freshness_stages import DEPENDS_ON
+from stream.config import JoinConfig
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
-from stream.join.joiner import JoinConfig
 from stream.log.open_log import open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.checkpoints import CheckpointDirectory

@@ -37,7 +37,7 @@ from smes.schema import Schema
 from smes_cli.building import build_learner
 from smes_cli.config import Config
 from stream.block_stream import BlockStream
-from stream.mini_batches import MiniBatchConfig
+from stream.config import MiniBatchConfig
 
 AGES: dict[str, float] = {"never": np.inf, "1 day": 86_400, "1 h": 3600, "10 min": 600, "1 min": 60, "every cut": 0}
 """Name → seconds of event time after which the weights that answer are replaced; 0: with every mini-batch."""

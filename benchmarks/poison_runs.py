@@ -30,7 +30,7 @@ from smes.model.serving import ServingModel
 from smes.schema import Schema
 from smes_cli.building import build_evaluation, build_gate, build_learner
 from smes_cli.config import Config
-from stream.mini_batches import MiniBatchConfig
+from stream.config import MiniBatchConfig
 from trainer.cuts import Cut
 from trainer.loop import SNAPSHOT, Trainer
 from trainer.schedule import Flags

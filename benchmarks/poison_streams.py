@@ -18,8 +18,7 @@ from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.hashing import splitmix64
 from smes.schema import MISSING, Schema
 from stream.block_stream import BlockStream
-from stream.join.joiner import JoinConfig
-from stream.mini_batches import MiniBatchConfig
+from stream.config import JoinConfig, MiniBatchConfig
 
 FAR = 1e30
 FIRST_FLOOD_ID = 1 << 40  # no impression of the log has a number as large

@@ -43,7 +43,7 @@ from smes_cli.building import build_learner
 from smes_cli.config import Config
 from smes_cli.console import console
 from stream.block_stream import BlockStream
-from stream.mini_batches import MiniBatchConfig
+from stream.config import MiniBatchConfig
 from trainer.task_figures import RARE_BELOW
 
 DEFAULT = "default"

@@ -28,7 +28,7 @@ from smes_io.schema_file import BuiltinName, SchemaFile, load_builtin, load_sche
 from smes_io.secrets import shown
 from smes_io.yaml_file import STRICT, read_mapping, validated
 from smes_scorer.config import ScorerConfig, check_names
-from stream.example_stream import StreamConfig
+from stream.config import StreamConfig
 from stream.join.waits import stages_of
 from stream.log.open_log import EventLogConfig
 from trainer.config import TrainerConfig

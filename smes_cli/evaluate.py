@@ -98,7 +98,7 @@ def run_evaluation(
     from simulators.logs.reader import open_log
     from simulators.merge import replay_blocks
     from stream.block_stream import BlockStream
-    from stream.mini_batches import MiniBatchConfig
+    from stream.config import MiniBatchConfig
     from trainer.frozen_evaluation import FrozenEvaluation
     from trainer.run_report import task_figures
     from trainer.task_figures import headline

@@ -7,11 +7,11 @@ import numpy as np
 from smes.arrays import Arrays
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import Schema
-from stream.join.joiner import JoinConfig
+from stream.config import JoinConfig, MiniBatchConfig
 from stream.join.ledgers import StreamLedger
 from stream.join.watermarks import START_OF_TIME
 from stream.log.event_log import Positions
-from stream.mini_batches import Assembler, MiniBatchConfig
+from stream.mini_batches import Assembler
 from stream.priming import BLOCKS, NEWEST, OWN_IDS, POSITION
 
 

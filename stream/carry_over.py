@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from smes.arrays import I64, Arrays
 from smes.schema import MISSING
 from smes.schema_change import NEW, SchemaChange
+from stream.config import JoinConfig
 from stream.join.entries import EARLY
-from stream.join.joiner import JoinConfig
 from stream.join.ledgers import HELD, READ
 from stream.join.waits import described, stages_of
 from stream.log.event_log import TopicPartition

@@ -8,64 +8,28 @@ that the clock ended, if a :class:`stream.batch_journal.BatchJournal` says where
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from smes.arrays import Arrays
 from smes.errors import PositionOutOfRange
 from smes.events import ExampleBlock
-from smes.ranges import EventSecondsOrZero, PositiveInt, Seconds, check_ranges
 from smes.schema import Schema
 from smes.schema_change import SchemaChange
 from smes_io.clock import wall_clock_ms
 from stream.batch_journal import BatchJournal
 from stream.codec.codec import decode
+from stream.config import StreamConfig
 from stream.dead_letters import DeadLetter, DeadLetterWriter
-from stream.join.joiner import JoinConfig
 from stream.join.ledgers import StreamLedger
 from stream.left_out_features import FeatureSource
 from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
-from stream.mini_batches import Assembler, BatchTimes, MiniBatchConfig, ended_in
+from stream.mini_batches import Assembler, BatchTimes, ended_in
 from stream.priming import is_of_blocks
 from stream.sources import Counted, Skipped, Sources, counted_in
 
 _logger = logging.getLogger(__name__)
 _FIRST_READ_RECORDS = 8  # an Arrow record may hold thousands of events: only reading tells
-
-
-@dataclass(frozen=True)
-class StreamConfig:
-    """How events become mini-batches.
-
-    Attributes:
-        join: How long to wait and to remember.
-        batch: Bounds of a mini-batch.
-        events_per_read: About how many events one read returns; bounds memory when catching up.
-        idle_after_s: The watermark no longer waits for a partition that has had nothing new for this long, wall clock.
-            What is appended there later, with event times that the other partitions have left behind, may be late.
-        max_future_s: An event is refused if its time lies more than this after both its arrival in the log and the
-            reader's clock, seconds; one more than a day after the reader's clock is refused in any case.
-        metadata_refresh_s: How often the log is asked what may have changed: partitions that were added, which are then
-            read from their beginning, and topics that were made anew.
-        old_schemas: Schema files of earlier schemas whose events are still read: the change-over from one schema to the
-            next. An event says by its header ``schema`` which one it was made with. Values of features, and feedback of
-            tasks, that there are no more are left out and counted.
-        features_from_store: Whether an impression that leaves out all features of its user, or of its item, is trained
-            on with those that the feature store had for it at its time.
-    """
-
-    join: JoinConfig = field(default_factory=JoinConfig)
-    batch: MiniBatchConfig = field(default_factory=MiniBatchConfig)
-    events_per_read: PositiveInt = 16_384
-    idle_after_s: Seconds = 2.0
-    max_future_s: EventSecondsOrZero = 300.0
-    metadata_refresh_s: Seconds = 5.0
-    old_schemas: tuple[str, ...] = ()
-    features_from_store: bool = True
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 class ExampleStream:

@@ -16,35 +16,15 @@ import numpy as np
 
 from smes.arrays import F64, Arrays
 from smes.events import CLOSING, DROPPED, ExampleBlock, FeedbackBlock, ImpressionBlock
-from smes.ranges import EventSeconds, PositiveInt, Seconds, check_ranges
 from smes.schema import Schema
-from stream.join.joiner import JoinConfig, Joiner, join_sources
+from stream.config import JoinConfig, MiniBatchConfig
+from stream.join.joiner import Joiner, join_sources
 from stream.join.ledgers import StreamLedger
 from stream.left_out_features import FeatureTally
 from stream.log.event_log import TopicPartition, UnreadableRecord
 from stream.partition_state import load_rows, save_rows, state_name
 from stream.sources import refused_in
 from stream.topics import FEEDBACK, IMPRESSIONS
-
-
-@dataclass(frozen=True)
-class MiniBatchConfig:
-    """Bounds of a mini-batch.
-
-    Attributes:
-        size: Most examples to train on in a batch. It may hold as many rows of kind ``CLOSING`` beside them.
-        max_age_s: Most event time between when the first and the last example of a batch were due, seconds. A batch
-            that the stream has left behind by this much is handed out however small.
-        max_wait_s: Longest time, by the clock on the wall, that an example waits for its batch to become full, seconds.
-            Null: for ever, so that batches depend on the log alone. Backtests, which read no live log, never wait.
-    """
-
-    size: PositiveInt = 256
-    max_age_s: EventSeconds = 3600.0
-    max_wait_s: Seconds | None = 0.5
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True, slots=True)

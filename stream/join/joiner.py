@@ -71,16 +71,14 @@ early and correct later is what Ktena et al. (arXiv 1907.06558) and ES-DFM (arXi
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Annotated
+from dataclasses import fields
 
 import numpy as np
-from annotated_types import Ge, Le
 
 from smes.arrays import I64, Arrays
 from smes.events import CLOSING, DROPPED, FIRST, FURTHER, WHOLE, ExampleBlock, FeedbackBlock, ImpressionBlock
-from smes.ranges import EventSecondsOrZero, check_ranges
 from smes.schema import MISSING, Schema
+from stream.config import JoinConfig
 from stream.join.entries import FREE, DueTimes, EntryTable
 from stream.join.kernels import (
     Emitted,
@@ -95,7 +93,7 @@ from stream.join.kernels import (
 )
 from stream.join.late_shares import LateShares
 from stream.join.ledgers import COLUMNS, CORRECTED, HELD, LATE, JoinLedger
-from stream.join.waits import Correction, Wait, described, stages_of
+from stream.join.waits import described, stages_of
 from stream.join.watermarks import START_OF_TIME, Watermarks, longer
 from stream.log.event_log import TopicPartition
 from stream.partition_state import require_partitions, saved_partitions, state_name
@@ -103,36 +101,6 @@ from stream.topics import FEEDBACK, IMPRESSIONS
 
 END_OF_TIME = int(np.iinfo(np.int64).max)
 _FEATURES = {f.name for f in fields(ExampleBlock)} & {f.name for f in fields(ImpressionBlock)}
-
-
-@dataclass(frozen=True)
-class JoinConfig:
-    """How long the join waits and remembers.
-
-    Attributes:
-        allowed_lateness_s: How far an event may lie behind the others of its partition and still be in time, seconds of
-            event time. Every example is delayed by as much.
-        remember_s: How long an impression id is remembered after its emission, seconds of event time. Within that time
-            a second copy is a duplicate and feedback is late. After it a copy is late and feedback is orphaned.
-        vouchers: A partition has reached a time when so many of its last ``2 * vouchers - 1`` events have, each of
-            another impression: fewer events with a wrong clock do nothing. Every example waits until each partition has
-            had ``vouchers - 1`` more events, or is idle. With 1, the latest event counts alone.
-        wait: Task → how long an impression waits before it is trained on for that task: until the attribution window
-            has closed (``window``), not at all (``immediate``), or seconds of event time. ``default`` stands for every
-            task that is not named. Feedback that comes after the wait is trained on when it comes.
-        correction: How the loss makes up for the negatives that stand for positives still to come
-            (:mod:`smes.model.delayed_feedback`): ``es_dfm``, ``fnw``, or ``none``, for comparison. Where every task
-            waits for its window, there are none.
-    """
-
-    allowed_lateness_s: EventSecondsOrZero = 1.0
-    remember_s: EventSecondsOrZero = 600.0
-    vouchers: Annotated[int, Ge(1), Le(64)] = 4
-    wait: dict[str, Wait] = field(default_factory=lambda: {"default": "window"})
-    correction: Correction = "es_dfm"
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 class Joiner:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from smes.arrays import Arrays
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
-from stream.join.joiner import JoinConfig, Joiner, join_sources
+from stream.config import JoinConfig
+from stream.join.joiner import Joiner, join_sources
 from stream.join.ledgers import JoinLedger
 
 SCHEMA = Schema(

@@ -18,15 +18,14 @@ from smes.schema import Schema, Task
 from stream.audit import audit
 from stream.audit_result import AuditResult
 from stream.codec.codec import Codec, encode_feedback, encode_impressions, headers
+from stream.config import JoinConfig, MiniBatchConfig, StreamConfig
 from stream.dead_letter_reading import StoredLetter, read_entries
 from stream.dead_letters import DeadLetterWriter
-from stream.example_stream import ExampleStream, StreamConfig
-from stream.join.joiner import JoinConfig
+from stream.example_stream import ExampleStream
 from stream.log.event_log import EventLog, OutRecord, TopicPartition
 from stream.log.kafka_log import KafkaLog
 from stream.log.memory_log import InMemoryLog
 from stream.log.redis_log import RedisStreamsLog, connect_log
-from stream.mini_batches import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS, partition_of
 
 SCHEMA = Schema("refused", tasks=(Task("click", window_s=60), Task("like", window_s=60)))

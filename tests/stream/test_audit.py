@@ -17,9 +17,9 @@ from stream.audit import audit
 from stream.audit_marks import Mark, oldest_that_counts, read_marks, write_marks
 from stream.audit_result import AuditResult
 from stream.codec.codec import decode
+from stream.config import JoinConfig
 from stream.dead_letter_replay import Replayer
 from stream.dead_letters import DeadLetterWriter
-from stream.join.joiner import JoinConfig
 from stream.join.ledgers import HELD, LATE, READ, USED
 from stream.log.event_log import EventLog, Fetch, OutRecord, TopicPartition
 from stream.log.memory_log import InMemoryLog

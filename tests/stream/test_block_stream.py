@@ -13,11 +13,10 @@ from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
 from stream.block_stream import BlockStream
 from stream.codec.codec import encode_feedback, encode_impressions
+from stream.config import JoinConfig, MiniBatchConfig, StreamConfig
 from stream.dead_letters import DeadLetterWriter
-from stream.example_stream import ExampleStream, StreamConfig
-from stream.join.joiner import JoinConfig
+from stream.example_stream import ExampleStream
 from stream.log.memory_log import InMemoryLog
-from stream.mini_batches import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 
 SCHEMA = Schema("blocks", tasks=(Task("click", window_s=5), Task("like", window_s=10)), features=(Feature("tab"),))

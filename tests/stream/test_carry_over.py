@@ -10,9 +10,10 @@ from smes.events import CLOSING, ExampleBlock
 from smes.schema import Feature, Schema, Task
 from smes.schema_change import NEW, Renames, SchemaChange
 from stream.carry_over import carry_over_stream
-from stream.join.joiner import JoinConfig, join_sources
+from stream.config import JoinConfig, MiniBatchConfig
+from stream.join.joiner import join_sources
 from stream.join.waits import Correction, Wait
-from stream.mini_batches import Assembler, MiniBatchConfig
+from stream.mini_batches import Assembler
 from tests.stream.join_reference import PARTITIONS, SCHEMA, Feedback, Impression, feedback_block, impression_block
 from tests.stream.test_delayed_join import CORRECTIONS, _events
 

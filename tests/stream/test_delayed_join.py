@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from smes.events import CLOSING, FIRST, FURTHER, WHOLE, ExampleBlock
 from smes.schema import MISSING
-from stream.join.joiner import JoinConfig, Joiner, join_sources
+from stream.config import JoinConfig
+from stream.join.joiner import Joiner, join_sources
 from stream.join.waits import Correction, Wait
 from tests.stream.join_reference import (
     PARTITIONS,

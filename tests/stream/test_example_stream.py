@@ -18,12 +18,11 @@ from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Feature, Schema, Task
 from stream.batch_journal import BatchJournal
 from stream.codec.codec import encode_feedback, encode_impressions
+from stream.config import JoinConfig, MiniBatchConfig, StreamConfig
 from stream.dead_letters import DeadLetterWriter
-from stream.example_stream import ExampleStream, StreamConfig
-from stream.join.joiner import JoinConfig
+from stream.example_stream import ExampleStream
 from stream.log.event_log import EventLog, OutRecord, TopicPartition
 from stream.log.memory_log import InMemoryLog
-from stream.mini_batches import MiniBatchConfig
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 
 SCHEMA = Schema("example", tasks=(Task("click", window_s=5), Task("like", window_s=10)), features=(Feature("tab"),))

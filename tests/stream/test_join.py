@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from smes.events import FeedbackBlock
 from smes.schema import MISSING
-from stream.join.joiner import JoinConfig, Joiner
+from stream.config import JoinConfig
+from stream.join.joiner import Joiner
 from stream.log.event_log import TopicPartition
 from tests.stream.join_reference import (
     EVENTS,

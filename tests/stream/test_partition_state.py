@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from stream.codec.codec import encode_feedback, encode_impressions
+from stream.config import JoinConfig, MiniBatchConfig, StreamConfig
 from stream.dead_letters import DeadLetterWriter
-from stream.example_stream import ExampleStream, StreamConfig
-from stream.join.joiner import JoinConfig, Joiner
+from stream.example_stream import ExampleStream
+from stream.join.joiner import Joiner
 from stream.log.event_log import OutRecord, TopicPartition
 from stream.log.memory_log import InMemoryLog
-from stream.mini_batches import Assembler, MiniBatchConfig
+from stream.mini_batches import Assembler
 from stream.partition_state import load_rows, save_rows, saved_partitions, state_name
 from stream.topics import FEEDBACK, IMPRESSIONS
 from tests.stream.join_reference import (

@@ -14,12 +14,11 @@ from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import Feature, Schema, Task
 from stream.block_stream import BlockStream
 from stream.codec.codec import encode_feedback, encode_impressions
+from stream.config import JoinConfig, MiniBatchConfig, StreamConfig
 from stream.dead_letters import DeadLetterWriter
-from stream.example_stream import ExampleStream, StreamConfig
-from stream.join.joiner import JoinConfig
+from stream.example_stream import ExampleStream
 from stream.join.waits import Wait
 from stream.log.memory_log import InMemoryLog
-from stream.mini_batches import MiniBatchConfig
 from stream.priming import live_state
 from stream.topics import FEEDBACK, IMPRESSIONS
 

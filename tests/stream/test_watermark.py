@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from smes.arrays import Arrays
 from smes.events import FeedbackBlock, ImpressionBlock
 from stream.codec.codec import encode_feedback, encode_impressions
+from stream.config import JoinConfig, MiniBatchConfig, StreamConfig
 from stream.dead_letters import DeadLetterWriter
-from stream.example_stream import ExampleStream, StreamConfig
-from stream.join.joiner import JoinConfig, Joiner, join_sources
+from stream.example_stream import ExampleStream
+from stream.join.joiner import Joiner, join_sources
 from stream.join.ledgers import JoinLedger, StreamLedger
 from stream.join.watermarks import START_OF_TIME, Watermarks
 from stream.log.event_log import EventLog
 from stream.log.memory_log import InMemoryLog
 from stream.log.redis_log import RedisStreamsLog, connect_log
-from stream.mini_batches import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 from tests.stream.join_reference import (
     SCHEMA,

@@ -21,14 +21,13 @@ from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import Schema, Task
 from smes_io.clock import wait_until
 from stream.codec.codec import encode_feedback, encode_impressions
+from stream.config import JoinConfig, MiniBatchConfig, StreamConfig
 from stream.dead_letters import DeadLetterWriter
-from stream.example_stream import ExampleStream, StreamConfig
-from stream.join.joiner import JoinConfig
+from stream.example_stream import ExampleStream
 from stream.log.event_log import EventLog, TopicPartition
 from stream.log.kafka_log import KafkaLog
 from stream.log.memory_log import InMemoryLog
 from stream.log.redis_log import RedisStreamsLog, connect_log
-from stream.mini_batches import MiniBatchConfig
 from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
 
 SCHEMA = Schema("broker", tasks=(Task("click", window_s=60),))

@@ -13,12 +13,11 @@ from smes.model.learner import Learner
 from smes.model.rows_config import RowsConfig
 from smes.schema import Feature, Schema, Task
 from stream.codec.codec import encode_feedback, encode_impressions
+from stream.config import JoinConfig, MiniBatchConfig, StreamConfig
 from stream.dead_letters import DeadLetterWriter
-from stream.example_stream import ExampleStream, StreamConfig
-from stream.join.joiner import JoinConfig
+from stream.example_stream import ExampleStream
 from stream.log.event_log import EventLog
 from stream.log.memory_log import InMemoryLog
-from stream.mini_batches import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 from tests.smes.plain_smes import plain
 from trainer.checkpoints import CheckpointDirectory

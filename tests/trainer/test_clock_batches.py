@@ -10,10 +10,10 @@ import torch
 
 from smes.model.learner import Learner
 from stream.batch_journal import NAME, BatchJournal
+from stream.config import MiniBatchConfig
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
 from stream.log.memory_log import InMemoryLog
-from stream.mini_batches import MiniBatchConfig
 from tests.trainer.small_world import SCHEMA, STREAM, fill, make_trainer, open_log
 from trainer.loop import Trainer
 

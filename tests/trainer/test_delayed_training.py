@@ -11,9 +11,9 @@ import torch
 
 from smes.events import CLOSING, FIRST, FURTHER, WHOLE, ExampleBlock
 from smes.model.learner import Learner
+from stream.config import JoinConfig
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
-from stream.join.joiner import JoinConfig
 from stream.join.waits import Correction, Wait
 from stream.log.memory_log import InMemoryLog
 from tests.trainer.small_world import SCHEMA, STREAM, events, fill, make_learner, make_trainer, open_log

@@ -21,14 +21,14 @@ from smes_cli.config import Config
 from smes_cli.stored_features import open_stored_features
 from smes_io.schema_file import SchemaFile
 from stream.codec.codec import encode_feedback, encode_impressions
+from stream.config import MiniBatchConfig, StreamConfig
 from stream.dead_letters import DeadLetterWriter
-from stream.example_stream import ExampleStream, StreamConfig
+from stream.example_stream import ExampleStream
 from stream.join.ledgers import StreamLedger
 from stream.left_out_features import FeatureCounts, LookUps
 from stream.log.memory_log import InMemoryLog
 from stream.log.open_log import EventLogConfig
 from stream.log.redis_log import RedisLogConfig
-from stream.mini_batches import MiniBatchConfig
 from stream.topics import FEEDBACK, IMPRESSIONS
 from tests.running import valkey_server
 from trainer.stored_features import StoredFeatures
