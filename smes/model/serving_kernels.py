@@ -14,6 +14,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from smes.arrays import F32, I64
+from smes.lanes import LANES, copy8
+from smes.prefetch import prefetch
 from smes.scatter import scatter
 
 Slots = NDArray[np.uint32]
@@ -30,6 +32,9 @@ OPEN = np.int64(-(2**63))
 
 ABSENT = np.int64(-(2**63) + 1)
 """A key that has no row."""
+
+_BEHIND = 12  # keys
+_LINE = 8  # words of a cache line
 
 
 @njit(cache=True, inline="always")
@@ -75,10 +80,25 @@ def find_rows(keys_N: I64, slots: Slots, row_bits: int, records: Words) -> I64: 
 def find_open(
     found_N: I64, keys_N: I64, slots: Slots, row_bits: int, records: Words
 ) -> None:  # pragma: no cover - compiled
-    """Look for the keys that are ``OPEN`` still: their rows, or ``ABSENT``, into ``found_N``."""
-    for i in range(len(keys_N)):
-        if found_N[i] == OPEN:
-            found_N[i] = _row_of(keys_N[i], slots, row_bits, records)
+    """Look for the keys that are ``OPEN`` still: their rows, or ``ABSENT``, into ``found_N``.
+
+    Three places run through the keys, one behind the other: at the first the slot is fetched, at the second the record
+    of the row in it, at the third the key is compared.
+    """
+    row_mask = np.uint32((np.uint64(1) << np.uint64(row_bits)) - np.uint64(1))
+    flat, width = records.reshape(-1), np.uint64(records.shape[1])
+    for first in range(len(keys_N) + 2 * _BEHIND):
+        if first < len(keys_N):
+            prefetch(slots, np.uint64(_home(scatter(np.uint64(keys_N[first])), len(slots))))
+        second = first - _BEHIND
+        if 0 <= second < len(keys_N):
+            word = slots[_home(scatter(np.uint64(keys_N[second])), len(slots))]
+            at = np.uint64(word & row_mask) * width
+            for line in range(0, records.shape[1], _LINE):
+                prefetch(flat, at + np.uint64(line))
+        third = second - _BEHIND
+        if third >= 0 and found_N[third] == OPEN:
+            found_N[third] = _row_of(keys_N[third], slots, row_bits, records)
 
 
 @njit(cache=True, inline="always")
@@ -171,9 +191,16 @@ def write_keys(records: Words, rows_N: I64, keys_N: I64) -> None:  # pragma: no 
 @njit(cache=True, nogil=True)
 def read_columns(found_N: I64, records: F32, start: int, out_NC: F32) -> None:  # pragma: no cover - compiled
     """Copy one group of the rows that were found in the table (≥ 0)."""
+    columns = out_NC.shape[1]
+    flat, out, width = records.reshape(-1), out_NC.reshape(-1), records.shape[1]
+    whole = columns - columns % LANES
     for i in range(len(found_N)):
         if found_N[i] >= 0:
-            out_NC[i, :] = records[found_N[i], start : start + out_NC.shape[1]]
+            at, to = np.uint64(found_N[i] * width + start), np.uint64(i * columns)
+            for b in range(0, whole, LANES):
+                copy8(flat, at + np.uint64(b), out, to + np.uint64(b))
+            for c in range(whole, columns):
+                out[to + np.uint64(c)] = flat[at + np.uint64(c)]
 
 
 @njit(cache=True, nogil=True)
