@@ -3,6 +3,7 @@
 Letters: N instances, W id columns, F numeric features, T tasks.
 """
 
+import numpy as np
 import torch
 
 from smes.arrays import F32, I64, Arrays
@@ -42,7 +43,8 @@ class FrozenModel:
 
     def score(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> F32:
         """As :meth:`smes.model.serving.ServingModel.score`."""
-        return self._model.score(ids, numerics, now_ms)
+        # Instances of a stream: what they happen to share must not decide how their scores are rounded.
+        return self._model.score(ids, numerics, now_ms, requests=np.arange(len(ids)))
 
     def state(self) -> Arrays:
         """The dense weights, and what changed in the table since. Nothing writes to these arrays any more."""
