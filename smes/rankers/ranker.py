@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.rankers.column_kernels import merge_weighted
-from smes.rankers.kernels import column_sums, on_host
+from smes.rankers.kernels import on_host
 from smes.rankers.ranker_input import RankerInput, SplitInput
 from smes.rankers.streams import SharedStreams
 
-_ROUNDED = 0.9999  # a value so near to the clip counts as beyond it
 FAR_FROM_ZERO = 64.0
 """Deviations; where a value or a mean lies farther out, folding a norm into weights would round too much."""
 
@@ -29,6 +28,9 @@ class RunningMoments(nn.Module):
     Args:
         columns: C.
         horizon: From this many values on, old values fade out exponentially, so that the moments follow a drift.
+
+    Attributes:
+        horizon: As given.
     """
 
     count_C: Tensor
@@ -37,7 +39,7 @@ class RunningMoments(nn.Module):
 
     def __init__(self, columns: int, horizon: float = 1e6) -> None:
         super().__init__()
-        self._horizon = horizon
+        self.horizon = horizon
         self.register_buffer("count_C", torch.zeros(columns, dtype=torch.float64))
         self.register_buffer("mean_C", torch.zeros(columns, dtype=torch.float64))
         self.register_buffer("variance_C", torch.ones(columns, dtype=torch.float64))
@@ -58,7 +60,7 @@ class RunningMoments(nn.Module):
         elif on_host(self.mean_C):
             cells = (x_BC.double().contiguous(), weight_BC.double().contiguous())
             moments = (self.count_C, self.mean_C, self.variance_C)
-            merge_weighted(*(t.numpy() for t in cells), self._horizon, *(t.numpy() for t in moments))
+            merge_weighted(*(t.numpy() for t in cells), self.horizon, *(t.numpy() for t in moments))
         else:
             x_BC, weight_BC = x_BC.double(), weight_BC.double()
             new_C = weight_BC.sum(dim=0)
@@ -74,7 +76,7 @@ class RunningMoments(nn.Module):
         merged_C = (1 - share_C) * self.variance_C + share_C * variance_C + share_C * (1 - share_C) * delta_C.square()
         self.variance_C.copy_(merged_C)
         self.mean_C.add_(share_C * delta_C)
-        self.count_C.copy_(total_C.clamp(max=self._horizon))
+        self.count_C.copy_(total_C.clamp(max=self.horizon))
 
     def standardise(self, x_BC: Tensor, clip: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """``(x - mean) / std``, clipped at ±``clip`` and computed in ``dtype``. float32 [B, C]."""
@@ -95,36 +97,6 @@ class RunningMoments(nn.Module):
         scale_C = torch.maximum(self.variance_C, 1e-24 * self.mean_C.square() + 1e-60).rsqrt()
         return scale_C, -self.mean_C * scale_C
 
-    def fold(self, weight_OC: Tensor, x_BC: Tensor, clip: float, *, observe: bool) -> "FoldedMap":
-        """A linear map of what :meth:`standardise` gives, as one of ``x_BC`` itself.
-
-        Columns in which a value is clipped, and those whose mean is so many deviations from 0 that rounding would show,
-        stay out of it: :attr:`FoldedMap.exact_K` says which.
-
-        Args:
-            weight_OC: The map.
-            x_BC: float32, on the host.
-            clip: As for :meth:`standardise`.
-            observe: Whether to take the batch in afterwards, as :meth:`observe` does without weights.
-        """
-        x_BC = x_BC.detach()
-        scale_C, shift_C = self.affine()
-        near_C = self._near(x_BC)
-        sum_C, squares_C, most_C = column_sums(x_BC, near_C)
-        reach_C = (most_C + (near_C - self.mean_C).abs()) * scale_C
-        exact_C = (reach_C > clip * _ROUNDED) | (shift_C.abs() > FAR_FROM_ZERO)
-        scale_C, shift_C = scale_C.float(), shift_C.float()
-        exact_K = exact_C.nonzero().squeeze(1) if exact_C.any() else None
-        factor_C, summand_C = scale_C, shift_C
-        if exact_K is not None:
-            factor_C, summand_C = scale_C.masked_fill(exact_C, 0.0), shift_C.masked_fill(exact_C, 0.0)
-        folded = FoldedMap(weight_OC * factor_C, weight_OC @ summand_C, weight_OC, exact_K, scale_C, shift_C, clip)
-        if observe:
-            mean_C = (sum_C / len(x_BC)).double()
-            variance_C = ((squares_C / len(x_BC)).double() - mean_C.square()).clamp_(min=0.0)
-            self._merge(torch.full_like(mean_C, len(x_BC)), near_C + mean_C, variance_C)
-        return folded
-
     def _near(self, x_BC: Tensor) -> Tensor:
         return torch.where(self.count_C > 0, self.mean_C.to(x_BC.dtype), x_BC[0])
 
@@ -136,35 +108,6 @@ class RunningMoments(nn.Module):
         mean_C = difference_BC.mean(dim=0).double()
         variance_C = difference_BC.square_().mean(dim=0).double() - mean_C.square()
         return near_C + mean_C, variance_C.clamp_(min=0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class FoldedMap:
-    """``standardised(x) Wᵀ`` as ``x weightᵀ + bias + rest(x)``; see :meth:`RunningMoments.fold`.
-
-    Attributes:
-        weight_OC, bias_O: Of the columns that are standardised without a clip.
-        whole_OC: W.
-        exact_K: int64, the other columns; None for none.
-        scale_C, shift_C: What standardises them.
-        clip: Where it ends.
-    """
-
-    weight_OC: Tensor
-    bias_O: Tensor
-    whole_OC: Tensor
-    exact_K: Tensor | None
-    scale_C: Tensor
-    shift_C: Tensor
-    clip: float
-
-    def with_rest(self, y_BO: Tensor, x_BC: Tensor) -> Tensor:
-        """Add to ``x weightᵀ + bias`` what the columns left out give."""
-        if self.exact_K is None:
-            return y_BO
-        scale_K, shift_K = self.scale_C.index_select(0, self.exact_K), self.shift_C.index_select(0, self.exact_K)
-        z_BK = torch.addcmul(shift_K, x_BC.index_select(1, self.exact_K), scale_K).clamp(-self.clip, self.clip)
-        return torch.addmm(y_BO, z_BK, self.whole_OC.index_select(1, self.exact_K).t())
 
 
 class Undo:

@@ -313,17 +313,21 @@ class SMES(nn.Module):
             products = self.router.of_split(self.encoder.first_weight, x_BI)
             if products is not None:
                 return self.encoder.after_product(products[0]), self.router.after_product(products[1])
-        # Scoring whole instances passes less often over the input, and folding costs it more than that.
         folds = self.training and self.config.encoder_dims and not autocast and x_BI.dtype == torch.float32
-        folded = self.router.fold(x_BI) if folds and isinstance(x_BI, Tensor) and on_host(x_BI) else None
-        if folded is None or not isinstance(x_BI, Tensor):
-            h_BD = self.encoder(x_BI)
-            return h_BD, self.router(x_BI, h_BD)
-        own = self.encoder.first_weight
-        weight, bias = torch.cat([own, folded.weight_OC]), torch.cat([own.new_zeros(len(own)), folded.bias_O])
-        y = F.linear(x_BI, weight, bias)
-        q = folded.with_rest(y[:, len(own) :], x_BI)
-        return self.encoder.after_product(y[:, : len(own)]), self.router.after_product(q)
+        if folds and (isinstance(x_BI, SplitInput) or on_host(x_BI)):
+            products = self.router.read_with(self.encoder.first_weight, x_BI)
+            if products is not None:
+                return self.encoder.after_product(products[0]), self.router.after_product(products[1])
+        h_BD = self.encoder(x_BI)
+        return h_BD, self.router(x_BI, h_BD)
+
+    @property
+    def trains_split(self) -> bool:
+        """Whether a split input costs less in training: not if the routers read the whole of it."""
+        config = self.config
+        router = config.router
+        by_column = router.input == "encoder" or (router.input == "raw" and router.norm == "batch" and router.rank)
+        return bool(by_column and config.encoder_dims and self.newcomers is None and not config.groups.found)
 
     def route(self, x_BI: RankerInput, h_BD: Tensor) -> Routing:
         """Which experts each router uses for each instance.

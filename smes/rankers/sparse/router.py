@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.rankers.clip_kernels import add_clipped
-from smes.rankers.ranker import FAR_FROM_ZERO, FoldedMap, RunningMoments
+from smes.rankers.folded import read_folded
+from smes.rankers.ranker import FAR_FROM_ZERO, RunningMoments
 from smes.rankers.ranker_input import RankerInput, SplitInput, whole
 from smes.rankers.sparse.config import BalanceLoss, RouterConfig
+from smes.rankers.split_read import read_split
 
 _HORIZON = 1e5  # the encoder's output drifts as it learns, so the moments look back over about this many instances
 _CLIP = 8.0  # as in the feature layer's numerics
@@ -113,14 +115,24 @@ class Router(nn.Module):
             return None
         return y_NO[:, :first], y_NO[:, first:]
 
-    def fold(self, x_BI: Tensor) -> FoldedMap | None:
-        """The norm and the first map, if they read ``x_BI`` alone, column by column; None if they do not.
+    def read_with(self, encoder_OI: Tensor, x_BI: RankerInput) -> tuple[Tensor, Tensor] | None:
+        """The first products of an encoder and of the routers, as one product, with gradients.
 
         In training the batch counts for the moments, as in :meth:`forward`.
+
+        Args:
+            encoder_OI: The encoder's weight.
+            x_BI: The ranker's input, float32 on the host.
+
+        Returns:
+            [B, O] and the routers'; None if the routers read something else, or not column by column, or a value of a
+            split input lies so far out that rounding would show.
         """
         if self.moments is None or self.config.input != "raw" or not isinstance(self.down, nn.Linear):
             return None
-        return self.moments.fold(self.down.weight, x_BI, _CLIP, observe=self.training)
+        if isinstance(x_BI, SplitInput):
+            return read_split(x_BI, encoder_OI, self.down.weight, self.moments, _CLIP) if self.training else None
+        return read_folded(x_BI, encoder_OI, self.down.weight, self.moments, _CLIP, observe=self.training)
 
     def after_product(self, q: Tensor) -> Tensor:
         """What :meth:`forward` gives, from the first map's product."""
