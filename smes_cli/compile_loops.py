@@ -21,6 +21,7 @@ from smes.rankers.column_kernels import compile_column_kernels
 from smes.rankers.sparse.routing_kernels import compile_routing_kernels
 from smes.schema import Schema
 from smes_cli.config import Config
+from smes_scorer.answer_kernels import compile_answer_kernels
 from stream.block_stream import BlockStream
 
 
@@ -40,6 +41,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_map_kernels()
     compile_kernels(bool(config.model.table_dim) + config.model.wide)
     compile_serving_kernels()
+    compile_answer_kernels()
     compile_request_kernels()
     compile_routing_kernels()
     compile_column_kernels()

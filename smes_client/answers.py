@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -16,7 +16,7 @@ class ScoredItem:
 
     Attributes:
         item_id: As it was asked for.
-        scores: Name of a task → a probability, or a value in the task's unit.
+        scores: Name of a task → a probability, or a value in the task's unit; of all tasks or of those asked for.
         fused: The weighted sum by which items are ranked.
     """
 
@@ -32,8 +32,8 @@ class Answer:
     Attributes:
         arm: Who answered.
         lineage, version: The weights that answered.
-        items: In the order of the request.
-        ranking: Ids, best first.
+        items: In the order of the request; all of them, or the best ``top_k``.
+        ranking: Their ids, best first.
         features_missing: What the scorer did not have, as it says; empty where it says nothing.
     """
 
@@ -55,7 +55,22 @@ class Answer:
         return {"arm": self.arm, "version": self.version, "scores": dict(scored.scores)}
 
 
+class Sent(NamedTuple):
+    """What a request asked for.
+
+    Attributes:
+        items: The caller's ids, in order.
+        ids: The ids that were sent for them.
+        answered: How many of them are to be answered.
+    """
+
+    items: Sequence[Id]
+    ids: Sequence[int]
+    answered: int
+
+
 class _Scored(msgspec.Struct):
+    item_id: int
     scores: dict[str, float]
     fused: float
 
@@ -71,12 +86,12 @@ class _Body(msgspec.Struct):
 _decoder = msgspec.json.Decoder(_Body)
 
 
-def answer_of(body: bytes, asked: Sequence[Id]) -> Answer:
+def answer_of(body: bytes, sent: Sent) -> Answer:
     """The answer that a body holds.
 
     Args:
         body: JSON.
-        asked: The items of the request, in order.
+        sent: What was asked for.
 
     Raises:
         SmesError: It is no answer to this request.
@@ -85,8 +100,25 @@ def answer_of(body: bytes, asked: Sequence[Id]) -> Answer:
         read = _decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise SmesError(f"scorer: expected an answer with arm, version and items: {str(error)[:200]}") from error
-    if len(read.items) != len(asked):
-        raise SmesError(f"scorer: {len(read.items)} items answered, expected {len(asked)}")
-    items = [ScoredItem(item_id, s.scores, s.fused) for item_id, s in zip(asked, read.items, strict=True)]
+    if len(read.items) != sent.answered:
+        raise SmesError(f"scorer: {len(read.items)} items answered, expected {sent.answered}")
+    places = _places([scored.item_id for scored in read.items], sent.ids)
+    items = [ScoredItem(sent.items[n], s.scores, s.fused) for n, s in zip(places, read.items, strict=True)]
     ranking = [each.item_id for each in sorted(items, key=lambda each: -each.fused)]
     return Answer(read.arm, read.lineage, read.version, items, ranking, read.features_missing)
+
+
+def _places(answered: Sequence[int], asked: Sequence[int]) -> list[int]:
+    """Where each answered item stands in the request, both in the same order.
+
+    Raises:
+        SmesError: One does not stand there.
+    """
+    places: list[int] = []
+    at = iter(range(len(asked)))
+    for item_id in answered:
+        place = next((n for n in at if asked[n] == item_id), None)
+        if place is None:
+            raise SmesError(f"scorer: item {item_id} answered, expected the items of the request in their order")
+        places.append(place)
+    return places

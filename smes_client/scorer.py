@@ -17,7 +17,7 @@ import httpx
 import msgspec
 
 from smes.schema import Schema
-from smes_client.answers import Answer, answer_of
+from smes_client.answers import Answer, Sent, answer_of
 from smes_client.checked import Id, id_of, plain_features
 from smes_client.errors import ScorerRefused, ScorerUnavailable
 from smes_client.schemas import load_schema
@@ -65,20 +65,30 @@ class Scorer:
         self._client: httpx.Client | None = None
         self._async_client: httpx.AsyncClient | None = None
 
-    def score(self, user: Id, items: Sequence[Id], context: Mapping[str, Any] | None = None) -> Answer:
+    def score(
+        self,
+        user: Id,
+        items: Sequence[Id],
+        context: Mapping[str, Any] | None = None,
+        *,
+        top_k: int | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> Answer:
         """Score and rank items for a user.
 
         Args:
             user: The user's id; a text becomes one by :func:`smes.hashing.encode_id`.
             items: Ids of the candidates, at least one.
             context: Name of a context feature → an id, a list of ids, or a number. What is left out is missing.
+            top_k: Answer only so many items, the best ones; None: all.
+            tasks: Answer only the scores of these tasks; None: of all. Items are ranked by all of them.
 
         Raises:
             ValueError: A field is not what the schema or the service wants; the message names it.
             ScorerUnavailable: No answer within ``deadline_s``.
             ScorerRefused: An answer that trying again does not mend, such as 401.
         """
-        body = self._body(user, items, context)
+        body, sent = self._body(user, items, context, top_k, tasks)
         tries = _Tries(self._deadline_s, self._timeout_s)
         if self._client is None:
             self._client = httpx.Client(**self._options)
@@ -89,13 +99,21 @@ class Scorer:
                 time.sleep(tries.pause_s(error))
                 continue
             if (pause_s := tries.after(response)) is None:
-                return _answer(response, items)
+                return _answer(response, sent)
             time.sleep(pause_s)
         raise tries.over(self._url)
 
-    async def ascore(self, user: Id, items: Sequence[Id], context: Mapping[str, Any] | None = None) -> Answer:
+    async def ascore(
+        self,
+        user: Id,
+        items: Sequence[Id],
+        context: Mapping[str, Any] | None = None,
+        *,
+        top_k: int | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> Answer:
         """As :meth:`score`, for asyncio."""
-        body = self._body(user, items, context)
+        body, sent = self._body(user, items, context, top_k, tasks)
         tries = _Tries(self._deadline_s, self._timeout_s)
         if self._async_client is None:
             self._async_client = httpx.AsyncClient(**self._options)
@@ -106,7 +124,7 @@ class Scorer:
                 await asyncio.sleep(tries.pause_s(error))
                 continue
             if (pause_s := tries.after(response)) is None:
-                return _answer(response, items)
+                return _answer(response, sent)
             await asyncio.sleep(pause_s)
         raise tries.over(self._url)
 
@@ -138,18 +156,40 @@ class Scorer:
     ) -> None:
         await self.aclose()
 
-    def _body(self, user: Id, items: Sequence[Id], context: Mapping[str, Any] | None) -> bytes:
+    def _body(
+        self,
+        user: Id,
+        items: Sequence[Id],
+        context: Mapping[str, Any] | None,
+        top_k: int | None,
+        tasks: Sequence[str] | None,
+    ) -> tuple[bytes, Sent]:
+        """A request, and what is needed to read its answer."""
         if isinstance(items, str | bytes):  # a sequence, too, of what nobody means
             raise ValueError(f"items: {items!r:.60}, expected a list of ids")
         if len(items) == 0:
             raise ValueError("items: empty, expected at least one")
-        request = {"user_id": id_of(user, "user"), "items": [id_of(i, f"items.{n}") for n, i in enumerate(items)]}
+        ids = [id_of(i, f"items.{n}") for n, i in enumerate(items)]
+        request: dict[str, Any] = {"user_id": id_of(user, "user"), "items": ids}
         if context:
             plain = plain_features(context, self._context, "context")
             if problem := features_problem(plain, self._schema, "context"):
                 raise ValueError(problem.reason)
             request["context"] = plain
-        return msgspec.json.encode(request)
+        if top_k is not None:
+            request["top_k"] = _checked_count(top_k)
+        if tasks is not None:
+            request["tasks"] = self._checked_tasks(tasks)
+        return msgspec.json.encode(request), Sent(items, ids, len(ids) if top_k is None else min(top_k, len(ids)))
+
+    def _checked_tasks(self, tasks: Sequence[str]) -> list[str]:
+        known = self._schema.task_index
+        if isinstance(tasks, str) or len(tasks) == 0:
+            raise ValueError(f"tasks: {tasks!r:.60}, expected a list of names of tasks, at least one")
+        for n, name in enumerate(tasks):
+            if name not in known or name in tasks[:n]:
+                raise ValueError(f"tasks.{n}: {name!r:.60}, expected each once of {', '.join(known)}")
+        return list(tasks)
 
 
 class _Tries:
@@ -194,9 +234,15 @@ class _Tries:
         return min(max(pause_s, min(wanted_s, 4 * grown_s)), max(0.0, self._until_s - time.monotonic()))
 
 
-def _answer(response: httpx.Response, items: Sequence[Id]) -> Answer:
+def _checked_count(top_k: int) -> int:
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k: {top_k!r:.60}, expected an integer from 1 on")
+    return top_k
+
+
+def _answer(response: httpx.Response, sent: Sent) -> Answer:
     if response.status_code == 200:
-        return answer_of(response.content, items)
+        return answer_of(response.content, sent)
     text = response.text[:_LONGEST_SHOWN]
     if response.status_code in (400, 413, 422):
         raise ValueError(f"scorer refused the request ({response.status_code}): {_told(response) or text}")

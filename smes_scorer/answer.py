@@ -50,9 +50,9 @@ class _Scored:
 
     def written(self, arm: str) -> bytes:
         """The body of the answer."""
-        rows, items = self.asked.rows, self.asked.request.items
+        rows, request = self.asked.rows, self.asked.request
         missing = self.interface.missing.of(rows.ids, rows.numerics)
-        return self.interface.writer.write(arm, self.key, items, self.scores_NT, missing)
+        return self.interface.writer.write(arm, self.key, request, self.scores_NT, missing)
 
 
 class Answerer:
@@ -292,10 +292,10 @@ def _explained(arm: str, interface: Interface, asked: Asked, served: ServedModel
         explained = model.explain(rows.ids, rows.numerics, asked.now_ms)
     else:
         explained = Explained(model.score(rows.ids, rows.numerics, asked.now_ms), None, rows.ids, rows.numerics)
-    missing = interface.missing.of(rows.ids, rows.numerics)
-    return interface.explanation.write(
-        interface.writer.answer(arm, served.key, asked.request.items, explained.scores_NT, missing), rows, explained
-    )
+    scored = _Scored(interface, asked, served.key, explained.scores_NT)
+    answer = interface.writer.read(scored.written(arm))
+    places_K = interface.writer.places(asked.request, explained.scores_NT)
+    return interface.explanation.write(answer, places_K, asked.request.tasks, rows, explained)
 
 
 def _measure(interface: Interface, asked: Asked, served: ServedModel) -> None:

@@ -9,10 +9,11 @@ An explanation is an answer (:mod:`smes_scorer.answer_writer`) and more::
                 "experts": {"click": [[12, 0.41], [3, 0.3]]},
                 "features": {"author": {"value": 5, "source": "store"}}}]}
 
-Letters: N items, T tasks, E experts, V and G id and numeric columns of what the model reads.
+Letters: N items, K items of the answer, T tasks, E experts, V and G id and numeric columns of what the model reads.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -25,7 +26,7 @@ from smes.model.serving import Explained
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
 from smes_scorer.answer_writer import AnswerWriter
 from smes_scorer.missing import Missing
-from smes_scorer.request import described
+from smes_scorer.request_struct import described
 
 MOST_EXPLAINED = 50
 """Items of one request."""
@@ -79,18 +80,24 @@ class ExplanationWriter:
         self._item, self.struct = _structs(writer)
         self._encoder = msgspec.json.Encoder()
 
-    def write(self, answer: Any, rows: EntityRows, explained: Explained) -> bytes:
+    def write(
+        self, answer: Any, places_K: I64, tasks: Sequence[int] | None, rows: EntityRows, explained: Explained
+    ) -> bytes:
         """The JSON of an explanation.
 
         Args:
-            answer: Of :meth:`smes_scorer.answer_writer.AnswerWriter.answer`.
+            answer: Of :meth:`smes_scorer.answer_writer.AnswerWriter.read`.
+            places_K: int64 [K], which of the N items are answered.
+            tasks: Places of the tasks that are answered; None: all.
             rows: The instances of the N items, as they were asked for and looked up.
             explained: What the model said of them.
         """
-        features = [self._features(rows, explained, n) for n in range(len(answer.items))]
+        named = [(t, self._tasks[t]) for t in (range(len(self._tasks)) if tasks is None else tasks)]
+        features = [self._features(rows, explained, n) for n in places_K.tolist()]
+        experts = [_experts(explained, n, named) for n in places_K.tolist()]
         items = [
-            self._item(item.item_id, item.scores, item.fused, self._experts(explained, n), features[n]["item"])
-            for n, item in enumerate(answer.items)
+            self._item(item.item_id, item.scores, item.fused, experts[k], features[k]["item"])
+            for k, item in enumerate(answer.items)
         ]
         of_all = RequestFeatures(features[0]["user"], features[0]["context"])
         return self._encoder.encode(
@@ -98,12 +105,6 @@ class ExplanationWriter:
                 answer.arm, answer.lineage, answer.version, items, answer.ranking, answer.features_missing, of_all
             )
         )
-
-    def _experts(self, explained: Explained, n: int) -> dict[str, list[tuple[int, float]]] | None:
-        if explained.experts_NTE is None:
-            return None
-        weights_TE = explained.experts_NTE[n]
-        return {name: _heaviest(weights_E) for name, weights_E in zip(self._tasks, weights_TE, strict=True)}
 
     def _features(self, rows: EntityRows, explained: Explained, n: int) -> dict[Group, dict[str, FeatureValue]]:
         found: dict[Group, dict[str, FeatureValue]] = {"user": {}, "context": {}, "item": {}}
@@ -144,6 +145,15 @@ def _groups(schema: Schema) -> dict[str, Group]:
         else:
             groups[derived.name] = "context" if "context" in of or derived.reads_time else "user"
     return groups
+
+
+def _experts(
+    explained: Explained, n: int, named: Sequence[tuple[int, str]]
+) -> dict[str, list[tuple[int, float]]] | None:
+    """Task → its experts, for one item; None for a ranker without."""
+    if explained.experts_NTE is None:
+        return None
+    return {name: _heaviest(explained.experts_NTE[n, task]) for task, name in named}
 
 
 def _heaviest(weights_E: F32) -> list[tuple[int, float]]:

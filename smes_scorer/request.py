@@ -2,11 +2,13 @@
 
 A request::
 
-    {"user_id": 7, "items": [13, "a-17"], "context": {"hour": 20, "tags": ["new", 5], "battery": 0.5}}
+    {"user_id": 7, "items": [13, "a-17"], "context": {"hour": 20, "tags": ["new", 5], "battery": 0.5},
+     "top_k": 1, "tasks": ["click"]}
 
 An id is an integer or a text, of which :func:`smes.hashing.encode_id` makes the integer, as readers and producers do.
 ``context`` and each of its values may be left out; a value may be null, and an empty text is none either. A name in
-``context`` that is no context feature of the schema is ignored and counted.
+``context`` that is no context feature of the schema is ignored and counted. ``top_k`` and ``tasks`` say how much is
+answered; without them, all is.
 
 msgspec decodes a good request in one pass into a struct with one typed field per context feature. A request that it
 refuses is parsed again with the standard library. Either it is good but has names to ignore, or JSON that only the
@@ -22,7 +24,7 @@ import re
 import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -30,21 +32,15 @@ import numpy as np
 from feature_store.entities import EntityRows
 from smes.arrays import I64
 from smes.hashing import encode_id
-from smes.schema import MISSING, Feature, Schema
+from smes.schema import MISSING, Schema
+from smes_scorer.request_struct import LARGEST_ID, request_struct
 
 _LONGEST_EXPLAINED = 32 * 1024  # bytes of a body
 _LONGEST_SHOWN = 100  # characters of a name or of msgspec's words
 
-_LARGEST_ID = 2**63 - 1
-_LARGEST_FLOAT = float(np.finfo(np.float32).max)
-
-_Integer = Annotated[int, msgspec.Meta(ge=MISSING + 1, le=_LARGEST_ID)]  # an int64 other than the null
-_Id = _Integer | Annotated[str, msgspec.Meta(min_length=1)]
-_Number = Annotated[float, msgspec.Meta(ge=-_LARGEST_FLOAT, le=_LARGEST_FLOAT)]
-_TYPES: dict[str, Any] = {"id": _Integer | str, "bag": list[_Id], "sequence": list[_Id], "numeric": _Number}
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _OPENING, _CLOSING = np.frombuffer(b"[{", np.uint8), np.frombuffer(b"]}", np.uint8)
-_FIELDS = ("user_id", "items", "context")
+_FIELDS = ("user_id", "items", "context", "top_k", "tasks")
 _REQUIRED = ("user_id", "items")
 
 
@@ -59,6 +55,8 @@ class ScoreRequest:
         ids: Column of the ids matrix → values from that column on: the id, bag and sequence features of the context.
         numerics: Column of the numerics matrix → value: the numeric features of the context.
         ignored_context: How many names of the context are no context feature.
+        top_k: How many of the best items are answered, 1 or more; None: all.
+        tasks: The tasks whose scores are answered, as their places in the schema; None: all.
     """
 
     user_id: int
@@ -67,6 +65,8 @@ class ScoreRequest:
     ids: Mapping[int, Sequence[int]]
     numerics: Mapping[int, float]
     ignored_context: int = 0
+    top_k: int | None = None
+    tasks: tuple[int, ...] | None = None
 
     def write_context(self, rows: EntityRows) -> None:
         """Write the context features into every row."""
@@ -107,6 +107,7 @@ class RequestReader:
         self._max_items, self._max_depth = max_items, max_depth
         self._features = [f for f in schema.features if f.source == "context"]
         self._names = {f.name for f in self._features}
+        self._tasks = schema.task_index
         self._columns = [
             schema.numeric_features.index(f) if f.kind == "numeric" else schema.id_slices[f.name].start
             for f in self._features
@@ -118,10 +119,11 @@ class RequestReader:
             for companion in companions
             if name in index
         ]
-        self.struct = _request_struct(self._features, max_items)
+        self.struct = request_struct(self._features, list(self._tasks), max_items)
         """The struct of a request, from which its JSON schema is made."""
         self._decoder = msgspec.json.Decoder(self.struct)
-        self._ignoring_decoder = msgspec.json.Decoder(_request_struct(self._features, max_items, ignoring=True))
+        ignoring = request_struct(self._features, list(self._tasks), max_items, ignoring=True)
+        self._ignoring_decoder = msgspec.json.Decoder(ignoring)
 
     def read(self, body: bytes) -> ScoreRequest:
         """Parse and check a request.
@@ -204,7 +206,17 @@ class RequestReader:
                 loc = ("body", "context", feature.name)
                 ids[column] = _encoded(value[: feature.max_length], *loc) if feature.is_list else [_id(value, *loc)]
         item_ids = np.array(_encoded(request.items, "body", "items"), np.int64)
-        return ScoreRequest(_id(request.user_id, "body", "user_id"), request.items, item_ids, ids, numerics, ignored)
+        user_id, tasks = _id(request.user_id, "body", "user_id"), self._chosen(request.tasks)
+        return ScoreRequest(user_id, request.items, item_ids, ids, numerics, ignored, request.top_k, tasks)
+
+    def _chosen(self, names: list[str] | None) -> tuple[int, ...] | None:
+        """The places of tasks in the schema."""
+        if names is None:
+            return None
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise FieldError(("body", "tasks", place), f"expected each task once, got {_quoted(name)} again")
+        return tuple(self._tasks[name] for name in names)
 
     def _explained(self, data: object, error: Exception) -> FieldError:
         """What is wrong with data that msgspec refused, in the words of a caller who knows only JSON."""
@@ -237,13 +249,17 @@ class RequestReader:
             return "an object: context feature → value"
         if path == ("items",):
             return "a list of integers and texts, at least one"
+        if path == ("top_k",):
+            return "an integer from 1 on"
+        if path[:1] == ("tasks",):
+            return f"one of {_shortened(', '.join(self._tasks))}" if len(path) == 2 else "a list of tasks, at least one"
         feature = next((f for f in self._features if path[:2] == ("context", f.name)), None)
         if feature is not None and feature.kind == "numeric":
             return "a finite number"
         if feature is not None and feature.is_list and len(path) == 2:
             return "a list of integers and texts"
         if isinstance(value, int) and not isinstance(value, bool):
-            return f"an integer from {MISSING + 1} to {_LARGEST_ID}"
+            return f"an integer from {MISSING + 1} to {LARGEST_ID}"
         return "a text that is not empty" if value == "" else "an integer or a text"
 
 
@@ -287,58 +303,6 @@ def nested(body: bytes) -> int:
     if len(brackets) == 0:
         return 0
     return max(0, int(np.cumsum(np.where(opens[brackets], 1, -1)).max()))
-
-
-def _request_struct(features: Sequence[Feature], max_items: int, *, ignoring: bool = False) -> type[msgspec.Struct]:
-    """The struct of a request; fields ``f0 …`` stand for features, whose names need be no identifiers.
-
-    Args:
-        features: The context features.
-        max_items: Most items, for the JSON schema.
-        ignoring: Whether other names in the context are passed over.
-    """
-    context = msgspec.defstruct(
-        "Context",
-        [(f"f{i}", described(_TYPES[f.kind] | None, _description(f)), None) for i, f in enumerate(features)],
-        rename={f"f{i}": f.name for i, f in enumerate(features)},
-        forbid_unknown_fields=not ignoring,
-        gc=False,
-    )
-    items = msgspec.Meta(
-        min_length=1,
-        description="Ids of the candidate items, integers or texts.",
-        extra_json_schema={"maxItems": max_items},
-    )
-    return msgspec.defstruct(
-        "ScoreRequest",
-        [
-            ("user_id", described(_Id, "Id of the user; an unknown one is scored without stored features.")),
-            ("items", cast(Any, Annotated[list[_Id], items])),
-            (
-                "context",
-                described(context, "Values of the context features. Other names are ignored and counted."),
-                msgspec.field(default_factory=context),
-            ),
-        ],
-        forbid_unknown_fields=True,
-        gc=False,
-    )
-
-
-def described(hint: Any, description: str) -> Any:
-    """A field's type with its description in the JSON schema."""
-    return Annotated[hint, msgspec.Meta(description=description)]
-
-
-def _description(feature: Feature) -> str:
-    """What a caller must know of a context feature."""
-    if feature.kind == "numeric":
-        return "A finite number; null: missing."
-    if feature.kind == "id":
-        return "An id, an integer or a text; null: missing."
-    order = "newest first" if feature.kind == "sequence" else "in any order"
-    kept = f"Ids, integers or texts, {order}; the first {feature.max_length} are used; null: none."
-    return f"{kept} As many as {feature.accompanies} has." if feature.accompanies else kept
 
 
 def _indexed(text: str, names: Collection[str]) -> tuple[str | int, ...]:

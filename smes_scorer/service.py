@@ -18,6 +18,7 @@ from smes.model.serving_kernels import compile_serving_kernels
 from smes.schema import Schema
 from smes_io.redis_access import RedisAccess
 from smes_io.redis_client import connect
+from smes_scorer.answer_kernels import compile_answer_kernels
 from smes_scorer.app import create_app
 from smes_scorer.config import ScorerConfig
 from smes_scorer.connections import bounded_protocol
@@ -57,6 +58,7 @@ def serve(
     torch.set_num_threads(config.torch_threads)
     keep_freed_memory()
     compile_serving_kernels()
+    compile_answer_kernels()
     app = create_app(
         config,
         schema,

@@ -67,6 +67,13 @@ def test_a_caller_waits_for_a_service_that_is_not_ready_with_and_without_asyncio
             short.score(7, [1])
         threading.Timer(0.2, publish, (store, 1)).start()
         check(scorer.score("ann", ["b", 13], CONTEXT), 1)
+        items: list[int | str] = [12, "b", 13, 13, 19]
+        whole = scorer.score("ann", items)
+        some = scorer.score("ann", items, top_k=4, tasks=["like", "click"])
+        assert some.ranking == whole.ranking[:4]
+        assert sorted(map(str, some.ranking)) == sorted(map(str, (item.item_id for item in some.items)))
+        assert [item.item_id for item in some.items] == [i for i in items if i in some.ranking]
+        assert some.served(0)["scores"] == {n: whole.served(0)["scores"][n] for n in ("like", "click")}
 
         async def both() -> None:
             async with scorer:
@@ -101,6 +108,16 @@ def test_what_trying_again_does_not_mend_is_raised_at_once(
             pytest.raises(ValueError, match="items: 3 items, expected at most 2"),
         ):
             scorer.score(1, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("named", "field"),
+    [({"top_k": 0}, "top_k"), ({"top_k": True}, "top_k"), ({"tasks": []}, "tasks"), ({"tasks": "click"}, "tasks")]
+    + [({"tasks": ["like", name]}, r"tasks\.1") for name in ("like", "share")],
+)
+def test_a_wrong_choice_is_not_sent(named: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        Scorer("http://127.0.0.1:1", SCHEMA).score(1, [1], **named)
 
 
 @pytest.mark.parametrize(

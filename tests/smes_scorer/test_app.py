@@ -164,6 +164,32 @@ def test_items_with_equal_scores_keep_the_order_of_the_request(http: httpx.Clien
     assert score(http, {"user_id": 1, "items": [33, 13, 23]}).json()["ranking"] == [33, 13, 23]
 
 
+def test_only_the_best_items_and_the_scores_of_chosen_tasks_are_answered(http: httpx.Client) -> None:
+    request = {"user_id": 1, "items": [13, 18, "17", 27], "tasks": ["watch_s", "click"], "top_k": 2}
+    whole = score(http, {"user_id": 1, "items": request["items"]}).json()
+
+    answer = score(http, request).json()
+    more = score(http, {**request, "top_k": 99, "tasks": None}).json()
+    explained = http.post("/v1/explain", json=request).json()
+
+    assert answer["ranking"] == whole["ranking"][:2]
+    assert answer["items"] == [
+        {**item, "scores": {task: item["scores"][task] for task in ("watch_s", "click")}}
+        for item in whole["items"]
+        if item["item_id"] in answer["ranking"]
+    ]
+    assert list(answer["items"][0]["scores"]) == ["watch_s", "click"]
+    assert answer["features_missing"] == whole["features_missing"]  # of all items that were scored
+    assert more == whole
+    assert [item["features"]["item_id"]["value"] for item in explained["items"]] == [
+        encode_id(item["item_id"]) if isinstance(item["item_id"], str) else item["item_id"] for item in answer["items"]
+    ]
+    assert {name: explained[name] for name in ("version", "ranking")} == {
+        name: answer[name] for name in ("version", "ranking")
+    }
+    assert [item["scores"] for item in explained["items"]] == [item["scores"] for item in answer["items"]]
+
+
 @pytest.mark.parametrize(
     ("request_body", "loc"),
     [
@@ -181,6 +207,8 @@ def test_items_with_equal_scores_keep_the_order_of_the_request(http: httpx.Clien
         ({"user_id": 1, "items": [1, ""]}, ["body", "items", 1]),
         ({"user_id": 1, "items": [1, 2, 3, 4, 5, 6]}, ["body", "items"]),
         ({"user_id": 1, "items": [1], "item": [2]}, ["body", "item"]),
+        ({"user_id": 1, "items": [1], "top_k": 1.5}, ["body", "top_k"]),
+        ({"user_id": 1, "items": [1], "tasks": ["click", "share"]}, ["body", "tasks", 1]),
         ({"user_id": 1, "items": [1], "context": [1]}, ["body", "context"]),
         ({"user_id": 1, "items": [1], "context": None}, ["body", "context"]),
         ({"user_id": 1, "items": [1], "context": {"hour": ["7"]}}, ["body", "context", "hour"]),

@@ -37,10 +37,15 @@ def test_openapi_shows_the_limits_of_a_request(make_app: Callable[..., FastAPI])
 
     assert request["required"] == ["user_id", "items"]
     assert (request["properties"]["items"]["minItems"], request["properties"]["items"]["maxItems"]) == (1, 5)
+    assert request["properties"]["top_k"]["anyOf"][0]["minimum"] == 1
+    assert request["properties"]["tasks"]["anyOf"][0]["items"]["enum"] == ["click", "like", "watch_s"]
 
 
 def test_openapi_shows_the_tasks_of_an_answer(make_app: Callable[..., FastAPI]) -> None:
-    assert schemas(make_app)["Scores"]["required"] == ["click", "like", "watch_s"]
+    scores = schemas(make_app)["Scores"]
+
+    assert (list(scores["properties"]), scores["required"]) == (["click", "like", "watch_s"], [])
+    assert all(task["type"] == "number" for task in scores["properties"].values())
 
 
 def test_openapi_says_who_needs_a_token(make_app: Callable[..., FastAPI], tmp_path: Path) -> None:

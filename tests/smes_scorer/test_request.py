@@ -127,7 +127,11 @@ def test_a_wrong_feature_with_an_odd_name_is_named(context: dict[str, object], l
     [
         (b'{"items": [1]}', "missing", "field required"),
         (b"", "missing", "field required"),
-        (b'{"user_id": 1, "items": [1], "item": 2}', "extra_forbidden", "expected one of user_id, items, context"),
+        (
+            b'{"user_id": 1, "items": [1], "item": 2}',
+            "extra_forbidden",
+            "expected one of user_id, items, context, top_k, tasks",
+        ),
         (b'{"user_id": 1,', "json_invalid", "no JSON: Expecting property name enclosed in double quotes"),
         (b"null", "value_error", "expected an object with user_id and items, got null"),
         (b'{"user_id": 7.5, "items": [1]}', "value_error", "expected an integer or a text, got 7.5"),
@@ -159,6 +163,18 @@ def test_a_wrong_feature_with_an_odd_name_is_named(context: dict[str, object], l
             b'{"user_id": 1, "items": [1], "context": {"battery": 1e999}}',
             "value_error",
             "expected a finite number, got inf",
+        ),
+        (b'{"user_id": 1, "items": [1], "top_k": 0}', "value_error", "expected an integer from 1 on, got 0"),
+        (b'{"user_id": 1, "items": [1], "tasks": []}', "value_error", "expected a list of tasks, at least one, got []"),
+        (
+            b'{"user_id": 1, "items": [1], "tasks": ["like", "share"]}',
+            "value_error",
+            "expected one of click, like, watch_s, got 'share'",
+        ),
+        (
+            b'{"user_id": 1, "items": [1], "tasks": ["like", "like"]}',
+            "value_error",
+            "expected each task once, got 'like' again",
         ),
         (
             b'{"user_id": 1, "items": [1], "context": {"seen": [1, 2]}}',
@@ -275,7 +291,7 @@ def test_a_large_wrong_body_is_refused_in_few_words_and_little_time(reader: Requ
         ("a wrong one at the end", ("body", "items", 400_000), "expected an integer or a text"),
         ("good ones, too many", ("body", "items"), "450000 items, expected at most 5"),
         ("a feature", ("body", "context", "tags", 0), "expected an integer or a text"),
-        ("names", ("body", "000000"), "expected one of user_id, items, context"),
+        ("names", ("body", "000000"), "expected one of user_id, items, context, top_k, tasks"),
         ("a list", ("body",), "expected an object with user_id and items"),
     ],
 )
