@@ -36,8 +36,8 @@ PARTS = (
     "encoder",  # with the trunk, and the routers' first map where one product reads the input for both
     "route",  # routers, selection, load and balance loss
     "pack",
-    "gemm",  # grouped GEMMs of the experts, forward
-    "experts",  # their norms and activations, and GEMMs common to all experts
+    "gemm",  # layers of the experts, forward: products, and in compiled loops packing, norms and activations, too
+    "experts",  # GEMMs common to all experts; norms and activations where torch's operators run
     "combine",
     "heads",  # with scores, losses, base rates, and what rare tasks have of their own
     "backward",
@@ -50,6 +50,7 @@ _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
     ("pack", experts, "dispatch"),
     ("pack", experts, "pack"),
     ("gemm", experts, "grouped_linear"),
+    ("gemm", experts, "expert_layer"),
     ("combine", experts, "combine"),
 )
 _METHODS: tuple[tuple[str, Any, str], ...] = (

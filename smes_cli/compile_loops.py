@@ -1,4 +1,4 @@
-"""Compile the loops of the join, of the id table, of the moments and of the routing, so that no event waits for them.
+"""Compile the loops of the join, the id table, moments, routing and answers, so that no event and no request waits.
 
 A module of its own because it imports no torch: the demo's process compiles before it starts its workers.
 """
@@ -17,7 +17,9 @@ from smes.model.rows_config import RowsConfig
 from smes.model.serving_kernels import compile_serving_kernels
 from smes.model.table_kernels import compile_kernels
 from smes.model.task_kernels import compile_task_kernels
+from smes.rankers.clip_kernels import compile_clip_kernels
 from smes.rankers.column_kernels import compile_column_kernels
+from smes.rankers.sparse.expert_kernels import compile_expert_kernels
 from smes.rankers.sparse.routing_kernels import compile_routing_kernels
 from smes.schema import Schema
 from smes_cli.config import Config
@@ -44,7 +46,9 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_answer_kernels()
     compile_request_kernels()
     compile_routing_kernels()
+    compile_expert_kernels()
     compile_column_kernels()
+    compile_clip_kernels()
     compile_task_kernels()
     compile_borrowing_kernels()
     NumericMoments(schema).observe(np.ones((1, schema.inputs.num_numerics), np.float32))

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from smes.rankers.kernels import on_host
 from smes.rankers.sparse.config import ExpertForm, ExpertNorm, ExpertsConfig
+from smes.rankers.sparse.expert_kernels import LINEAR
+from smes.rankers.sparse.host_experts import KINDS, Rows, expert_layer, runs_here, weighted_rows
 from smes.rankers.sparse.kernels import sorted_pairs
 from smes.rankers.sparse.routing import Routing
 
@@ -53,6 +55,12 @@ class Dispatch:
     slot_BRK: Tensor
     slot_P: Tensor | None
     active_B: Tensor
+
+    @property
+    def rows(self) -> Rows:
+        """The same for compiled loops."""
+        used_B = self.active_B if self.slot_P is None else None
+        return Rows(self.offsets_E, self.instance_P, self.row_BU, used_B)
 
 
 def dispatch(routing: Routing, *, trim: bool) -> Dispatch:
@@ -159,9 +167,13 @@ def pack(x_BD: Tensor, plan: Dispatch) -> Tensor:
 
 def combine(y_PH: Tensor, weights_BRK: Tensor, plan: Dispatch) -> Tensor:
     """``h_r = Σ_{e ∈ K_r} p̃_re f_e`` for every router, from outputs computed once. [P, H] → [B, R, H]."""
+    B, R, K = weights_BRK.shape
+    if runs_here(y_PH):
+        disjoint = plan.slot_P is not None
+        row_BS = plan.row_BU if disjoint else plan.row_BU.gather(1, plan.slot_BRK.reshape(B, R * K))
+        return weighted_rows(y_PH, weights_BRK, row_BS.view(B, R, K), shared=not disjoint)
     if plan.slot_P is not None:
         return combine_rows(y_PH, weights_BRK, plan.row_BU, plan.slot_P)
-    B, R, _ = weights_BRK.shape
     num_slots = plan.row_BU.shape[1]
     # Unused slots read row 0, which is always in use and so finite, with weight 0.
     y_BUH = y_PH.index_select(0, plan.row_BU.reshape(-1)).view(B, num_slots, y_PH.shape[1])
@@ -261,7 +273,7 @@ class FullExperts(nn.Module):
     def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...], norm: ExpertNorm = "layer") -> None:
         super().__init__()
         self.output_dim = dims[-1]
-        self.norm = EXPERT_NORMS[norm]
+        self.norm, self._kind = EXPERT_NORMS[norm], KINDS[norm]
         widths = [input_dim, *dims]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(num_experts, d_in, d_out).uniform_(-bound, bound))
@@ -270,6 +282,11 @@ class FullExperts(nn.Module):
         )
 
     def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
+        if runs_here(h_BD):
+            x_P = h_BD
+            for layer, weight_E in enumerate(self.weights):
+                x_P = expert_layer(x_P, weight_E, plan.rows, self._kind, packed=layer > 0)
+            return x_P
         x_P = pack(h_BD, plan)
         for weight_E in self.weights:
             y_P = neutralise(grouped_linear(x_P, weight_E, plan.offsets_E), plan)
@@ -295,13 +312,17 @@ class LowRankExperts(nn.Module):
         self, num_experts: int, input_dim: int, output_dim: int, rank: int, norm: ExpertNorm = "layer"
     ) -> None:
         super().__init__()
-        self.norm = EXPERT_NORMS[norm]
+        self.norm, self._kind = EXPERT_NORMS[norm], KINDS[norm]
         self.output_dim = output_dim
         self.base = nn.Parameter(_uniform(input_dim, output_dim))
         self.down = nn.Parameter(_uniform(num_experts, input_dim, rank))
         self.up = nn.Parameter(torch.zeros(num_experts, rank, output_dim))
 
     def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
+        if runs_here(h_BD):
+            narrow_PR = expert_layer(h_BD, self.down, plan.rows, LINEAR)
+            base_BH = h_BD @ self.base
+            return expert_layer(narrow_PR, self.up, plan.rows, self._kind, packed=True, base_BH=base_BH)
         narrow_PR = neutralise(grouped_linear(pack(h_BD, plan), self.down, plan.offsets_E), plan)
         difference_PH = neutralise(grouped_linear(narrow_PR, self.up, plan.offsets_E), plan)
         return _silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
@@ -325,13 +346,16 @@ class ResidualExperts(nn.Module):
         self, num_experts: int, input_dim: int, output_dim: int, narrow_dim: int, norm: ExpertNorm = "layer"
     ) -> None:
         super().__init__()
-        self.norm = EXPERT_NORMS[norm]
+        self.norm, self._kind = EXPERT_NORMS[norm], KINDS[norm]
         self.output_dim = output_dim
         self.base = nn.Parameter(_uniform(input_dim, output_dim))
         self.narrow = nn.Parameter(_uniform(input_dim, narrow_dim))
         self.differences = nn.Parameter(torch.zeros(num_experts, narrow_dim, output_dim))
 
     def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
+        if runs_here(h_BD):
+            q_BQ, base_BH = h_BD @ self.narrow, h_BD @ self.base
+            return expert_layer(q_BQ, self.differences, plan.rows, self._kind, base_BH=base_BH)
         q_PQ = pack(h_BD @ self.narrow, plan)
         difference_PH = neutralise(grouped_linear(q_PQ, self.differences, plan.offsets_E), plan)
         return _silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
