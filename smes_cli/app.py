@@ -38,6 +38,7 @@ from smes_cli.dead_letters import dead_letters_app
 from smes_cli.evaluate import evaluate
 from smes_cli.export import export
 from smes_cli.features import features_app
+from smes_cli.preloading import torch_preloaded
 from smes_cli.redis_server import redis_server
 from smes_cli.schema import schema_app
 from smes_cli.score_file import score
@@ -282,13 +283,21 @@ def replay(
         Literal["json", "arrow"] | None,
         typer.Option(help="Wire form of the events; default: replay.codec of the configuration."),
     ] = None,
+    by_request: Annotated[
+        bool | None,
+        typer.Option(
+            "--by-request/--one-by-one",
+            help="Whether what impressions of a request share is sent once; default: replay.by_request.",
+        ),
+    ] = None,
     report: ReportPath = None,
 ) -> None:
     """Replay a log into the event log in time order: impressions, and each feedback after its delay."""
     from smes_cli.replay import run_replay
 
     config = config_of(context, schema)
-    changes: dict[str, Any] = {"speed": _speed(speed), "rate": rate, "seed": seed, "codec": codec}
+    changes: dict[str, Any] = {"rate": rate, "seed": seed, "codec": codec, "by_request": by_request}
+    changes["speed"] = _speed(speed)
     if rate is not None and speed is None:
         changes["speed"] = "max"  # whatever the configuration says
     pace = replace(config.replay, **{name: value for name, value in changes.items() if value is not None})
@@ -343,7 +352,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="TCP port; 0 for any free one.", min=0, max=65535)] = None,
 ) -> None:
     """Score over HTTP until stopped, always with the newest snapshot."""
-    with uncollected():
+    with uncollected(), torch_preloaded():
         config = config_of(context, schema)
         schema_file = config.schema_file()
         console.print(f"serve: schema {schema_file.name}", highlight=False)

@@ -9,6 +9,7 @@ from smes.errors import Stopped
 from smes_cli.collection import uncollected
 from smes_cli.command_line import ReportPath, SchemaOfEvents, config_of, stop_signals
 from smes_cli.console import console, report_table
+from smes_cli.preloading import torch_preloaded
 from smes_cli.task_tables import print_tasks
 from smes_cli.times import unix_ms_of
 from smes_io.clock import wall_clock_ms
@@ -72,7 +73,7 @@ def train(
     report: ReportPath = None,
 ) -> None:
     """Train from the event log until stopped (Ctrl-C, SIGTERM); the last cut is then published and on disk."""
-    with uncollected():
+    with uncollected(), torch_preloaded():
         config = config_of(context, schema)
         # Mistakes in options and schema files are told before torch is imported.
         config.schema_file()

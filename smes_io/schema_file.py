@@ -5,7 +5,7 @@ Unknown keys are refused at every level. Every error is one line with file, key,
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -65,8 +65,9 @@ def load_schema_file(path: str | Path) -> SchemaFile:
     return validated(SchemaFile, _expand_shorthands(read_mapping(Path(path))), path)
 
 
+@cache
 def load_builtin(name: BuiltinName) -> SchemaFile:
-    """Read one of the schema files that come with the package."""
+    """Read one of the schema files that come with the package, once in a process."""
     with as_file(builtin_path(name)) as path:
         return load_schema_file(path)
 

@@ -33,6 +33,7 @@ _OUT_OF_RANGE = (
     "too_long",
     "literal_error",
 )
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 _TYPE_NAMES: Mapping[Any, str] = {
     int: "an integer",
     float: "a number",
@@ -90,9 +91,16 @@ def validated(
         key = _dotted(place)
         raise ValueError(f"{where}: {key}: {shown(key, value)}, expected {_type_words(hint)}")
     try:
-        return TypeAdapter(cls).validate_python(data)
+        return _adapter(cls).validate_python(data)
     except ValidationError as error:
         raise ValueError(f"{where}: {_one_line(cls, error, also or {})}") from error
+
+
+def _adapter(cls: type[_T]) -> TypeAdapter[_T]:
+    """Made once for each class: that takes longer than to read a file by it."""
+    if cls not in _ADAPTERS:
+        _ADAPTERS[cls] = TypeAdapter(cls)
+    return _ADAPTERS[cls]
 
 
 def _confused(

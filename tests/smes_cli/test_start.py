@@ -33,7 +33,12 @@ assert "torch" not in sys.modules, "demo"
 
 _TRAIN_AND_SERVE = """
 import gc, sys
+from pathlib import Path
 from smes_cli.collection import uncollected
+from smes_cli.preloading import torch_preloaded
+with torch_preloaded():
+    pass
+assert "torch" not in sys.modules and "libtorch_cpu" in Path("/proc/self/maps").read_text()
 with uncollected():
     import smes_cli.config, smes_scorer.service
     assert not {"kafka", "pyarrow", "stream.example_stream"} & sys.modules.keys(), "the scorer reads no event log"
