@@ -4,6 +4,9 @@
 generator. Each codec is timed beside a peer that only opens the bytes: ``json.loads`` and reading the fields of the
 dict for JSON, pyarrow's own reader for Arrow. Repeats are interleaved, so that a slow moment hits all of them.
 
+Impressions of requests of 8 and of 50, 21 of whose 33 features are the same in a request, are decoded one by one and by
+request (``by_request`` of the codecs), also with a history of 50 items of the user beside them; in processor time.
+
 Run: ``python -m benchmarks.decode [--json FILE] [--impressions N] [--repeats N]``
 """
 
@@ -13,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,7 @@ import pyarrow as pa
 
 from benchmarks.figures import save, show
 from smes.events import FeedbackBlock, ImpressionBlock
-from smes.schema import Feature, Schema, Task
+from smes.schema import ITEM_ID, MISSING, Feature, Schema, Task
 from stream.codec.codec import Codec, decode, encode_feedback, encode_impressions
 from stream.config import JoinConfig, MiniBatchConfig
 from stream.log.event_log import OutRecord, Record
@@ -32,6 +36,9 @@ ROWS_PER_SLICE = 1_000  # impressions; in Arrow they are one record, their slice
 MS_PER_IMPRESSION = 100
 RECORDS_PER_CALL = {"json": 5_000, "arrow": 16}
 NUM_FEATURES = 33
+SHARED_FEATURES = 21
+REQUEST_SIZES = (8, 50)
+HISTORY = 50
 FEEDBACK_PER_IMPRESSION = 2.2
 
 
@@ -66,6 +73,27 @@ def events(num_impressions: int, schema: Schema, seed: int) -> tuple[ImpressionB
     watch_time = feedback.task == schema.task_index["watch_time"]
     feedback.value[:] = np.where(watch_time, rng.random(n, np.float32) * 60, 1)
     return impressions, feedback
+
+
+def in_requests(impressions: ImpressionBlock, schema: Schema, size: int) -> ImpressionBlock:
+    """The impressions as those of requests of this size: user, time and some features are those of the first one."""
+    of = np.arange(len(impressions)) // size
+    shown, first = impressions.take(slice(None)), of * size
+    shown.request_id[:] = of
+    shown.event_time_ms[:] = shown.event_time_ms[first]
+    item = {f"onehot_feat{i}" for i in range(SHARED_FEATURES, NUM_FEATURES)} | {ITEM_ID}
+    for feature in schema.id_features:
+        if feature.name not in item:
+            columns = schema.id_slices[feature.name]
+            shown.ids[:, columns] = shown.ids[first, columns]
+    return shown
+
+
+def impression_records(impressions: ImpressionBlock, schema: Schema, codec: Codec, *, by_request: bool) -> list[Record]:
+    """The impressions in slices, as of :func:`records`."""
+    blocks = [impressions.take(slice(i, i + ROWS_PER_SLICE)) for i in range(0, len(impressions), ROWS_PER_SLICE)]
+    sent = [out for block in blocks for out in encode_impressions(block, schema, codec, 1, by_request=by_request)]
+    return [Record(IMPRESSIONS, 0, i, out.value, out.headers, START_MS + 3_600_000) for i, out in enumerate(sent)]
 
 
 def records(impressions: ImpressionBlock, feedback: FeedbackBlock, schema: Schema, codec: Codec) -> list[Record]:
@@ -174,6 +202,43 @@ def run(num_impressions: int = 20_000, repeats: int = 7, seed: int = 0) -> dict[
     }
 
 
+def run_requests(num_impressions: int = 20_000, repeats: int = 7, seed: int = 0) -> dict[str, float]:
+    """By size of request and codec: bytes and rates one by one and by request, and medians of the rounds' ratios."""
+    plain = kuairand_schema()
+    history = Feature("history", "bag", source="user", max_length=HISTORY)
+    figures: dict[str, float] = {}
+    for schema, with_what in ((plain, ""), (replace(plain, features=(*plain.features, history)), "_with_history")):
+        impressions, _ = events(num_impressions, schema, seed)
+        impressions.ids[:] = np.where(impressions.ids == MISSING, 0, impressions.ids)
+        for size in REQUEST_SIZES:
+            shown = in_requests(impressions, schema, size)
+            for codec in ("json", "arrow"):
+                found = _by_request(shown, schema, codec, repeats)
+                figures |= {f"requests_of_{size}{with_what}_{codec}_{name}": value for name, value in found.items()}
+    return figures
+
+
+def _by_request(shown: ImpressionBlock, schema: Schema, codec: Codec, repeats: int) -> dict[str, float]:
+    logs = [impression_records(shown, schema, codec, by_request=by_request) for by_request in (False, True)]
+    rates: list[list[float]] = [[], []]
+    for repeat in range(repeats + 1):
+        for log, into in zip(logs, rates, strict=True):
+            gc.collect()
+            start = time.process_time()
+            assert decode_all(log, schema, RECORDS_PER_CALL[codec]) == len(shown)
+            if repeat:  # the first round warms up
+                into.append(len(shown) / (time.process_time() - start))
+    alone, together = (sum(len(record.value) for record in log) / len(shown) for log in logs)
+    return {
+        "bytes_one_by_one": alone,
+        "bytes_by_request": together,
+        "bytes_ratio": alone / together,
+        "impressions_per_s_one_by_one": statistics.median(rates[0]),
+        "impressions_per_s_by_request": statistics.median(rates[1]),
+        "decode_speedup": statistics.median(b / a for a, b in zip(*rates, strict=True)),
+    }
+
+
 def main() -> None:
     """Print the figures; ``--json FILE`` also writes them as one flat object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,6 +247,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds, at least 5 for a figure to quote")
     arguments = parser.parse_args()
     figures = run(arguments.impressions, arguments.repeats)
+    figures |= run_requests(arguments.impressions, arguments.repeats)
     show(figures)
     save(figures, arguments.json)
 

@@ -19,6 +19,7 @@ class ReplayConfig:
         seed: Seed of the feedback delays.
         late_share: Share of the feedback that misses its attribution window on purpose.
         codec: Wire form of the events.
+        by_request: Whether what impressions of a request share is sent once; in JSON as one record.
         slice_s: Wall time that one append covers, in seconds, unless the speed is ``max``.
         max_slice_events: Most events of one append.
         max_slice_bytes: Most bytes of one append, as the events lie in memory; at least one event is appended.
@@ -31,6 +32,7 @@ class ReplayConfig:
     seed: int = 0
     late_share: Share = 0.0
     codec: Literal["json", "arrow"] = "arrow"
+    by_request: bool = False
     slice_s: Annotated[float, Gt(0), Le(1)] = 0.05
     max_slice_events: PositiveInt = 8192
     max_slice_bytes: PositiveInt = 4 * 2**20

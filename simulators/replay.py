@@ -141,7 +141,9 @@ class Replayer:
     def _append(self, impressions: ImpressionBlock, feedback: FeedbackBlock, partitions: dict[str, int]) -> None:
         config, schema = self._config, self._reader.schema
         if len(impressions):
-            self._send(IMPRESSIONS, encode_impressions(impressions, schema, config.codec, partitions[IMPRESSIONS]))
+            count, by_request = partitions[IMPRESSIONS], config.by_request
+            records = encode_impressions(impressions, schema, config.codec, count, by_request=by_request)
+            self._send(IMPRESSIONS, records)
             self._impressions += len(impressions)
             self._event_time_ms = int(impressions.event_time_ms[-1])
         if len(feedback):

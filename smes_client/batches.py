@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from smes.arrays import I32, I64
 from smes.schema import Schema
 from stream.codec import json_form
+from stream.codec.json_records import json_records
+from stream.codec.limits import MAX_ROWS, max_rows
 from stream.codec.record_headers import Codec, headers
 from stream.codec.validation import TimeBounds
 from stream.dead_letters import DeadLetter
@@ -26,29 +29,36 @@ class Encoded(NamedTuple):
     value: bytes
 
 
-def records_of(events: Sequence[Encoded], schema: Schema, codec: Codec, partitions: int) -> tuple[list[OutRecord], I64]:
+def records_of(
+    events: Sequence[Encoded], schema: Schema, codec: Codec, partitions: int, *, by_request: bool = False
+) -> tuple[list[OutRecord], I64]:
     """Records of N events of one topic, and which of them each event is in, int64 [N].
 
     Events keep their order within a partition. JSON makes a record of each event, Arrow one of those of a partition, or
-    several, where one would be larger than a reader takes.
+    several, where one would be larger than a reader takes. ``by_request``: what impressions of a request that follow
+    each other in a partition share is sent once; in JSON they are one record.
     """
     n = len(events)
     partition_N = partition_of(np.fromiter((each.impression_id for each in events), np.int64, n), partitions)
-    if codec == "json":
-        head = headers("json", schema)
-        rows = zip(events, partition_N.tolist(), strict=True)
-        return [OutRecord(each.value, head, partition) for each, partition in rows], np.arange(n)
-    return _arrow(events, schema, partitions, partition_N)
+    by_request = by_request and events[0].topic == IMPRESSIONS
+    if codec == "arrow":
+        return _arrow(events, schema, partition_N, by_request=by_request)
+    if by_request:
+        plain = [msgspec.json.decode(each.value) for each in events]
+        return json_records(plain, partition_N, schema, by_request=True)
+    head = headers("json", schema)
+    rows = zip(events, partition_N.tolist(), strict=True)
+    return [OutRecord(each.value, head, partition) for each, partition in rows], np.arange(n)
 
 
-def _arrow(events: Sequence[Encoded], schema: Schema, partitions: int, partition_N: I32) -> tuple[list[OutRecord], I64]:
-    from stream.codec import arrow_form, encoders
-    from stream.codec.arrow_stream import MAX_ROWS
+def _arrow(
+    events: Sequence[Encoded], schema: Schema, partition_N: I32, *, by_request: bool
+) -> tuple[list[OutRecord], I64]:
+    from stream.codec import encoders
 
     topic, head = events[0].topic, headers("arrow", schema)
     block, shown = _block(events, schema), topic == IMPRESSIONS
-    most = arrow_form.max_rows(schema) if shown else MAX_ROWS
-    encode: Any = encoders.arrow_impressions if shown else encoders.arrow_feedback
+    most = max_rows(schema) if shown else MAX_ROWS
     records: list[OutRecord] = []
     record_N = np.zeros(len(events), np.int64)
     for partition in np.unique(partition_N).tolist():
@@ -56,7 +66,12 @@ def _arrow(events: Sequence[Encoded], schema: Schema, partitions: int, partition
         for start in range(0, len(rows), most):
             part = rows[start : start + most]
             record_N[part] = len(records)
-            records.append(OutRecord(encode(block.take(part), schema), head, partition))
+            some = block.take(part)
+            if shown:
+                value = encoders.arrow_impressions(some, schema, by_request=by_request)
+            else:
+                value = encoders.arrow_feedback(some, schema)
+            records.append(OutRecord(value, head, partition))
     return records, record_N
 
 

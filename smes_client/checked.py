@@ -12,7 +12,7 @@ import numpy as np
 
 from smes.hashing import encode_id
 from smes.schema import ITEM_ID, USER_ID, Feature, Schema
-from stream.codec.json_form import declared_features
+from stream.codec.json_structs import declared_features
 from stream.codec.record_headers import MAX_BYTES
 from stream.codec.validation import Problem, TimeBounds, feedback_problem, impression_problem
 

@@ -39,8 +39,8 @@ class Delivered(NamedTuple):
     Attributes:
         topic: ``impressions`` or ``feedback``.
         partition: Its partition there.
-        offset: Of its record; None where the server has it, but no longer says where. Events of one Arrow record have
-            the same.
+        offset: Of its record; None where the server has it, but no longer says where. Events of one record have the
+            same.
     """
 
     topic: str
@@ -92,6 +92,9 @@ class Events:
         access: How the server lets us in (:class:`smes_io.redis_access.RedisAccess`,
             :class:`stream.log.kafka_access.KafkaAccess`).
         codec: ``json``, one record an event; or ``arrow``, one record a batch and partition, which needs pyarrow.
+        by_request: Whether what impressions of a request share is sent once. They must follow each other: give
+            :meth:`impression` those of a request, with its ``request``, one after another. In JSON those of a batch
+            and partition are one record.
         partitions: Of a topic that does not exist yet.
         batch_events: Most events of a batch.
         linger_s: How long an event waits for others, seconds.
@@ -114,6 +117,7 @@ class Events:
         namespace: str = "smes",
         access: Access = None,
         codec: Codec = "json",
+        by_request: bool = False,
         partitions: int = 2,
         batch_events: int = 500,
         linger_s: float = 0.05,
@@ -136,7 +140,7 @@ class Events:
             raise ValueError(f"codec: {codec!r}, expected 'json' or 'arrow'")
         if codec == "arrow" and find_spec("pyarrow") is None:
             raise ValueError("codec: 'arrow' needs pyarrow, which is not installed, expected 'json'")
-        self._schema, self._codec = load_schema(schema), codec
+        self._schema, self._codec, self._by_request = load_schema(schema), codec, by_request
         self._forms = EventForms(self._schema, now_ms)
         self._batch_events, self._linger_s = batch_events, linger_s
         self._buffer_events, self._block_s = buffer_events, block_s
@@ -322,7 +326,9 @@ class Events:
         """Append events of one topic, and report what became of each."""
         try:
             partitions = self._event_log.partitions(topic)
-            records, record_of = records_of([each.event for each in events], self._schema, self._codec, partitions)
+            records, record_of = records_of(
+                [each.event for each in events], self._schema, self._codec, partitions, by_request=self._by_request
+            )
             offsets = self._event_log.append_reporting(topic, records)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is each event's report
             _log.warning("%d events of topic %s not delivered: %s", len(events), topic, error)

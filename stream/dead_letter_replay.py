@@ -37,7 +37,7 @@ from smes.schema import Schema
 from smes.schema_change import SchemaChange
 from smes_io.clock import wall_clock_ms
 from stream.codec.codec import decode, headers
-from stream.codec.encoders import single_row
+from stream.codec.single import single_event
 from stream.dead_letter_reading import (
     ALL_LETTERS,
     LetterFilter,
@@ -235,7 +235,10 @@ class Replayer:
                 return GONE
             value, head = original.value, original.headers
             if letter.row is not None:
-                value = single_row(value, letter.row)
+                try:
+                    value = single_event(original, letter.row)
+                except ValueError as error:
+                    return f"its record cannot be taken apart: {error}"
         if self._adopt_schema:
             head = _with_schema(head, self._schema)
         partition = min(letter.partition, self._log.partitions(letter.topic) - 1)

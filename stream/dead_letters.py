@@ -37,19 +37,19 @@ _INCARNATION_MAX_AGE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One refusal: a record, or one row of an Arrow record.
+    """One refusal: a record, or one event of a record of many.
 
     Attributes:
         topic: Topic that the record was read from.
         partition: Its partition.
         offset: Its offset there.
-        row: Row within an Arrow record, from 0; None where the whole record is refused.
+        row: Place within a record of many events, from 0: the row in Arrow. None where the whole record is refused.
         code: Short machine-readable reason, for counters.
         reason: For people: what was expected and what the event had.
         field: Dotted name of the field at fault, None where it is the event as a whole.
-        payload: The record's value; for a row, that row as JSON.
+        payload: The record's value; for a row, that event as JSON.
         place: The server's own name of the record, such as a Redis entry id, where it is unreadable; else None.
-        events: How many events it stands for: the rows of an Arrow record refused as a whole, else 1.
+        events: How many events it stands for: those of a record of many that is refused as a whole, else 1.
         headers: The record's headers; None where there is no record, or they are larger than ``MAX_HEADER_BYTES``.
         arrival_ms: When the record reached the log, Unix milliseconds; None where there is no record.
         is_excerpt: Whether something of the row is missing in ``payload``, such as the end of a long list.
@@ -90,7 +90,7 @@ class DeadLetter:
     def of_row(
         cls, record: Record, row: int, problem: Problem, payload: bytes, *, is_excerpt: bool = False
     ) -> "DeadLetter":
-        """The letter for one row of an Arrow record."""
+        """The letter for one event of a record of many."""
         return cls(
             topic=record.topic,
             partition=record.partition,
@@ -247,6 +247,14 @@ class DeadLetterWriter:
             known = self._log.incarnations(topic)
             self._incarnations[topic] = now_s, known
         return known
+
+
+def row_payload_bytes(record: Record, letters: int) -> int:
+    """Most payload bytes of each of so many letters for rows of a record.
+
+    What events share would else stand in all of them: together they take at most a few times the record's size.
+    """
+    return max(SHORT_PAYLOAD_BYTES, 4 * len(record.value) // letters)
 
 
 def _short(headers: Headers) -> Headers | None:

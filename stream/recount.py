@@ -1,7 +1,8 @@
 """Counting what is in the log, for an audit: events by partition, and dead letters by where their events were.
 
-What is counted as an event is what the trainer counts: a record of JSON is one, whatever it holds; a record of Arrow is
-its rows, or what its letter stands for where it is refused as a whole.
+What is counted as an event is what the trainer counts: a record of JSON is one, whatever it holds, unless it holds the
+impressions of a request; a record of many events is these, or what its letter stands for where it is refused as a
+whole.
 """
 
 from collections import Counter, defaultdict
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from smes.errors import PositionOutOfRange
 from smes.schema import Schema
 from stream.codec.codec import decode
+from stream.codec.json_requests import may_be_request
 from stream.dead_letter_reading import Foreign, StoredLetter, read_entries, topic_bounds
 from stream.dead_letter_replay import origin_of
 from stream.log.event_log import EventLog, Record, TopicPartition
@@ -211,11 +213,12 @@ class Recounter:
         for record in records:
             head = dict(record.headers)
             source = TopicPartition(record.topic, record.partition)
-            if head.get("codec") == b"arrow" and record.offset not in self._refused_schema.get(source, ()):
+            may_hold_many = head.get("codec") == b"arrow" or may_be_request(record)
+            if may_hold_many and record.offset not in self._refused_schema.get(source, ()):
                 by_schema[head.get("schema", b"")].append(record)
         count = len(records) - sum(map(len, by_schema.values()))
-        for name, arrow in by_schema.items():
-            decoded = decode(arrow, self._schemas.get(name, self._schema))
+        for name, many in by_schema.items():
+            decoded = decode(many, self._schemas.get(name, self._schema))
             count += len(decoded.impressions) + len(decoded.feedback) + decoded.dead_by_source.total()
         return count
 

@@ -10,7 +10,7 @@ of other names are kept out; each counts once per row.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,9 +20,12 @@ from smes.arrays import Bool
 from smes.events import FeedbackBlock, ImpressionBlock, misaligned, scatter_bags
 from smes.schema import ITEM_ID, MISSING, USER_ID, Schema
 from stream.codec import arrow_columns
-from stream.codec.arrow_stream import MAX_ROWS, Part, placed, record_parts
-from stream.codec.validation import Code, Problem, TimeBounds, bad_labels, feedback_problem, impression_problem
-from stream.dead_letters import DeadLetter
+from stream.codec.arrow_stream import Part, RequestColumns, placed, record_parts
+from stream.codec.limits import max_rows
+from stream.codec.request_rows import give
+from stream.codec.requests import IMPRESSIONS, conflict, event_problem
+from stream.codec.validation import Code, Problem, TimeBounds, bad_labels, feedback_problem
+from stream.dead_letters import DeadLetter, row_payload_bytes
 from stream.log.event_log import Record, TopicPartition
 
 FEATURE_PREFIX = "features."
@@ -40,13 +43,9 @@ _FEEDBACK_REQUIRED: dict[str, Code] = {
     "value": "label_range",
 }
 
-# Least payload that a refused row may take in its letter, whatever else the record holds.
-_MIN_ROW_PAYLOAD = 512
 # Elements of lists that all letters of a batch show together, and the least that each list shows: a list of nulls
 # takes no bytes on the wire, however long it is.
 _LETTERS_ELEMENTS, _MIN_ELEMENTS = 100_000, 16
-# Most bytes that one record's impressions take as a block.
-_MAX_BLOCK_BYTES = 128 * 1024 * 1024
 
 
 _Block = TypeVar("_Block", ImpressionBlock, FeedbackBlock)
@@ -95,19 +94,32 @@ def decode_impressions(
 ) -> ImpressionBlock:
     """The good impressions in record order; ``dead`` gets letters for the others, ``unknown`` the unknown fields."""
     known, most = impression_columns(schema), max_rows(schema)
-    parts = [part for record in records for part in record_parts(record, known, _IMPRESSION_REQUIRED, dead, most)]
+    parts = [
+        part
+        for record in records
+        for part in record_parts(record, known, _IMPRESSION_REQUIRED, dead, most, shareable=known[1:])
+    ]
     block = ImpressionBlock.empty(schema, sum(part.num_rows for part in parts))
     bad = np.zeros(len(block), np.bool_)
+    conflicts: dict[int, str] = {}
     for part, rows in placed(parts):
-        _fill_impressions(part, block.take(rows), bad[rows], schema)
+        out = block.take(rows)
+        _fill_impressions(part.columns, out, bad[rows], schema)
+        if part.requests is not None:
+            found = _fill_shared(part.requests, out, bad[rows], schema)
+            conflicts |= {rows.start + row: name for row, name in found.items()}
         _fill_origin(part.record, block, rows)
-    bad |= bounds.bad(block.event_time_ms, block.arrival_ms)
+    for required in (block.impression_id, block.ids[:, 0], block.ids[:, 1]):
+        _mark(bad, required == MISSING)  # also where an index is no null, but what it stands for is
+    bad |= bounds.bad(block.event_time_ms, block.arrival_ms) | misaligned(block.ids, schema)
 
     def explain(event: object, arrival_ms: int) -> Problem | None:
-        return impression_problem(event, schema, arrival_ms, bounds)
+        return event_problem(event, schema, arrival_ms, bounds)
 
     _count_unknown(parts, bad, unknown)
-    dead += _dead_letters(parts, bad, lambda columns: _impression_event(columns, schema), explain)
+    dead += _dead_letters(
+        parts, bad, lambda own, shared: _impression_event(own, shared, schema), explain, conflicts=conflicts
+    )
     return block.take(~bad) if bad.any() else block
 
 
@@ -133,20 +145,14 @@ def decode_feedback(
         return feedback_problem(event, schema, arrival_ms, bounds)
 
     _count_unknown(parts, bad, unknown)
-    dead += _dead_letters(parts, bad, lambda columns: columns, explain)
+    dead += _dead_letters(parts, bad, lambda columns, _: columns, explain, conflicts={})
     return block.take(~bad) if bad.any() else block
 
 
 def impression_columns(schema: Schema) -> tuple[str, ...]:
-    """The names of all columns that an impression record may have."""
+    """The names of all columns that an impression record may have, ``impression_id`` first."""
     features = (FEATURE_PREFIX + f.name for f in schema.features if f.name not in (USER_ID, ITEM_ID))
     return (*_IMPRESSION_REQUIRED, "request_id", *features, "served_version", "served_scores", "served_arm")
-
-
-def max_rows(schema: Schema) -> int:
-    """Most impressions of one record: so many that their block stays small, whatever the record's own size."""
-    row_bytes = sum(column.nbytes for column in ImpressionBlock.empty(schema, 1).arrays().values())
-    return max(1, min(MAX_ROWS, _MAX_BLOCK_BYTES // row_bytes))
 
 
 def _fill_origin(record: Record, block: ImpressionBlock | FeedbackBlock, rows: slice) -> None:
@@ -155,13 +161,28 @@ def _fill_origin(record: Record, block: ImpressionBlock | FeedbackBlock, rows: s
     block.arrival_ms[rows] = record.arrival_ms
 
 
-def _fill_impressions(part: Part, out: ImpressionBlock, bad: Bool, schema: Schema) -> None:
-    """Write the part's columns into ``out``, views of its rows, and mark its bad rows in ``bad``."""
-    columns = part.columns
+def _fill_shared(requests: RequestColumns, out: ImpressionBlock, bad: Bool, schema: Schema) -> dict[int, str]:
+    """Write what rows share with others into ``out``, and mark the rows whose request is bad.
+
+    Returns:
+        Row → the field of which its request has another value.
+    """
+    given = ImpressionBlock.empty(schema, requests.num_requests)
+    bad_requests = np.zeros(len(given), np.bool_)
+    _fill_impressions(requests.columns, given, bad_requests, schema)
+    if bad_requests.any():
+        _mark(bad, bad_requests[requests.of_row] & (requests.of_row >= 0))
+    conflicts = give(out, given, requests.of_row, schema)
+    bad[list(conflicts)] = True
+    return conflicts
+
+
+def _fill_impressions(columns: dict[str, Any], out: ImpressionBlock, bad: Bool, schema: Schema) -> None:
+    """Write columns into ``out``, views of rows, and mark the bad rows in ``bad``. What is absent is ``MISSING``."""
+    out.impression_id[:] = out.event_time_ms[:] = MISSING
     required = {"impression_id": out.impression_id, "event_time_ms": out.event_time_ms}
-    for name, target in {**required, USER_ID: out.ids[:, 0], ITEM_ID: out.ids[:, 1]}.items():
-        _fill_ids(columns[name], target, bad, required=True)
-    for name, target in {"request_id": out.request_id, "served_version": out.served_version}.items():
+    ids = {**required, USER_ID: out.ids[:, 0], ITEM_ID: out.ids[:, 1]}
+    for name, target in {**ids, "request_id": out.request_id, "served_version": out.served_version}.items():
         if name in columns:
             _fill_ids(columns[name], target, bad)
     for feature in schema.id_features[2:]:
@@ -174,7 +195,6 @@ def _fill_impressions(part: Part, out: ImpressionBlock, bad: Bool, schema: Schem
             bag = arrow_columns.bags(column)
             scatter_bags(out.ids[:, schema.id_slices[feature.name]], bag.values, bag.starts, bag.lengths)
             _mark(bad, bag.bad)
-    _mark(bad, misaligned(out.ids, schema))
     for i, feature in enumerate(schema.numeric_features):
         column = columns.get(FEATURE_PREFIX + feature.name)
         if column is not None:
@@ -214,7 +234,7 @@ def _mark(bad: Bool, rows: Bool | None) -> None:
 def _count_unknown(parts: Sequence[Part], bad: Bool, unknown: Counter[TopicPartition]) -> None:
     """Count the columns that are kept out, once for every good row."""
     for part, rows in placed(parts):
-        fields = part.num_columns - len(part.columns)
+        fields = part.num_columns - len(part.columns) - (0 if part.requests is None else len(part.requests.columns))
         source = TopicPartition(part.record.topic, part.record.partition)
         if count := fields * int(part.num_rows - np.count_nonzero(bad[rows])):
             unknown[source] += count
@@ -223,22 +243,34 @@ def _count_unknown(parts: Sequence[Part], bad: Bool, unknown: Counter[TopicParti
 def _dead_letters(
     parts: Sequence[Part],
     bad: Bool,
-    to_event: Callable[[dict[str, Any]], object],
+    to_event: Callable[[dict[str, Any], dict[str, Any] | None], object],
     explain: Callable[[object, int], Problem | None],
+    *,
+    conflicts: Mapping[int, str],
 ) -> list[DeadLetter]:
-    """A letter for every bad row."""
+    """A letter for every bad row.
+
+    Args:
+        parts: Of all records.
+        bad: Which rows are bad, of all parts.
+        to_event: Makes an event in its JSON form of a row's cells, and of those that it shares with others.
+        explain: Says what is wrong with the event.
+        conflicts: Row → the field of which its request has another value.
+    """
     letters: list[DeadLetter] = []
     for part, rows in placed(parts):
         bad_rows = np.flatnonzero(bad[rows])
         if not len(bad_rows):
             continue
-        # A dictionary can repeat one long string in every row: all letters of a record together take at most a few
-        # times its size.
-        payload_bytes = max(_MIN_ROW_PAYLOAD, 4 * len(part.record.value) // len(bad_rows))
-        max_elements = max(_MIN_ELEMENTS, _LETTERS_ELEMENTS // (len(bad_rows) * len(part.columns)))
-        events = part.events(bad_rows.tolist(), to_event, max_elements)
-        for row, event in zip(bad_rows.tolist(), events, strict=True):
+        # A dictionary can repeat one long string in every row.
+        payload_bytes = row_payload_bytes(part.record, len(bad_rows))
+        width = len(part.columns) + (0 if part.requests is None else len(part.requests.columns))
+        max_elements = max(_MIN_ELEMENTS, _LETTERS_ELEMENTS // (len(bad_rows) * width))
+        for row in bad_rows.tolist():
+            event = to_event(part.cells(row, max_elements), part.shared_cells(row, max_elements))
             problem = explain(event, part.record.arrival_ms)
+            if problem is None and rows.start + row in conflicts:
+                problem = conflict(conflicts[rows.start + row])
             problem = problem or Problem("unparsable", "expected an event as the schema describes it")
             text = json.dumps(event, default=repr)
             is_excerpt = len(text) > payload_bytes or _has_long_list(event, max_elements)
@@ -253,12 +285,20 @@ def _has_long_list(value: object, max_elements: int) -> bool:
     """Whether plain data has a list that may have been cut to ``max_elements``."""
     if isinstance(value, dict):
         return any(_has_long_list(each, max_elements) for each in value.values())
-    return isinstance(value, list) and len(value) >= max_elements
+    return isinstance(value, list) and (
+        len(value) >= max_elements or any(_has_long_list(each, max_elements) for each in value)
+    )
 
 
-def _impression_event(columns: dict[str, Any], schema: Schema) -> dict[str, object]:
-    """An impression's columns in the JSON wire form."""
-    event: dict[str, object] = {name: columns[name] for name in _IMPRESSION_REQUIRED}
+def _impression_event(own: dict[str, Any], shared: dict[str, Any] | None, schema: Schema) -> dict[str, object]:
+    """An impression's columns, and those that it shares with others, in the JSON wire form."""
+    if shared is None:
+        return {name: own.get(name) for name in _IMPRESSION_REQUIRED} | _event(own, schema)
+    return {IMPRESSIONS: [_event(own, schema)], **_event(shared, schema)}
+
+
+def _event(columns: dict[str, Any], schema: Schema) -> dict[str, object]:
+    event: dict[str, object] = {name: columns[name] for name in _IMPRESSION_REQUIRED if name in columns}
     event["request_id"] = columns.get("request_id")
     event["features"] = {
         name.removeprefix(FEATURE_PREFIX): value for name, value in columns.items() if name.startswith(FEATURE_PREFIX)

@@ -6,12 +6,15 @@ wire but memory here is refused or never made: columns of nulls, runs, dictionar
 """
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from smes.arrays import I64
+from stream.codec.limits import MAX_ROWS
 from stream.codec.validation import Code, Problem
 from stream.dead_letters import DeadLetter
 from stream.log.event_log import Record
@@ -20,9 +23,6 @@ RecordBatch = Any  # a pyarrow.RecordBatch; pyarrow ships no types
 
 # Most characters of a text that a refused row's letter keeps: no good row holds more than the name of a task.
 _MAX_TEXT = 1_000
-
-MAX_ROWS = 65_536
-"""Most events of one record: a column that is absent costs no bytes on the wire, but its full width in memory."""
 
 _MAX_MESSAGES = 2_048  # batches and dictionaries of a record; each costs as much work as thousands of rows
 
@@ -38,6 +38,9 @@ _PLAIN = (
     pa.types.is_large_binary,
     pa.types.is_temporal,
 )
+REQUEST = "request"
+"""The column of what impressions share with others of their request: a dictionary of structs of columns."""
+
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 # What pyarrow raises for bytes that are no valid stream: its exceptions derive from many built-in ones.
 _DAMAGED = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, MemoryError, struct.error)
@@ -57,8 +60,9 @@ class Part:
         record: Where it was read from.
         first_row: Its first row within the record.
         num_rows: At least 1.
-        num_columns: All columns, known or not.
+        num_columns: All columns, known or not, those of requests with them.
         columns: The known columns by name; reading them is safe.
+        requests: What rows share with others; None: nothing.
     """
 
     record: Record
@@ -66,13 +70,34 @@ class Part:
     num_rows: int
     num_columns: int
     columns: dict[str, Any]
+    requests: "RequestColumns | None" = None
 
-    def events(
-        self, rows: Iterable[int], to_event: Callable[[dict[str, Any]], object], max_elements: int
-    ) -> Iterator[object]:
-        """The given rows as plain data; of a list, the first ``max_elements``."""
-        for row in rows:
-            yield to_event({name: _plain(column[row], max_elements) for name, column in self.columns.items()})
+    def cells(self, row: int, max_elements: int) -> dict[str, Any]:
+        """A row as plain data; of a list, the first ``max_elements``."""
+        return {name: _plain(column[row], max_elements) for name, column in self.columns.items()}
+
+    def shared_cells(self, row: int, max_elements: int) -> dict[str, Any] | None:
+        """What a row shares with others, likewise; None where it has no request."""
+        if self.requests is None or (number := int(self.requests.of_row[row])) < 0:
+            return None
+        return {name: _plain(column[number], max_elements) for name, column in self.requests.columns.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class RequestColumns:
+    """What rows share with others of their request.
+
+    Attributes:
+        of_row: int64 [N], each row's request, -1 where it has none.
+        num_requests: R.
+        num_columns: All columns, known or not.
+        columns: The known columns by name, R rows each; reading them is safe.
+    """
+
+    of_row: I64
+    num_requests: int
+    num_columns: int
+    columns: dict[str, Any]
 
 
 def record_parts(
@@ -81,6 +106,7 @@ def record_parts(
     required: dict[str, Code],
     dead: list[DeadLetter],
     max_rows: int = MAX_ROWS,
+    shareable: Sequence[str] = (),
 ) -> list[Part]:
     """The record's batches that have rows; a record that cannot be read at all goes to ``dead``.
 
@@ -90,6 +116,7 @@ def record_parts(
         required: Column that every batch must have → the reason code where its type is wrong.
         dead: Where the letter goes.
         max_rows: Most rows of a good record.
+        shareable: Names of the columns that rows may share, in the column ``REQUEST``, required ones among them.
     """
     batches = _read_batches(record.value)
     if isinstance(batches, Problem):
@@ -104,27 +131,65 @@ def record_parts(
     for batch in batches:
         position = {name: i for i, name in enumerate(batch.schema.names)}
         columns = {name: batch.column(position[name]) for name in known if name in position}
-        problem = _structure_problem(columns, required)
-        if problem:
-            dead.append(DeadLetter.of_record(record, problem, events=_credible_rows(batches, record)))
+        shared = _requests_of(batch.column(position[REQUEST]), shareable) if shareable and REQUEST in position else None
+        checked = shared if isinstance(shared, Problem) else _structure_problem(columns, required, shared)
+        if isinstance(shared, Problem) or checked is not None:
+            assert checked is not None
+            dead.append(DeadLetter.of_record(record, checked, events=_credible_rows(batches, record)))
             return []
         if batch.num_rows:
-            parts.append(Part(record, first_row, batch.num_rows, batch.num_columns, columns))
+            width = batch.num_columns if shared is None else batch.num_columns - 1 + shared.num_columns
+            parts.append(Part(record, first_row, batch.num_rows, width, columns, shared))
         first_row += batch.num_rows
     return parts
 
 
-def _structure_problem(columns: dict[str, Any], required: dict[str, Code]) -> Problem | None:
+def _requests_of(column: Any, shareable: Sequence[str]) -> RequestColumns | Problem | None:
+    """What rows share with others; None if there is nothing."""
+    if pa.types.is_null(column.type):
+        return None
+    if not pa.types.is_dictionary(column.type) or not pa.types.is_struct(column.type.value_type):
+        return Problem("bad_type", f"{REQUEST}: expected a dictionary of structs", REQUEST)
+    structs = column.dictionary
+    try:
+        position = {structs.type[i].name: i for i in range(structs.type.num_fields)}
+    except _DAMAGED:  # a name that is no UTF-8
+        return Problem("unparsable", f"{REQUEST}: expected names of fields in UTF-8", REQUEST)
+    names = [name for name in shareable if name in position]
+    for name in names:
+        if not _is_plain(kind := structs.type[position[name]].type) or pa.types.is_dictionary(kind):
+            return Problem("bad_type", f"{REQUEST}.{name}: expected plain values or lists of them", name)
+    if problem := _column_problem(column, REQUEST):
+        return problem
+    of_row = column.indices.cast(pa.int64()).fill_null(-1).to_numpy()
+    used = of_row[of_row >= 0]
+    first, last = (int(used.min()), int(used.max())) if len(used) else (0, -1)
+    count = last + 1 - first
+    if count > len(column):  # a request costs no bytes on the wire if all of it is null
+        reason = (
+            f"{REQUEST}: {count} requests from the first to the last of {len(column)} rows, expected no more than rows"
+        )
+        return Problem("too_large", reason, REQUEST)
+    fields = structs.slice(first, count).flatten()  # null where a whole struct is null
+    columns = {name: fields[position[name]] for name in names}
+    return RequestColumns(np.where(of_row < 0, -1, of_row - first), count, len(fields), columns)
+
+
+def _structure_problem(
+    columns: dict[str, Any], required: dict[str, Code], shared: RequestColumns | None
+) -> Problem | None:
     """What makes every row of a batch bad: a required column that is absent or of the wrong type, or damage."""
+    of_requests = {} if shared is None else shared.columns
     for name, code in required.items():
-        column = columns.get(name)
-        if column is None or pa.types.is_null(column.type):
-            got = "no such column" if column is None else "a column of nulls"
+        there = [each[name] for each in (columns, of_requests) if name in each]
+        if all(pa.types.is_null(column.type) for column in there):
+            got = "a column of nulls" if there else "no such column"
             return Problem("missing_field", f"{name}: expected a column, got {got}", name)
-        expected, good = _expected_type(name, column.type)
-        if not good:
-            return Problem(code, f"{name}: expected {expected} column, got {column.type!s:.60}", name)
-    for name, column in columns.items():
+        for column in there:
+            expected, good = _expected_type(name, column.type)
+            if not good and not pa.types.is_null(column.type):
+                return Problem(code, f"{name}: expected {expected} column, got {column.type!s:.60}", name)
+    for name, column in columns.items():  # those of requests were looked at
         if not _is_plain(column.type):
             return Problem("bad_type", f"{name}: expected numbers or lists of them, got {column.type!s:.60}", name)
         problem = _column_problem(column, name)

@@ -2,10 +2,10 @@
 
 A record's headers say how to read it:
 
-======== ==============================================================================================
-codec    ``json`` (one event; also when the header is absent) or ``arrow`` (an IPC stream of many events)
+======== ===========================================================================================================
+codec    ``json`` (an event, or those of a request; also where the header is absent), ``arrow`` (a stream of events)
 schema   ``Schema.hash`` of the producer; must match when present, and must be present for Arrow
-======== ==============================================================================================
+======== ===========================================================================================================
 
 The schema matches, too, if it is one of the *old schemas* that were declared for a change-over. Such events are decoded
 by the schema that they were made with, and then converted (:mod:`smes.schema_change`).
@@ -27,7 +27,8 @@ from smes.schema import Schema
 from smes.schema_change import SchemaChange
 from smes_io.clock import wall_clock_ms
 from stream.codec import arrow_form, encoders, json_form
-from stream.codec.arrow_stream import MAX_ROWS
+from stream.codec.json_records import json_records
+from stream.codec.limits import MAX_ROWS, max_rows
 from stream.codec.record_headers import MAX_BYTES, Codec, headers
 from stream.codec.validation import Problem, TimeBounds, quoted
 from stream.dead_letters import DeadLetter
@@ -130,12 +131,22 @@ def decode(
     )
 
 
-def encode_impressions(block: ImpressionBlock, schema: Schema, codec: Codec, partitions: int) -> list[OutRecord]:
+def encode_impressions(
+    block: ImpressionBlock, schema: Schema, codec: Codec, partitions: int, *, by_request: bool = False
+) -> list[OutRecord]:
     """Records that :func:`decode` turns back into ``block``, each row in the partition of its impression id.
 
     Rows keep their order within a partition. Arrow makes one record per partition that has rows, so the caller's
     block size is the record size (or several, where one would be larger than :func:`decode` takes); JSON one record
     per row. ``partition``, ``offset`` and ``arrival_ms`` are not sent.
+
+    Args:
+        block: The rows.
+        schema: Features and tasks.
+        codec: The wire form.
+        partitions: Of the topic.
+        by_request: Whether what is the same in neighbouring rows of a request, and of a partition, is sent once. In
+            JSON such rows are one record.
 
     Raises:
         ValueError: A numeric feature or a score is infinite.
@@ -143,13 +154,15 @@ def encode_impressions(block: ImpressionBlock, schema: Schema, codec: Codec, par
     encoders.require_finite("numerics", block.numerics)
     encoders.require_finite("served_scores", block.served_scores)
     if codec == "json":
-        return _json_records(block.impression_id, encoders.json_impressions(block, schema), schema, partitions)
+        events = encoders.json_impressions(block, schema)
+        partition_N = partition_of(block.impression_id, partitions)
+        return json_records(list(events), partition_N, schema, by_request=by_request)[0]
     return _arrow_records(
         block.impression_id,
-        lambda rows: encoders.arrow_impressions(block.take(rows), schema),
+        lambda rows: encoders.arrow_impressions(block.take(rows), schema, by_request=by_request),
         schema,
         partitions,
-        arrow_form.max_rows(schema),
+        max_rows(schema),
     )
 
 

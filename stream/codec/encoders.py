@@ -1,4 +1,7 @@
-"""Event blocks to wire records: JSON, one event a record, or Arrow, one IPC stream a partition."""
+"""Event blocks to wire records: JSON, one event a record, or Arrow, one IPC stream a partition.
+
+Letters: N rows, R requests.
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
@@ -7,16 +10,18 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from smes.arm_names import names_of
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, Bool
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes.schema import ITEM_ID, MISSING, USER_ID, Schema
 from stream.codec.arrow_form import FEATURE_PREFIX
+from stream.codec.arrow_stream import REQUEST
 
 
-def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
-    """One JSON event per row; what is missing is left out."""
+def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[dict[str, Any]]:
+    """One event in its JSON form per row; what is missing is left out."""
     singles = [f.name for f in schema.id_features[2:] if f.kind == "id"]
     bags = [f.name for f in schema.id_features if f.is_list]
     numerics = [f.name for f in schema.numeric_features]
@@ -32,7 +37,6 @@ def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
         block.served_scores.tolist(),
         names_of(block.served_arm),
     )
-    encode = msgspec.json.Encoder().encode
     rows = zip(*columns, strict=False)  # without bags one of the columns has no end
     for (impression_id, time_ms), request_id, entities, ids, id_bags, numbers, version, scores, arm in rows:
         event: dict[str, Any] = {"impression_id": impression_id, **_ids((USER_ID, ITEM_ID), entities)}
@@ -51,7 +55,7 @@ def json_impressions(block: ImpressionBlock, schema: Schema) -> Iterator[bytes]:
             served["scores"] = present_scores
         if served:
             event["served"] = served
-        yield encode(event)
+        yield event
 
 
 def json_feedback(block: FeedbackBlock, schema: Schema) -> Iterator[bytes]:
@@ -64,26 +68,78 @@ def json_feedback(block: FeedbackBlock, schema: Schema) -> Iterator[bytes]:
         yield encode(event)
 
 
-def arrow_impressions(block: ImpressionBlock, schema: Schema) -> bytes:
-    """All rows as one IPC stream."""
-    columns: dict[str, Any] = {
-        "impression_id": pa.array(block.impression_id),
-        USER_ID: _nullable(block.user_id),
-        ITEM_ID: _nullable(block.item_id),
-        "event_time_ms": pa.array(block.event_time_ms),
-        "request_id": _nullable(block.request_id),
+def begins(request_id: I64) -> Bool:
+    """Which rows are not of the request of the row before. int64 [N] → bool [N]."""
+    first: Bool = np.ones(len(request_id), np.bool_)
+    first[1:] = (request_id[1:] != request_id[:-1]) | (request_id[1:] == MISSING)
+    return first
+
+
+def arrow_impressions(block: ImpressionBlock, schema: Schema, *, by_request: bool = False) -> bytes:
+    """All rows as one IPC stream.
+
+    Args:
+        block: The rows.
+        schema: Features and tasks.
+        by_request: Whether columns that are the same in all rows of each request stand once for the request.
+    """
+    fields, first = _fields(block, schema), begins(block.request_id)
+    given: dict[str, Any] = {}
+    if by_request and not first.all():
+        same = [name for name, values in fields.items() if name != "impression_id" and _is_same(values, ~first)]
+        given = _columns({name: fields.pop(name)[first] for name in same}, schema)
+    columns = _columns(fields, schema)
+    if "served_arm" in columns:
+        columns["served_arm"] = columns["served_arm"].dictionary_encode()
+    if given:
+        number = (np.cumsum(first) - 1).astype(np.min_scalar_type(-int(first.sum())))
+        struct = pa.StructArray.from_arrays(list(given.values()), list(given))
+        columns[REQUEST] = pa.DictionaryArray.from_arrays(pa.array(number), struct)
+    return _stream(columns)
+
+
+def _fields(block: ImpressionBlock, schema: Schema) -> dict[str, NDArray[Any]]:
+    """The name of each column → its values, [N] or [N, L]."""
+    fields: dict[str, NDArray[Any]] = {
+        "impression_id": block.impression_id,
+        USER_ID: block.user_id,
+        ITEM_ID: block.item_id,
+        "event_time_ms": block.event_time_ms,
+        "request_id": block.request_id,
     }
     for feature in schema.id_features[2:]:
         values = block.ids[:, schema.id_slices[feature.name]]
-        columns[FEATURE_PREFIX + feature.name] = _bags(values) if feature.is_list else _nullable(values[:, 0])
+        fields[FEATURE_PREFIX + feature.name] = values if feature.is_list else values[:, 0]
     for i, feature in enumerate(schema.numeric_features):
-        columns[FEATURE_PREFIX + feature.name] = _nullable(block.numerics[:, i])
-    columns["served_version"] = _nullable(block.served_version)
-    unscored = np.isnan(block.served_scores).all(axis=1)
-    flat_scores = _nullable(block.served_scores.reshape(-1))
-    columns["served_scores"] = pa.FixedSizeListArray.from_arrays(flat_scores, schema.num_tasks, mask=pa.array(unscored))
-    columns["served_arm"] = pa.array(names_of(block.served_arm), pa.string()).dictionary_encode()
-    return _stream(columns)
+        fields[FEATURE_PREFIX + feature.name] = block.numerics[:, i]
+    fields["served_version"] = block.served_version
+    fields["served_scores"] = block.served_scores
+    fields["served_arm"] = block.served_arm
+    return fields
+
+
+def _is_same(values: NDArray[Any], as_before: Bool) -> bool:
+    """Whether each of these rows has the value of the row before."""
+    after, before = values[1:][as_before[1:]], values[:-1][as_before[1:]]
+    return bool(((after == before) | (after != after) & (before != before)).all())
+
+
+def _columns(fields: dict[str, NDArray[Any]], schema: Schema) -> dict[str, Any]:
+    """Fields as Arrow columns."""
+    bags = {FEATURE_PREFIX + feature.name for feature in schema.id_features if feature.is_list}
+    columns: dict[str, Any] = {}
+    for name, values in fields.items():
+        if name == "served_scores":
+            flat = _nullable(values.reshape(-1))
+            unscored = pa.array(np.isnan(values).all(axis=1))
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, schema.num_tasks, mask=unscored)
+        elif name == "served_arm":
+            columns[name] = pa.array(names_of(values), pa.string())
+        elif name in bags:
+            columns[name] = _bags(values)
+        else:
+            columns[name] = _nullable(values)
+    return columns
 
 
 def arrow_feedback(block: FeedbackBlock, schema: Schema) -> bytes:

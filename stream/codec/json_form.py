@@ -10,118 +10,37 @@ Feedback::
 
     {"impression_id": 1, "event_time_ms": 1700000000500, "task": "click", "value": 1}
 
-``request_id``, ``features``, ``served`` and everything inside them may be absent or null. Typed structs, made from the
-schema, accept exactly the good events: *strict* ones refuse unknown fields, *lenient* ones skip them. What they refuse
-is looked at again, slowly, to count its unknown fields or to say what is wrong with it.
+``request_id``, ``features``, ``served`` and everything inside them may be absent or null. A record may hold several
+impressions of a request (:mod:`stream.codec.requests`). Typed structs (:mod:`stream.codec.json_structs`) accept exactly
+the good events. What the strict ones refuse is looked at again, slowly, to count its unknown fields or to say what is
+wrong with it.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from itertools import chain, compress
 from operator import attrgetter
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from smes.arm_names import PATTERN, arm_column
+from smes.arm_names import arm_column
 from smes.arrays import F32, I32, I64, Bool
 from smes.events import FeedbackBlock, ImpressionBlock, misaligned, scatter_bags
-from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
+from smes.schema import MISSING, Schema
+from stream.codec.json_refused import REFUSED, parse, refuse
+from stream.codec.json_requests import Reader
+from stream.codec.json_structs import Wire, declared_features, lenient_feedback, strict_feedback, wire_of
+from stream.codec.request_rows import give
 from stream.codec.validation import (
-    MAX_FLOAT,
-    MAX_ID,
-    MIN_ID,
-    Problem,
     TimeBounds,
     bad_labels,
     feedback_problem,
-    impression_problem,
     unknown_feedback_fields,
-    unknown_impression_fields,
 )
 from stream.dead_letters import DeadLetter
 from stream.log.event_log import Record, TopicPartition
-
-_Id = Annotated[int, msgspec.Meta(ge=MIN_ID, le=MAX_ID)]
-_Int64 = Annotated[int, msgspec.Meta(ge=MISSING, le=MAX_ID)]
-_Arm = Annotated[str, msgspec.Meta(pattern=PATTERN)]
-_Number = Annotated[float, msgspec.Meta(ge=-MAX_FLOAT, le=MAX_FLOAT)]
-_TYPES: dict[str, Any] = {"id": _Id, "bag": list[_Id], "sequence": list[_Id], "numeric": _Number}
-_ABSENT: dict[str, Any] = {"id": MISSING, "bag": None, "sequence": None, "numeric": float("nan")}
-
-
-class _Feedback(msgspec.Struct, gc=False):
-    impression_id: _Id
-    event_time_ms: _Int64
-    task: str
-    value: float
-
-
-class _StrictFeedback(_Feedback, gc=False, forbid_unknown_fields=True):
-    pass
-
-
-def _impression_struct(schema: Schema, *, strict: bool) -> type[msgspec.Struct]:
-    """The struct of an impression; fields ``f0 …`` stand for the features, whose names need be no identifiers."""
-
-    def struct(name: str, fields: list[tuple[str, Any, Any]], wire_names: Sequence[str] = ()) -> type[msgspec.Struct]:
-        rename = {f"f{i}": wire_name for i, wire_name in enumerate(wire_names)} or None
-        return msgspec.defstruct(name, fields, rename=rename, gc=False, forbid_unknown_fields=strict)
-
-    features = declared_features(schema)
-    scores = [(f"f{i}", _Number | None, _ABSENT["numeric"]) for i in range(schema.num_tasks)]
-    columns = [(f"f{i}", _TYPES[f.kind] | None, _ABSENT[f.kind]) for i, f in enumerate(features)]
-    scores_type = struct("Scores", scores, [t.name for t in schema.tasks])
-    served: list[Any] = [
-        ("version", _Id | None, MISSING),
-        ("scores", scores_type | None, None),
-        ("arm", _Arm | None, None),
-    ]
-    served_type = struct("Served", served)
-    features_type = struct("Features", columns, [f.name for f in features])
-    required: list[Any] = ["impression_id", USER_ID, ITEM_ID]
-    optional = [("request_id", _Id | None, MISSING), ("features", features_type | None, None)]
-    return msgspec.defstruct(
-        "Impression",
-        [
-            *((name, _Id) for name in required),
-            ("event_time_ms", _Int64),
-            *optional,
-            ("served", served_type | None, None),
-        ],
-        gc=False,
-        forbid_unknown_fields=strict,
-    )
-
-
-def declared_features(schema: Schema) -> list[Feature]:
-    """The features that an event carries in ``features``: all but the user's and the item's id."""
-    return [f for f in schema.features if f.name not in (USER_ID, ITEM_ID)]
-
-
-class Wire:
-    """The decoders of one schema."""
-
-    def __init__(self, schema: Schema) -> None:
-        self.strict = msgspec.json.Decoder(_impression_struct(schema, strict=True))
-        self.lenient = msgspec.json.Decoder(_impression_struct(schema, strict=False))
-        self.count_unknown = unknown_impression_fields(schema)
-        self.no_features = (*(_ABSENT[f.kind] for f in declared_features(schema)),)
-        self.no_scores = (_ABSENT["numeric"],) * schema.num_tasks
-
-
-wire_of = lru_cache(maxsize=16)(Wire)
-strict_feedback = msgspec.json.Decoder(_StrictFeedback)
-lenient_feedback = msgspec.json.Decoder(_Feedback)
-
-
-# What decoding a record's bytes may raise: msgspec's own, plus strings that are no UTF-8 and nesting without end.
-_REFUSED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-
-Explain = Callable[[object, Schema, int, TimeBounds], Problem | None]
 
 
 def decode_impressions(
@@ -133,20 +52,21 @@ def decode_impressions(
 ) -> ImpressionBlock:
     """The good impressions in record order; ``dead`` gets letters for the others, ``unknown`` the unknown fields."""
     wire = wire_of(schema)
-    events, kept, surplus = _decode_records(
-        records,
-        wire.strict.decode,
-        wire.lenient.decode,
-        wire.count_unknown,
-        lambda record, error: _dead_letter(record, schema, bounds, impression_problem, dead, error),
-    )
-    block = _impression_columns(events, kept, schema, wire)
+    reader = Reader(wire, schema, bounds, dead)
+    read = reader.read(records)
+    block = _impression_columns(list(map(msgspec.structs.astuple, read.events)), read.records, schema, wire)
+    conflicts: dict[int, str] = {}
+    if read.requests:
+        given = [(0, *msgspec.structs.astuple(request.given)[:6]) for request in read.requests]
+        of_given = _impression_columns(given, [read.records[r.start] for r in read.requests], schema, wire)
+        conflicts = give(block, of_given, read.of_request(), schema)
     bad = bounds.bad(block.event_time_ms, block.arrival_ms) | misaligned(block.ids, schema)
+    bad |= (block.ids[:, :2] == MISSING).any(axis=1)
+    bad[list(conflicts)] = True
     if bad.any():
-        for record in compress(kept, bad):
-            _dead_letter(record, schema, bounds, impression_problem, dead)
+        reader.refuse_rows(bad, conflicts)
         block = block.take(~bad)
-    _count_unknown(surplus, bad, kept, unknown)
+    _count_unknown(read.surplus, bad, read.records, unknown)
     return block
 
 
@@ -163,7 +83,7 @@ def decode_feedback(
         strict_feedback.decode,
         lenient_feedback.decode,
         unknown_feedback_fields,
-        lambda record, error: _dead_letter(record, schema, bounds, feedback_problem, dead, error),
+        lambda record, error: refuse(record, schema, bounds, feedback_problem, dead, error),
     )
     index, n = schema.task_index, len(events)
     value = np.fromiter(map(attrgetter("value"), events), np.float64, n)
@@ -177,7 +97,7 @@ def decode_feedback(
     block = FeedbackBlock(impression_id, event_time_ms, task, value_f32, partition, offset, arrival_ms)
     if bad.any():
         for record in compress(kept, bad):
-            _dead_letter(record, schema, bounds, feedback_problem, dead)
+            refuse(record, schema, bounds, feedback_problem, dead)
         block = block.take(~bad)
     _count_unknown(surplus, bad, kept, unknown)
     return block
@@ -197,11 +117,11 @@ def _decode_records(
     for record in records:
         try:
             events.append(strict(record.value))
-        except _REFUSED:
+        except REFUSED:
             try:
                 event = lenient(record.value)
                 unknown = count_unknown(parse(record.value))
-            except (*_REFUSED, ValueError) as error:
+            except (*REFUSED, ValueError) as error:
                 refuse(record, error)
                 continue
             surplus[len(events)] = unknown
@@ -219,53 +139,18 @@ def _count_unknown(
             unknown[TopicPartition(records[row].topic, records[row].partition)] += fields
 
 
-def parse(value: bytes) -> object:
-    """A record's JSON as plain data.
-
-    Raises:
-        msgspec.MsgspecError, ValueError, RecursionError: It is no JSON, or nested too deeply.
-    """
-    try:
-        return msgspec.json.decode(value)
-    except msgspec.ValidationError:  # well-formed, but a number is beyond float64: let it be inf
-        return json.loads(value, parse_int=_bounded_int)
-
-
-def _bounded_int(digits: str) -> int | float:
-    # Python refuses to convert integers of more than 4300 digits, for they take quadratic time.
-    return int(digits) if len(digits) <= 4000 else float("inf")
-
-
-def _dead_letter(
-    record: Record,
-    schema: Schema,
-    bounds: TimeBounds,
-    explain: Explain,
-    dead: list[DeadLetter],
-    error: Exception | None = None,
-) -> None:
-    """Write the letter of a record that was refused; ``error`` is what its decoder raised."""
-    try:
-        problem = explain(parse(record.value), schema, record.arrival_ms, bounds)
-    except (*_REFUSED, ValueError) as not_json:
-        problem = Problem("unparsable", f"expected a JSON object: {str(not_json)[:200]}")
-    # Without a problem only the decoder knows: a repeated key, say, whose first value is bad and whose last is good.
-    problem = problem or Problem("unparsable", f"expected an event as the schema describes it: {str(error)[:200]}")
-    dead.append(DeadLetter.of_record(record, problem))
-
-
 def _impression_columns(
-    events: Sequence[msgspec.Struct], records: Sequence[Record], schema: Schema, wire: Wire
+    events: Sequence[tuple[Any, ...]], records: Sequence[Record], schema: Schema, wire: Wire
 ) -> ImpressionBlock:
+    """The impressions, or what requests share, with ``MISSING`` for a time that is absent."""
     block = ImpressionBlock.empty(schema, len(events))
     if not events:
         return block
-    columns = zip(*map(msgspec.structs.astuple, events), strict=True)
-    impression_id, user_id, item_id, event_time_ms, request_id, features, served = columns
+    impression_id, user_id, item_id, event_time_ms, request_id, features, served = zip(*events, strict=True)
     block.impression_id[:] = impression_id
-    block.ids[:, 0] = user_id
-    block.ids[:, 1] = item_id
-    block.event_time_ms[:] = event_time_ms
+    block.ids[:, 0] = _ints(user_id)
+    block.ids[:, 1] = _ints(item_id)
+    block.event_time_ms[:] = _ints(event_time_ms)
     block.request_id[:] = _ints(request_id)
     block.partition[:], block.offset[:], block.arrival_ms[:] = _origin(records)
     _fill_features(block, _transposed(features, wire.no_features), schema)

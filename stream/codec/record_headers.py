@@ -8,7 +8,8 @@ from stream.log.event_log import Headers
 Codec = Literal["json", "arrow"]
 
 MAX_BYTES: dict[Codec, int] = {"json": 1024 * 1024, "arrow": 64 * 1024 * 1024}
-"""Largest record: one event in JSON, which takes many times its size as Python objects; a batch of events in Arrow."""
+"""Largest record: an event, or those of a request, in JSON, which takes many times its size as Python objects; many
+events in Arrow."""
 
 
 def headers(codec: Codec, schema: Schema) -> Headers:

@@ -29,6 +29,7 @@ Code = Literal[
     "bad_number",  # a numeric feature or a score is no finite float32
     "bad_type",  # another value of the wrong type
     "misaligned",  # a sequence of another length than the one it accompanies
+    "conflict",  # an impression has another value than its request has for all of its impressions
     "unknown_task",  # feedback of a task that the schema does not have
     "label_range",  # a label outside its task's range
     "too_large",  # the record is larger, or would become larger when decoded, than one record may
@@ -148,8 +149,18 @@ def bad_labels(task: I32, value: NDArray[np.float32] | NDArray[np.float64], sche
 _JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
-def impression_problem(event: object, schema: Schema, arrival_ms: int, bounds: TimeBounds) -> Problem | None:
-    """The first fault of an impression in its JSON form, in the order of the fields; None when there is none."""
+def impression_problem(
+    event: object, schema: Schema, arrival_ms: int, bounds: TimeBounds, given: dict[str, object] | None = None
+) -> Problem | None:
+    """The first fault of an impression in its JSON form, in the order of the fields; None when there is none.
+
+    Args:
+        event: The impression.
+        schema: What it must fit.
+        arrival_ms: When its record reached the log.
+        bounds: Which times are believed.
+        given: Good features that it has besides its own: those of its request.
+    """
     if not isinstance(event, dict):
         return _no_object(event)
     return (
@@ -158,7 +169,24 @@ def impression_problem(event: object, schema: Schema, arrival_ms: int, bounds: T
         or _required_id(event, ITEM_ID)
         or _time_problem(event, arrival_ms, bounds)
         or _id_problem(event.get("request_id"), "request_id")
-        or features_problem(event.get("features"), schema)
+        or features_problem(event.get("features"), schema, given=given or {})
+        or _served_problem(event.get("served"), schema)
+    )
+
+
+def shared_problem(event: dict[str, object], schema: Schema, arrival_ms: int, bounds: TimeBounds) -> Problem | None:
+    """The first fault of what a request has for all of its impressions, in the order of the fields.
+
+    Args:
+        event: The request's record in its JSON form; its impressions are passed over.
+        schema, arrival_ms, bounds: As of :func:`impression_problem`.
+    """
+    return (
+        _id_problem(event.get(USER_ID), USER_ID)
+        or _id_problem(event.get(ITEM_ID), ITEM_ID)
+        or (None if event.get("event_time_ms") is None else _time_problem(event, arrival_ms, bounds))
+        or _id_problem(event.get("request_id"), "request_id")
+        or features_problem(event.get("features"), schema, given=None)
         or _served_problem(event.get("served"), schema)
     )
 
@@ -244,16 +272,22 @@ def _number_problem(value: object, name: str) -> Problem | None:
     return Problem("bad_number", f"{name}: expected a finite number (float32), got {quoted(value)}", name)
 
 
-def features_problem(features: object, schema: Schema, where: str = "features") -> Problem | None:
+_NONE: dict[str, object] = {}
+
+
+def features_problem(
+    features: object, schema: Schema, where: str = "features", *, given: dict[str, object] | None = _NONE
+) -> Problem | None:
     """The first fault of features in their JSON form, in the order of the schema; None when there is none.
 
     Args:
         features: Name of a feature → value.
         schema: What they must fit.
         where: What holds them, for the names of fields.
+        given: Good features beside them, which sequences may accompany; None: others come, so lengths are not compared.
     """
     if features is None:
-        return None
+        features = {}
     if not isinstance(features, dict):
         return Problem("bad_type", f"{where}: expected an object, got {quoted(features)}", where)
     for feature in schema.features:
@@ -261,14 +295,16 @@ def features_problem(features: object, schema: Schema, where: str = "features") 
             problem = _feature_problem(features.get(feature.name), feature, where)
             if problem:
                 return problem
-    return _alignment_problem(features, schema, where)
+    return None if given is None else _alignment_problem(features, given, schema, where)
 
 
-def _alignment_problem(features: dict[str, object], schema: Schema, holder: str) -> Problem | None:
+def _alignment_problem(
+    features: dict[str, object], given: dict[str, object], schema: Schema, holder: str
+) -> Problem | None:
     """Lengths are compared as kept: what lies beyond ``max_length`` is cut of both."""
     for name, companions in schema.companions.items():
         for feature in companions:
-            values = (features.get(name) or (), features.get(feature.name) or ())
+            values = [features.get(each) or given.get(each) or () for each in (name, feature.name)]
             expected, got = map(len, values)  # type: ignore[arg-type]  # lists, or refused before
             if min(expected, feature.max_length) != min(got, feature.max_length):
                 where = f"{holder}.{feature.name}"

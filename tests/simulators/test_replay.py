@@ -17,7 +17,7 @@ from simulators.synthetic import synthesize
 from smes.errors import Stopped
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes_io.schema_file import SchemaFile, load_builtin, load_schema_file
-from stream.codec.codec import Decoded, decode
+from stream.codec.codec import Codec, Decoded, decode
 from stream.log.event_log import OutRecord
 from stream.log.memory_log import InMemoryLog
 from stream.topics import FEEDBACK, IMPRESSIONS
@@ -118,9 +118,10 @@ def test_pending_feedback_against_a_sorted_list() -> None:
         assert len(pending) == len(waiting)
 
 
+@pytest.mark.parametrize("by_request", [False, True])
 @pytest.mark.parametrize("codec", ["json", "arrow"])
-def test_the_event_log_holds_exactly_the_log(reader: LogReader, codec: str) -> None:
-    config = ReplayConfig(codec="json" if codec == "json" else "arrow", seed=4, max_slice_events=700)
+def test_the_event_log_holds_exactly_the_log(reader: LogReader, codec: Codec, by_request: bool) -> None:
+    config = ReplayConfig(codec=codec, by_request=by_request, seed=4, max_slice_events=700)
     report, log, _, progress = replay(reader, config)
     decoded = everything(log, reader)
     assert not decoded.dead

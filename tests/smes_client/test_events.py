@@ -149,18 +149,25 @@ def test_an_answer_of_a_later_schema_and_empty_texts_are_no_faults() -> None:
     assert (event["features"], event["served"]) == ({"tags": [5]}, {"version": 9, "scores": {"click": 0.5}})
 
 
+@pytest.mark.parametrize("by_request", [False, True])
 @pytest.mark.parametrize("codec", ["json", "arrow"])
-def test_reports_say_where_each_event_is(codec: Codec) -> None:
+def test_reports_say_where_each_event_is(codec: Codec, by_request: bool) -> None:
     log = InMemoryLog(lambda: NOW_MS)
     told: list[Sent] = []
     sent: list[Sent] = []
     with Events(
-        SCHEMA, log, codec=codec, partitions=3, batch_events=7, on_delivery=told.append, now_ms=lambda: NOW_MS
+        SCHEMA,
+        log,
+        codec=codec,
+        by_request=by_request,
+        partitions=3,
+        batch_events=17,
+        on_delivery=told.append,
+        now_ms=lambda: NOW_MS,
     ) as events:
         for n in range(50):
-            shown = events.impression(
-                user=f"u{n}", item=n, features={"topic": "t", "price": np.float32(n), "tags": np.arange(2)}
-            )
+            features = {"topic": "t", "price": np.float32(n), "tags": np.arange(2)}
+            shown = events.impression(user=f"u{n // 9}", item=n, request=n // 9, features=features)
             sent += [shown, events.feedback(shown.impression_id, "stars", 2.5)]
         assert events.flush() == 100
 
@@ -174,7 +181,10 @@ def test_reports_say_where_each_event_is(codec: Codec) -> None:
         reports = {(each.impression_id, each.delivery.result()) for each in sent}
         assert there == {(i, report.partition, report.offset) for i, report in reports if report.topic == topic}
     users = decode(log.read({TopicPartition(IMPRESSIONS, 0): 0}, max_records=9, timeout_s=0).records, SCHEMA)
-    assert set(users.impressions.user_id.tolist()) < {encode_id(f"u{n}") for n in range(50)}
+    assert set(users.impressions.user_id.tolist()) <= {encode_id(f"u{n}") for n in range(6)}
+    assert users.impressions.request_id.tolist() == sorted(users.impressions.request_id.tolist())
+    records = sum(log.end(IMPRESSIONS).values())
+    assert (records < 50) == (by_request or codec == "arrow")
 
 
 class Gated(InMemoryLog):

@@ -87,14 +87,19 @@ def test_the_hash_the_headers_and_the_examples_in_json(schema: Schema) -> None:
     assert f"Its hash is `{schema.hash}`" in PAGE
     [packed] = re.findall(r"^```\n((?:[0-9a-f]{2}[ \n])+)```$", PAGE, re.MULTILINE)
     assert bytes.fromhex(packed) == pack_headers(headers("json", schema))
-    full, light, feedback = (text.encode() for text in re.findall(r"^```json\n(.*?)^```$", PAGE, re.M | re.S))
-    log_records = [(IMPRESSIONS, full), (IMPRESSIONS, light), (FEEDBACK, feedback)]
+    full, light, two, feedback = (text.encode() for text in re.findall(r"^```json\n(.*?)^```$", PAGE, re.M | re.S))
+    log_records = [(IMPRESSIONS, full), (IMPRESSIONS, light), (IMPRESSIONS, two), (FEEDBACK, feedback)]
     decoded = decode([record(topic, value, schema) for topic, value in log_records], schema)
 
     assert (decoded.dead, decoded.unknown_fields) == ([], 0)
     assert row(decoded, 0) == SHOWN
     assert decoded.impressions.served_scores[0].tolist() == pytest.approx([0.25, 0.03, 3.5])
     assert decoded.impressions.ids[1].tolist() == [3934009182551599478, 15, MISSING, 2, *[MISSING] * 3]
+    assert row(decoded, 2) == [4721, *SHOWN[1:]]
+    assert row(decoded, 3) == [4722, SHOWN[1], 15, 7, *SHOWN[4:]]
+    together = decoded.impressions.take(slice(2, 4))
+    assert (together.request_id.tolist(), together.served_version.tolist()) == ([99, 99], [12, 12])
+    assert together.served_scores[:, 0].tolist() == pytest.approx([0.1, 0.5])
     assert decoded.feedback.task.tolist() == [0]
 
 

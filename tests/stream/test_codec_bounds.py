@@ -18,9 +18,8 @@ import pytest
 
 from smes.events import ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
-from stream.codec.arrow_form import max_rows
-from stream.codec.arrow_stream import MAX_ROWS
 from stream.codec.codec import MAX_BYTES, Decoded, encode_impressions
+from stream.codec.limits import MAX_ROWS, max_rows
 from stream.log.event_log import Headers, Record
 from tests.stream.wire import ARRIVAL_MS, MakeRecord, decode, ipc
 
