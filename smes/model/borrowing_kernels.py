@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def add_pairs(  # type: ignore[no-untyped-def]  # numba infers the types
     label_BT, weight_BT, horizon, count_TT, sum_TT, product_TT
 ):  # pragma: no cover - compiled
@@ -38,7 +38,7 @@ def add_pairs(  # type: ignore[no-untyped-def]  # numba infers the types
                 product_TT[t, s] *= fade
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def solve_pairs(  # type: ignore[no-untyped-def]  # numba infers the types
     count_TT, sum_TT, product_TT, is_binary_T, ratio, ridge, weight_TT
 ):  # pragma: no cover - compiled
@@ -112,7 +112,7 @@ def solve_pairs(  # type: ignore[no-untyped-def]  # numba infers the types
             weight_TT[order_T[i], order_T[j]] = solved_T[j]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def add_borrowed(  # type: ignore[no-untyped-def]  # numba infers the types
     rate_BT, base_T, weight_TT, least, logits_BT
 ):  # pragma: no cover - compiled

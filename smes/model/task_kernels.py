@@ -13,7 +13,7 @@ from numba import njit
 _FAST = {"contract", "reassoc", "nsz"}
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def rates_of_tasks(  # type: ignore[no-untyped-def]  # numba infers the types
     count_T, mean_T, is_binary_T, power, limit, prior, base_T, factor_T, trust_T
 ):  # pragma: no cover - compiled
@@ -30,7 +30,7 @@ def rates_of_tasks(  # type: ignore[no-untyped-def]  # numba infers the types
             trust_T[t] = rarer / (rarer + prior)
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
 def logits_of_streams(  # type: ignore[no-untyped-def]  # numba infers the types
     streams_BSH, common_BH, out_TH, bias_T, share_TS, wide_BT, trust_T, base_T, logits_BT
 ):  # pragma: no cover - compiled
@@ -62,7 +62,7 @@ def logits_of_streams(  # type: ignore[no-untyped-def]  # numba infers the types
             logits_BT[b, t] = logit
 
 
-@njit(cache=True, nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, error_model="numpy", fastmath=_FAST)
 def gradients_of_streams(  # type: ignore[no-untyped-def]  # numba infers the types
     streams_BSH, common_BH, out_TH, share_TS, factor_T, trust_T, of_logits_BT,
     of_streams_BSH, of_common_BH, of_out_TH, of_bias_T, of_wide_BT,
@@ -107,7 +107,7 @@ def gradients_of_streams(  # type: ignore[no-untyped-def]  # numba infers the ty
                     of_common_BH[b, h] += of_z_SH[s, h]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def loss_and_gradient(  # type: ignore[no-untyped-def]  # numba infers the types
     logits_BT, chance_BT, softplus_BT, labels_BT, mask_BT, weight_B, delayed_BT, is_binary_T, loss_weight_T,
     of_logits_BT,
@@ -144,7 +144,7 @@ def loss_and_gradient(  # type: ignore[no-untyped-def]  # numba infers the types
     return loss / total
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def cells_of_labels(  # type: ignore[no-untyped-def]  # numba infers the types
     labels_BT, mask_BT, weight_B, delayed_BT, is_binary_T, target_BT, weight_BT
 ):  # pragma: no cover - compiled

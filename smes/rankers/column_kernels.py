@@ -20,7 +20,7 @@ def sums_of_columns(  # type: ignore[no-untyped-def]  # numba infers the types
             most_C[c] = max(most_C[c], np.abs(difference))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def fold_columns(  # type: ignore[no-untyped-def]  # numba infers the types
     x_BC, count_C, mean_C, variance_C, clip, far, horizon, observe, weight_QC,
     folded_QC, bias_Q, scale_C, shift_C, exact_C,
@@ -77,7 +77,7 @@ def unfold_gradient(  # type: ignore[no-untyped-def]  # numba infers the types
             of_weight_QC[q, c] = np.float32(0) if exact_C[c] else of_weight
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def merge_weighted(  # type: ignore[no-untyped-def]  # numba infers the types
     x_BC, weight_BC, horizon, count_C, mean_C, variance_C
 ):  # pragma: no cover - compiled

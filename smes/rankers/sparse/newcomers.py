@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from smes.rankers.ranker_input import RankerInput
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.experts import Dispatch, ResidualExperts, combine, dispatch, dispatch_all
+from smes.rankers.sparse.experts import Dispatch, ResidualExperts, dispatch, dispatch_all, mixed
 from smes.rankers.sparse.router import BALANCE_LOSSES, Router
-from smes.rankers.sparse.routing import Routing, Selection, expert_load
+from smes.rankers.sparse.routing import Routing, Selection
 from smes.rankers.sparse.stages import Stages
 
 
@@ -140,7 +140,7 @@ class OwnExperts(nn.Module):
         routing: Routing = self.selection(self.router(x_BI, h_BD))
         self._routing = routing if self.training else None
         plan = dispatch_all(routing) if torch.compiler.is_exporting() else dispatch(routing, trim=False)
-        return combine(self.experts(padded_BD, plan), routing.weights_BRK, plan).squeeze(1)
+        return mixed(self.experts, padded_BD, routing.weights_BRK, plan).squeeze(1)
 
     def expert_weights(self, x_BI: RankerInput, h_BD: Tensor) -> Tensor:
         """The weight of each expert, 0 for those not chosen. float32 [B, O]."""
@@ -153,6 +153,6 @@ class OwnExperts(nn.Module):
         loss, routing = BALANCE_LOSSES[self._balance.loss], self._routing
         if loss is None or routing is None:
             return None
-        chosen_1E = expert_load(routing.experts_BRK, routing.num_experts).float()
+        chosen_1E = routing.load().float()
         traffic_1E = chosen_1E / (len(routing.experts_BRK) * self.selection.stages.num_chosen)
         return self._balance.weight * loss(traffic_1E, self.selection.mean_probs(routing))

@@ -20,11 +20,11 @@ from smes.rankers.kernels import on_host
 from smes.rankers.ranker import Clusters, Encoder, ExpertLimits, RankerOutput, RoutingStats
 from smes.rankers.ranker_input import RankerInput, SplitInput
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.experts import EXPERT_FORMS, combine, dispatch, dispatch_all
+from smes.rankers.sparse.experts import EXPERT_FORMS, combine, dispatch, dispatch_all, mixed
 from smes.rankers.sparse.groups import GroupFinder
 from smes.rankers.sparse.newcomers import Newcomers, SharedExperts
 from smes.rankers.sparse.router import BALANCE_LOSSES, Router
-from smes.rankers.sparse.routing import EarlyChoice, Routing, early_stages, expert_load
+from smes.rankers.sparse.routing import EarlyChoice, Routing, early_stages
 from smes.rankers.streams import SharedStreams
 from smes.rankers.structure import NEWCOMER, Structure
 
@@ -284,9 +284,11 @@ class SMES(nn.Module):
         else:
             plan = dispatch(routing, trim=x_BI.device.type == "cpu" if self.trim is None else self.trim)
         padded_BD = F.pad(h_BD, (0, self._padding)) if self._padding else h_BD
-        y_PH = self.experts(padded_BD, plan)
-        streams_BSH = combine(y_PH, routing.weights_BRK, plan)
-        if self.newcomers is not None:
+        if self.newcomers is None:
+            streams_BSH = mixed(self.experts, padded_BD, routing.weights_BRK, plan)
+        else:
+            y_PH = self.experts(padded_BD, plan)
+            streams_BSH = combine(y_PH, routing.weights_BRK, plan)
             new_BNH = self.newcomers(x_BI, h_BD, padded_BD, SharedExperts(y_PH, routing, plan))
             streams_BSH = torch.cat([streams_BSH, new_BNH.to(streams_BSH.dtype)], dim=1)
         common_BH = None
@@ -295,7 +297,7 @@ class SMES(nn.Module):
         shared = self._shared(streams_BSH, common_BH)
         if not self.training:
             return RankerOutput(shared)
-        load_RE = expert_load(routing.experts_BRK, self.config.experts.num)
+        load_RE = routing.load()
         balance_loss = self.balance(routing, load_RE)
         self.selection.observe(len(x_BI))
         load_TE = self.reads.load(load_RE)
@@ -326,7 +328,7 @@ class SMES(nn.Module):
         """Whether a split input costs less in training: not if the routers read the whole of it."""
         config = self.config
         router = config.router
-        by_column = router.input == "encoder" or (router.input == "raw" and router.norm == "batch" and router.rank)
+        by_column = router.input == "raw" and router.norm == "batch" and router.rank
         return bool(by_column and config.encoder_dims and self.newcomers is None and not config.groups.found)
 
     def route(self, x_BI: RankerInput, h_BD: Tensor) -> Routing:
@@ -344,7 +346,7 @@ class SMES(nn.Module):
 
         Args:
             routing: Of a mini-batch.
-            load_RE: Its :func:`smes.rankers.sparse.routing.expert_load`.
+            load_RE: Its :meth:`smes.rankers.sparse.routing.Routing.load`.
         """
         loss = BALANCE_LOSSES[self.config.balance.loss]
         if loss is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smes.rankers.kernels import on_host
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.kernels import best
+from smes.rankers.sparse.kernels import best, weighed
 from smes.rankers.sparse.stages import Stages
 
 
@@ -35,6 +35,7 @@ class Routing:
         num_experts: E.
         bound: The most experts that an instance can use.
         disjoint: Whether no two routers can choose the same expert.
+        load_RE: How many instances each router sends to each expert, if it is known already (:meth:`load`).
     """
 
     experts_BRK: Tensor
@@ -44,6 +45,11 @@ class Routing:
     num_experts: int
     bound: int
     disjoint: bool = False
+    load_RE: Tensor | None = None
+
+    def load(self) -> Tensor:
+        """How many instances each router sends to each expert. int64 [R, E]."""
+        return expert_load(self.experts_BRK, self.num_experts) if self.load_RE is None else self.load_RE
 
 
 class Selection(nn.Module):
@@ -78,6 +84,8 @@ class Selection(nn.Module):
         self.stages = stages
         self._bound, self._quota = stages.bound, stages.quota
         self._router_is_group = stages.group_R == tuple(range(stages.num_groups))
+        alone = self._router_is_group and not stages.num_shared and not stages.num_adaptive and self._quota is None
+        self._by_logit = alone  # stage II alone, of one router each: the largest probabilities are the largest logits
         routers = range(len(stages.group_R))
         groups = [[r for r in routers if stages.group_R[r] == g] for g in range(stages.num_groups)]
         pools = groups if stages.own_pools else [list(routers)]
@@ -99,18 +107,31 @@ class Selection(nn.Module):
     def forward(self, z_BRC: Tensor) -> Routing:
         """The routing by float32 logits."""
         z_BRL = z_BRC[..., self.stages.num_fixed :]
+        if on_host(z_BRC) and z_BRC.dtype == torch.float32:
+            return self._weighed(z_BRC, z_BRL.detach())
         probs_BRL = z_BRL.detach().softmax(dim=-1)
         chosen_BRK = self._chosen(z_BRL.detach(), probs_BRL)
         columns_BRK, experts_BRK = self._with_fixed(chosen_BRK)
         mean_RL, z_BRK = mean_and_chosen(z_BRC, probs_BRL, columns_BRK)
         return Routing(
             experts_BRK=experts_BRK,
-            weights_BRK=_shares(z_BRK),
+            weights_BRK=z_BRK.softmax(dim=-1),
             probs_BRL=probs_BRL,
             mean_RL=mean_RL,
             num_experts=self.stages.num_experts,
             bound=self._bound,
             disjoint=self.stages.disjoint,
+        )
+
+    def _weighed(self, z_BRC: Tensor, z_BRL: Tensor) -> Routing:
+        """:meth:`forward` by compiled loops."""
+        stages = self.stages
+        chosen_BRK = None if self._by_logit else self._chosen(z_BRL, z_BRL.softmax(dim=-1))
+        experts_BRK, weights_BRK, probs_BRL, mean_RL, load_RE = weighed(
+            z_BRC, chosen_BRK, stages.num_chosen, stages.num_fixed, self.first_R, stages.num_experts
+        )
+        return Routing(
+            experts_BRK, weights_BRK, probs_BRL, mean_RL, stages.num_experts, self._bound, stages.disjoint, load_RE
         )
 
     def mean_probs(self, routing: Routing) -> Tensor:
@@ -224,14 +245,6 @@ def mean_and_chosen(z_BRC: Tensor, probs_BRL: Tensor, columns_BRK: Tensor) -> tu
         z_BRC, probs_BRL, columns_BRK
     )
     return mean_RL, chosen_BRK
-
-
-def _shares(z_BRK: Tensor) -> Tensor:
-    """``softmax`` over the last dimension. For the CPU the few K are laid out as rows, along which torch vectorises."""
-    if not on_host(z_BRK):
-        return z_BRK.softmax(dim=-1)
-    z_KN = z_BRK.reshape(-1, z_BRK.shape[-1]).t().contiguous()
-    return z_KN.softmax(dim=0).t().contiguous().view(z_BRK.shape)
 
 
 class _MeanAndChosen(torch.autograd.Function):
