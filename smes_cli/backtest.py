@@ -3,11 +3,15 @@
 import resource
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from simulators.ahead import Ahead
 from simulators.logs.ledger import LogLedger
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
@@ -139,13 +143,15 @@ def run_backtest(
     baseline: str | None,
     should_stop: Callable[[], bool],
     max_rejected: float | None = None,
-    evaluate: Callable[[Config, Learner], ProgressiveEvaluation] = build_evaluation,
+    evaluate: Callable[[Config, Learner], ProgressiveEvaluation] | None = None,
     routing: RoutingHistoryConfig | None = None,
     own_experts: bool = False,
     checkpoint: Path | None = None,
     history: Path | None = None,
 ) -> BacktestResult:
     """Replay a log through join, evaluation and training: the loop of ``smes train``, without servers.
+
+    The log is read, and frozen copies of the weights score, on threads beside the training.
 
     Args:
         config: Schema, stream, model, optimiser and evaluation are used.
@@ -155,7 +161,8 @@ def run_backtest(
         baseline: Name of a second ranker that trains on the same batches, for comparison.
         should_stop: Asked between two steps; a stopped backtest reports what it has done.
         max_rejected: Largest share of unusable rows of the log; None for the schema file's.
-        evaluate: Builds the evaluation of the configured ranker; a benchmark gives one that keeps the scores.
+        evaluate: Builds the evaluation of the configured ranker; a benchmark gives one that keeps the scores. None:
+            the usual one, whose frozen copies score on a thread of their own.
         routing: How finely the routing's history is kept; None for the default.
         own_experts: Whether to find out which tasks would gain from experts of their own, which takes some time.
         checkpoint: An empty folder for a checkpoint from which a live training can go on (``smes train --from``). It is
@@ -180,15 +187,19 @@ def run_backtest(
             stack.enter_context(folder.locked())
         reader = stack.enter_context(open_log(log, schema_file, limit=limit, max_rejected=max_rejected))
         own_ids = reader.spec.impression_id is not None
+        pairs = Ahead(replay_blocks(reader, seed), stack.enter_context(_thread("smes-read")))
         stream = BlockStream(
             schema,
             config.stream.join,
             config.stream.batch,
-            replay_blocks(reader, seed),
+            pairs,
             own_ids=own_ids,
             stays_open=folder is not None and own_ids,
         )
-        evaluation = evaluate(config, learner)
+        if evaluate is None:
+            evaluation = build_evaluation(config, learner, stack.enter_context(_thread("smes-frozen-scores")))
+        else:
+            evaluation = evaluate(config, learner)
         other = _Baseline(config, schema, baseline) if baseline else None
         memory, bar = _MemorySamples(), _Progress(stack.enter_context(progress("backtest", reader.total)))
         observers = [memory, bar] if other is None else [other, memory, bar]
@@ -201,6 +212,7 @@ def run_backtest(
             write_history(over_time, history, trainer, stretches)
         started_s = time.monotonic()
         trainer.run(lambda: (stream.ended and stream.upcoming() is None) or should_stop())
+        pairs.wait()
         if folder is not None:
             _write_checkpoint(trainer, stream, folder, own_ids=own_ids)
             if stream.ended:
@@ -224,6 +236,11 @@ def run_backtest(
         if history is not None:
             end_history(history, trainer, result.figures())
         return result
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    """One thread beside the training, with as many threads of torch as the training has."""
+    return ThreadPoolExecutor(1, name, initializer=lambda: torch.set_num_threads(torch.get_num_threads()))
 
 
 def _write_checkpoint(trainer: Trainer, stream: BlockStream, folder: CheckpointDirectory, *, own_ids: bool) -> None:

@@ -1,6 +1,9 @@
 """From the configuration to a learner and its evaluation, as several commands build them."""
 
-from smes.arrays import Arrays
+from concurrent.futures import Executor, Future
+
+from smes.arrays import F32, Arrays
+from smes.events import ExampleBlock
 from smes.model.config import ModelConfig
 from smes.model.frozen_model import FrozenModel, KeptModel
 from smes.model.learner import Learner
@@ -8,6 +11,7 @@ from smes.model.serving import ServingModel
 from smes.schema import Schema
 from smes_cli.compile_loops import compile_loops
 from smes_cli.config import Config
+from trainer.evaluation import FrozenModel as AnyFrozenModel
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.gate import PublishGate
 from trainer.gated_cuts import GatedCuts
@@ -21,14 +25,27 @@ def build_learner(config: Config, schema: Schema, model: ModelConfig | None = No
     )
 
 
-def build_evaluation(config: Config, learner: Learner) -> ProgressiveEvaluation:
-    """Progressive evaluation of a learner; its frozen copies score on the training device."""
+def build_evaluation(config: Config, learner: Learner, beside: Executor | None = None) -> ProgressiveEvaluation:
+    """Progressive evaluation of a learner; its frozen copies score on the training device.
+
+    Args:
+        config: Window bounds and device.
+        learner: Its weights.
+        beside: Runs what scores while the training goes on; None, or on a GPU: the training waits for the scores.
+    """
     device = config.trainer.open_device()
+
+    def start(frozen: AnyFrozenModel, examples: ExampleBlock) -> Future[F32]:
+        assert isinstance(frozen, FrozenModel)
+        assert beside is not None
+        return beside.submit(frozen.later(examples.ids, examples.numerics, examples.event_time_ms))
+
     return ProgressiveEvaluation(
         learner.schema,
         config.trainer.evaluation,
         freeze=lambda: FrozenModel.freeze(learner, device),
         thaw=lambda state: FrozenModel.thaw(learner, state, device),
+        start=start if beside is not None and device.type == "cpu" else None,
     )
 
 

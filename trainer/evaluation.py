@@ -18,20 +18,22 @@ The frozen copy scores many examples at once, when a few thousand wait (:mod:`tr
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from smes.arm_names import named
-from smes.arrays import F32, F64, I64, Arrays, prefixed, under
+from smes.arrays import F32, F64, I64, Arrays, Bool, prefixed, under
 from smes.events import WHOLE, ExampleBlock
 from smes.metrics import BinaryTally, RegressionTally
 from smes.schema import Schema
 from trainer.config import EvaluationConfig
 from trainer.observers import Observer, StepFigures
 from trainer.ranked_windows import OpenImpressions, RankedWindow
-from trainer.waiting_examples import SCORES, WAITING, WaitingExamples
+from trainer.waiting_examples import SCORES, WAITING, BeingScored, WaitingExamples
 
 _FIRST_WINDOW_EXAMPLES = 1024
 _DAY_S = 86_400.0
@@ -92,6 +94,8 @@ class ProgressiveEvaluation(Observer):
         first_window_counts: Whether the GAUC of the first window counts, because its weights have learned something.
         scored_together: So many examples of a window wait until they are scored together, ≥ 1. With 1, each batch is
             scored when it comes.
+        start: Begins to score examples on another thread with a frozen model, whose rows are read at once; None: they
+            are scored on this thread.
 
     Raises:
         ValueError: ``window_s`` is not a whole part of the schema's history window.
@@ -106,6 +110,7 @@ class ProgressiveEvaluation(Observer):
         thaw: Callable[[Arrays], FrozenModel],
         first_window_counts: bool = False,
         scored_together: int = _SCORED_TOGETHER,
+        start: Callable[[FrozenModel, ExampleBlock], Future[F32]] | None = None,
     ) -> None:
         self._schema, self._freeze, self._thaw = schema, freeze, thaw
         history = schema.history
@@ -127,6 +132,7 @@ class ProgressiveEvaluation(Observer):
         self._unlabelled: dict[int, RankedWindow] = {}  # closed windows that wait for final labels, by number
         self._open = OpenImpressions(schema.num_tasks)
         self._waiting, self._scored_together = WaitingExamples(schema), scored_together
+        self._start, self._being_scored = start, BeingScored(self._place)
         self._group_auc = np.zeros((schema.num_tasks, 2), np.float64)  # Σ weight · AUC, Σ weight of closed windows
 
     def before_step(self, examples: ExampleBlock) -> None:
@@ -153,21 +159,35 @@ class ProgressiveEvaluation(Observer):
                 self._score_waiting()
 
     def _score_waiting(self) -> None:
-        """Score what waits, by the weights of the open window."""
-        if len(self._waiting):
-            examples, whole_N = self._waiting.all()
-            scores = self._scores_of_waiting()
-            self._waiting.clear()
-            if whole_N.any():
-                self._window.add(examples.take(whole_N), scores[whole_N])
-            self._open.score_frozen(examples.impression_id[~whole_N], scores[~whole_N])
+        """Let the weights of the open window score what waits."""
+        if not len(self._waiting):
+            return
+        examples, whole_N = self._waiting.all()
+        self._waiting.clear()
+        if self._start is None:
+            self._place(self._frozen_scores(examples), examples, whole_N)
+        else:
+            self._being_scored.add(partial(self._start, self._open_frozen, examples), examples, whole_N)
+
+    def _place(self, scores: F32, examples: ExampleBlock, whole_N: Bool) -> None:
+        scores = self._as_served(examples, scores)
+        if whole_N.any():
+            self._window.add(examples.take(whole_N), scores[whole_N])
+        self._open.score_frozen(examples.impression_id[~whole_N], scores[~whole_N])
+
+    @property
+    def _open_frozen(self) -> FrozenModel:
+        assert self._frozen is not None, "what waits is scored before its window ends"
+        return self._frozen
+
+    def _frozen_scores(self, examples: ExampleBlock) -> F32:
+        return self._open_frozen.score(examples.ids, examples.numerics, examples.event_time_ms)
 
     def _scores_of_waiting(self) -> F32:
         examples, _ = self._waiting.all()
         if not len(examples):
             return np.zeros((0, self._schema.num_tasks), np.float32)
-        assert self._frozen is not None, "what waits is scored before its window ends"
-        return self._as_served(examples, self._frozen.score(examples.ids, examples.numerics, examples.event_time_ms))
+        return self._as_served(examples, self._frozen_scores(examples))
 
     def _open_window_if_due(self, period: int) -> None:
         """Open a new window if there is none, if the period is over, or if the window is full."""
@@ -175,6 +195,7 @@ class ProgressiveEvaluation(Observer):
         if self._frozen is not None and period == self._period and self._window.scored < most:
             return
         self._score_waiting()
+        self._being_scored.finish()
         self._unlabelled[self._window.number] = self._window
         self._count_labelled()
         self._before_window += self._window.scored
@@ -188,6 +209,7 @@ class ProgressiveEvaluation(Observer):
     def reopen(self) -> None:
         """Open a new window before the next step: the weights are not those that the open one goes on from."""
         self._score_waiting()
+        self._being_scored.finish()
         if self._frozen is not None:
             self._frozen.close()
             self._frozen = None
@@ -205,6 +227,8 @@ class ProgressiveEvaluation(Observer):
         """Count impressions whose final labels have come, with their scores from before their first training."""
         if self._waiting.have_one_of(examples):
             self._score_waiting()
+        if self._being_scored.have_open_ones():
+            self._being_scored.finish()
         known, noted = self._open.close(examples)
         trained = noted["is_trained_on"]
         self._tally(known.take(trained), noted["scores"][trained])
@@ -279,6 +303,7 @@ class ProgressiveEvaluation(Observer):
 
         What waits is scored for it, and goes on waiting: where the next ones are scored must not depend on who asks.
         """
+        self._being_scored.finish()
         group_auc_T2 = self._group_auc.copy()
         examples, whole_N = self._waiting.all()
         waiting = (examples.take(whole_N), self._scores_of_waiting()[whole_N])
@@ -298,6 +323,7 @@ class ProgressiveEvaluation(Observer):
         What waits to be scored goes on waiting. It is there with its scores, too, for who has other weights
         (:func:`with_all_scored`).
         """
+        self._being_scored.finish()
         state: Arrays = {"group_auc": self._group_auc, "window": np.array([self._period, self._before_window])}
         for t, tally in enumerate(self._tallies):
             state |= prefixed(f"{t}.", tally.state())

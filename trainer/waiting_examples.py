@@ -6,9 +6,13 @@ alone, so that a restart gives the same bits: the ones that wait are part of the
 Letters: N examples, T tasks.
 """
 
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
 import numpy as np
 
-from smes.arrays import Arrays, Bool, prefixed, under
+from smes.arrays import F32, Arrays, Bool, prefixed, under
 from smes.events import ExampleBlock
 from smes.schema import Schema
 
@@ -18,6 +22,7 @@ SCORES = f"{WAITING}scores"
 """float32 [N, T]: what the frozen copy gives them now, for who cannot go on with it (:mod:`trainer.carry_over`)."""
 WHOLE_FROM_THE_START = f"{WAITING}whole"
 """bool [N], as in :meth:`WaitingExamples.add`."""
+_MOST_BEING_SCORED = 2  # groups of examples, on another thread: a bound of memory
 
 
 class WaitingExamples:
@@ -83,3 +88,30 @@ class WaitingExamples:
             return None, whole_N
         columns = {name: a for name, a in under(WAITING, state).items() if name in ExampleBlock.__dataclass_fields__}
         return ExampleBlock(**columns), whole_N
+
+
+class BeingScored:
+    """Groups of examples whose scores another thread computes, in their order.
+
+    Args:
+        place: Takes the scores of a group, its examples, and which of them have final labels.
+    """
+
+    def __init__(self, place: Callable[[F32, ExampleBlock, Bool], None]) -> None:
+        self._place = place
+        self._groups: deque[tuple[Future[F32], ExampleBlock, Bool]] = deque()
+
+    def add(self, start: Callable[[], Future[F32]], examples: ExampleBlock, whole_N: Bool) -> None:
+        """Begin with a group, as soon as few enough are being scored."""
+        self.finish(left=_MOST_BEING_SCORED - 1)
+        self._groups.append((start(), examples, whole_N))
+
+    def finish(self, left: int = 0) -> None:
+        """Wait until so many groups at most are being scored, and place the scores of the others."""
+        while len(self._groups) > left:
+            scores, examples, whole_N = self._groups.popleft()
+            self._place(scores.result(), examples, whole_N)
+
+    def have_open_ones(self) -> bool:
+        """Whether labels of some of the examples are not final."""
+        return not all(whole_N.all() for _, _, whole_N in self._groups)

@@ -3,6 +3,8 @@
 Letters: N instances, W id columns, F numeric features, T tasks.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -45,6 +47,19 @@ class FrozenModel:
         """As :meth:`smes.model.serving.ServingModel.score`."""
         # Instances of a stream: what they happen to share must not decide how their scores are rounded.
         return self._model.score(ids, numerics, now_ms, requests=np.arange(len(ids)))
+
+    def later(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> Callable[[], F32]:
+        """Read the rows of N ≥ 1 instances now, on the learner's thread; the result scores them, on any thread."""
+        with torch.inference_mode():
+            inputs = self._model.inputs(ids, numerics, now_ms)
+        dense = self._model.dense
+
+        def score() -> F32:
+            with torch.inference_mode():
+                scores: F32 = dense.scores(dense(inputs), inputs).cpu().numpy()
+            return scores
+
+        return score
 
     def state(self) -> Arrays:
         """The dense weights, and what changed in the table since. Nothing writes to these arrays any more."""

@@ -1,13 +1,20 @@
 """A backtest that trains before the windows close: the same labels are counted, and a task that is none is refused."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from simulators.logs.reader import LogReader
+from simulators.merge import replay_blocks
 from simulators.synthetic import synthesize
+from smes.errors import LogError
+from smes.events import FeedbackBlock, ImpressionBlock
 from smes_cli.__main__ import run
 from smes_cli.backtest import run_backtest
+from smes_cli.building import build_evaluation
 from smes_cli.config import load_config
 from tests.running import write_config
 from trainer.history import read_history
@@ -70,6 +77,42 @@ def test_a_backtest_counts_the_same_labels_whenever_tasks_are_trained_on(
     assert f"  {at_once['version']:,}  " in row
     assert run(["curves", str(tmp_path / "history"), "--task", "clicks"]) == 2
     assert "--task clicks: no such task, expected one of click, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wait", ["{default: window}", "{default: immediate, click: 2}"])
+def test_figures_are_the_same_whether_or_not_scores_are_computed_beside_the_training(
+    tmp_path: Path, world: Path, wait: str
+) -> None:
+    config = load_config(write_config(tmp_path, "redis://unused:1/0", "unused"), {"SMES_STREAM__JOIN__WAIT": wait})
+
+    beside, waiting = (
+        run_backtest(config, world, limit=None, seed=0, baseline=None, should_stop=lambda: False, evaluate=evaluate)
+        for evaluate in (None, build_evaluation)
+    )
+
+    assert beside.report.tasks == waiting.report.tasks
+    assert any(task.gauc_windowed is not None for task in beside.report.tasks.values())
+
+
+def test_a_log_that_breaks_off_stops_the_backtest_with_its_error(
+    tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_config(tmp_path, "redis://unused:1/0", "unused"), {})
+    read: list[int] = []
+
+    def broken(reader: LogReader, seed: int) -> Iterator[tuple[ImpressionBlock, FeedbackBlock]]:
+        for pair in replay_blocks(reader, seed, rows_per_block=512):
+            if len(read) == 3:
+                raise LogError("the disk is gone")
+            read.append(len(pair[0]))
+            yield pair
+
+    monkeypatch.setattr("smes_cli.backtest.replay_blocks", broken)
+    with pytest.raises(LogError, match="the disk is gone"):
+        run_backtest(config, world, limit=None, seed=0, baseline=None, should_stop=lambda: False)
+    assert read == [512] * 3
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name.startswith(("smes-read", "smes-frozen"))]
 
 
 def test_a_wait_of_a_task_that_does_not_exist_is_named(
