@@ -21,6 +21,7 @@ from smes.rankers.clip_kernels import compile_clip_kernels
 from smes.rankers.column_kernels import compile_column_kernels
 from smes.rankers.sparse.expert_kernels import compile_expert_kernels
 from smes.rankers.sparse.routing_kernels import compile_routing_kernels
+from smes.rankers.split_kernels import compile_split_kernels
 from smes.schema import Schema
 from smes_cli.config import Config
 from smes_scorer.answer_kernels import compile_answer_kernels
@@ -49,6 +50,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_expert_kernels()
     compile_column_kernels()
     compile_clip_kernels()
+    compile_split_kernels()
     compile_task_kernels()
     compile_borrowing_kernels()
     NumericMoments(schema).observe(np.ones((1, schema.inputs.num_numerics), np.float32))

@@ -18,14 +18,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smes.arrays import F32
+from smes.arrays import F32, I64
 from smes.derive import ModelInputs
 from smes.events import WHOLE, ExampleBlock
 from smes.model.delayed_feedback import DelayedWeights
-from smes.model.features import FeatureInputs
+from smes.model.features import FeatureInputs, RequestInputs
 from smes.model.id_rows import BatchRows
 from smes.model.ids import pool_weights
+from smes.model.request_split import RequestSplit, Side, Splits, first_of_requests
 from smes.model.table import Cells
+from smes.rankers.ranker_input import RequestRows
 from smes.schema import Schema
 
 
@@ -155,6 +157,35 @@ def open_device(device: torch.device) -> Device:
 
 
 @dataclass(frozen=True, slots=True)
+class SideColumns:
+    """What one side of a split reads.
+
+    Attributes:
+        cells_BW: int64, for each id of the side the place of its row in the batch's rows.
+        pool_BW: float32, weight of each id within its bag or sequence; None for a side without them.
+        numerics_BF: float32, NaN where missing.
+    """
+
+    cells_BW: Tensor
+    pool_BW: Tensor | None
+    numerics_BF: Tensor
+
+    def inputs(self, cells: Cells) -> FeatureInputs:
+        """What the model reads of the side."""
+        return FeatureInputs(cells.values.get("embedding"), cells.values.get("wide"), self.pool_BW, self.numerics_BF)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestColumns:
+    """A batch in two parts, on the CPU; see :class:`smes.model.features.RequestInputs`."""
+
+    request: SideColumns
+    item: SideColumns
+    split: RequestSplit
+    rows: RequestRows
+
+
+@dataclass(frozen=True, slots=True)
 class RankBatch:
     """The columns that one training step needs.
 
@@ -162,7 +193,8 @@ class RankBatch:
         rows_U: int64, the distinct table rows of the batch.
         cells_BW: int64, for each id the place of its row in ``rows_U``.
         keep_U, rate_U: As in :class:`smes.model.id_rows.BatchRows`.
-        pool_BW: float32, weight of each id within its bag or sequence; None for a schema without them.
+        pool_BW: float32, weight of each id within its bag or sequence; None for a schema without them, and in two
+            parts.
         numerics_BF: float32, NaN where missing.
         numerics: The same on the host, of the rows that are the first of their impressions and have a weight.
         labels_BT: float32.
@@ -171,6 +203,7 @@ class RankBatch:
         bucketed_BK: float32 on the host, of the same rows: the numbers whose quantiles bound buckets.
         late_share_BT: float32, as in :class:`smes.events.ExampleBlock`; None if every example is whole.
         ticket: Tells the device when the copies of these tensors have arrived.
+        requests: The batch in two parts, where that pays.
     """
 
     rows_U: Tensor
@@ -186,6 +219,7 @@ class RankBatch:
     weight_B: Tensor
     late_share_BT: Tensor | None
     ticket: object
+    requests: RequestColumns | None = None
 
     def __len__(self) -> int:
         """B."""
@@ -197,12 +231,16 @@ class RankBatch:
         optional = (self.keep_U, self.rate_U, self.pool_BW, self.late_share_BT)
         device.receive([*columns, *(column for column in optional if column is not None)], self.ticket)
 
-    def inputs(self, cells: Cells) -> FeatureInputs:
+    def inputs(self, cells: Cells, of_requests: Cells | None = None) -> FeatureInputs | RequestInputs:
         """What the model reads.
 
         Args:
-            cells: What the cells of this batch read from the table.
+            cells: What the cells of this batch read from the table; of a batch in two parts, those of its items.
+            of_requests: Those of its requests.
         """
+        if self.requests is not None and of_requests is not None:
+            request, item = self.requests.request.inputs(of_requests), self.requests.item.inputs(cells)
+            return RequestInputs(request, item, self.requests.split, self.requests.rows)
         read = cells.values
         return FeatureInputs(read.get("embedding"), read.get("wide"), self.pool_BW, self.numerics_BF)
 
@@ -211,7 +249,14 @@ class RankBatch:
         return None if self.late_share_BT is None else DelayedWeights.of(logits_BT, self.labels_BT, self.late_share_BT)
 
 
-def send_batch(examples: ExampleBlock, read: ModelInputs, rows: BatchRows, schema: Schema, device: Device) -> RankBatch:
+def send_batch(
+    examples: ExampleBlock,
+    read: ModelInputs,
+    rows: BatchRows,
+    schema: Schema,
+    device: Device,
+    splits: Splits | None = None,
+) -> RankBatch:
     """Send examples to a device.
 
     Args:
@@ -220,9 +265,11 @@ def send_batch(examples: ExampleBlock, read: ModelInputs, rows: BatchRows, schem
         rows: The rows of the table that they read.
         schema: The schema of the examples.
         device: Where to.
+        splits: Finds what the examples of a request share; None where it is not to be looked for.
     """
     send = device.send
-    pool_BW, counts = pool_weights(schema, read.ids), examples.begins & (examples.weight != 0)
+    requests = None if splits is None else _in_two_parts(examples, read, rows, splits)
+    pool_BW, counts = None if requests else pool_weights(schema, read.ids), examples.begins & (examples.weight != 0)
     return RankBatch(
         rows_U=send(rows.rows_U),
         cells_BW=send(rows.cells_BW),
@@ -237,7 +284,29 @@ def send_batch(examples: ExampleBlock, read: ModelInputs, rows: BatchRows, schem
         weight_B=send(_bounded(examples.weight)),
         late_share_BT=None if (examples.kind == WHOLE).all() else send(examples.late_share),
         ticket=device.ticket(),  # last: it covers everything sent before it
+        requests=requests,
     )
+
+
+def _in_two_parts(examples: ExampleBlock, read: ModelInputs, rows: BatchRows, splits: Splits) -> RequestColumns | None:
+    """What neighbouring examples of a request share, and the rest; None where that does not pay."""
+    starts_R = first_of_requests(examples.request_id, examples.user_id)
+    split = splits.of(read, starts_R)
+    if split is None:
+        return None
+
+    def side(side: Side, rows_N: I64 | slice) -> SideColumns:
+        ids, pools = read.ids[rows_N], None
+        if side.has_lists:
+            pools = pool_weights(splits.schema, ids[:, side.id_columns_W], side.features)
+        return SideColumns(
+            cells_BW=torch.from_numpy(np.ascontiguousarray(rows.cells_BW[rows_N][:, side.id_columns_W])),
+            pool_BW=None if pools is None else torch.from_numpy(pools),
+            numerics_BF=torch.from_numpy(np.ascontiguousarray(read.numerics[rows_N][:, side.numerics_F])),
+        )
+
+    request_rows = RequestRows(torch.from_numpy(starts_R), len(examples))
+    return RequestColumns(side(split.request, starts_R), side(split.item, slice(None)), split, request_rows)
 
 
 def _bounded(weight_B: F32) -> F32:

@@ -29,10 +29,11 @@ from smes.model.memory_use import MemoryUse, memory_use
 from smes.model.numeric_moments import NumericMoments
 from smes.model.probing import Probe, ProbeFinding
 from smes.model.rank_model import ModelOutput, build_model, form_of
+from smes.model.request_split import Splits
 from smes.model.rows_config import RowCounts, RowsConfig
 from smes.model.step_result import StepResult
 from smes.model.step_watcher import StepWatcher
-from smes.model.table import RowGradients
+from smes.model.table import Cells, RowGradients
 from smes.quantiles import StreamQuantiles
 from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
 from smes.rankers.sparse.ranker import SMES
@@ -81,6 +82,7 @@ class Learner:
         self._model.shared_rows_V.copy_(torch.from_numpy(self._table.rows.ids.shared_rows))
         self._numerics = NumericMoments(schema)
         self._derive = Derivations(schema)
+        self._splits = Splits(schema, model.table_dim, training=True)
         self._quantiles = StreamQuantiles(self._derive)
         self._finder = self._new_finder()
         self._watcher: StepWatcher | None = None
@@ -149,7 +151,15 @@ class Learner:
         time_ms = examples.event_time_ms
         read = self._derive(examples.ids, examples.numerics, time_ms, self._quantiles.boundaries)
         rows = self._table.assign(read.ids, int(time_ms.max()))
-        return send_batch(examples, read, rows, self.schema, self._device)
+        splits = self._splits if self._shares else None
+        return send_batch(examples, read, rows, self.schema, self._device, splits)
+
+    @property
+    def _shares(self) -> bool:
+        """Whether what the examples of a request share is computed once for them."""
+        ranker = self._model.ranker
+        on_cpu = self._device.device.type == "cpu"
+        return on_cpu and self._model.before is None and isinstance(ranker, SMES) and ranker.trains_split
 
     def step(self, batch: RankBatch) -> StepResult:
         """Score a batch with the current weights, then take one training step on it.
@@ -162,9 +172,9 @@ class Learner:
         if self._model.before is not None:  # the model before scores until a step is known to be taken
             self._settle(0)
         model, total_weight = self._model, batch.weight_B.sum()
-        cells = self._table.records.cells(batch.rows_U, batch.cells_BW)
+        cells, of_requests = self._cells(batch)
         self._undo.save()
-        inputs = batch.inputs(cells)
+        inputs = batch.inputs(cells, of_requests)
         output = model(inputs, self._device.autocast())
         scores = model.scores(output, inputs, self._device.autocast())
         delayed = batch.delayed_weights(output.logits_BT)
@@ -174,7 +184,7 @@ class Learner:
         for watcher in self._watchers:
             watcher.before_backward(output)
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
-        gradients = self._table.records.gradients(batch.rows_U, cells, total_weight)
+        gradients = self._table.records.gradients(batch.rows_U, cells, total_weight, of_requests)
         taken = self._is_finite(loss.detach(), gradients)
         watched = bool(self._watchers) and bool(taken)
         if watched:
@@ -198,6 +208,14 @@ class Learner:
             expert_load=stats.load_TE if stats else None,
             finite=taken,
         )
+
+    def _cells(self, batch: RankBatch) -> tuple[Cells, Cells | None]:
+        """What the cells of a batch read; of a batch in two parts those of its items, and those of its requests."""
+        records, parts = self._table.records, batch.requests
+        if parts is None:
+            return records.cells(batch.rows_U, batch.cells_BW), None
+        item, request = parts.item.cells_BW, parts.request.cells_BW
+        return records.cells(batch.rows_U, item), records.cells(batch.rows_U, request)
 
     @property
     def probe_findings(self) -> Mapping[int, ProbeFinding]:

@@ -19,7 +19,7 @@ from smes.derive import ModelInputs
 from smes.model.feature_parts import Entries, Part, Target, dim_of, entries_of, parts_of, queried, target_of
 from smes.model.request_kernels import equal_in_requests
 from smes.rankers.ranker_input import Kept
-from smes.schema import Feature, Schema
+from smes.schema import MISSING, Feature, Schema
 
 LEAST_ROWS, LEAST_SHARED = 4, 0.25
 """A split pays from so many rows a request on, and from such a share of the columns."""
@@ -194,15 +194,32 @@ def _places_of(features: Sequence[Feature], first: dict[str, int], embedding_dim
     return [first[f.name] + c for f in features for c in range(dim_of(f, embedding_dim))]
 
 
+def first_of_requests(request_N: I64, user_N: I64) -> I64:
+    """The first of every run of rows of one request, or of one user where the log has no requests. int64 [R].
+
+    Args:
+        request_N: int64, ``MISSING`` where there is none; N ≥ 1.
+        user_N: int64.
+    """
+    begins_N = np.ones(len(request_N), np.bool_)
+    begins_N[1:] = (request_N[1:] != request_N[:-1]) | ((request_N[1:] == MISSING) & (user_N[1:] != user_N[:-1]))
+    return np.flatnonzero(begins_N)
+
+
 class Splits:
     """Finds the split of a call, and keeps the last ones, with what depends on weights alone. Threads may share it.
 
     Args:
         schema: Its inputs are the features.
         embedding_dim: Width of an embedding; 0 for a ranker that reads none.
+        training: Whether weights change, and a batch must not depend on those before it.
+
+    Attributes:
+        schema: As given.
     """
 
-    def __init__(self, schema: Schema, embedding_dim: int) -> None:
+    def __init__(self, schema: Schema, embedding_dim: int, *, training: bool = False) -> None:
+        self.schema, self._training = schema, training
         self._schema, self._embedding_dim = schema.inputs, embedding_dim
         self._columns = np.array(
             [f.width for f in self._schema.id_features] + [1] * self._schema.num_numerics, np.int64
@@ -235,9 +252,9 @@ class Splits:
         if columns < LEAST_SHARED * self._columns.sum():
             return None
         # Features that happen to be equal in one call must not make a split of their own for it.
-        for split in self._known:
+        for split in () if self._training else self._known:
             if not (split.shared & ~shared).any() and self._columns[split.shared].sum() >= _ENOUGH * columns:
                 return split
-        split = split_by(self._schema, self._embedding_dim, shared)
+        split = split_by(self._schema, self._embedding_dim, shared, weights_change=self._training)
         self._known = (split, *self._known[: _MOST_KNOWN - 1])
         return split

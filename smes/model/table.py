@@ -104,13 +104,14 @@ class RecordTable(Protocol):
         """
         ...
 
-    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor) -> RowGradients:
+    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor, of_requests: Cells | None = None) -> RowGradients:
         """Sum the gradients of the cells by row, after ``backward``.
 
         Args:
             rows_U: As for :meth:`cells`.
             cells: What that returned.
             scale: Scalar. The gradient of the mean loss times this is the gradient of the summed loss.
+            of_requests: Cells that instances of a request share, if they were read for themselves.
         """
         ...
 

@@ -47,13 +47,14 @@ class DeviceTable:
 
         return Cells(list(self.layout.places), read, cells_BW)
 
-    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor) -> RowGradients:
+    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor, of_requests: Cells | None = None) -> RowGradients:
         sums_US = self._records.new_zeros(len(rows_U), self.layout.num_weights)
-        for name, place in self.layout.places.items():
-            gradient = cells.gradients[name]
-            if gradient is not None:
-                by_cell_NC = gradient.reshape(-1, place.group.columns)
-                sums_US[:, place.weights].index_add_(0, cells.cells_BW.view(-1), by_cell_NC)
+        for part in (cells, of_requests):
+            for name, place in self.layout.places.items():
+                gradient = None if part is None else part.gradients[name]
+                if part is not None and gradient is not None:
+                    by_cell_NC = gradient.reshape(-1, place.group.columns)
+                    sums_US[:, place.weights].index_add_(0, part.cells_BW.view(-1), by_cell_NC)
         sums_US *= scale
         return RowGradients(sums_US, sums_US.square().sum())
 

@@ -65,13 +65,14 @@ class HostTable:
 
         return Cells(list(self.layout.places), read, cells_BW)
 
-    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor) -> RowGradients:
+    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor, of_requests: Cells | None = None) -> RowGradients:
         sums = np.zeros((len(rows_U), self.layout.num_weights), np.float32)
-        for name, place in self.layout.places.items():
-            gradient = cells.gradients[name]
-            if gradient is not None:
-                flat, strides = _flat(gradient)
-                add_gradients(cells.cells_BW.numpy(), flat, strides, place.weights.start, place.group.columns, sums)
+        for part in (cells, of_requests):
+            for name, place in self.layout.places.items():
+                gradient = None if part is None else part.gradients[name]
+                if part is not None and gradient is not None and gradient.numel():
+                    flat, strides = _flat(gradient)
+                    add_gradients(part.cells_BW.numpy(), flat, strides, place.weights.start, place.group.columns, sums)
         square = scale_and_square(sums.reshape(-1), np.float32(scale))
         return RowGradients(torch.from_numpy(sums), torch.tensor(square, dtype=torch.float32))
 

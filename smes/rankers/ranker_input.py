@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smes.rankers.split_kernels import sum_runs
+
 _T = TypeVar("_T")
 
 _MOST_PADDING = 4  # times the rows; from there on products read a copy per instance
@@ -33,23 +35,33 @@ class RequestRows:
         self._starts_R = starts_R
 
     @cached_property
-    def _counts_R(self) -> Tensor:
+    def counts_R(self) -> Tensor:
+        """int64, how many instances each request has."""
         return torch.diff(self._starts_R, append=torch.tensor([self.instances]))
 
     @cached_property
     def _most(self) -> int:
-        return int(self._counts_R.max())
+        return int(self.counts_R.max())
 
     @cached_property
     def request_N(self) -> Tensor:
         """int64, the request of each instance."""
-        return torch.repeat_interleave(torch.arange(self.requests), self._counts_R)
+        return torch.repeat_interleave(torch.arange(self.requests), self.counts_R)
 
     def spread(self, x_RC: Tensor) -> Tensor:
         """What is known of requests, for their instances: [R, ·] → [N, ·]."""
         if self.requests == 1:
             return x_RC.expand(self.instances, *x_RC.shape[1:])
+        if x_RC.requires_grad and x_RC.dim() == 2 and x_RC.dtype == torch.float32:
+            spread: Tensor = _Spread.apply(x_RC, self)  # type: ignore[no-untyped-call]  # torch
+            return spread
         return x_RC.index_select(0, self.request_N)
+
+    def summed(self, x_NC: Tensor) -> Tensor:
+        """The sum over the instances of each request. float32 [N, C] → [R, C]."""
+        out_RC = x_NC.new_empty(self.requests, x_NC.shape[1])
+        sum_runs(x_NC.detach().contiguous().numpy(), self._starts_R.numpy(), out_RC.numpy())
+        return out_RC
 
     def product(self, x_NA: Tensor, y_RAC: Tensor) -> Tensor:
         """``x_n y_r`` for each instance n of each request r. [N, A], [R, A, C] → [N, C]."""
@@ -66,6 +78,19 @@ class RequestRows:
     @cached_property
     def _place_N(self) -> Tensor:
         return self.request_N * self._most + torch.arange(self.instances) - self._starts_R[self.request_N]
+
+
+class _Spread(torch.autograd.Function):
+    """:meth:`RequestRows.spread` with a gradient that is summed run by run."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RC: Tensor, rows: RequestRows) -> Tensor:
+        ctx.rows = rows
+        return x_RC.index_select(0, rows.request_N)
+
+    @staticmethod
+    def backward(ctx: Any, of_spread_NC: Tensor) -> tuple[Tensor, None]:
+        return ctx.rows.summed(of_spread_NC), None
 
 
 class SplitInput:

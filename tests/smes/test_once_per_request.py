@@ -46,14 +46,14 @@ SHARED = {
 """What is equal within a request, and what is therefore computed once."""
 
 
-def rows(shared: set[str], starts: I64 = STARTS, seed: int = 0) -> tuple[I64, F32]:
-    """Instances whose requests have these features in common; ids and numbers are missing here and there."""
+def rows(shared: set[str], starts: I64 = STARTS, seed: int = 0, n: int = N) -> tuple[I64, F32]:
+    """n instances whose requests have these features in common; ids and numbers are missing here and there."""
     rng = np.random.default_rng(seed)
-    request_N = np.searchsorted(starts, np.arange(N), side="right") - 1
-    ids = rng.integers(0, 12, (N, SCHEMA.id_width))
+    request_N = np.searchsorted(starts, np.arange(n), side="right") - 1
+    ids = rng.integers(0, 12, (n, SCHEMA.id_width))
     ids[rng.random(ids.shape) < 0.3] = MISSING
     ids[:, :2] = np.abs(ids[:, :2])
-    numerics = rng.normal(size=(N, SCHEMA.num_numerics)).astype(np.float32) * 30
+    numerics = rng.normal(size=(n, SCHEMA.num_numerics)).astype(np.float32) * 30
     numerics[rng.random(numerics.shape) < 0.2] = np.nan
     numerics[3, 1] = 1e30  # which nothing measures
     for name in shared & {*IDS}:
