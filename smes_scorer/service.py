@@ -4,6 +4,7 @@ import gc
 import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from types import MappingProxyType
 
@@ -57,8 +58,9 @@ def serve(
     """
     torch.set_num_threads(config.torch_threads)
     keep_freed_memory()
-    compile_serving_kernels()
-    compile_answer_kernels()
+    beside = ThreadPoolExecutor(1, "compiled-loops")  # while connections are made, and the first version is downloaded
+    compiled = beside.submit(_compile)
+    beside.shutdown(wait=False)
     app = create_app(
         config,
         schema,
@@ -67,7 +69,7 @@ def serve(
         namespace=namespace,
         signing=signing,
         renamed=renamed,
-        load=_Uncollected(load),
+        load=_FirstLoad(load, compiled.result),
     )
     connect(redis_url, config.redis_timeout_s, access=redis_access, namespace=namespace).close()
     with closing(_listen(config.host, config.port)) as listening:
@@ -92,22 +94,29 @@ def serve(
         raise SmesError("scorer: the server failed to start")
 
 
-class _Uncollected:
-    """Loads versions. Once the first is loaded, the garbage collector leaves alone all that there is by then.
+def _compile() -> None:
+    compile_serving_kernels()
+    compile_answer_kernels()
+
+
+class _FirstLoad:
+    """Loads versions. Once the first is loaded, loops are compiled, and the collector leaves alone what there is.
 
     Libraries, application and model are some 300,000 objects that stay. The collector looks at all of them whenever a
     quarter as many new ones have come together, for 100 ms and more, in which no request is answered.
 
     Args:
         load: Loads a version.
+        compiled: Waits until no request and no version would wait for a compiler.
     """
 
-    def __init__(self, load: Load) -> None:
-        self._load, self._any = load, False
+    def __init__(self, load: Load, compiled: Callable[[], None]) -> None:
+        self._load, self._compiled, self._any = load, compiled, False
 
     def __call__(self, payloads: Iterable[PayloadContent], schema: Schema, before: Scorable | None) -> Scorable:
         model = self._load(payloads, schema, before)
         if not self._any:
+            self._compiled()
             self._any = True
             gc.collect()
             gc.freeze()
