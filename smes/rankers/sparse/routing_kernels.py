@@ -11,36 +11,39 @@ from smes.vector_code import SUMS, exponential
 
 _LEAST = np.float32(-87.0)  # what is further below the largest logit has probability 0
 _INFINITE = np.float32(np.inf)
+_INFINITE_BITS, _MAGNITUDE = np.int32(0x7F800000), np.int32(0x7FFFFFFF)
+_LOWEST_32, _LOWEST_64 = np.int32(-(2**31)), np.int64(-(2**63))
 
 
-@njit(cache=True, nogil=True)
-def best_of_row(  # type: ignore[no-untyped-def]  # numba infers the types
-    values_L, kept_K, places_K
+@njit(nogil=True)
+def _best_of_row(  # type: ignore[no-untyped-def]  # numba infers the types
+    bits_NC, row, first, key_L, places_NK
 ):  # pragma: no cover - compiled
-    """The places of the largest values, the largest first; ``kept_K`` is room for them."""
-    count = len(kept_K)
-    if count == 0:
-        return
-    for i in range(len(values_L)):
-        value = values_L[i]
-        if value != value:
-            value = np.float32(np.inf)
-        if i >= count and value <= kept_K[count - 1]:
-            continue
-        place = min(i, count - 1)
-        while place > 0 and kept_K[place - 1] < value:
-            kept_K[place] = kept_K[place - 1]
-            places_K[place] = places_K[place - 1]
-            place -= 1
-        kept_K[place] = value
-        places_K[place] = i
+    """The places of the largest float32 from column ``first`` on, the largest first; ``key_L`` is room.
+
+    Bits of a number that are flipped below 0 are ordered as numbers are. With its place below, no two keys are equal,
+    and each pass over them finds the largest below the last one, which LLVM vectorises.
+    """
+    L = len(key_L)
+    for i in range(L):
+        bits = bits_NC[row, first + i]
+        if bits & _MAGNITUDE > _INFINITE_BITS:
+            bits = _INFINITE_BITS
+        bits = np.int32(0) if bits == _LOWEST_32 else bits ^ ((bits >> np.int32(31)) & _MAGNITUDE)  # -0 is 0
+        key_L[i] = (np.int64(bits) << 32) | np.int64(L - 1 - i)
+    most = np.int64(np.iinfo(np.int64).max)
+    for k in range(places_NK.shape[1]):
+        last, most = most, _LOWEST_64
+        for i in range(L):
+            most = max(most, key_L[i] if key_L[i] < last else _LOWEST_64)
+        places_NK[row, k] = L - 1 - (most & np.int64(0xFFFFFFFF))
 
 
 @njit(cache=True, nogil=True)
 def best_of_rows(values_NL: F32, places_NK: I64) -> None:  # pragma: no cover - compiled
-    kept_K = np.empty(places_NK.shape[1], np.float32)
+    bits_NL, key_L = values_NL.view(np.int32), np.empty(values_NL.shape[1], np.int64)
     for n in range(len(values_NL)):
-        best_of_row(values_NL[n], kept_K, places_NK[n])
+        _best_of_row(bits_NL, n, 0, key_L, places_NK)
 
 
 @njit(cache=True, nogil=True)
@@ -83,20 +86,23 @@ def weigh_experts(  # type: ignore[no-untyped-def]  # numba infers the types
     B, R, C = z_BRC.shape
     N, K, L = chosen_BRN.shape[2], weights_BRK.shape[2], C - fixed
     sum_RL = np.zeros((R, L))
-    kept_N, of_chosen_K, e_L = np.empty(N, np.float32), np.empty(K, np.float32), np.empty(L, np.float32)
+    key_L, of_chosen_K, e_L = np.empty(L, np.int64), np.empty(K, np.float32), np.empty(L, np.float32)
+    bits_NC, chosen_NN = z_BRC.reshape(B * R, C).view(np.int32), chosen_BRN.reshape(B * R, N)
     load_RE[:] = 0
     for b in range(B):
         for r in range(R):
-            z_L, chosen_N = z_BRC[b, r, fixed:], chosen_BRN[b, r]
+            most, total = z_BRC[b, r, fixed], np.float32(0)
             if choose:
-                best_of_row(z_L, kept_N, chosen_N)
-            most, total = z_L[0], np.float32(0)
+                _best_of_row(bits_NC, b * R + r, fixed, key_L, chosen_NN)
+                most = z_BRC[b, r, fixed + chosen_BRN[b, r, 0]]
+            else:
+                for i in range(1, L):
+                    most = max(most, z_BRC[b, r, fixed + i])
             for i in range(L):
-                most = max(most, z_L[i])
-                total += z_L[i]
+                total += z_BRC[b, r, fixed + i]
             whole = np.float32(0)
             for i in range(L):
-                below = z_L[i] - most
+                below = z_BRC[b, r, fixed + i] - most
                 e_L[i] = exponential(below) if below > _LEAST else np.float32(0)
                 whole += e_L[i]
             share = np.float32(1) / whole if np.abs(total) < _INFINITE else np.float32(np.nan)
@@ -105,7 +111,7 @@ def weigh_experts(  # type: ignore[no-untyped-def]  # numba infers the types
                 probs_BRL[b, r, i] = e_L[i]
                 sum_RL[r, i] += e_L[i]
             for k in range(K):
-                column = k if k < fixed else fixed + chosen_N[k - fixed]
+                column = k if k < fixed else fixed + chosen_BRN[b, r, k - fixed]
                 expert = column if k < fixed else first_R[r] + column
                 experts_BRK[b, r, k] = expert
                 load_RE[r, expert] += 1
@@ -138,20 +144,19 @@ def logit_gradient(  # type: ignore[no-untyped-def]  # numba infers the types
     fixed = K - N
     for b in range(B):
         for r in range(R):
-            p_L, of_mean_L, of_z_C = probs_BRL[b, r], of_mean_RL[r], of_z_BRC[b, r]
             dot = np.float32(0)
             for i in range(L):
-                dot += p_L[i] * of_mean_L[i]
+                dot += probs_BRL[b, r, i] * of_mean_RL[r, i]
             for k in range(fixed):
-                of_z_C[k] = 0
+                of_z_BRC[b, r, k] = 0
             for i in range(L):
-                of_z_C[fixed + i] = p_L[i] * (of_mean_L[i] - dot) / np.float32(B)
+                of_z_BRC[b, r, fixed + i] = probs_BRL[b, r, i] * (of_mean_RL[r, i] - dot) / np.float32(B)
             dot = np.float32(0)
             for k in range(K):
                 dot += weights_BRK[b, r, k] * of_weights_BRK[b, r, k]
             for k in range(K):
                 column = k if k < fixed else fixed + chosen_BRN[b, r, k - fixed]
-                of_z_C[column] += weights_BRK[b, r, k] * (of_weights_BRK[b, r, k] - dot)
+                of_z_BRC[b, r, column] += weights_BRK[b, r, k] * (of_weights_BRK[b, r, k] - dot)
 
 
 def compile_routing_kernels() -> None:
