@@ -14,7 +14,7 @@ from torch import Tensor
 from smes.rankers.clip_kernels import add_clipped
 from smes.rankers.ranker import FAR_FROM_ZERO, RunningMoments
 from smes.rankers.ranker_input import RequestRows, SplitInput
-from smes.rankers.split_kernels import observe_columns, unclip_gradients
+from smes.rankers.split_kernels import observe_columns, put_side, take_side, unclip_gradients
 
 
 def read_split(
@@ -32,11 +32,8 @@ def read_split(
     Returns:
         [N, O] and [N, Q]; None if a value lies so far out that rounding would show. No batch was counted then.
     """
-    scale_I, shift_I = (column.float() for column in moments.affine())
-    if (shift_I.abs() > FAR_FROM_ZERO).any():
-        return None
     read = _Read.apply(  # type: ignore[no-untyped-call]  # torch
-        x.request_RJ, x.item_NK, encoder_OI, down_QI, scale_I, shift_I, clip, x.columns_J, x.columns_K, x.rows
+        x.request_RJ, x.item_NK, encoder_OI, down_QI, moments, clip, x.columns_J, x.columns_K, x.rows
     )
     products: tuple[Tensor, Tensor] | None = read if isinstance(read[0], Tensor) else None
     if products is not None:
@@ -59,28 +56,35 @@ class _Read(torch.autograd.Function):
         item_NK: Tensor,
         encoder_OI: Tensor,
         down_QI: Tensor,
-        scale_I: Tensor,
-        shift_I: Tensor,
+        moments: RunningMoments,
         clip: float,
         columns_J: Tensor,
         columns_K: Tensor,
         rows: RequestRows,
     ) -> tuple[Tensor | None, Tensor | None]:
         request_RJ, item_NK, first = request_RJ.contiguous(), item_NK.contiguous(), len(encoder_OI)
-        weight_MI = torch.cat([encoder_OI, down_QI * scale_I])
-        bias_M = torch.cat([down_QI.new_zeros(first), down_QI @ shift_I])
-        sides, outputs, far = [], [], 0.0
-        for part, columns, bias in ((request_RJ, columns_J, bias_M), (item_NK, columns_K, None)):
-            weight, down_CQ = weight_MI.index_select(1, columns), down_QI.index_select(1, columns).t().contiguous()
-            scale, shift = scale_I.index_select(0, columns), shift_I.index_select(0, columns)
-            norm = scale.numpy(), shift.numpy(), np.float32(clip), down_CQ.numpy()
-            outputs.append(F.linear(part, weight, bias))
-            far = max(far, add_clipped(part.numpy(), *norm, outputs[-1].numpy(), first))
-            sides.append((columns, weight, norm))
-        if far > FAR_FROM_ZERO:
-            return None, None
+        maps = encoder_OI.numpy(), down_QI.numpy()
+        norm = moments.mean_C.numpy(), moments.variance_C.numpy()
+        bias_M, width = torch.zeros(first + len(down_QI)), encoder_OI.shape[1]
+        sides = []
+        for columns in (columns_J, columns_K):
+            weight_MC, down_CQ = (
+                torch.empty(len(bias_M), len(columns)),
+                np.empty((len(columns), len(down_QI)), np.float32),
+            )
+            scale_C, shift_C = np.empty((2, len(columns)), np.float32)
+            take_side(*maps, *norm, columns.numpy(), weight_MC.numpy(), down_CQ, scale_C, shift_C, bias_M.numpy())
+            if (np.abs(shift_C) > FAR_FROM_ZERO).any():
+                return None, None
+            sides.append((columns.numpy(), weight_MC, (scale_C, shift_C, np.float32(clip), down_CQ)))
+        outputs, beyond = [], []
+        for part, (_, weight_MC, side_norm), bias in zip((request_RJ, item_NK), sides, (bias_M, None), strict=True):
+            outputs.append(F.linear(part, weight_MC, bias))
+            beyond.append(np.empty(len(part), np.bool_))
+            if add_clipped(part.numpy(), *side_norm, outputs[-1].numpy(), beyond[-1]) > FAR_FROM_ZERO:
+                return None, None
         ctx.save_for_backward(request_RJ, item_NK)
-        ctx.sides, ctx.rows, ctx.width = sides, rows, len(scale_I)
+        ctx.sides, ctx.beyond, ctx.rows, ctx.width = sides, beyond, rows, width
         of_both_NM = outputs[1].add_(rows.spread(outputs[0]))
         return of_both_NM[:, :first], of_both_NM[:, first:]
 
@@ -89,19 +93,18 @@ class _Read(torch.autograd.Function):
         request_RJ, item_NK = ctx.saved_tensors
         first, of_item_NM = of_encoder_NO.shape[1], torch.cat([of_encoder_NO, of_routers_NQ], dim=1)
         of_request_RM = ctx.rows.summed(of_item_NM)
-        total_Q = of_request_RM[:, first:].sum(dim=0)
-        encoder_IO = of_item_NM.new_empty(ctx.width, first)
-        down_IQ = of_item_NM.new_empty(ctx.width, len(total_Q))
+        total_M = of_request_RM.sum(dim=0).numpy()
+        encoder_OI = of_item_NM.new_empty(first, ctx.width)
+        down_QI = of_item_NM.new_empty(len(total_M) - first, ctx.width)
         of_parts = []
-        for part, of_product, (columns, weight, norm) in zip(
-            (request_RJ, item_NK), (of_request_RM, of_item_NM), ctx.sides, strict=True
+        for part, of_product, (columns, weight_MC, norm), beyond in zip(
+            (request_RJ, item_NK), (of_request_RM, of_item_NM), ctx.sides, ctx.beyond, strict=True
         ):
-            of_part, of_weight_CM = of_product @ weight, part.t() @ of_product
-            scale, shift, *_ = norm
-            of_down_CQ = of_weight_CM[:, first:] * torch.from_numpy(scale).unsqueeze(1)
-            of_down_CQ += torch.outer(torch.from_numpy(shift), total_Q)
-            unclip_gradients(part.numpy(), *norm, of_product.numpy(), first, of_part.numpy(), of_down_CQ.numpy())
-            encoder_IO.index_copy_(0, columns, of_weight_CM[:, :first])
-            down_IQ.index_copy_(0, columns, of_down_CQ)
-            of_parts.append(of_part)
-        return *of_parts, encoder_IO.t(), down_IQ.t(), None, None, None, None, None, None
+            of_parts.append(of_product @ weight_MC)
+            scale_C, shift_C, *_ = norm
+            of_weight_MC = (of_product.t() @ part).numpy()
+            put_side(of_weight_MC, scale_C, shift_C, total_M, columns, encoder_OI.numpy(), down_QI.numpy())
+            unclip_gradients(
+                part.numpy(), *norm, beyond, of_product.numpy(), columns, of_parts[-1].numpy(), down_QI.numpy()
+            )
+        return *of_parts, encoder_OI, down_QI, None, None, None, None, None

@@ -109,9 +109,9 @@ class Router(nn.Module):
         if maps is None:
             return None
         of_request_RO = F.linear(x.request_RJ, maps.request.weight_OC, maps.bias_O)
-        far = maps.request.clip(x.request_RJ, of_request_RO, first)
+        far = maps.request.clip(x.request_RJ, of_request_RO)
         y_NO = x.added(of_request_RO, F.linear(x.item_NK, maps.item.weight_OC))
-        if max(far, maps.item.clip(x.item_NK, y_NO, first)) > FAR_FROM_ZERO:
+        if max(far, maps.item.clip(x.item_NK, y_NO)) > FAR_FROM_ZERO:
             return None
         return y_NO[:, :first], y_NO[:, first:]
 
@@ -166,10 +166,11 @@ class _FoldedPart:
     scale_C: Tensor
     shift_C: Tensor
 
-    def clip(self, x_BC: Tensor, y_BO: Tensor, first: int) -> float:
-        """Put right what should have been clipped, in place; the largest standardised value."""
+    def clip(self, x_BC: Tensor, y_BO: Tensor) -> float:
+        """Put right what should have been clipped, in place; the largest value that should."""
         columns = (x_BC.contiguous().numpy(), self.scale_C.numpy(), self.shift_C.numpy())
-        return float(add_clipped(*columns, np.float32(_CLIP), self.down_CQ.numpy(), y_BO.numpy(), first))
+        beyond_B = np.empty(len(x_BC), np.bool_)
+        return float(add_clipped(*columns, np.float32(_CLIP), self.down_CQ.numpy(), y_BO.numpy(), beyond_B))
 
 
 @dataclass(frozen=True, slots=True)
