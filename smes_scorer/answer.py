@@ -121,6 +121,7 @@ class Answerer:
                 done(number, error)
         if not read:
             return
+        done.flush()
         together: list[tuple[int, Asked]] = []
         size = 0
         for number, asked in zip(numbers, interface.with_rows_of_all(read, self._now_ms()), strict=True):
@@ -178,6 +179,9 @@ class Answerer:
                 except Exception as error:  # noqa: BLE001 - raised where the request waits
                     answer = error
                 done(number, answer)
+                if scored is None:
+                    done.flush()
+            done.flush()
 
     def _scored_together(self, swap: HotSwap, together: list[Asked], *, measured: bool) -> list[_Scored] | None:
         """Score requests in one call; None where one is alone, of another schema, or makes the model fail."""

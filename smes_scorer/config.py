@@ -91,7 +91,8 @@ class ScorerConfig:
             are computed in one call of the model.
         max_waiting: Most requests that wait for one of these; one more is answered 503 with ``Retry-After``.
         max_age_s: Longest wait for one of these, seconds; then the request is answered 503 and not scored. Nor is one
-            whose caller has left.
+            whose caller has left. One that would wait for longer, as long as requests took lately, is answered 503 at
+            once.
         max_connections: Most open connections; one more is answered 503 and closed. Keep it below the process's limit
             of open files.
         header_timeout_s: Longest time until a request's headers are complete, seconds; then the connection is cut.

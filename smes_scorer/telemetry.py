@@ -66,6 +66,13 @@ class QuantileSketch:
         with self._lock:
             np.add.at(self._counts, buckets, 1 if weights is None else weights)
 
+    def add_one(self, value: float) -> None:
+        """Count one value; without NumPy's loops, which would let go of Python's lock and wait to have it again."""
+        clipped = min(max(value, self._smallest), self._largest)
+        bucket = min(int(math.log(clipped / self._smallest) / self._GROWTH), len(self._counts) - 1)
+        with self._lock:
+            self._counts[bucket] += 1
+
     def quantile(self, q: float) -> float | None:
         """The smallest value with at least a share ``q`` of the weight at or below it; None when empty."""
         cumulative = self._counts.cumsum()
@@ -191,7 +198,7 @@ class Telemetry:
         self._requests.labels(outcome).inc()
         self._recent.add(outcome, latency_s * 1000)
         self._latency.observe(latency_s)
-        self._latency_ms.add(np.array([latency_s * 1000]))
+        self._latency_ms.add_one(latency_s * 1000)
 
     def unscored(self, outcome: Literal["busy", "dropped"]) -> None:
         """Count a scoring request that was not scored because of the load. The latencies do not show it."""

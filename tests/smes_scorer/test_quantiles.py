@@ -19,6 +19,18 @@ def test_quantiles_are_within_half_a_percent(q: float) -> None:
     assert sketch.quantile(q) == pytest.approx(exact, rel=0.0051)
 
 
+def test_one_value_counts_as_an_array_of_it() -> None:
+    values = [*np.random.default_rng(5).lognormal(3.0, 2.0, 500).tolist(), 0.0, 1e-3, 1e7, 1e9]
+    one, many = QuantileSketch(1e-3, 1e7), QuantileSketch(1e-3, 1e7)
+
+    many.add(np.array(values))
+    for value in values:
+        one.add_one(value)
+
+    assert one.count == many.count
+    assert [one.quantile(q) for q in np.linspace(0, 1, 101)] == [many.quantile(q) for q in np.linspace(0, 1, 101)]
+
+
 @pytest.mark.parametrize("q", [0.5, 0.97, 0.975, 0.98, 0.99, 1.0])
 def test_weights_count_as_repetitions(q: float) -> None:
     values, weights = np.array([1.0, 10.0, 100.0]), np.array([97, 2, 1])

@@ -1,5 +1,7 @@
 """The requests that wait to be scored: so many, so long, and none whose caller has left."""
 
+import asyncio
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +18,7 @@ from feature_store.payload import PayloadContent
 from feature_store.snapshots import SnapshotStore
 from smes.arrays import F32, I64
 from smes.schema import Schema
+from smes_scorer.scoring_queue import ScoringQueue, one_by_one
 from smes_scorer.versions import Scorable
 from tests.smes_scorer.conftest import VersionModel
 
@@ -202,3 +205,42 @@ def test_validation_is_off_the_event_loop(url: str, gate: Gate, callers: ThreadP
     assert (alive.status_code, wrong.done()) == (200, False)  # it waits for a worker, and nobody waits for it
     gate.opened.set()
     assert wrong.result().status_code == 422
+
+
+def test_what_cannot_be_answered_in_time_is_refused_at_once() -> None:
+    async def run() -> tuple[str, list[bytes], int]:
+        queue = ScoringQueue(workers=1, max_waiting=1000, max_age_s=60)
+        go_on, begun = threading.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def answer(body: bytes) -> bytes:
+            if body == b"slow":
+                threading.Event().wait(0.5)
+            else:
+                loop.call_soon_threadsafe(begun.set)
+                assert go_on.wait(60)
+            return body
+
+        async def stays() -> None:
+            await asyncio.Event().wait()
+
+        def ask(body: bytes) -> "asyncio.Task[bytes]":
+            return asyncio.ensure_future(queue.run(one_by_one(answer), body, stays))
+
+        await ask(b"slow")  # so it is known how long one takes: half a second or more
+        asked = [ask(b"first")]
+        await begun.wait()
+        while not (refused := [task for task in asked if task.done()]):
+            asked.append(ask(b"next"))
+            await asyncio.sleep(0)
+        go_on.set()
+        answers = await asyncio.gather(*(task for task in asked if task not in refused))
+        queue.close()
+        return str(refused[0].exception()), answers, len(refused)
+
+    message, answers, refused = asyncio.run(run())
+
+    assert re.fullmatch(r"\d+ requests wait, for about \d+ s, expected at most 60 s \(max_age_s\)", message), message
+    assert refused == 1
+    assert 1 < len(answers) <= 1 + 121  # of which one was being scored, and 60 s are enough for 120
+    assert answers == [b"first", *[b"next"] * (len(answers) - 1)]
