@@ -29,7 +29,7 @@ from smes.model.memory_use import MemoryUse, memory_use
 from smes.model.numeric_moments import NumericMoments
 from smes.model.probing import Probe, ProbeFinding
 from smes.model.rank_model import ModelOutput, build_model, form_of
-from smes.model.request_split import Splits
+from smes.model.request_split import LEAST_SAVED_IN_TRAINING, Splits
 from smes.model.rows_config import RowCounts, RowsConfig
 from smes.model.step_result import StepResult
 from smes.model.step_watcher import StepWatcher
@@ -82,7 +82,7 @@ class Learner:
         self._model.shared_rows_V.copy_(torch.from_numpy(self._table.rows.ids.shared_rows))
         self._numerics = NumericMoments(schema)
         self._derive = Derivations(schema)
-        self._splits = Splits(schema, model.table_dim, training=True)
+        self._splits = Splits(schema, model.table_dim, training=True, least_saved=LEAST_SAVED_IN_TRAINING)
         self._quantiles = StreamQuantiles(self._derive)
         self._finder = self._new_finder()
         self._watcher: StepWatcher | None = None

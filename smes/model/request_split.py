@@ -21,8 +21,11 @@ from smes.model.request_kernels import equal_in_requests
 from smes.rankers.ranker_input import Kept
 from smes.schema import MISSING, Feature, Schema
 
-LEAST_ROWS, LEAST_SHARED = 4, 0.25
-"""A split pays from so many rows a request on, and from such a share of the columns."""
+LEAST_SAVED = 2_500
+"""Cells that are not read again, from which on a split pays in scoring."""
+
+LEAST_SAVED_IN_TRAINING = 5_000
+"""The same in training."""
 
 _ENOUGH, _MOST_KNOWN, _MOST_FOUND = 0.75, 8, 64
 
@@ -213,19 +216,22 @@ class Splits:
         schema: Its inputs are the features.
         embedding_dim: Width of an embedding; 0 for a ranker that reads none.
         training: Whether weights change, and a batch must not depend on those before it.
+        least_saved: How many cells a split must spare to pay: shared columns times the rows that need not read them.
 
     Attributes:
         schema: As given.
     """
 
-    def __init__(self, schema: Schema, embedding_dim: int, *, training: bool = False) -> None:
-        self.schema, self._training = schema, training
+    def __init__(
+        self, schema: Schema, embedding_dim: int, *, training: bool = False, least_saved: int = LEAST_SAVED
+    ) -> None:
+        self.schema, self._training, self._least_saved = schema, training, max(1, least_saved)
         self._schema, self._embedding_dim = schema.inputs, embedding_dim
         self._columns = np.array(
             [f.width for f in self._schema.id_features] + [1] * self._schema.num_numerics, np.int64
         )
         self._known: tuple[RequestSplit, ...] = ()
-        self._found: dict[bytes, RequestSplit | None] = {}
+        self._found: dict[bytes, RequestSplit] = {}
 
     def of(self, read: ModelInputs, starts_R: I64) -> RequestSplit | None:
         """The split of these rows; None where it does not pay.
@@ -234,7 +240,8 @@ class Splits:
             read: What the model reads of the rows of a call.
             starts_R: int64, the first row of each request.
         """
-        if len(read.ids) < LEAST_ROWS * len(starts_R):
+        spared = len(read.ids) - len(starts_R)
+        if spared * int(self._columns.sum()) < self._least_saved:
             return None
         numerics: Any = np.ascontiguousarray(read.numerics).view(np.int32)
         ids_W, numerics_F = equal_in_requests(read.ids, starts_R), equal_in_requests(numerics, starts_R)
@@ -244,13 +251,12 @@ class Splits:
             if len(found) >= _MOST_FOUND:
                 found = self._found = {}
             found[key] = self._of_columns(ids_W, numerics_F)
-        return found[key]
+        split = found[key]
+        return split if spared * int(self._columns[split.shared].sum()) >= self._least_saved else None
 
-    def _of_columns(self, ids_W: Bool, numerics_F: Bool) -> RequestSplit | None:
+    def _of_columns(self, ids_W: Bool, numerics_F: Bool) -> RequestSplit:
         shared = features_shared(self._schema, ids_W, numerics_F)
         columns = int(self._columns[shared].sum())
-        if columns < LEAST_SHARED * self._columns.sum():
-            return None
         # Features that happen to be equal in one call must not make a split of their own for it.
         for split in () if self._training else self._known:
             if not (split.shared & ~shared).any() and self._columns[split.shared].sum() >= _ENOUGH * columns:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from smes.arrays import F32, I64
 from smes.events import ExampleBlock
@@ -12,7 +13,7 @@ from smes.model.config import ModelConfig, OptimizerConfig, RankerName
 from smes.model.deltas import RowDelta
 from smes.model.learner import Learner
 from smes.model.request_kernels import equal_in_requests
-from smes.model.request_split import Splits, features_shared
+from smes.model.request_split import LEAST_SAVED, Splits, features_shared
 from smes.model.serving import ServingModel, TensorRows, group_columns
 from smes.model.serving_rows import ServingTable, Shadow, TableRows
 from smes.rankers.ranker_input import RequestRows
@@ -81,10 +82,19 @@ def models() -> dict[RankerName, ServingModel]:
     """Models of several rankers."""
     names: tuple[RankerName, ...] = ("smes", "mmoe", "linear")
     learners = [trained(name) for name in names]
-    return {
-        name: ServingModel.from_state(SCHEMA, one.config, one.serving_state())
-        for name, one in zip(names, learners, strict=True)
-    }
+    return {name: model_of(one, one.serving_state()) for name, one in zip(names, learners, strict=True)}
+
+
+def model_of(learner: Learner, state: dict[str, Tensor]) -> ServingModel:
+    """A serving model that takes every split, however little that spares."""
+    model = ServingModel.from_state(SCHEMA, learner.config, state)
+    model._splits = every_split(model)
+    return model
+
+
+def every_split(model: ServingModel) -> Splits:
+    """That has found none yet."""
+    return Splits(SCHEMA, model._splits._embedding_dim, least_saved=1)
 
 
 @pytest.mark.parametrize("ranker", ["smes", "mmoe", "linear"])
@@ -94,7 +104,7 @@ def test_scores_are_those_of_each_instance_by_itself(
     models: dict[RankerName, ServingModel], ranker: RankerName, case: str, starts: I64
 ) -> None:
     model = models[ranker]
-    model._splits = Splits(SCHEMA, model._splits._embedding_dim)  # no other case's will do
+    model._splits = every_split(model)  # no other case's will do
     equal, computed_once = SHARED[case]
     ids, numerics = rows(equal, starts)
     alone = model.score(ids, numerics, requests=np.arange(N))
@@ -113,7 +123,7 @@ def test_what_the_router_clips_is_clipped(models: dict[RankerName, ServingModel]
     learner = trained("smes")
     state = learner.serving_state()
     state["table.embedding"][::3] *= outlier
-    model = ServingModel.from_state(SCHEMA, learner.config, state)
+    model = model_of(learner, state)
     ids, numerics = rows(SHARED["items differ"][0])
     alone = model.score(ids, numerics, requests=np.arange(N))
     assert np.abs(alone - models["smes"].score(ids, numerics)).max() > 1e-3
@@ -121,18 +131,23 @@ def test_what_the_router_clips_is_clipped(models: dict[RankerName, ServingModel]
     np.testing.assert_allclose(together, alone, rtol=2e-6, atol=2e-6)
 
 
-def test_one_request_is_the_default_and_few_shared_columns_or_rows_are_read_whole(
+def test_one_request_is_the_default_and_a_split_that_spares_little_is_not_made(
     models: dict[RankerName, ServingModel],
 ) -> None:
     model = models["smes"]
     ids, numerics = rows(SHARED["items differ"][0], STARTS[:1])
     np.testing.assert_array_equal(model.score(ids, numerics), model.score(ids, numerics, requests=STARTS[:1]))
-    for equal, starts in (({"city"}, STARTS[:1]), ({*IDS, *NUMBERS}, np.arange(0, N, 2))):
-        ids, numerics = rows(equal, starts)
-        read = model._derive(ids, numerics, None, np.zeros(0, np.float32))
-        assert model._splits.of(read, starts) is None
-        scores = model.score(ids, numerics, requests=starts)
-        np.testing.assert_array_equal(scores, model.score(ids, numerics, requests=np.arange(N)))
+    read = model._derive(ids, numerics, None, np.zeros(0, np.float32))
+    spared = 12 * (N - 1)  # 2 numbers, user, city and 2 × 4 entries
+    dim = model._splits._embedding_dim
+    assert Splits(SCHEMA, dim, least_saved=spared).of(read, STARTS[:1]) is not None
+    for least_saved, starts in ((spared + 1, STARTS[:1]), (LEAST_SAVED, STARTS[:1]), (1, np.arange(N))):
+        assert Splits(SCHEMA, dim, least_saved=least_saved).of(read, starts) is None
+    ids, numerics = rows(set(), STARTS[:1])
+    assert (
+        Splits(SCHEMA, dim, least_saved=1).of(model._derive(ids, numerics, None, np.zeros(0, np.float32)), STARTS[:1])
+        is None
+    )
 
 
 @pytest.mark.parametrize("requests", [[], [1], [0, N], [0, 4, 4], [0, 5, 3]])

@@ -11,7 +11,7 @@ from torch import Tensor
 from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig, RankerName
 from smes.model.learner import Learner
-from smes.model.request_split import first_of_requests
+from smes.model.request_split import Splits, first_of_requests
 from smes.rankers.ranker import RunningMoments
 from smes.rankers.ranker_input import RequestRows, SplitInput
 from smes.rankers.split_read import read_split
@@ -41,8 +41,10 @@ def blocks(shared: set[str], *, apart: bool, batches: int = 6) -> list[ExampleBl
 
 
 def new_learner(ranker: RankerName = "smes") -> Learner:
-    """With the default configuration of its ranker."""
-    return Learner(SCHEMA, ModelConfig(ranker), OptimizerConfig(), device=torch.device("cpu"))
+    """With the default configuration of its ranker; it takes every split, however little that spares."""
+    learner = Learner(SCHEMA, ModelConfig(ranker), OptimizerConfig(), device=torch.device("cpu"))
+    learner._splits = Splits(SCHEMA, learner.config.table_dim, training=True, least_saved=1)
+    return learner
 
 
 @pytest.mark.parametrize("case", CASES)
