@@ -24,9 +24,9 @@ def _best_of_row(  # type: ignore[no-untyped-def]  # numba infers the types
     Bits of a number that are flipped below 0 are ordered as numbers are. With its place below, no two keys are equal,
     and each pass over them finds the largest below the last one, which LLVM vectorises.
     """
-    L = len(key_L)
+    L, bits_L = len(key_L), bits_NC[row, first:]
     for i in range(L):
-        bits = bits_NC[row, first + i]
+        bits = bits_L[i]
         if bits & _MAGNITUDE > _INFINITE_BITS:
             bits = _INFINITE_BITS
         bits = np.int32(0) if bits == _LOWEST_32 else bits ^ ((bits >> np.int32(31)) & _MAGNITUDE)  # -0 is 0
@@ -91,25 +91,26 @@ def weigh_experts(  # type: ignore[no-untyped-def]  # numba infers the types
     load_RE[:] = 0
     for b in range(B):
         for r in range(R):
-            most, total = z_BRC[b, r, fixed], np.float32(0)
+            z_L, probs_L, sum_L = z_BRC[b, r, fixed:], probs_BRL[b, r], sum_RL[r]
+            most, total = z_L[0], np.float32(0)
             if choose:
                 _best_of_row(bits_NC, b * R + r, fixed, key_L, chosen_NN)
-                most = z_BRC[b, r, fixed + chosen_BRN[b, r, 0]]
+                most = z_L[chosen_BRN[b, r, 0]]
             else:
                 for i in range(1, L):
-                    most = max(most, z_BRC[b, r, fixed + i])
+                    most = max(most, z_L[i])
             for i in range(L):
-                total += z_BRC[b, r, fixed + i]
+                total += z_L[i]
             whole = np.float32(0)
             for i in range(L):
-                below = z_BRC[b, r, fixed + i] - most
+                below = z_L[i] - most
                 e_L[i] = exponential(below) if below > _LEAST else np.float32(0)
                 whole += e_L[i]
             share = np.float32(1) / whole if np.abs(total) < _INFINITE else np.float32(np.nan)
             for i in range(L):
                 e_L[i] *= share
-                probs_BRL[b, r, i] = e_L[i]
-                sum_RL[r, i] += e_L[i]
+                probs_L[i] = e_L[i]
+                sum_L[i] += e_L[i]
             for k in range(K):
                 column = k if k < fixed else fixed + chosen_BRN[b, r, k - fixed]
                 expert = column if k < fixed else first_R[r] + column
@@ -144,13 +145,14 @@ def logit_gradient(  # type: ignore[no-untyped-def]  # numba infers the types
     fixed = K - N
     for b in range(B):
         for r in range(R):
+            p_L, of_mean_L, of_z_L = probs_BRL[b, r], of_mean_RL[r], of_z_BRC[b, r, fixed:]
             dot = np.float32(0)
             for i in range(L):
-                dot += probs_BRL[b, r, i] * of_mean_RL[r, i]
+                dot += p_L[i] * of_mean_L[i]
             for k in range(fixed):
                 of_z_BRC[b, r, k] = 0
             for i in range(L):
-                of_z_BRC[b, r, fixed + i] = probs_BRL[b, r, i] * (of_mean_RL[r, i] - dot) / np.float32(B)
+                of_z_L[i] = p_L[i] * (of_mean_L[i] - dot) / np.float32(B)
             dot = np.float32(0)
             for k in range(K):
                 dot += weights_BRK[b, r, k] * of_weights_BRK[b, r, k]
