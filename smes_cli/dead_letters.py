@@ -13,7 +13,7 @@ from rich.table import Table
 from smes.errors import SmesError
 from smes_cli.command_line import SchemaOfEvents, config_of, stop_signals
 from smes_cli.console import console, number, progress
-from smes_cli.letter_text import letter_lines, one_line
+from smes_cli.letter_text import escaped, letter_lines, one_line
 from smes_cli.times import unix_ms_of, utc
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def dead_letters_list(
             return
         groups, done, foreign = _groups(log, chosen, by)
     if as_json:
-        console.print_json(json.dumps({"groups": [_group_values(g, done) for g in groups], "foreign": foreign}))
+        _print_json({"groups": [_group_values(g, done) for g in groups], "foreign": foreign})
         return
     _print_groups(groups, done, by)
     if foreign:
@@ -101,7 +101,7 @@ def dead_letters_show(
         from stream.dead_letter_values import letter_values
 
         values = letter_values(found[0]) | {"replayed": found[0].number in done}
-        console.print_json(json.dumps(values))
+        _print_json(values)
         return
     for line in letter_lines(found[0], replayed=found[0].number in done):
         console.print(line, highlight=False, soft_wrap=True)
@@ -179,7 +179,7 @@ def dead_letters_replay(
                 on_progress=(lambda letters: None) if as_json else (lambda letters: advance(letters, "letters")),
             )
     if as_json:
-        console.print_json(json.dumps(outcome_values(outcome, dry_run=dry_run)))
+        _print_json(outcome_values(outcome, dry_run=dry_run))
         return
     for line in outcome_lines(outcome, dry_run=dry_run, adopt_schema="--adopt-schema"):
         console.print(line, highlight=False, soft_wrap=True)
@@ -311,7 +311,8 @@ def _print_groups(groups: "list[LetterGroup]", done: set[int], by: str) -> None:
         where = [group.where] if extra else []
         example = f"{group.example.id}  {group.example.letter.reason[:100]}"
         times = (utc(group.first_ms), utc(group.last_ms))
-        table.add_row(group.code, group.topic, *where, *map(number, counts), *times, example)
+        words = (escaped(word) for word in (group.code, group.topic, *where))
+        table.add_row(*words, *map(number, counts), *times, escaped(example))
     console.print(table)
 
 
@@ -331,11 +332,16 @@ def _group_values(group: "LetterGroup", done: set[int]) -> dict[str, Any]:
     }
 
 
+def _print_json(values: Any) -> None:
+    """ASCII alone: a terminal may obey other characters, too."""
+    console.print_json(json.dumps(values), ensure_ascii=True)
+
+
 def _print_letters(letters: "list[StoredLetter]", *, as_json: bool) -> None:
     from stream.dead_letter_values import letter_values
 
     if as_json:
-        console.print_json(json.dumps([letter_values(each) for each in letters]))
+        _print_json([letter_values(each) for each in letters])
         return
     if not letters:
         console.print("no dead letters")

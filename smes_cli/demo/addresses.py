@@ -3,13 +3,15 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 from smes.errors import SmesError
+from smes_cli.config import Config
 from smes_cli.console import errors
 
 _WITHIN_S = 60.0
@@ -27,6 +29,14 @@ class Addresses:
     def arguments(self) -> tuple[str, ...]:
         """The options by which ``smes console`` finds both; it takes a free port itself."""
         return ("--scorer", self.scorer, "--trainer", self.trainer, "--host", "127.0.0.1", "--port", "0")
+
+    def put_into(self, config: Config) -> Config:
+        """The configuration with the ports that scorer and trainer listen on."""
+        scorer, trainer = (urlsplit(url).port for url in (self.scorer, self.trainer))
+        assert scorer is not None, "a URL that a scorer printed has its port"
+        assert trainer is not None, "a URL that a trainer printed has its port"
+        http = replace(config.trainer.http, port=trainer)
+        return replace(config, scorer=replace(config.scorer, port=scorer), trainer=replace(config.trainer, http=http))
 
     def write(self, path: Path, *, console: str) -> None:
         """Write them as JSON, with the console's address, which may end with its token: for this user alone."""

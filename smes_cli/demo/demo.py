@@ -109,6 +109,7 @@ def run_demo(
         url = workers.printed_url("serve", scorer)
         replay = workers.start("replay", str(log), "--report", str(folder / "replay.json"), *_replay_arguments(options))
         addresses = Addresses(url, workers.printed_url("train", trainer).removesuffix("/metrics"))
+        workers.write(addresses.put_into(config))  # `smes -c DIR/smes.yaml status` asks this scorer
         page = workers.start("console", *addresses.arguments(), "--history", str(config.trainer.history.directory))
         address = workers.printed_url("console", page)
         addresses.write(folder / "addresses.json", console=address)

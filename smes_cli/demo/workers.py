@@ -38,9 +38,14 @@ class Workers:
     def __init__(self, config: Config, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
         self._config_file = folder / "smes.yaml"
-        self._config_file.touch(mode=0o600)  # it may hold the password of a server
-        self._config_file.chmod(0o600)
-        self._config_file.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+        self.write(config)
+
+    def write(self, config: Config) -> None:
+        """Write the configuration anew, in one move: for workers that start from now on, and for whoever looks."""
+        new = self._config_file.with_suffix(".new")
+        new.touch(mode=0o600)  # it may hold the password of a server
+        new.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+        new.replace(self._config_file)
 
     def log_of(self, command: str) -> Path:
         """The file with a worker's output."""

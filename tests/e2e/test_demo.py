@@ -21,6 +21,8 @@ import pytest
 from simulators.logs.reader import open_log
 from simulators.merge import replay_blocks
 from simulators.synthetic import synthesize
+from smes_cli.config import load_config
+from smes_cli.freshness import ask_scorer
 from smes_io.schema_file import load_builtin
 from smes_scorer.freshness_stages import DEPENDS_ON
 from tests.e2e.reports import SYNTHETIC_TASKS, assert_documented
@@ -131,6 +133,8 @@ def assert_stays_up(demo: Demo, folder: Path) -> dict[str, Any]:
         assert http.get(f"{addresses['scorer']}/health/ready").json()["version"] == report["version"]
         shown = http.get(f"{addresses['trainer']}/v1/stats").json()["report"]
         assert shown["tasks"] == report["tasks"]
+    # As `smes -c DIR/smes.yaml status` asks.
+    assert ask_scorer(load_config(folder / "smes.yaml", {}), None, "/health/ready")[0] == addresses["scorer"]
     lines = [line for path in (folder / "history").glob("*.jsonl") for line in path.read_text().splitlines()]
     assert len(lines) >= 5
     demo.process.send_signal(signal.SIGINT)

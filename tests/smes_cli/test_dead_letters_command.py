@@ -62,7 +62,7 @@ def fill_with_bad(config: Config, world: Path) -> tuple[int, int]:
         fill(config, log, pairs, "json")
         fixable = of_another_schema(pairs, schema, partitions)
         log.append(IMPRESSIONS, fixable)
-        broken = [OutRecord(b'{"impression_id": 1', (), 0), OutRecord(b"\xff\x00", (("codec", b"json"),), 1)]
+        broken = [OutRecord(b'{"impression_id": 1', (), 0), OutRecord(b"\xff\x00\x1b", (("codec", b"json"),), 1)]
         log.append(FEEDBACK, broken)
     return len(fixable), len(broken)
 
@@ -109,7 +109,7 @@ def test_letters_are_listed_shown_replayed_trained_on_once_and_the_audit_balance
     # show
     [damaged] = [each for each in listed if each["partition"] == 1]
     shown = as_json(path, capsys, "dead-letters", "show", damaged["id"][:8])
-    assert base64.b64decode(shown["payload"]) == b"\xff\x00"
+    assert base64.b64decode(shown["payload"]) == b"\xff\x00\x1b"
     assert shown["replayed"] is False
     place = f"{damaged['topic']}/{damaged['partition']}/{damaged['offset']}"
     page = smes(path, capsys, "dead-letters", "show", place)
@@ -118,10 +118,11 @@ def test_letters_are_listed_shown_replayed_trained_on_once_and_the_audit_balance
         place,
         "unparsable: expected a JSON object",
         "codec = json",
-        "payload   2 bytes",
-        "\\xff",
+        "payload   3 bytes",
+        "    \\xff\\x00\\x1b",
     ):
         assert said in page
+    assert page.replace("\n", "").isprintable()
 
     # replay
     dry = as_json(path, capsys, "dead-letters", "replay", "--all", "--dry-run", "--adopt-schema")
