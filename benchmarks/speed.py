@@ -1,6 +1,7 @@
 """Training and scoring speed of SMES beside other libraries and beside its own dense execution, in one run.
 
     python -m benchmarks.speed --json speed.json --plot docs/images/speed.png
+    python -m benchmarks.speed --quick      # has anything become much slower? see quick.py
     python -m benchmarks.speed --preset paper --smes experts.dims=[128,64]      # the paper's form as the contender
 
 33 id fields × 16, 8 tasks, batches of 1,024, scoring calls of 500 candidates, 2 threads, all embeddings trained. Rounds
@@ -29,6 +30,7 @@ from typing import Any, get_args
 import torch
 import yaml
 
+from benchmarks import quick
 from benchmarks.speed_ours import our_contender
 from benchmarks.speed_peers import PEER_MODULES, deepctr_mmoe, missing_peers, rechub_mmoe, rechub_ple
 from benchmarks.speed_report import draw, table
@@ -211,6 +213,8 @@ def smes_config(overrides: Sequence[str], preset: Preset = "default") -> SmesCon
 def main(arguments: list[str] | None = None, *, peers: Mapping[str, str] = PEER_MODULES) -> int:
     """Exit status: 0, or 2 if a peer is not installed or an option is wrong. ``peers``: module → package."""
     options = _parser().parse_args(arguments)
+    if options.quick:
+        return quick.main(store=options.store)
     if (missing := missing_peers(peers)) and set(options.contenders) & set(PEERS):
         print(f"benchmarks/speed.py: {', '.join(missing)} not installed; `make bench` installs what is compared with,\n"
               "or: pip install --no-deps -r requirements-bench.lock. "
@@ -246,6 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--smes", action="append", default=[], metavar="KEY=VALUE", help="override of a key of it")
     everyone = [*OURS, *PEERS]
     parser.add_argument("--contenders", nargs="+", choices=everyone, default=everyone, metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="a few ratios against the stored ones, in a minute")
+    parser.add_argument("--store", action="store_true", help="with --quick: store them")
     parser.add_argument("--json", type=Path, help="write the figures to this file, one flat object")
     parser.add_argument("--plot", type=Path, help="draw them into this PNG")
     return parser
