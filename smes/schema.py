@@ -184,7 +184,12 @@ class Schema:
             start += feature.width
         return slices
 
-    @property
+    @cached_property
+    def has_lists(self) -> bool:
+        """Whether there are bags or sequences."""
+        return any(f.is_list for f in self.id_features)
+
+    @cached_property
     def id_width(self) -> int:
         """W, the number of columns of an ``ids`` matrix."""
         return sum(f.width for f in self.id_features)

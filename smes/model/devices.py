@@ -9,7 +9,7 @@ T tasks.
 import ctypes
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -93,7 +93,7 @@ class HostDevice:
         return lambda: bool(flag)
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast("cpu", enabled=False)
+        return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 class CudaDevice:  # pragma: no cover - needs a GPU

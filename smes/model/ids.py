@@ -116,6 +116,8 @@ def pool_weights(schema: Schema, ids_BW: I64, features: Sequence[Feature] | None
     Returns:
         float32 [B, W]; None without bags and sequences.
     """
+    if not schema.inputs.has_lists:
+        return None
     features = schema.inputs.id_features if features is None else features
     if not any(f.is_list for f in features):
         return None

@@ -50,9 +50,10 @@ class TaskHeads(nn.Module):
 
         Each task's gradient on its way into the streams is multiplied by its factor.
         """
-        logits_BT: Tensor = _OfStreams.apply(  # type: ignore[no-untyped-call]  # torch has no type
-            shared.streams_BSH, shared.common_BH, self.out, self.out_bias, wide_BT, shared.share_TS, rates
-        )
+        given = shared.streams_BSH, shared.common_BH, self.out, self.out_bias, wide_BT, shared.share_TS, rates
+        if not torch.is_grad_enabled():
+            return _logits(*given)
+        logits_BT: Tensor = _OfStreams.apply(*given)  # type: ignore[no-untyped-call]  # torch has no type
         return logits_BT
 
     def gradient(self, of_logits_BT: Tensor, factor_T: Tensor) -> Tensor:
@@ -74,19 +75,7 @@ class _OfStreams(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(streams_BSH, common_BH, out_TH, wide_BT, share_TS)
         ctx.rates = rates
-        logits_BT = streams_BSH.new_empty(len(streams_BSH), len(out_TH))
-        logits_of_streams(
-            _array(streams_BSH),
-            _array(common_BH, 2),
-            _array(out_TH),
-            _array(bias_T),
-            _array(share_TS),
-            _array(wide_BT, 2),
-            _array(rates.trust_T),
-            _array(rates.base_T),
-            logits_BT.numpy(),
-        )
-        return logits_BT
+        return _logits(streams_BSH, common_BH, out_TH, bias_T, wide_BT, share_TS, rates)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -110,6 +99,30 @@ class _OfStreams(torch.autograd.Function):
             _array(of_wide_BT, 2),
         )
         return of_streams_BSH, of_common_BH, of_out_TH, of_bias_T, of_wide_BT, None, None
+
+
+def _logits(
+    streams_BSH: Tensor,
+    common_BH: Tensor | None,
+    out_TH: Tensor,
+    bias_T: Tensor,
+    wide_BT: Tensor | None,
+    share_TS: Tensor,
+    rates: TaskRates,
+) -> Tensor:
+    logits_BT = torch.empty(len(streams_BSH), len(out_TH))
+    logits_of_streams(
+        _array(streams_BSH),
+        _array(common_BH, 2),
+        _array(out_TH),
+        _array(bias_T),
+        _array(share_TS),
+        _array(wide_BT, 2),
+        _array(rates.trust_T),
+        _array(rates.base_T),
+        logits_BT.numpy(),
+    )
+    return logits_BT
 
 
 def _array(tensor: Tensor | None, dimensions: int = 0) -> F32:

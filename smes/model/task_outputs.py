@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from smes.arrays import F32, Bool
 from smes.model.borrowing import LabelRegression
 from smes.model.config import RareTasksConfig
 from smes.model.delayed_feedback import DelayedWeights
 from smes.model.task_kernels import cells_of_labels, loss_and_gradient, rates_of_tasks
+from smes.rankers.kept import Keeping
 from smes.rankers.kernels import on_host
 from smes.rankers.ranker import RunningMoments
 from smes.schema import Schema
@@ -37,7 +38,7 @@ class TaskRates:
     trust_T: Tensor
 
 
-class TaskOutputs(nn.Module):
+class TaskOutputs(Keeping):
     """From logits to scores and to the loss, by kind of task; and the base rate of every task.
 
     - Binary task: the score is the probability ``sigmoid(logit)``; the loss is binary cross-entropy.
@@ -84,6 +85,9 @@ class TaskOutputs(nn.Module):
 
     def rates(self) -> TaskRates:
         """Base rates, gradient factors and trust, as they are now."""
+        return self.kept("rates", (self.labels.count_C, self.labels.mean_C), self._rates)
+
+    def _rates(self) -> TaskRates:
         count_T, mean_T = self.labels.count_C, self.labels.mean_C
         if not on_host(mean_T):
             return TaskRates(self.base_logits(), self.gradient_factors(), self.trust())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.rankers.column_kernels import merge_weighted
+from smes.rankers.kept import Keeping
 from smes.rankers.kernels import on_host
 from smes.rankers.ranker_input import RankerInput, SplitInput
 from smes.rankers.streams import SharedStreams
@@ -22,7 +23,7 @@ FAR_FROM_ZERO = 64.0
 """Deviations; where a value or a mean lies farther out, folding a norm into weights would round too much."""
 
 
-class RunningMoments(nn.Module):
+class RunningMoments(Keeping):
     """Mean and variance per column over the values seen so far (Chan et al.'s merge of batch moments, in float64).
 
     Args:
@@ -80,8 +81,8 @@ class RunningMoments(nn.Module):
 
     def standardise(self, x_BC: Tensor, clip: float, dtype: torch.dtype = torch.float64) -> Tensor:
         """``(x - mean) / std``, clipped at ±``clip`` and computed in ``dtype``. float32 [B, C]."""
-        scale_C, shift_C = self.affine()
-        z_BC = torch.addcmul(shift_C.to(dtype), x_BC.to(dtype), scale_C.to(dtype))
+        scale_C, shift_C = self.affine(dtype)
+        z_BC = torch.addcmul(shift_C, x_BC.to(dtype), scale_C)
         return F.hardtanh_(z_BC, -clip, clip).float()  # in place: each pass over [B, C] costs time
 
     def standardise_split(self, x: SplitInput, clip: float) -> SplitInput:
@@ -91,11 +92,14 @@ class RunningMoments(nn.Module):
         z_NK = torch.addcmul(shift_K, x.item_NK, scale_K)
         return x.mapped(F.hardtanh_(z_RJ, -clip, clip), F.hardtanh_(z_NK, -clip, clip))
 
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Factor and summand that standardise; float64 [C] each."""
+    def affine(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Factor and summand that standardise; [C] each, computed in float64."""
+        return self.kept(f"affine in {dtype}", (self.mean_C, self.variance_C), lambda: self._affine(dtype))
+
+    def _affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # The least variance is what rounding leaves of a constant: a column may have any unit.
         scale_C = torch.maximum(self.variance_C, 1e-24 * self.mean_C.square() + 1e-60).rsqrt()
-        return scale_C, -self.mean_C * scale_C
+        return scale_C.to(dtype), (-self.mean_C * scale_C).to(dtype)
 
     def _near(self, x_BC: Tensor) -> Tensor:
         return torch.where(self.count_C > 0, self.mean_C.to(x_BC.dtype), x_BC[0])

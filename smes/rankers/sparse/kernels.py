@@ -68,31 +68,35 @@ def weighed(
         choose = True
     else:
         chosen_BRN, choose = chosen_BRN.contiguous(), False
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _Weighed.apply(  # type: ignore[no-untyped-call]
-        z_BRC, chosen_BRN, choose, fixed, first_R, num_experts
-    )
+    given = z_BRC, chosen_BRN, choose, fixed, first_R, num_experts
+    if not torch.is_grad_enabled():
+        return _weigh(*given)
+    found: _Weights = _Weighed.apply(*given)  # type: ignore[no-untyped-call]  # torch has no type
     return found
+
+
+_Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _weigh(z_BRC: Tensor, chosen_BRN: Tensor, choose: bool, fixed: int, first_R: Tensor, num_experts: int) -> _Weights:
+    B, R, C = z_BRC.shape
+    K = fixed + chosen_BRN.shape[2]
+    experts_BRK, weights_BRK = torch.empty(B, R, K, dtype=torch.int64), torch.empty(B, R, K)
+    probs_BRL, mean_RL = torch.empty(B, R, C - fixed), torch.empty(R, C - fixed)
+    load_RE = torch.empty(R, num_experts, dtype=torch.int64)
+    outputs = experts_BRK, weights_BRK, probs_BRL, mean_RL, load_RE
+    z = z_BRC.detach().contiguous().numpy()
+    weigh_experts(z, chosen_BRN.numpy(), choose, fixed, first_R.numpy(), *(t.numpy() for t in outputs))
+    return outputs
 
 
 class _Weighed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, z_BRC: Tensor, chosen_BRN: Tensor, choose: bool, fixed: int, first_R: Tensor, num_experts: int
-    ) -> tuple[Tensor, ...]:
-        B, R, C = z_BRC.shape
-        K = fixed + chosen_BRN.shape[2]
-        experts_BRK, weights_BRK = torch.empty(B, R, K, dtype=torch.int64), torch.empty(B, R, K)
-        probs_BRL, mean_RL = torch.empty(B, R, C - fixed), torch.empty(R, C - fixed)
-        load_RE = torch.empty(R, num_experts, dtype=torch.int64)
-        outputs = experts_BRK, weights_BRK, probs_BRL, mean_RL, load_RE
-        weigh_experts(
-            z_BRC.contiguous().numpy(),
-            chosen_BRN.numpy(),
-            choose,
-            fixed,
-            first_R.numpy(),
-            *(t.numpy() for t in outputs),
-        )
+    ) -> _Weights:
+        outputs = _weigh(z_BRC, chosen_BRN, choose, fixed, first_R, num_experts)
+        experts_BRK, weights_BRK, probs_BRL, _, load_RE = outputs
         ctx.save_for_backward(probs_BRL, weights_BRK, chosen_BRN)
         ctx.mark_non_differentiable(experts_BRK, probs_BRL, load_RE)
         return outputs

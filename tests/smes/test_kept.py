@@ -1,0 +1,37 @@
+"""What a module keeps in evaluation follows its buffers."""
+
+import torch
+from torch import Tensor
+
+from smes.rankers.ranker import RunningMoments
+
+
+def _standardised(moments: RunningMoments, x_BC: Tensor) -> Tensor:
+    return moments.standardise(x_BC, 8.0, torch.float32)
+
+
+def test_it_is_forgotten_when_the_moments_change_by_whatever_way() -> None:
+    moments, x_BC = RunningMoments(3), torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    weight_BC = torch.ones(50, 3)
+    seen = [_standardised(moments.eval(), x_BC)]
+    for scale in (2.0, 5.0):
+        moments.train()
+        moments.observe(scale * x_BC + 1, weight_BC)  # by a compiled loop, which leaves no trace
+        fresh = _standardised(moments, x_BC)
+        moments.eval()
+        with torch.inference_mode():
+            seen.append(_standardised(moments, x_BC))
+        assert torch.equal(seen[-1], fresh)
+    other = RunningMoments(3)
+    moments.load_state_dict(other.state_dict())
+    assert torch.equal(_standardised(moments, x_BC), seen[0])
+    assert not torch.equal(seen[1], seen[2])
+    x_BC.requires_grad_()
+    _standardised(moments, x_BC).sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+    assert x_BC.grad is not None, "what inference has kept serves gradients, too"
+
+
+def test_the_same_is_given_again_while_nothing_changes() -> None:
+    moments = RunningMoments(3).eval()
+    assert moments.affine()[0] is moments.affine()[0]
+    assert moments.train().affine()[0] is not moments.affine()[0]
