@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smes.arrays import F32, F64, I64, Bool
+from smes.metric_kernels import count_scores
 
 _BINS = 8192
 _MAX_LOGIT = 16.0
@@ -60,6 +61,7 @@ class BinaryTally:
     def __init__(self) -> None:
         self._counts = np.zeros((2, _BINS), np.int64)  # negatives, positives by logit bin
         self._predicted = np.zeros(_BINS, np.float64)  # sum of predictions by logit bin
+        self._sums = np.zeros(_BINS, np.float64)  # of the examples being added; zeros in between
         self._log_loss = 0.0
         self._not_scored = np.zeros(2, np.int64)  # negatives, positives
 
@@ -73,12 +75,11 @@ class BinaryTally:
             return
         p = np.clip(probability.astype(np.float64), _EPSILON, 1 - _EPSILON)
         positive = label > 0.5
-        logit = np.log(p) - np.log1p(-p)
+        log_p, log_rest = np.log(p), np.log1p(-p)
+        logit = log_p - log_rest
         bin_N = np.clip(((logit + _MAX_LOGIT) * (_BINS / (2 * _MAX_LOGIT))).astype(np.int64), 0, _BINS - 1)
-        self._counts[1] += np.bincount(bin_N[positive], minlength=_BINS)
-        self._counts[0] += np.bincount(bin_N[~positive], minlength=_BINS)
-        self._predicted += np.bincount(bin_N, weights=p, minlength=_BINS)
-        self._log_loss -= float(np.where(positive, np.log(p), np.log1p(-p)).sum())
+        count_scores(bin_N, p, positive, self._counts, self._predicted, self._sums)
+        self._log_loss -= float(np.where(positive, log_p, log_rest).sum())
 
     def report(self) -> BinaryReport:
         """Compute the metrics of all examples added so far."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.id_map_kernels import compile_map_kernels
+from smes.metric_kernels import compile_metric_kernels
 from smes.model.borrowing_kernels import compile_borrowing_kernels
 from smes.model.id_rows import IdRows
 from smes.model.id_rows_kernels import not_among, not_seen_since, oldest
@@ -42,6 +43,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     assert examples is not None, "the stream has ended, so its one impression is complete"
     _compile_rows(config, schema)
     compile_map_kernels()
+    compile_metric_kernels()
     compile_kernels(bool(config.model.table_dim) + config.model.wide)
     compile_serving_kernels()
     compile_answer_kernels()

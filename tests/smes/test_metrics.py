@@ -186,3 +186,19 @@ def test_errors_of_a_regression_equal_scikit_learn() -> None:
     assert tally.mean_bias == pytest.approx(value.astype(float).mean() - label.astype(float).mean(), rel=1e-5)
     assert tally.mean_bias > 2
     assert (tally.examples, tally.positives) == (4000, 4000)
+
+
+def test_the_histograms_are_bit_for_bit_those_of_bincount() -> None:
+    rng = np.random.default_rng(5)
+    tally, counts, predicted = BinaryTally(), np.zeros((2, 8192), np.int64), np.zeros(8192)
+    for n in (1, 0, 300, 4000):
+        scores = (rng.integers(0, 50, n) / 50).astype(np.float32)  # many in one bin
+        labels = (rng.random(n) < 0.3).astype(np.float32)
+        tally.add(scores, labels)
+        p = np.clip(scores.astype(np.float64), 1e-7, 1 - 1e-7)
+        bins = np.clip(((np.log(p) - np.log1p(-p) + 16) * 256).astype(np.int64), 0, 8191)
+        counts += [np.bincount(bins[labels == value], minlength=8192) for value in (0, 1)]
+        predicted += np.bincount(bins, weights=p, minlength=8192)
+    state = tally.state()
+    np.testing.assert_array_equal(state["counts"], counts)
+    np.testing.assert_array_equal(state["predicted"], predicted)
