@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.speed_ours import DenseExecution
 from smes.model.devices import keep_freed_memory
 from smes.rankers.sparse import experts as forms
-from smes.rankers.sparse.experts import Dispatch, FullExperts, LowRankExperts, ResidualExperts, combine, dispatch
+from smes.rankers.sparse.experts import Dispatch, FullExperts, LowRankExperts, ResidualExperts, dispatch, mixed
 from smes.rankers.sparse.routing import Selection
 from smes.rankers.sparse.stages import Stages
 
@@ -76,7 +76,7 @@ def work(shape: Shape, rows: int, *, train: bool) -> dict[str, Callable[[], obje
     def of(execution: nn.Module) -> Callable[[], object]:
         def one() -> None:
             with torch.set_grad_enabled(train):
-                out_BRH = combine(execution(h_BD, plan), weights_BRK, plan)
+                out_BRH = mixed(execution, h_BD, weights_BRK, plan)
             if train:
                 loops.zero_grad()
                 h_BD.grad = weights_BRK.grad = None

@@ -24,7 +24,7 @@ from smes.model.table_host import HostTable
 from smes.model.task_heads import TaskHeads
 from smes.model.task_outputs import TaskOutputs
 from smes.rankers.ranker import Encoder
-from smes.rankers.sparse import experts, routing
+from smes.rankers.sparse import experts, host_experts, routing
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.rankers.sparse.ranker import SMES
 from smes.rankers.sparse.router import Router
@@ -51,7 +51,9 @@ _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
     ("pack", experts, "pack"),
     ("gemm", experts, "grouped_linear"),
     ("gemm", experts, "expert_layer"),
+    ("gemm", experts, "mixture"),
     ("combine", experts, "combine"),
+    ("combine", host_experts, "weighted_sums"),
 )
 _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("prepare", Learner, "prepare"),
@@ -66,8 +68,11 @@ _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("route", EarlyChoice, "forward"),
     ("route", SMES, "balance"),
     ("experts", FullExperts, "forward"),
+    ("experts", FullExperts, "last_layer"),
     ("experts", LowRankExperts, "forward"),
+    ("experts", LowRankExperts, "last_layer"),
     ("experts", ResidualExperts, "forward"),
+    ("experts", ResidualExperts, "last_layer"),
     ("heads", TaskHeads, "forward"),
     ("heads", TaskHeads, "of_streams"),
     ("heads", TaskOutputs, "rates"),

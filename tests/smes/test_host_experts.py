@@ -18,12 +18,12 @@ from smes.rankers.sparse import experts as forms
 from smes.rankers.sparse.config import ExpertNorm
 from smes.rankers.sparse.experts import (
     Dispatch,
-    Experts,
     FullExperts,
     LowRankExperts,
     ResidualExperts,
     combine,
     dispatch,
+    mixed,
 )
 from smes.rankers.sparse.host_experts import KINDS, Rows, expert_layer, runs_here
 from smes.rankers.sparse.routing import Routing, Selection, route
@@ -60,9 +60,7 @@ def _values(experts: nn.Module, plan: Dispatch, weights_BRK: Tensor) -> list[Ten
     B = len(weights_BRK)
     h_BD = torch.randn(B, _D, generator=torch.Generator().manual_seed(1)).requires_grad_()
     weights_BRK = weights_BRK.clone().requires_grad_()
-    assert isinstance(experts, FullExperts | LowRankExperts | ResidualExperts)
-    y: Experts = experts
-    out_BRH = combine(y(h_BD, plan), weights_BRK, plan)
+    out_BRH = mixed(experts, h_BD, weights_BRK, plan)
     goal_BRH = torch.randn(out_BRH.shape, generator=torch.Generator().manual_seed(2))
     gradients = torch.autograd.grad((out_BRH * goal_BRH).sum(), [h_BD, weights_BRK, *experts.parameters()])
     return [out_BRH.detach(), *gradients]
@@ -86,11 +84,12 @@ def test_values_and_gradients_are_those_of_the_operators(
         plan = dispatch(routing, trim=trim)
         loops = _values(experts, plan, routing.weights_BRK)
         with torch.no_grad():
-            scored = combine(experts(torch.randn(instances, _D, generator=torch.Generator().manual_seed(1)), plan),
-                             routing.weights_BRK, plan)  # fmt: skip
+            h_BD = torch.randn(instances, _D, generator=torch.Generator().manual_seed(1))
+            scored = mixed(experts, h_BD, routing.weights_BRK, plan)
+            apart = combine(experts(h_BD, plan), routing.weights_BRK, plan)
         with _operators():
             expected = _values(experts, plan, routing.weights_BRK)
-        for got, wanted in zip([*loops, scored], [*expected, expected[0]], strict=True):
+        for got, wanted in zip([*loops, scored, apart], [*expected, expected[0], expected[0]], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=2e-5)
 
 
@@ -117,7 +116,7 @@ def test_what_is_not_finite_stays_with_its_instance() -> None:
         h_BD = torch.randn(40, _D)
         h_BD[7], h_BD[9, 3] = float("nan"), float("inf")
         with torch.no_grad():
-            finite_B = combine(experts(h_BD, plan), routing.weights_BRK, plan).isfinite().all(dim=2).all(dim=1)
+            finite_B = mixed(experts, h_BD, routing.weights_BRK, plan).isfinite().all(dim=2).all(dim=1)
         assert (~finite_B).nonzero().flatten().tolist() == [7, 9], form
 
 
@@ -164,7 +163,7 @@ def test_another_width_is_refused() -> None:
 
 def test_a_layer_without_rows_has_zero_gradients() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
-    rows = Rows(torch.zeros(4, dtype=torch.int32), nothing, nothing.view(0, 1), None)
+    rows = Rows(torch.zeros(4, dtype=torch.int32), nothing, nothing.view(0, 1), None, None, nothing)
     x, weight = torch.zeros(0, 8, requires_grad=True), torch.zeros(4, 8, 16, requires_grad=True)
     expert_layer(x, weight, rows, kernels.PLAIN).sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None

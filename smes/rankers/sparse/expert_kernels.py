@@ -57,6 +57,8 @@ def _moments(y_H, kind):  # type: ignore[no-untyped-def]  # numba infers the typ
 
 @njit(fastmath=FUSED, error_model="numpy")
 def _activate(y, out, count, H, kind):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    if kind == PLAIN:  # one long row
+        count, H = 1, count * H
     for n in range(count):
         y_H, out_H = carray(floats(y + 4 * n * H), H), carray(floats(out + 4 * n * H), H)
         mean, scale = _moments(y_H, kind)
@@ -81,6 +83,8 @@ def _of_norm(y_H, of_z_H, kind, mean, scale):  # type: ignore[no-untyped-def]  #
 
 @njit(fastmath=FUSED, error_model="numpy")
 def _of_activation(y, of_out, of_y, count, H, kind):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    if kind == PLAIN:  # one long row
+        count, H = 1, count * H
     for n in range(count):
         y_H, of_out_H = carray(floats(y + 4 * n * H), H), carray(floats(of_out + 4 * n * H), H)
         of_y_H = carray(floats(of_y + 4 * n * H), H)
@@ -94,38 +98,86 @@ def _of_activation(y, of_out, of_y, count, H, kind):  # type: ignore[no-untyped-
 
 
 @njit
-def _gather(x, width, instance_P, first, count, to):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Copy the rows of some instances."""
+def _gather(x, step, D, instance_P, first, count, to):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Copy the rows of some instances, which are ``step`` apart."""
     for n in range(count):
-        of_instance = carray(floats(x + 4 * instance_P[first + n] * width), width)
-        row = carray(floats(to + 4 * n * width), width)
-        for i in range(width):
+        of_instance = carray(floats(x + 4 * instance_P[first + n] * step), D)
+        row = carray(floats(to + 4 * n * D), D)
+        for i in range(D):
             row[i] = of_instance[i]
+
+
+@njit(fastmath=FUSED, error_model="numpy")
+def _slopes(y, active, slope, count, H, kind):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Rows activated, and the derivative of SiLU there."""
+    if kind == PLAIN:  # one long row
+        count, H = 1, count * H
+    for n in range(count):
+        y_H, active_H = carray(floats(y + 4 * n * H), H), carray(floats(active + 4 * n * H), H)
+        slope_H = carray(floats(slope + 4 * n * H), H)
+        mean, scale = _moments(y_H, kind)
+        for h in range(H):
+            z = (y_H[h] - mean) * scale
+            s = sigmoid(z)
+            active_H[h] = z * s
+            slope_H[h] = s * (_ONE + z * (_ONE - s))
+
+
+@njit(fastmath=SUMS)
+def _dot(a, b, H):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
+    a_H, b_H, total = carray(floats(a), H), carray(floats(b), H), _ZERO
+    for h in range(H):
+        total += a_H[h] * b_H[h]
+    return total
+
+
+@njit
+def _fill(a, count):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
+    all_of_it = carray(floats(a), count)
+    for i in range(count):
+        all_of_it[i] = _ZERO
+
+
+@njit(fastmath=FUSED)
+def _add_scaled(weight, a, to, H):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    a_H, to_H = carray(floats(a), H), carray(floats(to), H)
+    for h in range(H):
+        to_H[h] += weight * a_H[h]
+
+
+@njit(fastmath=FUSED)
+def _scale(weight, a, b, to, H):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    a_H, b_H, to_H = carray(floats(a), H), carray(floats(b), H), carray(floats(to), H)
+    for h in range(H):
+        to_H[h] = weight * a_H[h] * b_H[h]
+
+
+@njit(fastmath=FUSED)
+def _multiply(by, to, H):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    by_H, to_H = carray(floats(by), H), carray(floats(to), H)
+    for h in range(H):
+        to_H[h] *= by_H[h]
 
 
 def _layer(address):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
     """One layer of all experts: ``out[p] = SiLU(Norm(y[p]))``, ``y[p] = base[instance] + x[p or instance] W_e``.
 
-    Arguments: counter; E; D; H; P; what follows the product; 1 if x is packed, else 0; ends of segments (int32 [E]);
-    instance of a row (int64 [P]); x; base (or none); W [E, D, H]; y [P, H] (or none: it is not kept); out [P, H];
-    :func:`smes.vector_code.product_kernel`. Rows of ``out`` that no segment covers become 0.
+    Arguments: counter; E; D; H; P; what follows the product; 1 if x is packed, else 0; numbers between rows of x; ends
+    of segments (int32 [E]); instance of a row (int64 [P]); x; W [E, D, H]; y [P, H] (or none: it is not kept); out
+    [P, H]; :func:`smes.vector_code.product_kernel`; base (or none); numbers between its rows. Rows of ``out`` that no
+    segment covers become 0.
     """
-    number = carray(integers(address), 15)
-    E, D, H, P, kind = number[1], number[2], number[3], number[4], number[5]
-    ends_E = carray(short_integers(number[7]), E)
-    instance_P = carray(integers(number[8]), P)
-    x, base, out = number[9], number[10], number[13]
-    gathers, adds = number[6] == 0, np.int64(base != 0)
+    number = carray(integers(address), 17)
+    E, D, H, P, kind, gathers = number[1], number[2], number[3], number[4], number[5], number[6] == 0
+    ends_E, instance_P = carray(short_integers(number[8]), E), carray(integers(number[9]), P)
+    x, out, base = number[10], number[13], number[15]
     rows_D = np.empty((BLOCK, D), np.float32)
     block_H = np.empty((BLOCK, H), np.float32)
     while True:
         e = take_number(address)
         if e >= E:
             if e == E:
-                rest = carray(floats(out), (P, H))
-                for p in range(ends_E[E - 1], P):
-                    for h in range(H):
-                        rest[p, h] = _ZERO
+                _fill(out + 4 * ends_E[E - 1] * H, (P - ends_E[E - 1]) * H)
             break
         end = int(ends_E[e])
         first = int(ends_E[e - 1]) if e > 0 else 0
@@ -138,30 +190,76 @@ def _layer(address):  # type: ignore[no-untyped-def]  # numba infers the types  
             a = x + 4 * first * D
             if gathers:
                 a = rows_D.ctypes.data
-                _gather(x, D, instance_P, first, count, a)
-            if adds != 0:
-                _gather(base, H, instance_P, first, count, to)
-            product(number[14], to, H, a, D, 1, w, H, count, H, D, adds)
+                _gather(x, number[7], D, instance_P, first, count, a)
+            if base != 0:
+                _gather(base, number[16], H, instance_P, first, count, to)
+            product(number[14], to, H, a, D, 1, w, H, count, H, D, 1 if base != 0 else 0)
             if kind != LINEAR:
                 _activate(to, out + 4 * first * H, count, H, kind)
             first += count
 
 
-def _of_layer(address):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
-    """Gradients of one layer.
+def _sum_rows(address):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
+    """``out[b, r] = Σ_k w[b, r, k] y[row]``.
 
-    Arguments: counter; E; D; H; P; what follows the product; 1 if x is packed, else 0; ends of segments; instance
-    of a row; x; gradient of out [P, H]; W; y; gradients of y [P, H] (or none: not wanted), of x's rows [P, D] (or none)
-    and of W (or none); :func:`smes.vector_code.product_kernel`.
+    Arguments: counter; B; R; K; U; H; rows of an instance (int64 [B, U]); how many of the K count (int64 [B]; none:
+    all); the place among an instance's rows of each of a router's (int64 [B, R, K]; none: r·K + k); w [B, R, K] (none:
+    1); y [P, H]; out [B, R, H].
     """
-    number = carray(integers(address), 17)
-    E, D, H, P, kind = number[1], number[2], number[3], number[4], number[5]
-    ends_E = carray(short_integers(number[7]), E)
-    instance_P = carray(integers(number[8]), P)
-    x, of_out, w, of_w = number[9], number[10], number[11], number[15]
-    gathers, of_x = number[6] == 0, number[14]
+    number = carray(integers(address), 12)
+    B, R, K, U, H = number[1], number[2], number[3], number[4], number[5]
+    row_BU, used_B = carray(integers(number[6]), (B, U)), carray(integers(number[7]), B)
+    slot_BRK, weight_BRK = carray(integers(number[8]), (B, R, K)), carray(floats(number[9]), (B, R, K))
+    while True:
+        first = take_number(address) * FEW
+        if first >= B:
+            break
+        for b in range(first, min(first + FEW, B)):
+            for r in range(R):
+                to = number[11] + 4 * (b * R + r) * H
+                _fill(to, H)
+                for k in range(used_B[b] if number[7] != 0 else K):
+                    row = row_BU[b, slot_BRK[b, r, k] if number[8] != 0 else r * K + k]
+                    _add_scaled(weight_BRK[b, r, k] if number[9] != 0 else _ONE, number[10] + 4 * row * H, to, H)
+
+
+@njit
+def _of_shared(  # type: ignore[no-untyped-def]  # numba infers the types
+    of_sums, b, u, slot_BRK, weight_BRK, of_weight_BRK, active, slope, H, to
+):  # pragma: no cover - compiled
+    """Gradient of a row that several sums may read; and of its weights there."""
+    _, R, K = weight_BRK.shape
+    _fill(to, H)
+    for r in range(R):
+        of_sum = of_sums + 4 * (b * R + r) * H
+        for k in range(K):
+            if slot_BRK[b, r, k] == u:
+                of_weight_BRK[b, r, k] = _dot(of_sum, active, H)
+                _add_scaled(weight_BRK[b, r, k], of_sum, to, H)
+    _multiply(slope, to, H)
+
+
+def _of_layer(address):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
+    """Gradients of one layer, or of the last one and the sums of its outputs.
+
+    Arguments: counter; E; D; H; P; what follows the product; 1 if x is packed, else 0; numbers between rows of x; ends
+    of segments; instance of a row; x; gradient of out [P, H], or of the sums [B, R, H]; W; y; gradients of x's rows
+    [P, D] and of W (either may be none); :func:`smes.vector_code.product_kernel`; gradient of y [P, H] (none: not
+    wanted). For sums: place of a row among those of all instances, b·U + u (int64 [P]; none: no sums); B; R; K; U;
+    places as of :func:`_sum_rows`; w; its gradient.
+    """
+    number = carray(integers(address), 26)
+    E, D, H, P, kind, gathers = number[1], number[2], number[3], number[4], number[5], number[6] == 0
+    ends_E, instance_P = carray(short_integers(number[8]), E), carray(integers(number[9]), P)
+    x, w, of_x, of_w = number[10], number[12], number[14], number[15]
+    place_P, shape = carray(integers(number[18]), P), (number[19], number[20], number[21])
+    slot_BRK = carray(integers(number[23]), shape)
+    weight_BRK, of_weight_BRK = carray(floats(number[24]), shape), carray(floats(number[25]), shape)
     rows_D = np.empty((BLOCK, D), np.float32)
     block_H = np.empty((BLOCK, H), np.float32)
+    active_H, slope_H = np.empty((BLOCK, H), np.float32), np.empty((BLOCK, H), np.float32)
+    weight_P, of_weight_P = carray(floats(number[24]), P), carray(floats(number[25]), P)
+    R, K, U = number[20], number[21], number[22]
     turned_HD = np.empty((H, D), np.float32)
     while True:
         e = take_number(address)
@@ -170,93 +268,47 @@ def _of_layer(address):  # type: ignore[no-untyped-def]  # numba infers the type
         end = int(ends_E[e])
         first = int(ends_E[e - 1]) if e > 0 else 0
         if of_w != 0 and first == end:
-            unused = carray(floats(of_w + 4 * e * D * H), D * H)
-            for i in range(D * H):
-                unused[i] = _ZERO
+            _fill(of_w + 4 * e * D * H, D * H)
         if of_x != 0 and first < end:
             transpose(turned_HD.ctypes.data, w + 4 * e * D * H, D, H)
         begun = 0
         while first < end:
             count = min(BLOCK, end - first)
-            of_y = of_out + 4 * first * H
+            y, of_y = number[13] + 4 * first * H, number[11] + 4 * first * H
             if kind != LINEAR:
-                of_y = number[13] + 4 * first * H if number[13] != 0 else block_H.ctypes.data
-                _of_activation(number[12] + 4 * first * H, of_out + 4 * first * H, of_y, count, H, kind)
+                of_y = number[17] + 4 * first * H if number[17] != 0 else block_H.ctypes.data
+                if number[18] != 0:
+                    active, slope = active_H.ctypes.data, slope_H.ctypes.data
+                    _slopes(y, active, slope, count, H, kind)
+                    for n in range(count):
+                        b, place, to = instance_P[first + n], place_P[first + n], of_y + 4 * n * H
+                        if number[23] != 0:
+                            _of_shared(
+                                number[11], b, place - b * U, slot_BRK, weight_BRK, of_weight_BRK, active, slope, H, to
+                            )  # fmt: skip
+                        else:
+                            of_sum = number[11] + 4 * (b * R + np.uint32(place - b * U) // np.uint32(K)) * H
+                            of_weight_P[place] = _dot(of_sum, active, H)
+                            _scale(weight_P[place], of_sum, slope, to, H)
+                        active += 4 * H
+                        slope += 4 * H
+                    if kind != PLAIN:
+                        for n in range(count):
+                            y_H = carray(floats(y + 4 * n * H), H)
+                            mean, scale = _moments(y_H, kind)
+                            _of_norm(y_H, carray(floats(of_y + 4 * n * H), H), kind, mean, scale)
+                else:
+                    _of_activation(y, number[11] + 4 * first * H, of_y, count, H, kind)
             if of_w != 0:
                 a = x + 4 * first * D
                 if gathers:
                     a = rows_D.ctypes.data
-                    _gather(x, D, instance_P, first, count, a)
+                    _gather(x, number[7], D, instance_P, first, count, a)
                 product(number[16], of_w + 4 * e * D * H, H, a, 1, D, of_y, H, D, H, count, begun)
                 begun = 1
             if of_x != 0:
                 product(number[16], of_x + 4 * first * D, D, of_y, H, 1, turned_HD.ctypes.data, D, count, D, H, 0)
             first += count
-
-
-def _sum_rows(address):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
-    """``out[n] = Σ_k w[n, k] y[row[n, k]]``.
-
-    Arguments: counter; N; K; H; rows (int64 [N, K]); how many of the K count (int64 [N]; none: all); w (or none: 1);
-    y [P, H]; out [N, H].
-    """
-    number = carray(integers(address), 9)
-    N, K, H = number[1], number[2], number[3]
-    row_NK, used_N = carray(integers(number[4]), (N, K)), carray(integers(number[5]), N)
-    weight_NK, y_PH = carray(floats(number[6]), (N, K)), carray(floats(number[7]), (N, H))
-    out_NH = carray(floats(number[8]), (N, H))
-    while True:
-        first = take_number(address) * FEW
-        if first >= N:
-            break
-        for n in range(first, min(first + FEW, N)):
-            used = used_N[n] if number[5] != 0 else K
-            sum_H = out_NH[n]
-            for h in range(H):
-                sum_H[h] = _ZERO
-            for k in range(used):
-                weight = weight_NK[n, k] if number[6] != 0 else _ONE
-                y_H = y_PH[row_NK[n, k]]
-                for h in range(H):
-                    sum_H[h] += weight * y_H[h]
-
-
-@njit(fastmath=SUMS)
-def _dot(a_H, b_H):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
-    total = _ZERO
-    for h in range(len(a_H)):
-        total += a_H[h] * b_H[h]
-    return total
-
-
-def _of_sums(address):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
-    """Gradients of a weighted sum of rows, those of an instance by one thread: its sums may share rows.
-
-    Arguments: counter; B; R; K; H; rows (int64 [B, R, K]); w [B, R, K]; y [P, H]; gradient of the sums [B, R, H];
-    gradients of y, of w; 1 if rows are shared, and their gradient so added to 0, else 0.
-    """
-    number = carray(integers(address), 12)
-    B, R, K, H = number[1], number[2], number[3], number[4]
-    row_BRK, weight_BRK = carray(integers(number[5]), (B, R, K)), carray(floats(number[6]), (B, R, K))
-    y_PH, of_sum_BRH = carray(floats(number[7]), (B, H)), carray(floats(number[8]), (B, R, H))
-    of_y_PH, of_weight_BRK = carray(floats(number[9]), (B, H)), carray(floats(number[10]), (B, R, K))
-    while True:
-        first = take_number(address) * FEW
-        if first >= B:
-            break
-        for b in range(first, min(first + FEW, B)):
-            for r in range(R):
-                of_sum_H = of_sum_BRH[b, r]
-                for k in range(K):
-                    row, weight = row_BRK[b, r, k], weight_BRK[b, r, k]
-                    of_weight_BRK[b, r, k] = _dot(of_sum_H, y_PH[row])
-                    of_y_H = of_y_PH[row]
-                    if number[11] != 0:
-                        for h in range(H):
-                            of_y_H[h] += weight * of_sum_H[h]
-                    else:
-                        for h in range(H):
-                            of_y_H[h] = weight * of_sum_H[h]
 
 
 @cache
@@ -277,13 +329,7 @@ def sum_rows() -> Any:
     return cfunc("void(int64)", cache=True, fastmath=FUSED)(_sum_rows)
 
 
-@cache
-def of_sums() -> Any:
-    """The compiled :func:`_of_sums`."""
-    return cfunc("void(int64)", cache=True, fastmath=FUSED)(_of_sums)
-
-
 def compile_expert_kernels() -> None:
     """Compile each loop, or load it from numba's cache, so that no batch waits for it."""
-    for kernel in (product_kernel, layer, of_layer, sum_rows, of_sums):
+    for kernel in (product_kernel, layer, of_layer, sum_rows):
         kernel()

@@ -16,6 +16,7 @@ output width of an expert, R rank of a low-rank expert (in its own class), Q wid
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from smes.rankers.kernels import on_host
 from smes.rankers.sparse.config import ExpertForm, ExpertNorm, ExpertsConfig
 from smes.rankers.sparse.expert_kernels import LINEAR
-from smes.rankers.sparse.host_experts import KINDS, Rows, expert_layer, runs_here, weighted_rows
+from smes.rankers.sparse.host_experts import KINDS, Rows, expert_layer, mixture, runs_here
 from smes.rankers.sparse.kernels import sorted_pairs
 from smes.rankers.sparse.routing import Routing
 
@@ -59,8 +60,13 @@ class Dispatch:
     @property
     def rows(self) -> Rows:
         """The same for compiled loops."""
-        used_B = self.active_B if self.slot_P is None else None
-        return Rows(self.offsets_E, self.instance_P, self.row_BU, used_B)
+        if self.slot_P is not None:
+            return Rows(self.offsets_E, self.instance_P, self.row_BU, None, None, self.slot_P)
+        row_BU, slot_BRK = self.row_BU.contiguous(), self.slot_BRK.contiguous()
+        used_BU = torch.arange(row_BU.shape[1], device=row_BU.device) < self.active_B.unsqueeze(1)
+        place_P = torch.empty_like(self.instance_P)
+        place_P[row_BU[used_BU]] = used_BU.view(-1).nonzero().squeeze(1)
+        return Rows(self.offsets_E, self.instance_P, row_BU, self.active_B, slot_BRK, place_P)
 
 
 def dispatch(routing: Routing, *, trim: bool) -> Dispatch:
@@ -167,13 +173,9 @@ def pack(x_BD: Tensor, plan: Dispatch) -> Tensor:
 
 def combine(y_PH: Tensor, weights_BRK: Tensor, plan: Dispatch) -> Tensor:
     """``h_r = Σ_{e ∈ K_r} p̃_re f_e`` for every router, from outputs computed once. [P, H] → [B, R, H]."""
-    B, R, K = weights_BRK.shape
-    if runs_here(y_PH):
-        disjoint = plan.slot_P is not None
-        row_BS = plan.row_BU if disjoint else plan.row_BU.gather(1, plan.slot_BRK.reshape(B, R * K))
-        return weighted_rows(y_PH, weights_BRK, row_BS.view(B, R, K), shared=not disjoint)
     if plan.slot_P is not None:
         return combine_rows(y_PH, weights_BRK, plan.row_BU, plan.slot_P)
+    B, R, _ = weights_BRK.shape
     num_slots = plan.row_BU.shape[1]
     # Unused slots read row 0, which is always in use and so finite, with weight 0.
     y_BUH = y_PH.index_select(0, plan.row_BU.reshape(-1)).view(B, num_slots, y_PH.shape[1])
@@ -257,7 +259,50 @@ EXPERT_NORMS: dict[ExpertNorm, Callable[[Tensor], Tensor]] = {
 """Norms of a packed row, without gain or bias, by their name in the configuration."""
 
 
-class FullExperts(nn.Module):
+@dataclass(frozen=True, slots=True)
+class LastLayer:
+    """What an expert's last layer is computed from: ``SiLU(Norm(base + x W_e))``.
+
+    Attributes:
+        x: Its input: of the instances, [B, D], or if ``packed`` of the rows, [P, D].
+        weight_EDH: W.
+        packed: As said.
+        base_BH: What is added for each instance; None: nothing.
+    """
+
+    x: Tensor
+    weight_EDH: Tensor
+    packed: bool
+    base_BH: Tensor | None = None
+
+
+class _Experts(nn.Module, ABC):
+    """What the forms have in common.
+
+    Args:
+        output_dim: H.
+        norm: Name in :data:`EXPERT_NORMS`.
+    """
+
+    def __init__(self, output_dim: int, norm: ExpertNorm) -> None:
+        super().__init__()
+        self.output_dim = output_dim
+        self.norm, self.kind = EXPERT_NORMS[norm], KINDS[norm]
+
+    @abstractmethod
+    def last_layer(self, h_BD: Tensor, plan: Dispatch) -> LastLayer:
+        """Everything before the last layer."""
+
+    def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
+        """The output of every executed pair, [P, H]. Unused rows are finite."""
+        last = self.last_layer(h_BD, plan)
+        y_PH = layer_products(last.x, last.weight_EDH, plan, packed=last.packed)
+        if last.base_BH is not None:
+            y_PH = pack(last.base_BH, plan) + y_PH
+        return _silu(self.norm(y_PH))
+
+
+class FullExperts(_Experts):
     """The paper's form: every expert an MLP of its own, ``x ← SiLU(Norm(x W_e))`` per layer.
 
     The norm has no gain or bias (our choice: the next layer absorbs them, and no packed row needs to look them up).
@@ -271,9 +316,7 @@ class FullExperts(nn.Module):
     """
 
     def __init__(self, num_experts: int, input_dim: int, dims: tuple[int, ...], norm: ExpertNorm = "layer") -> None:
-        super().__init__()
-        self.output_dim = dims[-1]
-        self.norm, self._kind = EXPERT_NORMS[norm], KINDS[norm]
+        super().__init__(dims[-1], norm)
         widths = [input_dim, *dims]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.empty(num_experts, d_in, d_out).uniform_(-bound, bound))
@@ -281,20 +324,18 @@ class FullExperts(nn.Module):
             for bound in [math.sqrt(3 / d_in)]
         )
 
-    def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
-        if runs_here(h_BD):
-            x_P = h_BD
-            for layer, weight_E in enumerate(self.weights):
-                x_P = expert_layer(x_P, weight_E, plan.rows, self._kind, packed=layer > 0)
-            return x_P
-        x_P = pack(h_BD, plan)
-        for weight_E in self.weights:
-            y_P = neutralise(grouped_linear(x_P, weight_E, plan.offsets_E), plan)
-            x_P = _silu(self.norm(y_P))
-        return x_P
+    def last_layer(self, h_BD: Tensor, plan: Dispatch) -> LastLayer:
+        *hidden, last = self.weights
+        x = h_BD
+        for layer, weight_E in enumerate(hidden):
+            if runs_here(x):
+                x = expert_layer(x, weight_E, plan.rows, self.kind, packed=layer > 0)
+            else:
+                x = _silu(self.norm(layer_products(x, weight_E, plan, packed=layer > 0)))
+        return LastLayer(x, last, packed=bool(hidden))
 
 
-class LowRankExperts(nn.Module):
+class LowRankExperts(_Experts):
     """Low-rank differences from a shared base: ``f_e(h) = SiLU(Norm(h W0 + h A_e B_e))``.
 
     This form is ours, not the paper's. ``h W0`` is computed once per instance. ``B_e`` starts at zero, so that every
@@ -311,24 +352,17 @@ class LowRankExperts(nn.Module):
     def __init__(
         self, num_experts: int, input_dim: int, output_dim: int, rank: int, norm: ExpertNorm = "layer"
     ) -> None:
-        super().__init__()
-        self.norm, self._kind = EXPERT_NORMS[norm], KINDS[norm]
-        self.output_dim = output_dim
+        super().__init__(output_dim, norm)
         self.base = nn.Parameter(_uniform(input_dim, output_dim))
         self.down = nn.Parameter(_uniform(num_experts, input_dim, rank))
         self.up = nn.Parameter(torch.zeros(num_experts, rank, output_dim))
 
-    def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
-        if runs_here(h_BD):
-            narrow_PR = expert_layer(h_BD, self.down, plan.rows, LINEAR)
-            base_BH = h_BD @ self.base
-            return expert_layer(narrow_PR, self.up, plan.rows, self._kind, packed=True, base_BH=base_BH)
-        narrow_PR = neutralise(grouped_linear(pack(h_BD, plan), self.down, plan.offsets_E), plan)
-        difference_PH = neutralise(grouped_linear(narrow_PR, self.up, plan.offsets_E), plan)
-        return _silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
+    def last_layer(self, h_BD: Tensor, plan: Dispatch) -> LastLayer:
+        narrow_PR = layer_products(h_BD, self.down, plan, packed=False)
+        return LastLayer(narrow_PR, self.up, packed=True, base_BH=h_BD @ self.base)
 
 
-class ResidualExperts(nn.Module):
+class ResidualExperts(_Experts):
     """Differences that read one narrow projection: ``q = h P``, ``f_e(h) = SiLU(Norm(h W0 + q D_e))``.
 
     Like :class:`LowRankExperts`, but with one GEMM of width Q per executed pair: only ``q`` and the base's output are
@@ -345,20 +379,49 @@ class ResidualExperts(nn.Module):
     def __init__(
         self, num_experts: int, input_dim: int, output_dim: int, narrow_dim: int, norm: ExpertNorm = "layer"
     ) -> None:
-        super().__init__()
-        self.norm, self._kind = EXPERT_NORMS[norm], KINDS[norm]
-        self.output_dim = output_dim
+        super().__init__(output_dim, norm)
         self.base = nn.Parameter(_uniform(input_dim, output_dim))
         self.narrow = nn.Parameter(_uniform(input_dim, narrow_dim))
         self.differences = nn.Parameter(torch.zeros(num_experts, narrow_dim, output_dim))
 
-    def forward(self, h_BD: Tensor, plan: Dispatch) -> Tensor:
-        if runs_here(h_BD):
+    def last_layer(self, h_BD: Tensor, plan: Dispatch) -> LastLayer:
+        if runs_here(h_BD):  # loops read rows of a wider matrix
+            both = h_BD @ torch.cat([self.narrow, self.base], dim=1)
+            q_BQ, base_BH = torch.split(both, [self.narrow.shape[1], self.output_dim], dim=1)
+        else:
             q_BQ, base_BH = h_BD @ self.narrow, h_BD @ self.base
-            return expert_layer(q_BQ, self.differences, plan.rows, self._kind, base_BH=base_BH)
-        q_PQ = pack(h_BD @ self.narrow, plan)
-        difference_PH = neutralise(grouped_linear(q_PQ, self.differences, plan.offsets_E), plan)
-        return _silu(self.norm(pack(h_BD @ self.base, plan) + difference_PH))
+        return LastLayer(q_BQ, self.differences, packed=False, base_BH=base_BH)
+
+
+def mixed(experts: nn.Module, h_BD: Tensor, weights_BRK: Tensor, plan: Dispatch) -> Tensor:
+    """:func:`combine` of the experts' outputs, which compiled loops do without writing these. → [B, R, H].
+
+    Args:
+        experts: That are :class:`Experts`.
+        h_BD: What they read.
+        weights_BRK: As of :func:`combine`.
+        plan: Which run for which instance.
+    """
+    if not isinstance(experts, _Experts) or not runs_here(h_BD):
+        return combine(experts(h_BD, plan), weights_BRK, plan)
+    last = experts.last_layer(h_BD, plan)
+    return mixture(
+        last.x, last.weight_EDH, weights_BRK, plan.rows, experts.kind, packed=last.packed, base_BH=last.base_BH
+    )  # fmt: skip
+
+
+def layer_products(x: Tensor, weight_EDH: Tensor, plan: Dispatch, *, packed: bool) -> Tensor:
+    """Each row times its expert's weight. → [P, H]; unused rows are 0.
+
+    Args:
+        x: Of the instances, [B, D], or if ``packed`` of the rows, [P, D].
+        weight_EDH: Of every expert.
+        plan: Which row is whose.
+        packed: As said.
+    """
+    if runs_here(x):
+        return expert_layer(x, weight_EDH, plan.rows, LINEAR, packed=packed)
+    return neutralise(grouped_linear(x if packed else pack(x, plan), weight_EDH, plan.offsets_E), plan)
 
 
 def _silu(x_PH: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ input of the first layer is never written. Letters as in :mod:`smes.rankers.spar
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from smes.vector_code import product_kernel
 
 KINDS: dict[ExpertNorm, int] = {"none": kernels.PLAIN, "layer": kernels.LAYER, "rms": kernels.RMS}
 """What follows a layer's product, by its norm."""
+
+_Rows = TypeVar("_Rows", Tensor, Tensor | None)
 
 _WORTH_A_TEAM = 1 << 18  # numbers read or multiplied by a loop: some ten microseconds
 
@@ -48,18 +50,20 @@ class Rows:
         instance_P: int64, the instance of each packed row.
         row_BU: int64, the packed rows of each instance.
         used_B: int64, how many of them count, from the first on; None: all U.
+        slot_BRK: int64, the place among an instance's rows of each of a router's; None: ``r·K + k``.
+        place_P: int64, where in ``row_BU`` viewed as [B·U] each packed row is.
     """
 
     ends_E: Tensor
     instance_P: Tensor
     row_BU: Tensor
     used_B: Tensor | None
+    slot_BRK: Tensor | None
+    place_P: Tensor
 
 
-def expert_layer(
-    x: Tensor, weight_EDH: Tensor, rows: Rows, kind: int, *, packed: bool = False, base_BH: Tensor | None = None
-) -> Tensor:
-    """One layer of all experts, ``SiLU(Norm(base + x W_e))``, for packed rows. → [P, H].
+def expert_layer(x: Tensor, weight_EDH: Tensor, rows: Rows, kind: int, *, packed: bool = False) -> Tensor:
+    """One layer of all experts, ``SiLU(Norm(x W_e))``, for packed rows. → [P, H].
 
     Args:
         x: float32, of the instances, [B, D]; if ``packed``, of the rows, [P, D].
@@ -67,62 +71,90 @@ def expert_layer(
         rows: Which.
         kind: One of :data:`KINDS`, or :data:`smes.rankers.sparse.expert_kernels.LINEAR` for the product alone.
         packed: As said.
-        base_BH: What is added for each instance.
 
     Raises:
         ValueError: Another width.
     """
-    if weight_EDH.shape[1] % 8 or weight_EDH.shape[2] % 8:
-        raise ValueError(f"weight: {list(weight_EDH.shape)}, expected [experts, input, output] of multiples of 8")
+    _check(weight_EDH)
     if not torch.is_grad_enabled():
-        return _layer(x, base_BH, weight_EDH, rows, kind, packed=packed, keep=False)[0]
+        return _layer(x, weight_EDH, rows, kind, packed=packed, keep=False)[0]
     layer: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]  # torch has no type
-        x, base_BH, weight_EDH, rows, kind, packed
+        x, weight_EDH, rows, kind, packed
     )
     return layer
 
 
-def weighted_rows(y_PH: Tensor, weights_BRK: Tensor, row_BRK: Tensor, *, shared: bool) -> Tensor:
-    """``Σ_k w_brk y[row_brk]``. → [B, R, H].
+def mixture(
+    x: Tensor, weight_EDH: Tensor, weights_BRK: Tensor, rows: Rows, kind: int, *, packed: bool = False,
+    base_BH: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The last layer of all experts and the weighted sums of its outputs, which are never written. → [B, R, H].
 
     Args:
-        y_PH: float32.
-        weights_BRK: w.
-        row_BRK: int64; only rows of the same instance may be the same.
-        shared: Whether they may be.
+        x: As of :func:`expert_layer`.
+        weight_EDH: W, as there.
+        weights_BRK: Of each router's experts.
+        rows: As there.
+        kind: One of :data:`KINDS`.
+        packed: As there.
+        base_BH: What is added for each instance before norm and activation; its rows may be those of a wider matrix.
+
+    Raises:
+        ValueError: As there.
     """
+    _check(weight_EDH)
     if not torch.is_grad_enabled():
-        B, R, K = row_BRK.shape
-        return _summed(y_PH.contiguous(), weights_BRK.float().view(B * R, K), row_BRK.view(B * R, K), None).view(
-            B, R, -1
-        )
-    sums: Tensor = _Sums.apply(y_PH, weights_BRK, row_BRK, shared)  # type: ignore[no-untyped-call]  # torch has no type
-    return sums
+        out_PH, _ = _layer(x, weight_EDH, rows, kind, packed=packed, base_BH=base_BH, keep=False)
+        return weighted_sums(out_PH, rows, weights_BRK.float().contiguous())
+    mixed: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]  # torch has no type
+        x, base_BH, weight_EDH, weights_BRK, rows, kind, packed
+    )
+    return mixed
+
+
+def _check(weight_EDH: Tensor) -> None:
+    if weight_EDH.shape[1] % 8 or weight_EDH.shape[2] % 8:
+        raise ValueError(f"weight: {list(weight_EDH.shape)}, expected [experts, input, output] of multiples of 8")
 
 
 def _layer(
-    x: Tensor, base_BH: Tensor | None, weight_EDH: Tensor, rows: Rows, kind: int, *, packed: bool, keep: bool
+    x: Tensor, weight_EDH: Tensor, rows: Rows, kind: int, *, packed: bool, keep: bool, base_BH: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and if ``keep`` what comes before the activation."""
+    """The output, and if ``keep`` what comes before norm and activation."""
     E, D, H = weight_EDH.shape
     P = len(rows.instance_P)
     out_PH = x.new_empty(P, H)
     y_PH = x.new_empty(P, H) if keep and kind != kernels.LINEAR else None
-    base_BH = None if base_BH is None else base_BH.contiguous()
-    tensors = (rows.ends_E, rows.instance_P, x.contiguous(), base_BH, weight_EDH.contiguous(), y_PH, out_PH)
-    team.run(
-        kernels.layer(), (E, D, H, P, kind, int(packed), *_addresses(*tensors), _product()), _threads(P * D * H)
-    )  # fmt: skip
+    x, base_BH, weight_EDH = _ready(x, packed=packed), _by_rows(base_BH), weight_EDH.contiguous()
+    pointers = _addresses(rows.ends_E, rows.instance_P, x, weight_EDH, y_PH, out_PH)
+    numbers = (E, D, H, P, kind, int(packed), x.stride(0), *pointers, _product(), *_base(base_BH))
+    team.run(kernels.layer(), numbers, _threads(P * D * H))
     return out_PH, y_PH
+
+
+def weighted_sums(y_PH: Tensor, rows: Rows, weights_BRK: Tensor) -> Tensor:
+    """The weighted sums of packed rows for each router. float32 [P, H], [B, R, K] → [B, R, H]."""
+    (B, R, K), U, H = weights_BRK.shape, rows.row_BU.shape[1], y_PH.shape[1]
+    out_BRH = y_PH.new_empty(B, R, H)
+    pointers = _addresses(rows.row_BU, None, rows.slot_BRK, weights_BRK, y_PH, out_BRH)
+    team.run(kernels.sum_rows(), (B, R, K, U, H, *pointers), _threads(B * R * K * H))
+    return out_BRH
+
+
+def _of_instances(of_rows_PD: Tensor, rows: Rows) -> Tensor:
+    """The sum of each instance's rows. → [B, D]."""
+    (B, U), D = rows.row_BU.shape, of_rows_PD.shape[1]
+    out_BD = of_rows_PD.new_empty(B, D)
+    pointers = _addresses(rows.row_BU, rows.used_B, None, None, of_rows_PD, out_BD)
+    team.run(kernels.sum_rows(), (B, 1, U, U, D, *pointers), _threads(B * U * D))
+    return out_BD
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, base_BH: Tensor | None, weight_EDH: Tensor, rows: Rows, kind: int, packed: bool
-    ) -> Tensor:
-        x, weight_EDH = x.contiguous(), weight_EDH.contiguous()
-        out_PH, y_PH = _layer(x, base_BH, weight_EDH, rows, kind, packed=packed, keep=True)
+    def forward(ctx: Any, x: Tensor, weight_EDH: Tensor, rows: Rows, kind: int, packed: bool) -> Tensor:
+        x, weight_EDH = _ready(x, packed=packed), weight_EDH.contiguous()
+        out_PH, y_PH = _layer(x, weight_EDH, rows, kind, packed=packed, keep=True)
         ctx.save_for_backward(x, weight_EDH, y_PH)
         ctx.rows, ctx.kind, ctx.packed = rows, kind, packed
         return out_PH
@@ -131,57 +163,67 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_EDH, y_PH = ctx.saved_tensors
-        rows, kind, packed = ctx.rows, ctx.kind, ctx.packed
-        (E, D, H), P = weight_EDH.shape, len(rows.instance_P)
-        of_x, of_base, of_weight = ctx.needs_input_grad[:3]
+        wanted = ctx.needs_input_grad[:2]
         of_out_PH = gradients[0].contiguous()
-        of_y_PH = x.new_empty(P, H) if of_base and kind != kernels.LINEAR else None
-        of_x_PD = x.new_empty(P, D) if of_x else None
-        of_weight_EDH = torch.empty_like(weight_EDH) if of_weight else None
-        tensors = (
-            rows.ends_E, rows.instance_P, x, of_out_PH, weight_EDH, y_PH, of_y_PH, of_x_PD, of_weight_EDH
-        )  # fmt: skip
-        numbers = (E, D, H, P, kind, int(packed), *_addresses(*tensors), _product())
-        team.run(kernels.of_layer(), numbers, _threads(2 * P * D * H))
-        of_base_BH = None
-        if of_base:
-            of_base_BH = _summed(of_out_PH if of_y_PH is None else of_y_PH, None, rows.row_BU, rows.used_B)
-        if of_x_PD is not None and not packed:
-            of_x_PD = _summed(of_x_PD, None, rows.row_BU, rows.used_B)
-        return of_x_PD, of_base_BH, of_weight_EDH, None, None, None
+        return *_of_layer(ctx, x, weight_EDH, y_PH, of_out_PH, [0] * 9, wanted), None, None, None
 
 
-class _Sums(torch.autograd.Function):
+class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_PH: Tensor, weights_BRK: Tensor, row_BRK: Tensor, shared: bool) -> Tensor:
-        B, R, K = row_BRK.shape
-        y_PH, weights_BRK, row_BRK = y_PH.contiguous(), weights_BRK.float().contiguous(), row_BRK.contiguous()
-        ctx.save_for_backward(y_PH, weights_BRK, row_BRK)
-        ctx.shared = shared
-        return _summed(y_PH, weights_BRK.view(B * R, K), row_BRK.view(B * R, K), None).view(B, R, -1)
+    def forward(
+        ctx: Any, x: Tensor, base_BH: Tensor | None, weight_EDH: Tensor, weights_BRK: Tensor, rows: Rows, kind: int,
+        packed: bool,
+    ) -> Tensor:  # fmt: skip
+        x, weight_EDH, weights_BRK = _ready(x, packed=packed), weight_EDH.contiguous(), weights_BRK.float().contiguous()
+        out_PH, y_PH = _layer(x, weight_EDH, rows, kind, packed=packed, keep=True, base_BH=base_BH)
+        ctx.save_for_backward(x, weight_EDH, weights_BRK, y_PH)
+        ctx.rows, ctx.kind, ctx.packed = rows, kind, packed
+        return weighted_sums(out_PH, rows, weights_BRK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        y_PH, weights_BRK, row_BRK = ctx.saved_tensors
-        B, R, K = row_BRK.shape
-        of_sums_BRH = gradients[0].contiguous()
-        of_y_PH = torch.zeros_like(y_PH) if ctx.shared else torch.empty_like(y_PH)
-        of_weights_BRK = torch.empty_like(weights_BRK)
-        tensors = (row_BRK, weights_BRK, y_PH, of_sums_BRH, of_y_PH, of_weights_BRK)
-        H = y_PH.shape[1]
-        numbers = (B, R, K, H, *_addresses(*tensors), int(ctx.shared))
-        team.run(kernels.of_sums(), numbers, _threads(2 * B * R * K * H))
-        return of_y_PH, of_weights_BRK, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_EDH, weights_BRK, y_PH = ctx.saved_tensors
+        rows: Rows = ctx.rows
+        of_out_BRH, of_weights_BRK = gradients[0].contiguous(), torch.empty_like(weights_BRK)
+        of_y_PH = torch.empty_like(y_PH) if ctx.needs_input_grad[1] else None
+        of_y, place = _addresses(of_y_PH, rows.place_P)
+        shape = (*weights_BRK.shape, rows.row_BU.shape[1])
+        sums = [of_y, place, *shape, *_addresses(rows.slot_BRK, weights_BRK, of_weights_BRK)]
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        of_x, of_weight_EDH = _of_layer(ctx, x, weight_EDH, y_PH, of_out_BRH, sums, wanted)
+        of_base_BH = None if of_y_PH is None else _of_instances(of_y_PH, rows)
+        return of_x, of_base_BH, of_weight_EDH, of_weights_BRK, None, None, None
 
 
-def _summed(y_PH: Tensor, weights_NK: Tensor | None, row_NK: Tensor, used_N: Tensor | None) -> Tensor:
-    N, K = row_NK.shape
-    H = y_PH.shape[1]
-    out_NH = y_PH.new_empty(N, H)
-    tensors = (row_NK.contiguous(), used_N, None if weights_NK is None else weights_NK.contiguous(), y_PH, out_NH)
-    team.run(kernels.sum_rows(), (N, K, H, *_addresses(*tensors)), _threads(N * K * H))
-    return out_NH
+def _of_layer(
+    ctx: Any, x: Tensor, weight_EDH: Tensor, y_PH: Tensor | None, of_out: Tensor, sums: list[int],
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x and of the weight, if wanted; ``sums``: the loop's last arguments."""
+    rows: Rows = ctx.rows
+    (E, D, H), P = weight_EDH.shape, len(rows.instance_P)
+    of_x_PD = x.new_empty(P, D) if wanted[0] else None
+    of_weight_EDH = torch.empty_like(weight_EDH) if wanted[1] else None
+    pointers = _addresses(rows.ends_E, rows.instance_P, x, of_out, weight_EDH, y_PH, of_x_PD, of_weight_EDH)
+    numbers = (E, D, H, P, ctx.kind, int(ctx.packed), x.stride(0), *pointers, _product(), *sums)
+    team.run(kernels.of_layer(), numbers, _threads(2 * P * D * H))
+    if of_x_PD is not None and not ctx.packed:
+        of_x_PD = _of_instances(of_x_PD, rows)
+    return of_x_PD, of_weight_EDH
+
+
+def _ready(x: Tensor, *, packed: bool) -> Tensor:
+    return x.contiguous() if packed else _by_rows(x)
+
+
+def _by_rows(x: _Rows) -> _Rows:
+    """The matrix, or a copy, whose rows are neighbouring numbers."""
+    return x if x is None or x.stride(1) == 1 else x.contiguous()
+
+
+def _base(base_BH: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if base_BH is None else (base_BH.data_ptr(), base_BH.stride(0))
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:
