@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from benchmarks.speed_ours import DenseExecution
 from smes.model.devices import keep_freed_memory
 from smes.rankers.sparse import experts as forms
-from smes.rankers.sparse.experts import Dispatch, FullExperts, LowRankExperts, ResidualExperts, dispatch, mixed
+from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts, mixed
+from smes.rankers.sparse.packing import Dispatch, dispatch
 from smes.rankers.sparse.routing import Selection
 from smes.rankers.sparse.stages import Stages
 

@@ -28,7 +28,8 @@ from smes.events import ExampleBlock
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.rankers.sparse.config import EarlyConfig, SmesConfig, smes_large
-from smes.rankers.sparse.experts import EXPERT_FORMS, Dispatch, FullExperts
+from smes.rankers.sparse.experts import EXPERT_FORMS, FullExperts
+from smes.rankers.sparse.packing import Dispatch
 from smes.schema import Feature, Schema, Task
 
 _SCHEMA = Schema(

@@ -18,7 +18,8 @@ from smes.model.learner import Learner
 from smes.model.rank_model import RANKERS
 from smes.model.serving import ServingModel
 from smes.rankers.ranker import Ranker
-from smes.rankers.sparse.experts import Dispatch, FullExperts, LowRankExperts, ResidualExperts
+from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
+from smes.rankers.sparse.packing import Dispatch
 from smes.rankers.sparse.ranker import SMES
 from smes.schema import Schema
 

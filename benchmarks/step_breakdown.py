@@ -24,7 +24,7 @@ from smes.model.table_host import HostTable
 from smes.model.task_heads import TaskHeads
 from smes.model.task_outputs import TaskOutputs
 from smes.rankers.ranker import Encoder
-from smes.rankers.sparse import experts, host_experts, routing
+from smes.rankers.sparse import experts, host_experts, packing, routing
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.rankers.sparse.ranker import SMES
 from smes.rankers.sparse.router import Router
@@ -47,12 +47,12 @@ PARTS = (
 
 _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
     ("route", routing, "expert_load"),
-    ("pack", experts, "dispatch"),
-    ("pack", experts, "pack"),
+    ("pack", packing, "dispatch"),
+    ("pack", packing, "pack"),
     ("gemm", experts, "grouped_linear"),
     ("gemm", experts, "expert_layer"),
     ("gemm", experts, "mixture"),
-    ("combine", experts, "combine"),
+    ("combine", packing, "combine"),
     ("combine", host_experts, "weighted_sums"),
 )
 _METHODS: tuple[tuple[str, Any, str], ...] = (

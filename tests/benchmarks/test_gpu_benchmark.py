@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import gpu
 from smes.rankers.sparse.config import ExpertNorm, SmesConfig
-from smes.rankers.sparse.experts import FullExperts, dispatch
+from smes.rankers.sparse.experts import FullExperts
+from smes.rankers.sparse.packing import dispatch
 from smes.rankers.sparse.routing import route
 from tests.smes.plain_smes import changed
 

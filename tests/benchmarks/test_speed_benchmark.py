@@ -17,7 +17,8 @@ from benchmarks.step_breakdown import PARTS, Stopwatch, breakdown, count_flop
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.rankers.sparse.config import ExpertsConfig, RouterConfig, SmesConfig, smes_paper
-from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts, dispatch
+from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
+from smes.rankers.sparse.packing import dispatch
 from smes.rankers.sparse.routing import route
 
 SMALL = Setting(

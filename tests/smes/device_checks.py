@@ -17,7 +17,8 @@ from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.model.step_result import StepResult
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.experts import FullExperts, combine, dispatch
+from smes.rankers.sparse.experts import FullExperts
+from smes.rankers.sparse.packing import combine, dispatch
 from smes.rankers.sparse.routing import Routing, route
 from tests.smes.plain_smes import changed, plain
 from tests.smes.streams import RICH_SCHEMA, loss_of, stream

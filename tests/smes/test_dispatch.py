@@ -1,4 +1,4 @@
-"""The plan of the grouped execution, against sets and loops. Letters as in smes.rankers.sparse.dispatch."""
+"""The plan of the grouped execution, against sets and loops. Letters as in smes.rankers.sparse.packing."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smes.rankers.sparse.experts import combine, dispatch, neutralise, pack
+from smes.rankers.sparse.packing import combine, dispatch, neutralise, pack
 from smes.rankers.sparse.routing import Selection, route
 from smes.rankers.sparse.stages import Stages
 

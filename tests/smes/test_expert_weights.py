@@ -13,8 +13,8 @@ from torch import Tensor
 
 from smes.model.serving import ServingModel
 from smes.rankers.sparse.config import EarlyConfig, ExpertsConfig, GroupsConfig, RouterConfig, SmesConfig
-from smes.rankers.sparse.experts import dispatch_all
 from smes.rankers.sparse.newcomers import OwnExperts
+from smes.rankers.sparse.packing import dispatch_all
 from smes.rankers.sparse.ranker import SMES
 from smes.rankers.structure import NEWCOMER, Structure
 from smes.schema_change import NEW

@@ -16,7 +16,7 @@ from smes.model.config import ModelConfig, OptimizerConfig, RankerName
 from smes.model.export import BATCHES, arguments, check_exported, export_dense, random_inputs
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
-from smes.rankers.sparse.experts import combine, dispatch, dispatch_all
+from smes.rankers.sparse.packing import combine, dispatch, dispatch_all
 from tests.smes.plain_smes import plain
 from tests.smes.streams import history_stream
 from tests.smes.test_smes_forms import FORMS, _ranker, _x

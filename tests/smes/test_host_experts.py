@@ -16,16 +16,9 @@ from smes import team
 from smes.rankers.sparse import expert_kernels as kernels
 from smes.rankers.sparse import experts as forms
 from smes.rankers.sparse.config import ExpertNorm
-from smes.rankers.sparse.experts import (
-    Dispatch,
-    FullExperts,
-    LowRankExperts,
-    ResidualExperts,
-    combine,
-    dispatch,
-    mixed,
-)
+from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts, mixed
 from smes.rankers.sparse.host_experts import KINDS, Rows, expert_layer, runs_here
+from smes.rankers.sparse.packing import Dispatch, combine, dispatch
 from smes.rankers.sparse.routing import Routing, Selection, route
 from smes.rankers.sparse.stages import Stages
 from smes.vector_code import product, product_kernel, sigmoid, transpose

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smes.rankers.sparse.config import RouterConfig
-from smes.rankers.sparse.experts import dispatch
 from smes.rankers.sparse.kernels import best
+from smes.rankers.sparse.packing import dispatch
 from smes.rankers.sparse.router import Router
 from smes.rankers.sparse.routing import expert_load, route
 

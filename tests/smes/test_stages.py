@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.experts import dispatch
+from smes.rankers.sparse.packing import dispatch
 from smes.rankers.sparse.routing import Routing, Selection
 from tests.smes.naive_routing import bound, chosen, pool_of
 from tests.smes.plain_smes import plain

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from smes.rankers.ranker_input import RankerInput
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.experts import Dispatch, ResidualExperts, dispatch, dispatch_all, mixed
+from smes.rankers.sparse.experts import ResidualExperts, mixed
+from smes.rankers.sparse.packing import Dispatch, dispatch, dispatch_all
 from smes.rankers.sparse.router import BALANCE_LOSSES, Router
 from smes.rankers.sparse.routing import Routing, Selection
 from smes.rankers.sparse.stages import Stages

@@ -20,9 +20,10 @@ from smes.rankers.kernels import on_host
 from smes.rankers.ranker import Clusters, Encoder, ExpertLimits, RankerOutput, RoutingStats
 from smes.rankers.ranker_input import RankerInput, SplitInput
 from smes.rankers.sparse.config import SmesConfig
-from smes.rankers.sparse.experts import EXPERT_FORMS, combine, dispatch, dispatch_all, mixed
+from smes.rankers.sparse.experts import EXPERT_FORMS, mixed
 from smes.rankers.sparse.groups import GroupFinder
 from smes.rankers.sparse.newcomers import Newcomers, SharedExperts
+from smes.rankers.sparse.packing import combine, dispatch, dispatch_all
 from smes.rankers.sparse.router import BALANCE_LOSSES, Router
 from smes.rankers.sparse.routing import EarlyChoice, Routing, early_stages
 from smes.rankers.streams import SharedStreams
