@@ -30,7 +30,7 @@ from typing import Any, get_args
 import torch
 import yaml
 
-from benchmarks import quick
+from benchmarks import quick, speed_requests
 from benchmarks.speed_ours import our_contender
 from benchmarks.speed_peers import PEER_MODULES, deepctr_mmoe, missing_peers, rechub_mmoe, rechub_ple
 from benchmarks.speed_report import draw, table
@@ -230,9 +230,14 @@ def main(arguments: list[str] | None = None, *, peers: Mapping[str, str] = PEER_
     setting = Setting(vocabulary=options.vocabulary)
     contenders = build(options.contenders, smes, setting, make_data(setting))
     figures = run(contenders, setting, Effort(options.repeats, options.steps))
+    ratios = list(RATIOS)
+    if options.contenders == [*OURS, *PEERS]:
+        requests = speed_requests.measure(setting, smes, options.repeats)
+        figures |= _summary(requests)
+        ratios += [name for name in requests if name.endswith("_speedup")]
     settings = {"threads": options.threads, "repeats": options.repeats, "steps": options.steps}
     print(f"torch {torch.__version__}, {settings}, {setting}\n{smes}\n")
-    print(table(contenders, figures, list(RATIOS)))
+    print(table(contenders, figures, ratios))
     if options.json:
         options.json.write_text(json.dumps({**settings, **figures}, indent=1) + "\n", encoding="utf-8")
     if options.plot:
