@@ -34,8 +34,11 @@ class FrozenRows:
     def read(self, ids_NW: I64, columns_W: I64 | None = None) -> dict[str, Tensor]:
         """As :meth:`smes.model.serving.RowReader.read`. Call it from the thread that trains."""
         rows_NW = self._rows.find_as_of(self._keys, ids_NW, columns_W)
-        weights = self._table.weights(rows_NW.ravel())
-        return {name: torch.from_numpy(w).view(*ids_NW.shape, w.shape[1]) for name, w in weights.items()}
+        return _weights(self._table, rows_NW)
+
+    def found(self, ids_NW: I64) -> "FoundRows":
+        """Find the rows of these ids. Call it from the thread that trains; the result may read them on any thread."""
+        return FoundRows(self._rows.find_as_of(self._keys, ids_NW), self._table)
 
     def state(self) -> Arrays:
         """What changed since, for :meth:`smes.model.learner.Learner.thaw`. Nothing writes to these arrays any more."""
@@ -54,6 +57,29 @@ class FrozenRows:
         """Keep nothing any more. May be called twice."""
         self._keys.close()
         self._table.close()
+
+
+class FoundRows:
+    """The rows of some ids: a :class:`smes.model.serving.RowReader` for these alone, until the rows are closed.
+
+    Args:
+        rows_NW: int64, the rows that were found.
+        table: The rows' weights then.
+    """
+
+    def __init__(self, rows_NW: I64, table: TableView) -> None:
+        self._rows_NW, self._table = rows_NW, table
+
+    def read(self, ids_NW: I64, columns_W: I64 | None = None) -> dict[str, Tensor]:
+        """As :meth:`smes.model.serving.RowReader.read`."""
+        assert columns_W is None, "all columns were looked up"
+        assert ids_NW.shape == self._rows_NW.shape, "these ids were looked up"
+        return _weights(self._table, self._rows_NW)
+
+
+def _weights(table: TableView, rows_NW: I64) -> dict[str, Tensor]:
+    weights = table.weights(rows_NW.ravel())
+    return {name: torch.from_numpy(w).view(*rows_NW.shape, w.shape[1]) for name, w in weights.items()}
 
 
 def undo_log(state: Mapping[str, NDArray[Any]]) -> UndoLog:

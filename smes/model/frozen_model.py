@@ -4,6 +4,7 @@ Letters: N instances, W id columns, F numeric features, T tasks.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -49,17 +50,12 @@ class FrozenModel:
         return self._model.score(ids, numerics, now_ms, requests=np.arange(len(ids)))
 
     def later(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> Callable[[], F32]:
-        """Read the rows of N ≥ 1 instances now, on the learner's thread; the result scores them, on any thread."""
-        with torch.inference_mode():
-            inputs = self._model.inputs(ids, numerics, now_ms)
-        dense = self._model.dense
+        """Look up the ids of N ≥ 1 instances now, on the learner's thread; the result scores them, on any thread.
 
-        def score() -> F32:
-            with torch.inference_mode():
-                scores: F32 = dense.scores(dense(inputs), inputs).cpu().numpy()
-            return scores
-
-        return score
+        It must have been called when the model is closed.
+        """
+        read = self._model.derived(ids, numerics, now_ms)
+        return partial(self._model.reading(self._weights.rows.found(read.ids)).score_derived, read)
 
     def state(self) -> Arrays:
         """The dense weights, and what changed in the table since. Nothing writes to these arrays any more."""

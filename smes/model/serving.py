@@ -183,7 +183,18 @@ class ServingModel:
 
     def inputs(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> FeatureInputs:
         """What the dense part reads of N ≥ 1 instances; arguments as of :meth:`score`."""
-        return self._inputs(self._derive(ids, numerics, now_ms, self._boundaries_Q))
+        return self._inputs(self.derived(ids, numerics, now_ms))
+
+    def derived(self, ids: I64, numerics: F32, now_ms: I64 | int | None = None) -> ModelInputs:
+        """The ids and numbers that the model reads, derived features included; arguments as of :meth:`score`."""
+        return self._derive(ids, numerics, now_ms, self._boundaries_Q)
+
+    def score_derived(self, read: ModelInputs) -> F32:
+        """Score what :meth:`derived` gave for N ≥ 1 instances, each by itself. float32 [N, T]."""
+        with torch.inference_mode():
+            inputs = self._inputs(read)
+            scores: F32 = self._model.scores(self._model(inputs), inputs).cpu().numpy()
+        return scores
 
     def _inputs(self, read: ModelInputs) -> FeatureInputs:
         return self._read(read.ids, read.numerics)
