@@ -9,6 +9,7 @@ from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.id_map_kernels import compile_map_kernels
 from smes.metric_kernels import compile_metric_kernels
 from smes.model.borrowing_kernels import compile_borrowing_kernels
+from smes.model.gradient_kernels import compile_gradient_kernels
 from smes.model.id_rows import IdRows
 from smes.model.id_rows_kernels import not_among, not_seen_since, oldest
 from smes.model.ids import uniform_rows
@@ -54,6 +55,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_clip_kernels()
     compile_split_kernels()
     compile_task_kernels()
+    compile_gradient_kernels()
     compile_borrowing_kernels()
     NumericMoments(schema).observe(np.ones((1, schema.inputs.num_numerics), np.float32))
     return examples

@@ -7,11 +7,14 @@ parameter groups and state by object.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
 from smes.arrays import prefixed, under
+from smes.model.gradient_kernels import sum_of_squares
+from smes.rankers.kernels import on_host
 
 _EPSILON = 1e-8
 
@@ -43,6 +46,17 @@ class FusedAdam:
     def gradients(self) -> list[Tensor]:
         """Of the weights that have one, after ``backward``."""
         return [weight.grad for weight in self._weights.values() if weight.grad is not None]
+
+    def square(self) -> Tensor:
+        """The sum of the squares of all gradients, which the step adds up: not finite if one of them is not. Scalar."""
+        gradients = self.gradients()
+        if all(on_host(g) and g.dtype == torch.float32 for g in gradients):
+            gradients = [gradient.contiguous() for gradient in gradients]
+            addresses = np.array([gradient.data_ptr() for gradient in gradients], np.int64)
+            sizes = np.array([gradient.numel() for gradient in gradients], np.int64)
+            return torch.tensor(sum_of_squares(addresses, sizes), dtype=torch.float32)
+        flat = [gradient.reshape(-1) for gradient in gradients]
+        return torch.stack([torch.dot(one, one) for one in flat]).sum()  # a fifth of the time of a norm
 
     def clear(self) -> None:
         """Forget the gradients."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 
 from smes.model.fused_adam import FusedAdam
@@ -56,3 +57,21 @@ def test_it_is_torchs_own_bit_for_bit_over_a_restart() -> None:
     assert all(torch.equal(kept[name], tensor) for name, tensor in optimizer.state().items())
     assert kept.keys() == optimizer.state().keys()
     assert kept["late.step"] == kept["wide.step"] - 4  # of the five steps that it missed, the first was not taken
+
+
+def test_the_sum_of_the_squares_is_finite_only_if_all_gradients_are() -> None:
+    weights = _weights()
+    optimizer = FusedAdam(weights, _RATE)
+    assert float(optimizer.square()) == 0
+    generator = torch.Generator().manual_seed(5)
+    for weight in weights.values():
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    expected = sum(float(weight.grad.square().sum()) for weight in weights.values() if weight.grad is not None)
+    assert float(optimizer.square()) == pytest.approx(expected, rel=1e-5)
+    for name, weight in weights.items():
+        for spoilt in (float("nan"), float("inf"), float("-inf"), 1e20):  # whose square is infinite
+            assert weight.grad is not None
+            kept = weight.grad.clone()
+            weight.grad.view(-1)[-1] = spoilt
+            assert not optimizer.square().isfinite(), (name, spoilt)
+            weight.grad = kept
