@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.arrays import F32, F64, I64, Bool
+from smes.arrays import F32, F64, I64, U64, Bool
 from smes.metric_kernels import count_scores
 
 _BINS = 8192
@@ -223,18 +223,21 @@ def group_auc(group: I64, score: F32, label: F32) -> tuple[F64, I64, I64]:
 
     Args:
         group: int64 [N], the id of each example's group.
-        score: float [N].
+        score: float32 [N].
         label: float [N] of 0 or 1.
 
     Returns:
         (AUC [G], number of examples [G], group id [G]), ordered by group id.
     """
-    order = np.lexsort((score, group))
-    group, score, positive = group[order], score[order], label[order] > 0.5
     if len(group) == 0:
         return np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    new_group = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
-    new_tie: Bool = np.r_[True, (group[1:] != group[:-1]) | (score[1:] != score[:-1])]
+    numbered = group.min() >= 0 and group.max() < 2 ** (64 - _GROUP_BIT)
+    names, number = (group, group) if numbered else np.unique(group, return_inverse=True)
+    packed = np.sort(_in_order(number.astype(np.uint64), score, label > 0.5))
+    positive = (packed & np.uint64(1)).astype(np.bool_)
+    by_score, by_group = packed >> np.uint64(1), packed >> np.uint64(_GROUP_BIT)
+    new_group = np.flatnonzero(np.r_[True, by_group[1:] != by_group[:-1]])
+    new_tie: Bool = np.r_[True, by_score[1:] != by_score[:-1]]
     tie = np.cumsum(new_tie) - 1
     tie_start = np.flatnonzero(new_tie)
     tie_size = np.diff(np.r_[tie_start, len(group)])
@@ -245,5 +248,24 @@ def group_auc(group: I64, score: F32, label: F32) -> tuple[F64, I64, I64]:
     negatives = examples - positives
     both = (positives > 0) & (negatives > 0)
     auc = (rank_sum[both] - positives[both] * (positives[both] + 1) / 2) / (positives[both] * negatives[both])
-    auc[np.add.reduceat(~np.isfinite(score), new_group, dtype=np.int64)[both] > 0] = np.nan
-    return auc, examples[both].astype(np.int64), group[new_group][both]
+    found = by_group[new_group][both].astype(np.int64)
+    group_ids: I64 = found if numbered else names[found]
+    auc[np.isin(group_ids, group[~np.isfinite(score)])] = np.nan
+    return auc, examples[both].astype(np.int64), group_ids
+
+
+_GROUP_BIT = 33  # below it: 32 bits of the score, one of the label
+
+
+def _in_order(group: U64, score: F32, is_positive: Bool) -> U64:
+    """Numbers whose order is that of (group, score), equal scores equal but for their lowest bit, the label.
+
+    One sort of numbers takes a fraction of the time of two sorts that carry places along. Groups are below 2**31.
+    """
+    bits = (score + np.float32(0)).astype(np.float32).view(np.uint32)  # -0 becomes 0
+    # Floats are in the order of their bits; of negative ones all bits, of others the sign are turned.
+    turned = np.where(bits >> np.uint32(31), ~bits, bits | np.uint32(1 << 31))
+    ordered: U64 = group << np.uint64(_GROUP_BIT)
+    ordered |= turned.astype(np.uint64) << np.uint64(1)
+    ordered |= is_positive.astype(np.uint64)
+    return ordered

@@ -14,7 +14,7 @@ history. So windows lie within fixed periods of event time, as those of the sche
 (:attr:`smes.schema.History.window_s`); by default they are the same. A length that would let a window reach over the
 end of one of the history's windows is refused.
 
-The frozen copy scores many examples at once, when a few thousand wait (:mod:`trainer.waiting_examples`).
+The frozen copy scores many examples at once, when a thousand wait (:mod:`trainer.waiting_examples`).
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ from trainer.waiting_examples import SCORES, WAITING, BeingScored, WaitingExampl
 _FIRST_WINDOW_EXAMPLES = 1024
 _DAY_S = 86_400.0
 _PLAIN_WINDOW, _LARGEST_WINDOW = 16_384, 262_144
-_SCORED_TOGETHER = 2048  # twice as many cost a tenth less each, and a live training waits for them
+_SCORED_TOGETHER = 1024  # twice as many cost a tenth less each, but are waited for twice as long
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,12 +78,21 @@ class RankedWindow:
         totals = np.zeros((arrays["scores"].shape[1], 2))
         if len(arrays["group"]) == 0 or not self.counts:
             return totals
-        group = np.unique(arrays["group"], axis=0, return_inverse=True)[1].ravel().astype(np.int64)
+        group = _numbered(arrays["group"])
         for t in range(len(totals)):
             rows = arrays["mask"][:, t]
             auc, examples, _ = group_auc(group[rows], arrays["scores"][rows, t], arrays["labels"][rows, t])
             totals[t] = (auc * examples).sum(), examples.sum()
         return totals
+
+
+def _numbered(group_N2: I64) -> I64:
+    """A number for each group, from 0. int64 [N, 2] → int64 [N]."""
+    order = np.lexsort((group_N2[:, 1], group_N2[:, 0]))
+    ordered = group_N2[order]
+    number = np.zeros(len(order), np.int64)
+    number[order[1:]] = np.cumsum((ordered[1:] != ordered[:-1]).any(axis=1))
+    return number
 
 
 def groups_of(examples: ExampleBlock) -> I64:

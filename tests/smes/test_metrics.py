@@ -145,10 +145,12 @@ def test_a_state_is_a_copy() -> None:
     assert state["sums"][0] == 10
 
 
-def test_group_auc_equals_scikit_learn_per_group() -> None:
+@pytest.mark.parametrize("lowest", [0, -5, 10**12, 2**31 - 300])
+def test_group_auc_equals_scikit_learn_per_group(lowest: int) -> None:
     rng = np.random.default_rng(1)
-    group = rng.integers(-5, 300, 3000)
-    score = rng.integers(0, 12, 3000).astype(np.float32)  # many ties
+    group = lowest + rng.integers(0, 300, 3000)
+    score = rng.integers(-6, 6, 3000).astype(np.float32) * np.float32(0.1)  # many ties
+    score[score == 0] = rng.choice(np.array([0.0, -0.0], np.float32), int((score == 0).sum()))
     label = (rng.random(3000) < 0.3).astype(np.float32)
     auc, examples, ids = group_auc(group, score, label)
     expected = {}
