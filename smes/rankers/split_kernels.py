@@ -170,4 +170,4 @@ def compile_split_kernels() -> None:
     take_side(row, row, moments, moments, places, two, row, one, one, wide)
     put_side(two, one, one, wide, places, row, row)
     unclip_gradients(row, one, one, np.float32(1), row, beyond, two[:1], places, row, row)
-    observe_columns(row, one + 1, places, 1e6, moments, moments.copy(), moments.copy())
+    observe_columns(row, np.ones(1, np.float32), places, 1e6, moments, moments.copy(), moments.copy())
