@@ -19,9 +19,9 @@ from trainer.gated_cuts import GatedCuts
 
 def build_learner(config: Config, schema: Schema, model: ModelConfig | None = None) -> Learner:
     """A learner on the configured device, with the configured model unless another is given."""
-    device = config.trainer.open_device()
+    device, half = config.trainer.open_device(), config.trainer.cpu_precision == "bf16"
     return Learner(
-        schema, model or config.model, config.optimizer, config.rows, device=device, seed=config.trainer.seed
+        schema, model or config.model, config.optimizer, config.rows, device=device, seed=config.trainer.seed, half=half
     )
 
 

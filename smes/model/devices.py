@@ -21,12 +21,14 @@ from torch import Tensor
 from smes.arrays import F32, I64
 from smes.derive import ModelInputs
 from smes.events import WHOLE, ExampleBlock
+from smes.model.config import RankerName
 from smes.model.delayed_feedback import DelayedWeights
 from smes.model.features import FeatureInputs, RequestInputs
 from smes.model.id_rows import BatchRows
 from smes.model.ids import pool_weights
 from smes.model.request_split import RequestSplit, Side, Splits, first_of_requests
 from smes.model.table import Cells
+from smes.rankers.half import check_half, half_products
 from smes.rankers.ranker_input import RequestRows
 from smes.schema import Schema
 
@@ -72,10 +74,17 @@ class Device(Protocol):
 
 
 class HostDevice:
-    """The CPU. Tensors share memory with the arrays; everything is float32."""
+    """The CPU. Tensors share memory with the arrays.
+
+    Args:
+        half: Makes the context in which the dense part is computed in half precision; None: everything is float32.
+    """
 
     device = torch.device("cpu")
     tells_at_once = True
+
+    def __init__(self, half: Callable[[], AbstractContextManager[object]] | None = None) -> None:
+        self._half = half
 
     def host(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))
@@ -93,6 +102,8 @@ class HostDevice:
         return lambda: bool(flag)
 
     def autocast(self) -> AbstractContextManager[object]:
+        if self._half is not None:
+            return self._half()
         return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
@@ -141,14 +152,23 @@ class CudaDevice:  # pragma: no cover - needs a GPU
         return torch.autocast("cuda", dtype=torch.bfloat16)
 
 
-def open_device(device: torch.device) -> Device:
+def open_device(device: torch.device, *, half: bool = False, ranker: RankerName = "smes") -> Device:
     """Open the :class:`Device` for a torch device.
 
+    Args:
+        device: Which.
+        half: Whether the CPU computes the dense part in bfloat16 where that is faster (:mod:`smes.rankers.half`). A GPU
+            does so in any case.
+        ranker: Of the dense part.
+
     Raises:
-        ValueError: The device is neither cpu nor cuda, or CUDA is not available.
+        ValueError: The device is neither cpu nor cuda, CUDA is not available, or the CPU multiplies no bfloat16.
     """
     if device.type == "cpu":
-        return HostDevice()
+        if not half:
+            return HostDevice()
+        check_half()
+        return HostDevice(half_products if ranker == "smes" else lambda: torch.autocast("cpu", torch.bfloat16))
     if device.type != "cuda":
         raise ValueError(f"device {str(device)!r}: expected cpu or cuda")
     if not torch.cuda.is_available():
