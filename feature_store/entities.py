@@ -6,6 +6,7 @@ Keys, all under ``{namespace}:features:``; the braces are part of the key, a has
 ``layouts``    hash   id of a layout → its columns (:mod:`feature_store.entity_layout`)
 ``user:{id}``  string the user's rows, newest first (:mod:`feature_store.entity_versions`)
 ``item:{id}``  string the item's rows, likewise
+``written:…``  string ``user`` and ``item``: the mark of the last write of rows (:mod:`feature_store.item_cache`)
 ============ ====== ===================================================================================
 
 A row holds its entity's columns of :class:`smes.events.ImpressionBlock` in the same encoding (``MISSING``, NaN). So
@@ -16,7 +17,7 @@ Letters: N look-ups, W id columns, F numeric columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from os import urandom
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -26,8 +27,10 @@ from numpy.typing import NDArray
 from feature_store.damage import Damage
 from feature_store.described_layouts import DescribedLayouts
 from feature_store.entity_layout import ENTITIES, LAYOUT_ID_BYTES, Entity, Layout, ReadingPlan
+from feature_store.entity_rows import ALWAYS, AsOf, EntityRows, EntityVersion, blank_rows
 from feature_store.entity_values import columns_of, entity_ids
 from feature_store.entity_versions import BROKEN, FOUND, LATER, MAX_VERSIONS, PUT, Found, find, version_bytes, versions
+from feature_store.item_cache import NOTHING_KEPT, ItemCache, Kept
 from smes.arrays import F32, I64, Bool
 from smes.schema import MISSING, Schema
 from smes_io.clock import wall_clock_ms
@@ -36,65 +39,11 @@ from smes_io.redis_client import translated
 
 __all__ = ["ALWAYS", "AsOf", "Entity", "EntityRows", "EntityStore", "EntityVersion", "blank_rows"]
 
-ALWAYS = 0
-"""Time of a row that holds until the first one with a time."""
-
 DEFAULT_VERSIONS = 4
 _EARLIEST_MS = 946_684_800_000  # no event is older than 2000-01-01
 _DAY_MS = 86_400_000
 _BATCH = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class EntityRows:
-    """The instances of one request: a user with N items.
-
-    Attributes:
-        ids: int64 [N, W]; user id, item id, and the known features of both; ``MISSING`` elsewhere.
-        numerics: float32 [N, F]; NaN where unknown.
-        user_known: Whether the store has the user; true if the schema has no user features.
-        items_known: bool [N], the same for each item.
-        problem: Which stored value is broken and counts as missing, None if none is.
-    """
-
-    ids: I64
-    numerics: F32
-    user_known: bool
-    items_known: Bool
-    problem: str | None = None
-
-
-class AsOf(NamedTuple):
-    """What the store had of N entities at N times.
-
-    Attributes:
-        known: bool [N], whether a row held then.
-        later: bool [N], whether the store has rows of the entity, and all that are kept are later.
-    """
-
-    known: Bool
-    later: Bool
-
-
-class EntityVersion(NamedTuple):
-    """One row of an entity.
-
-    Attributes:
-        time_ms: From when it holds, Unix milliseconds; :data:`ALWAYS`: from ever.
-        values: Name of a feature → an id, a list of ids or a number; None where it is missing.
-    """
-
-    time_ms: int
-    values: dict[str, int | float | list[int] | None]
-
-
-def blank_rows(schema: Schema, user_id: int, item_ids: I64) -> EntityRows:
-    """Rows without a feature store: only the ids of user and items are known."""
-    ids = np.full((len(item_ids), schema.id_width), MISSING, np.int64)
-    ids[:, 0] = user_id
-    ids[:, 1] = item_ids
-    numerics = np.full((len(item_ids), schema.num_numerics), np.nan, np.float32)
-    return EntityRows(ids, numerics, user_known=False, items_known=np.zeros(len(item_ids), np.bool_))
+_MARK_BYTES = 16
 
 
 class EntityStore:
@@ -106,6 +55,7 @@ class EntityStore:
         namespace: Prefix of every key.
         keep: How many versions of an entity a write leaves, 1 … 64.
         renamed: Name of a feature → its name in rows from before it was renamed.
+        cache: Keeps rows of items that :meth:`get` and :meth:`get_many` read; None: each is read every time.
         now_ms: Wall clock in Unix milliseconds.
     """
 
@@ -117,6 +67,7 @@ class EntityStore:
         *,
         keep: int = DEFAULT_VERSIONS,
         renamed: Mapping[str, str] | None = None,
+        cache: ItemCache | None = None,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         if not 1 <= keep <= MAX_VERSIONS:
@@ -124,8 +75,9 @@ class EntityStore:
         self.damage = Damage()
         """What was found broken in the store."""
         self._client, self._schema, self._keep, self._now_ms = client, schema, keep, now_ms
-        self._renamed = dict(renamed or {})
+        self._renamed, self._cache = dict(renamed or {}), cache
         self._prefix = f"{key_prefix(namespace)}:features:"
+        self._mark_key = f"{self._prefix}written:item"
         self._layouts: dict[Entity, Layout] = {entity: Layout.of(schema, entity) for entity in ENTITIES}
         self._put = client.register_script(PUT)
         self._described = DescribedLayouts(client, f"{self._prefix}layouts", self.damage, self._layouts.values())
@@ -165,9 +117,11 @@ class EntityStore:
         with translated(self._client, f"{entity} features were written"):
             for start in range(0, len(ids), _BATCH):
                 part = slice(start, start + _BATCH)
-                keys = [f"{self._prefix}layouts", *(f"{self._prefix}{entity}:{i}" for i in ids[part].tolist())]
+                keys = [f"{self._prefix}layouts", f"{self._prefix}written:{entity}"]
+                keys += [f"{self._prefix}{entity}:{i}" for i in ids[part].tolist()]
                 packed = version_bytes(rows[part], times_N[part], layout.id)
-                dropped += int(self._put(keys, [self._keep, layout.id, layout.description, *packed]))
+                fixed: list[Any] = [self._keep, layout.id, layout.description, urandom(_MARK_BYTES)]
+                dropped += int(self._put(keys, [*fixed, *packed]))
         return dropped
 
     def put(self, entity: Entity, entity_id: int | str, values: Mapping[str, Any], time_ms: int | None = None) -> bool:
@@ -214,10 +168,7 @@ class EntityStore:
             FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer.
         """
         counts = [len(item_ids) for _, item_ids in asked]
-        users_U, items_N = (
-            np.array([user for user, _ in asked], np.int64),
-            np.concatenate([items for _, items in asked]),
-        )
+        users_U, items_N = np.array([user for user, _ in asked], np.int64), np.concatenate([i for _, i in asked])
         of_user_N = np.repeat(np.arange(len(asked)), counts)
         rows = blank_rows(self._schema, 0, items_N)
         rows.ids[:, 0] = users_U[of_user_N]
@@ -225,23 +176,70 @@ class EntityStore:
         broken: list[str] = []
         if any(layout.dtype.itemsize for layout in self._layouts.values()):
             at_ms = self._now_ms() if now_ms is None else now_ms
-            keys = [f"{self._prefix}user:{i}" for i in users_U.tolist()]
-            keys += [f"{self._prefix}item:{i}" for i in items_N.tolist()]
-            with translated(self._client, "features were read"):
-                values = cast("list[bytes | None]", self._client.mget(keys))
             first, own = blank_rows(self._schema, 0, users_U), self._own_columns["user"]
-            places, times = np.arange(len(items_N)), np.full(len(keys), at_ms, np.int64)
-            u = len(asked)
-            known_U = self._write("user", keys[:u], values[:u], np.arange(u), times[:u], first, broken).known
+            keys = [f"{self._prefix}user:{i}" for i in users_U.tolist()]
+            values, items = self._read(keys, items_N, at_ms)
+            times_U = np.full(len(keys), at_ms, np.int64)
+            known_U = self._write("user", keys, values, np.arange(len(keys)), times_U, first, broken).known
             rows.ids[:, own.to_ids] = first.ids[of_user_N][:, own.to_ids]
             rows.numerics[:, own.to_numerics] = first.numerics[of_user_N][:, own.to_numerics]
-            known_N = self._write("item", keys[u:], values[u:], places, times[u:], rows, broken).known
+            self._write_items(items, items_N, at_ms, rows, known_N, broken)
         parts = (np.split(whole, np.cumsum(counts)[:-1]) for whole in (rows.ids, rows.numerics, known_N))
         problem = broken[0] if broken else None
         return [
             EntityRows(ids, numerics, user_known, items_known, problem)
             for ids, numerics, items_known, user_known in zip(*parts, known_U.tolist(), strict=True)
         ]
+
+    def _read(self, beside: list[str], ids_N: I64, at_ms: int) -> "tuple[list[bytes | None], _Items]":
+        """The values of some keys, and of those of the items that are not kept; one round trip.
+
+        It takes a second one where items were written since the kept rows were read.
+        """
+        if self._cache is None:
+            keys = self._item_keys(ids_N)
+            values = self._values([*beside, *keys])
+            return values[: len(beside)], _Items(None, np.arange(len(keys)), keys, values[len(beside) :], None)
+        kept = self._cache.find(ids_N, at_ms)
+        missed_N = np.ones(len(ids_N), np.bool_)
+        missed_N[kept.places_M] = False
+        places = np.flatnonzero(missed_N)
+        keys = self._item_keys(ids_N[places])
+        mark, *values = self._values([self._mark_key, *beside, *keys])
+        of_items = values[len(beside) :]
+        if not self._cache.holds(kept, mark):
+            others = self._item_keys(ids_N[kept.places_M])
+            mark_now, *more = self._values([self._mark_key, *others])
+            mark = mark if mark == mark_now else None
+            places, keys, of_items = np.append(places, kept.places_M), keys + others, of_items + more
+            kept = NOTHING_KEPT
+        return values[: len(beside)], _Items(kept, places, keys, of_items, mark)
+
+    def _item_keys(self, ids: I64) -> list[str]:
+        return [f"{self._prefix}item:{i}" for i in ids.tolist()]
+
+    def _values(self, keys: list[str]) -> list[bytes | None]:
+        with translated(self._client, "features were read"):
+            return cast("list[bytes | None]", self._client.mget(keys))
+
+    def _write_items(
+        self, items: "_Items", ids_N: I64, at_ms: int, rows: EntityRows, known_N: Bool, broken: list[str]
+    ) -> None:
+        """Write what was read, and what was kept, of items into the matrices and ``known_N``; keep what was read."""
+        own, (kept, places, keys, values, mark) = self._own_columns["item"], items
+        if kept is not None:
+            own.write(rows, kept.places_M, kept.ids_MV, kept.numerics_MG)
+            known_N[kept.places_M] = kept.known_M
+        if not len(places):
+            return
+        into = _Matrices(rows.ids[places], rows.numerics[places]) if kept is not None else rows
+        times = np.full(len(places), at_ms, np.int64)
+        known_N[places] = known_M = self._write("item", keys, values, np.arange(len(places)), times, into, broken).known
+        if kept is not None and self._cache is not None:
+            rows.ids[places], rows.numerics[places] = into.ids, into.numerics
+            if not broken:  # what is broken is said each time
+                columns = into.ids[:, own.to_ids], into.numerics[:, own.to_numerics]
+                self._cache.add(mark, at_ms, ids_N[places], values, columns, known_M)
 
     def as_of(self, entity: Entity, ids_N: I64, time_ms_N: I64, out_ids_NW: I64, out_numerics_NF: F32) -> AsOf:
         """Write the rows that held at a time into matrices, whose other columns stay as they are.
@@ -263,8 +261,7 @@ class EntityStore:
         broken: list[str] = []
         for start in range(0, len(unique), _BATCH):
             keys = [f"{self._prefix}{entity}:{i}" for i in unique[start : start + _BATCH].tolist()]
-            with translated(self._client, "features were read"):
-                values = cast("list[bytes | None]", self._client.mget(keys))
+            values = self._values(keys)
             rows = np.flatnonzero((inverse_N >= start) & (inverse_N < start + len(keys)))
             into = _Matrices(out_ids_NW[rows], out_numerics_NF[rows])
             part = self._write(entity, keys, values, inverse_N[rows] - start, time_ms_N[rows], into, broken)
@@ -279,8 +276,7 @@ class EntityStore:
             FeatureStoreError, FeatureStoreUnavailable: Redis refused, or gave no answer.
         """
         key = f"{self._prefix}{entity}:{entity_id}"
-        with translated(self._client, "features were read"):
-            (value,) = cast("list[bytes | None]", self._client.mget([key]))
+        (value,) = self._values([key])
         out: list[EntityVersion] = []
         try:
             for time_ms, layout_id, row in versions(value or b""):
@@ -313,7 +309,7 @@ class EntityStore:
                         removed += int(self._client.unlink(*batch))
                         batch.clear()
                 removed += int(self._client.unlink(*batch)) if batch else 0
-            self._client.delete(f"{self._prefix}layouts")
+            self._client.delete(f"{self._prefix}layouts", *(f"{self._prefix}written:{entity}" for entity in ENTITIES))
         return removed
 
     def _times(self, n: int, time_ms: int | I64 | None) -> I64:
@@ -375,11 +371,7 @@ class EntityStore:
         infinite = np.isinf(numbers)
         if infinite.any():
             numbers = np.where(infinite, np.float32(np.nan), numbers)
-        if len(lookups) == len(into.ids):  # in their order
-            into.ids[:, plan.to_ids], into.numerics[:, plan.to_numerics] = ids, numbers
-        else:
-            into.ids[lookups[:, None], np.arange(into.ids.shape[1])[plan.to_ids]] = ids
-            into.numerics[lookups[:, None], np.arange(into.numerics.shape[1])[plan.to_numerics]] = numbers
+        plan.write(into, lookups, ids, numbers)
         found_infinite: I64 = lookups[infinite.any(axis=1)]
         return found_infinite
 
@@ -391,3 +383,13 @@ class EntityStore:
 class _Matrices(NamedTuple):
     ids: I64
     numerics: F32
+
+
+class _Items(NamedTuple):
+    """What a read found of items: the kept ones, if any may be; places, keys and values of the others; the mark."""
+
+    kept: Kept | None
+    places: I64
+    keys: list[str]
+    values: list[bytes | None]
+    mark: bytes | None

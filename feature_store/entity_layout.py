@@ -12,12 +12,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smes.arrays import I64
+from smes.arrays import F32, I64
 from smes.events import misaligned
 from smes.schema import ITEM_ID, MISSING, USER_ID, Feature, Schema
 
@@ -187,6 +187,16 @@ class Layout:
         return out
 
 
+class Matrices(Protocol):
+    """The matrices of N instances: int64 [N, W] and float32 [N, F]."""
+
+    @property
+    def ids(self) -> I64: ...
+
+    @property
+    def numerics(self) -> F32: ...
+
+
 @dataclass(frozen=True)
 class ReadingPlan:
     """How columns of a layout become columns of a schema: ``ids[:, to_ids] = row["ids"][:, from_ids]``, and so on.
@@ -205,6 +215,14 @@ class ReadingPlan:
     from_numerics: Columns
     to_numerics: Columns
     names: frozenset[str]
+
+    def write(self, into: Matrices, places_M: I64, ids_MC: I64, numerics_MC: F32) -> None:
+        """Write columns, as the plan takes them from rows, into some rows of matrices: places ascending."""
+        if len(places_M) == len(into.ids):
+            into.ids[:, self.to_ids], into.numerics[:, self.to_numerics] = ids_MC, numerics_MC
+        elif len(places_M):
+            into.ids[places_M[:, None], np.arange(into.ids.shape[1])[self.to_ids]] = ids_MC
+            into.numerics[places_M[:, None], np.arange(into.numerics.shape[1])[self.to_numerics]] = numerics_MC
 
     @classmethod
     def of(

@@ -35,16 +35,18 @@ cannot be read.
 
 # Puts versions of entities in their places, in one atomic step.
 #
-# KEYS: the layouts, then the entities' values.
-# ARGV: how many versions of each entity to keep, id and description of the rows' layout, then the entities' versions.
+# KEYS: the layouts, the mark of the last write, then the entities' values.
+# ARGV: how many versions of each entity to keep, id and description of the rows' layout, a mark that no other write
+# has, then the entities' versions.
 # Returns how many versions were older than all that are kept, and so were dropped.
 #
 # A value of another kind is replaced. Of a broken value the versions before the fault are kept.
 PUT = """
 local keep, layout, description = tonumber(ARGV[1]), ARGV[2], ARGV[3]
 redis.call('HSETNX', KEYS[1], layout, description)
+redis.call('SET', KEYS[2], ARGV[4])
 local dropped = 0
-for i = 2, #KEYS do
+for i = 3, #KEYS do
     local version = ARGV[i + 2]
     local time = struct.unpack('<i8', version)
     local value = redis.pcall('GET', KEYS[i])

@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from feature_store.entities import EntityStore
+from feature_store.item_cache import ItemCache
 from feature_store.signing import Signer, SigningConfig
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.errors import SmesError
@@ -167,7 +168,8 @@ def _assemble(
     renames = {schema.hash: renamed}
 
     def open_features(schema: Schema) -> EntityStore:
-        opened = EntityStore(entities, schema, namespace, renamed=renames.get(schema.hash))
+        cache = ItemCache(config.entity_cache_items, config.entity_cache_s) if config.entity_cache_items else None
+        opened = EntityStore(entities, schema, namespace, renamed=renames.get(schema.hash), cache=cache)
         opened.damage.on_new = telemetry.refused.note
         return opened
 
