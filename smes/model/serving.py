@@ -220,13 +220,15 @@ class ServingModel:
         """Inputs of all columns, or of those of a side."""
         if side is None:
             rows, pool_NW = self._rows.read(ids), pool_weights(self.schema, ids)
-        else:
+            numerics_BF = torch.tensor(numerics, dtype=torch.float32, device=self._device)
+        else:  # on the CPU, and the arrays are this call's own
             rows, pool_NW = self._rows.read(ids, side.id_columns_W), pool_weights(self.schema, ids, side.features)
+            numerics_BF = torch.from_numpy(np.ascontiguousarray(numerics, np.float32))
         return FeatureInputs(
             embedding_BWD=self._sent(rows.get("embedding")),
             wide_BWT=self._sent(rows.get("wide")),
             pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(self._device),
-            numerics_BF=torch.tensor(numerics, dtype=torch.float32, device=self._device),
+            numerics_BF=numerics_BF,
         )
 
     def _sent(self, rows: Tensor | None) -> Tensor | None:
