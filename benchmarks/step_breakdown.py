@@ -24,7 +24,7 @@ from smes.model.table_host import HostTable
 from smes.model.task_heads import TaskHeads
 from smes.model.task_outputs import TaskOutputs
 from smes.rankers.ranker import Encoder
-from smes.rankers.sparse import experts, host_experts, packing, routing
+from smes.rankers.sparse import experts, packing, routing
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts
 from smes.rankers.sparse.ranker import SMES
 from smes.rankers.sparse.router import Router
@@ -36,9 +36,8 @@ PARTS = (
     "encoder",  # with the trunk, and the routers' first map where one product reads the input for both
     "route",  # routers, selection, load and balance loss
     "pack",
-    "gemm",  # layers of the experts, forward: products, and in compiled loops packing, norms and activations, too
+    "gemm",  # layers of the experts, forward, and the sums of their outputs; in loops, packing and activation, too
     "experts",  # GEMMs common to all experts; norms and activations where torch's operators run
-    "combine",
     "heads",  # with scores, losses, base rates, and what rare tasks have of their own
     "backward",
     "optimiser",  # AdamW, the rows' gradients and their Adagrad
@@ -52,8 +51,7 @@ _FUNCTIONS: tuple[tuple[str, Any, str], ...] = (
     ("gemm", experts, "grouped_linear"),
     ("gemm", experts, "expert_layer"),
     ("gemm", experts, "mixture"),
-    ("combine", packing, "combine"),
-    ("combine", host_experts, "weighted_sums"),
+    ("gemm", packing, "combine"),
 )
 _METHODS: tuple[tuple[str, Any, str], ...] = (
     ("prepare", Learner, "prepare"),

@@ -1,9 +1,9 @@
 """The compiled loops behind :mod:`smes.rankers.sparse.host_experts`, without torch as the routing's.
 
-Each is a function of one address, that of its arguments (int64, as the class beside it lists them), so that several
-threads can run it at the same time (:mod:`smes.team`). They take pieces of the work, an expert or some instances, from
-a common counter, the first argument. No piece depends on who does it: results are the same bit for bit with any number
-of threads.
+Each is a function of one address, that of its arguments (int64, listed at each), so that several threads can run it at
+the same time (:mod:`smes.team`). They take parts of the work from a common counter, the first argument. A part is a
+share of the experts, the same whoever takes it, and adds to sums of its own: results depend on the number of parts, not
+on the threads.
 
 Letters as in :mod:`smes.rankers.sparse.experts`; D and H are the width of a layer's input and output.
 """
@@ -29,9 +29,6 @@ from smes.vector_code import (
 
 BLOCK = 32
 """Rows of an expert that are multiplied before the next are read: they stay in the nearest cache."""
-
-FEW = 32
-"""Instances that a thread takes at once."""
 
 LINEAR, PLAIN, LAYER, RMS = range(4)
 """What follows the product: nothing, SiLU, or SiLU of a norm."""
@@ -79,22 +76,6 @@ def _of_norm(y_H, of_z_H, kind, mean, scale):  # type: ignore[no-untyped-def]  #
     of_scale *= scale * scale / width
     for h in range(len(y_H)):
         of_z_H[h] = (of_z_H[h] - of_mean - (y_H[h] - mean) * of_scale) * scale
-
-
-@njit(fastmath=FUSED, error_model="numpy")
-def _of_activation(y, of_out, of_y, count, H, kind):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    if kind == PLAIN:  # one long row
-        count, H = 1, count * H
-    for n in range(count):
-        y_H, of_out_H = carray(floats(y + 4 * n * H), H), carray(floats(of_out + 4 * n * H), H)
-        of_y_H = carray(floats(of_y + 4 * n * H), H)
-        mean, scale = _moments(y_H, kind)
-        for h in range(H):
-            z = (y_H[h] - mean) * scale
-            s = sigmoid(z)
-            of_y_H[h] = of_out_H[h] * s * (_ONE + z * (_ONE - s))
-        if kind != PLAIN:
-            _of_norm(y_H, of_y_H, kind, mean, scale)
 
 
 @njit
@@ -159,68 +140,93 @@ def _multiply(by, to, H):  # type: ignore[no-untyped-def]  # pragma: no cover - 
         to_H[h] *= by_H[h]
 
 
+@njit
+def _starts(ends_E, e):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
+    """The first row of an expert."""
+    return int(ends_E[e - 1]) if e > 0 else 0
+
+
+@njit
+def _in_part(first, rows, part, parts):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Whether an expert whose rows start at ``first`` belongs to a part; every expert with rows belongs to one."""
+    return part * rows <= first * parts < (part + 1) * rows
+
+
+@njit
+def _add_shared(  # type: ignore[no-untyped-def]  # numba infers the types
+    row, b, u, slot_BRK, weight_BRK, sums, H
+):  # pragma: no cover - compiled
+    """Add a row to each sum that reads it."""
+    _, R, K = weight_BRK.shape
+    for r in range(R):
+        for k in range(K):
+            if slot_BRK[b, r, k] == u:
+                _add_scaled(weight_BRK[b, r, k], row, sums + 4 * (b * R + r) * H, H)
+
+
 def _layer(address):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
     """One layer of all experts: ``out[p] = SiLU(Norm(y[p]))``, ``y[p] = base[instance] + x[p or instance] W_e``.
 
+    Or the weighted sums of its rows for each router instead of them, ``Σ_k w[b, r, k] out[row]``; each part, some
+    experts, adds its rows to sums of its own.
+
     Arguments: counter; E; D; H; P; what follows the product; 1 if x is packed, else 0; numbers between rows of x; ends
     of segments (int32 [E]); instance of a row (int64 [P]); x; W [E, D, H]; y [P, H] (or none: it is not kept); out
-    [P, H]; :func:`smes.vector_code.product_kernel`; base (or none); numbers between its rows. Rows of ``out`` that no
-    segment covers become 0.
+    [P, H] (rows that no segment covers become 0), or the sums [parts, B, R, H];
+    :func:`smes.vector_code.product_kernel`; base (or none); numbers between its rows; parts. For sums: place of a row
+    among those of all instances, b·U + u (int64 [P]; none: no sums); B; R; K; U; the place u of each of a router's
+    (int64 [B, R, K]; none: r·K + k); w.
     """
-    number = carray(integers(address), 17)
+    number = carray(integers(address), 25)
     E, D, H, P, kind, gathers = number[1], number[2], number[3], number[4], number[5], number[6] == 0
     ends_E, instance_P = carray(short_integers(number[8]), E), carray(integers(number[9]), P)
-    x, out, base = number[10], number[13], number[15]
+    x, base, parts, sums = number[10], number[15], number[17], number[18] != 0
+    place_P, shape = carray(integers(number[18]), P), (number[19], number[20], number[21])
+    B, R, K, U = number[19], number[20], number[21], number[22]
+    slot_BRK, weight_BRK = carray(integers(number[23]), shape), carray(floats(number[24]), shape)
+    weight_P = carray(floats(number[24]), P)
     rows_D = np.empty((BLOCK, D), np.float32)
-    block_H = np.empty((BLOCK, H), np.float32)
+    block_H, active_H = np.empty((BLOCK, H), np.float32), np.empty((BLOCK, H), np.float32)
+    rows = int(ends_E[E - 1])
     while True:
-        e = take_number(address)
-        if e >= E:
-            if e == E:
-                _fill(out + 4 * ends_E[E - 1] * H, (P - ends_E[E - 1]) * H)
+        part = take_number(address)
+        if part >= parts:
             break
-        end = int(ends_E[e])
-        first = int(ends_E[e - 1]) if e > 0 else 0
-        w = number[11] + 4 * e * D * H
-        while first < end:
-            count = min(BLOCK, end - first)
-            to = number[12] + 4 * first * H if number[12] != 0 else block_H.ctypes.data
-            if kind == LINEAR:
-                to = out + 4 * first * H
-            a = x + 4 * first * D
-            if gathers:
-                a = rows_D.ctypes.data
-                _gather(x, number[7], D, instance_P, first, count, a)
-            if base != 0:
-                _gather(base, number[16], H, instance_P, first, count, to)
-            product(number[14], to, H, a, D, 1, w, H, count, H, D, 1 if base != 0 else 0)
-            if kind != LINEAR:
-                _activate(to, out + 4 * first * H, count, H, kind)
-            first += count
-
-
-def _sum_rows(address):  # type: ignore[no-untyped-def]  # numba infers the types  # pragma: no cover - compiled
-    """``out[b, r] = Σ_k w[b, r, k] y[row]``.
-
-    Arguments: counter; B; R; K; U; H; rows of an instance (int64 [B, U]); how many of the K count (int64 [B]; none:
-    all); the place among an instance's rows of each of a router's (int64 [B, R, K]; none: r·K + k); w [B, R, K] (none:
-    1); y [P, H]; out [B, R, H].
-    """
-    number = carray(integers(address), 12)
-    B, R, K, U, H = number[1], number[2], number[3], number[4], number[5]
-    row_BU, used_B = carray(integers(number[6]), (B, U)), carray(integers(number[7]), B)
-    slot_BRK, weight_BRK = carray(integers(number[8]), (B, R, K)), carray(floats(number[9]), (B, R, K))
-    while True:
-        first = take_number(address) * FEW
-        if first >= B:
-            break
-        for b in range(first, min(first + FEW, B)):
-            for r in range(R):
-                to = number[11] + 4 * (b * R + r) * H
-                _fill(to, H)
-                for k in range(used_B[b] if number[7] != 0 else K):
-                    row = row_BU[b, slot_BRK[b, r, k] if number[8] != 0 else r * K + k]
-                    _add_scaled(weight_BRK[b, r, k] if number[9] != 0 else _ONE, number[10] + 4 * row * H, to, H)
+        out = number[13]
+        if sums:
+            out += 4 * part * B * R * H
+            _fill(out, B * R * H)
+        elif part == 0:
+            _fill(out + 4 * rows * H, (P - rows) * H)
+        for e in range(E):
+            first, end = _starts(ends_E, e), int(ends_E[e])
+            if first == end or not _in_part(first, rows, part, parts):
+                continue
+            while first < end:
+                count = min(BLOCK, end - first)
+                to = number[12] + 4 * first * H if number[12] != 0 else block_H.ctypes.data
+                if kind == LINEAR:
+                    to = out + 4 * first * H
+                a = x + 4 * first * D
+                if gathers:
+                    a = rows_D.ctypes.data
+                    _gather(x, number[7], D, instance_P, first, count, a)
+                if base != 0:
+                    _gather(base, number[16], H, instance_P, first, count, to)
+                w = number[11] + 4 * e * D * H
+                product(number[14], to, H, a, D, 1, w, H, count, H, D, 1 if base != 0 else 0)
+                active = active_H.ctypes.data if sums else out + 4 * first * H
+                if kind != LINEAR:
+                    _activate(to, active, count, H, kind)
+                if sums:
+                    for n in range(count):
+                        b, place, row = instance_P[first + n], place_P[first + n], active + 4 * n * H
+                        if number[23] != 0:
+                            _add_shared(row, b, place - b * U, slot_BRK, weight_BRK, out, H)
+                        else:
+                            r = np.uint32(place - b * U) // np.uint32(K)
+                            _add_scaled(weight_P[place], row, out + 4 * (b * R + r) * H, H)
+                first += count
 
 
 @njit
@@ -243,93 +249,107 @@ def _of_layer(address):  # type: ignore[no-untyped-def]  # numba infers the type
     """Gradients of one layer, or of the last one and the sums of its outputs.
 
     Arguments: counter; E; D; H; P; what follows the product; 1 if x is packed, else 0; numbers between rows of x; ends
-    of segments; instance of a row; x; gradient of out [P, H], or of the sums [B, R, H]; W; y; gradients of x's rows
-    [P, D] and of W (either may be none); :func:`smes.vector_code.product_kernel`; gradient of y [P, H] (none: not
-    wanted). For sums: place of a row among those of all instances, b·U + u (int64 [P]; none: no sums); B; R; K; U;
-    places as of :func:`_sum_rows`; w; its gradient.
+    of segments; instance of a row; x; gradient of out [P, H], or of the sums [B, R, H]; W; y; gradients of x, [P, D] if
+    it is packed, else [parts, B, D], and of W (either may be none); :func:`smes.vector_code.product_kernel`; gradient
+    of base [parts, B, H] (or none); parts; B. For sums: places, R, K, U and w as of :func:`_layer`; gradient of w.
     """
-    number = carray(integers(address), 26)
+    number = carray(integers(address), 27)
     E, D, H, P, kind, gathers = number[1], number[2], number[3], number[4], number[5], number[6] == 0
     ends_E, instance_P = carray(short_integers(number[8]), E), carray(integers(number[9]), P)
-    x, w, of_x, of_w = number[10], number[12], number[14], number[15]
-    place_P, shape = carray(integers(number[18]), P), (number[19], number[20], number[21])
-    slot_BRK = carray(integers(number[23]), shape)
-    weight_BRK, of_weight_BRK = carray(floats(number[24]), shape), carray(floats(number[25]), shape)
-    rows_D = np.empty((BLOCK, D), np.float32)
-    block_H = np.empty((BLOCK, H), np.float32)
+    x, of_w, parts, B = number[10], number[15], number[18], number[19]
+    place_P, shape = carray(integers(number[20]), P), (B, number[21], number[22])
+    R, K, U = number[21], number[22], number[23]
+    slot_BRK = carray(integers(number[24]), shape)
+    weight_BRK, of_weight_BRK = carray(floats(number[25]), shape), carray(floats(number[26]), shape)
+    weight_P, of_weight_P = carray(floats(number[25]), P), carray(floats(number[26]), P)
+    rows_D, block_H = np.empty((BLOCK, D), np.float32), np.empty((BLOCK, H), np.float32)
     active_H, slope_H = np.empty((BLOCK, H), np.float32), np.empty((BLOCK, H), np.float32)
-    weight_P, of_weight_P = carray(floats(number[24]), P), carray(floats(number[25]), P)
-    R, K, U = number[20], number[21], number[22]
     turned_HD = np.empty((H, D), np.float32)
+    rows = int(ends_E[E - 1])
     while True:
-        e = take_number(address)
-        if e >= E:
+        part = take_number(address)
+        if part >= parts:
             break
-        end = int(ends_E[e])
-        first = int(ends_E[e - 1]) if e > 0 else 0
-        if of_w != 0 and first == end:
-            _fill(of_w + 4 * e * D * H, D * H)
-        if of_x != 0 and first < end:
-            transpose(turned_HD.ctypes.data, w + 4 * e * D * H, D, H)
-        begun = 0
-        while first < end:
-            count = min(BLOCK, end - first)
-            y, of_y = number[13] + 4 * first * H, number[11] + 4 * first * H
-            if kind != LINEAR:
-                of_y = number[17] + 4 * first * H if number[17] != 0 else block_H.ctypes.data
-                if number[18] != 0:
-                    active, slope = active_H.ctypes.data, slope_H.ctypes.data
+        of_x, of_base = number[14], number[17]
+        if of_x != 0 and gathers:
+            of_x += 4 * part * B * D
+            _fill(of_x, B * D)
+        if of_base != 0:
+            of_base += 4 * part * B * H
+            _fill(of_base, B * H)
+        for e in range(E):
+            first, end = _starts(ends_E, e), int(ends_E[e])
+            if first == end:
+                if of_w != 0 and part == 0:
+                    _fill(of_w + 4 * e * D * H, D * H)
+                continue
+            if not _in_part(first, rows, part, parts):
+                continue
+            if of_x != 0:
+                transpose(turned_HD.ctypes.data, number[12] + 4 * e * D * H, D, H)
+            begun = 0
+            while first < end:
+                count = min(BLOCK, end - first)
+                y, of_y = number[13] + 4 * first * H, number[11] + 4 * first * H
+                if kind != LINEAR:
+                    of_y, active, slope = block_H.ctypes.data, active_H.ctypes.data, slope_H.ctypes.data
                     _slopes(y, active, slope, count, H, kind)
-                    for n in range(count):
-                        b, place, to = instance_P[first + n], place_P[first + n], of_y + 4 * n * H
-                        if number[23] != 0:
-                            _of_shared(
-                                number[11], b, place - b * U, slot_BRK, weight_BRK, of_weight_BRK, active, slope, H, to
-                            )  # fmt: skip
-                        else:
-                            of_sum = number[11] + 4 * (b * R + np.uint32(place - b * U) // np.uint32(K)) * H
-                            of_weight_P[place] = _dot(of_sum, active, H)
-                            _scale(weight_P[place], of_sum, slope, to, H)
-                        active += 4 * H
-                        slope += 4 * H
+                    if number[20] == 0:
+                        _scale(_ONE, number[11] + 4 * first * H, slope, of_y, count * H)
+                    else:
+                        for n in range(count):
+                            b, place, to = instance_P[first + n], place_P[first + n], of_y + 4 * n * H
+                            if number[24] != 0:
+                                _of_shared(
+                                    number[11], b, place - b * U, slot_BRK, weight_BRK, of_weight_BRK, active, slope, H,
+                                    to,
+                                )  # fmt: skip
+                            else:
+                                of_sum = number[11] + 4 * (b * R + np.uint32(place - b * U) // np.uint32(K)) * H
+                                of_weight_P[place] = _dot(of_sum, active, H)
+                                _scale(weight_P[place], of_sum, slope, to, H)
+                            active += 4 * H
+                            slope += 4 * H
                     if kind != PLAIN:
                         for n in range(count):
                             y_H = carray(floats(y + 4 * n * H), H)
                             mean, scale = _moments(y_H, kind)
                             _of_norm(y_H, carray(floats(of_y + 4 * n * H), H), kind, mean, scale)
-                else:
-                    _of_activation(y, number[11] + 4 * first * H, of_y, count, H, kind)
-            if of_w != 0:
+                if of_base != 0:
+                    for n in range(count):
+                        _add_scaled(_ONE, of_y + 4 * n * H, of_base + 4 * instance_P[first + n] * H, H)
                 a = x + 4 * first * D
                 if gathers:
                     a = rows_D.ctypes.data
-                    _gather(x, number[7], D, instance_P, first, count, a)
-                product(number[16], of_w + 4 * e * D * H, H, a, 1, D, of_y, H, D, H, count, begun)
-                begun = 1
-            if of_x != 0:
-                product(number[16], of_x + 4 * first * D, D, of_y, H, 1, turned_HD.ctypes.data, D, count, D, H, 0)
-            first += count
+                if of_w != 0:
+                    if gathers:
+                        _gather(x, number[7], D, instance_P, first, count, a)
+                    product(number[16], of_w + 4 * e * D * H, H, a, 1, D, of_y, H, D, H, count, begun)
+                    begun = 1
+                if of_x != 0:
+                    if gathers:
+                        product(number[16], a, D, of_y, H, 1, turned_HD.ctypes.data, D, count, D, H, 0)
+                        for n in range(count):
+                            _add_scaled(_ONE, a + 4 * n * D, of_x + 4 * instance_P[first + n] * D, D)
+                    else:
+                        to = of_x + 4 * first * D
+                        product(number[16], to, D, of_y, H, 1, turned_HD.ctypes.data, D, count, D, H, 0)
+                first += count
 
 
 @cache
 def layer() -> Any:
     """The compiled :func:`_layer`."""
-    return cfunc("void(int64)", cache=True, fastmath=FUSED)(_layer)
+    return cfunc("void(int64)", cache=True, fastmath=FUSED, error_model="numpy")(_layer)
 
 
 @cache
 def of_layer() -> Any:
     """The compiled :func:`_of_layer`."""
-    return cfunc("void(int64)", cache=True, fastmath=FUSED)(_of_layer)
-
-
-@cache
-def sum_rows() -> Any:
-    """The compiled :func:`_sum_rows`."""
-    return cfunc("void(int64)", cache=True, fastmath=FUSED)(_sum_rows)
+    return cfunc("void(int64)", cache=True, fastmath=FUSED, error_model="numpy")(_of_layer)
 
 
 def compile_expert_kernels() -> None:
     """Compile each loop, or load it from numba's cache, so that no batch waits for it."""
-    for kernel in (product_kernel, layer, of_layer, sum_rows):
+    for kernel in (product_kernel, layer, of_layer):
         kernel()

@@ -48,8 +48,7 @@ class Rows:
     Attributes:
         ends_E: int32, the end of each expert's segment; rows that no segment covers become 0.
         instance_P: int64, the instance of each packed row.
-        row_BU: int64, the packed rows of each instance.
-        used_B: int64, how many of them count, from the first on; None: all U.
+        row_BU: int64, the packed rows of each instance; its width is U.
         slot_BRK: int64, the place among an instance's rows of each of a router's; None: ``r·K + k``.
         place_P: int64, where in ``row_BU`` viewed as [B·U] each packed row is.
     """
@@ -57,7 +56,6 @@ class Rows:
     ends_E: Tensor
     instance_P: Tensor
     row_BU: Tensor
-    used_B: Tensor | None
     slot_BRK: Tensor | None
     place_P: Tensor
 
@@ -104,8 +102,9 @@ def mixture(
     """
     _check(weight_EDH)
     if not torch.is_grad_enabled():
-        out_PH, _ = _layer(x, weight_EDH, rows, kind, packed=packed, base_BH=base_BH, keep=False)
-        return weighted_sums(out_PH, rows, weights_BRK.float().contiguous())
+        return _mixture(
+            x, base_BH, weight_EDH, weights_BRK.float().contiguous(), rows, kind, packed=packed, keep=False
+        )[0]
     mixed: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]  # torch has no type
         x, base_BH, weight_EDH, weights_BRK, rows, kind, packed
     )
@@ -118,36 +117,39 @@ def _check(weight_EDH: Tensor) -> None:
 
 
 def _layer(
-    x: Tensor, weight_EDH: Tensor, rows: Rows, kind: int, *, packed: bool, keep: bool, base_BH: Tensor | None = None
+    x: Tensor, weight_EDH: Tensor, rows: Rows, kind: int, *, packed: bool, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and if ``keep`` what comes before norm and activation."""
-    E, D, H = weight_EDH.shape
-    P = len(rows.instance_P)
-    out_PH = x.new_empty(P, H)
-    y_PH = x.new_empty(P, H) if keep and kind != kernels.LINEAR else None
-    x, base_BH, weight_EDH = _ready(x, packed=packed), _by_rows(base_BH), weight_EDH.contiguous()
-    pointers = _addresses(rows.ends_E, rows.instance_P, x, weight_EDH, y_PH, out_PH)
-    numbers = (E, D, H, P, kind, int(packed), x.stride(0), *pointers, _product(), *_base(base_BH))
-    team.run(kernels.layer(), numbers, _threads(P * D * H))
+    P, (_, D, H) = len(rows.instance_P), weight_EDH.shape
+    out_PH, y_PH = x.new_empty(P, H), x.new_empty(P, H) if keep and kind != kernels.LINEAR else None
+    _run_layer(x, None, weight_EDH, y_PH, out_PH, rows, kind, packed=packed, parts=_parts(P * D * H), sums=[0] * 7)
     return out_PH, y_PH
 
 
-def weighted_sums(y_PH: Tensor, rows: Rows, weights_BRK: Tensor) -> Tensor:
-    """The weighted sums of packed rows for each router. float32 [P, H], [B, R, K] → [B, R, H]."""
-    (B, R, K), U, H = weights_BRK.shape, rows.row_BU.shape[1], y_PH.shape[1]
-    out_BRH = y_PH.new_empty(B, R, H)
-    pointers = _addresses(rows.row_BU, None, rows.slot_BRK, weights_BRK, y_PH, out_BRH)
-    team.run(kernels.sum_rows(), (B, R, K, U, H, *pointers), _threads(B * R * K * H))
-    return out_BRH
+def _mixture(
+    x: Tensor, base_BH: Tensor | None, weight_EDH: Tensor, weights_BRK: Tensor, rows: Rows, kind: int, *, packed: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The weighted sums, and if ``keep`` what comes before norm and activation."""
+    P, (_, D, H) = len(rows.instance_P), weight_EDH.shape
+    parts = _parts(P * D * H)
+    out_SBRH, y_PH = x.new_empty(parts, *weights_BRK.shape[:2], H), x.new_empty(P, H) if keep else None
+    place, slot, weights = _addresses(rows.place_P, rows.slot_BRK, weights_BRK)
+    sums = [place, *weights_BRK.shape, rows.row_BU.shape[1], slot, weights]
+    _run_layer(x, base_BH, weight_EDH, y_PH, out_SBRH, rows, kind, packed=packed, parts=parts, sums=sums)
+    return _together(out_SBRH), y_PH
 
 
-def _of_instances(of_rows_PD: Tensor, rows: Rows) -> Tensor:
-    """The sum of each instance's rows. → [B, D]."""
-    (B, U), D = rows.row_BU.shape, of_rows_PD.shape[1]
-    out_BD = of_rows_PD.new_empty(B, D)
-    pointers = _addresses(rows.row_BU, rows.used_B, None, None, of_rows_PD, out_BD)
-    team.run(kernels.sum_rows(), (B, 1, U, U, D, *pointers), _threads(B * U * D))
-    return out_BD
+def _run_layer(
+    x: Tensor, base_BH: Tensor | None, weight_EDH: Tensor, y_PH: Tensor | None, out: Tensor, rows: Rows, kind: int, *,
+    packed: bool, parts: int, sums: list[int],
+) -> None:  # fmt: skip
+    (E, D, H), P = weight_EDH.shape, len(rows.instance_P)
+    x, base_BH, weight_EDH = _ready(x, packed=packed), _by_rows(base_BH), weight_EDH.contiguous()
+    pointers = _addresses(rows.ends_E, rows.instance_P, x, weight_EDH, y_PH, out)
+    base = (0, 0) if base_BH is None else (base_BH.data_ptr(), base_BH.stride(0))
+    numbers = (E, D, H, P, kind, int(packed), x.stride(0), *pointers, _product(), *base, parts, *sums)
+    team.run(kernels.layer(), numbers, parts)
 
 
 class _Layer(torch.autograd.Function):
@@ -163,9 +165,11 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_EDH, y_PH = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        of_out_PH = gradients[0].contiguous()
-        return *_of_layer(ctx, x, weight_EDH, y_PH, of_out_PH, [0] * 9, wanted), None, None, None
+        of_x, _, of_weight_EDH = _of_layer(
+            ctx, x, weight_EDH, y_PH, gradients[0].contiguous(), [0] * 7,
+            (ctx.needs_input_grad[0], False, ctx.needs_input_grad[1]),
+        )  # fmt: skip
+        return of_x, of_weight_EDH, None, None, None
 
 
 class _Mixture(torch.autograd.Function):
@@ -175,42 +179,47 @@ class _Mixture(torch.autograd.Function):
         packed: bool,
     ) -> Tensor:  # fmt: skip
         x, weight_EDH, weights_BRK = _ready(x, packed=packed), weight_EDH.contiguous(), weights_BRK.float().contiguous()
-        out_PH, y_PH = _layer(x, weight_EDH, rows, kind, packed=packed, keep=True, base_BH=base_BH)
+        mixed_BRH, y_PH = _mixture(x, base_BH, weight_EDH, weights_BRK, rows, kind, packed=packed, keep=True)
         ctx.save_for_backward(x, weight_EDH, weights_BRK, y_PH)
         ctx.rows, ctx.kind, ctx.packed = rows, kind, packed
-        return weighted_sums(out_PH, rows, weights_BRK)
+        return mixed_BRH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_EDH, weights_BRK, y_PH = ctx.saved_tensors
         rows: Rows = ctx.rows
-        of_out_BRH, of_weights_BRK = gradients[0].contiguous(), torch.empty_like(weights_BRK)
-        of_y_PH = torch.empty_like(y_PH) if ctx.needs_input_grad[1] else None
-        of_y, place = _addresses(of_y_PH, rows.place_P)
-        shape = (*weights_BRK.shape, rows.row_BU.shape[1])
-        sums = [of_y, place, *shape, *_addresses(rows.slot_BRK, weights_BRK, of_weights_BRK)]
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-        of_x, of_weight_EDH = _of_layer(ctx, x, weight_EDH, y_PH, of_out_BRH, sums, wanted)
-        of_base_BH = None if of_y_PH is None else _of_instances(of_y_PH, rows)
+        of_mixed_BRH, of_weights_BRK = gradients[0].contiguous(), torch.empty_like(weights_BRK)
+        place, *others = _addresses(rows.place_P, rows.slot_BRK, weights_BRK, of_weights_BRK)
+        sums = [place, *weights_BRK.shape[1:], rows.row_BU.shape[1], *others]
+        of_x, of_base_BH, of_weight_EDH = _of_layer(
+            ctx, x, weight_EDH, y_PH, of_mixed_BRH, sums, ctx.needs_input_grad[:3]
+        )
         return of_x, of_base_BH, of_weight_EDH, of_weights_BRK, None, None, None
 
 
 def _of_layer(
     ctx: Any, x: Tensor, weight_EDH: Tensor, y_PH: Tensor | None, of_out: Tensor, sums: list[int],
-    wanted: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x and of the weight, if wanted; ``sums``: the loop's last arguments."""
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, base and weight, if wanted; ``sums``: the loop's last arguments."""
     rows: Rows = ctx.rows
-    (E, D, H), P = weight_EDH.shape, len(rows.instance_P)
-    of_x_PD = x.new_empty(P, D) if wanted[0] else None
-    of_weight_EDH = torch.empty_like(weight_EDH) if wanted[1] else None
-    pointers = _addresses(rows.ends_E, rows.instance_P, x, of_out, weight_EDH, y_PH, of_x_PD, of_weight_EDH)
-    numbers = (E, D, H, P, ctx.kind, int(ctx.packed), x.stride(0), *pointers, _product(), *sums)
-    team.run(kernels.of_layer(), numbers, _threads(2 * P * D * H))
-    if of_x_PD is not None and not ctx.packed:
-        of_x_PD = _of_instances(of_x_PD, rows)
-    return of_x_PD, of_weight_EDH
+    (E, D, H), P, B = weight_EDH.shape, len(rows.instance_P), len(rows.row_BU)
+    parts = _parts(2 * P * D * H)
+    of_x = (x.new_empty(P, D) if ctx.packed else x.new_empty(parts, B, D)) if wanted[0] else None
+    of_base_SBH = x.new_empty(parts, B, H) if wanted[1] else None
+    of_weight_EDH = torch.empty_like(weight_EDH) if wanted[2] else None
+    pointers = _addresses(rows.ends_E, rows.instance_P, x, of_out, weight_EDH, y_PH, of_x, of_weight_EDH)
+    of_base = 0 if of_base_SBH is None else of_base_SBH.data_ptr()
+    numbers = (E, D, H, P, ctx.kind, int(ctx.packed), x.stride(0), *pointers, _product(), of_base, parts, B, *sums)
+    team.run(kernels.of_layer(), numbers, parts)
+    if of_x is not None and not ctx.packed:
+        of_x = _together(of_x)
+    return of_x, None if of_base_SBH is None else _together(of_base_SBH), of_weight_EDH
+
+
+def _together(of_parts: Tensor) -> Tensor:
+    return of_parts[0] if len(of_parts) == 1 else of_parts.sum(dim=0)
 
 
 def _ready(x: Tensor, *, packed: bool) -> Tensor:
@@ -222,10 +231,6 @@ def _by_rows(x: _Rows) -> _Rows:
     return x if x is None or x.stride(1) == 1 else x.contiguous()
 
 
-def _base(base_BH: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if base_BH is None else (base_BH.data_ptr(), base_BH.stride(0))
-
-
 def _addresses(*tensors: Tensor | None) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
@@ -234,5 +239,5 @@ def _product() -> int:
     return int(product_kernel().address)
 
 
-def _threads(work: int) -> int:
+def _parts(work: int) -> int:
     return torch.get_num_threads() if work >= _WORTH_A_TEAM else 1

@@ -55,12 +55,12 @@ class Dispatch:
     def rows(self) -> Rows:
         """The same for compiled loops."""
         if self.slot_P is not None:
-            return Rows(self.offsets_E, self.instance_P, self.row_BU, None, None, self.slot_P)
+            return Rows(self.offsets_E, self.instance_P, self.row_BU, None, self.slot_P)
         row_BU, slot_BRK = self.row_BU.contiguous(), self.slot_BRK.contiguous()
         used_BU = torch.arange(row_BU.shape[1], device=row_BU.device) < self.active_B.unsqueeze(1)
         place_P = torch.empty_like(self.instance_P)
         place_P[row_BU[used_BU]] = used_BU.view(-1).nonzero().squeeze(1)
-        return Rows(self.offsets_E, self.instance_P, row_BU, self.active_B, slot_BRK, place_P)
+        return Rows(self.offsets_E, self.instance_P, row_BU, slot_BRK, place_P)
 
 
 def dispatch(routing: Routing, *, trim: bool) -> Dispatch:
