@@ -113,7 +113,9 @@ def bags(column: Array) -> Bags:
     if not _holds_integers(kind.value_type):
         filled = lengths > 0
         return Bags(no_ids, np.zeros(n, np.int64), np.zeros(n, np.int64), filled if filled.any() else None)
-    values, bad_elements = ids(column.values)
+    first, end = (int(starts[0]), int((starts + lengths).max())) if n else (0, 0)
+    values, bad_elements = ids(column.values[first:end])  # batches may share a dictionary: only what is theirs
+    starts = starts - first
     null_elements = values == MISSING
     bad_elements = null_elements if bad_elements is None else bad_elements | null_elements
     if not bad_elements.any():

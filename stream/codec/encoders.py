@@ -163,11 +163,24 @@ def single_row(value: bytes, row: int) -> bytes:
     """
     with pa.ipc.open_stream(pa.py_buffer(value)) as reader:
         table = reader.read_all()
+    one = table.slice(row, 1)
+    for i, column in enumerate(one.columns):
+        if pa.types.is_dictionary(column.type):
+            one = one.set_column(i, one.schema.field(i), pa.chunked_array(map(_own, column.chunks), column.type))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table.slice(row, 1))
+        writer.write_table(one)
     encoded: bytes = sink.getvalue().to_pybytes()
     return encoded
+
+
+def _own(column: Any) -> Any:
+    """A dictionary column of one row, whose dictionary has no other row's value: not what other requests share."""
+    at = column.indices[0].as_py()
+    there = at is not None and 0 <= at < len(column.dictionary)  # columns that no event has were never checked
+    index = pa.array([0 if there else None], column.type.index_type)
+    values = column.dictionary.slice(at, 1) if there else column.dictionary.slice(0, 0)
+    return pa.DictionaryArray.from_arrays(index, values, ordered=column.type.ordered)
 
 
 def require_finite(name: str, values: F32) -> None:

@@ -19,6 +19,7 @@ from smes.events import ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
 from stream.codec.codec import Codec, Decoded, encode_impressions
 from stream.codec.limits import MAX_ROWS
+from stream.codec.single import single_event
 from stream.dead_letter_replay import Replayer
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
@@ -335,6 +336,21 @@ def test_letters_of_a_large_request_take_no_more_than_a_few_times_its_size(
     assert len(decoded.dead) == 5_000
     assert sum(len(letter.payload) for letter in decoded.dead) <= 6 * len(value)
     assert all(letter.is_excerpt for letter in decoded.dead)
+
+
+def test_a_row_by_itself_has_what_its_own_request_shares_and_nothing_of_others(
+    wire_schema: Schema, as_record: MakeRecord
+) -> None:
+    block = world_block(wire_schema, 1_000)
+    [out] = encode_impressions(block, wire_schema, "arrow", 1, by_request=True)
+    record = as_record(IMPRESSIONS, out.value, headers=out.headers)
+    for row in (0, 1, 500, 999):
+        value = single_event(record, row)
+        assert len(value) < len(out.value) / 10
+        assert_same_events(
+            decode([as_record(IMPRESSIONS, value, headers=out.headers)], wire_schema).impressions,
+            block.take(np.array([row])),
+        )
 
 
 def test_a_request_of_too_many_impressions_is_refused_with_their_number(as_record: MakeRecord) -> None:
