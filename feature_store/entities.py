@@ -17,6 +17,7 @@ Letters: N look-ups, W id columns, F numeric columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from os import urandom
 from typing import Any, NamedTuple, cast
 
@@ -184,11 +185,10 @@ class EntityStore:
             rows.ids[:, own.to_ids] = first.ids[of_user_N][:, own.to_ids]
             rows.numerics[:, own.to_numerics] = first.numerics[of_user_N][:, own.to_numerics]
             self._write_items(items, items_N, at_ms, rows, known_N, broken)
-        parts = (np.split(whole, np.cumsum(counts)[:-1]) for whole in (rows.ids, rows.numerics, known_N))
-        problem = broken[0] if broken else None
+        problem, ends = broken[0] if broken else None, list(accumulate(counts))
         return [
-            EntityRows(ids, numerics, user_known, items_known, problem)
-            for ids, numerics, items_known, user_known in zip(*parts, known_U.tolist(), strict=True)
+            EntityRows(rows.ids[start:end], rows.numerics[start:end], user_known, known_N[start:end], problem)
+            for start, end, user_known in zip([0, *ends], ends, known_U.tolist(), strict=False)
         ]
 
     def _read(self, beside: list[str], ids_N: I64, at_ms: int) -> "tuple[list[bytes | None], _Items]":
