@@ -23,6 +23,7 @@ from smes.rankers.ranker_input import RankerInput, RequestRows, SplitInput, keep
 from smes.schema import Schema
 
 _EPSILON = 1e-6
+_ABSENT = -1e9  # instead of -inf: with -inf, an empty sequence and its gradient would be NaN
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,15 +299,17 @@ class TargetAttention(nn.Module):
             float32 [B, 2·D]; zeros for an empty sequence.
         """
         score_BL = torch.einsum("bld,bd->bl", _unit(entry_BLD), self._query(target_BD)) * self._scale
-        weight_BL = _weights(score_BL, present_BL)
+        weight_BL = score_BL.masked_fill(~present_BL, _ABSENT).softmax(dim=1) * present_BL
         attended_BD = torch.einsum("bl,bld->bd", weight_BL, entry_BLD)
         return torch.cat([attended_BD, attended_BD * target_BD], dim=1)
 
     def of_requests(self, target_BD: Tensor, entry_RLD: Tensor, present_RL: Tensor, rows: RequestRows) -> Tensor:
         """The same where all instances of a request have its entries; these are read once. [B, 2·D]."""
-        score_BL = rows.product(self._query(target_BD), _unit(entry_RLD).transpose(1, 2)) * self._scale
-        weight_BL = _weights(score_BL, rows.spread(present_RL))
-        attended_BD = rows.product(weight_BL, entry_RLD)
+        # Absent places get a weight of 0 by their scores, and in an empty sequence, where all have one, entries of 0.
+        absent_RL = torch.zeros_like(present_RL, dtype=entry_RLD.dtype).masked_fill_(~present_RL, _ABSENT)
+        query_BD = self._query(target_BD) * self._scale
+        weight_BL = rows.product(query_BD, _unit(entry_RLD).transpose(1, 2), absent_RL).softmax(dim=1)
+        attended_BD = rows.product(weight_BL, entry_RLD * present_RL.unsqueeze(2))
         return torch.cat([attended_BD, attended_BD * target_BD], dim=1)
 
     def _query(self, target_BD: Tensor) -> Tensor:
@@ -314,11 +317,6 @@ class TargetAttention(nn.Module):
         query_BA: Tensor = self.query(_unit(target_BD))
         # (W k)·q = k·(Wᵀ q): one matrix product per instance instead of one per entry.
         return query_BA @ self.key.weight
-
-
-def _weights(score_BL: Tensor, present_BL: Tensor) -> Tensor:
-    # -1e9 instead of -inf: with -inf, an empty sequence and its gradient would be NaN.
-    return score_BL.masked_fill(~present_BL, -1e9).softmax(dim=1) * present_BL
 
 
 def _unit(x_D: Tensor) -> Tensor:

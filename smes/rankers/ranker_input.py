@@ -63,21 +63,26 @@ class RequestRows:
         sum_runs(x_NC.detach().contiguous().numpy(), self._starts_R.numpy(), out_RC.numpy())
         return out_RC
 
-    def product(self, x_NA: Tensor, y_RAC: Tensor) -> Tensor:
-        """``x_n y_r`` for each instance n of each request r. [N, A], [R, A, C] → [N, C]."""
+    def product(self, x_NA: Tensor, y_RAC: Tensor, z_RC: Tensor | None = None) -> Tensor:
+        """``x_n y_r + z_r`` for each instance n of each request r. [N, A], [R, A, C], [R, C] → [N, C]."""
         if self.requests == 1:
-            return x_NA @ y_RAC[0]
+            return x_NA @ y_RAC[0] if z_RC is None else torch.addmm(z_RC[0], x_NA, y_RAC[0])
         R, M, A = self.requests, self._most, x_NA.shape[1]
         if self.instances == R * M:
-            return torch.bmm(x_NA.view(R, M, A), y_RAC).view(self.instances, -1)
+            return _products(x_NA.view(R, M, A), y_RAC, z_RC).view(self.instances, -1)
         if _MOST_PADDING * self.instances < R * M:
-            return torch.bmm(x_NA.unsqueeze(1), y_RAC.index_select(0, self.request_N)).squeeze(1)
+            z_NC = None if z_RC is None else z_RC.index_select(0, self.request_N)
+            return _products(x_NA.unsqueeze(1), y_RAC.index_select(0, self.request_N), z_NC).squeeze(1)
         padded = x_NA.new_zeros(R * M, A).index_copy(0, self._place_N, x_NA).view(R, M, A)
-        return torch.bmm(padded, y_RAC).flatten(0, 1).index_select(0, self._place_N)
+        return _products(padded, y_RAC, z_RC).flatten(0, 1).index_select(0, self._place_N)
 
     @cached_property
     def _place_N(self) -> Tensor:
         return self.request_N * self._most + torch.arange(self.instances) - self._starts_R[self.request_N]
+
+
+def _products(x_RMA: Tensor, y_RAC: Tensor, z_RC: Tensor | None) -> Tensor:
+    return torch.bmm(x_RMA, y_RAC) if z_RC is None else torch.baddbmm(z_RC.unsqueeze(1), x_RMA, y_RAC)
 
 
 class _Spread(torch.autograd.Function):

@@ -208,4 +208,6 @@ def test_products_with_what_requests_have(counts: tuple[int, ...]) -> None:
     assert request_rows.spread(starts).tolist() == [int(starts[r]) for r in request_N]
     expected = torch.stack([x_NA[i] @ y_RAC[r] for i, r in enumerate(request_N)])
     torch.testing.assert_close(request_rows.product(x_NA, y_RAC), expected)
-    torch.autograd.gradcheck(request_rows.product, (x_NA, y_RAC))
+    z_RC = torch.randn(len(counts), 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(request_rows.product(x_NA, y_RAC, z_RC), expected + z_RC[request_N])
+    torch.autograd.gradcheck(request_rows.product, (x_NA, y_RAC, z_RC))
