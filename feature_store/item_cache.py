@@ -22,6 +22,8 @@ from feature_store.entity_versions import HEADER
 from smes.arrays import F32, I64, Bool, grown
 
 _ABSENT = -1
+_PLACE_BYTES = 150
+"""Of an item's place in the dictionary, at most. Its columns count twice: arrays grow to twice as many rows."""
 
 
 class Kept(NamedTuple):
@@ -45,13 +47,13 @@ class ItemCache:
     """Keeps rows of items for one schema. Safe to share between threads.
 
     Args:
-        most: Most items; with one more it begins anew.
+        most_bytes: About how much memory rows take at most; when it is used up, it begins anew.
         longest_s: How long rows are kept at most, seconds: who writes without a mark is noticed after that.
         monotonic_s: Clock of that.
     """
 
-    def __init__(self, most: int, longest_s: float, monotonic_s: Callable[[], float] = time.monotonic) -> None:
-        self._most, self._longest_s, self._monotonic_s = most, longest_s, monotonic_s
+    def __init__(self, most_bytes: int, longest_s: float, monotonic_s: Callable[[], float] = time.monotonic) -> None:
+        self._most_bytes, self._longest_s, self._monotonic_s = most_bytes, longest_s, monotonic_s
         self._lock = threading.Lock()
         self._calm = False
         self._known: Bool = np.zeros(0, np.bool_)
@@ -101,12 +103,13 @@ class ItemCache:
         """
         starts_M = [_always_from(value, now_ms) for value in values_M]
         good_M = np.flatnonzero([start is not None for start in starts_M])
-        if mark is None or not len(good_M):
+        most = self._most_bytes // (2 * sum(each.itemsize * each.shape[1] for each in columns) + _PLACE_BYTES)
+        if mark is None or not 0 < len(good_M) <= most:
             return
         with self._lock:
             if mark != self._mark:
                 return
-            if len(self._places) + len(good_M) > self._most:
+            if len(self._places) + len(good_M) > most:
                 self._begin(mark)
             places = self._places
             rows_M = np.array([places.setdefault(i, len(places)) for i in ids_M[good_M].tolist()], np.int64)

@@ -168,7 +168,7 @@ def _assemble(
     renames = {schema.hash: renamed}
 
     def open_features(schema: Schema) -> EntityStore:
-        cache = ItemCache(config.entity_cache_items, config.entity_cache_s) if config.entity_cache_items else None
+        cache = ItemCache(config.entity_cache_bytes, config.entity_cache_s) if config.entity_cache_bytes else None
         opened = EntityStore(entities, schema, namespace, renamed=renames.get(schema.hash), cache=cache)
         opened.damage.on_new = telemetry.refused.note
         return opened

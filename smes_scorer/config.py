@@ -102,8 +102,8 @@ class ScorerConfig:
         torch_threads: Threads that score one request; 1 leaves the other cores to other requests and to the trainer.
         entity_timeout_ms: Longest wait for the stored features of a request; then it is scored without them.
         entity_retry_s: After such a failure, how long requests are scored without a look-up.
-        entity_cache_items: Most items whose stored features are kept in the process. They are read again as soon as
-            features of any item were written. 0: none.
+        entity_cache_bytes: Memory for stored features of items that are kept in the process. They are read again as
+            soon as features of any item were written. 0: none are kept.
         entity_cache_s: How long they are kept at most, seconds: after that, rows are noticed that were written past
             `smes features put` and the client, or by an older release of them.
         entity_check_s: How often it is looked whether the store holds features at all, where the schema has some.
@@ -136,7 +136,7 @@ class ScorerConfig:
     torch_threads: PositiveInt = 1
     entity_timeout_ms: Annotated[int, Ge(1), Le(1_000_000_000)] = 50
     entity_retry_s: Seconds = 1.0
-    entity_cache_items: NonNegativeInt = 100_000
+    entity_cache_bytes: NonNegativeInt = 64 * 1024 * 1024
     entity_cache_s: Seconds = 60.0
     entity_check_s: Seconds = 10.0
     skew: SkewConfig = field(default_factory=SkewConfig)

@@ -19,8 +19,8 @@ Caching = Callable[..., EntityStore]
 
 @pytest.fixture
 def caching(client: redis.Redis, namespace: str) -> Caching:
-    def caching(most: int = 1000, longest_s: float = 1e6, **options: object) -> EntityStore:
-        return EntityStore(client, SCHEMA, namespace, cache=ItemCache(most, longest_s, **options))  # type: ignore[arg-type]
+    def caching(most_bytes: int = 1_000_000, longest_s: float = 1e6, **options: object) -> EntityStore:
+        return EntityStore(client, SCHEMA, namespace, cache=ItemCache(most_bytes, longest_s, **options))  # type: ignore[arg-type]
 
     return caching
 
@@ -71,7 +71,7 @@ def test_whatever_is_written_when_both_stores_read_the_same(
     seed: int, caching: Caching, plain: EntityStore, client: redis.Redis, namespace: str
 ) -> None:
     rng, now_ms = np.random.default_rng(seed), wall_clock_ms()
-    store = caching(most=25)
+    store = caching(most_bytes=25 * (2 * 36 + 150))  # 25 items
     for step in range(250):
         kind = rng.integers(14)
         if kind == 0:
