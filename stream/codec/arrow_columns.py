@@ -178,15 +178,19 @@ def arms(column: Array) -> tuple[ArmColumn, Bool | None]:
         column = column.dictionary_encode()
     if not _is_text(column.dictionary.type):
         return no_arms(n), _valid(column)
-    # As bytes: Arrow does not promise that a text is UTF-8. At the end is what stands for null.
-    kind = pa.large_binary() if pa.types.is_large_string(column.dictionary.type) else pa.binary()
-    texts = [None if text is None else text.decode("latin-1") for text in column.dictionary.view(kind).to_pylist()]
-    texts.append(None)
-    good = [text is None or is_arm_name(text) for text in texts]
-    names = arm_column([text if is_good else None for text, is_good in zip(texts, good, strict=True)])
     indices = column.indices.cast(pa.int64()).fill_null(-1).to_numpy()
+    texts = column.dictionary
+    if len(texts) > n:  # batches may share a large dictionary: only what is theirs is made
+        used, indices = np.unique(np.append(indices, -1), return_inverse=True)
+        texts, indices = texts.take(pa.array(used[1:])), indices[:n] - 1
+    # As bytes: Arrow does not promise that a text is UTF-8. At the end is what stands for null.
+    kind = pa.large_binary() if pa.types.is_large_string(texts.type) else pa.binary()
+    names = [None if text is None else text.decode("latin-1") for text in texts.view(kind).to_pylist()]
+    names.append(None)
+    good = [name is None or is_arm_name(name) for name in names]
+    arm_N = arm_column([name if is_good else None for name, is_good in zip(names, good, strict=True)])
     bad: Bool = ~np.array(good)[indices]
-    return names[indices], bad if bad.any() else None
+    return arm_N[indices], bad if bad.any() else None
 
 
 def task_indices(column: Array, index: dict[str, int]) -> I32:

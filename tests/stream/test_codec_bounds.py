@@ -196,6 +196,26 @@ def test_dictionaries_that_grow_from_batch_to_batch_are_refused(refused: Callabl
     assert refused("feedback", stream(batches, deltas=False)).feedback.impression_id.tolist() == [1]
 
 
+def test_of_a_dictionary_only_what_a_batch_uses_is_made(
+    wire_schema: Schema, refused: Callable[[str, bytes], Decoded]
+) -> None:
+    n = 200_000  # batches of a record may share one
+    arms = pa.array([*(f"arm{i}" for i in range(n - 1)), "main"])
+    elements = pa.array(np.arange(4 * n) % 9, mask=np.arange(4 * n) < 4)
+    tags = pa.ListArray.from_arrays(pa.array(np.arange(0, 4 * n + 1, 4), pa.int32()), elements)
+    structs = pa.StructArray.from_arrays([tags], ["features.tags"])
+    index = pa.array([n - 1], pa.int32())
+    of_dictionaries = {
+        "served_arm": pa.DictionaryArray.from_arrays(index, arms),
+        "request": pa.DictionaryArray.from_arrays(index, structs),
+    }
+    value = ipc(columns(1) | of_dictionaries)
+    with memory_within(4):
+        decoded = refused("impressions", value)
+    assert (decoded.dead, decoded.impressions.served_arm[0].tobytes().rstrip(b"\0")) == ([], b"main")
+    assert decoded.impressions.ids[0, wire_schema.id_slices["tags"]].tolist() == [(4 * n - 4 + i) % 9 for i in range(3)]
+
+
 def test_a_column_that_arrow_refuses_is_one_dead_letter_among_good_records(
     wire_schema: Schema, as_record: MakeRecord, arrow_headers: Headers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
