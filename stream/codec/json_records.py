@@ -10,7 +10,7 @@ from smes.arrays import I32, I64
 from smes.schema import Schema
 from stream.codec.limits import max_rows
 from stream.codec.record_headers import MAX_BYTES, headers
-from stream.codec.requests import IMPRESSIONS, together
+from stream.codec.requests import IMPRESSIONS, alone, together
 from stream.log.event_log import OutRecord
 
 Event = dict[str, Any]
@@ -67,7 +67,8 @@ def _values(events: list[Event], encode: Any, most: int) -> Iterator[tuple[bytes
     waiting = [events]
     while waiting:
         shown = waiting.pop()
-        value = encode({**request, IMPRESSIONS: shown})
+        # One by itself is no larger than it was.
+        value = encode({**request, IMPRESSIONS: shown} if len(shown) > 1 else alone(request, shown[0]))
         if len(shown) > 1 and (len(value) > MAX_BYTES["json"] or len(shown) > most):
             half = len(shown) // 2
             waiting += [shown[half:], shown[:half]]

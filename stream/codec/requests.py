@@ -99,3 +99,12 @@ def together(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 if not each[holder]:
                     del each[holder]
     return {**request, IMPRESSIONS: list(events)}
+
+
+def alone(request: dict[str, Any], shown: dict[str, Any]) -> dict[str, Any]:
+    """An impression with what it shares with others, as an event of its own."""
+    whole = {**given_of(request), **shown}
+    for holder in _HOLDERS:
+        if holder in whole:
+            whole[holder] = {**request.get(holder, {}), **shown.get(holder, {})}
+    return whole

@@ -5,10 +5,12 @@ contradicts itself, or cannot be read, has a letter with its reason; nothing is 
 replays and damage.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,7 +20,9 @@ from hypothesis import strategies as st
 from smes.events import ImpressionBlock
 from smes.schema import MISSING, Feature, Schema, Task
 from stream.codec.codec import Codec, Decoded, encode_impressions
+from stream.codec.json_records import json_records
 from stream.codec.limits import MAX_ROWS
+from stream.codec.record_headers import MAX_BYTES
 from stream.codec.single import single_event
 from stream.dead_letter_replay import Replayer
 from stream.dead_letters import DeadLetterWriter
@@ -200,6 +204,17 @@ def test_a_request_that_one_record_cannot_hold_is_sent_in_several(as_record: Mak
     assert 1 < len(made) < 5
     assert decoded.dead == []
     assert_same_events(decoded.impressions, block)
+
+
+def test_impressions_as_large_as_a_record_may_be_are_sent_as_they_are(wire_schema: Schema) -> None:
+    events = [{"impression_id": i, "request_id": 5, "features": {"tab": i, "text": ""}} for i in (1, 2)]
+    room = MAX_BYTES["json"] - len(msgspec.json.encode(events[0]))
+    for each in events:
+        each["features"]["text"] = "x" * room  # type: ignore[index]
+    expected = copy.deepcopy(events)
+    made, record_N = json_records(events, np.zeros(2, np.int32), wire_schema, by_request=True)
+    assert [json.loads(out.value) for out in made] == expected
+    assert ([len(out.value) for out in made], record_N.tolist()) == ([MAX_BYTES["json"]] * 2, [0, 1])
 
 
 def request(ids: range, **changes: Any) -> dict[str, Any]:
