@@ -137,8 +137,14 @@ def _answer_structs(schema: Schema) -> tuple[type[Any], type[Any]]:
             ("arm", described(str, "The arm that answered; copy it into what is logged of the impression.")),
             ("lineage", described(str, "Lineage of the weights.")),
             ("version", described(int, "Version of the weights within the lineage.")),
-            # mypy knows no types made at run time.
-            ("items", described(list[item_scores], "Items in the order of the request; with `top_k` the best.")),  # type: ignore
+            (
+                "items",
+                # mypy knows no types made at run time.
+                described(
+                    list[item_scores],  # type: ignore[valid-type]
+                    "Items in the order of the request; with `top_k` the best.",
+                ),
+            ),
             (
                 "ranking",
                 described(

@@ -20,7 +20,8 @@ Caching = Callable[..., EntityStore]
 @pytest.fixture
 def caching(client: redis.Redis, namespace: str) -> Caching:
     def caching(most_bytes: int = 1_000_000, longest_s: float = 1e6, **options: object) -> EntityStore:
-        return EntityStore(client, SCHEMA, namespace, cache=ItemCache(most_bytes, longest_s, **options))  # type: ignore[arg-type]
+        cache = ItemCache(most_bytes, longest_s, **options)  # type: ignore[arg-type]
+        return EntityStore(client, SCHEMA, namespace, cache=cache)
 
     return caching
 
