@@ -181,9 +181,9 @@ class TrainerConfig:
         threads: Threads of torch on the CPU, ≥ 1. One is the default: where other processes use the cores, a second
             thread makes a step many times slower (docs/experiments/speed.md). None leaves torch's choice, one thread
             per core. A restart is the same bit for bit only with the same number.
-        cpu_precision: How a step on the CPU multiplies in the dense part: ``fp32``, or ``bf16`` where that is faster,
-            with float32 sums (docs/experiments/performance.md). Weights, optimisers, and what is served are float32 in
-            either case. A GPU always trains in bfloat16.
+        cpu_precision: How a step of a dense ranker multiplies on the CPU: ``fp32``, or ``bf16``, with float32 sums
+            (docs/experiments/performance.md). Weights, optimisers, and what is served are float32 in either case. A GPU
+            always trains in bfloat16; ``smes``, whose products are small, never does on the CPU.
         snapshot_interval_s: Seconds between cuts for serving, > 0, on the monotonic clock.
         lease_s: The lease that lets one trainer publish in a namespace ends so many seconds after it was last renewed,
             0.5 … 3600. A trainer that takes the place of a killed one waits so long at most.

@@ -28,7 +28,6 @@ from smes.model.id_rows import BatchRows
 from smes.model.ids import pool_weights
 from smes.model.request_split import RequestSplit, Side, Splits, first_of_requests
 from smes.model.table import Cells
-from smes.rankers.half import check_half, half_products
 from smes.rankers.ranker_input import RequestRows
 from smes.schema import Schema
 
@@ -77,13 +76,13 @@ class HostDevice:
     """The CPU. Tensors share memory with the arrays.
 
     Args:
-        half: Makes the context in which the dense part is computed in half precision; None: everything is float32.
+        half: Whether autocast computes the dense part in bfloat16; else everything is float32.
     """
 
     device = torch.device("cpu")
     tells_at_once = True
 
-    def __init__(self, half: Callable[[], AbstractContextManager[object]] | None = None) -> None:
+    def __init__(self, *, half: bool = False) -> None:
         self._half = half
 
     def host(self, array: NDArray[Any]) -> Tensor:
@@ -102,8 +101,8 @@ class HostDevice:
         return lambda: bool(flag)
 
     def autocast(self) -> AbstractContextManager[object]:
-        if self._half is not None:
-            return self._half()
+        if self._half:
+            return torch.autocast("cpu", torch.bfloat16)
         return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
@@ -157,23 +156,29 @@ def open_device(device: torch.device, *, half: bool = False, ranker: RankerName 
 
     Args:
         device: Which.
-        half: Whether the CPU computes the dense part in bfloat16 where that is faster (:mod:`smes.rankers.half`). A GPU
-            does so in any case.
+        half: Whether the CPU computes the dense part in bfloat16, as a GPU does in any case. Not that of ``smes``: its
+            many small products would be slower.
         ranker: Of the dense part.
 
     Raises:
         ValueError: The device is neither cpu nor cuda, CUDA is not available, or the CPU multiplies no bfloat16.
     """
     if device.type == "cpu":
-        if not half:
-            return HostDevice()
-        check_half()
-        return HostDevice(half_products if ranker == "smes" else lambda: torch.autocast("cpu", torch.bfloat16))
+        if half:
+            _check_half()
+        return HostDevice(half=half and ranker != "smes")
     if device.type != "cuda":
         raise ValueError(f"device {str(device)!r}: expected cpu or cuda")
     if not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r}: this machine has no usable CUDA GPU")
     return CudaDevice(device)
+
+
+def _check_half() -> None:
+    """Without instructions for bfloat16, products in it take several times as long."""
+    found = torch.cpu.get_capabilities()
+    if not any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        raise ValueError("trainer.cpu_precision: 'bf16', expected fp32: this CPU has no instructions for bfloat16")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from smes.rankers.column_kernels import fold_columns, unfold_gradient
-from smes.rankers.half import in_half
 from smes.rankers.ranker import FAR_FROM_ZERO, RunningMoments
-
-_FAR_IN_HALF = 4.0
-"""Deviations from 0 from which on bfloat16's rounding would show: a hundredth of a deviation."""
 
 _ROUNDED = 0.9999  # a value so near to the clip counts as beyond it
 
@@ -55,12 +51,11 @@ class _ReadFolded(torch.autograd.Function):
         weight_MC[:O] = raw_OC
         scale_C, shift_C = torch.empty(2, C).unbind()
         exact_C = torch.empty(C, dtype=torch.bool)
-        half = in_half()
         exact = fold_columns(
             x_BC.numpy(),
             *(column.numpy() for column in (moments.count_C, moments.mean_C, moments.variance_C)),
             clip * _ROUNDED,
-            _FAR_IN_HALF if half else FAR_FROM_ZERO,
+            FAR_FROM_ZERO,
             moments.horizon,
             observe,
             standard_QC.contiguous().numpy(),
@@ -70,28 +65,22 @@ class _ReadFolded(torch.autograd.Function):
             shift_C.numpy(),
             exact_C.numpy(),
         )
-        read_BC, map_MC = x_BC, weight_MC
-        if half:
-            read_BC, map_MC = x_BC.bfloat16(), weight_MC.bfloat16()
-            y_BM = (read_BC @ map_MC.t()).float().add_(bias_M)
-        else:
-            y_BM = torch.addmm(bias_M, x_BC, weight_MC.t())
+        y_BM = torch.addmm(bias_M, x_BC, weight_MC.t())
         exact_K = exact_C.nonzero().squeeze(1) if exact else None
         if exact_K is not None:
             z_BK = _standardised(x_BC, exact_K, scale_C, shift_C).clamp_(-clip, clip)
             y_BM[:, O:].addmm_(z_BK, standard_QC.index_select(1, exact_K).t())
-        ctx.save_for_backward(x_BC, read_BC, map_MC, standard_QC, scale_C, shift_C, exact_C, exact_K)
+        ctx.save_for_backward(x_BC, weight_MC, standard_QC, scale_C, shift_C, exact_C, exact_K)
         ctx.clip = clip
         return y_BM[:, :O], y_BM[:, O:]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         of_y_BM, of_q_BQ = torch.cat(gradients, dim=1), gradients[1]
-        x_BC, read_BC, map_MC, standard_QC, scale_C, shift_C, exact_C, exact_K = ctx.saved_tensors
-        O = len(map_MC) - len(standard_QC)  # noqa: E741
-        of_read_BM = of_y_BM.to(read_BC.dtype)
-        of_x_BC = (of_read_BM @ map_MC).float() if ctx.needs_input_grad[0] else None
-        of_weight_MC = (of_read_BM.t() @ read_BC).float()
+        x_BC, weight_MC, standard_QC, scale_C, shift_C, exact_C, exact_K = ctx.saved_tensors
+        O = len(weight_MC) - len(standard_QC)  # noqa: E741
+        of_x_BC = of_y_BM @ weight_MC if ctx.needs_input_grad[0] else None
+        of_weight_MC = of_y_BM.t() @ x_BC
         of_standard_QC = torch.empty_like(standard_QC)
         unfold_gradient(
             of_weight_MC[O:].numpy(),
