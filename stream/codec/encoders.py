@@ -165,7 +165,7 @@ def single_row(value: bytes, row: int) -> bytes:
         table = reader.read_all()
     one = table.slice(row, 1)
     for i, column in enumerate(one.columns):
-        if pa.types.is_dictionary(column.type):
+        if pa.types.is_dictionary(column.type) and len(column):
             one = one.set_column(i, one.schema.field(i), pa.chunked_array(map(_own, column.chunks), column.type))
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
