@@ -321,13 +321,13 @@ def _in_two_parts(examples: ExampleBlock, read: ModelInputs, rows: BatchRows, sp
         return None
 
     def side(side: Side, rows_N: I64 | slice) -> SideColumns:
-        ids, pools = read.ids[rows_N], None
+        pools = None
         if side.has_lists:
-            pools = pool_weights(splits.schema, ids[:, side.id_columns_W], side.features)
+            pools = pool_weights(splits.schema, read.ids[rows_N].take(side.id_columns_W, axis=1), side.features)
         return SideColumns(
-            cells_BW=torch.from_numpy(np.ascontiguousarray(rows.cells_BW[rows_N][:, side.id_columns_W])),
+            cells_BW=torch.from_numpy(rows.cells_BW[rows_N].take(side.id_columns_W, axis=1)),
             pool_BW=None if pools is None else torch.from_numpy(pools),
-            numerics_BF=torch.from_numpy(np.ascontiguousarray(read.numerics[rows_N][:, side.numerics_F])),
+            numerics_BF=torch.from_numpy(read.numerics[rows_N].take(side.numerics_F, axis=1)),
         )
 
     request_rows = RequestRows(torch.from_numpy(starts_R), len(examples))

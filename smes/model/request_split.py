@@ -243,7 +243,7 @@ class Splits:
         spared = len(read.ids) - len(starts_R)
         if spared * int(self._columns.sum()) < self._least_saved:
             return None
-        numerics: Any = np.ascontiguousarray(read.numerics).view(np.int32)
+        numerics: Any = np.ascontiguousarray(read.numerics, np.float32).view(np.int32)
         ids_W, numerics_F = equal_in_requests(read.ids, starts_R), equal_in_requests(numerics, starts_R)
         key = ids_W.tobytes() + numerics_F.tobytes()
         found = self._found  # threads may share it: each puts into the one that it has looked into

@@ -206,15 +206,16 @@ class ServingModel:
         split = self._splits.of(read, starts_R)
         if split is None:
             return None
-        request, item = split.request, split.item
         return RequestInputs(
-            self._read(
-                read.ids[starts_R][:, request.id_columns_W], read.numerics[starts_R][:, request.numerics_F], request
-            ),
-            self._read(read.ids[:, item.id_columns_W], read.numerics[:, item.numerics_F], item),
+            self._read_side(read.ids[starts_R], read.numerics[starts_R], split.request),
+            self._read_side(read.ids, read.numerics, split.item),
             split,
             RequestRows(torch.from_numpy(starts_R), len(read.ids)),
         )
+
+    def _read_side(self, ids: I64, numerics: F32, side: Side) -> FeatureInputs:
+        # Unlike indexing, take gives rows one behind the other: compiled loops know no others.
+        return self._read(ids.take(side.id_columns_W, axis=1), numerics.take(side.numerics_F, axis=1), side)
 
     def _read(self, ids: I64, numerics: F32, side: Side | None = None) -> FeatureInputs:
         """Inputs of all columns, or of those of a side."""

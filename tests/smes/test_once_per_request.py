@@ -14,7 +14,7 @@ from smes.model.deltas import RowDelta
 from smes.model.learner import Learner
 from smes.model.request_kernels import equal_in_requests
 from smes.model.request_split import LEAST_SAVED, Splits, features_shared
-from smes.model.serving import ServingModel, TensorRows, group_columns
+from smes.model.serving import RowReader, ServingModel, TensorRows, group_columns
 from smes.model.serving_rows import ServingTable, Shadow, TableRows
 from smes.rankers.ranker_input import RequestRows
 from smes.schema import MISSING, Feature, Schema, Task
@@ -148,6 +148,31 @@ def test_one_request_is_the_default_and_a_split_that_spares_little_is_not_made(
         Splits(SCHEMA, dim, least_saved=1).of(model._derive(ids, numerics, None, np.zeros(0, np.float32)), STARTS[:1])
         is None
     )
+
+
+def test_what_is_scored_may_have_any_precision_and_rows_are_read_as_compiled_loops_know_them(
+    models: dict[RankerName, ServingModel],
+) -> None:
+    model, (ids, numerics) = models["smes"], rows(SHARED["items differ"][0])
+    reader = Noting(model._rows)
+    np.testing.assert_array_equal(
+        model.reading(reader).score(ids, numerics.astype(np.float64), requests=STARTS),
+        model.score(ids, numerics, requests=STARTS),
+    )
+    assert [len(ids) for ids in reader.read_ids] == [len(COUNTS), N]
+    assert all(ids.flags.c_contiguous for ids in reader.read_ids), "else a loop is compiled anew in a request"
+
+
+class Noting(RowReader):
+    """Notes the ids that it reads."""
+
+    def __init__(self, rows: RowReader) -> None:
+        self._rows = rows
+        self.read_ids: list[I64] = []
+
+    def read(self, ids_NW: I64, columns_W: I64 | None = None) -> dict[str, Tensor]:
+        self.read_ids.append(ids_NW)
+        return self._rows.read(ids_NW, columns_W)
 
 
 @pytest.mark.parametrize("requests", [[], [1], [0, N], [0, 4, 4], [0, 5, 3]])
