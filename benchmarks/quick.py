@@ -188,10 +188,13 @@ class PlainMmoe(nn.Module):
 
 
 def processor() -> str:
-    """The processor's name (Linux), else its architecture."""
+    """The processor's name, family and model (Linux), else its architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    first = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in first:
+        return platform.machine()
+    return f"{first['model name']}, family {first.get('cpu family', '?')}, model {first.get('model', '?')}"
 
 
 def _smes(default: ModelConfig, experts: int, setting: Setting, data: Data) -> Contender:
