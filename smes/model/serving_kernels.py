@@ -37,22 +37,22 @@ _BEHIND = 12  # keys
 _LINE = 8  # words of a cache line
 
 
-@njit(cache=True, inline="always")
-def _home(mixed: np.uint64, slots: int) -> np.int64:  # pragma: no cover - compiled
-    return np.int64(((mixed >> np.uint64(32)) * np.uint64(slots)) >> np.uint64(32))
+@njit(cache=True, nogil=True)
+def _home(key: np.int64, slots: int) -> np.int64:  # pragma: no cover - compiled
+    """Where the search for a key begins."""
+    return np.int64(((scatter(np.uint64(key)) >> np.uint64(32)) * np.uint64(slots)) >> np.uint64(32))
 
 
-@njit(cache=True, inline="always")
-def _mark(mixed: np.uint64, row_bits: int) -> np.uint32:  # pragma: no cover - compiled
-    """Bits of the hash, where a slot has them: above the row."""
-    return np.uint32((mixed << np.uint64(row_bits)) & np.uint64(0xFFFFFFFF))
+@njit(cache=True, nogil=True)
+def _mark(key: np.int64, row_bits: int) -> np.uint32:  # pragma: no cover - compiled
+    """Bits of the key's hash, where a slot has them: above the row."""
+    return np.uint32((scatter(np.uint64(key)) << np.uint64(row_bits)) & np.uint64(0xFFFFFFFF))
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, nogil=True)
 def _row_of(key: np.int64, slots: Slots, row_bits: int, records: Words) -> np.int64:  # pragma: no cover - compiled
-    mixed = scatter(np.uint64(key))
-    mark, row_mask = _mark(mixed, row_bits), np.uint32((np.uint64(1) << np.uint64(row_bits)) - np.uint64(1))
-    slot = _home(mixed, len(slots))
+    mark, row_mask = _mark(key, row_bits), np.uint32((np.uint64(1) << np.uint64(row_bits)) - np.uint64(1))
+    slot = _home(key, len(slots))
     while True:
         word = slots[slot]
         if word == EMPTY:
@@ -68,15 +68,6 @@ def _row_of(key: np.int64, slots: Slots, row_bits: int, records: Words) -> np.in
 
 
 @njit(cache=True, nogil=True)
-def find_rows(keys_N: I64, slots: Slots, row_bits: int, records: Words) -> I64:  # pragma: no cover - compiled
-    """The row of each key, ``ABSENT`` where it has none. int64 [N] → int64 [N]."""
-    rows_N = np.empty(len(keys_N), np.int64)
-    for i in range(len(keys_N)):
-        rows_N[i] = _row_of(keys_N[i], slots, row_bits, records)
-    return rows_N
-
-
-@njit(cache=True, nogil=True)
 def find_open(
     found_N: I64, keys_N: I64, slots: Slots, row_bits: int, records: Words
 ) -> None:  # pragma: no cover - compiled
@@ -89,10 +80,10 @@ def find_open(
     flat, width = records.reshape(-1), np.uint64(records.shape[1])
     for first in range(len(keys_N) + 2 * _BEHIND):
         if first < len(keys_N):
-            prefetch(slots, np.uint64(_home(scatter(np.uint64(keys_N[first])), len(slots))))
+            prefetch(slots, np.uint64(_home(keys_N[first], len(slots))))
         second = first - _BEHIND
         if 0 <= second < len(keys_N):
-            word = slots[_home(scatter(np.uint64(keys_N[second])), len(slots))]
+            word = slots[_home(keys_N[second], len(slots))]
             at = np.uint64(word & row_mask) * width
             for line in range(0, records.shape[1], _LINE):
                 prefetch(flat, at + np.uint64(line))
@@ -101,17 +92,16 @@ def find_open(
             found_N[third] = _row_of(keys_N[third], slots, row_bits, records)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, nogil=True)
 def _put(slots: Slots, row_bits: int, key: np.int64, row: int) -> bool:  # pragma: no cover - compiled
     """Give a key that has no slot one; whether it was an empty one."""
-    mixed = scatter(np.uint64(key))
-    slot = _home(mixed, len(slots))
+    slot = _home(key, len(slots))
     while slots[slot] < GONE:
         slot += 1
         if slot == len(slots):
             slot = 0
     was_empty = bool(slots[slot] == EMPTY)
-    slots[slot] = _mark(mixed, row_bits) | np.uint32(row)
+    slots[slot] = _mark(key, row_bits) | np.uint32(row)
     return was_empty
 
 
@@ -143,23 +133,20 @@ def add_rows(
 
 @njit(cache=True, nogil=True)
 def remove_rows(keys_N: I64, slots: Slots, row_bits: int, records: Words) -> I64:  # pragma: no cover - compiled
-    """Mark the slots of keys as gone. Returns the rows that they had, int64, at most N."""
-    rows = np.empty(len(keys_N), np.int64)
+    """Mark the slots of keys as gone. Returns the rows that they had, int64 [N]; ``ABSENT`` for those without."""
+    rows_N = np.empty(len(keys_N), np.int64)
     row_mask = np.uint32((np.uint64(1) << np.uint64(row_bits)) - np.uint64(1))
-    count = 0
     for i in range(len(keys_N)):
-        row = _row_of(keys_N[i], slots, row_bits, records)
+        rows_N[i] = row = _row_of(keys_N[i], slots, row_bits, records)
         if row == ABSENT:
             continue
-        slot = _home(scatter(np.uint64(keys_N[i])), len(slots))
+        slot = _home(keys_N[i], len(slots))
         while slots[slot] >= GONE or np.int64(slots[slot] & row_mask) != row:
             slot += 1
             if slot == len(slots):
                 slot = 0
         slots[slot] = GONE
-        rows[count] = row
-        count += 1
-    return rows[:count].copy()
+    return rows_N
 
 
 @njit(cache=True, nogil=True)
@@ -174,33 +161,35 @@ def copy_slots(
             _put(into, into_row_bits, records[row, 0], row)
 
 
+@njit(cache=True, inline="always")
+def _copy(
+    source: F32, row: int, at: int, out: F32, into: int, to: int, columns: int
+) -> None:  # pragma: no cover - compiled
+    """``out[into, to:to+columns] = source[row, at:at+columns]`` of contiguous arrays.
+
+    The assignment itself would be slower, and take 2 s to compile.
+    """
+    first, begin = np.uint64(row * source.shape[1] + at), np.uint64(into * out.shape[1] + to)
+    whole = columns - columns % LANES
+    for c in range(0, whole, LANES):
+        copy8(source, first + np.uint64(c), out, begin + np.uint64(c))
+    for c in range(whole, columns):
+        out[into, to + c] = source[row, at + c]
+
+
 @njit(cache=True, nogil=True)
 def write_columns(records: F32, rows_N: I64, start: int, weights_NC: F32) -> None:  # pragma: no cover - compiled
     """Write the weights of one group into the records of rows, from element ``start`` on."""
     for i in range(len(rows_N)):
-        records[rows_N[i], start : start + weights_NC.shape[1]] = weights_NC[i]
-
-
-@njit(cache=True, nogil=True)
-def write_keys(records: Words, rows_N: I64, keys_N: I64) -> None:  # pragma: no cover - compiled
-    """Write keys at the heads of the records of rows."""
-    for i in range(len(rows_N)):
-        records[rows_N[i], 0] = keys_N[i]
+        _copy(weights_NC, i, 0, records, rows_N[i], start, weights_NC.shape[1])
 
 
 @njit(cache=True, nogil=True)
 def read_columns(found_N: I64, records: F32, start: int, out_NC: F32) -> None:  # pragma: no cover - compiled
     """Copy one group of the rows that were found in the table (≥ 0)."""
-    columns = out_NC.shape[1]
-    flat, out, width = records.reshape(-1), out_NC.reshape(-1), records.shape[1]
-    whole = columns - columns % LANES
     for i in range(len(found_N)):
         if found_N[i] >= 0:
-            at, to = np.uint64(found_N[i] * width + start), np.uint64(i * columns)
-            for b in range(0, whole, LANES):
-                copy8(flat, at + np.uint64(b), out, to + np.uint64(b))
-            for c in range(whole, columns):
-                out[to + np.uint64(c)] = flat[at + np.uint64(c)]
+            _copy(records, found_N[i], start, out_NC, i, 0, out_NC.shape[1])
 
 
 @njit(cache=True, nogil=True)
@@ -211,7 +200,7 @@ def shadow_slots(keys_N: I64, slots: NDArray[np.int32]) -> int:  # pragma: no co
         N, or the place of the first key that occurs twice.
     """
     for i in range(len(keys_N)):
-        slot = _home(scatter(np.uint64(keys_N[i])), len(slots))
+        slot = _home(keys_N[i], len(slots))
         while slots[slot] >= 0:
             if keys_N[slots[slot]] == keys_N[i]:
                 return i
@@ -233,7 +222,7 @@ def find_in_shadow(
     for i in range(len(keys_N)):
         if found_N[i] != OPEN:
             continue
-        slot = _home(scatter(np.uint64(keys_N[i])), len(slots))
+        slot = _home(keys_N[i], len(slots))
         while slots[slot] >= 0:
             place = slots[slot]
             if shadow_keys[place] == keys_N[i]:
@@ -245,12 +234,12 @@ def find_in_shadow(
 
 
 @njit(cache=True, nogil=True)
-def read_shadow(found_N: I64, weights: F32, first: int, out_NC: F32) -> None:  # pragma: no cover - compiled
+def read_shadow(found_N: I64, weights_RC: F32, first: int, out_NC: F32) -> None:  # pragma: no cover - compiled
     """Copy one group of the rows that were found in a shadow."""
     for i in range(len(found_N)):
         place = np.int64(-1) - found_N[i] - first
-        if 0 <= place < len(weights):
-            out_NC[i, :] = weights[place]
+        if 0 <= place < len(weights_RC):
+            _copy(weights_RC, place, 0, out_NC, i, 0, out_NC.shape[1])
 
 
 def empty_slots(count: int) -> Slots:
@@ -269,16 +258,14 @@ def compile_serving_kernels() -> None:
     slots, records = empty_slots(8), np.zeros((4, 2), np.int64)
     floats: F32 = records.view(np.float32)
     add_rows(keys, 0, slots, 4, records)
-    rows = find_rows(keys, slots, 4, records)
-    write_keys(records, rows, keys)
+    rows = no_rows(2)
+    find_open(rows, keys, slots, 4, records)
     write_columns(floats, rows, 2, weights)
     remove_rows(keys, slots, 4, records)
     put_rows(keys, rows, slots, 4)
     copy_slots(slots, 4, records, empty_slots(8), 4)
     shadow = np.full(8, -1, np.int32)
     shadow_slots(keys, shadow)
-    found = no_rows(2)
-    find_in_shadow(found, keys, shadow, keys, 1, 0)
-    find_open(found, keys, slots, 4, records)
-    read_columns(found, floats, 2, weights)
-    read_shadow(found, weights, 0, weights)
+    find_in_shadow(no_rows(2), keys, shadow, keys, 1, 0)
+    read_columns(rows, floats, 2, weights)
+    read_shadow(rows, weights, 0, weights)

@@ -36,7 +36,6 @@ from smes.model.serving_kernels import (
     empty_slots,
     find_in_shadow,
     find_open,
-    find_rows,
     no_rows,
     put_rows,
     read_columns,
@@ -44,7 +43,6 @@ from smes.model.serving_kernels import (
     remove_rows,
     shadow_slots,
     write_columns,
-    write_keys,
 )
 from smes.reserved import ReservedArray
 
@@ -183,13 +181,14 @@ class ServingTable:
         """
         delta = shadow.delta
         removed = remove_rows(delta.removed, *self._map, self._words())
-        self._free = np.concatenate([self._free, removed])
-        rows_N = find_rows(delta.keys, *self._map, self._words())
+        self._free = np.concatenate([self._free, removed[removed != ABSENT]])
+        rows_N = no_rows(len(delta.keys))
+        find_open(rows_N, delta.keys, *self._map, self._words())
         born = np.flatnonzero(rows_N == ABSENT)
         self._reserve(len(born))
         rows_N[born] = self._new_rows(len(born))
         words = self._words()
-        write_keys(words, rows_N, delta.keys)
+        words[rows_N, 0] = delta.keys
         for name, values in delta.columns.items():
             write_columns(_floats(words), rows_N, self._start[name], values)
         # After the records, by a call of its own: no reader finds a row before its record is complete.
