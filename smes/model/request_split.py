@@ -246,21 +246,26 @@ class Splits:
         numerics: Any = np.ascontiguousarray(read.numerics, np.float32).view(np.int32)
         ids_W, numerics_F = equal_in_requests(read.ids, starts_R), equal_in_requests(numerics, starts_R)
         key = ids_W.tobytes() + numerics_F.tobytes()
-        found = self._found  # threads may share it: each puts into the one that it has looked into
-        if key not in found:
+        split = self._found.get(key)
+        if split is None:
+            split = self._of_columns(ids_W, numerics_F)
+            found = self._found  # threads may share it: each puts into the one that it has looked into
             if len(found) >= _MOST_FOUND:
                 found = self._found = {}
-            found[key] = self._of_columns(ids_W, numerics_F)
-        split = found[key]
+            found[key] = split
         return split if spared * int(self._columns[split.shared].sum()) >= self._least_saved else None
 
     def _of_columns(self, ids_W: Bool, numerics_F: Bool) -> RequestSplit:
         shared = features_shared(self._schema, ids_W, numerics_F)
         columns = int(self._columns[shared].sum())
+        if self._training:
+            return split_by(self._schema, self._embedding_dim, shared, weights_change=True)
         # Features that happen to be equal in one call must not make a split of their own for it.
-        for split in () if self._training else self._known:
+        for split in self._known:
             if not (split.shared & ~shared).any() and self._columns[split.shared].sum() >= _ENOUGH * columns:
                 return split
-        split = split_by(self._schema, self._embedding_dim, shared, weights_change=self._training)
+        if len(self._known) == _MOST_KNOWN:  # one is forgotten, and what was found of it
+            self._found = {}
+        split = split_by(self._schema, self._embedding_dim, shared)
         self._known = (split, *self._known[: _MOST_KNOWN - 1])
         return split

@@ -191,7 +191,14 @@ def test_chance_makes_no_split_of_its_own(models: dict[RankerName, ServingModel]
         read = model._derive(ids, numerics, None, np.zeros(0, np.float32))
         splits = {id(model._splits.of(read, STARTS[:1])) for _ in range(2)}
         assert len(splits) == 1
-    assert len(model._splits._known) <= 8
+
+
+def test_of_many_patterns_the_last_splits_alone_are_kept(models: dict[RankerName, ServingModel]) -> None:
+    splits, rng = every_split(models["smes"]), np.random.default_rng(0)
+    for seed in range(60):
+        read = models["smes"].derived(*rows({*rng.choice([*IDS, *NUMBERS], 3)}, STARTS[:1], seed))
+        splits.of(read, STARTS[:1])
+    assert len({id(split) for split in (*splits._known, *splits._found.values())}) == 8
 
 
 def test_equal_columns_are_found_within_requests() -> None:
