@@ -19,7 +19,8 @@ class ReplayConfig:
         seed: Seed of the feedback delays.
         late_share: Share of the feedback that misses its attribution window on purpose.
         codec: Wire form of the events.
-        by_request: Whether what impressions of a request share is sent once; in JSON as one record.
+        by_request: Whether what impressions of a request share is sent once; in JSON as one record. The log must have
+            ids of requests (``log.request_id`` in the schema file); an impression without one is sent by itself.
         slice_s: Wall time that one append covers, in seconds, unless the speed is ``max``.
         max_slice_events: Most events of one append.
         max_slice_bytes: Most bytes of one append, as the events lie in memory; at least one event is appended.

@@ -36,9 +36,15 @@ def run_replay(
 
     Raises:
         LogError: The log cannot be read as its schema file says.
+        ValueError: Impressions of a request are to be sent together, and the log has no ids of requests.
         EventLogError, EventLogUnavailable: An append failed. A note on the error says where the replay was.
     """
     schema_file = config.schema_file(log)
+    if config.replay.by_request and schema_file.log is not None and schema_file.log.request_id is None:
+        raise ValueError(
+            f"replay.by_request: schema {schema_file.name!r} names no column for the ids of requests, expected one "
+            "(log.request_id), or --one-by-one"
+        )
     event_log = open_event_log(_patient(config.event_log, config.replay.outage_timeout_s))
     event_log.set_stop(should_stop)
     try:

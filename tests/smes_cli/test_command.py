@@ -192,9 +192,10 @@ def test_a_log_without_a_column_is_status_1_and_named(
         (["--speed", "0"], "ReplayConfig.speed: 0.0, expected more than 0 or max"),
         (["--rate", "0"], "ReplayConfig.rate: 0.0, expected more than 0, or null"),
         (["--rate", "5", "--speed", "2"], "ReplayConfig.rate: 5.0 beside speed 2.0, expected one of them"),
+        (["--schema", "kuairand", "--by-request"], "replay.by_request: schema 'kuairand' names no column for the ids"),
     ],
 )
-def test_a_wrong_pace_is_status_2(
+def test_what_a_replay_cannot_do_is_status_2(
     capsys: Captured, tmp_path: Path, redis_url: str, namespace: str, world: Path, options: list[str], message: str
 ) -> None:
     path = write_config(tmp_path, redis_url, namespace)
