@@ -287,8 +287,8 @@ def replay(
         bool | None,
         typer.Option(
             "--by-request/--one-by-one",
-            help="Whether what impressions of a request share is sent once, for which the log must have ids of requests; "
-            "default: replay.by_request.",
+            help="Whether what impressions of a request share is sent once, for which the log must have ids of "
+            "requests; default: replay.by_request.",
         ),
     ] = None,
     report: ReportPath = None,
