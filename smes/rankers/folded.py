@@ -65,6 +65,8 @@ class _ReadFolded(torch.autograd.Function):
             shift_C.numpy(),
             exact_C.numpy(),
         )
+        if observe:
+            moments.changed()
         y_BM = torch.addmm(bias_M, x_BC, weight_MC.t())
         exact_K = exact_C.nonzero().squeeze(1) if exact else None
         if exact_K is not None:

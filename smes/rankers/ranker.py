@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from smes.rankers.column_kernels import merge_weighted
 from smes.rankers.kept import Keeping
@@ -62,12 +63,17 @@ class RunningMoments(Keeping):
             cells = (x_BC.double().contiguous(), weight_BC.double().contiguous())
             moments = (self.count_C, self.mean_C, self.variance_C)
             merge_weighted(*(t.numpy() for t in cells), self.horizon, *(t.numpy() for t in moments))
+            self.changed()
         else:
             x_BC, weight_BC = x_BC.double(), weight_BC.double()
             new_C = weight_BC.sum(dim=0)
             mean_C = (x_BC * weight_BC).sum(dim=0) / new_C.clamp(min=1e-12)
             variance_C = ((x_BC - mean_C).square() * weight_BC).sum(dim=0) / new_C.clamp(min=1e-12)
             self._merge(new_C, mean_C, variance_C)
+
+    def changed(self) -> None:
+        """Tell torch that a compiled loop has written the moments."""
+        increment_version((self.count_C, self.mean_C, self.variance_C))
 
     def _merge(self, new_C: Tensor, mean_C: Tensor, variance_C: Tensor) -> None:
         total_C = self.count_C + new_C

@@ -45,6 +45,7 @@ def read_split(
             if len(columns):
                 rows = part.detach().contiguous().numpy()
                 observe_columns(rows, times.numpy(), columns.numpy(), moments.horizon, *state)
+        moments.changed()
     return products
 
 
