@@ -321,9 +321,8 @@ def _in_two_parts(examples: ExampleBlock, read: ModelInputs, rows: BatchRows, sp
         return None
 
     def side(side: Side, rows_N: I64 | slice) -> SideColumns:
-        pools = None
-        if side.has_lists:
-            pools = pool_weights(splits.schema, read.ids[rows_N].take(side.id_columns_W, axis=1), side.features)
+        ids = read.ids[rows_N].take(side.id_columns_W, axis=1)
+        pools = pool_weights(splits.schema, ids, side.features)
         return SideColumns(
             cells_BW=torch.from_numpy(rows.cells_BW[rows_N].take(side.id_columns_W, axis=1)),
             pool_BW=None if pools is None else torch.from_numpy(pools),

@@ -43,7 +43,6 @@ class Side:
         parts: The pieces made of ids, by the side's own columns.
         attention: Number of each sequence of which target and entries are here, with both.
         wide_W: float32, which id columns count for the linear part.
-        has_lists: Whether there are bags or sequences.
         columns: int64, the columns of I that it gives, in its own order.
     """
 
@@ -55,7 +54,6 @@ class Side:
     parts: tuple[Part, ...]
     attention: tuple[tuple[int, Target, Entries], ...]
     wide_W: Tensor
-    has_lists: bool
     columns: Tensor
 
 
@@ -164,7 +162,6 @@ def _side(
             for i, f in sequences
         ),
         wide_W=torch.tensor([f.query is None for f in features for _ in range(f.width)], dtype=torch.float32),
-        has_lists=any(f.is_list for f in features),
         columns=torch.tensor(places, dtype=torch.int64),
     )
 

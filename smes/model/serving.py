@@ -207,29 +207,25 @@ class ServingModel:
         if split is None:
             return None
         return RequestInputs(
-            self._read_side(read.ids[starts_R], read.numerics[starts_R], split.request),
-            self._read_side(read.ids, read.numerics, split.item),
+            self._read(read.ids[starts_R], read.numerics[starts_R], split.request),
+            self._read(read.ids, read.numerics, split.item),
             split,
             RequestRows(torch.from_numpy(starts_R), len(read.ids)),
         )
 
-    def _read_side(self, ids: I64, numerics: F32, side: Side) -> FeatureInputs:
-        # Unlike indexing, take gives rows one behind the other: compiled loops know no others.
-        return self._read(ids.take(side.id_columns_W, axis=1), numerics.take(side.numerics_F, axis=1), side)
-
     def _read(self, ids: I64, numerics: F32, side: Side | None = None) -> FeatureInputs:
         """Inputs of all columns, or of those of a side."""
-        if side is None:
-            rows, pool_NW = self._rows.read(ids), pool_weights(self.schema, ids)
-            numerics_BF = torch.tensor(numerics, dtype=torch.float32, device=self._device)
-        else:  # on the CPU, and the arrays are this call's own
-            rows, pool_NW = self._rows.read(ids, side.id_columns_W), pool_weights(self.schema, ids, side.features)
-            numerics_BF = torch.from_numpy(np.ascontiguousarray(numerics, np.float32))
+        columns_W, features = None, None
+        if side is not None:
+            columns_W, features = side.id_columns_W, side.features
+            # Unlike indexing, take gives rows one behind the other: compiled loops know no others.
+            ids, numerics = ids.take(columns_W, axis=1), numerics.take(side.numerics_F, axis=1)
+        rows, pool_NW = self._rows.read(ids, columns_W), pool_weights(self.schema, ids, features)
         return FeatureInputs(
             embedding_BWD=self._sent(rows.get("embedding")),
             wide_BWT=self._sent(rows.get("wide")),
             pool_BW=None if pool_NW is None else torch.from_numpy(pool_NW).to(self._device),
-            numerics_BF=numerics_BF,
+            numerics_BF=torch.tensor(numerics, dtype=torch.float32, device=self._device),
         )
 
     def _sent(self, rows: Tensor | None) -> Tensor | None:
