@@ -15,7 +15,12 @@ from feature_store.payload import PayloadContent
 from feature_store.signing import SigningConfig
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
+from smes.model.request_kernels import compile_request_kernels
 from smes.model.serving_kernels import compile_serving_kernels
+from smes.model.task_kernels import compile_task_kernels
+from smes.rankers.clip_kernels import compile_clip_kernels
+from smes.rankers.sparse.expert_kernels import compile_expert_kernels
+from smes.rankers.sparse.routing_kernels import compile_routing_kernels
 from smes.schema import Schema
 from smes_io.redis_access import RedisAccess
 from smes_io.redis_client import connect
@@ -97,6 +102,11 @@ def serve(
 def _compile() -> None:
     compile_serving_kernels()
     compile_answer_kernels()
+    compile_request_kernels()
+    compile_clip_kernels()
+    compile_routing_kernels()
+    compile_expert_kernels()
+    compile_task_kernels()
 
 
 class _FirstLoad:
