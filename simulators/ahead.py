@@ -10,6 +10,7 @@ _T = TypeVar("_T")
 class Ahead(Generic[_T]):
     """Iterates over other items, each of which is made on another thread while the one before it is used.
 
+    At most one item is there that was not asked for yet: that bounds the memory.
     An error in the making of an item is raised where the item is asked for.
 
     Args:
