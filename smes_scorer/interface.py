@@ -19,7 +19,7 @@ from smes_scorer.config import ScorerConfig, fusion_weights, unknown_weights
 from smes_scorer.explanation import ExplanationWriter
 from smes_scorer.feature_lookup import FeatureLookup
 from smes_scorer.missing import MissingFeatures
-from smes_scorer.request import RequestReader, ScoreRequest
+from smes_scorer.request import RequestReader, ScoreRequest, without_tasks
 from smes_scorer.skew import ServedFeatures
 from smes_scorer.telemetry import Telemetry
 
@@ -95,15 +95,20 @@ class Interface:
             for (body, request), rows in zip(requests, found, strict=True)
         ]
 
-    def again(self, asked: Asked) -> Asked:
+    def again(self, asked: Asked, *, to_answer: bool = True) -> Asked:
         """The same request under this schema.
+
+        Args:
+            asked: The request under any schema.
+            to_answer: Whether it is answered. If not, this schema need not have the tasks that the answer names.
 
         Raises:
             FieldError, UnreadableBody: It is none under this schema.
         """
         if asked.schema.hash == self.schema.hash:
             return asked
-        return self.with_rows(asked.body, self.reader.read(asked.body), asked.now_ms)
+        body = asked.body if to_answer or asked.request.tasks is None else without_tasks(asked.body)
+        return self.with_rows(body, self.reader.read(body), asked.now_ms)
 
 
 class Interfaces:

@@ -102,7 +102,7 @@ class ShadowScorer:
         if not self._is_ready():
             self._telemetry.shadow(self.name, "not_ready")
             return
-        asked = self._interfaces.of(self._swap.schema).again(answered.asked)
+        asked = self._interfaces.of(self._swap.schema).again(answered.asked, to_answer=False)
         started_s = time.perf_counter()
         with self._swap.reading() as served:
             if served.schema.hash != asked.schema.hash:  # it came into service this moment

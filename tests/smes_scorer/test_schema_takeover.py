@@ -284,6 +284,24 @@ def test_arms_may_be_ahead_of_the_main_arm(
         assert 'arm="c",task="share"' not in shown
 
 
+def test_a_shadow_without_a_task_that_was_asked_for_is_measured_all_the_same(
+    store: SnapshotStore, served: Served, client: redis.Redis, namespace: str, until: Until
+) -> None:
+    publish(store, learned(), 1)
+    gone = new_learner(Schema("gone", tasks=(Task("click"),), features=WAS.features))
+    publish(SnapshotStore(client, f"{namespace}-c"), gone, 2, carried_from=[WAS.hash])
+    with served(arms={"c": ArmConfig(namespace=f"{namespace}-c", shadow=True)}) as http:
+        until(lambda: health(http)["arms"]["c"]["ready"])
+        context = {"hour": 5, "unknown": float("nan")}  # which only the standard library reads
+        for more in ({}, {"context": context}):
+            asked = json.dumps({**REQUEST, "tasks": ["like"], **more}).encode()
+            answer = http.post("/v1/score", content=asked, headers={"content-type": "application/json"})
+            assert tasks_of(answer.json()) == ["like"]
+
+        scored = 'smes_scorer_arm_shadow_requests_total{arm="c",outcome="scored"} 2.0'
+        until(lambda: scored in http.get("/metrics").text)
+
+
 def test_weights_of_a_task_that_is_gone_are_a_problem(store: SnapshotStore, served: Served, until: Until) -> None:
     was = learned()
     publish(store, was, 1)
