@@ -299,8 +299,9 @@ class EntityStore:
 
     def clear(self) -> int:
         """Remove every row and layout; the number of entities removed."""
-        removed = 0
+        removed, marks = 0, [f"{self._prefix}written:{entity}" for entity in ENTITIES]
         with translated(self._client, "features were removed"):
+            self._client.delete(*marks)  # so that nobody relies on kept rows, even if this breaks off
             for entity in ENTITIES:
                 batch: list[Any] = []
                 for key in self._client.scan_iter(f"{self._prefix}{entity}:*", count=_BATCH):
@@ -309,7 +310,7 @@ class EntityStore:
                         removed += int(self._client.unlink(*batch))
                         batch.clear()
                 removed += int(self._client.unlink(*batch)) if batch else 0
-            self._client.delete(f"{self._prefix}layouts", *(f"{self._prefix}written:{entity}" for entity in ENTITIES))
+            self._client.delete(f"{self._prefix}layouts", *marks)  # somebody may have written meanwhile
         return removed
 
     def _times(self, n: int, time_ms: int | I64 | None) -> I64:

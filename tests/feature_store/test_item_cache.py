@@ -11,6 +11,7 @@ import redis
 
 from feature_store.entities import ALWAYS, EntityRows, EntityStore
 from feature_store.item_cache import ItemCache
+from smes.errors import FeatureStoreUnavailable
 from smes_io.clock import wall_clock_ms
 from tests.feature_store.test_entities import SCHEMA
 
@@ -131,3 +132,23 @@ def test_who_writes_without_a_mark_is_noticed_in_the_end(caching: Caching, clien
     now_s[0] = 61.0
 
     assert (kept, authors(store.get(7, np.array([1])))) == ([5], [6])
+
+
+def test_a_removal_that_broke_off_is_noticed(
+    caching: Caching, plain: EntityStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, items = caching(), np.array([1])
+    put(store, [1], 5)
+    for _ in range(3):
+        store.get(7, items)
+    unlink = client.unlink
+
+    def broken_off(*keys: bytes) -> int:
+        unlink(*keys)
+        raise redis.ConnectionError("lost after the rows were removed")
+
+    monkeypatch.setattr(client, "unlink", broken_off)
+    with pytest.raises(FeatureStoreUnavailable, match="while features were removed"):
+        plain.clear()
+
+    assert authors(store.get(7, items)) == [-(2**63)]
