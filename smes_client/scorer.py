@@ -184,10 +184,10 @@ class Scorer:
 
     def _checked_tasks(self, tasks: Sequence[str]) -> list[str]:
         known = self._schema.task_index
-        if isinstance(tasks, str) or len(tasks) == 0:
+        if isinstance(tasks, str) or not isinstance(tasks, Sequence) or len(tasks) == 0:
             raise ValueError(f"tasks: {tasks!r:.60}, expected a list of names of tasks, at least one")
         for n, name in enumerate(tasks):
-            if name not in known or name in tasks[:n]:
+            if not isinstance(name, str) or name not in known or name in tasks[:n]:
                 raise ValueError(f"tasks.{n}: {name!r:.60}, expected each once of {', '.join(known)}")
         return list(tasks)
 

@@ -113,7 +113,8 @@ def test_what_trying_again_does_not_mend_is_raised_at_once(
 @pytest.mark.parametrize(
     ("named", "field"),
     [({"top_k": 0}, "top_k"), ({"top_k": True}, "top_k"), ({"tasks": []}, "tasks"), ({"tasks": "click"}, "tasks")]
-    + [({"tasks": ["like", name]}, r"tasks\.1") for name in ("like", "share")],
+    + [({"tasks": ["like", name]}, r"tasks\.1") for name in ("like", "share", ["click"])]
+    + [({"tasks": wrong}, "tasks") for wrong in ({"click"}, 5)],
 )
 def test_a_wrong_choice_is_not_sent(named: dict[str, Any], field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}: "):
