@@ -27,6 +27,9 @@ def run(loop: CompiledLoop, arguments: Sequence[int], threads: int) -> None:
             here and is 0: the threads share the work by it.
         arguments: int64 numbers, such as addresses of tensors' data. The caller keeps what they point to.
         threads: How many, ≥ 1.
+
+    Raises:
+        MemoryError: No thread had room for what the loop keeps of its own, so that none took a number of the counter.
     """
     block = (ctypes.c_int64 * (len(arguments) + 1))(0, *arguments)
     together = _parallel() if threads > 1 else None
@@ -34,6 +37,8 @@ def run(loop: CompiledLoop, arguments: Sequence[int], threads: int) -> None:
         _alone(loop.address)(ctypes.addressof(block))
     else:
         together(loop.address, ctypes.addressof(block), threads, 0)
+    if block[0] == 0:  # numba prints what a loop raises, and goes on
+        raise MemoryError("a compiled loop had no room for its numbers, expected some kilobytes for each thread")
 
 
 @cache

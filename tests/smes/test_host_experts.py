@@ -1,5 +1,6 @@
 """Experts as compiled loops against torch's operators, and what the loops are made of."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from numba import njit
+from numba import cfunc, njit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +18,7 @@ from smes.rankers.sparse import expert_kernels as kernels
 from smes.rankers.sparse import experts as forms
 from smes.rankers.sparse.config import ExpertNorm
 from smes.rankers.sparse.experts import FullExperts, LowRankExperts, ResidualExperts, mixed
-from smes.rankers.sparse.host_experts import KINDS, Rows, expert_layer, runs_here
+from smes.rankers.sparse.host_experts import KINDS, Rows, expert_layer, mixture, runs_here
 from smes.rankers.sparse.packing import Dispatch, combine, dispatch
 from smes.rankers.sparse.routing import Routing, Selection, route
 from smes.rankers.sparse.stages import Stages
@@ -154,6 +155,37 @@ def test_another_width_is_refused() -> None:
     plan = dispatch(_routing(3, disjoint=True), trim=True)
     with pytest.raises(ValueError, match=r"\[8, 12, 16\], expected .* multiples of 8"):
         expert_layer(torch.zeros(3, 12), torch.zeros(8, 12, 16), plan.rows, kernels.PLAIN)
+
+
+def test_what_the_loops_would_read_beyond_is_refused() -> None:
+    routing = _routing(3, disjoint=True)
+    rows, weights_BRK = dispatch(routing, trim=True).rows, routing.weights_BRK
+    x_BD, weight_EDH = torch.zeros(3, 16), torch.zeros(8, 16, 24)
+    for x, weight in (
+        (x_BD[:, :8], weight_EDH),
+        (x_BD[:1], weight_EDH),
+        (x_BD, weight_EDH[:4]),
+        (x_BD, weight_EDH.bfloat16()),
+        (x_BD, weight_EDH.to("meta")),
+    ):
+        with pytest.raises(ValueError, match=r"^(input|weight): \[.*, expected \[.*\] in float32 on the CPU$"):
+            expert_layer(x, weight, rows, kernels.PLAIN)
+    with pytest.raises(ValueError, match=r"^base: \[3, 16\]"):
+        mixture(x_BD, weight_EDH, weights_BRK, rows, kernels.PLAIN, base_BH=x_BD)
+    with pytest.raises(ValueError, match=r"^routers' weights: \[3, 2, 2\]"):
+        mixture(x_BD, weight_EDH, weights_BRK[..., :2], rows, kernels.PLAIN)
+
+
+def test_a_loop_without_memory_is_an_error_and_not_whatever_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    @cfunc("void(int64)")
+    def loop(address):  # type: ignore[no-untyped-def]  # numba infers the types
+        np.empty(address << 8, np.int8)[0] = 0
+
+    printed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    with pytest.raises(MemoryError, match="had no room"):
+        team.run(loop, [], 1)
+    assert printed[0].exc_type is MemoryError, "what numba prints"
 
 
 def test_a_layer_without_rows_has_zero_gradients() -> None:

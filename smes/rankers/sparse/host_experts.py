@@ -71,9 +71,9 @@ def expert_layer(x: Tensor, weight_EDH: Tensor, rows: Rows, kind: int, *, packed
         packed: As said.
 
     Raises:
-        ValueError: Another width.
+        ValueError: Another width, shape, type or device.
     """
-    _check(weight_EDH)
+    _check(x, weight_EDH, rows, packed=packed)
     if not torch.is_grad_enabled():
         return _layer(x, weight_EDH, rows, kind, packed=packed, keep=False)[0]
     layer: Tensor = _Layer.apply(  # type: ignore[no-untyped-call]  # torch has no type
@@ -100,7 +100,7 @@ def mixture(
     Raises:
         ValueError: As there.
     """
-    _check(weight_EDH)
+    _check(x, weight_EDH, rows, packed=packed, base_BH=base_BH, weights_BRK=weights_BRK)
     if not torch.is_grad_enabled():
         return _mixture(
             x, base_BH, weight_EDH, weights_BRK.float().contiguous(), rows, kind, packed=packed, keep=False
@@ -111,9 +111,28 @@ def mixture(
     return mixed
 
 
-def _check(weight_EDH: Tensor) -> None:
-    if weight_EDH.shape[1] % 8 or weight_EDH.shape[2] % 8:
+def _check(
+    x: Tensor, weight_EDH: Tensor, rows: Rows, *, packed: bool, base_BH: Tensor | None = None,
+    weights_BRK: Tensor | None = None,
+) -> None:  # fmt: skip
+    """The loops read and write by addresses: another shape or type would have them go beyond an array."""
+    _, D, H = weight_EDH.shape
+    if D % 8 or H % 8:
         raise ValueError(f"weight: {list(weight_EDH.shape)}, expected [experts, input, output] of multiples of 8")
+    B, P = len(rows.row_BU), len(rows.instance_P)
+    for name, tensor, shape in (
+        ("input", x, (P if packed else B, D)),
+        ("weight", weight_EDH, (len(rows.ends_E), D, H)),
+        ("base", base_BH, (B, H)),
+    ):
+        if tensor is not None and not (tensor.shape == shape and tensor.dtype == torch.float32 and tensor.is_cpu):
+            given = f"{list(tensor.shape)} in {tensor.dtype} on {tensor.device.type}"
+            raise ValueError(f"{name}: {given}, expected {list(shape)} in float32 on the CPU")
+    if weights_BRK is not None:
+        slots = B * rows.row_BU.shape[1] if rows.slot_BRK is None else rows.slot_BRK.numel()
+        if weights_BRK.dim() != 3 or len(weights_BRK) != B or weights_BRK.numel() != slots or not weights_BRK.is_cpu:
+            given = f"{list(weights_BRK.shape)} on {weights_BRK.device.type}"
+            raise ValueError(f"routers' weights: {given}, expected {slots} of {B} instances on the CPU")
 
 
 def _layer(
