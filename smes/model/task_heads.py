@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from smes.arrays import F32
 from smes.model.task_kernels import gradients_of_streams, logits_of_streams
@@ -78,6 +79,7 @@ class _OfStreams(torch.autograd.Function):
         return _logits(streams_BSH, common_BH, out_TH, bias_T, wide_BT, share_TS, rates)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         streams_BSH, common_BH, out_TH, wide_BT, share_TS = ctx.saved_tensors
         of_streams_BSH, of_out_TH = torch.empty(streams_BSH.shape), torch.zeros(out_TH.shape)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from smes.arrays import F32, Bool
 from smes.model.borrowing import LabelRegression
@@ -264,5 +265,6 @@ class _Loss(torch.autograd.Function):
         return logits_BT.new_tensor(loss)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.saved_tensors[0] * gradients[0], None, None, None, None, None, None

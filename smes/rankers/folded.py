@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from smes.rankers.column_kernels import fold_columns, unfold_gradient
 from smes.rankers.ranker import FAR_FROM_ZERO, RunningMoments
@@ -77,6 +78,7 @@ class _ReadFolded(torch.autograd.Function):
         return y_BM[:, :O], y_BM[:, O:]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         of_y_BM, of_q_BQ = torch.cat(gradients, dim=1), gradients[1]
         x_BC, weight_MC, standard_QC, scale_C, shift_C, exact_C, exact_K = ctx.saved_tensors

@@ -98,6 +98,18 @@ def test_a_logit_depends_on_no_other_task_and_no_other_instance() -> None:
     assert torch.equal(few.of_streams(alone, None, one)[:, 0], heads.of_streams(shared, None, rates)[7:9, 1])
 
 
+def test_a_second_derivative_is_refused_and_not_left_out() -> None:
+    logits_BT, shared = torch.randn(4, 3, requires_grad=True), _streams(torch.eye(3), 4, 8, common=False)
+    heads, rates = TaskHeads(3, 8, 0), TaskRates(*torch.rand(3, 3).unbind())
+    for value, leaf in (
+        (TaskOutputs(_SCHEMA).loss(logits_BT, *_labels(4)).square(), logits_BT),
+        (heads.of_streams(shared, None, rates).square().sum(), shared.streams_BSH),
+    ):
+        (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.sum().backward()  # type: ignore[no-untyped-call]  # torch has no type
+
+
 def _labels(size: int) -> tuple[Tensor, Tensor, Tensor]:
     labels_BT = torch.tensor([[1.0, 50.0, 0.0], [0.0, 0.5, 1.0], [1.0, 3.0, 1.0]]).repeat(size, 1)[:size]
     mask_BT = torch.rand(size, 3) < 0.7

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from smes.rankers.kernels import on_host
 from smes.rankers.sparse.routing_kernels import best_of_rows, logit_gradient, sort_pairs, weigh_experts
@@ -102,6 +103,7 @@ class _Weighed(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _, of_weights_BRK, _, of_mean_RL, _ = gradients
         probs_BRL, weights_BRK, chosen_BRN = ctx.saved_tensors
