@@ -45,7 +45,8 @@ def _print(error: Exception) -> None:
     # Places alone: the messages of its causes may quote a configuration, passwords included.
     places = [f"{place.filename}:{place.lineno} {place.name}" for place in traceback.extract_tb(error.__traceback__)]
     logging.getLogger(__name__).debug("%s came from\n  %s", type(error).__name__, "\n  ".join(places))
-    errors.print("smes: " + "; ".join([str(error), *getattr(error, "__notes__", [])]), highlight=False, soft_wrap=True)
+    said = str(error) or type(error).__name__  # Python's own lack of memory says nothing
+    errors.print("smes: " + "; ".join([said, *getattr(error, "__notes__", [])]), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

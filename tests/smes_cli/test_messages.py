@@ -100,17 +100,21 @@ def test_an_error_of_the_system_is_one_line_and_status_1(
     assert "No such file or directory" in line
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(MemoryError("Unable to allocate 64 GiB"), "Unable to allocate 64 GiB"), (MemoryError(), "MemoryError")],
+)
 def test_a_lack_of_memory_is_one_line_and_status_1(
-    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: Path
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: Path, error: MemoryError, said: str
 ) -> None:
     def learner_of_everything(*arguments: object) -> NoReturn:
-        raise MemoryError("Unable to allocate 64 GiB")
+        raise error
 
     path = write_config(tmp_path, "redis://unused:1/0", "unused")
     monkeypatch.setattr("smes_cli.backtest.build_learner", learner_of_everything)
     assert run(["-c", str(path), "backtest", str(world)]) == 1
     line = capsys.readouterr().err
-    assert line == "smes: Unable to allocate 64 GiB; expected more memory, or a configuration that asks for less\n"
+    assert line == f"smes: {said}; expected more memory, or a configuration that asks for less\n"
 
 
 @pytest.mark.parametrize("name", ["nowhere/report.json", "."])
