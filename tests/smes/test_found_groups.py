@@ -15,7 +15,8 @@ from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.rankers.sparse.config import SmesConfig
 from smes.rankers.sparse.groups import GroupFinder, clusters, likeness
-from smes.rankers.sparse.ranker import SMES, FoundReads
+from smes.rankers.sparse.ranker import SMES
+from smes.rankers.sparse.reads import FoundReads
 from smes.schema import Feature, Schema, Task
 from tests.smes.dense_reference import dense_smes
 from tests.smes.plain_smes import changed
