@@ -135,7 +135,8 @@ class PublishGate(Observer):
             return
         self._add(sampled.take(whole), served[whole], live[whole])
         begun = sampled.impression_id[~whole]
-        self._open.begin(begun, 0, served[~whole])
+        self._open.begin(begun, 0)
+        self._open.score_frozen(begun, served[~whole])
         self._open.score(begun, live[~whole])
 
     def after_closing(self, examples: ExampleBlock) -> None:

@@ -135,7 +135,7 @@ def test_synthetic_has_eight_tasks_from_dense_to_sparse() -> None:
 
 def test_an_unknown_builtin_is_refused() -> None:
     with pytest.raises(ValueError, match="kuairand, synthetic"):
-        load_builtin("nosuch")  # type: ignore[arg-type]  # the point of the test
+        load_builtin("nosuch")
 
 
 def test_one_string_stands_for_a_list_of_one_pattern(shop_schema: SchemaFile) -> None:
