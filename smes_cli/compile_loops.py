@@ -3,11 +3,18 @@
 A module of its own because it imports no torch: the demo's process compiles before it starts its workers.
 """
 
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import numpy as np
 
 from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.id_map_kernels import compile_map_kernels
-from smes.metric_kernels import compile_metric_kernels
+from smes.metric_kernels import compile_metric_kernels, count_scores
 from smes.model.borrowing_kernels import compile_borrowing_kernels
 from smes.model.gradient_kernels import compile_gradient_kernels
 from smes.model.id_rows import IdRows
@@ -29,12 +36,69 @@ from smes_cli.config import Config
 from smes_scorer.answer_kernels import compile_answer_kernels
 from stream.block_stream import BlockStream
 
+_GROUPS = (
+    compile_map_kernels,
+    compile_borrowing_kernels,
+    compile_request_kernels,
+    compile_routing_kernels,
+    compile_column_kernels,
+    compile_clip_kernels,
+    compile_split_kernels,
+    compile_gradient_kernels,
+    compile_task_kernels,
+    compile_answer_kernels,
+    compile_expert_kernels,
+    compile_serving_kernels,
+)
+
 
 def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     """Run every compiled loop once, on a throwaway row; returns the joined example.
 
-    Numba caches what it compiles on disk, so only the first process after an installation takes seconds here.
+    Numba caches what it compiles on disk, so only the first process after an installation takes seconds here. A second
+    process helps it where there are two cores: this one compiles :data:`_GROUPS` from the front, that one from the
+    back, until they meet.
     """
+    compile_metric_kernels()
+    with ExitStack() as stack:
+        claims, helper = None, None
+        if sum(count_scores.stats.cache_misses.values()) and len(os.sched_getaffinity(0)) > 1:
+            claims = Path(stack.enter_context(TemporaryDirectory(prefix="smes-compile-")))
+            command = [sys.executable, "-P", "-m", "smes_cli.compile_loops", str(claims)]
+            helper = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL))  # noqa: S603 - its own
+        examples = _compile_configured(config, schema)
+        own = 0
+        while own < len(_GROUPS) and _claim(claims, own):
+            _GROUPS[own]()
+            own += 1
+        if helper is not None:
+            helper.wait()
+    for group in _GROUPS[own:]:  # from the disk; if the helper failed, this raises what it met
+        group()
+    return examples
+
+
+def _claim(claims: Path | None, group: int) -> bool:
+    """Whether no other process has claimed a group; then this one has. Without a folder of claims there is no other."""
+    if claims is None:
+        return True
+    try:
+        (claims / str(group)).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _help(claims: Path) -> None:
+    """What the second process does."""
+    for group in reversed(range(len(_GROUPS))):
+        if not _claim(claims, group):
+            break
+        _GROUPS[group]()
+
+
+def _compile_configured(config: Config, schema: Schema) -> ExampleBlock:
+    """Compile the loops whose types follow from the configuration or the schema."""
     impressions, feedback = ImpressionBlock.empty(schema, 1), FeedbackBlock.empty(1)
     impressions.ids[:] = 1
     stream = BlockStream(schema, config.stream.join, config.stream.batch, iter([(impressions, feedback)]))
@@ -43,20 +107,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     examples = stream.next_batch()
     assert examples is not None, "the stream has ended, so its one impression is complete"
     _compile_rows(config, schema)
-    compile_map_kernels()
-    compile_metric_kernels()
     compile_kernels(bool(config.model.table_dim) + config.model.wide)
-    compile_serving_kernels()
-    compile_answer_kernels()
-    compile_request_kernels()
-    compile_routing_kernels()
-    compile_expert_kernels()
-    compile_column_kernels()
-    compile_clip_kernels()
-    compile_split_kernels()
-    compile_task_kernels()
-    compile_gradient_kernels()
-    compile_borrowing_kernels()
     NumericMoments(schema).observe(np.ones((1, schema.inputs.num_numerics), np.float32))
     return examples
 
@@ -71,3 +122,7 @@ def _compile_rows(config: Config, schema: Schema) -> None:
     oldest(seen_s, vocabulary, np.ones(1, np.bool_), 1)
     not_seen_since(seen_s, vocabulary, np.zeros(1, np.int64))
     not_among(batch.rows_U, batch.rows_U)
+
+
+if __name__ == "__main__":
+    _help(Path(sys.argv[1]))
