@@ -60,7 +60,10 @@ class Ledgers(NamedTuple):
 
 @njit(cache=True)
 def _stage_due(e: int, stage: int, entries: Entries, stages: Stages) -> int:  # pragma: no cover - compiled
-    """When entry ``e`` is due at a stage: its wait is over, and nothing that was read before it is due any more."""
+    """When entry ``e`` is due at a stage: its wait is over, and nothing that was read before it is due any more.
+
+    Callers pass int64: numba would compile a loop of its own for every other type of integer.
+    """
     return int(max(entries.event_time_ms[e] + stages.wait_ms[stage], entries.read_ms[e]))
 
 
@@ -82,7 +85,7 @@ def _next_due(e: int, entries: Entries, stages: Stages) -> tuple[int, int]:  # p
     """When which example of a waiting entry is due next, as :func:`settle_due` numbers them."""
     num_stages, num_tasks = len(stages.wait_ms), len(stages.window_ms)
     if entries.stage[e] < num_stages:
-        example = int(entries.stage[e])
+        example = int(np.int64(entries.stage[e]))
         due_ms = _stage_due(e, example, entries, stages)
     else:
         example = num_stages + num_tasks
@@ -127,7 +130,7 @@ def admit_impressions(
                 _settle_early(e, entries, ledgers, stages)
             entries.status[e] = WAITING
             entries.partition[e] = events.partition[i]
-            entries.due_ms[e] = _stage_due(e, 0, entries, stages)
+            entries.due_ms[e] = _stage_due(e, np.int64(0), entries, stages)
             outcome[i] = HELD
         ledgers.impressions[events.partition[i], READ] += 1
         ledgers.impressions[events.partition[i], outcome[i]] += 1
@@ -167,7 +170,7 @@ def attach_feedback(
     outcome = np.empty(len(events.entry), np.uint8)
     max_window_ms = stages.window_ms.max()
     for i in range(len(outcome)):
-        e, t, time = events.entry[i], events.task[i], events.event_time_ms[i]
+        e, t, time = events.entry[i], np.int64(events.task[i]), events.event_time_ms[i]
         bit = np.uint64(1) << np.uint64(t)
         if entries.status[e] == FREE:
             entries.seen[e] = 0

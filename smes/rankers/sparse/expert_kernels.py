@@ -185,6 +185,7 @@ def _layer(address):  # type: ignore[no-untyped-def]  # numba infers the types  
     B, R, K, U = number[19], number[20], number[21], number[22]
     slot_BRK, weight_BRK = carray(integers(number[23]), shape), carray(floats(number[24]), shape)
     weight_P = carray(floats(number[24]), P)
+    # numba's addresses of arrays are unsigned; without a cast it would make such a number and an int64 a float64.
     rows_D = np.empty((BLOCK, D), np.float32)
     block_H, active_H = np.empty((BLOCK, H), np.float32), np.empty((BLOCK, H), np.float32)
     rows = int(ends_E[E - 1])
@@ -204,18 +205,18 @@ def _layer(address):  # type: ignore[no-untyped-def]  # numba infers the types  
                 continue
             while first < end:
                 count = min(BLOCK, end - first)
-                to = number[12] + 4 * first * H if number[12] != 0 else block_H.ctypes.data
+                to = number[12] + 4 * first * H if number[12] != 0 else np.int64(block_H.ctypes.data)
                 if kind == LINEAR:
                     to = out + 4 * first * H
                 a = x + 4 * first * D
                 if gathers:
-                    a = rows_D.ctypes.data
+                    a = np.int64(rows_D.ctypes.data)
                     _gather(x, number[7], D, instance_P, first, count, a)
                 if base != 0:
                     _gather(base, number[16], H, instance_P, first, count, to)
                 w = number[11] + 4 * e * D * H
                 product(number[14], to, H, a, D, 1, w, H, count, H, D, 1 if base != 0 else 0)
-                active = active_H.ctypes.data if sums else out + 4 * first * H
+                active = np.int64(active_H.ctypes.data) if sums else out + 4 * first * H
                 if kind != LINEAR:
                     _activate(to, active, count, H, kind)
                 if sums:
@@ -286,13 +287,14 @@ def _of_layer(address):  # type: ignore[no-untyped-def]  # numba infers the type
             if not _in_part(first, rows, part, parts):
                 continue
             if of_x != 0:
-                transpose(turned_HD.ctypes.data, number[12] + 4 * e * D * H, D, H)
+                transpose(np.int64(turned_HD.ctypes.data), number[12] + 4 * e * D * H, D, H)
             begun = 0
             while first < end:
                 count = min(BLOCK, end - first)
                 y, of_y = number[13] + 4 * first * H, number[11] + 4 * first * H
                 if kind != LINEAR:
-                    of_y, active, slope = block_H.ctypes.data, active_H.ctypes.data, slope_H.ctypes.data
+                    of_y, active = np.int64(block_H.ctypes.data), np.int64(active_H.ctypes.data)
+                    slope = np.int64(slope_H.ctypes.data)
                     _slopes(y, active, slope, count, H, kind)
                     if number[20] == 0:
                         _scale(_ONE, number[11] + 4 * first * H, slope, of_y, count * H)
@@ -320,7 +322,7 @@ def _of_layer(address):  # type: ignore[no-untyped-def]  # numba infers the type
                         _add_scaled(_ONE, of_y + 4 * n * H, of_base + 4 * instance_P[first + n] * H, H)
                 a = x + 4 * first * D
                 if gathers:
-                    a = rows_D.ctypes.data
+                    a = np.int64(rows_D.ctypes.data)
                 if of_w != 0:
                     if gathers:
                         _gather(x, number[7], D, instance_P, first, count, a)
@@ -328,12 +330,12 @@ def _of_layer(address):  # type: ignore[no-untyped-def]  # numba infers the type
                     begun = 1
                 if of_x != 0:
                     if gathers:
-                        product(number[16], a, D, of_y, H, 1, turned_HD.ctypes.data, D, count, D, H, 0)
+                        product(number[16], a, D, of_y, H, 1, np.int64(turned_HD.ctypes.data), D, count, D, H, 0)
                         for n in range(count):
                             _add_scaled(_ONE, a + 4 * n * D, of_x + 4 * instance_P[first + n] * D, D)
                     else:
                         to = of_x + 4 * first * D
-                        product(number[16], to, D, of_y, H, 1, turned_HD.ctypes.data, D, count, D, H, 0)
+                        product(number[16], to, D, of_y, H, 1, np.int64(turned_HD.ctypes.data), D, count, D, H, 0)
                 first += count
 
 

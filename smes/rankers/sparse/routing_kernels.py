@@ -43,7 +43,7 @@ def _best_of_row(  # type: ignore[no-untyped-def]  # numba infers the types
 def best_of_rows(values_NL: F32, places_NK: I64) -> None:  # pragma: no cover - compiled
     bits_NL, key_L = values_NL.view(np.int32), np.empty(values_NL.shape[1], np.int64)
     for n in range(len(values_NL)):
-        _best_of_row(bits_NL, n, 0, key_L, places_NK)
+        _best_of_row(bits_NL, n, np.int64(0), key_L, places_NK)  # one loop for both callers
 
 
 @njit(cache=True, nogil=True)
