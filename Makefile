@@ -4,12 +4,14 @@ BIN := .venv/bin
 
 # pip resolves torch to the CPU or CUDA build that its index offers. The lock file pins every version. Python compiles
 # each module when it is first imported: compiling all of torch beforehand would take half of the installation. Where
-# the environment forbids keeping compiled modules, every process would compile torch again.
+# the environment forbids keeping compiled modules, every process would compile torch again. The compiled loops are made
+# here once, by two processes: in the tests many would make the same ones at the same time.
 unexport PYTHONDONTWRITEBYTECODE
 .venv/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -P -m smes_cli.compile_loops
 	touch $@
 
 install: .venv/.installed

@@ -90,11 +90,12 @@ class MeanCost:
 class FlopTally:
     """Adds up what passes of a :class:`smes.model.serving.ServingModel` execute.
 
-    Used as a context around each call of its ``score``::
+    Used as a context around each call of its ``score``, with a request for each instance: what instances of one request
+    share is multiplied once, which is no property of a ranker::
 
         tally = FlopTally()
         with tally.counting(len(ids)):
-            model.score(ids, numerics)
+            model.score(ids, numerics, requests=np.arange(len(ids)))
     """
 
     def __init__(self) -> None:

@@ -185,7 +185,7 @@ class WorldRun:
         model = ServingModel.from_state(world.schema, config.model, learner.serving_state())
         for examples in last:
             with tally.counting(len(examples)):
-                model.score(examples.ids, examples.numerics)
+                model.score(examples.ids, examples.numerics, requests=np.arange(len(examples)))
         mean_active = float(np.mean(active)) if active else None
         cost = cost_of(world.schema, config.model, tally, mean_active)
         facts = {**asdict(cost), "flops": cost.flops, "active_experts": mean_active, "seconds": seconds}

@@ -33,6 +33,7 @@ from smes.rankers.sparse.routing_kernels import compile_routing_kernels
 from smes.rankers.split_kernels import compile_split_kernels
 from smes.schema import Schema
 from smes_cli.config import Config
+from smes_io.schema_file import load_builtin
 from smes_scorer.answer_kernels import compile_answer_kernels
 from stream.block_stream import BlockStream
 
@@ -62,7 +63,7 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile_metric_kernels()
     with ExitStack() as stack:
         claims, helper = None, None
-        if sum(count_scores.stats.cache_misses.values()) and len(os.sched_getaffinity(0)) > 1:
+        if sum(count_scores.stats.cache_misses.values()) and (os.cpu_count() or 1) > 1:
             claims = Path(stack.enter_context(TemporaryDirectory(prefix="smes-compile-")))
             command = [sys.executable, "-P", "-m", "smes_cli.compile_loops", str(claims)]
             helper = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL))  # noqa: S603 - its own
@@ -125,4 +126,7 @@ def _compile_rows(config: Config, schema: Schema) -> None:
 
 
 if __name__ == "__main__":
-    _help(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        _help(Path(sys.argv[1]))
+    else:  # beforehand, as `make install` does
+        compile_loops(Config(), load_builtin("synthetic"))

@@ -24,9 +24,6 @@ from tests.secure_servers import (
 
 _ROOT = Path(__file__).resolve().parent.parent
 
-_LOGGERS = (None, "smes", "kafka", "numba", "asyncio", "httpx", "httpcore", "apscheduler")
-"""Those whose level a command sets."""
-
 # How long an example takes depends on what else the machine does.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
@@ -40,13 +37,18 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
     """
     root = logging.getLogger()
     handlers, quiet = root.handlers[:], console.quiet
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    levels = _logger_levels()
     try:
         return (yield)
     finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        for logger in _logger_levels():
+            logger.setLevel(levels.get(logger, logging.NOTSET))
         root.handlers[:], console.quiet = handlers, quiet
+
+
+def _logger_levels() -> dict[logging.Logger, int]:
+    named = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    return {logger: logger.level for logger in (logging.root, *named)}
 
 
 def _missing(reason: str) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ def measured(config: ModelConfig) -> tuple[Cost, float]:
     tally = FlopTally()
     model = ServingModel.from_state(world.schema, config, learner.serving_state())
     with tally.counting(B):
-        model.score(examples.ids, examples.numerics)
+        model.score(examples.ids, examples.numerics, requests=np.arange(B))
     active = learner.step(learner.prepare(examples)).active_experts  # scored by the same weights
     mean_active = None if active is None else float(active.float().mean())
     return cost_of(world.schema, config, tally, mean_active), mean_active or 0.0
@@ -134,6 +135,6 @@ def test_passes_add_up() -> None:
     for tally, passes in ((once, 1), (twice, 2)):
         for _ in range(passes):
             with tally.counting(B):
-                model.score(examples.ids, examples.numerics)
+                model.score(examples.ids, examples.numerics, requests=np.arange(B))
     assert (twice.instances, twice.ranker) == (2 * once.instances, 2 * once.ranker)
     assert cost_of(world.schema, config, once, None) == cost_of(world.schema, config, twice, None)
