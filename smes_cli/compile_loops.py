@@ -129,4 +129,4 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         _help(Path(sys.argv[1]))
     else:  # beforehand, as `make install` does
-        compile_loops(Config(), load_builtin("synthetic"))
+        compile_loops(Config(), load_builtin("synthetic").schema)
