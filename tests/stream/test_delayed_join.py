@@ -1,6 +1,7 @@
 """Impressions that are trained on before their windows close: every example, in its order, against a declaration."""
 
 from collections import Counter
+from copy import copy
 from random import Random
 from typing import Any, NamedTuple
 
@@ -229,7 +230,8 @@ def test_each_impression_closes_once_by_the_window_and_each_positive_trains_once
 ):
     impressions, feedback = with_order(events, in_order)
     join, waits = join_of(lateness_ms, wait, correction, vouchers), join_of(lateness_ms, {}, vouchers=vouchers)
-    block = joined(impressions, feedback, random, join)
+    # In the same slices: whether feedback counts as late or as orphaned may depend on them.
+    block = joined(impressions, feedback, copy(random), join)
     whole = joined(impressions, feedback, random, waits)
 
     last = block.take(np.isin(block.kind, (WHOLE, CLOSING)))
