@@ -6,7 +6,7 @@ A module of its own because it imports no torch: the demo's process compiles bef
 import os
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,65 +37,37 @@ from smes_io.schema_file import load_builtin
 from smes_scorer.answer_kernels import compile_answer_kernels
 from stream.block_stream import BlockStream
 
-_GROUPS = (
-    compile_map_kernels,
-    compile_borrowing_kernels,
-    compile_request_kernels,
-    compile_routing_kernels,
-    compile_column_kernels,
-    compile_clip_kernels,
-    compile_split_kernels,
-    compile_gradient_kernels,
-    compile_task_kernels,
-    compile_answer_kernels,
-    compile_expert_kernels,
-    compile_serving_kernels,
-)
-
 
 def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     """Run every compiled loop once, on a throwaway row; returns the joined example.
 
-    Numba caches what it compiles on disk, so only the first process after an installation takes seconds here. A second
-    process helps it where there are two cores: this one compiles :data:`_GROUPS` from the front, that one from the
-    back, until they meet.
+    Numba caches what it compiles on disk, so only the first process after an installation takes seconds here. Others
+    compile for it: the last bits of a sum may differ between a process that has compiled a loop and one that loads it,
+    and a trainer that starts again must go on with the same ones.
     """
     compile_metric_kernels()
-    with ExitStack() as stack:
-        claims, helper = None, None
-        if sum(count_scores.stats.cache_misses.values()) and (os.cpu_count() or 1) > 1:
-            claims = Path(stack.enter_context(TemporaryDirectory(prefix="smes-compile-")))
-            command = [sys.executable, "-P", "-m", "smes_cli.compile_loops", str(claims)]
-            helper = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL))  # noqa: S603 - its own
-        examples = _compile_configured(config, schema)
-        own = 0
-        while own < len(_GROUPS) and _claim(claims, own):
-            _GROUPS[own]()
-            own += 1
-        if helper is not None:
-            helper.wait()
-    for group in _GROUPS[own:]:  # from the disk; if the helper failed, this raises what it met
+    if sum(count_scores.stats.cache_misses.values()):
+        _compile_elsewhere()
+    examples = _compile_configured(config, schema)
+    for group in _GROUPS:  # from the disk; what no other process could compile fails here
         group()
     return examples
 
 
-def _claim(claims: Path | None, group: int) -> bool:
-    """Whether no other process has claimed a group; then this one has. Without a folder of claims there is no other."""
-    if claims is None:
-        return True
-    try:
-        (claims / str(group)).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
+def _compile_elsewhere() -> None:
+    with ExitStack() as stack:
+        claims = stack.enter_context(TemporaryDirectory(prefix="smes-compile-"))
+        command = [sys.executable, "-P", "-m", "smes_cli.compile_loops", claims]
+        for _ in range(min(2, os.cpu_count() or 1)):
+            stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL))  # noqa: S603 - its own command
 
 
-def _help(claims: Path) -> None:
-    """What the second process does."""
-    for group in reversed(range(len(_GROUPS))):
-        if not _claim(claims, group):
-            break
-        _GROUPS[group]()
+def _compile_some(claims: Path) -> None:
+    """Compile one group after the other that no other process has claimed."""
+    for group, compile_group in enumerate(_GROUPS):
+        with suppress(FileExistsError):
+            (claims / str(group)).touch(exist_ok=False)
+            compile_group()
 
 
 def _compile_configured(config: Config, schema: Schema) -> ExampleBlock:
@@ -125,8 +97,26 @@ def _compile_rows(config: Config, schema: Schema) -> None:
     not_among(batch.rows_U, batch.rows_U)
 
 
+_GROUPS = (
+    lambda: _compile_configured(Config(), load_builtin("synthetic").schema),
+    compile_map_kernels,
+    compile_serving_kernels,
+    compile_routing_kernels,
+    compile_answer_kernels,
+    compile_task_kernels,
+    compile_expert_kernels,
+    compile_borrowing_kernels,
+    compile_split_kernels,
+    compile_column_kernels,
+    compile_request_kernels,
+    compile_clip_kernels,
+    compile_gradient_kernels,
+)
+"""Each compiles some loops; what takes longest comes first."""
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        _help(Path(sys.argv[1]))
+        _compile_some(Path(sys.argv[1]))
     else:  # beforehand, as `make install` does
         compile_loops(Config(), load_builtin("synthetic").schema)
