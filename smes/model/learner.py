@@ -38,6 +38,7 @@ from smes.quantiles import StreamQuantiles
 from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
 from smes.rankers.sparse.ranker import SMES
 from smes.schema import Schema
+from smes.world import ALONE, World
 
 
 class Learner:
@@ -54,6 +55,9 @@ class Learner:
         device: ``cpu`` or ``cuda``.
         seed: Seed of the first weights, ≥ 0.
         half: As of :func:`smes.model.devices.open_device`.
+        world: The ranks that train together, each with a learner. All of them call :meth:`prepare`, :meth:`step` and
+            :meth:`observe_closed` in the same order, each with its own examples. A rank's table has the rows that
+            :func:`smes.model.shards.owner_of` gives it; so what is said below of all rows is said of these.
 
     Attributes:
         schema, config: As given.
@@ -72,8 +76,10 @@ class Learner:
         device: torch.device,
         seed: int = 0,
         half: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.schema = schema
+        self._world = world
         self.config = model
         self._steps = 0
         self._unsettled: deque[tuple[Callable[[], bool], int]] = deque()
