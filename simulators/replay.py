@@ -25,7 +25,7 @@ class ReplayReport:
     """Progress or result of a replay.
 
     Attributes:
-        impressions, feedback: Events appended.
+        impressions, feedback: Events appended, with those before the place where the replay went on.
         total_impressions: Impressions of the log, within its limit.
         duplicates: Rows of the log that were dropped as exact duplicates.
         rejected: Rows of the log that could not be used. The reader has the reasons.
@@ -56,6 +56,7 @@ class Replayer:
         reader: The log. Its schema is the events' schema.
         log: The event log to append to.
         config: Pace, seed and codec.
+        begin: How many impressions and how many feedback events an earlier replay has appended; this one goes on there.
         monotonic_s: A monotonic clock in seconds.
         sleep: Waits for the given number of seconds.
     """
@@ -66,6 +67,7 @@ class Replayer:
         log: EventLog,
         config: ReplayConfig,
         *,
+        begin: tuple[int, int] = (0, 0),
         monotonic_s: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -74,7 +76,8 @@ class Replayer:
         self._config = config
         self._now_s = monotonic_s
         self._sleep = sleep
-        self._impressions = self._feedback = self._bytes = 0
+        self._impressions, self._feedback = begin
+        self._begin, self._bytes = sum(begin), 0
         self._event_time_ms: int | None = None
         self._start_s: float | None = None
         self._finished = False
@@ -100,8 +103,12 @@ class Replayer:
         pairs = replay_blocks(self._reader, self._config.seed, late_share=self._config.late_share)
         pace: _Pace | None = None
         most = self._most_events()
+        passed = 0
         for impressions, feedback in pairs:
             merged = _Merged(impressions, feedback)
+            passed += merged.skip(self._begin - passed)
+            if not merged.left:
+                continue
             pace = pace or self._pace(merged, most)
             while merged.left:
                 count = self._wait(pace, merged, stop)
@@ -123,7 +130,7 @@ class Replayer:
     def _pace(self, first: "_Merged", most: int) -> "_Pace":
         # The clock starts when the first block is ready: the time to sort the log does not count.
         self._start_s = self._now_s()
-        return _Pace(self._config, self._start_s, int(first.times[0]), most)
+        return _Pace(self._config, self._start_s, int(first.remaining_times[0]), most)
 
     def _wait(self, pace: "_Pace", merged: "_Merged", stop: Callable[[], bool]) -> int | None:
         """Wait until the next append is due.
@@ -132,7 +139,8 @@ class Replayer:
             Its number of events; None if ``stop()`` is true.
         """
         while not stop():
-            count, wait_s = pace.due(merged.remaining_times, self._impressions + self._feedback, self._now_s())
+            sent = self._impressions + self._feedback - self._begin
+            count, wait_s = pace.due(merged.remaining_times, sent, self._now_s())
             if count:
                 return count
             self._sleep(min(wait_s, MAX_WAIT_S))
@@ -190,6 +198,12 @@ class _Merged:
     def remaining_times(self) -> I64:
         return self.times[self._taken :]
 
+    def skip(self, count: int) -> int:
+        """Leave out the next ``count`` events, or all that are left; how many."""
+        skipped = min(count, self.left)
+        self._taken += skipped
+        return skipped
+
     def next(self, count: int) -> tuple[ImpressionBlock, FeedbackBlock]:
         """Take the next ``count`` events: their impressions and their feedback."""
         start, stop = self._taken, self._taken + count
@@ -215,7 +229,7 @@ class _Pace:
 
         Args:
             times: int64 [N ≥ 1], event times of the waiting events, ascending.
-            sent: Events appended so far.
+            sent: Events appended so far, since the pace began.
             now_s: Wall time now.
 
         Returns:

@@ -291,6 +291,14 @@ def replay(
             "requests; default: replay.by_request.",
         ),
     ] = None,
+    mark: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that says how far the replay has come: a later one with the same file goes on there. What was "
+            "appended in the last second before a kill is repeated, and the join counts it as duplicate.",
+            callback=writable,
+        ),
+    ] = None,
     report: ReportPath = None,
 ) -> None:
     """Replay a log into the event log in time order: impressions, and each feedback after its delay."""
@@ -311,6 +319,7 @@ def replay(
                 max_rejected=max_rejected,
                 report=report,
                 should_stop=should_stop,
+                mark=mark,
             )
         except Stopped as stopped:
             console.print(f"replay stopped before its first event: {stopped}", highlight=False)

@@ -26,7 +26,7 @@ EXIT_CHECK_FAILED = 3
 
 
 def writable(path: Path | None) -> Path | None:
-    """Check before a run that its report can be written after it.
+    """Check before a run that its report, or another file of it, can be written.
 
     Raises:
         SmesError: It cannot.
@@ -41,7 +41,7 @@ def writable(path: Path | None) -> Path | None:
     elif not os.access(path if path.exists() else folder, os.W_OK):
         problem = errno.EACCES
     if problem is not None:
-        raise SmesError(f"report {path}: cannot be written: {os.strerror(problem)}")
+        raise SmesError(f"{path}: cannot be written: {os.strerror(problem)}")
     return path
 
 

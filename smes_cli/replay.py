@@ -5,12 +5,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from simulators.logs.ledger import utc
-from simulators.logs.reader import open_log
+from simulators.logs.reader import LogReader, open_log
 from simulators.replay import Replayer, ReplayReport
+from simulators.replay_mark import Mark, MarkFile
 from smes_cli.command_line import StopRequest
 from smes_cli.config import Config
 from smes_cli.console import RecentRate, console, progress, write_report
 from smes_cli.log_tables import print_ledger
+from stream.log.event_log import EventLog, TopicPartition
 from stream.log.open_log import EventLogConfig, open_event_log
 from stream.topics import FEEDBACK, IMPRESSIONS
 
@@ -23,6 +25,7 @@ def run_replay(
     max_rejected: float | None,
     report: Path | None,
     should_stop: StopRequest,
+    mark: Path | None = None,
 ) -> ReplayReport:
     """Replay a log until its end or until ``should_stop``; says what was appended, also if it failed.
 
@@ -33,9 +36,11 @@ def run_replay(
         max_rejected: Largest share of unusable rows; None: the schema file's.
         report: Where to write the report, if anywhere.
         should_stop: Asked between two appends, and within every wait.
+        mark: File that says how far an earlier replay came, and then how far this one came; None: it begins at the
+            log's beginning.
 
     Raises:
-        LogError: The log cannot be read as its schema file says.
+        LogError: The log cannot be read as its schema file says, or ``mark`` is of another replay.
         ValueError: Impressions of a request are to be sent together, and the log has no ids of requests.
         EventLogError, EventLogUnavailable: An append failed. A note on the error says where the replay was.
     """
@@ -54,14 +59,25 @@ def run_replay(
             ledger = reader.ledger
             print_ledger(ledger)
             reader.check()
-            replayer = Replayer(reader, event_log, config.replay)
+            file = None if mark is None else MarkFile(mark, _what(config, reader, event_log))
+            begin = (0, 0) if file is None else _begin(file.read())
+            replayer = Replayer(reader, event_log, config.replay, begin=begin)
             try:
                 with progress("replay", reader.total) as advance:
-                    replayer.run(on_progress=_shown(advance), stop=should_stop)
+                    shown = _shown(advance, sum(begin))
+
+                    def on_progress(so_far: ReplayReport) -> None:
+                        shown(so_far)
+                        if file is not None:
+                            file.write_if_due(so_far)
+
+                    replayer.run(on_progress=on_progress, stop=should_stop)
             except BaseException as error:
                 error.add_note(where(replayer.report()))
                 raise
             finally:
+                if file is not None:
+                    file.write(replayer.report())
                 write_report(asdict(replayer.report()) | {"log": ledger.to_dict()}, report)
     finally:
         event_log.close()
@@ -83,6 +99,30 @@ def where(report: ReplayReport) -> str:
     return f"replay stopped {at}, after {of}: {appended}"
 
 
+def _what(config: Config, reader: LogReader, event_log: EventLog) -> dict[str, str]:
+    """What decides the order of the events, and which topics they are appended to."""
+    replay = config.replay
+    topics = {topic: event_log.incarnations(topic) for topic in (IMPRESSIONS, FEEDBACK)}
+    return {
+        "schema": reader.schema.hash,
+        "impressions": str(reader.total),
+        "seed": str(replay.seed),
+        "late_share": str(replay.late_share),
+        **{f"topic {topic}": incarnation_of[TopicPartition(topic, 0)] for topic, incarnation_of in topics.items()},
+    }
+
+
+def _begin(mark: Mark) -> tuple[int, int]:
+    """Impressions and feedback before the place to go on from, which is said."""
+    if mark.finished:
+        console.print("this log was replayed to its end before: nothing is left to append", highlight=False)
+    elif mark.impressions or mark.feedback:
+        console.print(
+            f"going on after {mark.impressions:,} impressions and {mark.feedback:,} feedback events", highlight=False
+        )
+    return mark.impressions, mark.feedback
+
+
 def _patient(config: EventLogConfig, outage_timeout_s: float) -> EventLogConfig:
     """The event log with at least the replay's patience."""
     return replace(
@@ -92,10 +132,11 @@ def _patient(config: EventLogConfig, outage_timeout_s: float) -> EventLogConfig:
     )
 
 
-def _shown(advance: Callable[[int, str], None]) -> Callable[[ReplayReport], None]:
+def _shown(advance: Callable[[int, str], None], before: int) -> Callable[[ReplayReport], None]:
     rate = RecentRate()
 
     def show(so_far: ReplayReport) -> None:
-        advance(so_far.impressions, f"impressions, {rate(so_far.impressions + so_far.feedback):,.0f} events/s")
+        events = so_far.impressions + so_far.feedback - before
+        advance(so_far.impressions, f"impressions, {rate(events):,.0f} events/s")
 
     return show

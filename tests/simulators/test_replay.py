@@ -13,8 +13,9 @@ from simulators.config import ReplayConfig
 from simulators.logs.reader import LogReader, open_log
 from simulators.merge import MAX_BLOCK_BYTES, PendingFeedback, replay_blocks
 from simulators.replay import MAX_WAIT_S, Replayer, ReplayReport
+from simulators.replay_mark import MarkFile
 from simulators.synthetic import synthesize
-from smes.errors import Stopped
+from smes.errors import LogError, Stopped
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes_io.schema_file import SchemaFile, load_builtin, load_schema_file
 from stream.codec.codec import Codec, Decoded, decode
@@ -317,3 +318,56 @@ def test_kuairand_replays_without_dead_letters(kuairand_dir: Path) -> None:
     assert len(decoded.impressions) == report.impressions == 3000
     watched = decoded.feedback.take(decoded.feedback.task == schema_file.schema.task_index["watch_time"])
     assert len(watched) == 3000
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed"])
+def test_with_its_mark_a_replay_goes_on_where_it_was(reader: LogReader, tmp_path: Path, killed: bool) -> None:
+    config = ReplayConfig(seed=3, max_slice_events=300)
+    _, expected, _, _ = replay(reader, config)
+    clock, what = Clock(), {"seed": "3"}
+    log = InMemoryLog()
+    for topic in (IMPRESSIONS, FEEDBACK):
+        log.ensure_topic(topic, 3)
+    finished, repeated = False, 0
+    while not finished:
+        file = MarkFile(tmp_path / "mark", what, clock)
+        mark = file.read()
+        replayer = Replayer(reader, log, config, begin=(mark.impressions, mark.feedback), monotonic_s=clock)
+        appends = iter(range(7))
+        reports: list[ReplayReport] = []
+
+        def on_progress(report: ReplayReport, clock: Clock = clock, reports: list[ReplayReport] = reports) -> None:
+            reports.append(report)
+            clock.now_s += 0.3
+            file.write_if_due(report)  # noqa: B023 - called within the loop's turn
+
+        report = replayer.run(on_progress=on_progress, stop=lambda: next(appends, None) is None)  # noqa: B023
+        if not killed or report.finished:
+            file.write(report)
+        before = file.read()
+        repeated += report.impressions + report.feedback - before.impressions - before.feedback
+        finished = report.finished
+
+    assert (repeated > 0) == killed
+    assert (report.impressions, report.feedback) == (reader.total, len(everything(expected, reader).feedback))
+    assert file.read().finished
+    got, wanted = everything(log, reader), everything(expected, reader)
+    assert len(got.impressions) + len(got.feedback) == len(wanted.impressions) + len(wanted.feedback) + repeated
+    ids, first = np.unique(got.impressions.impression_id, return_index=True)
+    assert by_id(got.impressions.take(first)).arrays().keys() == wanted.impressions.arrays().keys()
+    np.testing.assert_array_equal(ids, np.sort(wanted.impressions.impression_id))
+    assert set(zip(got.feedback.impression_id.tolist(), got.feedback.event_time_ms.tolist(), strict=True)) == set(
+        zip(wanted.feedback.impression_id.tolist(), wanted.feedback.event_time_ms.tolist(), strict=True)
+    )
+
+
+def test_a_mark_of_another_replay_or_of_nothing_is_refused(reader: LogReader, tmp_path: Path) -> None:
+    path = tmp_path / "mark"
+    report, _, _, _ = replay(reader, ReplayConfig())
+    MarkFile(path, {"seed": "3"}).write(report)
+    with pytest.raises(LogError, match=r"mark: the mark of another replay \(seed 4, there 3\)"):
+        MarkFile(path, {"seed": "4"}).read()
+    for text in ("", "{}", '{"what": {}, "impressions": -1}', "\0"):
+        path.write_text(text)
+        with pytest.raises(LogError, match="expected the mark of a replay, or no file"):
+            MarkFile(path, {"seed": "3"}).read()

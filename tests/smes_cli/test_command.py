@@ -337,7 +337,7 @@ def test_a_report_that_cannot_be_written_is_status_1(capsys: Captured, tmp_path:
 
     assert run(["-c", str(path), "backtest", str(world), "--limit", "5", "--report", "/no/such/folder/r.json"]) == 1
 
-    assert "report /no/such/folder/r.json: cannot be written" in error_line(capsys)
+    assert "/no/such/folder/r.json: cannot be written" in error_line(capsys)
 
 
 def test_a_limit_of_nothing_is_an_empty_report(capsys: Captured, tmp_path: Path, world: Path) -> None:

@@ -121,7 +121,7 @@ def test_a_lack_of_memory_is_one_line_and_status_1(
 def test_a_place_without_room_for_a_report_is_named_before_the_run(capsys: Captured, tmp_path: Path, name: str) -> None:
     # The log does not exist either: the report is looked at first.
     assert run(["backtest", "no.parquet", "--report", str(tmp_path / name)]) == 1
-    assert f"report {tmp_path / name}: cannot be written: " in capsys.readouterr().err
+    assert f"{tmp_path / name}: cannot be written: " in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_called_parquet_is_not_synthesized(capsys: Captured, tmp_path: Path) -> None:
