@@ -8,13 +8,19 @@ import traceback
 from smes.errors import SmesError
 from smes_cli.app import app
 from smes_cli.console import errors
+from smes_cli.loop_cache import loop_cache
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 def main() -> None:
     """Run ``smes`` and exit."""
-    code = run(sys.argv[1:])
+    try:
+        with loop_cache():
+            code = run(sys.argv[1:])
+    except SmesError as error:
+        _print(error)
+        code = EXIT_FAILED
     if "duckdb" not in sys.modules:  # which would print that its objects were not collected
         gc.freeze()  # or the interpreter's last collection would look at every object of the libraries: seconds
     sys.exit(code)
