@@ -6,6 +6,7 @@ import socket
 import subprocess
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -101,7 +102,7 @@ def start_valkey(data_dir: Path, *, port: int | None = None, timeout_s: float = 
     def answers() -> bool:
         try:  # another server may hold the port and answer instead
             return bool(client.ping()) and client.info("server")["process_id"] == server.pid
-        except (redis.ConnectionError, redis.TimeoutError):  # not listening yet, or still loading its file
+        except redis.RedisError:  # not listening yet, still loading its file, or something else that holds the port
             return False
 
     try:
@@ -229,7 +230,8 @@ def _lists_topics(server: KafkaServer) -> bool:
     except KafkaError:
         return False
     finally:
-        admin.close()
+        with suppress(KafkaError):  # the broker went: its close waits for it in vain
+            admin.close()
     return True
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socketserver
+import threading
 import uuid
 from pathlib import Path
 
@@ -36,6 +38,25 @@ def test_the_error_of_a_valkey_that_cannot_start_holds_its_output(tmp_path: Path
         pytest.raises(LocalServerError, match=r"Valkey did not start: exited with status 1(.|\n)*in use"),
     ):
         start_valkey(tmp_path / "two", port=server.port, timeout_s=300)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"-ERR not yours\r\n", b"-NOAUTH first log in\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n"]
+)
+def test_whatever_else_answers_at_the_port_the_error_is_that_of_the_start(tmp_path: Path, answer: bytes) -> None:
+    class Other(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while self.request.recv(4096):
+                self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Other) as other:
+        other.daemon_threads = True
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(LocalServerError, match=r"Valkey did not start: exited with status 1(.|\n)*in use"):
+                start_valkey(tmp_path, port=other.server_address[1], timeout_s=300)
+        finally:
+            other.shutdown()
 
 
 def test_a_folder_without_kafka_is_named(tmp_path: Path) -> None:
