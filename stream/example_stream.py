@@ -18,13 +18,14 @@ from smes.schema import Schema
 from smes.schema_change import SchemaChange
 from smes_io.clock import wall_clock_ms
 from stream.batch_journal import BatchJournal
+from stream.batch_queue import BatchTimes, MiniBatcher, ended_in
 from stream.codec.codec import decode
 from stream.config import StreamConfig
 from stream.dead_letters import DeadLetter, DeadLetterWriter
 from stream.join.ledgers import StreamLedger
 from stream.left_out_features import FeatureSource
 from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
-from stream.mini_batches import Assembler, BatchTimes, ended_in
+from stream.mini_batches import Assembler
 from stream.priming import is_of_blocks
 from stream.sources import Counted, Skipped, Sources, counted_in
 
@@ -43,6 +44,7 @@ class ExampleStream:
         changes: From old schemas, whose events are read during a change-over, to this one.
         features: What fills features that impressions leave out; None: nothing does.
         journal: Where the ends of batches are written down; None: a restart does not repeat those that the clock set.
+        batcher: Says where batches end; None: one that keeps the bounds of the configuration.
         monotonic: Seconds of a clock that never goes back; it decides only which partitions are idle, when the log is
             asked for new ones, and which batches have waited for long enough.
         now_ms: The reader's clock, Unix milliseconds; it decides only which events are from the future.
@@ -61,6 +63,7 @@ class ExampleStream:
         changes: Sequence[SchemaChange] = (),
         features: FeatureSource | None = None,
         journal: BatchJournal | None = None,
+        batcher: MiniBatcher | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
@@ -69,7 +72,7 @@ class ExampleStream:
         self._changes = tuple(changes)
         self._max_wait_s = config.batch.max_wait_s
         self._sources = Sources(log, config.metadata_refresh_s, monotonic)
-        self.assembler = Assembler(schema, config.join, config.batch, self._sources.positions)
+        self.assembler = Assembler(schema, config.join, config.batch, self._sources.positions, batcher)
         self._last_news_s: dict[TopicPartition, float] = {}
         self._last_events_s: float | None = None
         self._events_per_record = config.events_per_read / _FIRST_READ_RECORDS

@@ -10,7 +10,7 @@ from feature_store.feedback_times import FeedbackTimes
 from smes.arrays import F64, I64
 from smes.events import ExampleBlock
 from smes_io.clock import wall_clock_ms
-from stream.mini_batches import BatchTimes
+from stream.batch_queue import BatchTimes
 from trainer.observers import Observer, StepFigures
 
 _MAX_ROWS = 16_384  # kept between two cuts; then neighbours are merged

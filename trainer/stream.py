@@ -4,9 +4,9 @@ from typing import Protocol
 
 from smes.arrays import Arrays
 from smes.events import ExampleBlock
+from stream.batch_queue import BatchTimes
 from stream.join.ledgers import StreamLedger
 from stream.log.event_log import Positions
-from stream.mini_batches import BatchTimes
 
 
 class Stream(Protocol):

@@ -73,7 +73,7 @@ def test_a_join_goes_on_as_if_it_had_had_the_new_schema_from_the_start(
     pushed = impressions.take(slice(0, middle[0])), feedback.take(slice(0, middle[1]))
     before.push(*pushed)
     always.push(change.impressions(pushed[0]), change.feedback(pushed[1]))
-    for _ in range(min(kept, len(before._ready))):
+    for _ in range(min(kept, len(before._batches._ready))):
         assert_same(change.examples(before.next_batch()), always.next_batch())  # type: ignore[arg-type]
 
     carried = carry_over_stream(before.state(), change, join)

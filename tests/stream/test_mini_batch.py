@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from smes.events import CLOSING, FIRST, FURTHER, ExampleBlock
 from smes.schema import Schema, Task
 from stream.config import MiniBatchConfig
-from stream.mini_batches import MiniBatcher
+from stream.batch_queue import MiniBatcher
 
 SCHEMA = Schema(name="test", tasks=(Task("click", window_s=5),))
 

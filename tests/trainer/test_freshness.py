@@ -10,7 +10,7 @@ from smes.schema import MISSING
 from stream.config import MiniBatchConfig
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
-from stream.mini_batches import BatchTimes
+from stream.batch_queue import BatchTimes
 from tests.trainer.small_world import SCHEMA, STREAM, fill, open_log
 from trainer.freshness import FeedbackArrivals
 from trainer.observers import StepFigures
