@@ -19,7 +19,9 @@
     │   └── LogReplaced           a position belongs to another log of the same name
     ├── FeatureStoreError         Redis refused a command (memory full) or holds data of another schema
     │   └── FeatureStoreUnavailable   no answer within the bounded wait
-    ├── LogError                  a logged-impressions file cannot be read as described
+    ├── RankLost                  another rank of the training ended, or did not answer in time
+   ├── RankFailed                another rank of the training stopped it; it says why
+   ├── LogError                  a logged-impressions file cannot be read as described
     └── Stopped                   a wait ended early because a stop was asked for
 
 A wrong argument raises ``ValueError``. An ``assert`` states what can only be false if our own code is wrong.
@@ -135,6 +137,14 @@ class FeatureStoreError(SmesError):
 
 class FeatureStoreUnavailable(FeatureStoreError):
     """Redis gave no answer within the bounded wait."""
+
+
+class RankLost(SmesError):
+    """Another rank of the training ended, or did not answer in time: nothing can be decided together any more."""
+
+
+class RankFailed(SmesError):
+    """Another rank of the training met an error, and all ranks stopped together. Its own message says which."""
 
 
 class LogError(SmesError):

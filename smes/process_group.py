@@ -1,17 +1,19 @@
 """A world of ranks by ``torch.distributed``: gloo between processors, NCCL between GPUs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from smes.errors import RankLost
+
 
 class ProcessGroupWorld:
     """The ranks of a process group.
 
-    An error of a collective (another rank ended, or did not answer in the group's time) is torch's ``RuntimeError``.
+    Each method raises :class:`smes.errors.RankLost` where another rank ended, or did not answer in the group's time.
 
     Args:
         group: Of ``torch.distributed``; its backends decide between which devices it carries tensors.
@@ -24,24 +26,26 @@ class ProcessGroupWorld:
     def sum(self, tensors: Sequence[Tensor]) -> None:
         for some in _by_kind(tensors):
             flat = some[0].view(-1) if len(some) == 1 else torch.cat([tensor.view(-1) for tensor in some])
-            self._group.allreduce([flat], ReduceOp.SUM).wait()
+            self._add_up(flat)
             if len(some) > 1:
                 parts = torch.split(flat, [tensor.numel() for tensor in some])
                 for tensor, part in zip(some, parts, strict=True):
                     tensor.copy_(part.view(tensor.shape))
 
+    def _add_up(self, flat: Tensor) -> None:
+        self._done(lambda: self._group.allreduce([flat], ReduceOp.SUM))
+
     def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
         sizes = torch.tensor([len(part) for part in parts])
         coming = torch.empty_like(sizes)
-        self._all_to_all(coming, sizes, [], [])
+        self._done(lambda: self._group.alltoall_base(coming, sizes, [], []))
         counts: list[int] = coming.tolist()
-        sent = torch.cat(list(parts))
-        received = sent.new_empty((sum(counts), *sent.shape[1:]))
-        self._all_to_all(received, sent, counts, sizes.tolist())
-        return list(torch.split(received, counts))
+        return list(torch.split(self.trade(torch.cat(list(parts)), sizes.tolist(), counts), counts))
 
-    def _all_to_all(self, received: Tensor, sent: Tensor, counts: list[int], sizes: list[int]) -> None:
-        self._group.alltoall_base(received, sent, counts, sizes).wait()
+    def trade(self, values: Tensor, going: Sequence[int], coming: Sequence[int]) -> Tensor:
+        received = values.new_empty((sum(coming), *values.shape[1:]))
+        self._done(lambda: self._group.alltoall_base(received, values, list(coming), list(going)))
+        return received
 
     def gather(self, values: Tensor) -> list[Tensor]:
         return self.exchange([values] * self.size)
@@ -59,7 +63,17 @@ class ProcessGroupWorld:
         return [part.numpy().tobytes() for part in parts] if self.rank == 0 else []
 
     def wait_for_all(self) -> None:
-        self._group.barrier().wait()
+        self._done(self._group.barrier)
+
+    def _done(self, start: Callable[[], Any]) -> None:
+        """Start a collective, and return when it has ended."""
+        try:
+            start().wait()
+        except RuntimeError as error:
+            said = (str(error).splitlines() or ["no message"])[0]
+            raise RankLost(
+                f"rank {self.rank} of {self.size}: another rank ended, or did not answer in time: {said}"
+            ) from error
 
 
 def _bytes(message: bytes) -> Tensor:

@@ -39,6 +39,19 @@ class World(Protocol):
         """
         ...
 
+    def trade(self, values: Tensor, going: Sequence[int], coming: Sequence[int]) -> Tensor:
+        """Do as :meth:`exchange` where every rank knows what comes: one message, and nothing is put together twice.
+
+        Args:
+            values: The parts, one behind the other.
+            going: How long the part of each rank is, in the first dimension.
+            coming: How long the part from each rank is.
+
+        Returns:
+            The parts that were sent to this rank, one behind the other. It may be ``values`` itself.
+        """
+        ...
+
     def gather(self, values: Tensor) -> list[Tensor]:
         """Give every rank what all ranks have, in the order of the ranks. They may differ in their first dimension."""
         ...
@@ -66,6 +79,9 @@ class Alone:
 
     def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
         return list(parts)
+
+    def trade(self, values: Tensor, going: Sequence[int], coming: Sequence[int]) -> Tensor:
+        return values
 
     def gather(self, values: Tensor) -> list[Tensor]:
         return [values]

@@ -27,7 +27,7 @@ from stream.left_out_features import FeatureSource
 from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
 from stream.mini_batches import Assembler
 from stream.priming import is_of_blocks
-from stream.sources import Counted, Skipped, Sources, counted_in
+from stream.sources import WHOLE_LOG, Counted, Share, Skipped, Sources, counted_in
 
 _logger = logging.getLogger(__name__)
 _FIRST_READ_RECORDS = 8  # an Arrow record may hold thousands of events: only reading tells
@@ -44,6 +44,7 @@ class ExampleStream:
         changes: From old schemas, whose events are read during a change-over, to this one.
         features: What fills features that impressions leave out; None: nothing does.
         journal: Where the ends of batches are written down; None: a restart does not repeat those that the clock set.
+        share: Which partitions are read; the others are those of other ranks.
         batcher: Says where batches end; None: one that keeps the bounds of the configuration.
         monotonic: Seconds of a clock that never goes back; it decides only which partitions are idle, when the log is
             asked for new ones, and which batches have waited for long enough.
@@ -51,6 +52,7 @@ class ExampleStream:
 
     Raises:
         EventLogError: The feedback topic has fewer partitions than the impressions topic; the message names both.
+        ValueError: There are more ranks than partitions.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ExampleStream:
         changes: Sequence[SchemaChange] = (),
         features: FeatureSource | None = None,
         journal: BatchJournal | None = None,
+        share: Share = WHOLE_LOG,
         batcher: MiniBatcher | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         now_ms: Callable[[], int] = wall_clock_ms,
@@ -71,7 +74,7 @@ class ExampleStream:
         self._features, self._journal, self._monotonic, self._now_ms = features, journal, monotonic, now_ms
         self._changes = tuple(changes)
         self._max_wait_s = config.batch.max_wait_s
-        self._sources = Sources(log, config.metadata_refresh_s, monotonic)
+        self._sources = Sources(log, config.metadata_refresh_s, monotonic, share=share)
         self.assembler = Assembler(schema, config.join, config.batch, self._sources.positions, batcher)
         self._last_news_s: dict[TopicPartition, float] = {}
         self._last_events_s: float | None = None
@@ -171,6 +174,13 @@ class ExampleStream:
             if source in news or source not in self._last_news_s:
                 self._last_news_s[source] = now_s
         return [s for s, last_s in self._last_news_s.items() if now_s - last_s > self._config.idle_after_s]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all partitions have had nothing new for so long that nobody waits for them."""
+        since_s = self._monotonic() - self._config.idle_after_s
+        last_s = self._last_news_s
+        return all(source in last_s and last_s[source] < since_s for source in self.assembler.sources)
 
     def next_batch(self) -> ExampleBlock | None:
         """Take the next complete mini-batch out of the queue; None when none is ready. Its end is written down."""

@@ -64,6 +64,42 @@ class Skipped:
         return max(0, self.now - self.before) if self.was is None else 0
 
 
+class Share(NamedTuple):
+    """The partitions that one of several readers reads, of both topics: those with p ≡ ``rank`` (mod ``of_ranks``).
+
+    Attributes:
+        rank: 0 ≤ rank < ``of_ranks``.
+        of_ranks: How many readers there are, ≥ 1.
+    """
+
+    rank: int
+    of_ranks: int
+
+    def has(self, partition: int) -> bool:
+        """Whether this reader reads the partition."""
+        return partition % self.of_ranks == self.rank
+
+    def of(self, partitions: int) -> range:
+        """Those of so many partitions that this reader reads."""
+        return range(self.rank, partitions, self.of_ranks)
+
+    def require(self, partitions: int) -> None:
+        """Check that every reader has a partition of the impressions.
+
+        Raises:
+            ValueError: There are more readers than partitions.
+        """
+        if partitions < self.of_ranks:
+            raise ValueError(
+                f"{self.of_ranks} ranks: topic {IMPRESSIONS!r} has {partitions} partitions, expected at least one for "
+                "each rank"
+            )
+
+
+WHOLE_LOG = Share(0, 1)
+"""All partitions."""
+
+
 class Refused(NamedTuple):
     """What was read of a partition, or passed over, and never came to the join.
 
@@ -129,16 +165,25 @@ class Sources:
         log: Where both topics exist.
         refresh_s: Seconds between two looks at what the broker may have changed.
         monotonic: Seconds of a clock that never goes back.
+        share: Which partitions are read.
 
     Raises:
         EventLogError: ``feedback`` has fewer partitions than ``impressions``.
+        ValueError: There are more ranks than partitions.
     """
 
-    def __init__(self, log: EventLog, refresh_s: float, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        refresh_s: float,
+        monotonic: Callable[[], float] = time.monotonic,
+        *,
+        share: Share = WHOLE_LOG,
+    ) -> None:
         self.positions: Positions = {}
         self.began: dict[TopicPartition, Began] = {}
         self.lost: dict[TopicPartition, Lost] = {}
-        self._log, self._refresh_s, self._monotonic = log, refresh_s, monotonic
+        self._log, self._refresh_s, self._monotonic, self._share = log, refresh_s, monotonic, share
         self._incarnations: dict[TopicPartition, str] = {}
         self._due_s = monotonic()
         self.refresh()
@@ -207,7 +252,7 @@ class Sources:
 
     def end(self) -> Positions:
         """Where both topics end now."""
-        return {**self._log.end(IMPRESSIONS), **self._log.end(FEEDBACK)}
+        return self._shared({**self._log.end(IMPRESSIONS), **self._log.end(FEEDBACK)})
 
     def state(self) -> Arrays:
         """Positions and incarnations by partition; see :mod:`stream.partition_state`."""
@@ -237,7 +282,7 @@ class Sources:
         self._due_s = self._monotonic()
 
     def _present(self) -> dict[TopicPartition, str]:
-        """Every partition that there is now → its incarnation."""
+        """Every partition of the share that there is now → its incarnation."""
         partitions = {topic: self._log.partitions(topic) for topic in (IMPRESSIONS, FEEDBACK)}
         if partitions[FEEDBACK] < partitions[IMPRESSIONS]:
             # Both may have grown a moment ago: the log may know one number anew and the other from before.
@@ -248,8 +293,9 @@ class Sources:
                 f"topic {FEEDBACK!r}: {partitions[FEEDBACK]} partitions, expected at least {partitions[IMPRESSIONS]} "
                 f"as topic {IMPRESSIONS!r} has: let {FEEDBACK!r} grow first"
             )
+        self._share.require(partitions[IMPRESSIONS])
         known = {**self._log.incarnations(IMPRESSIONS), **self._log.incarnations(FEEDBACK)}
-        sources = (TopicPartition(topic, p) for topic, count in partitions.items() for p in range(count))
+        sources = (TopicPartition(topic, p) for topic, count in partitions.items() for p in self._share.of(count))
         return {source: known.get(source, _UNKNOWN) for source in sources}
 
     def _require_same_log(self, present: Mapping[TopicPartition, str]) -> None:
@@ -267,7 +313,10 @@ class Sources:
             )
 
     def _begin(self) -> Positions:
-        return {**self._log.begin(IMPRESSIONS), **self._log.begin(FEEDBACK)}
+        return self._shared({**self._log.begin(IMPRESSIONS), **self._log.begin(FEEDBACK)})
+
+    def _shared(self, positions: Positions) -> Positions:
+        return {source: position for source, position in positions.items() if self._share.has(source.partition)}
 
 
 def refused_in(state: Arrays, source: TopicPartition) -> Refused:
