@@ -80,7 +80,7 @@ class TableNow:
         records = self._table.records
         cells = records.cells(rows_U, cells_BW)
         torch.autograd.backward(_pooled(cells.values["embedding"], cells.values["wide"]), self._gradients)
-        gradients = records.gradients(rows_U, cells, torch.tensor(float(BATCH)))
+        gradients = records.gradients(len(rows_U), cells, torch.tensor(float(BATCH)))
         assert gradients.square.isfinite()
         records.update(rows_U, gradients)
 

@@ -10,7 +10,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,18 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from smes.arrays import F32, I64
+from smes.arrays import F32, I64, Bool
 from smes.derive import ModelInputs
 from smes.events import WHOLE, ExampleBlock
+from smes.joint_batch import JointBatch
 from smes.model.config import RankerName
 from smes.model.delayed_feedback import DelayedWeights
 from smes.model.features import FeatureInputs, RequestInputs
 from smes.model.id_rows import BatchRows
 from smes.model.ids import pool_weights
 from smes.model.request_split import RequestSplit, Side, Splits, first_of_requests
+from smes.model.shards import Routes
 from smes.model.table import Cells
 from smes.rankers.ranker_input import RequestRows
 from smes.schema import Schema
+from smes.world import World
 
 
 class Device(Protocol):
@@ -215,9 +218,7 @@ class RankBatch:
     """The columns that one training step needs.
 
     Attributes:
-        rows_U: int64, the distinct table rows of the batch.
-        cells_BW: int64, for each id the place of its row in ``rows_U``.
-        keep_U, rate_U: As in :class:`smes.model.id_rows.BatchRows`.
+        rows_U, cells_BW, keep_U, rate_U, routes: As in :class:`smes.model.id_rows.BatchRows`.
         pool_BW: float32, weight of each id within its bag or sequence; None for a schema without them, and in two
             parts.
         numerics_BF: float32, NaN where missing.
@@ -229,6 +230,7 @@ class RankBatch:
         late_share_BT: float32, as in :class:`smes.events.ExampleBlock`; None if every example is whole.
         ticket: Tells the device when the copies of these tensors have arrived.
         requests: The batch in two parts, where that pays.
+        joint: The batches of all ranks, where there are several: this one may then be empty.
     """
 
     rows_U: Tensor
@@ -245,6 +247,8 @@ class RankBatch:
     late_share_BT: Tensor | None
     ticket: object
     requests: RequestColumns | None = None
+    routes: Routes | None = None
+    joint: JointBatch | None = None
 
     def __len__(self) -> int:
         """B."""
@@ -253,7 +257,8 @@ class RankBatch:
     def receive(self, device: Device) -> None:
         """Let the computation wait until this batch has arrived on the device that it was sent to."""
         columns = (self.rows_U, self.cells_BW, self.numerics_BF, self.labels_BT, self.mask_BT, self.weight_B)
-        optional = (self.keep_U, self.rate_U, self.pool_BW, self.late_share_BT)
+        asked_A = None if self.routes is None else self.routes.asked_A
+        optional = (self.keep_U, self.rate_U, self.pool_BW, self.late_share_BT, asked_A)
         device.receive([*columns, *(column for column in optional if column is not None)], self.ticket)
 
     def inputs(self, cells: Cells, of_requests: Cells | None = None) -> FeatureInputs | RequestInputs:
@@ -267,7 +272,21 @@ class RankBatch:
             request, item = self.requests.request.inputs(of_requests), self.requests.item.inputs(cells)
             return RequestInputs(request, item, self.requests.split, self.requests.rows)
         read = cells.values
-        return FeatureInputs(read.get("embedding"), read.get("wide"), self.pool_BW, self.numerics_BF)
+        inputs = FeatureInputs(read.get("embedding"), read.get("wide"), self.pool_BW, self.numerics_BF)
+        return inputs if len(self) else inputs.of_nothing()
+
+    def or_nothing(self) -> "RankBatch":
+        """The batch; of an empty one an instance without features, labels and weight, for what needs B ≥ 1."""
+        if len(self):
+            return self
+        labels_BT = self.labels_BT.new_zeros(1, self.labels_BT.shape[1])
+        return replace(
+            self,
+            labels_BT=labels_BT,
+            mask_BT=torch.zeros_like(labels_BT, dtype=torch.bool),
+            weight_B=self.weight_B.new_zeros(1),
+            late_share_BT=None if self.late_share_BT is None else torch.zeros_like(labels_BT),
+        )
 
     def delayed_weights(self, logits_BT: Tensor) -> DelayedWeights | None:
         """Weights of the labels where some feedback is still to come; None if every example is whole."""
@@ -281,36 +300,60 @@ def send_batch(
     schema: Schema,
     device: Device,
     splits: Splits | None = None,
+    joint: JointBatch | None = None,
 ) -> RankBatch:
     """Send examples to a device.
 
     Args:
-        examples: B ≥ 1 examples.
+        examples: B examples.
         read: What the model reads of them.
         rows: The rows of the table that they read.
         schema: The schema of the examples.
         device: Where to.
         splits: Finds what the examples of a request share; None where it is not to be looked for.
+        joint: The batches of all ranks; None where there is one rank.
     """
     send = device.send
-    requests = None if splits is None else _in_two_parts(examples, read, rows, splits)
-    pool_BW, counts = None if requests else pool_weights(schema, read.ids), examples.begins & (examples.weight != 0)
+    requests = None if splits is None or not len(examples) else _in_two_parts(examples, read, rows, splits)
+    pool_BW, counts = None if requests else pool_weights(schema, read.ids), counted(examples)
+    delayed = has_delayed(examples) if joint is None else joint.delayed
+    weight_B = _bounded(examples.weight) if joint is None else examples.weight * np.float32(joint.factor)
     return RankBatch(
         rows_U=send(rows.rows_U),
         cells_BW=send(rows.cells_BW),
         keep_U=None if rows.keep_U is None else send(rows.keep_U),
         rate_U=None if rows.rate_U is None else send(rows.rate_U),
+        routes=None if rows.routes is None else replace(rows.routes, asked_A=send(rows.routes.asked_A.numpy())),
         pool_BW=None if pool_BW is None else send(pool_BW),
         numerics_BF=send(read.numerics),
         numerics=np.ascontiguousarray(read.numerics if counts.all() else read.numerics[counts]),
         bucketed_BK=read.bucketed if counts.all() else read.bucketed[counts],
         labels_BT=send(examples.labels),
         mask_BT=send(examples.label_mask),
-        weight_B=send(_bounded(examples.weight)),
-        late_share_BT=None if (examples.kind == WHOLE).all() else send(examples.late_share),
+        weight_B=send(weight_B),
+        late_share_BT=send(examples.late_share) if delayed else None,
         ticket=device.ticket(),  # last: it covers everything sent before it
         requests=requests,
+        joint=joint,
     )
+
+
+def joint_batch(examples: ExampleBlock, world: World) -> JointBatch:
+    """What all ranks know of their batches, of which these examples are one. All ranks call it."""
+    weight, observed = float(examples.weight.sum(dtype=np.float64)), int(counted(examples).sum())
+    delayed = has_delayed(examples)
+    return JointBatch.of(world, instances=len(examples), observed=observed, weight=weight, delayed=delayed)
+
+
+def counted(examples: ExampleBlock) -> Bool:
+    """Which examples count for running moments of features: the first of each impression, if they have a weight."""
+    counts: Bool = examples.begins & (examples.weight != 0)
+    return counts
+
+
+def has_delayed(examples: ExampleBlock) -> bool:
+    """Whether some feedback is still to come for one of them."""
+    return not bool((examples.kind == WHOLE).all())
 
 
 def _in_two_parts(examples: ExampleBlock, read: ModelInputs, rows: BatchRows, splits: Splits) -> RequestColumns | None:

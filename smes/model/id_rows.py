@@ -16,8 +16,10 @@ from smes.model.ids import IdKeys
 from smes.model.row_ages import RowAges
 from smes.model.row_keys import KeysView, RowKeys
 from smes.model.rows_config import RowCounts, RowsConfig
+from smes.model.shards import Routes, owner_of
 from smes.reserved import ReservedArray
 from smes.schema import Schema
+from smes.world import ALONE, World
 
 UNKNOWN = -1
 """In place of the vocabulary of a row of which it is not known: one that every table has, or a loaded one whose id was
@@ -27,14 +29,15 @@ _NO_ROWS: I64 = np.zeros(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class BatchRows:
-    """The rows that a batch reads.
+    """The rows that a batch reads; of several ranks, the rows of this one that the batches of all ranks read.
 
     Attributes:
         rows_U: int64, the distinct rows, in order of appearance.
-        cells_BW: int64, for each id the place of its row in ``rows_U``.
+        cells_BW: int64, for each id the place of its row in ``rows_U``; with ``routes``, among those that come.
         born: int64, those rows that got a new id with this batch.
         keep_U: float32, what the accumulators of each row keep (:meth:`smes.model.table.RecordTable.update`), or None.
         rate_U: float32, a factor on the learning rate of each row, or None.
+        routes: Which rows travel between ranks; None where there is one.
     """
 
     rows_U: I64
@@ -42,6 +45,7 @@ class BatchRows:
     born: I64
     keep_U: F32 | None
     rate_U: F32 | None
+    routes: Routes | None = None
 
 
 class IdRows:
@@ -54,6 +58,7 @@ class IdRows:
         config: Which ids get a row, and when a row is given back.
         half_life_s: See :attr:`smes.model.config.OptimizerConfig.accumulator_half_life_s`.
         frequency_power: See :attr:`smes.model.config.OptimizerConfig.frequency_power`.
+        world: The ranks that share the rows. This one has rows for the keys that :func:`owner_of` gives it.
 
     Attributes:
         ids: Makes the keys.
@@ -69,8 +74,10 @@ class IdRows:
         *,
         half_life_s: float | None = None,
         frequency_power: float = 0.0,
+        world: World = ALONE,
     ) -> None:
         config = config or RowsConfig()
+        self._world = world
         names = list(dict.fromkeys(f.vocabulary_name for f in schema.inputs.id_features))
         rules = config.rules(names)
         self.ids = IdKeys(schema, [rule.shared_rows for rule in rules])
@@ -78,14 +85,14 @@ class IdRows:
         self._sightings = Sightings(config.counted_sightings) if (self._admit_after_V > 1).any() else None
         self._ages: RowAges | None = None
         if config.gives_rows_back or half_life_s is not None or frequency_power:
-            self._ages = RowAges(config, names, half_life_s=half_life_s, frequency_power=frequency_power)
+            self._ages = RowAges(config, names, half_life_s=half_life_s, frequency_power=frequency_power, world=world)
         self._vocabulary_R = ReservedArray(np.int16)  # of each row's id, UNKNOWN where it was never seen
         self._any_unknown = False
         self._map = IdMap()
         self._keys = RowKeys(lambda: self._map.key_by_row)
         self._removed: list[I64] | None = None
         self._born = self._expired = self._replaced = self._turned_away = 0
-        self._required_rows = self._adopt(self.ids.required)
+        self._required_rows = self._adopt(self._own_required())
         if self._ages is not None:
             self._ages.born_required(self._required_rows)
 
@@ -111,7 +118,7 @@ class IdRows:
 
     @property
     def required(self) -> I64:
-        """The rows of :attr:`IdKeys.required`."""
+        """The rows of :attr:`IdKeys.required`; of several ranks, of those keys that are this one's."""
         return self._required_rows
 
     @property
@@ -123,19 +130,52 @@ class IdRows:
         """The keys of rows that have an id. int64 [N] → int64 [N]."""
         return self._map.key_by_row[rows_N]
 
+    @property
+    def turns_away(self) -> bool:
+        """Whether ids may be left without a row."""
+        return self._sightings is not None or (self._ages is not None and self._ages.has_budgets)
+
+    def owns(self, keys_N: I64) -> Bool:
+        """Which of the keys are this rank's. bool [N]."""
+        alone = self._world.size == 1
+        mine: Bool = np.ones(len(keys_N), np.bool_) if alone else owner_of(keys_N, self._world.size) == self._world.rank
+        return mine
+
     def assign(self, ids_BW: I64, event_time_ms: int) -> BatchRows:
-        """Find the rows of a batch that will be trained on. New ids get rows, old ones give theirs back.
+        """Find the rows of a batch that will be trained on, where there is one rank. New ids get rows, old ones give
+        theirs back.
 
         Args:
             ids_BW: int64 [B, W].
             event_time_ms: The latest event time of the batch, Unix milliseconds.
         """
         keys_K, cells, times_K, first_K = distinct(self.ids.own(ids_BW))
+        vocabulary = self.ids.vocabulary_W[first_K % ids_BW.shape[1]]
+        rows_K, born = self.give(keys_K, times_K, vocabulary, event_time_ms)
+        others = np.flatnonzero(rows_K == ABSENT)
+        if len(others):
+            rows_K[others] = self._required_rows[self.ids.required_place(keys_K[others], vocabulary[others])]
+            rows_K, place_K, _, _ = distinct(rows_K)
+            cells = place_K[cells]
+        keep_U, rate_U = self.touch(rows_K)
+        return BatchRows(rows_K, cells.reshape(ids_BW.shape), born, keep_U, rate_U)
+
+    def give(self, keys_K: I64, times_K: I64, vocabulary: I64, event_time_ms: int) -> tuple[I64, I64]:
+        """Find the rows of keys; new ids get rows, old ones give theirs back. :meth:`touch` has to follow.
+
+        Args:
+            keys_K: int64 [K], distinct keys of a batch.
+            times_K: int64 [K], how often each of them occurs in it.
+            vocabulary: int64 [K], their vocabularies.
+            event_time_ms: The latest event time of the batch, Unix milliseconds.
+
+        Returns:
+            (int64 [K], their rows, ``ABSENT`` for those that get none; int64, the rows that got a new id).
+        """
         if self._ages is not None:
             self._expired += self._give_back(self._ages.advance(event_time_ms))
         rows_K = self._map.find(keys_K)
         absent = np.flatnonzero(rows_K == ABSENT)
-        vocabulary = self.ids.vocabulary_W[first_K % ids_BW.shape[1]]
         if self._any_unknown:
             seen = rows_K != ABSENT
             self._vocabulary_R.array[rows_K[seen]] = vocabulary[seen]
@@ -148,18 +188,21 @@ class IdRows:
             self._replaced += self._give_back(given_back)
             self._turned_away += int(np.count_nonzero(~fits))
             admitted[admitted] = fits
-        new, others = absent[admitted], absent[~admitted]
+        new = absent[admitted]
         rows_K[new] = born = self._adopt(keys_K[new])
         self._vocabulary_R.array[born] = vocabulary[new]
         self._born += len(born)
         if self._ages is not None:
             self._ages.born(born, vocabulary[new])
-        if len(others):
-            rows_K[others] = self._required_rows[self.ids.required_place(keys_K[others], vocabulary[others])]
-            rows_K, place_K, _, _ = distinct(rows_K)
-            cells = place_K[cells]
-        keep_U, rate_U = (None, None) if self._ages is None else self._ages.touch(rows_K)
-        return BatchRows(rows_K, cells.reshape(ids_BW.shape), born, keep_U, rate_U)
+        return rows_K, born
+
+    def touch(self, rows_U: I64) -> tuple[F32 | None, F32 | None]:
+        """Distinct rows are read by a batch; see :meth:`RowAges.touch`."""
+        return (None, None) if self._ages is None else self._ages.touch(rows_U)
+
+    def rows_of(self, keys_N: I64) -> I64:
+        """The rows that keys have, ``ABSENT`` for those without. int64 [N] → int64 [N]."""
+        return self._map.find(keys_N)
 
     def find(self, ids_BW: I64) -> I64:
         """The row that each id reads now; nothing changes. int64 [B, W] → int64 [B, W]."""
@@ -219,11 +262,15 @@ class IdRows:
             state: The rest.
 
         Raises:
-            ValueError: The rows that every table has are missing: other rules of ``shared_rows``, or another schema.
+            ValueError: The rows that every table has are missing: other rules of ``shared_rows``, or another schema. Or
+                rows are another rank's.
         """
         used = np.ones(len(keys_R), np.bool_)
         used[state["free"]] = False
         rows = np.flatnonzero(used)
+        if others := int(np.count_nonzero(~self.owns(keys_R[rows]))):
+            rank = f"rank {self._world.rank} of {self._world.size}"
+            raise ValueError(f"rows of the id table: {others} are another rank's, expected those of {rank}")
         self._map = IdMap.from_state(
             {"ids": keys_R[rows], "rows": rows, "free": state["free"], "next_row": np.array([len(keys_R)])}
         )
@@ -231,7 +278,7 @@ class IdRows:
         self._keys = RowKeys(lambda: self._map.key_by_row)
         self._keys.born(np.arange(len(keys_R)))
         self._keys.give_back(state["free"])
-        self._required_rows = self._map.find(self.ids.required)
+        self._required_rows = self._map.find(self._own_required())
         if (self._required_rows == ABSENT).any():
             raise ValueError(
                 "rows of the id table: the default or shared rows of a vocabulary are missing; expected the schema and "
@@ -258,6 +305,9 @@ class IdRows:
         counts = self._sightings.add(keys_N[counted], times_N[counted])
         admitted[counted] = counts >= self._admit_after_V[vocabulary_N[counted]]
         return admitted
+
+    def _own_required(self) -> I64:
+        return self.ids.required[self.owns(self.ids.required)]
 
     def _adopt(self, keys_N: I64) -> I64:
         known = self.num_rows

@@ -22,6 +22,7 @@ from smes.model.table_layout import column_groups
 from smes.model.table_view import TableView
 from smes.model.tables import open_table
 from smes.schema import Schema
+from smes.world import ALONE, World
 
 
 class IdTable:
@@ -34,6 +35,7 @@ class IdTable:
         rows: Which ids get a row, and when a row is given back; None for the default.
         device: Where the rows are.
         seed: Seed of the first weights, ≥ 0.
+        world: The ranks that share the rows; the table has those of this one.
 
     Attributes:
         rows: Which row each id has.
@@ -51,7 +53,9 @@ class IdTable:
         rows: RowsConfig | None,
         device: torch.device,
         seed: int,
+        world: World = ALONE,
     ) -> None:
+        self._world = world
         self._schema, self._model, self._optimizer, self._config = schema, model, optimizer, rows
         self._device, self._seed = device, seed
         self._groups = column_groups(model, optimizer, schema.num_tasks)
@@ -73,6 +77,12 @@ class IdTable:
         batch = self.rows.assign(ids_BW, event_time_ms)
         self._bear(batch.born)
         return batch
+
+    def give(self, keys_K: I64, times_K: I64, vocabulary_K: I64, event_time_ms: int) -> tuple[I64, I64]:
+        """As :meth:`IdRows.give`; the rows of new ids are born."""
+        rows_K, born = self.rows.give(keys_K, times_K, vocabulary_K, event_time_ms)
+        self._bear(born)
+        return rows_K, born
 
     def embeddings(self, ids_BW: I64) -> Tensor | None:
         """The embedding that each id reads now; nothing changes. float32 [B, W, D]; None without embeddings."""
@@ -171,7 +181,7 @@ class IdTable:
         """Continue from :meth:`values`, with accumulators as if nothing was seen.
 
         Args:
-            state: The values, of N rows.
+            state: The values, of N rows. Those of other ranks are left out.
             shared_rows: How many shared rows each vocabulary had; those that it does not have now are left out.
 
         Raises:
@@ -181,11 +191,11 @@ class IdTable:
         keys: I64 = state["keys"].numpy()
         weights: dict[str, F32] = {name: state[name].numpy() for name in self.columns}
         before = IdKeys(self._schema, shared_rows)
-        if not np.isin(before.required, keys).all():
+        if not np.isin(before.required[self.rows.owns(before.required)], keys).all():
             raise ValueError(f"keys of an id table: expected the default rows of {', '.join(before.vocabularies)}")
         self._empty()
         self._bear(self.rows.required)
-        kept = ~np.isin(keys, np.setdiff1d(before.required, self.rows.ids.required))
+        kept = self.rows.owns(keys) & ~np.isin(keys, np.setdiff1d(before.required, self.rows.ids.required))
         rows = self.rows.adopt(keys[kept])
         if len(np.unique(rows)) != len(rows):
             raise ValueError(f"keys of an id table: {len(rows) - len(np.unique(rows))} occur twice")
@@ -199,6 +209,7 @@ class IdTable:
             self._config,
             half_life_s=optimizer.accumulator_half_life_s,
             frequency_power=optimizer.frequency_power,
+            world=self._world,
         )
         self.records: RecordTable = open_table(self._groups, self._device)
 

@@ -30,10 +30,11 @@ from smes.model.numeric_moments import NumericMoments
 from smes.model.probing import Probe, ProbeFinding
 from smes.model.rank_model import ModelOutput, build_model, form_of
 from smes.model.request_split import LEAST_SAVED_IN_TRAINING, Splits
+from smes.model.rows import LocalRows, Rows, ShardedRows
 from smes.model.rows_config import RowCounts, RowsConfig
 from smes.model.step_result import StepResult
 from smes.model.step_watcher import StepWatcher
-from smes.model.table import Cells, RowGradients
+from smes.model.table import RowGradients
 from smes.quantiles import StreamQuantiles
 from smes.rankers.ranker import CountingRanker, ExpertLimits, GroupingRanker, GroupSearch, Undo
 from smes.rankers.sparse.ranker import SMES
@@ -84,7 +85,8 @@ class Learner:
         self._steps = 0
         self._unsettled: deque[tuple[Callable[[], bool], int]] = deque()
         self._device = open_device(device, half=half, ranker=model.ranker)
-        self._table = IdTable(schema, model, optimizer, rows, self._device.device, seed)
+        self._table = IdTable(schema, model, optimizer, rows, self._device.device, seed, world)
+        self._rows: Rows = LocalRows(self._table) if world.size == 1 else ShardedRows(self._table, world)
         self._optimizer, self._seed = optimizer, seed
         self._build({})
         self._model.shared_rows_V.copy_(torch.from_numpy(self._table.rows.ids.shared_rows))
@@ -149,16 +151,16 @@ class Learner:
         New ids get rows, and rows are given back, as the configuration says.
 
         Args:
-            examples: B ≥ 1 examples.
+            examples: B ≥ 1 examples; of several ranks, those of this one, B ≥ 0.
 
         Raises:
-            ValueError: There are no examples.
+            ValueError: There are no examples, and no other ranks.
         """
-        if len(examples) == 0:
+        if len(examples) == 0 and self._world.size == 1:
             raise ValueError("examples: 0 rows, expected at least 1")
         time_ms = examples.event_time_ms
         read = self._derive(examples.ids, examples.numerics, time_ms, self._quantiles.boundaries)
-        rows = self._table.assign(read.ids, int(time_ms.max()))
+        rows = self._rows.assign(read.ids, int(time_ms.max(initial=0)))
         splits = self._splits if self._shares else None
         return send_batch(examples, read, rows, self.schema, self._device, splits)
 
@@ -180,7 +182,7 @@ class Learner:
         if self._model.before is not None:  # the model before scores until a step is known to be taken
             self._settle(0)
         model, total_weight = self._model, batch.weight_B.sum()
-        cells, of_requests = self._cells(batch)
+        cells, of_requests = self._rows.cells(batch)
         self._undo.save()
         inputs = batch.inputs(cells, of_requests)
         output = model(inputs, self._device.autocast())
@@ -192,7 +194,7 @@ class Learner:
         for watcher in self._watchers:
             watcher.before_backward(output)
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
-        gradients = self._table.records.gradients(batch.rows_U, cells, total_weight, of_requests)
+        gradients = self._rows.gradients(batch, cells, total_weight, of_requests)
         taken = self._is_finite(loss.detach(), gradients)
         watched = bool(self._watchers) and bool(taken)
         if watched:
@@ -216,14 +218,6 @@ class Learner:
             expert_load=stats.load_TE if stats else None,
             finite=taken,
         )
-
-    def _cells(self, batch: RankBatch) -> tuple[Cells, Cells | None]:
-        """What the cells of a batch read; of a batch in two parts those of its items, and those of its requests."""
-        records, parts = self._table.records, batch.requests
-        if parts is None:
-            return records.cells(batch.rows_U, batch.cells_BW), None
-        item, request = parts.item.cells_BW, parts.request.cells_BW
-        return records.cells(batch.rows_U, item), records.cells(batch.rows_U, request)
 
     @property
     def probe_findings(self) -> Mapping[int, ProbeFinding]:

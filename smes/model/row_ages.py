@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from math import ceil
 
 import numpy as np
+import torch
 
 from smes.arrays import F32, I64, Arrays, Bool, prefixed, under
 from smes.model.id_rows_kernels import Seconds, Vocabularies, not_among, not_seen_since, oldest
 from smes.model.rows_config import RowsConfig
 from smes.reserved import ReservedArray
+from smes.world import ALONE, World
 
 _LATEST_S = 2**32 - 1
 _CHECKS = 64  # so many times within the shortest time of expiry
@@ -35,6 +37,7 @@ class RowAges:
         vocabularies: The schema's, in order.
         half_life_s: See :attr:`smes.model.config.OptimizerConfig.accumulator_half_life_s`.
         frequency_power: See :attr:`smes.model.config.OptimizerConfig.frequency_power`.
+        world: The ranks that share the rows, and each budget. All of them call :meth:`make_room` together.
     """
 
     def __init__(
@@ -44,7 +47,9 @@ class RowAges:
         *,
         half_life_s: float | None = None,
         frequency_power: float = 0.0,
+        world: World = ALONE,
     ) -> None:
+        self._world = world
         self._unknown = len(vocabularies)  # the vocabulary of a row whose own one is not known
         expiry = [rule.expire_after_s for rule in (*config.rules(vocabularies), config.common)]
         self._expire_s = np.array([np.inf if after is None else ceil(after) for after in expiry])
@@ -59,6 +64,11 @@ class RowAges:
         self._seen_s_R, self._vocabulary_R = ReservedArray(np.uint32), ReservedArray(np.int16)
         self._batches_R = ReservedArray(np.uint32)  # how many batches had it; only for a rate by frequency
         self._recent: I64 = np.zeros(0, np.int64)  # rows of the batch before
+
+    @property
+    def has_budgets(self) -> bool:
+        """Whether only so many ids may have rows."""
+        return bool(self._pools)
 
     def advance(self, event_time_ms: int) -> I64:
         """Set the clock, and return the rows that expire now. They are free from then on."""
@@ -78,6 +88,9 @@ class RowAges:
     def make_room(self, vocabulary_N: I64, needed: I64) -> tuple[I64, Bool]:
         """Make room for new ids, if a budget has none left.
 
+        Of several ranks, all count: the rows that were not seen for the longest time go, whichever ranks have them (of
+        one second those of the lower rank first). If there are too few of them, new ids of lower ranks get rows first.
+
         Args:
             vocabulary_N: int64, the vocabularies of the new ids.
             needed: Rows that the batch reads already.
@@ -87,16 +100,36 @@ class RowAges:
         """
         fits_N = np.ones(len(vocabulary_N), np.bool_)
         given_back = [np.zeros(0, np.int64)]
-        for pool in self._pools:
-            mine = np.flatnonzero(pool.has_V[vocabulary_N])
-            missing = pool.used + len(mine) - pool.budget
+        new_P = [np.flatnonzero(pool.has_V[vocabulary_N]) for pool in self._pools]
+        used_RP, new_RP = self._of_all_ranks([pool.used for pool in self._pools], [len(mine) for mine in new_P])
+        for p, (pool, mine) in enumerate(zip(self._pools, new_P, strict=True)):
+            used, before = int(used_RP[:, p].sum()), int(new_RP[: self._world.rank, p].sum())
+            missing = used + int(new_RP[:, p].sum()) - pool.budget
             if missing <= 0:
                 continue
             rows = pool.take_oldest(missing, self._seen_s, self._vocabulary, np.concatenate([needed, self._recent]))
-            self._free(rows)
-            given_back.append(rows)
-            fits_N[mine[max(pool.budget - pool.used, 0) :]] = False
+            own, found = self._oldest_of_all(rows, missing)
+            pool.put_back(rows[own:], self._seen_s)
+            self._free(rows[:own])
+            given_back.append(rows[:own])
+            fits_N[mine[max(pool.budget - (used - found) - before, 0) :]] = False
         return np.concatenate(given_back), fits_N
+
+    def _of_all_ranks(self, *counts: list[int]) -> I64:
+        """Lists of one length, of all ranks. int64 [lists, ranks, length]."""
+        if self._world.size == 1 or not counts[0]:
+            return np.array(counts, np.int64).reshape(len(counts), 1, -1)
+        stacked: I64 = np.stack([part.numpy() for part in self._world.gather(torch.tensor([counts]))], axis=2)[0]
+        return stacked
+
+    def _oldest_of_all(self, rows: I64, count: int) -> tuple[int, int]:
+        """How many of this rank's rows, the oldest first, and of all ranks' are the ``count`` oldest of all."""
+        if self._world.size == 1:
+            return len(rows), len(rows)
+        seen_s = [part.numpy() for part in self._world.gather(torch.from_numpy(self._seen_s[rows].astype(np.int64)))]
+        ranks = np.repeat(np.arange(self._world.size), [len(part) for part in seen_s])
+        first = ranks[np.argsort(np.concatenate(seen_s), kind="stable")[:count]]
+        return int(np.count_nonzero(first == self._world.rank)), len(first)
 
     def born(self, rows_N: I64, vocabulary_N: I64 | int) -> None:
         """Rows get new ids, of these vocabularies; by default of none, for rows that are never given back."""
@@ -226,6 +259,12 @@ class _Pool:
             self._seen_s = seen_s[self._rows]
             rows = np.concatenate([rows, self._take(count - len(rows), seen_s, vocabulary, needed)])
         return rows
+
+    def put_back(self, rows: I64, seen_s: Seconds) -> None:
+        """Give back the last ones of those that :meth:`take_oldest` gave, unchanged."""
+        if len(rows):
+            self._rows = np.concatenate([rows, self._rows])
+            self._seen_s = np.concatenate([seen_s[rows], self._seen_s])
 
     def _take(self, count: int, seen_s: Seconds, vocabulary: Vocabularies, needed: I64) -> I64:
         """Take rows from those found; some of them may have been seen or given back since."""

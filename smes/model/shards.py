@@ -1,6 +1,12 @@
-"""Which rank of a training owns which rows of the id table. Letters: N keys."""
+"""Which rank of a training owns which rows of the id table, and which rows travel between ranks for a batch.
+
+Letters: N keys or ranks, A rows that ranks ask for.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from smes.arrays import I64
 from smes.hashing import splitmix64
@@ -27,3 +33,19 @@ def owner_of(keys_N: I64, size: int) -> I64:
         raise ValueError(f"size: {size} ranks, expected 1 to {2**31 - 1}")
     owners: I64 = ((splitmix64(keys_N) >> _HALF) * np.uint64(size) >> _HALF).view(np.int64)
     return owners
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Which rows travel between ranks for a batch, and their gradients the other way.
+
+    Attributes:
+        asked_A: int64, the rows of this rank that the ranks read, rank by rank, as places in
+            :attr:`smes.model.id_rows.BatchRows.rows_U`.
+        asked_N: How many of them each rank reads.
+        wanted_N: How many rows this rank reads of each one.
+    """
+
+    asked_A: Tensor
+    asked_N: tuple[int, ...]
+    wanted_N: tuple[int, ...]

@@ -64,7 +64,8 @@ class RowGradients:
     """Gradients of a batch by row.
 
     Attributes:
-        sums_US: float32, the gradient of the summed loss by the weights of each distinct row of the batch.
+        sums_US: float32, the gradient of the summed loss by the weights of each distinct row of the batch (of several
+            ranks, of each row of this one that the batches of all ranks read).
         square: float32 scalar, the sum of the squares of ``sums_US``: not finite if one of them is not.
     """
 
@@ -104,14 +105,37 @@ class RecordTable(Protocol):
         """
         ...
 
-    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor, of_requests: Cells | None = None) -> RowGradients:
+    def weights(self, rows_N: Tensor) -> Tensor:
+        """Copies of the weights of some rows, all groups side by side, on the table's device. int64 [N] → [N, S]."""
+        ...
+
+    def cells_of(self, weights_US: Tensor, cells_BW: Tensor) -> Cells:
+        """Read for every cell a row that came from elsewhere.
+
+        Args:
+            weights_US: float32, from :meth:`weights` of tables of this layout.
+            cells_BW: int64, the place of each cell's row among them.
+        """
+        ...
+
+    def gradients(self, num_rows: int, cells: Cells, scale: Tensor, of_requests: Cells | None = None) -> RowGradients:
         """Sum the gradients of the cells by row, after ``backward``.
 
         Args:
-            rows_U: As for :meth:`cells`.
-            cells: What that returned.
+            num_rows: U, of how many distinct rows the cells read.
+            cells: What :meth:`cells` or :meth:`cells_of` returned.
             scale: Scalar. The gradient of the mean loss times this is the gradient of the summed loss.
             of_requests: Cells that instances of a request share, if they were read for themselves.
+        """
+        ...
+
+    def summed(self, num_rows: int, places_N: Tensor, parts_NS: Tensor) -> RowGradients:
+        """Sum gradients of rows, in their order.
+
+        Args:
+            num_rows: U.
+            places_N: int64, which of the U rows each of them is of.
+            parts_NS: float32.
         """
         ...
 

@@ -47,8 +47,17 @@ class DeviceTable:
 
         return Cells(list(self.layout.places), read, cells_BW)
 
-    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor, of_requests: Cells | None = None) -> RowGradients:
-        sums_US = self._records.new_zeros(len(rows_U), self.layout.num_weights)
+    def weights(self, rows_N: Tensor) -> Tensor:
+        return self._records[:, : self.layout.num_weights].index_select(0, rows_N)
+
+    def cells_of(self, weights_US: Tensor, cells_BW: Tensor) -> Cells:
+        def read() -> list[Tensor]:
+            return [weights_US[:, place.weights][cells_BW] for place in self.layout.places.values()]
+
+        return Cells(list(self.layout.places), read, cells_BW)
+
+    def gradients(self, num_rows: int, cells: Cells, scale: Tensor, of_requests: Cells | None = None) -> RowGradients:
+        sums_US = self._records.new_zeros(num_rows, self.layout.num_weights)
         for part in (cells, of_requests):
             for name, place in self.layout.places.items():
                 gradient = None if part is None else part.gradients[name]
@@ -56,6 +65,10 @@ class DeviceTable:
                     by_cell_NC = gradient.reshape(-1, place.group.columns)
                     sums_US[:, place.weights].index_add_(0, part.cells_BW.view(-1), by_cell_NC)
         sums_US *= scale
+        return RowGradients(sums_US, sums_US.square().sum())
+
+    def summed(self, num_rows: int, places_N: Tensor, parts_NS: Tensor) -> RowGradients:
+        sums_US = parts_NS.new_zeros(num_rows, parts_NS.shape[1]).index_add_(0, places_N, parts_NS)
         return RowGradients(sums_US, sums_US.square().sum())
 
     @torch.no_grad()

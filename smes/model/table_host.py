@@ -41,6 +41,8 @@ class HostTable:
         self.layout = RecordLayout(groups)
         self.num_rows = 0
         self._columns = columns_of(self.layout)
+        all_weights = np.array([self.layout.num_weights])
+        self._whole = self._columns._replace(weight_G=np.zeros(1, np.int64), columns_G=all_weights)
         self._records = ReservedArray(np.float32, self.layout.width)
         self._touched = ReservedArray(np.uint64)
         self._turns = Turns()
@@ -65,8 +67,23 @@ class HostTable:
 
         return Cells(list(self.layout.places), read, cells_BW)
 
-    def gradients(self, rows_U: Tensor, cells: Cells, scale: Tensor, of_requests: Cells | None = None) -> RowGradients:
-        sums = np.zeros((len(rows_U), self.layout.num_weights), np.float32)
+    def weights(self, rows_N: Tensor) -> Tensor:
+        weights = torch.empty(len(rows_N), self.layout.num_weights)
+        read_rows(self._flat, self.layout.width, rows_N.numpy(), self._whole, (weights.numpy().reshape(-1),))
+        return weights
+
+    def cells_of(self, weights_US: Tensor, cells_BW: Tensor) -> Cells:
+        def read() -> list[Tensor]:
+            values = [torch.empty(*cells_BW.shape, place.group.columns) for place in self.layout.places.values()]
+            outs = tuple(value.numpy().reshape(-1) for value in values)
+            flat, places = weights_US.numpy().reshape(-1), np.arange(len(weights_US))
+            read_cells(flat, self.layout.num_weights, places, cells_BW.numpy().reshape(-1), self._columns, outs)
+            return values
+
+        return Cells(list(self.layout.places), read, cells_BW)
+
+    def gradients(self, num_rows: int, cells: Cells, scale: Tensor, of_requests: Cells | None = None) -> RowGradients:
+        sums = np.zeros((num_rows, self.layout.num_weights), np.float32)
         for part in (cells, of_requests):
             for name, place in self.layout.places.items():
                 gradient = None if part is None else part.gradients[name]
@@ -74,6 +91,13 @@ class HostTable:
                     flat, strides = _flat(gradient)
                     add_gradients(part.cells_BW.numpy(), flat, strides, place.weights.start, place.group.columns, sums)
         square = scale_and_square(sums.reshape(-1), np.float32(scale))
+        return RowGradients(torch.from_numpy(sums), torch.tensor(square, dtype=torch.float32))
+
+    def summed(self, num_rows: int, places_N: Tensor, parts_NS: Tensor) -> RowGradients:
+        width = self.layout.num_weights
+        sums = np.zeros((num_rows, width), np.float32)
+        add_gradients(places_N.numpy().reshape(-1, 1), parts_NS.numpy().reshape(-1), (width, width), 0, width, sums)
+        square = scale_and_square(sums.reshape(-1), np.float32(1))
         return RowGradients(torch.from_numpy(sums), torch.tensor(square, dtype=torch.float32))
 
     def update(

@@ -87,7 +87,7 @@ def take_step(table: RecordTable, batch: Batch, gradients: dict[str, F32], **opt
     loss = sum((cells.values[name] * torch.from_numpy(gradient)).sum() for name, gradient in gradients.items())
     assert isinstance(loss, torch.Tensor)
     loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
-    sums = table.gradients(batch.rows_U, cells, torch.tensor(1.0))
+    sums = table.gradients(len(batch.rows_U), cells, torch.tensor(1.0))
     table.update(batch.rows_U, sums, **options)
 
 
@@ -211,7 +211,7 @@ def test_gradients_may_lie_anyhow_in_memory(table: RecordTable) -> None:
         by_cell = np.concatenate([gaps[:, 4:].reshape(20, 7, 19), np.repeat(shared[:, None], 7, 1)], axis=2)
         by_cell[:, :, 19:] += np.arange(8) * transposed
         np.add.at(expected, batch.cells_BW.numpy(), by_cell)
-        sums = table.gradients(batch.rows_U, cells, torch.tensor(1.0)).sums_US
+        sums = table.gradients(len(batch.rows_U), cells, torch.tensor(1.0)).sums_US
         np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -238,7 +238,7 @@ def test_what_is_not_finite_shows_in_the_sum_of_squares(table: RecordTable) -> N
         gradient = np.ones((4, 3, 19), np.float32)
         gradient[2, 1, 17] = bad
         (cells.values["embedding"] * torch.from_numpy(gradient)).sum().backward()  # type: ignore[no-untyped-call]
-        sums = table.gradients(batch.rows_U, cells, torch.tensor(2.0))
+        sums = table.gradients(len(batch.rows_U), cells, torch.tensor(2.0))
         assert bool(sums.square.isfinite()) == finite
         if finite:
             by_row = np.zeros((len(batch.rows_U), 27))
@@ -276,7 +276,7 @@ def test_elementwise_adagrad_equals_torchs(kind: str) -> None:
         target = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
         cells = table.cells(rows_U, cells_BW)
         (cells.values["wide"].squeeze(1) - target).square().sum().backward()  # type: ignore[no-untyped-call]
-        table.update(rows_U, table.gradients(rows_U, cells, torch.tensor(1.0)))
+        table.update(rows_U, table.gradients(len(rows_U), cells, torch.tensor(1.0)))
         optimizer.zero_grad()
         (reference - target).square().sum().backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
         optimizer.step()
