@@ -312,7 +312,11 @@ class Learner:
         Returns:
             int64 [N, T, K] on the training device, without the experts that run for every instance; None for a ranker
             without routing.
+
+        Raises:
+            ValueError: There are several ranks.
         """
+        self._require_all_rows("choices of experts")
         read = self._derive(ids, numerics, now_ms, self._quantiles.boundaries)
         device, pool_NW = self._device.device, pool_weights(self.schema, read.ids)
         with torch.no_grad():
@@ -353,20 +357,31 @@ class Learner:
         return self._table.full_view(self.dense_serving_state())
 
     def freeze(self) -> FrozenWeights:
-        """The weights as they are now, for scoring with them, on this thread, while training goes on."""
+        """The weights as they are now, for scoring with them, on this thread, while training goes on.
+
+        Raises:
+            ValueError: There are several ranks.
+        """
+        self._require_all_rows("frozen weights")
         return FrozenWeights(self.dense_serving_state(), self._table.freeze())
 
     def thaw(self, state: Arrays) -> FrozenWeights:
         """The weights that a :meth:`FrozenWeights.state` was taken from, in the learner's state of the same moment.
 
         Raises:
-            ValueError: The learner is in another state.
+            ValueError: The learner is in another state, or there are several ranks.
         """
+        self._require_all_rows("frozen weights")
         dense = {name: torch.from_numpy(array) for name, array in state.items() if name.startswith("dense.")}
         return FrozenWeights(dense, self._table.thaw(under("rows.", state)))
 
     def keep(self) -> KeptState:
-        """The whole state as it is now, for scoring with it while training goes on, and for going back to it."""
+        """The whole state as it is now, for scoring with it while training goes on, and for going back to it.
+
+        Raises:
+            ValueError: There are several ranks.
+        """
+        self._require_all_rows("a kept state")
         arrays, (records, keys) = self._table.state_view()
         dense = self.dense_serving_state()
         own = {name: whole(tensor.numpy()) for name, tensor in self._own_state(dense).items()}
@@ -376,8 +391,9 @@ class Learner:
         """What a :meth:`KeptState.state` was taken from, in the learner's state of the same moment.
 
         Raises:
-            ValueError: The learner is in another state.
+            ValueError: The learner is in another state, or there are several ranks.
         """
+        self._require_all_rows("a kept state")
         keys, records = self._table.views_of(under("then.", state))
         dense = {name: torch.from_numpy(array) for name, array in state.items() if name.startswith("dense.")}
         own = {name: whole(array) for name, array in state.items() if not name.startswith("then.")}
@@ -393,6 +409,11 @@ class Learner:
         own = self._own_state(self.dense_serving_state())
         arrays, views = self._table.state_view()
         return StateView({name: whole(t.numpy()) for name, t in own.items()} | arrays, views)
+
+    def _require_all_rows(self, what: str) -> None:
+        if self._world.size > 1:
+            rank = f"rank {self._world.rank} of {self._world.size}"
+            raise ValueError(f"{what}: this learner has the rows of {rank}, expected one rank, which has all")
 
     def _own_state(self, dense: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state without the table; ``dense`` is a :meth:`dense_serving_state`."""
