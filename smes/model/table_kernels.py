@@ -326,6 +326,7 @@ def compile_kernels(num_groups: int) -> None:
     columns = Columns(none, none, none, none.astype(np.bool_), rates, rates)
     read_cells(flat, 1, rows, rows, columns, several)
     read_rows(flat, 1, rows, columns, several)
+    read_rows(flat, 1, rows, columns, several[:1])  # all groups side by side, for other ranks
     write_rows(flat, 1, rows, columns, several)
     add_gradients(np.zeros((0, 1), np.int64), flat, (0, 0), 0, 1, wide)
     scale_and_square(flat, np.float32(1))
