@@ -14,7 +14,9 @@ from smes.arrays import F64, Arrays
 from smes.events import CLOSING, ExampleBlock
 from smes.schema import Schema
 from stream.config import MiniBatchConfig
-from stream.partition_state import load_rows, save_rows
+from stream.partition_state import OTHER_RANKS, load_rows, save_rows
+
+_END_OF_TIME = int(np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,11 @@ class BatchQueue:
         return {"ready_sizes": sizes, "ended": ended} | save_rows(topic, "queued", queued, partitions)
 
     def load_state(self, topic: str, state: Arrays, now_s: float) -> None:
-        """The inverse of :meth:`state`; what waits has waited since ``now_s``."""
+        """The inverse of :meth:`state`; what waits has waited since ``now_s``.
+
+        Of a state of other ranks (:mod:`stream.rank_shares`) all examples are made into batches anew: those that come
+        next may be due earlier.
+        """
         columns = load_rows(topic, "queued", state)
         order = np.argsort(columns.pop("order"))
         queued, start = ExampleBlock(**columns).take(order), 0
@@ -201,6 +207,8 @@ class BatchQueue:
             start += size
         self._batcher.pending = queued.take(slice(start, None))
         self._batcher.ended, self._batcher.ends = ended_in(state), deque()
+        if OTHER_RANKS in state:
+            self._queue(self._batcher.push(queued.take(slice(0, 0)), _END_OF_TIME), now_s)
 
     def _queue(self, batches: Sequence[ExampleBlock], now_s: float) -> None:
         for batch in batches:

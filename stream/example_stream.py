@@ -26,6 +26,7 @@ from stream.join.ledgers import StreamLedger
 from stream.left_out_features import FeatureSource
 from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
 from stream.mini_batches import Assembler
+from stream.partition_state import OTHER_RANKS
 from stream.priming import is_of_blocks
 from stream.sources import WHOLE_LOG, Counted, Share, Skipped, Sources, counted_in
 
@@ -154,9 +155,12 @@ class ExampleStream:
             self._journal.clear()
 
     def _read(self, timeout_s: float) -> Fetch:
+        return self._read_at(self.positions, timeout_s)
+
+    def _read_at(self, positions: Positions, timeout_s: float) -> Fetch:
         max_records = max(1, round(self._config.events_per_read / self._events_per_record))
         try:
-            fetch = self._log.read(self.positions, max_records=max_records, timeout_s=timeout_s)
+            fetch = self._log.read(positions, max_records=max_records, timeout_s=timeout_s)
         except PositionOutOfRange:
             self._sources.refresh()  # is it another log? That says more.
             raise
@@ -271,7 +275,9 @@ class ExampleStream:
             )
         self.assembler.load_state(state, now_s=self._monotonic())
         self._sources.load_state(state)
-        if self._journal is not None:
+        if OTHER_RANKS in state:
+            self._repeat_none()
+        elif self._journal is not None:
             self.assembler.repeat(self._journal.resume(self.assembler.ended))
 
     def saved(self, state: Arrays) -> None:

@@ -122,6 +122,15 @@ class Assembler:
             self._dropped[TopicPartition(FEEDBACK, partition)] += 1
         self._batches.push(self._join.push(impressions, feedback, idle), self._join.watermark_ms, now_s)
 
+    @property
+    def is_ahead(self) -> bool:
+        """See :attr:`stream.join.joiner.Joiner.is_ahead`."""
+        return self._join.is_ahead
+
+    def advance_to(self, watermark_ms: int, now_s: float = 0.0) -> None:
+        """Move the watermark on (see :meth:`stream.join.joiner.Joiner.advance_to`)."""
+        self._batches.push(self._join.advance_to(watermark_ms), self._join.watermark_ms, now_s)
+
     def end_batch(self, now_s: float) -> None:
         """End the half-filled batch as it is; it joins the queue."""
         self._batches.end(now_s)

@@ -22,7 +22,8 @@ has more partitions can load it:
 These belong to the whole stream: ``watermark_ms``; ``waits``, how long each task waits; ``late_counts``, how many
 positives came within their tasks' wait and how many after it; ``begins_ms``, where there is one, up to which event time
 impressions count as late (:mod:`stream.priming`); ``ready_sizes``, the sizes of the batches that are ready;
-``ended``, how many examples were in batches that have ended.
+``ended``, how many examples were in batches that have ended. Where the state was divided among other ranks, it has
+``other_ranks``, too (:mod:`stream.rank_shares`).
 
 One partition's state is enough to go on with that partition alone, in another process for example, if an impression and
 its feedback have the same partition number. :func:`stream.topics.partition_of` gives them the same. When the number of
@@ -35,6 +36,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from smes.arrays import Arrays, prefixed, under
+
+OTHER_RANKS = "other_ranks"
+"""Name of an array, of any value, of a state whose batches were made anew: none of them ends where one ended before."""
 
 
 def state_name(topic: str, partition: int, what: str) -> str:

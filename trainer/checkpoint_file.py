@@ -11,6 +11,8 @@ The metadata, all of it text:
 ``schema``      JSON of :meth:`smes.schema.Schema.to_dict`, to say in what another schema differs
 ``model``       JSON of the model configuration
 ``arrays``      JSON: name of every array → SHA-256 of its type, shape and bytes
+``rank``        in a part of a checkpoint of several ranks (:mod:`trainer.checkpoint_parts`) only: decimal digits
+``ranks``       likewise: how many ranks there were
 ``checksum``    SHA-256 of all the other metadata
 =============== ====================================================================================
 
@@ -21,9 +23,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -62,6 +65,8 @@ class Checkpoint:
         arrays: State of every part, names prefixed ``learner.``, ``stream.``, ``evaluation.``, ``experts.``,
             ``trainer.``. Large ones are pages of the file, which take memory while they are read; writing to them
             changes a copy.
+        on_disk: Whether it is on disk as it is. If not, other ranks have written it, or one of another schema was
+            carried over: write it before the first step.
     """
 
     lineage: str
@@ -70,6 +75,7 @@ class Checkpoint:
     schema_hash: str
     model: dict[str, Any]
     arrays: Arrays
+    on_disk: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +97,44 @@ class CheckpointView:
     close: Callable[[], None] = field(default=lambda: None)
 
 
-def write_checkpoint(path: Path, checkpoint: CheckpointView, sequence: int) -> None:
+def write_checkpoint(
+    path: Path, checkpoint: CheckpointView, sequence: int, part: Mapping[str, str] | None = None
+) -> None:
     """Write a checkpoint beside its final name, flush it to the disk, rename it, and flush the folder.
+
+    Args:
+        path: Its file.
+        checkpoint: What to write.
+        sequence: The sequence number in its name.
+        part: The metadata ``rank`` and ``ranks`` of a part; None: it is a whole checkpoint.
+
+    Raises:
+        OSError: The disk refused it; nothing is left behind.
+    """
+    part = part or {}
+    with replacing(path) as file:
+        # The widest numbers come first, so that every array lies at a multiple of its numbers' width.
+        names = sorted(checkpoint.arrays, key=lambda name: (-checkpoint.arrays[name].dtype.itemsize, name))
+        infos = [TensorInfo(name, checkpoint.arrays[name].dtype, checkpoint.arrays[name].shape) for name in names]
+        # The digests come last; until then, as many other characters hold their place.
+        header = write_header(infos, _metadata(checkpoint, sequence, dict.fromkeys(names, _NO_DIGEST), part))
+        file.write(header)
+        digests = {}
+        for info in infos:
+            sha = hashlib.sha256(_kind_of(info.dtype, info.shape))
+            for piece in checkpoint.arrays[info.name].pieces():
+                data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+                sha.update(data)
+                file.write(data)
+            digests[info.name] = sha.hexdigest()
+        assert file.tell() == len(header) + sum(info.nbytes for info in infos), "pieces are as long as they say"
+        file.seek(0)
+        file.write(write_header(infos, _metadata(checkpoint, sequence, digests, part)))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside ``path`` to write to; in the end it is on the disk under that name.
 
     Raises:
         OSError: The disk refused it; nothing is left behind.
@@ -100,23 +142,7 @@ def write_checkpoint(path: Path, checkpoint: CheckpointView, sequence: int) -> N
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
-            # The widest numbers come first, so that every array lies at a multiple of its numbers' width.
-            names = sorted(checkpoint.arrays, key=lambda name: (-checkpoint.arrays[name].dtype.itemsize, name))
-            infos = [TensorInfo(name, checkpoint.arrays[name].dtype, checkpoint.arrays[name].shape) for name in names]
-            # The digests come last; until then, as many other characters hold their place.
-            header = write_header(infos, _metadata(checkpoint, sequence, dict.fromkeys(names, _NO_DIGEST)))
-            file.write(header)
-            digests = {}
-            for info in infos:
-                sha = hashlib.sha256(_kind_of(info.dtype, info.shape))
-                for piece in checkpoint.arrays[info.name].pieces():
-                    data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
-                    sha.update(data)
-                    file.write(data)
-                digests[info.name] = sha.hexdigest()
-            assert file.tell() == len(header) + sum(info.nbytes for info in infos), "pieces are as long as they say"
-            file.seek(0)
-            file.write(write_header(infos, _metadata(checkpoint, sequence, digests)))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -137,9 +163,11 @@ def read_checkpoint(
     schema: Schema,
     model: dict[str, Any],
     only: tuple[str, ...] = ("",),
+    without: tuple[str, ...] = (),
     any_schema: bool = False,
+    part: Mapping[str, str] | None = None,
 ) -> Checkpoint:
-    """Read one checkpoint, and verify every bit that is read.
+    """Read one checkpoint, or one part of it, and verify every bit that is read.
 
     Args:
         path: Its file.
@@ -147,7 +175,9 @@ def read_checkpoint(
         schema: The configured schema.
         model: The configured model, plain data.
         only: What the names of the arrays to read begin with; others are neither read nor verified.
+        without: What the names of arrays begin with that are left out all the same.
         any_schema: Read it, too, if it is of another schema, whatever its model.
+        part: What the metadata of a part must say; None: it is a whole checkpoint.
 
     Raises:
         SchemaMismatch: It was trained with another schema.
@@ -163,6 +193,8 @@ def read_checkpoint(
     if _CHECKSUM not in metadata:
         raise ValueError("checksum of the metadata: none, expected one")
     _expect("sequence number in the name", str(sequence), metadata["sequence"])
+    for key, value in (part or {}).items():
+        _expect(f"{key} of a part", metadata[key], value)
     if any_schema and metadata["schema_hash"] != schema.hash:
         trained = json.loads(metadata["model"])
     else:
@@ -173,11 +205,24 @@ def read_checkpoint(
         schema=json.loads(metadata["schema"]),
         schema_hash=metadata["schema_hash"],
         model=trained,
-        arrays=_verified_arrays(path, infos, begin, json.loads(metadata[_ARRAYS]), only),
+        arrays=_verified_arrays(path, infos, begin, json.loads(metadata[_ARRAYS]), only, without),
     )
 
 
-def _metadata(checkpoint: CheckpointView, sequence: int, digests: Mapping[str, str]) -> dict[str, str]:
+def verified_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a checkpoint's file. Its arrays are not read.
+
+    Raises:
+        KeyError, ValueError, OSError: It is damaged or missing (:data:`DAMAGED`).
+    """
+    _, metadata, _ = _header(path)
+    _expect("checksum of the metadata", metadata[_CHECKSUM], _digest_of_metadata(metadata))
+    return metadata
+
+
+def _metadata(
+    checkpoint: CheckpointView, sequence: int, digests: Mapping[str, str], part: Mapping[str, str]
+) -> dict[str, str]:
     metadata = {
         "format": str(FORMAT),
         "sequence": str(sequence),
@@ -187,6 +232,7 @@ def _metadata(checkpoint: CheckpointView, sequence: int, digests: Mapping[str, s
         "schema": json.dumps(checkpoint.schema),
         "model": json.dumps(checkpoint.model, sort_keys=True),
         _ARRAYS: json.dumps(digests),
+        **part,
     }
     return {**metadata, _CHECKSUM: _digest_of_metadata(metadata)}
 
@@ -229,7 +275,12 @@ def _compatible_model(path: Path, metadata: Mapping[str, str], schema: Schema, m
 
 
 def _verified_arrays(
-    path: Path, infos: list[TensorInfo], begin: int, checksums: dict[str, str], only: tuple[str, ...]
+    path: Path,
+    infos: list[TensorInfo],
+    begin: int,
+    checksums: dict[str, str],
+    only: tuple[str, ...],
+    without: tuple[str, ...],
 ) -> Arrays:
     if {info.name for info in infos} != checksums.keys():
         raise ValueError(f"arrays: {len(infos)} arrays, expected the {len(checksums)} that the metadata names")
@@ -238,7 +289,7 @@ def _verified_arrays(
     for info in infos:
         data = pages[begin : begin + info.nbytes]
         begin += info.nbytes
-        if not info.name.startswith(only):
+        if not info.name.startswith(only) or info.name.startswith(without):
             continue
         sha = hashlib.sha256(_kind_of(info.dtype, info.shape))
         for start in range(0, len(data), _HASHED_AT_ONCE):
