@@ -15,6 +15,9 @@ history. So windows lie within fixed periods of event time, as those of the sche
 end of one of the history's windows is refused.
 
 The frozen copy scores many examples at once, when a thousand wait (:mod:`trainer.waiting_examples`).
+
+Where rows are shared out among several ranks, there is no frozen copy. No impression is then ranked in a window, and
+the windowed GAUC counts those of before alone.
 """
 
 from collections.abc import Callable
@@ -38,6 +41,7 @@ from trainer.waiting_examples import SCORES, WAITING, BeingScored, WaitingExampl
 _FIRST_WINDOW_EXAMPLES = 1024
 _DAY_S = 86_400.0
 _PLAIN_WINDOW, _LARGEST_WINDOW = 16_384, 262_144
+_NOT_RANKED = -1  # in place of a window's number
 _SCORED_TOGETHER = 1024  # twice as many cost a tenth less each, but are waited for twice as long
 
 
@@ -89,8 +93,9 @@ class ProgressiveEvaluation(Observer):
     Args:
         schema: Features and tasks.
         config: Window bounds.
-        freeze: Makes a model of the present weights.
-        thaw: Makes the model again that a state was taken from, when the weights are those of the same moment.
+        freeze: Makes a model of the present weights; None: no impression is ranked in a window.
+        thaw: Makes the model again that a state was taken from, when the weights are those of the same moment; None
+            where ``freeze`` is.
         first_window_counts: Whether the GAUC of the first window counts, because its weights have learned something.
         scored_together: So many examples of a window wait until they are scored together, ≥ 1. With 1, each batch is
             scored when it comes.
@@ -106,8 +111,8 @@ class ProgressiveEvaluation(Observer):
         schema: Schema,
         config: EvaluationConfig,
         *,
-        freeze: Callable[[], FrozenModel],
-        thaw: Callable[[Arrays], FrozenModel],
+        freeze: Callable[[], FrozenModel] | None,
+        thaw: Callable[[Arrays], FrozenModel] | None,
         first_window_counts: bool = False,
         scored_together: int = _SCORED_TOGETHER,
         start: Callable[[FrozenModel, ExampleBlock], Future[F32]] | None = None,
@@ -142,6 +147,10 @@ class ProgressiveEvaluation(Observer):
         copy is as old as the start of the next window, or older.
         """
         examples, whole = _beginning(examples)
+        if self._freeze is None:
+            if not whole:
+                self._open.begin(examples.impression_id, _NOT_RANKED)
+            return
         period_B = examples.event_time_ms // self._window_ms
         if not whole:  # an impression that was read late does not open an old period again
             period_B = np.maximum(period_B, self._period)
@@ -204,6 +213,7 @@ class ProgressiveEvaluation(Observer):
         self._period = period
         if self._frozen is not None:
             self._frozen.close()
+        assert self._freeze is not None, "without it no window is opened"
         self._frozen = self._freeze()
 
     def reopen(self) -> None:
@@ -233,6 +243,8 @@ class ProgressiveEvaluation(Observer):
         trained = noted["is_trained_on"]
         self._tally(known.take(trained), noted["scores"][trained])
         for number in np.unique(noted["window"]).tolist():
+            if number == _NOT_RANKED:
+                continue
             rows = noted["window"] == number
             window = self._window if number == self._window.number else self._unlabelled[number]
             window.add(known.take(rows), noted["frozen"][rows])
@@ -338,7 +350,9 @@ class ProgressiveEvaluation(Observer):
         return state
 
     def load_state(self, state: Arrays) -> None:
-        """The inverse of :meth:`state`."""
+        """The inverse of :meth:`state`. Without frozen weights, the open window of a state that has one ends."""
+        if self._freeze is None:
+            state = {name: array for name, array in with_all_scored(state).items() if not name.startswith("frozen.")}
         for t, tally in enumerate(self._tallies):
             tally.load_state(under(f"{t}.", state))
         windows = {
@@ -358,7 +372,7 @@ class ProgressiveEvaluation(Observer):
         self._group_auc = state["group_auc"].copy()
         self._period, self._before_window = (int(n) for n in state["window"])
         frozen = under("frozen.", state)
-        self._frozen = self._thaw(frozen) if frozen else None
+        self._frozen = self._thaw(frozen) if frozen and self._thaw is not None else None
 
 
 def with_all_scored(state: Arrays) -> Arrays:

@@ -89,14 +89,20 @@ class DelayedResults:
         if self._kept is None:
             return
         (examples, result, closings), self._kept = self._kept, None
-        figures = None if result is None else fetch(result)
-        for observer in self._observers:
-            if figures is not None and figures.taken:
-                observer.after_step(examples, figures)
-            elif figures is not None:
-                observer.after_failed_step(examples)
-            if len(closings):
-                observer.after_closing(closings)
+        tell(self._observers, examples, None if result is None else fetch(result), closings)
+
+
+def tell(
+    observers: Sequence[Observer], examples: ExampleBlock, figures: StepFigures | None, closings: ExampleBlock
+) -> None:
+    """Give observers what a step found out, None where there was no step, and final labels that came with it."""
+    for observer in observers:
+        if figures is not None and figures.taken:
+            observer.after_step(examples, figures)
+        elif figures is not None:
+            observer.after_failed_step(examples)
+        if len(closings):
+            observer.after_closing(closings)
 
 
 class BatchSender:

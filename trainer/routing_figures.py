@@ -143,10 +143,13 @@ class ExpertTally:
     Args:
         limits: Number of experts, and which can be chosen; None for a ranker without experts.
         history: How finely the history is kept; None for the default.
+        keeps_history: Whether it is kept at all.
     """
 
-    def __init__(self, limits: ExpertLimits | None, history: RoutingHistoryConfig | None = None) -> None:
-        self.history = RoutingHistory(history)
+    def __init__(
+        self, limits: ExpertLimits | None, history: RoutingHistoryConfig | None = None, *, keeps_history: bool = True
+    ) -> None:
+        self.history, self._keeps_history = RoutingHistory(history), keeps_history
         self._limits = limits
         self._summarised: tuple[Segment | None, RoutingSummary, F64 | None] = (None, RoutingSummary(), None)
         self._counts = np.zeros(3, np.int64)  # instances, experts executed for them, most for one
@@ -154,7 +157,8 @@ class ExpertTally:
 
     def add(self, examples: ExampleBlock, active_B: NDArray[Any], load_TE: NDArray[Any]) -> None:
         """Add a batch: experts executed for each instance, and instances that each task sent to each expert."""
-        self.history.add(examples, load_TE)
+        if self._keeps_history:
+            self.history.add(examples, load_TE)
         instances, executed, most = self._counts
         self._counts[:] = instances + len(active_B), executed + active_B.sum(), max(most, active_B.max(initial=0))
         self._load_TE = load_TE.astype(np.int64) if self._load_TE.size == 0 else self._load_TE + load_TE
