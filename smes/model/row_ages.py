@@ -119,8 +119,9 @@ class RowAges:
         """Lists of one length, of all ranks. int64 [lists, ranks, length]."""
         if self._world.size == 1 or not counts[0]:
             return np.array(counts, np.int64).reshape(len(counts), 1, -1)
-        stacked: I64 = np.stack([part.numpy() for part in self._world.gather(torch.tensor([counts]))], axis=2)[0]
-        return stacked
+        each = [1] * self._world.size
+        of_ranks: I64 = self._world.trade(torch.tensor([counts] * self._world.size), each, each).numpy()
+        return of_ranks.transpose(1, 0, 2)
 
     def _oldest_of_all(self, rows: I64, count: int) -> tuple[int, int]:
         """How many of this rank's rows, the oldest first, and of all ranks' are the ``count`` oldest of all."""
