@@ -9,12 +9,16 @@ Letters: B rows, K quantile buckets, Q boundaries, S numbers of a sample.
 """
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from smes.arrays import F32, I64, Arrays
 from smes.derive import UNKNOWN, Derivations
 from smes.hashing import splitmix64
+
+if TYPE_CHECKING:
+    from smes.joint_batch import JointBatch
 
 _SAMPLE = 8192  # S
 _NEW_SHARE = 8  # boundaries move when there are an eighth more numbers than at their last move
@@ -41,15 +45,25 @@ class StreamQuantiles:
         self._seen: I64 = np.zeros(len(self._buckets), np.int64)
         self._moved_at: I64 = np.zeros(len(self._buckets), np.int64)
 
-    def observe(self, bucketed_BK: F32) -> bool:
-        """Take in numbers in the order of the stream, NaN where missing; whether a boundary has moved."""
+    def observe(self, bucketed_BK: F32, batch: "JointBatch | None" = None) -> bool:
+        """Take in numbers in the order of the stream, NaN where missing; whether a boundary has moved.
+
+        Args:
+            bucketed_BK: Of several ranks, this one's part.
+            batch: The batch of all ranks, whose rows come in the order of the ranks; None: there is one rank.
+        """
         moved = False
         for k, bucket in enumerate(self._buckets):
             left = bucket.settle - int(self._seen[k])
             if left <= 0:
                 continue
             x = bucketed_BK[:, k]
-            self._add(k, x[~np.isnan(x)][:left])
+            x = x[~np.isnan(x)]
+            if batch is None:
+                x = x[:left]
+                self._add(k, self._seen[k] + np.arange(len(x)), x, len(x))
+            else:
+                self._add_joint(k, x, left, batch)
             seen, before = int(self._seen[k]), int(self._moved_at[k])
             due = seen >= before + max(1, before // _NEW_SHARE) or seen >= bucket.settle
             if due and seen > before:
@@ -63,15 +77,30 @@ class StreamQuantiles:
             if self.boundaries[self._slices[bucket.name]][0] != UNKNOWN:
                 self._seen[k] = self._moved_at[k] = bucket.settle
 
-    def _add(self, k: int, x: F32) -> None:
+    def _add_joint(self, k: int, x: F32, left: int, batch: "JointBatch") -> None:
+        """Of all ranks' numbers, only those travel that this rank's own sample would keep."""
+        size, rank = batch.world.size, batch.world.rank
+        counts_N = batch.gathered(np.array([len(x)]), [1] * size)
+        start = int(counts_N[:rank].sum())
+        x = x[: max(left - start, 0)]
+        places = self._seen[k] + start + np.arange(len(x))
+        if self._seen[k] >= _SAMPLE:
+            kept = splitmix64(places) <= splitmix64(self._places[k]).max()
+            places, x = places[kept], x[kept]
+        found_N = batch.gathered(np.array([len(x)]), [1] * size).tolist()
+        places, x = batch.gathered(places, found_N), batch.gathered(x, found_N)
+        self._add(k, places, x, min(int(counts_N.sum()), left))
+
+    def _add(self, k: int, places: I64, x: F32, seen: int) -> None:
+        """Add numbers and their places to a sample; so many were seen."""
         held = min(int(self._seen[k]), _SAMPLE)
-        places = np.concatenate([self._places[k, :held], self._seen[k] + np.arange(len(x))])
+        places = np.concatenate([self._places[k, :held], places])
         values = np.concatenate([self._values[k, :held], np.clip(x, -_LARGEST, _LARGEST)])
         if len(places) > _SAMPLE:
             kept = np.sort(np.argpartition(splitmix64(places), _SAMPLE)[:_SAMPLE])
             places, values = places[kept], values[kept]
         self._places[k, : len(places)], self._values[k, : len(values)] = places, values
-        self._seen[k] += len(x)
+        self._seen[k] += seen
 
     def _move(self, k: int) -> None:
         bucket = self._buckets[k]

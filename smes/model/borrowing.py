@@ -6,6 +6,10 @@ shows much sooner: on the public log half of the follows come with a like, which
 Letters: B instances, T tasks.
 """
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -88,18 +92,42 @@ class LabelRegression(nn.Module):
             weight_BT: Sample weights; 0 where there is no label.
             is_binary_T: bool.
         """
-        sums = (self.count_TT, self.sum_TT, self.product_TT)
         if on_host(self.count_TT):
-            cells = (labels_BT.double().contiguous().numpy(), weight_BT.double().contiguous().numpy())
-            count, total, product = (tensor.numpy() for tensor in sums)
-            add_pairs(*cells, _HORIZON, count, total, product)
-            solve_pairs(count, total, product, is_binary_T.numpy(), self._ratio, _RIDGE, self.weight_TT.numpy())
-            return
+            self._add(labels_BT, weight_BT, (self.count_TT, self.sum_TT, self.product_TT))
+            self._fade_and_solve(is_binary_T)
+        else:
+            self.take_in(self.sums(labels_BT, weight_BT), is_binary_T)
+
+    @torch.no_grad()
+    def sums(self, labels_BT: Tensor, weight_BT: Tensor) -> Tensor:
+        """What :meth:`take_in` takes of a batch, or of a rank's part of one. float64 [3, T, T]."""
+        if on_host(self.count_TT):
+            sums_3TT = torch.zeros(3, *self.count_TT.shape, dtype=torch.float64)
+            self._add(labels_BT, weight_BT, sums_3TT.unbind(), horizon=math.inf)
+            return sums_3TT
         present_BT, weight_BT = (weight_BT > 0).double(), weight_BT.double()
         weighted_BT = labels_BT.double() * weight_BT
-        self.count_TT.add_(weight_BT.T @ present_BT)
-        self.sum_TT.add_(weighted_BT.T @ present_BT)
-        self.product_TT.add_(weighted_BT.T @ (labels_BT.double() * present_BT))
+        products_TT = weighted_BT.T @ (labels_BT.double() * present_BT)
+        return torch.stack([weight_BT.T @ present_BT, weighted_BT.T @ present_BT, products_TT])
+
+    @torch.no_grad()
+    def take_in(self, sums_3TT: Tensor, is_binary_T: Tensor) -> None:
+        """Take in the sums over a batch, and solve for β."""
+        for sums_TT, new_TT in zip((self.count_TT, self.sum_TT, self.product_TT), sums_3TT, strict=True):
+            sums_TT.add_(new_TT)
+        self._fade_and_solve(is_binary_T)
+
+    def _add(self, labels_BT: Tensor, weight_BT: Tensor, sums: Sequence[Tensor], horizon: float = _HORIZON) -> None:
+        cells = (labels_BT.double().contiguous().numpy(), weight_BT.double().contiguous().numpy())
+        add_pairs(*cells, horizon, *(tensor.numpy() for tensor in sums))
+
+    def _fade_and_solve(self, is_binary_T: Tensor) -> None:
+        sums = (self.count_TT, self.sum_TT, self.product_TT)
+        if on_host(self.count_TT):
+            none_BT, count, total, product = np.zeros((0, len(is_binary_T))), *(tensor.numpy() for tensor in sums)
+            add_pairs(none_BT, none_BT, _HORIZON, count, total, product)
+            solve_pairs(count, total, product, is_binary_T.numpy(), self._ratio, _RIDGE, self.weight_TT.numpy())
+            return
         fade_TT = (_HORIZON / self.count_TT).clamp(max=1.0)
         for sums_TT in sums:
             sums_TT.mul_(fade_TT)

@@ -18,7 +18,7 @@ V twice that, M of all networks, S blocks of steps, K corrections.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smes.arrays import F64, prefixed, under
+from smes.joint_batch import JointBatch
 from smes.model.config import ModelConfig, OptimizerConfig, RareTasksConfig
 from smes.model.devices import RankBatch
 from smes.model.fused_adam import FusedAdam
@@ -158,16 +159,26 @@ class Corrections:
             self._learning = _Learning(x_BI, tasks_BTH, self._group_T, self._optimizer.learning_rate, self._seed)
         self._learning.to(x_BI.device)
         self._tasks.to(x_BI.device)
-        corrections_KBT = self._learning.corrections(logits_BT, x_BI, tasks_BTH, self._tasks.gradient_factors())
-        weight_B = batch.weight_B
+        joint, weight_B = batch.joint, batch.weight_B
+        columns_BC = torch.cat([x_BI, tasks_BTH.flatten(1), logits_BT], dim=1)
+        corrections_KBT = self._learning.corrections(columns_BC, tasks_BTH.shape, self._tasks.gradient_factors())
         delayed = batch.delayed_weights(logits_BT)  # by the model's predictions: all corrections have the same weights
         losses_KBT = self._tasks.losses(logits_BT + corrections_KBT, batch.labels_BT, batch.mask_BT, weight_B, delayed)
         weighted_KT = losses_KBT.sum(dim=1)
-        self._learning.step((weighted_KT * self._tasks.loss_weight_T).sum() / weight_B.sum().clamp(min=1e-12))
-        self._tasks.observe(batch.labels_BT, batch.mask_BT, weight_B, delayed)
+        total = weight_B.sum().clamp(min=1e-12) if joint is None else max(joint.weight, 1e-12)
+        (weighted_KT * self._tasks.loss_weight_T).sum().div(total).backward()  # type: ignore[no-untyped-call]  # torch
         positives_T = ((batch.labels_BT > 0) & batch.mask_BT).sum(dim=0)
         gram_TT = torch.einsum("bth,bsh->ts", gradient_BTH.float(), gradient_BTH.float())
-        self._blocks.add(positives_T, weighted_KT.detach(), gram_TT)
+        seen = [positives_T, weighted_KT.detach(), gram_TT]
+        labels = (batch.labels_BT, batch.mask_BT, weight_B, delayed)
+        if joint is None:
+            self._learning.step(columns_BC)
+            self._tasks.observe(*labels)
+        else:
+            seen, sums = [value.double() for value in seen], self._tasks.sums(joint, *labels)
+            self._learning.step(columns_BC, joint, [*seen, *sums])
+            self._tasks.take_in(sums)
+        self._blocks.add(*seen)
 
 
 class _Learning:
@@ -215,18 +226,23 @@ class _Learning:
         weights = (weight for correction in self._corrections for weight in correction.parameters())
         return FusedAdam({str(number): weight for number, weight in enumerate(weights)}, self._rate)
 
-    def corrections(self, logits_BT: Tensor, x_BI: Tensor, tasks_BTH: Tensor, factor_T: Tensor) -> Tensor:
-        """What each correction adds to the logits. [K, B, T]."""
-        columns_BC = torch.cat([x_BI, tasks_BTH.flatten(1), logits_BT], dim=1)
+    def corrections(self, columns_BC: Tensor, shape: torch.Size, factor_T: Tensor) -> Tensor:
+        """What each correction adds to the logits; the tasks' representations have this shape. [K, B, T]."""
+        self._adam.clear()
         standard_BC = self._moments.standardise(columns_BC, _CLIP, torch.float32)
-        self._moments.observe(columns_BC)
         x_BI, flat_BC, logits_BT = torch.split(standard_BC, self._shape, dim=1)
-        tasks_BTH = flat_BC.view_as(tasks_BTH)
+        tasks_BTH = flat_BC.view(shape)
         return torch.stack([correct(logits_BT, x_BI, tasks_BTH, factor_T) for correct in self._corrections])
 
-    def step(self, loss: Tensor) -> None:
-        self._adam.clear()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
+    def step(self, columns_BC: Tensor, joint: JointBatch | None = None, more: Sequence[Tensor] = ()) -> None:
+        """When the gradients are there: learn by those of all ranks, and sum ``more`` over these, in place."""
+        if joint is None:
+            self._moments.observe(columns_BC)
+        else:
+            flat, moments_3C = self._adam.flat(), self._moments.sums(joint, columns_BC)
+            joint.world.sum([flat, moments_3C, *more])
+            self._adam.put_flat(flat)
+            self._moments.take_in(moments_3C)
         self._adam.step()
 
 

@@ -8,6 +8,7 @@ Letters: B instances, R requests, W id columns, L columns of a sequence, F numer
 (with indicators), D embedding width, A width in which target and entries are compared, T tasks, I output width.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,12 @@ class FeatureInputs:
     wide_BWT: Tensor | None
     pool_BW: Tensor | None
     numerics_BF: Tensor
+
+    def of_nothing(self) -> "FeatureInputs":
+        """In place of no instance one without features."""
+        embedding_BWD, wide_BWT, pool_BW = (_with_zeros(x) for x in (self.embedding_BWD, self.wide_BWT, self.pool_BW))
+        numerics_BF = self.numerics_BF.new_full((1, self.numerics_BF.shape[1]), math.nan)
+        return FeatureInputs(embedding_BWD, wide_BWT, pool_BW, numerics_BF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +217,11 @@ class FeatureLayer(nn.Module):
         missing_BF = numerics_BF.isnan() | far_BF
         x_BF = z_BF.clamp_(-CLIP, CLIP).masked_fill(missing_BF, 0.0)
         return torch.cat([x_BF, missing_BF.index_select(1, columns.indicated_F).float()], dim=1)
+
+
+def _with_zeros(x: Tensor | None) -> Tensor | None:
+    """With a row of zeros behind; gradients of the others stay connected."""
+    return None if x is None else torch.cat([x, x.new_zeros(1, *x.shape[1:])])
 
 
 @dataclass(frozen=True, slots=True)

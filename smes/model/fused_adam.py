@@ -58,6 +58,28 @@ class FusedAdam:
         flat = [gradient.reshape(-1) for gradient in gradients]
         return torch.stack([torch.dot(one, one) for one in flat]).sum()  # a fifth of the time of a norm
 
+    def flat(self, *more: Tensor) -> Tensor:
+        """All gradients in one vector, to be summed over ranks; zeros for a weight without one.
+
+        Which weights have one depends on the model alone, not on the batch: it is the same on every rank.
+
+        Args:
+            more: Further tensors, which come last.
+        """
+        weights = self._weights.values()
+        gradients = [torch.zeros_like(w).view(-1) if w.grad is None else w.grad.reshape(-1) for w in weights]
+        return torch.cat([*gradients, *(tensor.reshape(-1) for tensor in more)])
+
+    def put_flat(self, flat: Tensor, *more: Tensor) -> None:
+        """Take gradients from a vector as :meth:`flat` makes it, whose memory they share. What comes last is copied."""
+        weights = list(self._weights.values())
+        parts = torch.split(flat, [tensor.numel() for tensor in (*weights, *more)])
+        for weight, part in zip(weights, parts[: len(weights)], strict=True):
+            if weight.grad is not None:
+                weight.grad = part.view(weight.shape)
+        for tensor, part in zip(more, parts[len(weights) :], strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
     def clear(self) -> None:
         """Forget the gradients."""
         for weight in self._weights.values():

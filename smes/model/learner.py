@@ -17,10 +17,11 @@ from torch import Tensor
 from smes.arrays import F32, I64, Arrays, Bool, prefixed, under
 from smes.derive import Derivations
 from smes.events import ExampleBlock
+from smes.joint_batch import Joining, join_parts
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.deltas import FullView, RowDelta, StateView, whole
 from smes.model.dense_optimizer import DenseOptimizer
-from smes.model.devices import RankBatch, open_device, send_batch
+from smes.model.devices import RankBatch, joint_batch, open_device, send_batch
 from smes.model.features import FeatureInputs
 from smes.model.frozen import FrozenRows, FrozenWeights, KeptState
 from smes.model.id_table import IdTable
@@ -87,6 +88,7 @@ class Learner:
         self._device = open_device(device, half=half, ranker=model.ranker)
         self._table = IdTable(schema, model, optimizer, rows, self._device.device, seed, world)
         self._rows: Rows = LocalRows(self._table) if world.size == 1 else ShardedRows(self._table, world)
+        self._joining = None if world.size == 1 else Joining()
         self._optimizer, self._seed = optimizer, seed
         self._build({})
         self._model.shared_rows_V.copy_(torch.from_numpy(self._table.rows.ids.shared_rows))
@@ -102,6 +104,7 @@ class Learner:
         """A new model, of the form that these weights need, and its optimiser."""
         self._model = build_model(self.schema, self.config, self._seed, weights)
         self._model.to(self._device.device)
+        join_parts(self._model, self._joining)
         self._dense = DenseOptimizer(self._model, self._optimizer)
         assert isinstance(self._model.ranker, torch.nn.Module), "every ranker is one"
         self._undo = Undo(self._model.ranker)
@@ -154,15 +157,16 @@ class Learner:
             examples: B ≥ 1 examples; of several ranks, those of this one, B ≥ 0.
 
         Raises:
-            ValueError: There are no examples, and no other ranks.
+            ValueError: There are no examples, on any rank.
         """
         if len(examples) == 0 and self._world.size == 1:
             raise ValueError("examples: 0 rows, expected at least 1")
+        joint = None if self._joining is None else joint_batch(examples, self._world)
         time_ms = examples.event_time_ms
         read = self._derive(examples.ids, examples.numerics, time_ms, self._quantiles.boundaries)
         rows = self._rows.assign(read.ids, int(time_ms.max(initial=0)))
         splits = self._splits if self._shares else None
-        return send_batch(examples, read, rows, self.schema, self._device, splits)
+        return send_batch(examples, read, rows, self.schema, self._device, splits, joint)
 
     @property
     def _shares(self) -> bool:
@@ -174,6 +178,9 @@ class Learner:
     def step(self, batch: RankBatch) -> StepResult:
         """Score a batch with the current weights, then take one training step on it.
 
+        With several ranks it is one step on the batches of all of them: whatever it learns from the whole batch is
+        summed over them, and they all take it, or none does.
+
         If loss or gradients are not finite, only the rows of new ids remain of the step. On a GPU the host does not
         wait to learn whether they were: the device leaves its own state as it was, the host takes back what it counted
         when the next step has started, and the moments of the numeric features count the batch all the same.
@@ -181,21 +188,28 @@ class Learner:
         batch.receive(self._device)
         if self._model.before is not None:  # the model before scores until a step is known to be taken
             self._settle(0)
-        model, total_weight = self._model, batch.weight_B.sum()
+        model, joint, own = self._model, batch.joint, len(batch)
+        if joint is not None and self._joining is not None:
+            self._joining.begin(joint)
         cells, of_requests = self._rows.cells(batch)
         self._undo.save()
-        inputs = batch.inputs(cells, of_requests)
+        inputs, batch = batch.inputs(cells, of_requests), batch.or_nothing()
+        total_weight = batch.weight_B.sum() if joint is None else batch.weight_B.new_tensor(joint.weight)
         output = model(inputs, self._device.autocast())
         scores = model.scores(output, inputs, self._device.autocast())
         delayed = batch.delayed_weights(output.logits_BT)
-        loss = model.tasks.loss(output.logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B, delayed)
+        labels = (batch.labels_BT, batch.mask_BT, batch.weight_B)
+        divisor = None if joint is None else joint.weight
+        loss = model.tasks.loss(output.logits_BT, *labels, delayed, divisor)
         if output.ranker.auxiliary_loss is not None:
             loss = loss + output.ranker.auxiliary_loss
         for watcher in self._watchers:
             watcher.before_backward(output)
         loss.backward()  # type: ignore[no-untyped-call]  # torch ships no type for it
         gradients = self._rows.gradients(batch, cells, total_weight, of_requests)
-        taken = self._is_finite(loss.detach(), gradients)
+        square = loss.detach() + gradients.square
+        sums = self._sum_over_ranks(batch, output, square)
+        taken = (square + self._dense.square()).isfinite()  # the optimisers add up squares
         watched = bool(self._watchers) and bool(taken)
         if watched:
             for watcher in self._watchers:
@@ -204,18 +218,19 @@ class Learner:
         if not (known and taken):
             self._undo.unless(taken)
         if not known or taken:
-            self._learn(batch, output, gradients, None if known else taken)
+            self._learn(batch, output, gradients, None if known else taken, sums)
         self._dense.clear()
         self._steps += 1
-        self._unsettled.append((self._device.read_later(taken), len(batch)))
+        instances = own if joint is None else joint.instances
+        self._unsettled.append((self._device.read_later(taken), instances))
         self._settle(0 if known else 1)
         if self._probe is not None and watched:
-            self._end_probes(self._probe, len(batch))
+            self._end_probes(self._probe, instances)
         stats = output.ranker.stats
         return StepResult(
-            scores=scores,
-            active_experts=stats.active_B if stats else None,
-            expert_load=stats.load_TE if stats else None,
+            scores=scores[:own],
+            active_experts=stats.active_B[:own] if stats else None,
+            expert_load=(stats.load_TE if own else torch.zeros_like(stats.load_TE)) if stats else None,
             finite=taken,
         )
 
@@ -261,29 +276,47 @@ class Learner:
         """Take in the final labels of impressions that were trained on before these were known.
 
         They teach which labels come together, which examples of single labels cannot; see
-        :meth:`smes.model.task_outputs.TaskOutputs.observe_final`. No weights are trained on them.
+        :meth:`smes.model.task_outputs.TaskOutputs.observe_final`. No weights are trained on them. With several ranks
+        all of them call it at one moment; some may have no examples.
         """
         columns = [self._device.send(c) for c in (examples.labels, examples.label_mask, examples.weight)]
         self._device.receive(columns, self._device.ticket())
-        self._model.tasks.observe_final(*columns)
+        labels_BT, mask_BT, weight_B = columns
+        self._model.tasks.observe_final(labels_BT, mask_BT, weight_B, self._world)
 
-    def _is_finite(self, loss: Tensor, rows: RowGradients) -> Tensor:
-        """Whether the loss, and the squares of all gradients, which the optimisers add up, are finite. bool scalar."""
-        return (loss + rows.square + self._dense.square()).isfinite()
+    def _sum_over_ranks(self, batch: RankBatch, output: ModelOutput, square: Tensor) -> list[Tensor]:
+        """Sum over ranks, in place, the gradients of the dense weights, a number, and what parts of the model wait for.
 
-    def _learn(self, batch: RankBatch, output: ModelOutput, rows: RowGradients, taken: Tensor | None) -> None:
+        Returns:
+            What the tasks' base rates learn of the batch, summed; nothing where there is one rank.
+        """
+        if batch.joint is None or self._joining is None:
+            return []
+        delayed = batch.delayed_weights(output.logits_BT)
+        sums = self._model.tasks.sums(batch.joint, batch.labels_BT, batch.mask_BT, batch.weight_B, delayed)
+        flat = self._dense.flat(square)
+        self._joining.sum(flat, sums)
+        self._dense.put_flat(flat, square)
+        return sums
+
+    def _learn(
+        self, batch: RankBatch, output: ModelOutput, rows: RowGradients, taken: Tensor | None, sums: Sequence[Tensor]
+    ) -> None:
         """Change what a step changes; if ``taken`` is false, on the device nothing. None: it is true."""
         self._dense.step(taken)
         self._table.records.update(batch.rows_U, rows, taken, keep_U=batch.keep_U, rate_U=batch.rate_U)
         mask_BT, weight_B = batch.mask_BT, batch.weight_B
         if taken is not None:
             mask_BT, weight_B = mask_BT & taken, torch.where(taken, weight_B, 0.0)
-        self._model.tasks.observe(batch.labels_BT, mask_BT, weight_B, batch.delayed_weights(output.logits_BT))
-        self._numerics.observe(batch.numerics)
+        if batch.joint is None:
+            self._model.tasks.observe(batch.labels_BT, mask_BT, weight_B, batch.delayed_weights(output.logits_BT))
+        else:
+            self._model.tasks.take_in(sums if taken is None else [torch.where(taken, one, 0.0) for one in sums])
+        self._numerics.observe(batch.numerics, batch.joint)
         self._model.features.standardise_by(
             {name: self._device.host(array) for name, array in self._numerics.moments.items()}
         )
-        if self._quantiles.observe(batch.bucketed_BK):
+        if self._quantiles.observe(batch.bucketed_BK, batch.joint):
             self._model.boundaries_Q.copy_(self._device.host(self._quantiles.boundaries), non_blocking=True)
         if self._finder is not None:
             self._find_groups(self._finder, output, batch, taken)
@@ -514,7 +547,7 @@ class Learner:
             logits_BT, batch.labels_BT, batch.mask_BT, batch.weight_B, batch.delayed_weights(logits_BT)
         )
         founders = list(ranker.founders)
-        groups = finder.observe(output.x_BI.detach(), residual_BT[:, founders], taken)
+        groups = finder.observe(output.x_BI.detach(), residual_BT[:, founders], taken, batch.joint)
         if groups is not None:
             ranker.regroup(groups)
             if self._watcher is not None:

@@ -5,12 +5,16 @@ Letters: B instances, F numeric features, K recent values.
 
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import njit
 
 from smes.arrays import F32, F64, Arrays
 from smes.schema import Schema
+
+if TYPE_CHECKING:
+    from smes.joint_batch import JointBatch
 
 CLIP = 8.0
 """Standardised values are clipped here, those that the model reads and those that count for the moments."""
@@ -93,9 +97,40 @@ class NumericMoments:
             "shrunk": np.zeros(shape, np.int64),
         }
 
-    def observe(self, numerics_BF: F32) -> None:
-        """Take in a batch. float32 [B, F], NaN where missing."""
-        _observe(numerics_BF, self._log1p_F, self._far_F2, *self._moments.values(), *self._kept.values())
+    def observe(self, numerics_BF: F32, batch: "JointBatch | None" = None) -> None:
+        """Take in a batch. float32 [B, F], NaN where missing.
+
+        Args:
+            numerics_BF: Of several ranks, this one's part.
+            batch: The batch of all ranks, whose rows count in the order of the ranks; None: there is one rank.
+        """
+        if batch is None:
+            self._observe(numerics_BF, slice(None))
+        elif numerics_BF.shape[1]:
+            self._observe_joint(numerics_BF, batch)
+
+    def _observe(self, numerics_BF: F32, features: slice) -> None:
+        constants, state = (self._log1p_F, self._far_F2), (*self._moments.values(), *self._kept.values())
+        _observe(numerics_BF, *(column[features] for column in (*constants, *state)))
+
+    def _observe_joint(self, numerics_BF: F32, batch: "JointBatch") -> None:
+        """Each rank takes in the columns of some features, of all ranks, and tells the others what it then knows."""
+        world, features = batch.world, numerics_BF.shape[1]
+        ends_N = [features * (rank + 1) // world.size for rank in range(world.size)]
+        of_ranks = [slice(start, end) for start, end in zip([0, *ends_N], ends_N, strict=False)]
+        own = of_ranks[world.rank]
+        columns_N = [numerics_BF[:, some].reshape(-1) for some in of_ranks]
+        width = own.stop - own.start
+        coming_N = [width * rows for rows in batch.observed_N]
+        values = batch.trade(np.concatenate(columns_N), [len(columns) for columns in columns_N], coming_N)
+        if width:
+            self._observe(values.reshape(-1, width), own)
+        state = [array.reshape(features, -1) for array in (*self._moments.values(), *self._kept.values())]
+        known_FX = np.concatenate([array[own] for array in state], axis=1, dtype=np.float64)
+        known_FX = batch.gathered(known_FX, [some.stop - some.start for some in of_ranks])
+        ends = np.cumsum([array.shape[1] for array in state])[:-1]
+        for array, part in zip(state, np.split(known_FX, ends, axis=1), strict=True):
+            array[...] = part  # whole numbers up to 2⁵³ are the same in float64
 
     @property
     def moments(self) -> dict[str, F64]:

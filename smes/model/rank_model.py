@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from smes.rankers.sparse.ranker import SMES, declared_structure
 from smes.rankers.streams import SharedStreams
 from smes.rankers.structure import Structure, structure_of
 from smes.schema import Schema
+
+_SEEDING = Lock()  # one global random state for all threads
 
 RANKERS: dict[RankerName, Callable[[int, Schema, ModelConfig], Ranker]] = {
     "home": lambda i, s, c: _home(i, s, c, ranker_structure(s, c)),
@@ -221,12 +224,14 @@ def build_model(
 ) -> RankModel:
     """Build a model whose first weights depend on ``seed`` alone. Torch's global random state does not change.
 
+    Several threads may build at the same time.
+
     Args:
         schema: Features and tasks.
         config: Which ranker, its shape, and the layers around it.
         seed: ≥ 0.
         weights: As for :class:`RankModel`.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _SEEDING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return RankModel(schema, config, weights)

@@ -110,16 +110,19 @@ def gradients_of_streams(  # type: ignore[no-untyped-def]  # numba infers the ty
 @njit(cache=True, nogil=True, error_model="numpy")
 def loss_and_gradient(  # type: ignore[no-untyped-def]  # numba infers the types
     logits_BT, chance_BT, softplus_BT, labels_BT, mask_BT, weight_B, delayed_BT, is_binary_T, loss_weight_T,
-    of_logits_BT,
+    divisor, of_logits_BT,
 ):  # fmt: skip  # pragma: no cover - compiled
     """The loss of :meth:`smes.model.task_outputs.TaskOutputs.loss`, and its gradient by the logits.
 
-    ``chance_BT`` and ``softplus_BT`` are ``sigmoid`` and ``softplus`` of the logits; ``delayed_BT`` may be empty.
+    ``chance_BT`` and ``softplus_BT`` are ``sigmoid`` and ``softplus`` of the logits; ``delayed_BT`` may be empty. A
+    negative ``divisor`` stands for the sum of the weights.
     """
     B, T = logits_BT.shape
-    total = 0.0
-    for b in range(B):
-        total += weight_B[b]
+    total = divisor
+    if divisor < 0:
+        total = 0.0
+        for b in range(B):
+            total += weight_B[b]
     total = max(total, 1e-12)
     loss = 0.0
     for b in range(B):
@@ -171,5 +174,5 @@ def compile_task_kernels() -> None:
         streams_BSH, two_BT, two_BT, two_BT, one_T, one_T, two_BT,
         streams_BSH.copy(), two_BT.copy(), two_BT.copy(), one_T.copy(), two_BT.copy(),
     )  # fmt: skip
-    loss_and_gradient(two_BT, two_BT, two_BT, two_BT, yes_BT, one_T, two_BT, yes_T, one_T, two_BT.copy())
+    loss_and_gradient(two_BT, two_BT, two_BT, two_BT, yes_BT, one_T, two_BT, yes_T, one_T, -1.0, two_BT.copy())
     cells_of_labels(two_BT, yes_BT, one_T, two_BT, yes_T, np.ones((1, 1)), np.ones((1, 1)))

@@ -4,6 +4,7 @@ Letters: B instances, T tasks.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smes.arrays import F32, Bool
+from smes.joint_batch import JointBatch
 from smes.model.borrowing import LabelRegression
 from smes.model.config import RareTasksConfig
 from smes.model.delayed_feedback import DelayedWeights
@@ -22,6 +24,7 @@ from smes.rankers.kept import Keeping
 from smes.rankers.kernels import on_host
 from smes.rankers.ranker import RunningMoments
 from smes.schema import Schema
+from smes.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,7 @@ class TaskOutputs(Keeping):
         mask_BT: Tensor,
         weight_B: Tensor,
         delayed: DelayedWeights | None = None,
+        divisor: float | None = None,
     ) -> Tensor:
         """The loss over all tasks, a scalar: ``Σ_t λ_t Σ_b w_b m_bt l_bt / Σ_b w_b``.
 
@@ -144,14 +148,16 @@ class TaskOutputs(Keeping):
             mask_BT: bool, true where there is a label.
             weight_B: Sample weights ≥ 0.
             delayed: Weights of the labels where some feedback is still to come; they multiply m.
+            divisor: Instead of ``Σ_b w_b``: the sum over the whole batch, where this is a rank's part of it.
         """
         if on_host(logits_BT) and logits_BT.dtype == torch.float32:
             loss: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]  # torch has no type
-                logits_BT, labels_BT, mask_BT, weight_B, delayed, self.is_binary_T, self.loss_weight_T
+                logits_BT, labels_BT, mask_BT, weight_B, delayed, self.is_binary_T, self.loss_weight_T, divisor
             )
             return loss
         sum_T = self.losses(logits_BT, labels_BT, mask_BT, weight_B, delayed).sum(dim=0)
-        return torch.dot(sum_T, self.loss_weight_T) / weight_B.sum().clamp(min=1e-12)
+        total = weight_B.sum().clamp(min=1e-12) if divisor is None else max(divisor, 1e-12)
+        return torch.dot(sum_T, self.loss_weight_T) / total
 
     def losses(
         self,
@@ -196,10 +202,41 @@ class TaskOutputs(Keeping):
         if self.borrowing is not None and delayed is None:
             self.borrowing.observe(target_BT, weight_BT, self.is_binary_T)
 
-    def observe_final(self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor) -> None:
-        """Update what tasks borrow with the final labels of impressions that were trained on before they were known."""
-        if self.borrowing is not None:
-            self.borrowing.observe(*self._cells(labels_BT, mask_BT, weight_B, None), self.is_binary_T)
+    def observe_final(self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor, world: World = ALONE) -> None:
+        """Update what tasks borrow with the final labels of impressions that were trained on before they were known.
+
+        Those of all ranks of a world; a rank may have none.
+        """
+        if self.borrowing is None:
+            return
+        cells = self._cells(labels_BT, mask_BT, weight_B, None)
+        if world.size == 1:
+            self.borrowing.observe(*cells, self.is_binary_T)
+            return
+        sums_3TT = self.borrowing.sums(*cells)
+        world.sum([sums_3TT])
+        self.borrowing.take_in(sums_3TT, self.is_binary_T)
+
+    def sums(
+        self,
+        batch: JointBatch,
+        labels_BT: Tensor,
+        mask_BT: Tensor,
+        weight_B: Tensor,
+        delayed: DelayedWeights | None = None,
+    ) -> list[Tensor]:
+        """What :meth:`take_in` takes, of this rank's part of a batch; see :meth:`observe`. float64."""
+        cells = self._cells(labels_BT, mask_BT, weight_B, None if delayed is None else delayed.mean_BT)
+        sums = [self.labels.sums(batch, *cells)]
+        if self.borrowing is not None and delayed is None:
+            sums.append(self.borrowing.sums(*cells))
+        return sums
+
+    def take_in(self, sums: Sequence[Tensor]) -> None:
+        """Update the base rates with the :meth:`sums` of all ranks, summed."""
+        self.labels.take_in(sums[0])
+        if self.borrowing is not None and len(sums) > 1:
+            self.borrowing.take_in(sums[1], self.is_binary_T)
 
     def _cells(
         self, labels_BT: Tensor, mask_BT: Tensor, weight_B: Tensor, delayed_BT: Tensor | None
@@ -250,6 +287,7 @@ class _Loss(torch.autograd.Function):
         delayed: DelayedWeights | None,
         is_binary_T: Tensor,
         loss_weight_T: Tensor,
+        divisor: float | None,
     ) -> Tensor:
         logits_BT = logits_BT.contiguous()
         gradient_BT = torch.empty_like(logits_BT)
@@ -259,6 +297,7 @@ class _Loss(torch.autograd.Function):
             F.softplus(logits_BT).numpy(),
             *_label_arrays(labels_BT, mask_BT, weight_B, None if delayed is None else delayed.loss_BT, is_binary_T),
             loss_weight_T.numpy(),
+            -1.0 if divisor is None else divisor,
             gradient_BT.numpy(),
         )
         ctx.save_for_backward(gradient_BT)
@@ -267,4 +306,4 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.saved_tensors[0] * gradients[0], None, None, None, None, None, None
+        return ctx.saved_tensors[0] * gradients[0], None, None, None, None, None, None, None

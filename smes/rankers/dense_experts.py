@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smes.joint_batch import Joined, JointBatch
 from smes.rankers.config import DenseNorm
+
+_MOMENTUM, _EPSILON = 0.01, 1e-5
 
 
 class DenseExperts(nn.Module):
@@ -52,10 +55,11 @@ class LayerNorm(nn.Module):
         return F.layer_norm(y_NBH, self._shape)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(Joined, nn.Module):
     """HoME's norm of each column of each expert: over the mini-batch in training, by running moments in serving.
 
-    A mini-batch of one instance has no moments, so it is normalised by the running ones.
+    A mini-batch of one instance has no moments, so it is normalised by the running ones. Joined with other ranks' the
+    mini-batch is that of all ranks.
     """
 
     mean_M: Tensor
@@ -69,8 +73,24 @@ class BatchNorm(nn.Module):
     def forward(self, y_NBH: Tensor) -> Tensor:
         N, B, H = y_NBH.shape
         y_BM = y_NBH.transpose(0, 1).reshape(B, N * H)
-        y_BM = F.batch_norm(y_BM, self.mean_M, self.var_M, training=self.training and B > 1, momentum=0.01)
+        joint = self.joining.present if self.training and self.joining is not None else None
+        if joint is not None and joint.instances > 1:
+            y_BM = self._by_all(y_BM, joint)
+        else:
+            alone = self.training and B > 1 and joint is None
+            y_BM = F.batch_norm(y_BM, self.mean_M, self.var_M, training=alone, momentum=_MOMENTUM)
         return y_BM.view(B, N, H).transpose(0, 1)
+
+    def _by_all(self, y_BM: Tensor, batch: JointBatch) -> Tensor:
+        """As ``batch_norm`` in training, by the moments of the instances of all ranks."""
+        y, B = y_BM.double(), batch.instances  # in float64 a mean of squares less a squared mean is exact enough
+        of_own_2M = torch.stack([y.sum(dim=0), y.square().sum(dim=0)]) * (batch.own > 0)
+        mean_M, square_M = (batch.sum_of_losses(of_own_2M) / B).unbind()
+        var_M = (square_M - mean_M.square()).clamp(min=0.0)
+        with torch.no_grad():
+            self.mean_M.lerp_(mean_M.to(self.mean_M.dtype), _MOMENTUM)
+            self.var_M.lerp_((var_M * (B / (B - 1))).to(self.var_M.dtype), _MOMENTUM)
+        return ((y - mean_M) * (var_M + _EPSILON).rsqrt()).to(y_BM.dtype)
 
 
 NORMS: dict[DenseNorm, type[LayerNorm] | type[BatchNorm]] = {"layer": LayerNorm, "batch": BatchNorm}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from smes.joint_batch import Joined, JointBatch
 from smes.rankers.column_kernels import merge_weighted
 from smes.rankers.kept import Keeping
 from smes.rankers.kernels import on_host
@@ -24,8 +25,10 @@ FAR_FROM_ZERO = 64.0
 """Deviations; where a value or a mean lies farther out, folding a norm into weights would round too much."""
 
 
-class RunningMoments(Keeping):
+class RunningMoments(Joined, Keeping):
     """Mean and variance per column over the values seen so far (Chan et al.'s merge of batch moments, in float64).
+
+    Joined with other ranks' they take in the values of all ranks.
 
     Args:
         columns: C.
@@ -56,8 +59,10 @@ class RunningMoments(Keeping):
                 are computed in the precision of ``x_BC``, which is much faster. Columns must then deviate by at least
                 about 1e-5 of their size, as embeddings do.
         """
-        if weight_BC is None:
-            mean_C, variance_C = self._batch_moments(x_BC)
+        if self.joining is not None:
+            self.joining.later(self.sums(self.joining.present, x_BC, weight_BC), self.take_in)
+        elif weight_BC is None:
+            mean_C, variance_C = _moments(x_BC, self._near(x_BC))
             self._merge(torch.full_like(mean_C, len(x_BC)), mean_C, variance_C)
         elif on_host(self.mean_C):
             cells = (x_BC.double().contiguous(), weight_BC.double().contiguous())
@@ -70,6 +75,52 @@ class RunningMoments(Keeping):
             mean_C = (x_BC * weight_BC).sum(dim=0) / new_C.clamp(min=1e-12)
             variance_C = ((x_BC - mean_C).square() * weight_BC).sum(dim=0) / new_C.clamp(min=1e-12)
             self._merge(new_C, mean_C, variance_C)
+
+    @torch.no_grad()
+    def sums(self, batch: JointBatch, x_BC: Tensor, weight_BC: Tensor | None = None) -> Tensor:
+        """What :meth:`take_in` takes of this rank's part of a batch. float64 [3, C].
+
+        Args:
+            batch: A rank without instances computes on one, which does not count.
+            x_BC, weight_BC: As for :meth:`observe`.
+        """
+        if batch.own == 0:
+            return self.mean_C.new_zeros(3, len(self.mean_C))
+        if weight_BC is None:
+            return self._as_sums(len(x_BC), *_moments(x_BC, self._near(x_BC)), self.mean_C)
+        difference_BC, weight_BC = x_BC.double() - self.mean_C, weight_BC.double()
+        weighted_BC = difference_BC * weight_BC
+        return torch.stack([weight_BC.sum(dim=0), weighted_BC.sum(dim=0), (weighted_BC * difference_BC).sum(dim=0)])
+
+    @torch.no_grad()
+    def sums_of_split(self, batch: JointBatch, x: SplitInput) -> Tensor:
+        """:meth:`sums` of an input in two parts."""
+        sums_3C = self.mean_C.new_zeros(3, len(self.mean_C))
+        for part, times, columns in ((x.request_RJ, x.rows.counts_R, x.columns_J), (x.item_NK, None, x.columns_K)):
+            if batch.own and len(columns):
+                mean_C, count_C = self.mean_C[columns], self.count_C[columns]
+                near_C = torch.where(count_C > 0, mean_C.to(part.dtype), part[0])
+                moments = _moments(part, near_C, times)
+                sums_3C[:, columns] = self._as_sums(len(x), *moments, mean_C)
+        return sums_3C
+
+    @torch.no_grad()
+    def take_in(self, sums_3C: Tensor) -> None:
+        """Take in a batch of all ranks.
+
+        Args:
+            sums_3C: float64: weights, and the weighted sums of the differences from the mean as it is now, and of their
+                squares.
+        """
+        weight_C = sums_3C[0].clamp(min=1e-12)
+        delta_C = sums_3C[1] / weight_C
+        variance_C = (sums_3C[2] / weight_C - delta_C.square()).clamp(min=0.0)
+        self._merge(sums_3C[0], self.mean_C + delta_C, variance_C)
+
+    @staticmethod
+    def _as_sums(rows: int, batch_C: Tensor, variance_C: Tensor, mean_C: Tensor) -> Tensor:
+        delta_C = batch_C - mean_C
+        return rows * torch.stack([torch.ones_like(delta_C), delta_C, variance_C + delta_C.square()])
 
     def changed(self) -> None:
         """Tell torch that a compiled loop has written the moments."""
@@ -110,14 +161,20 @@ class RunningMoments(Keeping):
     def _near(self, x_BC: Tensor) -> Tensor:
         return torch.where(self.count_C > 0, self.mean_C.to(x_BC.dtype), x_BC[0])
 
-    def _batch_moments(self, x_BC: Tensor) -> tuple[Tensor, Tensor]:
-        # Sums of differences from an estimate of the mean, and of their squares: along columns on the CPU this takes a
-        # tenth of the time of torch.var_mean, and is as exact if the estimate is good.
-        near_C = self._near(x_BC)
-        difference_BC = x_BC - near_C
+
+def _moments(x_BC: Tensor, near_C: Tensor, times_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and variance of rows, which count so many times. float64 [C] each."""
+    # Sums of differences from an estimate of the mean, and of their squares: along columns on the CPU this takes a
+    # tenth of the time of torch.var_mean, and is as exact if the estimate is good.
+    difference_BC = x_BC - near_C
+    if times_B is None:
         mean_C = difference_BC.mean(dim=0).double()
         variance_C = difference_BC.square_().mean(dim=0).double() - mean_C.square()
-        return near_C + mean_C, variance_C.clamp_(min=0.0)
+    else:
+        share_B = times_B.to(x_BC.dtype) / times_B.sum()
+        mean_C = (share_B @ difference_BC).double()
+        variance_C = (share_B @ difference_BC.square_()).double() - mean_C.square()
+    return near_C + mean_C, variance_C.clamp_(min=0.0)
 
 
 class Undo:
@@ -252,13 +309,16 @@ class GroupSearch(Protocol):
         """Move to a device."""
         ...
 
-    def observe(self, x_BC: Tensor, residual_BT: Tensor, taken: Tensor | None = None) -> Clusters | None:
+    def observe(
+        self, x_BC: Tensor, residual_BT: Tensor, taken: Tensor | None = None, batch: JointBatch | None = None
+    ) -> Clusters | None:
         """Take in a batch after it was scored; return the groups when it is time for new ones.
 
         Args:
             x_BC: The ranker's input.
             residual_BT: Label minus prediction, 0 where there is no label.
             taken: bool scalar. If it is false, only the count of instances changes. None: it is true.
+            batch: The batch of all ranks that these instances are part of; None: there is one rank.
         """
         ...
 

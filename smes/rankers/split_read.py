@@ -36,7 +36,9 @@ def read_split(
         x.request_RJ, x.item_NK, encoder_OI, down_QI, moments, clip, x.columns_J, x.columns_K, x.rows
     )
     products: tuple[Tensor, Tensor] | None = read if isinstance(read[0], Tensor) else None
-    if products is not None:
+    if products is not None and moments.joining is not None:
+        moments.joining.later(moments.sums_of_split(moments.joining.present, x), moments.take_in)
+    elif products is not None:
         state = (moments.count_C.numpy(), moments.mean_C.numpy(), moments.variance_C.numpy())
         for part, times, columns in (
             (x.request_RJ, x.rows.counts_R.float(), x.columns_J),

@@ -13,6 +13,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from smes.joint_batch import JointBatch
 from smes.rankers.ranker import Clusters, RunningMoments, Undo
 
 _GROUPED_AT = (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
@@ -58,15 +59,20 @@ class GroupFinder(nn.Module):
         return self._seen >= self._until
 
     @torch.no_grad()
-    def observe(self, x_BC: Tensor, residual_BT: Tensor, taken: Tensor | None = None) -> Clusters | None:
+    def observe(
+        self, x_BC: Tensor, residual_BT: Tensor, taken: Tensor | None = None, batch: JointBatch | None = None
+    ) -> Clusters | None:
         """Take in a batch after it was scored; return the groups when it is time for new ones.
 
         Args:
             x_BC: The ranker's input.
             residual_BT: Label minus prediction, 0 where there is no label.
             taken: bool scalar. If it is false, only the count of instances changes. None: it is true.
+            batch: The batch of all ranks that these instances are part of; None: there is one rank.
         """
         standard_BC = self.moments.standardise(x_BC, _CLIP, torch.float32)
+        if batch is not None:
+            return self._observe_joint(batch, x_BC, standard_BC, residual_BT, taken)
         if taken is None:
             self.moments.observe(x_BC)
         else:
@@ -82,7 +88,33 @@ class GroupFinder(nn.Module):
         square_BC = standard_BC.square()
         self.scale_CC += square_BC.T @ square_BC
         self.noise_T += residual_BT.square().sum(dim=0)
-        before, self._seen = self._seen, self._seen + len(x_BC)
+        return self._count(len(x_BC))
+
+    def _observe_joint(
+        self, batch: JointBatch, x_BC: Tensor, standard_BC: Tensor, residual_BT: Tensor, taken: Tensor | None
+    ) -> Clusters | None:
+        parts = [(standard_BC * residual_B.unsqueeze(1)).T @ standard_BC for residual_B in residual_BT.unbind(dim=1)]
+        square_BC = standard_BC.square()
+        sums = [torch.stack([*parts, square_BC.T @ square_BC]), residual_BT.square().sum(dim=0)]
+        if batch.own == 0:
+            sums = [torch.zeros_like(one) for one in sums]
+        moments_3C = self.moments.sums(batch, x_BC)
+        batch.world.sum([*sums, moments_3C])
+        if taken is not None:
+            sums = [torch.where(taken, one, 0.0) for one in sums]
+            moments_3C = torch.where(taken, moments_3C, 0.0)
+        self.moments.take_in(moments_3C)
+        *parts, scale_CC = sums[0].unbind()
+        for t, part_CC in enumerate(parts):
+            self.sum_TCC[t] += part_CC
+            self.squares_TCC[t] += part_CC.square()
+        self.scale_CC += scale_CC
+        self.noise_T += sums[1]
+        return self._count(batch.instances)
+
+    def _count(self, instances: int) -> Clusters | None:
+        """Count instances; the groups, when it is time for new ones."""
+        before, self._seen = self._seen, self._seen + instances
         if any(before < share * self._until <= self._seen for share in _GROUPED_AT):
             return clusters(likeness(self.profiles().cpu()), self._num_groups)
         return None

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from smes.joint_batch import Joined
 from smes.rankers.ranker_input import RankerInput
 from smes.rankers.sparse.config import SmesConfig
 from smes.rankers.sparse.experts import ResidualExperts, mixed
@@ -116,7 +117,7 @@ class SharedExperts:
         self.used_BU = torch.zeros_like(plan.row_BU, dtype=torch.bool).scatter(1, slot_BS, True)
 
 
-class OwnExperts(nn.Module):
+class OwnExperts(Joined, nn.Module):
     """A pool of experts that one task has for itself, with a router.
 
     Args:
@@ -156,4 +157,7 @@ class OwnExperts(nn.Module):
             return None
         chosen_1E = routing.load().float()
         traffic_1E = chosen_1E / (len(routing.experts_BRK) * self.selection.stages.num_chosen)
-        return self._balance.weight * loss(traffic_1E, self.selection.mean_probs(routing))
+        probs_1E = self.selection.mean_probs(routing)
+        if self.joining is not None:
+            traffic_1E, probs_1E = self.joining.present.means(traffic_1E, probs_1E)
+        return self._balance.weight * loss(traffic_1E, probs_1E)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smes.joint_batch import Joined
 from smes.rankers.kernels import on_host
 from smes.rankers.ranker import Clusters, Encoder, ExpertLimits, RankerOutput, RoutingStats
 from smes.rankers.ranker_input import RankerInput, SplitInput
@@ -57,7 +58,7 @@ def declared_structure(num_tasks: int, config: SmesConfig, group_T: Sequence[int
     return Structure(router_T, group_R, tuple(weight_R.tolist()), (0,) * num_tasks)
 
 
-class SMES(nn.Module):
+class SMES(Joined, nn.Module):
     """Encode, route in stages, run each chosen expert once per instance, combine the outputs for each task.
 
     Args:
@@ -160,7 +161,7 @@ class SMES(nn.Module):
             return RankerOutput(shared)
         load_RE = routing.load()
         balance_loss = self.balance(routing, load_RE)
-        self.selection.observe(len(x_BI))
+        self.selection.observe(len(x_BI) if self.joining is None else self.joining.present.instances)
         load_TE = self.reads.load(load_RE)
         if self.newcomers is not None:
             for loss in self.newcomers.balance():
@@ -216,6 +217,8 @@ class SMES(nn.Module):
         chosen_RE = load_RE[:, selection.stages.num_fixed :].float()
         traffic_RE = chosen_RE / (len(routing.experts_BRK) * selection.stages.num_chosen)
         probs_RE = selection.mean_probs(routing)
+        if self.joining is not None:
+            traffic_RE, probs_RE = self.joining.present.means(traffic_RE, probs_RE)
         return self.config.balance.weight * loss(self.reads.gates(traffic_RE), self.reads.gates(probs_RE))
 
     def choices(self, x_BI: RankerInput) -> Tensor:

@@ -132,7 +132,11 @@ class Router(nn.Module):
             return None
         if isinstance(x_BI, SplitInput):
             return read_split(x_BI, encoder_OI, self.down.weight, self.moments, _CLIP) if self.training else None
-        return read_folded(x_BI, encoder_OI, self.down.weight, self.moments, _CLIP, observe=self.training)
+        alone = self.moments.joining is None
+        both = read_folded(x_BI, encoder_OI, self.down.weight, self.moments, _CLIP, observe=self.training and alone)
+        if self.training and not alone:
+            self.moments.observe(x_BI.detach())
+        return both
 
     def after_product(self, q: Tensor) -> Tensor:
         """What :meth:`forward` gives, from the first map's product."""
