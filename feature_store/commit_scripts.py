@@ -9,10 +9,11 @@ from feature_store.pointer import MAX_POINTER_BYTES
 
 # Commits an upload in one atomic step.
 #
-# KEYS: current, manifests, index, history, held, sequence, uploads, lease, fencing, fenced, then the chunks in order.
+# KEYS: current, manifests, index, history, held, sequence, uploads, lease, fencing, fenced, then in order the chunks
+#       that are in Redis.
 # ARGV: lineage, version, manifest JSON, upload, fencing number, channel, the version that a delta applies to ('' for a
 #       full snapshot), 'held' to keep it aside ('' otherwise), the new pointer, the pointer that is there if it is
-#       forged ('' otherwise).
+#       forged ('' otherwise), then the names under which other ranks uploaded their parts.
 # Returns
 #   'ok'         committed, now or by an earlier call whose answer the client lost;
 #   'fenced …'   another publisher holds or held the lease (as taken() has it), nothing was changed;
@@ -35,6 +36,9 @@ if redis.call('HEXISTS', uploads, upload) == 0 then
     if redis.call('HGET', manifests, member) == manifest then return 'ok' end
     return 'lost 0'
 end
+for i = 11, #ARGV do
+    if redis.call('HEXISTS', uploads, ARGV[i]) == 0 then return 'lost 0' end
+end
 local raw = redis.pcall('GETRANGE', current, 0, {MAX_POINTER_BYTES})
 local pointer = type(raw) == 'string' and raw ~= forged and string.match(raw, '^[^ ]*') or ''
 if redis.call('HEXISTS', manifests, pointer) == 1 then
@@ -55,13 +59,13 @@ local order = redis.call('INCR', sequence)
 redis.call('HSET', manifests, member, manifest)
 if aside == 'held' then
     redis.call('ZADD', held, order, member)
-    redis.call('HDEL', uploads, upload)
+    redis.call('HDEL', uploads, upload, unpack(ARGV, 11))
     return 'ok'
 end
 redis.call('ZREM', held, member)
 redis.call('ZADD', index, order, member)
 redis.call('ZADD', history, order, member)
-redis.call('HDEL', uploads, upload)
+redis.call('HDEL', uploads, upload, unpack(ARGV, 11))
 redis.call('SET', current, text)
 redis.call('PUBLISH', channel, member)
 return 'ok'
@@ -69,8 +73,8 @@ return 'ok'
 
 # Commits the base of a version that was published as a delta, in one atomic step.
 #
-# KEYS: index, manifests, bases, uploads, lease, fencing, then the chunks in order.
-# ARGV: lineage, version, manifest JSON, upload, fencing number.
+# KEYS: index, manifests, bases, uploads, lease, fencing, then in order the chunks that are in Redis.
+# ARGV: lineage, version, manifest JSON, upload, fencing number, then the names under which other ranks uploaded.
 # Returns 'ok', 'fenced …' and 'lost I' as above, or 'gone': the version itself cannot be loaded any more.
 COMMIT_BASE = f"""{LEASE_FUNCTIONS}
 local index, manifests, bases, uploads, lease, fencing = unpack(KEYS, 1, 6)
@@ -82,13 +86,16 @@ if redis.call('HEXISTS', uploads, upload) == 0 then
     if redis.call('HGET', bases, member) == manifest then return 'ok' end
     return 'lost 0'
 end
+for i = 6, #ARGV do
+    if redis.call('HEXISTS', uploads, ARGV[i]) == 0 then return 'lost 0' end
+end
 if not redis.call('ZSCORE', index, member) or redis.call('HEXISTS', manifests, member) == 0 then return 'gone' end
 for i = 7, #KEYS do
     if redis.call('EXISTS', KEYS[i]) == 0 then return 'lost ' .. (i - 7) end
 end
 for i = 7, #KEYS do redis.call('PERSIST', KEYS[i]) end
 redis.call('HSET', bases, member, manifest)
-redis.call('HDEL', uploads, upload)
+redis.call('HDEL', uploads, upload, unpack(ARGV, 6))
 return 'ok'
 """
 

@@ -1,7 +1,7 @@
 """Configuration of the feature store: where it is, and how many snapshots it keeps."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
@@ -57,6 +57,29 @@ class SnapshotStoreConfig:
 
 
 @dataclass(frozen=True)
+class ChunksConfig:
+    """Where the chunks of snapshots are. What is current and the manifests are in Redis in any case.
+
+    Attributes:
+        url: ``redis``, or the object store, as fsspec has it: ``s3://bucket/folder``, ``gs://…``, ``abfs://…``, or
+            ``file:///folder`` for a folder that all hosts have. The library of the protocol (s3fs, gcsfs, adlfs) must
+            be installed.
+        options: What the library takes beside the URL, such as ``endpoint_url`` of s3fs. Keep secrets where the
+            library looks for them by itself, such as in the environment.
+        timeout_s: Longest wait for each object.
+    """
+
+    url: str = "redis"
+    options: dict[str, Any] = field(default_factory=dict)
+    timeout_s: Seconds = 30.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.url != "redis" and "://" not in self.url:
+            raise ValueError(f"ChunksConfig.url: {self.url!r}, expected redis, or a URL such as s3://bucket/folder")
+
+
+@dataclass(frozen=True)
 class FeatureStoreConfig:
     """Where snapshots and entity features are stored.
 
@@ -66,6 +89,7 @@ class FeatureStoreConfig:
         namespace: Prefix of every key. Deployments with different namespaces can share a server.
         timeout_s: Longest wait for the server, at the start and for each answer.
         snapshots: Sizes and retention.
+        chunks: Where the chunks of snapshots are.
         feature_versions: How many rows of an entity's features are kept, each with its time, 1 … 64. Events that leave
             features out are trained on with the row that held at their time, where it is kept.
         signing: Keys by which snapshots are signed and verified.
@@ -76,6 +100,7 @@ class FeatureStoreConfig:
     namespace: str = "smes"
     timeout_s: Seconds = 10.0
     snapshots: SnapshotStoreConfig = field(default_factory=SnapshotStoreConfig)
+    chunks: ChunksConfig = field(default_factory=ChunksConfig)
     feature_versions: Annotated[int, Ge(1), Le(64)] = 4
     signing: SigningConfig = field(default_factory=SigningConfig)
 

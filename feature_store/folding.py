@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from feature_store.manifest import Manifest
-from feature_store.payload import PayloadContent, read_payload
+from feature_store.payload import PayloadContent
+from feature_store.payload_parts import read_published
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SnapshotError
 from smes.model.deltas import RowDelta, merged
@@ -31,7 +32,7 @@ def read_weights(store: SnapshotStore, manifest: Manifest) -> tuple[dict[str, to
     parts: list[RowDelta] = []
     content: PayloadContent | None = None
     for part in store.chain(manifest):
-        content = read_payload(store.pieces(part), part.total_bytes)
+        content = read_published(store.pieces(part), part)
         said, found = (part.lineage, part.version, part.kind), (content.lineage, content.version, content.kind)
         if found != said:
             raise SnapshotError(f"{name}: its payload says {found[0]}:{found[1]}, {found[2]}, expected {said}")

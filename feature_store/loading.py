@@ -1,6 +1,6 @@
-"""Loads payloads from Redis: which ones lead to a version, and the verified bytes of each.
+"""Loads payloads: which ones lead to a version, and the verified bytes of each.
 
-Only plain reading commands, as :mod:`feature_store.reading`.
+Only plain reading commands of Redis, as :mod:`feature_store.reading`.
 """
 
 import hashlib
@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 
 import redis
 
-from feature_store.manifest import Manifest, SnapshotKeys, member, split_member
+from feature_store.manifest import ChunkNames, Manifest, SnapshotKeys, member, split_member
+from feature_store.objects import Objects
 from feature_store.reading import SnapshotReader
-from feature_store.redis_reads import is_wrong_type
+from feature_store.redis_reads import is_wrong_type, missing
 from smes.errors import SnapshotDamaged, SnapshotError, SnapshotNotFound
 from smes_io.redis_client import translated
 
@@ -22,10 +23,13 @@ class SnapshotLoader:
         client: A client that returns bytes.
         keys: Names of the keys.
         reader: Reads manifests.
+        objects: Where the chunks are that are not in Redis; None: all are.
     """
 
-    def __init__(self, client: redis.Redis, keys: SnapshotKeys, reader: SnapshotReader) -> None:
-        self._client = client
+    def __init__(
+        self, client: redis.Redis, keys: SnapshotKeys, reader: SnapshotReader, objects: Objects | None = None
+    ) -> None:
+        self._client, self._objects = client, objects
         self._keys = keys
         self._reader = reader
 
@@ -46,10 +50,13 @@ class SnapshotLoader:
     def pieces(self, manifest: Manifest) -> Iterator[bytes]:
         """See :meth:`feature_store.snapshots.SnapshotStore.pieces`."""
         name = f"snapshot {member(manifest.lineage, manifest.version)}"
-        for i, (key, chunk) in enumerate(zip(self._keys.chunks(manifest), manifest.chunks, strict=True)):
+        if manifest.chunks_in == "objects" and self._objects is None:
+            raise SnapshotError(f"{name}: its chunks are objects, expected feature_store.chunks.url to say where")
+        names = self._keys.chunks(manifest)
+        for i, (key, chunk) in enumerate(zip(names.keys or names.objects, manifest.chunks, strict=True)):
             which = f"{name}: chunk {i} of {len(manifest.chunks)}"
             with translated(self._client, f"{name} was loaded"):
-                piece = self._chunk(key, chunk.bytes, which)
+                piece = self._chunk(manifest, key, chunk.bytes, which)
                 if not piece:
                     raise self._missing(manifest, which)
             if len(piece) != chunk.bytes:
@@ -65,8 +72,16 @@ class SnapshotLoader:
         named = (split_member(name) for name in self._reader.names("index"))
         return [v for lineage, v in filter(None, named) if lineage == manifest.lineage and v <= manifest.version]
 
-    def _chunk(self, key: str, expected_bytes: int, which: str) -> bytes:
+    def missing(self, names: ChunkNames) -> int:
+        """How many of these chunks are gone."""
+        if self._objects is None:
+            return missing(self._client, names.keys) + len(names.objects)
+        return missing(self._client, names.keys) + self._objects.missing(names.objects)
+
+    def _chunk(self, manifest: Manifest, key: str, expected_bytes: int, which: str) -> bytes:
         """A chunk, one byte more of it if it is too long, nothing if it is gone."""
+        if self._objects is not None and manifest.chunks_in == "objects":
+            return self._objects.read(key, expected_bytes)
         try:
             piece = self._client.getrange(key, 0, expected_bytes)
         except redis.ResponseError as error:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -30,6 +31,9 @@ LATEST_MS = 7_258_118_400_000
 MAX_CHUNKS = 4096
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_METRICS_BYTES = 1024 * 1024
+MAX_PARTS = 1024
+"""Ranks that may write one snapshot together."""
+
 MAX_CARRIED_FROM = 64
 """Schemas before, of a lineage; older ones are forgotten."""
 
@@ -55,8 +59,16 @@ class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one rank of a training wrote of a snapshot: how many of its chunks, and how many rows they hold."""
+
+    chunks: Annotated[int, Meta(ge=1, le=MAX_CHUNKS)]
+    rows: Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a published snapshot is and how to verify it. In JSON, every field is present.
+    """What a published snapshot is and how to verify it. In JSON, every field is present, but for the two of which that
+    is said.
 
     A version that was published as a delta may have a *base*, too: a full payload of the same version, with a manifest
     of its own of kind ``full``, so that what starts late need not load the versions before.
@@ -85,6 +97,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             first. What serves a version of one of them takes this one over, with its schema, which is in the payload.
         held: Why the trainer did not put it into service; None: it did. An operator who promotes the version later does
             not change it.
+        parts: Of what several ranks wrote: the part of each, in the order of the ranks; their chunks follow each other.
+            Empty, and not in the JSON: one process wrote the payload.
+        chunks_in: Where the chunks are: ``redis``, which is not in the JSON, or ``objects``, the object store that is
+            configured.
         signature: As :mod:`feature_store.signing` has it, of the JSON with null in its place; None: unsigned. It is the
             last field, so that what was signed can be told from the text.
     """
@@ -109,12 +125,26 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ]
     carried_from: Annotated[tuple[Text, ...], Meta(max_length=MAX_CARRIED_FROM)]
     held: Annotated[str, Meta(min_length=1, max_length=MAX_REASON)] | None
+    parts: Annotated[tuple[Part, ...], Meta(max_length=MAX_PARTS)] = ()
+    chunks_in: Literal["redis", "objects"] = "redis"
     signature: Annotated[str, Meta(max_length=MAX_SIGNATURE_BYTES)] | None
 
     def to_json(self) -> bytes:
         """Compact JSON from which :meth:`from_json` builds an equal manifest (NaN metrics come back as None)."""
         # Not msgspec's encoder: it writes floats and non-ASCII text in another way.
-        return json.dumps(_plain(self), separators=(",", ":"), allow_nan=False).encode()
+        plain = _plain(self)
+        for field, default in _LEFT_OUT:
+            if getattr(self, field) == default:
+                del plain[field]
+        return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode()
+
+    @property
+    def part_bytes(self) -> tuple[int, ...]:
+        """Bytes of each part; of one process' payload, of all of it."""
+        sizes = iter(self.chunks)
+        return tuple(sum(chunk.bytes for chunk in islice(sizes, part.chunks)) for part in self.parts) or (
+            self.total_bytes,
+        )
 
     def signed(self, signer: Signer, kind: Literal["manifest", "base"]) -> "Manifest":
         """The same, signed by the first key; unsigned if there is none."""
@@ -158,6 +188,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if not manifest.upload.startswith(f"{name}:"):
             # Removing the snapshot would remove another one's chunks.
             raise SnapshotError(f"snapshot manifest: upload: expected one of {name}, got {manifest.upload!r}")
+        if wrong := _wrong_parts(manifest):
+            raise SnapshotError(f"snapshot manifest: parts: {wrong}")
+        if manifest.chunks_in == "objects" and ("/" in manifest.upload or not _UPLOAD.fullmatch(manifest.upload)):
+            raise SnapshotError(f"snapshot manifest: upload: {manifest.upload!r}, expected {name}:8 hexadecimal digits")
         if manifest.kind == "delta" and (manifest.parent is None or manifest.parent >= manifest.version):
             raise SnapshotError(
                 f"snapshot manifest: parent: {manifest.parent}, expected a version before {manifest.version}, to which "
@@ -170,6 +204,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 _DECODER = msgspec.json.Decoder(Manifest)
 _DECODER_OF_METRICS = msgspec.json.Decoder(dict[str, Any])
+_LEFT_OUT = (("parts", ()), ("chunks_in", "redis"))  # of what is written as before there were such snapshots
+_UPLOAD = re.compile(r"([A-Za-z0-9._-]{1,128}):([0-9]{1,16}):([0-9a-f]{8})(?:/([0-9]{1,4}))?")  # or a part of one
 _NAME = re.compile(rb"([A-Za-z0-9._-]{1,128}):(0|[1-9][0-9]{0,15})")
 _logger = logging.getLogger(__name__)
 
@@ -212,6 +248,18 @@ def _wrong_in(metrics: object) -> str | None:
     return None
 
 
+def _wrong_parts(manifest: Manifest) -> str | None:
+    parts, chunks = manifest.parts, len(manifest.chunks)
+    if not parts:
+        return None
+    if len(parts) < 2 or sum(part.chunks for part in parts) != chunks:
+        return f"{len(parts)} with {sum(part.chunks for part in parts)} chunks, expected at least 2 with {chunks}"
+    for i, (part, size) in enumerate(zip(parts, manifest.part_bytes, strict=True)):
+        if 8 * part.rows > size:
+            return f"part {i}: {part.rows} rows in {size} bytes, expected a key of 8 bytes each"
+    return None
+
+
 def _by_field(message: str) -> str:
     """msgspec's message with the field first: ``Expected `int`, got `str` - at `$.step``` → ``step: expected …``."""
     what, _, path = message.partition(" - at `")
@@ -246,12 +294,55 @@ class SnapshotKeys:
         return f"{key_prefix(self.namespace)}:snapshots:{name}"
 
     def chunk(self, upload: str, i: int) -> str:
-        """The key of chunk i of an upload."""
+        """The key of chunk i of an upload, or of a part of one."""
         return self.key(f"chunk:{upload}:{i}")
 
-    def chunks(self, manifest: Manifest) -> list[str]:
-        """The keys of all chunks of a snapshot, in order."""
-        return [self.chunk(manifest.upload, i) for i in range(len(manifest.chunks))]
+    def chunks(self, manifest: Manifest) -> "ChunkNames":
+        """The names of all chunks of a snapshot, in order."""
+        parts = [part.chunks for part in manifest.parts] or [len(manifest.chunks)]
+        places = [(part_of(manifest.upload, k), i) for k, count in enumerate(parts) for i in range(count)]
+        if manifest.chunks_in == "objects":
+            return ChunkNames(objects=tuple(object_name(upload, i) for upload, i in places))
+        return ChunkNames(keys=tuple(self.chunk(upload, i) for upload, i in places))
+
+
+@dataclass(frozen=True)
+class ChunkNames:
+    """Names of chunks.
+
+    Attributes:
+        keys: Of those in Redis.
+        objects: Of those in the object store, below the namespace's folder.
+    """
+
+    keys: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
+
+    def __add__(self, other: "ChunkNames") -> "ChunkNames":
+        return ChunkNames(self.keys + other.keys, self.objects + other.objects)
+
+    def __bool__(self) -> bool:
+        return bool(self.keys or self.objects)
+
+
+def part_of(upload: str, part: int) -> str:
+    """The name under which rank ``part`` uploads. That of rank 0 is the upload's."""
+    return f"{upload}/{part}" if part else upload
+
+
+def object_name(upload: str, i: int) -> str:
+    """The name of the object that holds chunk i of an upload, or of a part of one: its folder, a slash, part and i.
+
+    The folder's name begins with the version, so no lineage is taken for the name of another folder.
+
+    Raises:
+        ValueError: No upload has this name.
+    """
+    match = _UPLOAD.fullmatch(upload)
+    if match is None:
+        raise ValueError(f"upload {upload[:100]!r}, expected lineage:version:8 hexadecimal digits, and /part")
+    lineage, version, token, part = match.groups("0")
+    return f"{version}-{token}-of-{lineage}/{part}-{i}"
 
 
 def member(lineage: str, version: int) -> str:

@@ -14,11 +14,20 @@ from msgspec import structs
 
 from feature_store.commit_scripts import DECIDE
 from feature_store.loading import SnapshotLoader
-from feature_store.manifest import LARGEST_INTEGER, LATEST_MS, MAX_REASON, Manifest, SnapshotKeys, member, split_member
+from feature_store.manifest import (
+    LARGEST_INTEGER,
+    LATEST_MS,
+    MAX_REASON,
+    ChunkNames,
+    Manifest,
+    SnapshotKeys,
+    member,
+    split_member,
+)
 from feature_store.pins import MAX_DECISIONS, Action, Decision, Pins
 from feature_store.pointer import Pointers
 from feature_store.reading import SnapshotReader
-from feature_store.redis_reads import missing, server_ms
+from feature_store.redis_reads import server_ms
 from feature_store.signing import Signer
 from smes.errors import SnapshotError, SnapshotNotFound
 from smes_io.redis_client import FEATURE_STORE, retry_during_outage, translated
@@ -310,8 +319,8 @@ class Operator:
         )
 
     def _check_loadable(self, manifest: Manifest) -> None:
-        keys = [key for part in self._loader.chain(manifest, None) for key in self._keys.chunks(part)]
-        if gone := missing(self._client, keys):
+        chain = self._loader.chain(manifest, None)
+        if gone := self._loader.missing(sum((self._keys.chunks(part) for part in chain), ChunkNames())):
             raise SnapshotError(
                 f"snapshot {member(manifest.lineage, manifest.version)}: {gone} of its chunks, or of those that it "
                 f"leads on from, are missing, expected all"

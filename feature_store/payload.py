@@ -26,6 +26,7 @@ changed since its parent. All keys of a payload are distinct. Its metadata:
 ``groups``      JSON: column group → C, in the order of the tensors of a block
 ``renamed``     JSON: feature → its name before, by which older rows in the feature store
                 have it; only where some were renamed
+``part``        ``k/N``: what rank k of N wrote; only where N > 1 (:mod:`feature_store.payload_parts`)
 =============== ====================================================================
 
 The precision is a function of each row alone. So a row has the same bits in a delta and in a full payload, and a full
@@ -33,8 +34,8 @@ payload with the deltas after it gives the same weights as the full payload of t
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
@@ -124,7 +125,7 @@ def write_payload(
                 for packed in _packed(columns[name], precision):
                     yield _bytes_of(packed)
 
-    return Payload(len(header) + sum(info.nbytes for info in infos), pieces)
+    return Payload(len(header) + sum(info.nbytes for info in infos), pieces, num_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,6 @@ class PayloadContent:
         groups: Column group → columns.
         num_rows: Rows that :meth:`rows` gives.
         dense: ``dense.*`` → weights.
-        removed: int64 [M], distinct keys that went; none in a full payload.
     """
 
     metadata: Mapping[str, str]
@@ -150,9 +150,16 @@ class PayloadContent:
     groups: Mapping[str, int]
     num_rows: int
     dense: dict[str, torch.Tensor]
-    removed: I64
-    _reader: PieceReader = field(repr=False)
-    _blocks: tuple[int, ...] = field(repr=False)
+    _removed: list[I64] = field(repr=False)
+    _blocks: Callable[[], Iterator[Block]] = field(repr=False)
+
+    @property
+    def removed(self) -> I64:
+        """int64 [M], distinct keys that went; none in a full payload.
+
+        Where several ranks wrote it, all of them are here once all rows were read.
+        """
+        return self._removed[0] if len(self._removed) == 1 else np.concatenate(self._removed)
 
     def rows(self) -> Iterator[Block]:
         """The rows, block by block, once: new arrays of keys and float32 weights.
@@ -162,17 +169,30 @@ class PayloadContent:
         Raises:
             SnapshotError: The payload is shorter or longer than it says. Also what the pieces raise.
         """
-        for i, n in enumerate(self._blocks):
-            infos = _block_tensors(i, n, self.groups, self.precision)
-            keys, *packed = [_checked(partial(self._reader.read, info)) for info in infos]
-            of_group = 2 if self.precision == "int8" else 1
-            values, scales = packed[::of_group], packed[1::of_group] if of_group == 2 else [None] * len(self.groups)
-            yield keys, dict(zip(self.groups, map(_unpacked, values, scales), strict=True))
-        _checked(self._reader.end)
+        return self._blocks()
+
+    def followed_by(self, parts: Iterable["PayloadContent"], num_rows: int) -> "PayloadContent":
+        """This part of a payload and those of other ranks, each of which is asked for when the one before was read.
+
+        Args:
+            parts: The others, without dense weights.
+            num_rows: Of all of them.
+        """
+        removed = list(self._removed)
+
+        def blocks() -> Iterator[Block]:
+            yield from self.rows()
+            for part in parts:
+                removed.append(part.removed)
+                yield from part.rows()
+
+        return replace(self, num_rows=num_rows, _removed=removed, _blocks=blocks)
 
 
 def read_payload(pieces: Iterable[Piece], total_bytes: int) -> PayloadContent:
-    """Read a payload from its pieces, up to the rows.
+    """Read a payload that one process wrote, or a rank's part of one, from its pieces, up to the rows.
+
+    What several ranks wrote is read by :func:`feature_store.payload_parts.read_published`.
 
     Args:
         pieces: As :meth:`feature_store.snapshots.SnapshotStore.pieces` gives them.
@@ -215,10 +235,21 @@ def read_payload(pieces: Iterable[Piece], total_bytes: int) -> PayloadContent:
         groups=groups,
         num_rows=sum(blocks),
         dense={name: torch.from_numpy(array) for name, array in values.items()},
-        removed=removed,
-        _reader=reader,
-        _blocks=blocks,
+        _removed=[removed],
+        _blocks=lambda: _rows_of(reader, blocks, groups, cast(Precision, precision)),
     )
+
+
+def _rows_of(
+    reader: PieceReader, blocks: Sequence[int], groups: Mapping[str, int], precision: Precision
+) -> Iterator[Block]:
+    for i, n in enumerate(blocks):
+        infos = _block_tensors(i, n, groups, precision)
+        keys, *packed = [_checked(partial(reader.read, info)) for info in infos]
+        of_group = 2 if precision == "int8" else 1
+        values, scales = packed[::of_group], packed[1::of_group] if of_group == 2 else [None] * len(groups)
+        yield keys, dict(zip(groups, map(_unpacked, values, scales), strict=True))
+    _checked(reader.end)
 
 
 def rounded(weights: F32, precision: Precision) -> F32:

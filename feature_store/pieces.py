@@ -16,10 +16,12 @@ class Payload:
     Attributes:
         total_bytes: How many there are.
         pieces: Makes them, from the beginning, in pieces of any length. A piece is good until the next is asked for.
+        num_rows: Rows of the table in it.
     """
 
     total_bytes: int
     pieces: Callable[[], Iterator[Piece]]
+    num_rows: int = 0
 
     @classmethod
     def of(cls, whole: bytes) -> "Payload":
@@ -31,9 +33,15 @@ class Payload:
         return b"".join(bytes(piece) for piece in self.pieces())
 
 
-def chunk_sizes(total_bytes: int, chunk_bytes: int) -> list[int]:
-    """The lengths of the chunks of a payload; longer than ``chunk_bytes`` where there would be too many of them."""
-    size = max(chunk_bytes, -(-total_bytes // MAX_CHUNKS))
+def chunk_sizes(total_bytes: int, chunk_bytes: int, parts: int = 1) -> list[int]:
+    """The lengths of the chunks of a payload; longer than ``chunk_bytes`` where there would be too many of them.
+
+    Args:
+        total_bytes: Of the payload, or of the part of one of ``parts`` ranks.
+        chunk_bytes: As configured.
+        parts: How many ranks write a part each.
+    """
+    size = max(chunk_bytes, -(-total_bytes // (MAX_CHUNKS // parts)))
     return [min(size, total_bytes - start) for start in range(0, total_bytes, size)]
 
 

@@ -13,7 +13,8 @@ are part of the key: a hash tag, so that one server of a Redis Cluster has all o
 ``decision``       string  what an operator decided about serving (:mod:`feature_store.pins`)
 ``decisions``      hash    number → decision, of the newest ones
 ``sequence``       integer number of publications so far
-``uploads``        hash    upload → lineage, chunks and begin (JSON) of an unfinished upload
+``uploads``        hash    upload → lineage, chunks and begin (JSON) of an unfinished upload; ``{upload}/{k}`` →
+                           likewise, of what rank k of a training uploads of it, k ≥ 1
 ``chunk:{u}:{i}``  string  chunk i of upload u; expires unless its upload is committed
 ``lease``          string  who may publish (:mod:`feature_store.lease`)
 ``fencing``        string  the last fencing number given out
@@ -27,6 +28,10 @@ writes the manifest, moves ``current`` and announces the snapshot. So readers se
 one, whenever the publisher dies. A delta is committed only while ``current`` names the version that it applies to. A
 base is written likewise, but its script neither moves ``current`` nor announces anything: nothing new is served by it.
 
+Several ranks of a training write a version together: each uploads a part, and rank 0 commits all parts in that script.
+Chunks may also be objects (:mod:`feature_store.objects`). Those do not expire: the entry in ``uploads`` says whose they
+are, and what no entry and no manifest names is swept away.
+
 No script loops over more than a bounded number of keys, so that none keeps Redis from answering others. All keys that a
 script touches are given to it as its KEYS. A key of the wrong kind is put aside, as ``{key}:broken``, for a day.
 """
@@ -36,6 +41,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
@@ -49,17 +55,21 @@ from feature_store.manifest import (
     LARGEST_INTEGER,
     MAX_CHUNKS,
     Chunk,
+    ChunkNames,
     Manifest,
     SnapshotKeys,
     member,
+    object_name,
+    part_of,
     split_member,
     stale,
 )
+from feature_store.objects import Objects
 from feature_store.pieces import Payload, in_chunks
 from feature_store.pointer import Pointers
 from feature_store.redis_reads import server_ms
 from feature_store.signing import Signer
-from smes.errors import SnapshotError, SnapshotGap, SnapshotNotFound
+from smes.errors import FeatureStoreError, SnapshotError, SnapshotGap, SnapshotNotFound
 from smes_io.redis_client import FEATURE_STORE, retry_during_outage
 
 __all__ = ["LARGEST_INTEGER", "Chunk", "Manifest", "Publication", "SnapshotKeys", "member", "split_member", "stale"]
@@ -76,6 +86,7 @@ class _Begun(msgspec.Struct, frozen=True):
     lineage: Annotated[str, Meta(max_length=128)]
     chunks: Annotated[int, Meta(ge=0, le=MAX_CHUNKS)]
     begun_s: Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)]
+    objects: bool = False
 
 
 _BEGUN = msgspec.json.Decoder(_Begun)
@@ -91,6 +102,7 @@ class Publication:
         outage_timeout_s: How long each operation is tried while the server is away or is a replica.
         damage: Where what is broken is noted.
         signer: Signs what is written; None: nothing is signed.
+        objects: Where chunks go; None: to Redis.
     """
 
     def __init__(
@@ -101,8 +113,9 @@ class Publication:
         outage_timeout_s: float = 2.0,
         damage: Damage | None = None,
         signer: Signer | None = None,
+        objects: Objects | None = None,
     ) -> None:
-        self._client = client
+        self._client, self._objects = client, objects
         self._keys = keys
         self._upload_ttl_s = upload_ttl_s
         self._outage_timeout_s = outage_timeout_s
@@ -130,22 +143,43 @@ class Publication:
 
         Args:
             name: ``lineage:version``.
-            upload: Names the upload. Until :meth:`commit` or :meth:`abandon`, it is not taken for an abandoned one.
+            upload: Names the upload, or a part of one. Until :meth:`commit` or :meth:`abandon`, it is not taken for an
+                abandoned one.
             payload: What to write.
             sizes: Of the chunks, as :func:`feature_store.pieces.chunk_sizes` gives them.
+
+        Raises:
+            SnapshotError: The upload was removed as an abandoned one: another publisher of the lineage runs.
         """
-        with self._lock:
-            self._running.add(upload)
+        self.expect([upload])
         doing = f"snapshot {name} was published"
         begun = {"lineage": name.rpartition(":")[0], "chunks": len(sizes), "begun_s": self._server_s()}
+        if self._objects is not None:
+            begun["objects"] = True
         entry = (self._keys.key("uploads"), upload, json.dumps(begun))
         self._tried(doing, lambda: self._client.hset(*entry))
         chunks: list[Chunk] = []
         for piece in in_chunks(payload.pieces(), sizes[0]):
-            self._tried(doing, self._writing(self._keys.chunk(upload, len(chunks)), piece))
+            self._write(doing, upload, len(chunks), piece)
             chunks.append(Chunk(len(piece), hashlib.sha256(piece).hexdigest()))
         assert [chunk.bytes for chunk in chunks] == list(sizes), "a payload is as long as it says"
+        if self._objects is not None and not self._tried(doing, lambda: self._client.hexists(entry[0], upload)):
+            # Whoever removed it may have looked before the last object was there.
+            self._objects.remove(object_name(upload, i) for i in range(len(chunks)))
+            raise SnapshotError(f"snapshot {name}: its upload was removed: another publisher of the lineage is running")
         return tuple(chunks)
+
+    def expect(self, uploads: Iterable[str]) -> None:
+        """Take these uploads, or parts that other ranks upload, for running ones from now on."""
+        with self._lock:
+            self._running.update(uploads)
+
+    def _write(self, doing: str, upload: str, i: int, piece: memoryview) -> None:
+        if self._objects is not None:
+            self._objects.write(object_name(upload, i), bytes(piece))
+            return
+        key = self._keys.chunk(upload, i)
+        self._tried(doing, lambda: self._client.set(key, piece, ex=self._upload_ttl_s))
 
     def commit(self, manifest: Manifest, fencing: int | None = None) -> Manifest:
         """Make an upload the current snapshot, or keep it aside if its manifest says that it is held; atomically.
@@ -190,9 +224,10 @@ class Publication:
         self, script: Any, names: Sequence[str], manifest: Manifest, fencing: int | None, more: Sequence[str | bytes]
     ) -> None:
         name = member(manifest.lineage, manifest.version)
-        keys = [*(self._keys.key(key) for key in names), *self._keys.chunks(manifest)]
+        keys = [*(self._keys.key(key) for key in names), *self._keys.chunks(manifest).keys]
         args: list[str | int | bytes] = [manifest.lineage, manifest.version, manifest.to_json(), manifest.upload]
-        args += ["" if fencing is None else str(fencing), *more]
+        parts = [part_of(manifest.upload, part) for part in range(1, len(manifest.parts))]
+        args += ["" if fencing is None else str(fencing), *more, *parts]
         answer: bytes = self._tried(f"snapshot {name} was published", lambda: script(keys=keys, args=args))
         outcome, _, detail = answer.decode(errors="replace").partition(" ")
         if outcome == "fenced":
@@ -210,20 +245,30 @@ class Publication:
                 f"gone before the publication was complete: another publisher of the lineage is running, Redis "
                 f"restarted empty, or the upload took longer than {self._upload_ttl_s} s"
             )
-        self._ended(manifest.upload)
+        self._ended([manifest.upload, *parts])
 
-    def abandon(self, upload: str, chunks: int) -> None:
-        """Remove the chunks of a failed publication. If Redis does not answer, they expire."""
+    def abandon(self, upload: str, chunks: int | None = None, parts: int = 1) -> None:
+        """Remove the chunks of a failed publication. If the store does not answer, they expire or are swept away.
+
+        Args:
+            upload: Its name, or that of a part of one.
+            chunks: How many it has at most; None: as many as its entry says.
+            parts: Of how many ranks it is: the others remove their own parts.
+        """
         try:
-            self._remove(upload, chunks)
-        except redis.RedisError:
+            if chunks is None:
+                text = self._client.hget(self._keys.key("uploads"), upload)
+                begun = self._begun(upload.encode(), cast(bytes, text)) if text is not None else None
+                chunks = begun.chunks if begun else 0
+            self._remove(upload, chunks, objects=self._objects is not None)
+        except (redis.RedisError, FeatureStoreError):
             return
         finally:
-            self._ended(upload)
+            self._ended([upload, *(part_of(upload, part) for part in range(1, parts))])
 
-    def _ended(self, upload: str) -> None:
+    def _ended(self, uploads: Iterable[str]) -> None:
         with self._lock:
-            self._running.discard(upload)
+            self._running.difference_update(uploads)
 
     def remove_abandoned(self, lineage: str) -> None:
         """Remove unfinished uploads: all of this lineage but those that run here, and overdue ones of others.
@@ -240,26 +285,54 @@ class Publication:
                     continue
                 begun = self._begun(upload, text)
                 if begun is None or begun.lineage == lineage or abs(now_s - begun.begun_s) > self._upload_ttl_s:
-                    self._remove(upload, begun.chunks if begun else 0)
+                    self._remove(upload, begun.chunks if begun else 0, objects=begun is not None and begun.objects)
             if cursor == 0:
                 return
 
-    def remove(self, names: Sequence[str], chunks: Sequence[str]) -> None:
+    def sweep(self, kept: Callable[[], Iterable[ChunkNames]]) -> None:
+        """Remove objects that neither an unfinished upload nor a snapshot has: a removal that broke off left them.
+
+        Args:
+            kept: Reads what snapshots have.
+        """
+        if self._objects is None:
+            return
+        # In this order: what is uploaded or committed meanwhile is not among the first, or is among one of the others.
+        found = self._objects.folders()
+        uploads = cast("list[bytes]", self._client.hkeys(self._keys.key("uploads")))
+        named = {name.partition("/")[0] for chunks in kept() for name in chunks.objects}
+        for upload in uploads:
+            with suppress(ValueError):  # junk
+                named.add(object_name(upload.decode(errors="replace"), 0).partition("/")[0])
+        for folder in sorted(found - named):
+            self._objects.remove_folder(folder)
+
+    def remove(self, names: Sequence[str], chunks: ChunkNames) -> None:
         """Remove versions of one chain with their payloads and bases, in one atomic step."""
         self._remove_listed("index", "bases", names, chunks)
 
-    def remove_held(self, names: Sequence[str], chunks: Sequence[str]) -> None:
+    def remove_held(self, names: Sequence[str], chunks: ChunkNames) -> None:
         """Remove versions that were kept aside, with their payloads and manifests, in one atomic step."""
         self._remove_listed("held", "manifests", names, chunks)
 
-    def _remove_listed(self, listed_in: str, described_in: str, names: Sequence[str], chunks: Sequence[str]) -> None:
+    def _remove_listed(self, listed_in: str, described_in: str, names: Sequence[str], chunks: ChunkNames) -> None:
         with self._client.pipeline(transaction=True) as pipeline:
             for some in _slices(names):
                 pipeline.zrem(self._keys.key(listed_in), *some)
                 pipeline.hdel(self._keys.key(described_in), *some)
-            for keys in _slices(chunks):
+            for keys in _slices(chunks.keys):
                 pipeline.unlink(*keys)
             pipeline.execute()
+        self._remove_objects(chunks.objects)
+
+    def _remove_objects(self, names: Sequence[str]) -> None:
+        if names and self._objects is None:
+            self._damage.note(
+                f"{len(names)} objects of removed snapshots, among them {names[0]}, expected feature_store.chunks.url "
+                f"to say where they are; they stay"
+            )
+        elif self._objects is not None:
+            self._objects.remove(names)
 
     def trim_history(self, max_manifests: int, loadable: Iterable[bytes]) -> None:
         """Remove the oldest manifests until one more fits into ``max_manifests``. Loadable snapshots keep theirs."""
@@ -277,7 +350,7 @@ class Publication:
             self._client.zrem(self._keys.key(key), *some)
 
     def remove_chunks_of(self, name: bytes) -> None:
-        """Remove the chunks of a snapshot whose manifest is gone or broken.
+        """Remove the chunks of a snapshot whose manifest is gone or broken, but for objects, which :meth:`sweep` finds.
 
         Looks through the names of all keys, for a bounded time.
         """
@@ -298,16 +371,17 @@ class Publication:
             self._damage.note(f"{place}: {shown(text)}, expected an unfinished upload: {error}")
             return None
 
-    def _remove(self, upload: bytes | str, chunks: int) -> None:
+    def _remove(self, upload: bytes | str, chunks: int, *, objects: bool) -> None:
         """Remove an unfinished upload. A committed one is no longer listed, and its chunks do not expire."""
         if not self._client.hdel(self._keys.key("uploads"), upload):
             return
         name = upload if isinstance(upload, str) else upload.decode(errors="replace")
+        if objects:
+            with suppress(ValueError):  # a name of junk
+                self._remove_objects([object_name(name, i) for i in range(chunks)])
+            return
         for keys in _slices([self._keys.chunk(name, i) for i in range(chunks)]):
             self._remove_script(keys=keys)
-
-    def _writing(self, key: str, piece: memoryview) -> Callable[[], object]:
-        return lambda: self._client.set(key, piece, ex=self._upload_ttl_s)
 
     def _tried(self, doing: str, call: Callable[[], _T]) -> _T:
         return retry_during_outage(self._client, doing, call, FEATURE_STORE, self._outage_timeout_s)

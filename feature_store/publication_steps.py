@@ -4,16 +4,28 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import redis
 
 from feature_store.config import SnapshotStoreConfig
 from feature_store.damage import Damage
-from feature_store.manifest import LARGEST_INTEGER, Chunk, Manifest, SnapshotKeys, member, split_member, stale
+from feature_store.loading import SnapshotLoader
+from feature_store.manifest import (
+    LARGEST_INTEGER,
+    Chunk,
+    Manifest,
+    Part,
+    SnapshotKeys,
+    member,
+    part_of,
+    split_member,
+    stale,
+)
+from feature_store.parts import OtherParts, UploadedPart
 from feature_store.pieces import Payload, chunk_sizes
 from feature_store.publication import Publication
 from feature_store.reading import SnapshotReader
-from feature_store.redis_reads import missing
 from feature_store.retention import Retention
 from smes.errors import FeatureStoreUnavailable, SnapshotError, SnapshotGap
 from smes_io.redis_client import not_now
@@ -21,13 +33,33 @@ from smes_io.redis_client import not_now
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What was uploaded.
+
+    Attributes:
+        name: Of the upload.
+        chunks: Of all parts.
+        parts: As a manifest has them; none if one process uploaded it.
+    """
+
+    name: str
+    chunks: tuple[Chunk, ...]
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all chunks."""
+        return sum(chunk.bytes for chunk in self.chunks)
+
+
 class PublicationSteps:
     """What a publication does around its upload. Safe to share between threads.
 
     Args:
-        client: A client that returns bytes.
         keys: Names of the keys.
         reader: Reads what is current.
+        loader: Looks for chunks.
         publication: Uploads and commits.
         retention: Makes room, and knows the chains.
         config: Sizes.
@@ -36,15 +68,15 @@ class PublicationSteps:
 
     def __init__(
         self,
-        client: redis.Redis,
         keys: SnapshotKeys,
         reader: SnapshotReader,
+        loader: SnapshotLoader,
         publication: Publication,
         retention: Retention,
         config: SnapshotStoreConfig,
         damage: Damage,
     ) -> None:
-        self._client, self._keys, self._reader = client, keys, reader
+        self._keys, self._reader, self._loader = keys, reader, loader
         self._publication, self._retention, self._config, self._damage = publication, retention, config, damage
         self._bookkeeper = threading.Lock()  # of the retention
 
@@ -75,8 +107,8 @@ class PublicationSteps:
             chain = self._retention.chain_of(member(lineage, parent))
         if chain is None:
             raise SnapshotGap(f"snapshot {name}: a version before {parent} is not listed, expected every one")
-        keys = [*(chain[0].base_chunks or chain[0].chunks), *(key for version in chain[1:] for key in version.chunks)]
-        if gone := missing(self._client, keys):
+        chunks = sum((version.chunks for version in chain[1:]), chain[0].base_chunks or chain[0].chunks)
+        if gone := self._loader.missing(chunks):
             raise SnapshotGap(
                 f"snapshot {name}: {gone} chunks of the versions that it leads on from are missing, expected all "
                 f"(evicted by a maxmemory-policy?)"
@@ -96,37 +128,64 @@ class PublicationSteps:
         self,
         name: str,
         payload: Payload,
-        described: Callable[[str, tuple[Chunk, ...]], Manifest],
+        described: Callable[[Upload], Manifest],
         commit: Callable[[Manifest], Manifest],
         *,
         replaces: bool,
+        others: OtherParts | None = None,
     ) -> Manifest:
         """Make room, upload and commit.
 
         Args:
             name: ``lineage:version``.
             payload: What is uploaded.
-            described: Makes the manifest of an upload's name and chunks.
+            described: Makes the manifest of an upload.
             commit: Commits an upload; gives its manifest, signed.
             replaces: Whether the version takes the place of what is current.
+            others: The other ranks, which upload parts of it; None: the payload is all.
 
         Raises:
             SnapshotError: No reader would accept the manifest; or as ``commit``.
         """
         upload = f"{name}:{secrets.token_hex(4)}"
         # What no reader would accept is not even uploaded.
-        sizes = chunk_sizes(payload.total_bytes, self._config.chunk_bytes)
-        Manifest.from_json(described(upload, tuple(Chunk(size, "0" * 64) for size in sizes)).to_json())
+        parts = 1 + (others.count if others else 0)
+        sizes = chunk_sizes(payload.total_bytes, self._config.chunk_bytes, parts)
+        uploads = [part_of(upload, part) for part in range(parts)]
+        Manifest.from_json(described(Upload(upload, tuple(Chunk(size, "0" * 64) for size in sizes))).to_json())
         lineage, publication = name.rpartition(":")[0], self._publication
         with self._bookkeeper:
             self.bookkeeping("abandoned uploads were removed", lambda: publication.remove_abandoned(lineage))
-            self.bookkeeping("room was made", lambda: self._retention.make_room(payload.total_bytes, replaces=replaces))
+            # Rows are dealt out to the ranks by hash, so that the parts are about as long as each other.
+            room = parts * payload.total_bytes
+            self.bookkeeping("room was made", lambda: self._retention.make_room(room, replaces=replaces))
+        publication.expect(uploads)
         try:
-            manifest = commit(described(upload, publication.upload(name, upload, payload, sizes)))
+            if others is not None:
+                others.begin(upload)
+            own = UploadedPart(publication.upload(name, upload, payload, sizes), payload.num_rows)
+            all_parts = [own, *(others.wait() if others else ())]
+            chunks = tuple(chunk for part in all_parts for chunk in part.chunks)
+            made = described(Upload(upload, chunks, tuple(part.part for part in all_parts) if others else ()))
+            if others is not None:
+                Manifest.from_json(made.to_json())
+            manifest = commit(made)
         except BaseException:
-            publication.abandon(upload, len(sizes))
+            if others is not None:
+                others.abandon()
+            publication.abandon(upload, len(sizes), parts)
             raise
         return manifest
+
+    def write_part(self, upload: str, payload: Payload, part: int, parts: int) -> UploadedPart:
+        """Upload the part of rank ``part``; see :meth:`feature_store.snapshots.SnapshotStore.upload_part`."""
+        name, own = upload.rpartition(":")[0], part_of(upload, part)
+        sizes = chunk_sizes(payload.total_bytes, self._config.chunk_bytes, parts)
+        try:
+            return UploadedPart(self._publication.upload(name, own, payload, sizes), payload.num_rows)
+        except BaseException:
+            self._publication.abandon(own, len(sizes))
+            raise
 
     def bookkeeping(self, doing: str, call: Callable[[], None]) -> None:
         """Do what a publication can go on without. An outage is not that."""

@@ -8,12 +8,12 @@ the chain that it leads on from.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from feature_store.config import SnapshotStoreConfig
 from feature_store.damage import Damage, shown
-from feature_store.manifest import Manifest, SnapshotKeys, member, split_member
+from feature_store.manifest import ChunkNames, Manifest, SnapshotKeys, member, split_member
 from feature_store.pins import Pins
 from feature_store.pointer import name_in
 from feature_store.publication import Publication
@@ -34,16 +34,16 @@ class Kept:
         name: ``lineage:version``.
         parent: Name of the version that its delta applies to; None for a full one.
         own_bytes: Of its payload.
-        chunks: Keys of its payload.
+        chunks: Of its payload.
         base_bytes, base_chunks: Likewise, of its base; 0 and none without.
     """
 
     name: str
     parent: str | None
     own_bytes: int
-    chunks: tuple[str, ...]
+    chunks: ChunkNames
     base_bytes: int = 0
-    base_chunks: tuple[str, ...] = ()
+    base_chunks: ChunkNames = field(default_factory=ChunkNames)
 
     @property
     def begins_chain(self) -> bool:
@@ -85,6 +85,7 @@ class Retention:
         self._known: dict[str, Kept] = {}
         self._next = 0  # of the versions to read again
         self._beyond: str | None = None  # the warning that was given last
+        self._is_swept = False
 
     def make_room(self, new_bytes: int, *, replaces: bool) -> None:
         """Remove the oldest chains until one more version of ``new_bytes`` fits.
@@ -117,9 +118,8 @@ class Retention:
             if not decided.isdisjoint(names):
                 beyond += sorted(decided.intersection(names))
                 continue
-            self._publication.remove(
-                names, [key for version in chain for key in (*version.chunks, *version.base_chunks)]
-            )
+            payloads = (version.chunks + version.base_chunks for version in chain)
+            self._publication.remove(names, sum(payloads, ChunkNames()))
             surplus_bytes -= sum(version.total_bytes for version in chain)
             surplus -= len(chain)
             lost = [m for m in held.values() if m.kind == "delta" and member(m.lineage, m.parent or 0) in names]
@@ -127,6 +127,7 @@ class Retention:
             surplus_bytes -= sum(manifest.total_bytes for manifest in lost)
         self._say_beyond(beyond if surplus_bytes > 0 else [])
         self._trim_history()
+        self._sweep()
 
     def drop_held(self, name: str, one_more: bool) -> None:
         """Remove the oldest held versions, so that no more than configured are left, and this one, if it is held.
@@ -148,7 +149,21 @@ class Retention:
 
     def _remove_held(self, manifests: Sequence[Manifest]) -> None:
         names = [member(manifest.lineage, manifest.version) for manifest in manifests]
-        self._publication.remove_held(names, [key for m in manifests for key in self._keys.chunks(m)])
+        self._publication.remove_held(names, sum(map(self._keys.chunks, manifests), ChunkNames()))
+
+    def _sweep(self) -> None:
+        """Once in each process, remove what is left of removals that broke off."""
+        if self._is_swept:
+            return
+        self._publication.sweep(self._listed)
+        self._is_swept = True
+
+    def _listed(self) -> Iterator[ChunkNames]:
+        """The chunks of all payloads that are listed, read anew."""
+        self._known = {}
+        for version in self._kept(self._reader.raw_names("index")).values():
+            yield version.chunks + version.base_chunks
+        yield from map(self._keys.chunks, self._held())
 
     def _say_beyond(self, names: Sequence[str]) -> None:
         """Warn, once for each state, that decisions keep more than the configured bytes."""
@@ -197,9 +212,9 @@ class Retention:
             name=member(manifest.lineage, manifest.version),
             parent=None if manifest.kind == "full" else member(manifest.lineage, manifest.parent or 0),
             own_bytes=manifest.total_bytes,
-            chunks=tuple(self._keys.chunks(manifest)),
+            chunks=self._keys.chunks(manifest),
             base_bytes=base.total_bytes if base else 0,
-            base_chunks=tuple(self._keys.chunks(base)) if base else (),
+            base_chunks=self._keys.chunks(base) if base else ChunkNames(),
         )
 
     def _forget(self, broken: Sequence[bytes]) -> None:

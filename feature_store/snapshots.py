@@ -24,19 +24,21 @@ from feature_store.manifest import (
     LATEST_MS,
     MAX_CARRIED_FROM,
     MAX_REASON,
-    Chunk,
     Manifest,
     SnapshotKeys,
     member,
+    part_of,
     split_member,
     storable_arrivals,
     storable_metrics,
 )
+from feature_store.objects import Objects
 from feature_store.operator import Operator
+from feature_store.parts import OtherParts, UploadedPart
 from feature_store.pieces import Payload
 from feature_store.pins import Decision, Pins
 from feature_store.publication import Publication
-from feature_store.publication_steps import PublicationSteps, check_cut
+from feature_store.publication_steps import PublicationSteps, Upload, check_cut
 from feature_store.reading import SnapshotReader
 from feature_store.retention import Retention
 from feature_store.signing import Signer
@@ -58,6 +60,7 @@ class SnapshotStore:
         config: Sizes and retention.
         signer: Signs what is written, and verifies what is read; None: nothing is signed.
         outage_timeout_s: How long a publication and the lease are tried while the server is away or is a replica.
+        objects: Where chunks go, and where those are read that are not in Redis; None: to Redis.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class SnapshotStore:
         *,
         signer: Signer | None = None,
         outage_timeout_s: float = 2.0,
+        objects: Objects | None = None,
     ) -> None:
         self._client = client
         self.config = config or SnapshotStoreConfig()
@@ -77,14 +81,15 @@ class SnapshotStore:
         self.damage = Damage()
         """What was found broken in the store."""
         self._reader = SnapshotReader(client, self._keys, self.damage, signer)
-        self._loader = SnapshotLoader(client, self._keys, self._reader)
+        self._loader = SnapshotLoader(client, self._keys, self._reader, objects)
+        self._chunks_in: Literal["redis", "objects"] = "redis" if objects is None else "objects"
         self._publication = Publication(
-            client, self._keys, self.config.upload_ttl_s, outage_timeout_s, self.damage, signer
+            client, self._keys, self.config.upload_ttl_s, outage_timeout_s, self.damage, signer, objects
         )
         pins = Pins(client, self._keys, self._reader, self.damage, signer)
         retention = Retention(self._keys, self._reader, self._publication, pins, self.config, self.damage)
         self._steps = PublicationSteps(
-            client, self._keys, self._reader, self._publication, retention, self.config, self.damage
+            self._keys, self._reader, self._loader, self._publication, retention, self.config, self.damage
         )
         self.pins = pins
         """What operators decided about serving."""
@@ -110,6 +115,7 @@ class SnapshotStore:
         fencing: int | None = None,
         held: str | None = None,
         carried_from: Sequence[str] = (),
+        others: OtherParts | None = None,
     ) -> Manifest:
         """Store a payload and make it the current snapshot; readers see all of it or nothing.
 
@@ -130,6 +136,8 @@ class SnapshotStore:
                 publisher's next delta is then accepted if its ``applies_to`` names this version, too; it may, if the
                 delta has all changes since the version that was current before. Otherwise SnapshotGap asks for a full
                 payload.
+            others: The other ranks of the training, each of which uploads a part; then the payload is that of rank 0.
+                None: it is all.
 
         Raises:
             ValueError: The payload is empty, or lineage or version have the wrong form, or the reason is empty.
@@ -140,7 +148,7 @@ class SnapshotStore:
                 nothing was changed. Publish a full payload.
             SnapshotError: Another publisher of the lineage removed this upload.
             FeatureStoreError: Redis refused, for instance because its memory is full.
-            FeatureStoreUnavailable: Redis gave no answer in time.
+            FeatureStoreUnavailable: Redis, the object store or another rank gave no answer in time.
         """
         payload = Payload.of(payload) if isinstance(payload, bytes) else payload
         check_cut(payload, lineage, version)
@@ -154,7 +162,7 @@ class SnapshotStore:
             if applies_to is not None:
                 self._steps.check_delta(name, lineage, parent, applies_to)
 
-            def described(upload: str, chunks: tuple[Chunk, ...]) -> Manifest:
+            def described(upload: Upload) -> Manifest:
                 return Manifest(
                     lineage=lineage,
                     version=version,
@@ -163,9 +171,9 @@ class SnapshotStore:
                     step=step,
                     created_ms=min(max(created_ms, 0), LATEST_MS),
                     published_ms=min(max(now_ms(), 0), LATEST_MS),
-                    total_bytes=payload.total_bytes,
-                    chunks=chunks,
-                    upload=upload,
+                    total_bytes=upload.total_bytes,
+                    chunks=upload.chunks,
+                    upload=upload.name,
                     event_time_ms=event_time_ms if event_time_ms is None or 0 <= event_time_ms <= LATEST_MS else None,
                     kind="full" if applies_to is None else "delta",
                     precision=precision,
@@ -174,6 +182,8 @@ class SnapshotStore:
                     feedback_arrivals=storable_arrivals(feedback_arrivals),
                     carried_from=tuple(carried_from)[:MAX_CARRIED_FROM],
                     held=None if held is None else held[:MAX_REASON],
+                    parts=upload.parts,
+                    chunks_in=self._chunks_in,
                     signature=None,
                 )
 
@@ -184,6 +194,7 @@ class SnapshotStore:
                 described,
                 lambda manifest: self._publication.commit(manifest, fencing),
                 replaces=held is None,
+                others=others,
             )
 
     def publish_base(
@@ -193,6 +204,7 @@ class SnapshotStore:
         *,
         precision: Literal["fp32", "fp16", "int8"] = "fp32",
         fencing: int | None = None,
+        others: OtherParts | None = None,
     ) -> Manifest:
         """Store a full payload of a version that was published as a delta. What is current stays, nobody is told.
 
@@ -200,7 +212,7 @@ class SnapshotStore:
             payload: What :func:`feature_store.payload.write_payload` makes.
             of: The version's manifest.
             precision: Of the payload's rows.
-            fencing: As of :meth:`publish`.
+            fencing, others: As of :meth:`publish`.
 
         Returns:
             The base's manifest: that of the version, but of kind ``full``, and without metrics and arrivals.
@@ -212,14 +224,16 @@ class SnapshotStore:
         name = member(of.lineage, of.version)
         self._publication.leases.check(fencing, name)
 
-        def described(upload: str, chunks: tuple[Chunk, ...]) -> Manifest:
+        def described(upload: Upload) -> Manifest:
             return structs.replace(
                 of,
                 kind="full",
                 precision=precision,
-                total_bytes=payload.total_bytes,
-                chunks=chunks,
-                upload=upload,
+                total_bytes=upload.total_bytes,
+                chunks=upload.chunks,
+                upload=upload.name,
+                parts=upload.parts,
+                chunks_in=self._chunks_in,
                 metrics={},
                 feedback_arrivals=(),
                 held=None,
@@ -232,9 +246,30 @@ class SnapshotStore:
                 described,
                 lambda manifest: self._publication.commit_base(manifest, fencing),
                 replaces=False,
+                others=others,
             )
         self._steps.forget(name)
         return base
+
+    def upload_part(self, upload: str, payload: Payload, part: int, parts: int) -> UploadedPart:
+        """Upload a rank's part of a snapshot, which rank 0 will commit. Nobody reads it before.
+
+        Args:
+            upload: What :meth:`feature_store.parts.OtherParts.begin` was given on rank 0.
+            payload: The rank's part.
+            part: The rank, ≥ 1.
+            parts: How many ranks there are.
+
+        Raises:
+            SnapshotError: The upload was removed meanwhile.
+            FeatureStoreError, FeatureStoreUnavailable: As of :meth:`publish`.
+        """
+        with translated(self._client, f"part {part} of snapshot {upload.rpartition(':')[0]} was uploaded"):
+            return self._steps.write_part(upload, payload, part, parts)
+
+    def abandon_part(self, upload: str, part: int) -> None:
+        """Remove what :meth:`upload_part` uploaded, unless it was committed. Without an answer of the store, it expires."""
+        self._publication.abandon(part_of(upload, part))
 
     def acquire(self, holder: str, ttl_s: float) -> Lease:
         """Take the right to publish in this namespace. While it runs, nobody else can publish.

@@ -5,7 +5,8 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from feature_store.manifest import Manifest
-from feature_store.payload import PayloadContent, read_payload
+from feature_store.payload import PayloadContent
+from feature_store.payload_parts import read_published
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SchemaMismatch, SnapshotError
 from smes.schema import Schema
@@ -78,7 +79,7 @@ class Payloads:
 
     def _opened(self, manifest: Manifest) -> PayloadContent:
         self.at = manifest
-        payload = read_payload(self._pieces(manifest), manifest.total_bytes)
+        payload = read_published(self._pieces(manifest), manifest)
         if (payload.lineage, payload.version, payload.kind) != (manifest.lineage, manifest.version, manifest.kind):
             name = _name(manifest)
             raise SnapshotError(f"{name}: its payload says {payload.lineage}:{payload.version}, {payload.kind}")

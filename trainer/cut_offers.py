@@ -1,23 +1,41 @@
-"""Cuts of the present weights, offered for serving: which ones, when, and what the publish gate says of them."""
+"""Cuts of the present weights, offered for serving: which ones, when, and what the publish gate says of them.
 
-from collections.abc import Callable
+Of several ranks, rank 0 decides, and all take their cuts at the same step. What its publisher and the other ranks'
+uploaders tell each other meanwhile, the training threads carry: :meth:`CutOffers.message` and :meth:`CutOffers.hear`.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
+import msgspec
+
+from feature_store.feedback_times import FeedbackTimes
 from smes.model.deltas import RowDelta
+from smes.world import ALONE, World
 from smes_io.clock import wall_clock_ms
 from trainer.cuts import Cut
 from trainer.feature_figures import SampledFeatures
 from trainer.freshness import FeedbackArrivals
 from trainer.gated_cuts import GatedCuts
+from trainer.part_messages import CLOSING, DECISION, SHARE, Closing, Decision, Share
+from trainer.part_uploader import PartUploader
 from trainer.publisher import Publisher
 from trainer.training_state import TrainingState
+
+_logger = logging.getLogger(__name__)
+_TURN_S = 0.02
 
 
 class CutOffers:
     """Takes cuts between two steps, and offers them to a publisher. Use it on the training thread.
 
+    All ranks call :meth:`offer` and :meth:`close` after the same step.
+
     Attributes:
-        publisher: Publishes cuts for serving; None until :meth:`open`.
+        publisher: Publishes cuts for serving; None until :meth:`open`, and on other ranks than 0.
         arrivals: Observes when the feedback came that was trained on.
         cut_ms: When the newest cut was taken, Unix milliseconds; None before the first one of this process.
 
@@ -28,6 +46,7 @@ class CutOffers:
         event_time_ms: Event time of the newest example trained on; None before the first.
         deliver: Gives the last step's result to the observers.
         forget_sent: Called when the weights are not those any more that the next batch was prepared for.
+        world: The ranks that train together.
     """
 
     def __init__(
@@ -39,7 +58,10 @@ class CutOffers:
         event_time_ms: Callable[[], int | None],
         deliver: Callable[[], None],
         forget_sent: Callable[[], None],
+        world: World = ALONE,
     ) -> None:
+        self._world = world
+        self._uploader: PartUploader | None = None
         self._parts, self._features, self._gated = parts, features, gated
         self._event_time_ms, self._deliver, self._forget_sent = event_time_ms, deliver, forget_sent
         self.publisher: Publisher | None = None
@@ -53,11 +75,39 @@ class CutOffers:
         self.publisher, self._first_step = publisher, first_step
         self._features.start()
 
+    def open_part(self, uploader: PartUploader) -> None:
+        """Upload this rank's parts of rank 0's cuts from now on. On other ranks than 0, in place of :meth:`open`."""
+        self._uploader = uploader
+        self._features.start()
+
+    def message(self) -> bytes:
+        """What is to be carried to the other ranks: of rank 0 to all, of each other rank to rank 0. Empty: nothing."""
+        if self.publisher is not None and self.publisher.others is not None:
+            return self.publisher.others.orders()
+        return self._uploader.report() if self._uploader is not None else b""
+
+    def hear(self, messages: Sequence[bytes]) -> None:
+        """Take the messages: on rank 0 those of all ranks, in their order; on another rank that of rank 0 alone."""
+        if self.publisher is not None and self.publisher.others is not None:
+            self.publisher.others.hear(messages)
+        elif self._uploader is not None:
+            self._uploader.hear(messages[0])
+
+    def exchange(self) -> None:
+        """Carry the messages by two collectives of their own. All ranks call it, if they do not send them otherwise."""
+        if self._world.size > 1:
+            message = self.message()
+            orders, reports = self._world.broadcast(message), self._world.collect(message)
+            self.hear(reports if self._world.rank == 0 else [orders])
+
     def offer(self) -> None:
         """Offer the present weights to serving, unless the last cut has the same ones.
 
         Weights without a step are offered only where nothing is in service yet.
         """
+        if self._world.size > 1:
+            self._offer_jointly()
+            return
         step, publisher = self._parts.learner.step_number, self.publisher
         if publisher is None or step < self._first_step:
             return
@@ -103,23 +153,95 @@ class CutOffers:
         self.cut_ms = wall_clock_ms()
         return Cut(
             step=learner.step_number,
-            dense=learner.dense_serving_state() if view is None else view.dense,
+            dense=view.dense if view is not None else learner.dense_serving_state() if self._world.rank == 0 else {},
             deltas=deltas,
             view=view,
             positions=parts.stream.positions_by_topic(),
             event_time_ms=self._event_time_ms(),
-            metrics={
-                "tasks": {name: asdict(metrics) for name, metrics in parts.evaluation.progressive().items()},
-                "experts": parts.experts.summary(),
-                **({"gate": self._gated.gate.summary()} if self._gated else {}),
-                **({"features": features} if (features := self._features.summary()) else {}),
-            },
+            metrics=self._metrics() if self._world.rank == 0 else {},
             cut_ms=self.cut_ms,
             feedback=self.arrivals.take(),
         )
 
+    def _metrics(self) -> dict[str, Any]:
+        return {
+            "tasks": {name: asdict(metrics) for name, metrics in self._parts.evaluation.progressive().items()},
+            "experts": self._parts.experts.summary(),
+            **({"gate": self._gated.gate.summary()} if self._gated else {}),
+            **({"features": features} if (features := self._features.summary()) else {}),
+        }
+
+    def _offer_jointly(self) -> None:
+        """Rank 0 says whether a cut is taken, and which one; then all take it."""
+        step, publisher = self._parts.learner.step_number, self.publisher
+        said = DECISION.decode(self._world.broadcast(msgspec.json.encode(self._decision(step, publisher))))
+        if said is None:
+            return
+        self._cut_step = step
+        cut = self.take(full=said.full, base=said.base)
+        share = Share(cut.positions, cut.event_time_ms, cut.feedback.rows())
+        shares = [SHARE.decode(text) for text in self._world.collect(msgspec.json.encode(share))]
+        if self._uploader is not None:
+            self._uploader.offer(said, cut)
+        elif publisher is not None:
+            publisher.offer(_of_all(cut, shares))
+        else:
+            cut.without_view()
+
+    def _decision(self, step: int, publisher: Publisher | None) -> Decision | None:
+        """What rank 0 says of a cut at this step; None: none is taken."""
+        if publisher is None or step < self._first_step:
+            return None
+        full = publisher.wants_full
+        if step == self._cut_step and not (full and publisher.has_owed):
+            return None
+        return Decision(full, publisher.wants_base, publisher.num_deltas, publisher.lineage)
+
+    def _close_jointly(self) -> bool:
+        """Go on carrying messages until rank 0's publisher is closed."""
+        publisher, closing = self.publisher, None
+        answers: list[bool] = []
+        if publisher is not None:
+            closing = threading.Thread(target=lambda: answers.append(publisher.close()), name="publisher-close")
+            closing.start()
+        try:
+            while True:
+                is_over = closing is None or not closing.is_alive()
+                offers = publisher is not None and not is_over and publisher.wants_full and publisher.has_owed
+                state = Closing(is_over, publisher is None or any(answers), offers)
+                said = CLOSING.decode(self._world.broadcast(msgspec.json.encode(state)))
+                self.exchange()
+                if said.is_over:
+                    return said.published
+                if said.offers:
+                    self._offer_jointly()
+                if closing is not None:
+                    closing.join(_TURN_S)
+        except RuntimeError as error:
+            # Of a collective: another rank has ended.
+            _logger.error("the last snapshot was not published: another rank is gone: %s", error)
+            return False
+        finally:
+            if publisher is not None and publisher.others is not None:
+                publisher.others.gone("the training ends")
+            if self._uploader is not None:
+                self._uploader.close()
+
     def close(self) -> bool:
         """Close the publisher, if any; whether everything was published."""
+        if self._world.size > 1:
+            return self._close_jointly()
         refused = self._gated is not None and self._gated.gate.refuses
         take_full = None if refused else lambda: self.take(full=True)
         return self.publisher is None or self.publisher.close(take_full=take_full)
+
+
+def _of_all(cut: Cut, shares: Sequence[Share]) -> Cut:
+    """Rank 0's cut, with what the manifest says of all ranks."""
+    positions: dict[str, dict[str, int]] = {}
+    for share in shares:
+        for topic, partitions in share.positions.items():
+            positions.setdefault(topic, {}).update(partitions)
+    times_ms = [share.event_time_ms for share in shares if share.event_time_ms is not None]
+    feedback = FeedbackTimes.concat(FeedbackTimes.of_rows(share.feedback) for share in shares)
+    return replace(cut, positions=positions, event_time_ms=max(times_ms, default=None), feedback=feedback.merged())

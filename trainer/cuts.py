@@ -14,6 +14,7 @@ import torch
 from feature_store.feedback_times import FeedbackTimes
 from feature_store.folding import merged_all
 from feature_store.payload import Block, Precision, write_payload
+from feature_store.payload_parts import PART, part_text
 from feature_store.pieces import Payload
 from smes.model.deltas import FullView, RowDelta
 from smes.schema import Schema
@@ -86,6 +87,7 @@ class Payloads:
         lineage: The lineage that the weights belong to.
         precision: Of the rows' weights.
         renamed: Feature → its name before, of those that were renamed; goes into the payload.
+        part, parts: Which rank this is, and how many ranks write a part each.
     """
 
     def __init__(
@@ -95,6 +97,9 @@ class Payloads:
         lineage: str,
         precision: Precision = "fp32",
         renamed: Mapping[str, str] = MappingProxyType({}),
+        *,
+        part: int = 0,
+        parts: int = 1,
     ) -> None:
         self.precision = precision
         self._metadata = {
@@ -103,6 +108,8 @@ class Payloads:
             "model": json.dumps(model),
             "lineage": lineage,
         } | ({"renamed": json.dumps(dict(renamed))} if renamed else {})
+        if parts > 1:
+            self._metadata[PART] = part_text(part, parts)
 
     def delta(self, cut: Cut) -> Payload:
         """What changed since the last published cut: the cut's deltas, merged."""

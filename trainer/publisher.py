@@ -9,6 +9,9 @@ lost or went back in time. A first one that the store has already, in the same p
 follow it. The trainer asks :attr:`Publisher.wants_full` before a cut. When the deltas have grown long,
 :attr:`Publisher.wants_base` asks for a view of the whole table beside the delta of a cut; a second thread makes of it
 the base of that version, from which what starts late begins.
+
+Of several ranks, rank 0 has the publisher. Its threads have the other ranks upload their parts of a version
+(:mod:`trainer.other_ranks`), and commit all of it.
 """
 
 import logging
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -27,6 +31,7 @@ from smes.schema import Schema
 from trainer.cuts import Cancelled, Cut, Payloads
 from trainer.held_versions import HeldVersions
 from trainer.lease import LeaseKeeper
+from trainer.other_ranks import OtherRanks, ViewOfAll
 from trainer.waiting_cuts import WaitingCuts
 
 _logger = logging.getLogger(__name__)
@@ -57,6 +62,7 @@ class Publisher:
         lease: The lease to publish with; None for none, which the store allows while nobody holds it.
         carried_from: As in :class:`feature_store.manifest.Manifest`.
         renamed: As of :class:`trainer.cuts.Payloads`.
+        others: The other ranks of the training; None: there are none.
     """
 
     def __init__(
@@ -70,14 +76,18 @@ class Publisher:
         lease: LeaseKeeper | None = None,
         carried_from: Sequence[str] = (),
         renamed: Mapping[str, str] = MappingProxyType({}),
+        others: OtherRanks | None = None,
     ) -> None:
+        self.others = others
         self._store, self._schema_hash, self.lineage, self._now_ms = store, schema.hash, lineage, now_ms
         self._carried_from = tuple(carried_from)
-        self._payloads = Payloads(schema, model, lineage, store.config.precision, renamed)
+        parts = 1 + (others.count if others else 0)
+        self._payloads = Payloads(schema, model, lineage, store.config.precision, renamed, parts=parts)
         self._lease = lease
         self._changed = threading.Condition()
         self._waiting = WaitingCuts()
         self._closing = False
+        self._in_hand = 0  # deltas of the cut that is being published
         self._give_up_s = 0.0  # of the monotonic clock, once it is closing
         self._pause_s = _RETRY_S  # before the next full snapshot; longer after each that was not taken
         self._applies_to: set[int] = set()  # the version published last, and later ones of which it is not known
@@ -116,6 +126,12 @@ class Publisher:
         with self._changed:
             return self._waiting.owed is not None
 
+    @property
+    def num_deltas(self) -> int:
+        """How many of the newest deltas may still be published, or be a part of one that is."""
+        with self._changed:
+            return self._waiting.num_deltas + self._in_hand
+
     def offer(self, cut: Cut) -> None:
         """Hand over a cut; returns at once.
 
@@ -130,6 +146,8 @@ class Publisher:
         except SmesError:
             cut.without_view()
             raise
+        if self.others is not None and cut.view is not None:
+            cut = replace(cut, view=ViewOfAll(cut.view, partial(self.others.close_view, cut.step)))
         with self._changed:
             self._waiting.add(cut)
             self._changed.notify_all()
@@ -219,6 +237,7 @@ class Publisher:
                     timeout=_RETRY_S if self._closing else None,
                 )
                 cut = self._waiting.take() if self._waiting else None
+                self._in_hand = len(cut.deltas) if cut else 0
                 needs_full = cut is None and self._waiting.needs_full
                 is_over = cut is None and self._is_over()
                 asked, self._is_asked = self._is_asked, False
@@ -330,6 +349,9 @@ class Publisher:
             fencing=self._fencing,
             held=cut.held,
             carried_from=self._carried_from,
+            others=self.others.of(cut.step, "full" if cut.is_full else "delta", len(cut.deltas))
+            if self.others
+            else None,
         )
 
     def _hold(self, cut: Cut) -> Literal["done"]:
@@ -367,6 +389,7 @@ class Publisher:
                 manifest,
                 precision=self._payloads.precision,
                 fencing=self._fencing,
+                others=self.others.of(cut.step, "base", is_cancelled=lambda: self._closing) if self.others else None,
             )
         except Cancelled:
             return

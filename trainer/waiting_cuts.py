@@ -49,6 +49,11 @@ class WaitingCuts:
         """Bytes of the deltas that wait."""
         return sum(cut.waiting_bytes for cut in self._cuts)
 
+    @property
+    def num_deltas(self) -> int:
+        """How many deltas wait."""
+        return sum(len(cut.deltas) for cut in (*self._cuts, *([self._kept] if self._kept else [])))
+
     def add(self, cut: Cut) -> None:
         """Add a cut. A delta that does not follow what waits, because a full one is wanted, is owed."""
         if self._kept is not None:

@@ -84,7 +84,7 @@ def test_a_wrong_manifest_is_refused_by_field(change: dict[str, object], message
         Manifest.from_json(json.dumps(data))
 
 
-@pytest.mark.parametrize("name", Manifest.__struct_fields__)
+@pytest.mark.parametrize("name", sorted(set(Manifest.__struct_fields__) - {"parts", "chunks_in"}))
 def test_a_missing_field_is_refused(name: str) -> None:
     data = json.loads(MANIFEST.to_json())
     del data[name]
