@@ -183,7 +183,7 @@ class CheckpointDirectory:
         """What one of ``size`` ranks goes on from; see :func:`trainer.checkpoint_shares.share_of`.
 
         Of as many ranks as have written it, each reads its own file, and rank 0's without what is sharded. Otherwise
-        every rank reads all files.
+        every rank reads all files. A checkpoint of another schema comes whole, for all ranks.
 
         Raises:
             SchemaMismatch, CheckpointError: As :meth:`newest`.
@@ -192,7 +192,7 @@ class CheckpointDirectory:
         read = partial(read_checkpoint, sequence=entry.sequence, schema=schema, model=model, any_schema=any_schema)
         if not entry.is_of_ranks:
             whole = read(entry.path, only=only)
-            return whole if size == 1 else _share([whole], rank, size)
+            return whole if size == 1 or whole.schema_hash != schema.hash else _share([whole], rank, size)
         manifest = read_manifest(entry.path, entry.sequence)
 
         def part(k: int, without: tuple[str, ...] = ()) -> Checkpoint:
@@ -202,12 +202,13 @@ class CheckpointDirectory:
             except DAMAGED as error:
                 raise ValueError(f"{path.name}: {error}") from error
 
-        if len(manifest) != size:
-            return _share([part(k) for k in range(len(manifest))], rank, size)
-        if rank == 0:
-            return part(0)
-        first, own = part(0, without=SHARDED), part(rank)
-        return replace(first, arrays=first.arrays | own.arrays)
+        is_shared_alike = len(manifest) == size
+        own = part(rank if is_shared_alike else 0)
+        if own.schema_hash != schema.hash:
+            rank, size = 0, 1
+        elif is_shared_alike:
+            return own if rank == 0 else replace(rank_0 := part(0, without=SHARDED), arrays=rank_0.arrays | own.arrays)
+        return _share([part(k) for k in range(len(manifest))], rank, size)
 
     def note_damaged(self, entry: Entry) -> None:
         """Do not count a checkpoint among those that are kept."""

@@ -18,6 +18,7 @@ from smes.model.learner import Learner
 from smes.schema import MISSING
 from trainer.arms_report import ArmTallies
 from trainer.checkpoint_file import Checkpoint, CheckpointView
+from trainer.checkpoint_parts import SHARDED
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.gate import PublishGate
 from trainer.routing_figures import ExpertTally
@@ -50,6 +51,8 @@ class TrainingState:
         learner, stream, evaluation, experts, arms: Of the trainer.
         gate: Its gate; None: the cuts are not judged.
         stretches: Its metrics over time; None: nobody asked for them.
+        rank: Which one of the ranks that train together this is. Only rank 0 keeps what all have alike, and what it
+            alone observes.
     """
 
     learner: Learner
@@ -59,6 +62,7 @@ class TrainingState:
     arms: ArmTallies
     gate: PublishGate | None
     stretches: Stretches | None = None
+    rank: int = 0
 
     def load(self, checkpoint: Checkpoint) -> Progress:
         """Put every part into the state of a checkpoint.
@@ -90,10 +94,27 @@ class TrainingState:
     def view(self, lineage: str, progress: Progress) -> tuple[CheckpointView, Callable[[], None]]:
         """The present state, to be written while training goes on, and what to call when it is on disk."""
         schema, model = self.learner.schema, self.learner.config.to_dict()
-        learner, stream, newest_ms = self.learner.state_view(), self.stream.state(), progress.event_time_ms
+        learner, stream = self.learner.state_view(), self.stream.state()
+        arrays = {**prefixed("learner.", learner.arrays), **prefixed("stream.", _kept(stream))}
+        if self.rank:
+            arrays = {name: array for name, array in arrays.items() if name.startswith(SHARDED)}
+        else:
+            arrays |= self._of_rank_0(progress)
+        view = CheckpointView(
+            lineage=lineage,
+            step=self.learner.step_number,
+            schema=schema.to_dict(),
+            schema_hash=schema.hash,
+            model=model,
+            arrays=arrays,
+            close=learner.close,
+        )
+        return view, lambda: self.stream.saved(stream)
+
+    def _of_rank_0(self, progress: Progress) -> dict[str, StateArray]:
+        """What rank 0 alone observes, and how far all ranks together are."""
+        newest_ms = progress.event_time_ms
         arrays = {
-            **prefixed("learner.", learner.arrays),
-            **prefixed("stream.", _kept(stream)),
             **prefixed("evaluation.", _kept(self.evaluation.state(), final="frozen.")),
             **prefixed("experts.", _kept(self.experts.state())),
             **prefixed("arms.", _kept(self.arms.state())),
@@ -105,16 +126,7 @@ class TrainingState:
             arrays |= prefixed("gate.", _kept(self.gate.state(), final="reference."))
         if self.stretches is not None:
             arrays |= prefixed("stretches.", _kept(self.stretches.state(), final="base."))
-        view = CheckpointView(
-            lineage=lineage,
-            step=self.learner.step_number,
-            schema=schema.to_dict(),
-            schema_hash=schema.hash,
-            model=model,
-            arrays=arrays,
-            close=learner.close,
-        )
-        return view, lambda: self.stream.saved(stream)
+        return arrays
 
 
 def _kept(state: Mapping[str, NDArray[Any]], final: str = "\0") -> dict[str, StateArray]:
