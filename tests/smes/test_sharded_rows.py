@@ -157,3 +157,20 @@ def test_ranks_have_the_rows_of_one_that_has_all_batches(name: str, size: int) -
     counts = expected[-1].counts
     assert (counts["replaced"] > 0) == (name == "budget")
     assert (counts["expired"] > 0) == (name == "expiry")
+
+
+def test_ids_for_which_no_rank_has_room_are_turned_away() -> None:
+    """All ids are new in every batch, and there are more of them than the budget of all ranks allows."""
+
+    def work(world: World) -> list[dict[str, int]]:
+        ranked, found = _Ranked(world, RowsConfig(budget=7), OptimizerConfig()), []
+        for step in range(5):
+            ids = 1000 * (step + 1) + np.arange(30).reshape(6, 5)
+            ranked.step(ids[world.rank :: world.size], 1_000_000 + step)
+            found.append(asdict(ranked.table.rows.counts))
+        return found
+
+    (one,) = on_ranks(1, work)
+    for wanted, ranks in zip(one, zip(*on_ranks(4, work), strict=True), strict=True):
+        assert {name: sum(rank[name] for rank in ranks) for name in wanted} == wanted
+    assert one[-1] == {"in_use": 7, "born": 21, "expired": 0, "replaced": 14, "turned_away": 5 * 30 - 21}
