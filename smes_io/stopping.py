@@ -9,9 +9,11 @@ from typing import Any, Generic, TypeVar
 
 from smes.errors import Stopped
 from smes_io.clock import Errors, retry
+from smes_io.outages import Outages
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
+_outages = Outages(_log)
 _LOOK_S = 0.1  # between two looks at the stop event while a call runs
 
 _QUIET_S = 1.0  # an outage that is over sooner is not worth a warning
@@ -70,26 +72,29 @@ class StoppableCalls:
     def retry(
         self, what: str, call: Callable[[], _T], *, timeout_s: float, retriable: Errors, fatal: Errors = ()
     ) -> _T:
-        """:func:`smes_io.clock.retry` with every try as :meth:`run`; one warning says that it is trying again.
+        """:func:`smes_io.clock.retry` with every try as :meth:`run`; a warning says that it is trying again.
+
+        An outage is told once for all calls to a server (:mod:`smes_io.outages`): what ``what`` begins with, up to the
+        first ``": "``, names it.
 
         Raises:
             Stopped: A try failed, and a stop was asked for.
         """
-        warned, started_s = False, time.monotonic()
+        started_s, (server, _, _) = time.monotonic(), what.partition(": ")
 
         def attempt() -> _T:
-            nonlocal warned
             try:
-                return self.run(what, call)
+                result = self.run(what, call)
             except fatal:
                 raise
             except retriable as error:
                 if self.stopping:
                     raise Stopped(f"{what}: given up, because a stop was asked for: {error}") from error
-                if not warned and _QUIET_S <= time.monotonic() - started_s < timeout_s:
-                    _log.warning("%s: %s; trying again for up to %g s", what, error, timeout_s)
-                    warned = True
+                if _QUIET_S <= time.monotonic() - started_s < timeout_s:
+                    _outages.failed(server, f"{what}: {error}; trying again for up to {timeout_s:g} s")
                 raise
+            _outages.answered(server)
+            return result
 
         try:
             return retry(attempt, timeout_s=timeout_s, retriable=retriable, fatal=fatal, wait=self.wait)

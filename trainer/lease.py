@@ -16,6 +16,7 @@ from types import TracebackType
 from feature_store.lease import Lease
 from feature_store.snapshots import SnapshotStore
 from smes.errors import LeaseHeld, LeaseLost, SmesError, Stopped
+from smes_io.outages import Outages
 
 _logger = logging.getLogger(__name__)
 _LOOK_S = 0.1
@@ -50,6 +51,7 @@ class LeaseKeeper:
         self._holder = holder or f"process {os.getpid()} on {socket.gethostname()}"
         self._lease: Lease | None = None
         self._lost: LeaseLost | None = None
+        self._outages = Outages(_logger)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -112,7 +114,9 @@ class LeaseKeeper:
                 self._lost = error
                 return
             except SmesError as error:  # it goes on being ours until somebody else takes it
-                _logger.warning("the lease was not renewed, trying again: %s", error)
+                self._outages.failed("the lease", f"the lease was not renewed, trying again: {error}")
+            else:
+                self._outages.answered("the lease")
 
     def _release(self, lease: Lease) -> None:
         with suppress(SmesError):

@@ -28,6 +28,7 @@ from feature_store.manifest import Manifest
 from feature_store.snapshots import SnapshotStore
 from smes.errors import LeaseLost, SmesError, SnapshotGap, SnapshotStale
 from smes.schema import Schema
+from smes_io.outages import Outages
 from trainer.cuts import Cancelled, Cut, Payloads
 from trainer.held_versions import HeldVersions
 from trainer.lease import LeaseKeeper
@@ -99,6 +100,7 @@ class Publisher:
         self._is_asked = False  # whether one of them is in service
         self.bytes_last: int | None = None
         self._last_failure: str | None = None
+        self._outages = Outages(_logger)
         self._lost: LeaseLost | None = None
         self._thread = threading.Thread(target=self._run, name="publisher", daemon=True)
         self._thread.start()
@@ -289,13 +291,13 @@ class Publisher:
             # Serving keeps what it has; the next cut contains this one's training.
             self.failures += 1
             self._applies_to.add(cut.step)  # it may be published all the same, and its answer lost
-            level = logging.DEBUG if str(error) == self._last_failure else logging.WARNING  # once for each reason
-            _logger.log(level, "snapshot of step %d not published, trying again: %s", cut.step, error)
+            self._outages.failed("publishing", f"snapshot of step {cut.step} not published, trying again: {error}")
             self._last_failure = str(error)
             return "failed"
         self._applies_to = {cut.step}
         self.published += 1
         self._last_failure = None
+        self._outages.answered("publishing")
         self._pause_s = _RETRY_S
         self.bytes_last = manifest.total_bytes
         with self._changed:
