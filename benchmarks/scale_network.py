@@ -1,0 +1,273 @@
+"""Ranks with addresses of their own, between which the network is slow, loses packets, and breaks for a while.
+
+Each rank runs in a network namespace, joined by a bridge to the other and to a Valkey. ``tc netem`` delays and drops
+what leaves a rank. It needs the rights to make namespaces (root); without them the part says so and measures nothing.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.chaos_system import WAITING, ChaosError, environment, read_config, read_json
+from benchmarks.scale_ranks import fill, rank_digests
+from feature_store.folding import read_weights
+from feature_store.snapshots import SnapshotStore
+from smes.errors import SmesError
+from smes_cli.compile_loops import compile_loops
+from smes_cli.demo.local_servers import valkey_program
+from smes_cli.demo.processes import log_tail, spawn, stop
+from smes_io.clock import wait_until
+from smes_io.redis_client import connect
+
+_NET = "10.77.63"
+_PORT, _RENDEZVOUS = 6399, 29400
+_WITHIN_S = 600.0
+
+
+def why_not() -> str | None:
+    """Why no namespaces can be made here; None if they can."""
+    if os.geteuid() != 0:
+        return "not root"
+    if not (shutil.which("ip") and shutil.which("tc")):
+        return "no ip and tc (iproute2)"
+    name = f"smes-try-{os.getpid()}"
+    try:
+        _run("ip", "netns", "add", name)
+    except subprocess.CalledProcessError as error:
+        return str(error.stderr).strip()
+    _run("ip", "netns", "del", name)
+    return None
+
+
+@dataclass
+class Network:
+    """Namespaces on one bridge.
+
+    Attributes:
+        stack: Removes them at its end.
+        ranks: How many.
+    """
+
+    stack: ExitStack
+    ranks: int
+    names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        bridge = f"smes{os.getpid() % 100_000}"
+        _ip("link", "add", bridge, "type", "bridge")
+        self.stack.callback(_ip, "link", "del", bridge)
+        _ip("addr", "add", f"{_NET}.1/24", "dev", bridge)
+        _ip("link", "set", bridge, "up")
+        for rank in range(self.ranks):
+            name, outside = f"{bridge}-r{rank}", f"v{bridge[-6:]}r{rank}"
+            _ip("netns", "add", name)
+            self.stack.callback(_ip, "netns", "del", name)
+            _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _ip("link", "set", outside, "master", bridge, "up")
+            _ip("-n", name, "addr", "add", f"{self.address(rank)}/24", "dev", "eth0")
+            _ip("-n", name, "link", "set", "eth0", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+            self.names.append(name)
+
+    def address(self, rank: int) -> str:
+        return f"{_NET}.{10 + rank}"
+
+    def worsen(self, *netem: str) -> None:
+        """What ``tc netem`` does to all that leaves a rank, from now on."""
+        for name in self.names:
+            _run("tc", "-n", name, "qdisc", "replace", "dev", "eth0", "root", "netem", *netem)
+
+    def mend(self) -> None:
+        """No faults from now on."""
+        for name in self.names:
+            _run("tc", "-n", name, "qdisc", "del", "dev", "eth0", "root")
+
+
+def _ip(*arguments: str) -> None:
+    _run("ip", *arguments)
+
+
+def _run(program: str, *arguments: str) -> None:
+    subprocess.run([program, *arguments], check=True, capture_output=True, text=True)
+
+
+@contextmanager
+def _valkey(folder: Path) -> Iterator[str]:
+    """A Valkey on the bridge; its URL."""
+    folder.mkdir(parents=True, exist_ok=True)
+    argv = [
+        valkey_program(),
+        "--bind",
+        f"{_NET}.1",
+        "--port",
+        str(_PORT),
+        "--dir",
+        str(folder),
+        "--protected-mode",
+        "no",
+    ]
+    process = spawn([*argv, "--save", "", "--appendonly", "no"], log=folder / "valkey.log", cwd=folder)
+    url = f"redis://{_NET}.1:{_PORT}/0"
+    try:
+        connect(url, 20.0).close()
+        yield url
+    finally:
+        stop(process, timeout_s=5)
+
+
+def _config(folder: Path, name: str, url: str, log_namespace: str) -> Path:
+    data: dict[str, Any] = {
+        "schema": "synthetic",
+        "event_log": {
+            "redis_url": url,
+            "namespace": log_namespace,
+            "partitions": 4,
+            "redis": {"outage_timeout_s": 120.0},
+        },
+        "feature_store": {"redis_url": url, "namespace": name},
+        "stream": {"batch": {"size": 64, "max_wait_s": None}, "idle_after_s": 3600.0},
+        "trainer": {
+            "device": "cpu",
+            "threads": 1,
+            "snapshot_interval_s": 0.5,
+            "checkpoint": {"directory": str(folder / f"checkpoints-{name}"), "interval_s": 2.0},
+        },
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def _train(network: Network, config: Path, stack: ExitStack) -> list[subprocess.Popen[bytes]]:
+    """One torchrun in each namespace, as on so many hosts."""
+    running = []
+    for rank, name in enumerate(network.names):
+        torchrun = [
+            sys.executable,
+            "-P",
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={network.ranks}",
+            "--nproc-per-node=1",
+        ]
+        torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={network.address(0)}:{_RENDEZVOUS}", "--rdzv-id=scale"]
+        torchrun += [f"--local-addr={network.address(rank)}", "--max-restarts=100", "--module", "smes_cli"]
+        smes = ["-c", str(config), "train", "--flush", "--report", str(config.with_suffix(".json"))]
+        env = environment() | {"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"}
+        log = config.with_name(f"{config.stem}-{rank}.log")
+        process = spawn(["ip", "netns", "exec", name, *torchrun, *smes], log=log, env=env, cwd=config.parent)
+        stack.callback(stop, process, timeout_s=0)
+        running.append(process)
+    return running
+
+
+def _said(config: Path, ranks: int, text: str) -> bool:
+    logs = [config.with_name(f"{config.stem}-{rank}.log") for rank in range(ranks)]
+    return any(log.exists() and text in log.read_text(errors="replace") for log in logs)
+
+
+def _end(running: Sequence[subprocess.Popen[bytes]], config: Path) -> None:
+    for process in running:
+        process.terminate()
+    for rank, process in enumerate(running):
+        if process.wait(_WITHIN_S):
+            log = config.with_name(f"{config.stem}-{rank}.log")
+            raise ChaosError(f"rank {rank}: ended with status {process.returncode}:\n{log_tail(log, 30)}")
+
+
+class _Reader(threading.Thread):
+    """Loads the current version again and again, as a scorer does, and counts what is mixed or broken."""
+
+    def __init__(self, url: str, namespace: str) -> None:
+        super().__init__(daemon=True)
+        self._url, self._namespace = url, namespace
+        self._over = threading.Event()
+        self.versions: list[tuple[float, int]] = []
+        self.broken: list[str] = []
+
+    def run(self) -> None:
+        with closing(connect(self._url, 20.0)) as client:
+            store = SnapshotStore(client, self._namespace)
+            while not self._over.wait(0.2):
+                manifest = store.current()
+                if manifest is None or (self.versions and manifest.version == self.versions[-1][1]):
+                    continue
+                try:
+                    read_weights(store, manifest)
+                except SmesError as error:
+                    current = store.current()
+                    if current is not None and current.version == manifest.version:
+                        self.broken.append(str(error))
+                self.versions.append((time.monotonic(), manifest.version))
+
+    def end(self) -> None:
+        self._over.set()
+        self.join(30)
+
+
+def run_network(folder: Path, log: Path, limit: int, ranks: int = 2) -> dict[str, Any]:
+    """A calm run and a disturbed one over the same log: 20 ms of delay, then 2 % loss, then nothing for 10 s."""
+    if why := why_not():
+        return {"network_measured": False, "network_why_not": why}
+    with ExitStack() as stack:
+        network = Network(stack, ranks)
+        url = stack.enter_context(_valkey(folder / "valkey"))
+        calm, rough = (_config(folder, name, url, "network") for name in ("calm", "rough"))
+        read = read_config(calm)
+        compile_loops(read, read.schema_file().schema)
+        fill(read, log, limit)
+        began_s = time.monotonic()
+        running = _train(network, calm, stack)
+        if not wait_until(lambda: _said(calm, ranks, WAITING), timeout_s=120):
+            raise ChaosError(f"calm: not begun:\n{log_tail(calm.with_name('calm-0.log'), 30)}")
+        _end(running, calm)
+        calm_s = time.monotonic() - began_s
+        reader = _Reader(url, "rough")
+        reader.start()
+        began_s = time.monotonic()
+        network.worsen("delay", "20ms")
+        running = _train(network, rough, stack)
+        if not wait_until(lambda: _said(rough, ranks, WAITING), timeout_s=240):
+            raise ChaosError(f"rough: not begun:\n{log_tail(rough.with_name('rough-0.log'), 30)}")
+        time.sleep(5)
+        delayed = len(reader.versions)
+        network.worsen("delay", "20ms", "loss", "2%")
+        time.sleep(5)
+        lossy = len(reader.versions)
+        network.worsen("loss", "100%")
+        cut_s = time.monotonic()
+        time.sleep(10)
+        mended_s = time.monotonic()
+        network.mend()
+        went_on = wait_until(lambda: any(at > mended_s for at, _ in reader.versions), timeout_s=120)
+        stalled = sum(cut_s + 2 < at < mended_s for at, _ in reader.versions)
+        first_after_s = min((at - mended_s for at, _ in reader.versions if at > mended_s), default=-1.0)
+        _end(running, rough)
+        rough_s = time.monotonic() - began_s
+        reader.end()
+        reports = [read_json(path.with_suffix(".json")) for path in (calm, rough)]
+        return {
+            "network_measured": True,
+            "versions_while_delayed": delayed,
+            "versions_while_lossy": lossy - delayed,
+            "versions_while_cut": stalled,
+            "went_on_after_the_cut": went_on,
+            "first_version_after_s": first_after_s,
+            "mixed_cuts": len(reader.broken),
+            "mixed_examples": reader.broken[:3],
+            "versions_read": len(reader.versions),
+            "ledger_equal": all(reports[0][name] == reports[1][name] for name in ("events", "feedback")),
+            "digests_equal": rank_digests(calm) == rank_digests(rough) != [],
+            "calm_s": calm_s,
+            "rough_s": rough_s,
+        }
