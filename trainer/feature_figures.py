@@ -25,7 +25,8 @@ class SampledFeatures:
     """Measures batches just before their new ids get rows. Use it on the training thread.
 
     An hour is complete when an impression of a later one is trained on: they come in the order of their times. What
-    comes of an hour after that does not count. A restart begins the hour anew.
+    comes of an hour after that does not count. A restart begins the hour anew. Of several ranks each measures its own
+    part of the stream, and how many ids are unknown is not known.
 
     Args:
         learner: Knows ids.
@@ -50,11 +51,12 @@ class SampledFeatures:
             return
         self._next_s = now_s + _EVERY_S
         ids, numerics, hour = examples.ids[begins], examples.numerics[begins], examples.event_time_ms[begins] // HOUR_MS
-        known = self._learner.has_rows(self._keys.own(ids)).reshape(ids.shape)
+        has_row = self._learner.has_rows(self._keys.own(ids))
+        known = None if has_row is None else has_row.reshape(ids.shape)
         for each in np.unique(hour)[-2:].tolist():
             if (sums := self._hours.of(each)) is not None:
                 rows = hour == each
-                sums.add(ids[rows], numerics[rows], known[rows])
+                sums.add(ids[rows], numerics[rows], None if known is None else known[rows])
 
     def summary(self) -> dict[str, Any]:
         """The last complete hours, as :func:`smes.feature_figures.plain_figures` has them; empty before the first."""

@@ -120,9 +120,12 @@ class Learner:
         """Number of rows of the id table in use."""
         return len(self._table.rows)
 
-    def has_rows(self, keys_N: I64) -> Bool:
-        """Which keys of :class:`smes.model.ids.IdKeys` have a row of the id table. bool [N]."""
-        return self._table.rows.has(keys_N)
+    def has_rows(self, keys_N: I64) -> Bool | None:
+        """Which keys of :class:`smes.model.ids.IdKeys` have a row of the id table. bool [N].
+
+        None where there are several ranks: others would have to be asked.
+        """
+        return self._table.rows.has(keys_N) if self._world.size == 1 else None
 
     @property
     def row_counts(self) -> RowCounts:

@@ -103,6 +103,7 @@ def test_what_needs_all_rows_is_refused() -> None:
                 ask()
         with pytest.raises(ValueError, match="expected one rank"):
             learner.choices(block.ids, block.numerics)
+        assert learner.has_rows(np.zeros(1, np.int64)) is None
         with pytest.raises(ValueError, match="examples: 0 rows"):
             learner.prepare(block.take(slice(0)))  # on no rank
 
