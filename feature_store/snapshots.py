@@ -268,7 +268,7 @@ class SnapshotStore:
             return self._steps.write_part(upload, payload, part, parts)
 
     def abandon_part(self, upload: str, part: int) -> None:
-        """Remove what :meth:`upload_part` uploaded, unless it was committed. Without an answer of the store, it expires."""
+        """Remove what :meth:`upload_part` uploaded, unless it was committed. What the store does not remove expires."""
         self._publication.abandon(part_of(upload, part))
 
     def acquire(self, holder: str, ttl_s: float) -> Lease:

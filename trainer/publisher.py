@@ -247,6 +247,8 @@ class Publisher:
                 self.promoted = True
             if cut is not None:
                 is_over = self._try(cut)
+                with self._changed:
+                    self._in_hand = 0
             elif needs_full:
                 is_over = self._until_full()
 
