@@ -24,12 +24,13 @@ CheckpointOption = Annotated[
 
 def snapshot_store(config: "Config") -> "SnapshotStore":
     """The configured store."""
+    from feature_store.objects import Objects
     from feature_store.signing import Signer
     from feature_store.snapshots import SnapshotStore
 
     place = config.feature_store
-    signer = Signer.of(place.signing, place.namespace)
-    return SnapshotStore(place.connect(), place.namespace, place.snapshots, signer=signer)
+    signer, objects = Signer.of(place.signing, place.namespace), Objects.of(place.chunks, place.namespace)
+    return SnapshotStore(place.connect(), place.namespace, place.snapshots, signer=signer, objects=objects)
 
 
 def none_published(config: "Config") -> SnapshotNotFound:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from feature_store.objects import Objects
 from feature_store.signing import Signer
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError
@@ -265,6 +266,7 @@ def _event_log(config: Config, waits: Waits, stack: ExitStack) -> WaitingLog:
 def _store(config: Config, waits: Waits, stack: ExitStack) -> SnapshotStore:
     settings = config.feature_store
     signer = Signer.of(settings.signing, settings.namespace)
+    objects = Objects.of(settings.chunks, settings.namespace)
     client = waits.run("feature store", settings.connect)
     stack.callback(client.close)
-    return SnapshotStore(client, settings.namespace, settings.snapshots, signer=signer)
+    return SnapshotStore(client, settings.namespace, settings.snapshots, signer=signer, objects=objects)

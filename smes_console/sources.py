@@ -252,14 +252,18 @@ class Sources:
         Raises:
             SmesError: Redis gave no answer within two seconds, or does not let us in.
         """
+        from feature_store.objects import Objects
         from feature_store.signing import Signer
         from feature_store.snapshots import SnapshotStore
 
         with self._store_lock:
             if self._store is None:
                 place = self.places.feature_store
-                signer, self._redis = Signer.of(place.signing, place.namespace), place.connect()
-                self._store = SnapshotStore(self._redis, place.namespace, place.snapshots, signer=signer)
+                signer, objects = Signer.of(place.signing, place.namespace), Objects.of(place.chunks, place.namespace)
+                self._redis = place.connect()
+                self._store = SnapshotStore(
+                    self._redis, place.namespace, place.snapshots, signer=signer, objects=objects
+                )
             return self._store
 
     @contextmanager
