@@ -1,14 +1,18 @@
-# One image for trainer, scorer and simulator: the `smes` command and what it needs.
+# One image for trainer, scorer, simulator and console: the `smes` command and what it needs.
 #
 #   docker build -t smes-online .
-#   docker build -t smes-online:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#   docker build -t smes-online:cuda --build-arg TORCH_BUILD=cu130 .
 #
-# requirements.lock was made with this Python version.
-FROM python:3.11-slim
+# requirements.lock was made with this Python version. A tag can be moved; a digest cannot:
+#
+#   docker build --build-arg PYTHON_IMAGE=python:3.11-slim@sha256:… .
+ARG PYTHON_IMAGE=python:3.11-slim
+FROM ${PYTHON_IMAGE}
 
-# Where pip finds the build of torch that the lock file pins: 2.13.0+cpu here, 2.13.0+cu130 above. A build with such a
-# suffix counts as newer than the same version without, so it is the one that pip takes.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Which build of torch: the version of the lock file with this suffix. PyPI's own build of that version brings gigabytes
+# of CUDA; where this one cannot be had, building the image fails. TORCH_INDEX: where it is.
+ARG TORCH_BUILD=cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/${TORCH_BUILD}
 
 # Numba keeps compiled loops in its cache; the installed packages are not writable for the user that runs them.
 ENV PYTHONUNBUFFERED=1 \
@@ -16,9 +20,9 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     NUMBA_CACHE_DIR=/var/cache/smes/numba
 
-# The folders of the named volumes: a new volume takes over the owner of the folder it is mounted on.
+# The folders of the named volumes: a new volume takes over the content and the owner of the folder it is mounted on.
 RUN useradd --uid 10001 --create-home smes \
-    && install -d -o smes -g smes /app /data /log /var/cache/smes/numba
+    && install -d -o smes -g smes /app /data /log /synthetic /var/cache/smes/numba
 
 WORKDIR /app
 
@@ -27,22 +31,21 @@ WORKDIR /app
 COPY pyproject.toml requirements.lock ./
 RUN python -P -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
             print(*project['dependencies'], sep='\n')" > runtime.txt \
-    && pip install --extra-index-url "$TORCH_INDEX" --requirement runtime.txt --constraint requirements.lock
+    && sed "s/^torch==.*/&+$TORCH_BUILD/" requirements.lock > pinned.lock \
+    && pip install --extra-index-url "$TORCH_INDEX" --requirement runtime.txt --constraint pinned.lock
 
-COPY README.md LICENSE ./
-COPY smes smes
-COPY stream stream
-COPY feature_store feature_store
-COPY trainer trainer
-COPY smes_io smes_io
-COPY smes_scorer smes_scorer
-COPY simulators simulators
-COPY smes_client smes_client
-COPY smes_console smes_console
-COPY smes_cli smes_cli
-RUN pip install --no-deps .
+# The packages: .dockerignore lets nothing else through.
+COPY . ./
+RUN pip install --no-deps . \
+    && install -m 755 ops/docker/stay-when-refused.sh /usr/local/bin/stay-when-refused
 
-USER smes
+# A number, so that Kubernetes sees that it is not root.
+USER 10001:10001
+
+# The loops, compiled for the processor that builds. On one of another kind each container compiles them again, unless
+# /var/cache/smes/numba is a volume: then the first one does.
+RUN python -P -m smes_cli.compile_loops
+
 WORKDIR /data
 EXPOSE 8000
 ENTRYPOINT ["smes"]

@@ -1,6 +1,5 @@
-"""What surrounds the code says what the code does: README, documentation, compose file, image, lock file."""
+"""What surrounds the code says what the code does: README, documentation, lock file."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -14,8 +13,6 @@ from typing import Any
 
 import pytest
 import typer
-import yaml
-from jsonschema.validators import validator_for
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.core import TyperGroup
@@ -23,13 +20,10 @@ from typer.core import TyperGroup
 from smes_cli.__main__ import run
 from smes_cli.app import app
 from smes_cli.command_docs import commands
-from smes_cli.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-_INTERPOLATION = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
 def section(text: str, heading: str) -> str:
@@ -192,121 +186,3 @@ def test_the_page_on_your_own_log_is_true(tmp_path: Path, monkeypatch: pytest.Mo
     report = json.loads(Path("report.json").read_text())
     assert report["events"]["trained"] == 2000
     assert list(report["tasks"]) == ["open", "buy", "stars"]
-
-
-# ---- docker-compose.yml and Dockerfile
-
-
-def interpolated(value: Any) -> str:
-    """A value as compose hands it on when none of the caller's variables is set."""
-    return _INTERPOLATION.sub(lambda found: found[2], str(value)).replace("$$", "$")
-
-
-def environment(service: str) -> dict[str, str]:
-    return {name: interpolated(v) for name, v in COMPOSE["services"][service].get("environment", {}).items()}
-
-
-def test_compose_file_fits_the_specification() -> None:
-    found = importlib.util.find_spec("check_jsonschema")
-    assert found is not None
-    assert found.submodule_search_locations
-    [package] = found.submodule_search_locations
-    schema = json.loads((Path(package) / "builtin_schemas/vendor/compose-spec.json").read_text())
-    validator = validator_for(schema)(schema)
-    assert [f"{list(e.path)}: {e.message}" for e in validator.iter_errors(COMPOSE)] == []
-    wrong = {**COMPOSE, "services": {"kafka": {**COMPOSE["services"]["kafka"], "helthcheck": {}}}}
-    assert not validator.is_valid(wrong)
-
-
-def test_compose_services_refer_to_what_is_there() -> None:
-    services = COMPOSE["services"]
-    ours, others = {"trainer", "scorer", "simulator", "console"}, {"kafka", "redis", "prometheus", "grafana"}
-    assert set(services) == ours | others
-    used = set()
-    for name, service in services.items():
-        for target, how in service.get("depends_on", {}).items():
-            assert target in services, name
-            assert how["condition"] != "service_healthy" or "healthcheck" in services[target], f"{name} on {target}"
-        used |= {interpolated(volume).partition(":")[0] for volume in service.get("volumes", [])}
-    folders = {name for name in used if name.startswith("./")}
-    assert used - folders == set(COMPOSE["volumes"])
-    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
-    images = [service["image"] for name, service in services.items() if name in others]
-    assert all(re.fullmatch(r"[\w/]+:v?\d[\d.]*", image) for image in images), "images are pinned"
-
-
-@pytest.mark.parametrize("service", ["trainer", "scorer", "simulator", "console"])
-def test_compose_runs_commands_and_keys_that_exist(
-    service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    variables = environment(service)
-    config = load_config(None, variables)
-    assert config.event_log.kind == "kafka"
-    assert f"INTERNAL://{config.event_log.kafka_bootstrap}" in environment("kafka")["KAFKA_ADVERTISED_LISTENERS"]
-    assert config.feature_store.redis_url == "redis://redis:6379/0"
-    assert config.schema_file().name == "synthetic"
-    command = COMPOSE["services"][service]["command"]
-    if service != "simulator":
-        expected = {"trainer": "smes train", "scorer": "smes serve", "console": "smes console"}
-        assert parse([interpolated(word) for word in command]) == expected[service]
-        return
-    script = interpolated(command[0])
-    for name in ("LOG", "IMPRESSIONS", "RATE"):
-        script = script.replace(f'"${name}"', variables[name])
-    assert [parse(line) for line in shell_lines(script)] == ["smes synthesize", "smes features load", "smes replay"]
-    subprocess.run(["sh", "-n", "-c", script], check=True)
-
-
-def test_compose_health_checks_look_where_the_processes_are() -> None:
-    config = load_config(None, environment("scorer"))
-    http, services = config.trainer.http, COMPOSE["services"]
-    places = {
-        "trainer": (http.port, "/health/ready"),
-        "scorer": (config.scorer.port, "/health/ready"),
-        "console": (config.console.port, "/"),
-    }
-    for service, (port, path) in places.items():
-        *_, keep_off_the_path, option, code = services[service]["healthcheck"]["test"]
-        assert (keep_off_the_path, option) == ("-P", "-c")
-        compile(code, "healthcheck", "exec")
-        assert f"'http://127.0.0.1:{port}{path}'" in code
-        ports = services[service].get("ports")
-        assert ports == (None if service == "trainer" else [f"127.0.0.1:{port}:{port}"]), service
-    hosts = {http.host, config.scorer.host, config.console.host}
-    assert hosts == {"0.0.0.0"}, "other containers reach them"
-    assert config.console.trainer_url == f"http://trainer:{http.port}"
-    assert config.console.scorer_url == f"http://scorer:{config.scorer.port}"
-    for folder in (config.trainer.checkpoint.directory, config.trainer.history.directory):
-        assert str(folder).startswith("/data/")
-    for service in ("trainer", "console"):
-        assert any(volume.split(":")[1] == "/data" for volume in services[service]["volumes"])
-
-
-def test_kafka_takes_the_settings_of_the_compose_file(kafka_home: Path, tmp_path: Path) -> None:
-    """The image makes server.properties of its variables; Kafka's own storage tool reads that file and checks it."""
-
-    def format_storage(settings: dict[str, str], name: str) -> subprocess.CompletedProcess[str]:
-        # The image's rule: without the prefix, in small letters, _ is a dot.
-        names = {n.removeprefix("KAFKA_").lower().replace("_", "."): v for n, v in settings.items() if "KAFKA_" in n}
-        file = tmp_path / f"{name}.properties"
-        file.write_text("".join(f"{n}={v}\n" for n, v in (names | {"log.dirs": str(tmp_path / name)}).items()))
-        java = ["java", "-XX:TieredStopAtLevel=1", "-cp", f"{kafka_home / 'libs'}/*", "kafka.tools.StorageTool"]
-        arguments = ["format", "-t", settings["CLUSTER_ID"], "-c", str(file)]
-        return subprocess.run([*java, *arguments], check=False, capture_output=True, text=True, timeout=60)
-
-    settings = environment("kafka")
-    done = format_storage(settings, "full")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"cluster.id={settings['CLUSTER_ID']}" in (tmp_path / "full" / "meta.properties").read_text()
-    without = {n: v for n, v in settings.items() if n != "KAFKA_CONTROLLER_LISTENER_NAMES"}
-    assert format_storage(without, "partial").returncode != 0
-
-
-def test_the_image_gets_every_package() -> None:
-    lines = (ROOT / "Dockerfile").read_text().splitlines()
-    copied = {word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]}
-    packages = set(PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
-    assert copied == packages | {"pyproject.toml", "requirements.lock", "README.md", "LICENSE"}
-    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    assert let_through == copied
