@@ -126,7 +126,7 @@ def _tell(
             lineage=trainer.lineage,
             wall_ms=wall_clock_ms(),
             experts=experts_of(trainer),
-            rows=trainer.learner.row_counts,
+            rows=trainer.row_counts,
             lag=None if log_end is None else log_end.lag,
         )
         for each in tell:

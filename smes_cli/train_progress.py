@@ -62,7 +62,7 @@ class TrainProgress(Observer):
         self._last_s, self._last_trained = now_s, trainer.trained
         head = (
             f"step {trainer.learner.step_number:,} · {trainer.trained:,} trained ({rate:,.0f}/s) · "
-            f"{trainer.learner.num_rows:,} rows · {ledger_line(trainer.stream.ledger())}"
+            f"{trainer.num_rows:,} rows · {ledger_line(trainer.stream.ledger())}"
         )
         tasks = task_figures(trainer.evaluation.report())
         lines = headline_lines(asdict(headline(tasks)))

@@ -7,6 +7,11 @@ emits, and the CRC-32 of that number::
     4096 5d3c1ad4
     4133 0e0f9b1b
 
+Where several ranks train together, each has such a file for its batches, and rank 0 one for the steps: the number of a
+step, and the ranks that took part in it with a batch, as the bits of a hexadecimal number::
+
+    17 3 8a3d4c1e
+
 The numbers grow. A line is written, not flushed to the disk: it survives the death of the process, not that of the
 machine. Reading stops at the first line that is damaged or out of order; from there on the clock ends batches anew.
 """
@@ -23,6 +28,14 @@ _logger = logging.getLogger(__name__)
 NAME = "batches.journal"
 """Name of the file in the folder of checkpoints."""
 
+STEPS = "steps.journal"
+"""Name of that of the steps of several ranks."""
+
+
+def name_of(rank: int, size: int) -> str:
+    """Name of the file of one of several ranks."""
+    return NAME if size == 1 else f"batches.rank-{rank}-of-{size}.journal"
+
 
 class BatchJournal:
     """The ends of the batches that were handed out since the oldest checkpoint that is kept.
@@ -35,7 +48,7 @@ class BatchJournal:
     def __init__(self, path: Path, keep: int) -> None:
         self.path = path
         self._saved: deque[int] = deque(maxlen=keep)
-        self._ends: list[int] = []
+        self._ends: list[tuple[int, str]] = []  # with their notes
         self._file: int | None = None
         self._is_resumed = self._is_failing = self._is_trim_due = False
 
@@ -45,28 +58,33 @@ class BatchJournal:
         Args:
             ended: How many examples were in batches that had ended when the checkpoint was taken.
         """
+        return [end for end, _ in self.resume_noted(ended)]
+
+    def resume_noted(self, ended: int) -> list[tuple[int, str]]:
+        """As :meth:`resume`, each end with its note."""
         self._is_resumed = True
         self._ends = _read(self.path)
         self._saved.append(ended)
-        return [end for end in self._ends if end > ended]
+        return [(end, note) for end, note in self._ends if end > ended]
 
-    def add(self, end: int) -> None:
+    def add(self, end: int, note: str = "") -> None:
         """Write down the end of a batch that is about to be trained on, unless that was done before a restart.
 
-        If the disk refuses it, that is logged, and training goes on: a restart may then end batches elsewhere.
+        A note is one word. If the disk refuses it, that is logged, and training goes on: a restart may then end batches
+        elsewhere.
         """
         if not self._is_resumed:  # training began anew: what is in the folder is of another history
             self.clear()
-        if self._ends and end <= self._ends[-1]:
+        if self._ends and end <= self._ends[-1][0]:
             return
         if self._is_trim_due:
             self._trim()
-        self._ends.append(end)
+        self._ends.append((end, note))
         try:
             if self._file is None:
                 self._write_anew()
             else:
-                _write(self._file, _line(end))
+                _write(self._file, _line(end, note))
         except OSError as error:
             self._close()  # the next one writes all of them
             if not self._is_failing:
@@ -99,15 +117,15 @@ class BatchJournal:
 
     def _trim(self) -> None:
         self._is_trim_due = False
-        if len(self._saved) == self._saved.maxlen and self._ends and self._ends[0] <= self._saved[0]:
-            self._ends = [end for end in self._ends if end > self._saved[0]]
+        if len(self._saved) == self._saved.maxlen and self._ends and self._ends[0][0] <= self._saved[0]:
+            self._ends = [(end, note) for end, note in self._ends if end > self._saved[0]]
             self._close()  # the file is written anew, without the others
 
     def _write_anew(self) -> None:
         partial = self.path.with_name(self.path.name + ".partial")
         file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            _write(file, b"".join(map(_line, self._ends)))
+            _write(file, b"".join(_line(*each) for each in self._ends))
             partial.replace(self.path)
         except OSError:
             os.close(file)
@@ -121,8 +139,9 @@ class BatchJournal:
             self._file = None
 
 
-def _line(end: int) -> bytes:
-    return b"%d %08x\n" % (end, zlib.crc32(b"%d" % end))
+def _line(end: int, note: str) -> bytes:
+    said = f"{end} {note}".rstrip().encode()
+    return b"%b %08x\n" % (said, zlib.crc32(said))
 
 
 def _write(file: int, text: bytes) -> None:
@@ -130,8 +149,8 @@ def _write(file: int, text: bytes) -> None:
         raise OSError("the disk took only a part of it")
 
 
-def _read(path: Path) -> list[int]:
-    """The ends in a file, up to the first line that is not whole; none if there is no file."""
+def _read(path: Path) -> list[tuple[int, str]]:
+    """The ends and notes in a file, up to the first line that is not whole; none if there is no file."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
@@ -139,13 +158,16 @@ def _read(path: Path) -> list[int]:
     except OSError as error:
         _logger.error("%s: cannot be read: %s; batches may end elsewhere", path, error.strerror)
         return []
-    ends: list[int] = []
+    ends: list[tuple[int, str]] = []
 
     def is_next(line: bytes) -> bool:
-        number = line.partition(b" ")[0]
-        if not number.isdigit() or len(number) > 18 or line != _line(int(number)) or int(number) <= (ends or [0])[-1]:
+        number, *notes, _ = line.split(b" ") if b" " in line else (line, b"")
+        note = b" ".join(notes).decode(errors="replace")
+        if not number.isdigit() or len(number) > 18 or line != _line(int(number), note):
             return False
-        ends.append(int(number))
+        if ends and int(number) <= ends[-1][0]:
+            return False
+        ends.append((int(number), note))
         return True
 
     good = sum(1 for _ in takewhile(is_next, lines))
@@ -156,6 +178,6 @@ def _read(path: Path) -> list[int]:
             path,
             good + 1,
             lines[good][:60],
-            (ends or [0])[-1],
+            ends[-1][0] if ends else 0,
         )
     return ends

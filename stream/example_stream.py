@@ -26,9 +26,10 @@ from stream.join.ledgers import StreamLedger
 from stream.left_out_features import FeatureSource
 from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
 from stream.mini_batches import Assembler
-from stream.partition_state import OTHER_RANKS
+from stream.partition_state import OTHER_RANKS, saved_partitions
 from stream.priming import is_of_blocks
 from stream.sources import WHOLE_LOG, Counted, Share, Skipped, Sources, counted_in
+from stream.topics import EXAMPLES
 
 _logger = logging.getLogger(__name__)
 _FIRST_READ_RECORDS = 8  # an Arrow record may hold thousands of events: only reading tells
@@ -79,12 +80,18 @@ class ExampleStream:
         self.assembler = Assembler(schema, config.join, config.batch, self._sources.positions, batcher)
         self._last_news_s: dict[TopicPartition, float] = {}
         self._last_events_s: float | None = None
+        self.is_caught_up = False
+        """Whether the last :meth:`poll` found nothing new in any partition."""
         self._events_per_record = config.events_per_read / _FIRST_READ_RECORDS
 
     @property
     def positions(self) -> Positions:
         """Next record to read of every partition."""
         return self._sources.positions
+
+    def move_to(self, positions: Positions) -> None:
+        """Read from these positions on."""
+        self.positions.update(positions)
 
     def poll(self, timeout_s: float) -> int:
         """Read once, join what was read and queue the batches that are complete; the number of events read.
@@ -119,6 +126,7 @@ class ExampleStream:
             # Grows at once and shrinks slowly: unexpectedly full records cost memory, the reverse a few small reads.
             self._events_per_record = max(1.0, events / len(fetch.records), 0.5 * self._events_per_record)
         news = _passed(fetch) | (set(self.assembler.sources) - fetch.at_end)
+        self.is_caught_up = not news
         now_s = self._monotonic()
         self.assembler.push(impressions, decoded.feedback, self._idle(news, now_s), now_s=now_s)
         self.positions.update(fetch.positions)
@@ -141,15 +149,15 @@ class ExampleStream:
         """Give up ends that the log does not lead to: examples of before the restart are gone from it."""
         if has_news or self._last_events_s is None:
             self._last_events_s = now_s
-        longest_s = 2 * self._config.idle_after_s + (self._max_wait_s or 0.0)
-        if self.assembler.is_repeating and now_s - self._last_events_s > longest_s:
+        if self.assembler.is_repeating and self.is_spent:
             _logger.warning(
                 "the log has ended before the examples that were trained on before the restart: from here on batches "
                 "may end elsewhere"
             )
-            self._repeat_none()
+            self.repeat_none()
 
-    def _repeat_none(self) -> None:
+    def repeat_none(self) -> None:
+        """End batches anew: where they ended before belongs to another number of ranks, or to another log."""
         self.assembler.repeat([])
         if self._journal is not None:
             self._journal.clear()
@@ -178,6 +186,12 @@ class ExampleStream:
             if source in news or source not in self._last_news_s:
                 self._last_news_s[source] = now_s
         return [s for s, last_s in self._last_news_s.items() if now_s - last_s > self._config.idle_after_s]
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing new has come for so long that what a restart was to repeat will not come."""
+        longest_s = 2 * self._config.idle_after_s + (self._max_wait_s or 0.0)
+        return self._last_events_s is not None and self._monotonic() - self._last_events_s > longest_s
 
     @property
     def is_idle(self) -> bool:
@@ -234,7 +248,7 @@ class ExampleStream:
         """
         skipped = self._sources.skip_lost(self._counted)
         if skipped:
-            self._repeat_none()  # examples are counted from another beginning now
+            self.repeat_none()  # examples are counted from another beginning now
         return skipped
 
     def _counted(self) -> dict[TopicPartition, Counted]:
@@ -273,10 +287,15 @@ class ExampleStream:
                 "the state of a log in files, as smes backtest --checkpoint writes it, expected one of an event log: "
                 "smes train --from goes on from the former, with a folder of its own for its checkpoints"
             )
+        if saved_partitions(state, EXAMPLES):
+            raise ValueError(
+                f"the state of a training on the topic {EXAMPLES}, expected one on the topics of events: smes train "
+                "--examples goes on from it"
+            )
         self.assembler.load_state(state, now_s=self._monotonic())
         self._sources.load_state(state)
         if OTHER_RANKS in state:
-            self._repeat_none()
+            self.repeat_none()
         elif self._journal is not None:
             self.assembler.repeat(self._journal.resume(self.assembler.ended))
 

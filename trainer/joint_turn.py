@@ -27,10 +27,12 @@ class Said:
         impressions: Impressions in it, each of which counts once, with its first example.
         newest_ms: Event time of its newest example to train on, Unix milliseconds; ``MISSING`` without one.
         cannot: Without a batch, it will not get one: its partitions are idle, or read to the end that was agreed on.
+        is_spent: It has had nothing new for so long that what a restart was to repeat will not come.
         is_over: Nothing more can come to it before the loop's phase ends.
         stop: A stop was asked of it.
         failed: It met an error, and ends.
         snapshot, checkpoint, figures: What rank 0's schedules ask for.
+        checkpoint_part: Its :meth:`trainer.shared_checkpoints.SharedCheckpointWriter.report`.
         mail: It has something to tell rank 0.
     """
 
@@ -40,11 +42,13 @@ class Said:
     impressions: int = 0
     newest_ms: int = MISSING
     cannot: int = 0
+    is_spent: int = 0
     is_over: int = 0
     stop: int = 0
     failed: int = 0
     snapshot: int = 0
     checkpoint: int = 0
+    checkpoint_part: int = 0
     figures: int = 0
     mail: int = 0
 

@@ -11,9 +11,12 @@ from contextlib import suppress
 import torch
 
 from feature_store.publication import Manifest
-from smes.errors import FeatureStoreUnavailable, SmesError, StepsNotFinite, Stopped
+from smes.errors import FeatureStoreUnavailable, RankLost, SmesError, StepsNotFinite, Stopped
 from smes.events import ExampleBlock
 from smes.model.learner import Learner
+from smes.model.memory_use import MemoryUse
+from smes.model.rows_config import RowCounts
+from smes.world import ALONE, World
 from stream.dead_letters import DeadLetter
 from trainer.arms_report import ArmTallies
 from trainer.checkpoint_file import Checkpoint, CheckpointView
@@ -34,6 +37,7 @@ from trainer.routing_figures import ExpertTally, RoutingObserver
 from trainer.routing_history import RoutingHistoryConfig
 from trainer.schedule import Flags
 from trainer.schemas_before import SchemasBefore
+from trainer.shared_checkpoints import SharedCheckpointWriter
 from trainer.stream import Stream
 from trainer.stretches import Stretches
 from trainer.training_state import Progress, TrainingState
@@ -74,6 +78,7 @@ class Trainer:
         dead_letters: Where the examples of such steps go; None: they are only counted.
         gated: Judges the cuts; None: every cut is published.
         stretches: Observes the metrics over time; None: nobody does.
+        world: The ranks that train together; :class:`trainer.rank_loop.RankTrainer` is for several.
     """
 
     def __init__(
@@ -92,20 +97,23 @@ class Trainer:
         dead_letters: Callable[[Sequence[DeadLetter]], None] | None = None,
         gated: GatedCuts | None = None,
         stretches: Stretches | None = None,
+        world: World = ALONE,
     ) -> None:
         self.learner, self.stream, self.evaluation = learner, stream, evaluation
         self.lineage = lineage or new_lineage()
         self.trained = self.not_finite = 0
-        self.experts = ExpertTally(learner.expert_limits, routing)
+        self.experts = self._new_tally(routing)
         self.arms = ArmTallies(learner.schema)
         self._flags, self._checkpoints = flags, checkpoints
-        self.writer = CheckpointWriter(checkpoints) if checkpoints else None
+        self.writer: CheckpointWriter | SharedCheckpointWriter | None = (
+            CheckpointWriter(checkpoints) if checkpoints else None
+        )
         self.times = PartTimes()
         features = SampledFeatures(learner)
         ahead = learner.overlaps_copies if prefetch is None else prefetch
         self._sender = BatchSender(learner, ahead=ahead, first=features.see)
         self._observers: list[Observer] = []
-        self._results = DelayedResults(self._observers)
+        self._results = self._new_results()
         self._routing = RoutingObserver(learner, self.experts, self._results.deliver)
         self.failed = FailedSteps(max_failed_steps, self._forget, dead_letters)
         self.gated = gated
@@ -130,7 +138,19 @@ class Trainer:
             event_time_ms=lambda: self._event_time_ms,
             deliver=self._results.deliver,
             forget_sent=self._sender.forget,
+            world=world,
         )
+
+    def _new_tally(self, routing: RoutingHistoryConfig | None) -> ExpertTally:
+        return ExpertTally(self.learner.expert_limits, routing)
+
+    def _new_results(self) -> DelayedResults:
+        return DelayedResults(self._observers)
+
+    @property
+    def _joint_steps(self) -> int | None:
+        """Steps of several ranks; None of one."""
+        return None
 
     @property
     def publisher(self) -> Publisher | None:
@@ -141,6 +161,21 @@ class Trainer:
     def cut_ms(self) -> int | None:
         """When the newest cut was taken, Unix milliseconds; None before the first one of this process."""
         return self.offers.cut_ms
+
+    @property
+    def row_counts(self) -> RowCounts:
+        """How many rows ids have, and what became of those that they had."""
+        return self.learner.row_counts
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of the id table in use."""
+        return self.learner.num_rows
+
+    @property
+    def memory(self) -> MemoryUse:
+        """How much memory the learner's parts take."""
+        return self.learner.memory
 
     @property
     def event_time_ms(self) -> int | None:
@@ -255,6 +290,7 @@ class Trainer:
         Raises:
             EventLogError: The log could not be read within its bounded wait.
             StepsNotFinite: Several steps in a row were not finite. No checkpoint was written since.
+            RankLost: Another rank of the training is gone. No checkpoint was written.
             LeaseLost: Another trainer publishes in this namespace.
             CheckpointError: The last checkpoint could not be written.
             FeatureStoreUnavailable: The last snapshot could not be published. The checkpoint is on disk.
@@ -265,6 +301,8 @@ class Trainer:
             except Stopped as stopped:
                 _logger.warning("%s", stopped)
             self._deliver_last()
+        except RankLost:  # nothing can be done together any more; the checkpoint is the last one
+            raise
         except StepsNotFinite:
             if self.writer is not None:
                 self.writer.wait()
@@ -423,7 +461,8 @@ class Trainer:
 
     def _view(self) -> tuple[CheckpointView, Callable[[], None]]:
         return self._state.view(
-            self.lineage, Progress(self.trained, self.not_finite, self._event_time_ms, self.schemas)
+            self.lineage,
+            Progress(self.trained, self.not_finite, self._event_time_ms, self.schemas, self._joint_steps),
         )
 
     def _forget(self, examples: ExampleBlock) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from smes.arrays import Arrays, prefixed, under
+from smes.errors import SmesError, StepsNotFinite
 from smes.events import ExampleBlock
 from smes.world import World
 from trainer.observers import DelayedResults, Observer, StepFigures, fetch, tell
@@ -21,6 +22,7 @@ class RankResults(DelayedResults):
 
     Attributes:
         impressions: Impressions of the step whose result was kept last, of all ranks together; its user sets it.
+        error: What an observer of this rank alone has met: the others do not know of it yet.
 
     Args:
         world: The ranks.
@@ -36,6 +38,7 @@ class RankResults(DelayedResults):
         super().__init__(own)
         self._world, self._shared, self._failed = world, shared, failed
         self.impressions = 0
+        self.error: SmesError | None = None
 
     def deliver(self) -> None:
         """Give the observers the result that is kept, if any."""
@@ -44,10 +47,20 @@ class RankResults(DelayedResults):
         (examples, result, closings), self._kept = self._kept, None
         figures = None if result is None else fetch(result)
         if messages := self._world.collect(_packed(examples, figures, closings)):
-            tell(self._shared, *_together([unpack(message) for message in messages], figures))
+            self._share(*_together([unpack(message) for message in messages], figures))
         if figures is not None and not figures.taken:
             self._failed(self.impressions)
-        tell(self._observers, examples, figures, closings)
+        try:
+            tell(self._observers, examples, figures, closings)
+        except StepsNotFinite:  # on all ranks
+            raise
+        except SmesError as error:
+            self.error = self.error or error
+
+    def _share(self, examples: ExampleBlock, figures: StepFigures | None, closings: ExampleBlock) -> None:
+        for observer in self._shared if figures is not None else ():
+            observer.before_step(examples)
+        tell(self._shared, examples, figures, closings)
 
 
 def _packed(examples: ExampleBlock, figures: StepFigures | None, closings: ExampleBlock) -> bytes:

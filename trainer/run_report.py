@@ -49,7 +49,7 @@ def report_so_far(trainer: Trainer, *, seconds: float, trained: int) -> Training
         freshness_stages_ms={},
         snapshots=Snapshots(publisher.published, publisher.bytes_last) if publisher else Snapshots(),
         scorer=ScorerFigures(),
-        rows=trainer.learner.row_counts,
+        rows=trainer.row_counts,
         active_experts=ActiveExperts(
             mean=tally.mean,
             max=tally.max,

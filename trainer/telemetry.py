@@ -240,7 +240,7 @@ class Watch(Observer):
             },
             counts={name: dict(values) for name, values in self._counts.items()},
             gauges=self._gauges(gate),
-            rows=trainer.learner.row_counts,
+            rows=trainer.row_counts,
             experts=experts_of(trainer),
             gate=gate,
             run=trainer.evaluation.of_closed_windows(),
@@ -249,7 +249,7 @@ class Watch(Observer):
             checkpoint_ms=None if writer is None else writer.saved_ms,
             problems=_problems(trainer, gate),
             at_ms=wall_clock_ms(),
-            memory={**asdict(trainer.learner.memory), "join": trainer.stream.join_nbytes},
+            memory={**asdict(trainer.memory), "join": trainer.stream.join_nbytes},
             lately=self._lately(now_s),
             report=report,
             report_ms=report_ms,
@@ -285,7 +285,7 @@ class Watch(Observer):
     def _counted(self) -> dict[str, dict[tuple[str, ...], float]]:
         """Name → label values → what the run has counted, with what was counted before a restart."""
         trainer = self._trainer
-        ledger, rows, publisher = trainer.stream.ledger(), trainer.learner.row_counts, trainer.publisher
+        ledger, rows, publisher = trainer.stream.ledger(), trainer.row_counts, trainer.publisher
         events, feedback = (asdict(counts) for counts in training_counts(trainer))
         counted: dict[str, dict[tuple[str, ...], float]] = {
             "steps": {(): trainer.learner.step_number},

@@ -35,12 +35,14 @@ class Progress:
         trained, not_finite: As of :class:`trainer.loop.Trainer`.
         event_time_ms: Event time of the newest example trained on; None before the first.
         schemas: From which the lineage was carried over.
+        steps: Joint steps of several ranks (:class:`trainer.rank_loop.RankTrainer`); None of one rank.
     """
 
     trained: int
     not_finite: int
     event_time_ms: int | None
     schemas: SchemasBefore
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,8 @@ class TrainingState:
             "trainer.event_time_ms": whole(np.array([MISSING if newest_ms is None else newest_ms], np.int64)),
             "trainer.schemas": whole(progress.schemas.array()),
         }
+        if progress.steps is not None:
+            arrays["trainer.steps"] = whole(np.array([progress.steps], np.int64))
         if self.gate is not None:
             arrays |= prefixed("gate.", _kept(self.gate.state(), final="reference."))
         if self.stretches is not None:
