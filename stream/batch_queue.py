@@ -157,6 +157,12 @@ class BatchQueue:
         """Impressions in the half-filled batch and in those that are ready."""
         return sum(block.num_impressions for block in (self._batcher.pending, *self._ready))
 
+    @property
+    def newest_due_ms(self) -> int | None:
+        """When the last example of the half-filled batch was due, Unix milliseconds; None if there is none."""
+        pending = self._batcher.pending
+        return int(pending.due_ms[-1]) if len(pending) else None
+
     def repeat(self, ends: Sequence[int]) -> None:
         """End the next batches where they ended before a restart: at these values of :attr:`ended`, in order."""
         self._batcher.ends = deque(ends)

@@ -11,6 +11,9 @@ IMPRESSIONS = "impressions"
 FEEDBACK = "feedback"
 """Outcomes of impressions (:class:`smes.events.FeedbackBlock` on the wire)."""
 
+EXAMPLES = "examples"
+"""Joined examples, for trainers that do not join themselves (:mod:`stream.joined`)."""
+
 DEAD_LETTERS = "dead_letters"
 """Records that could not be used, with topic, partition, offset and reason."""
 

@@ -104,7 +104,7 @@ def decode_impressions(
     conflicts: dict[int, str] = {}
     for part, rows in placed(parts):
         out = block.take(rows)
-        _fill_impressions(part.columns, out, bad[rows], schema)
+        fill_impressions(part.columns, out, bad[rows], schema)
         if part.requests is not None:
             found = _fill_shared(part.requests, out, bad[rows], schema)
             conflicts |= {rows.start + row: name for row, name in found.items()}
@@ -169,7 +169,7 @@ def _fill_shared(requests: RequestColumns, out: ImpressionBlock, bad: Bool, sche
     """
     given = ImpressionBlock.empty(schema, requests.num_requests)
     bad_requests = np.zeros(len(given), np.bool_)
-    _fill_impressions(requests.columns, given, bad_requests, schema)
+    fill_impressions(requests.columns, given, bad_requests, schema)
     if bad_requests.any():
         _mark(bad, bad_requests[requests.of_row] & (requests.of_row >= 0))
     conflicts = give(out, given, requests.of_row, schema)
@@ -177,7 +177,7 @@ def _fill_shared(requests: RequestColumns, out: ImpressionBlock, bad: Bool, sche
     return conflicts
 
 
-def _fill_impressions(columns: dict[str, Any], out: ImpressionBlock, bad: Bool, schema: Schema) -> None:
+def fill_impressions(columns: dict[str, Any], out: ImpressionBlock, bad: Bool, schema: Schema) -> None:
     """Write columns into ``out``, views of rows, and mark the bad rows in ``bad``. What is absent is ``MISSING``."""
     out.impression_id[:] = out.event_time_ms[:] = MISSING
     required = {"impression_id": out.impression_id, "event_time_ms": out.event_time_ms}

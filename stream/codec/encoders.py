@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from smes.arm_names import names_of
 from smes.arrays import F32, I64, Bool
-from smes.events import FeedbackBlock, ImpressionBlock
+from smes.events import ExampleBlock, FeedbackBlock, ImpressionBlock
 from smes.schema import ITEM_ID, MISSING, USER_ID, Schema
 from stream.codec.arrow_form import FEATURE_PREFIX
 from stream.codec.arrow_stream import REQUEST
@@ -83,27 +83,27 @@ def arrow_impressions(block: ImpressionBlock, schema: Schema, *, by_request: boo
         schema: Features and tasks.
         by_request: Whether columns that are the same in all rows of each request stand once for the request.
     """
-    fields, first = _fields(block, schema), begins(block.request_id)
+    fields, first = impression_fields(block, schema), begins(block.request_id)
     given: dict[str, Any] = {}
     if by_request and not first.all():
         same = [name for name, values in fields.items() if name != "impression_id" and _is_same(values, ~first)]
-        given = _columns({name: fields.pop(name)[first] for name in same}, schema)
-    columns = _columns(fields, schema)
+        given = as_columns({name: fields.pop(name)[first] for name in same}, schema)
+    columns = as_columns(fields, schema)
     if "served_arm" in columns:
         columns["served_arm"] = columns["served_arm"].dictionary_encode()
     if given:
         number = (np.cumsum(first) - 1).astype(np.min_scalar_type(-int(first.sum())))
         struct = pa.StructArray.from_arrays(list(given.values()), list(given))
         columns[REQUEST] = pa.DictionaryArray.from_arrays(pa.array(number), struct)
-    return _stream(columns)
+    return ipc_stream(columns)
 
 
-def _fields(block: ImpressionBlock, schema: Schema) -> dict[str, NDArray[Any]]:
+def impression_fields(block: ImpressionBlock | ExampleBlock, schema: Schema) -> dict[str, NDArray[Any]]:
     """The name of each column → its values, [N] or [N, L]."""
     fields: dict[str, NDArray[Any]] = {
         "impression_id": block.impression_id,
         USER_ID: block.user_id,
-        ITEM_ID: block.item_id,
+        ITEM_ID: block.ids[:, 1],
         "event_time_ms": block.event_time_ms,
         "request_id": block.request_id,
     }
@@ -124,13 +124,13 @@ def _is_same(values: NDArray[Any], as_before: Bool) -> bool:
     return bool(((after == before) | (after != after) & (before != before)).all())
 
 
-def _columns(fields: dict[str, NDArray[Any]], schema: Schema) -> dict[str, Any]:
+def as_columns(fields: dict[str, NDArray[Any]], schema: Schema) -> dict[str, Any]:
     """Fields as Arrow columns."""
     bags = {FEATURE_PREFIX + feature.name for feature in schema.id_features if feature.is_list}
     columns: dict[str, Any] = {}
     for name, values in fields.items():
         if name == "served_scores":
-            flat = _nullable(values.reshape(-1))
+            flat = nullable(values.reshape(-1))
             unscored = pa.array(np.isnan(values).all(axis=1))
             columns[name] = pa.FixedSizeListArray.from_arrays(flat, schema.num_tasks, mask=unscored)
         elif name == "served_arm":
@@ -138,14 +138,14 @@ def _columns(fields: dict[str, NDArray[Any]], schema: Schema) -> dict[str, Any]:
         elif name in bags:
             columns[name] = _bags(values)
         else:
-            columns[name] = _nullable(values)
+            columns[name] = nullable(values)
     return columns
 
 
 def arrow_feedback(block: FeedbackBlock, schema: Schema) -> bytes:
     """All rows as one IPC stream."""
     names = pa.array([t.name for t in schema.tasks], pa.string())
-    return _stream(
+    return ipc_stream(
         {
             "impression_id": pa.array(block.impression_id),
             "event_time_ms": pa.array(block.event_time_ms),
@@ -203,7 +203,8 @@ def _numbers(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
     return {name: value for name, value in zip(names, values, strict=True) if value == value}
 
 
-def _nullable(values: I64 | F32) -> Any:
+def nullable(values: I64 | F32) -> Any:
+    """An Arrow column, null where a value is absent."""
     absent = np.isnan(values) if values.dtype.kind == "f" else values == MISSING
     return pa.array(np.ascontiguousarray(values), mask=absent if absent.any() else None)
 
@@ -214,7 +215,8 @@ def _bags(values_NL: I64) -> Any:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_NL[present]))
 
 
-def _stream(columns: dict[str, Any]) -> bytes:
+def ipc_stream(columns: dict[str, Any]) -> bytes:
+    """Columns as one IPC stream of one batch."""
     batch = pa.RecordBatch.from_pydict(columns)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:

@@ -184,6 +184,16 @@ class Joiner:
             self.watermark_ms = max(self.watermark_ms, min(active_ms))
         return self._emit()
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the watermark is ahead of a partition's own: because that one was idle, or the stream had ended."""
+        return any(self._watermarks[s.topic].of(s.partition) < self.watermark_ms for s in self.sources)
+
+    def advance_to(self, watermark_ms: int) -> ExampleBlock:
+        """Move the watermark on, as idle partitions had let it move before a restart; the examples that became due."""
+        self.watermark_ms = max(self.watermark_ms, watermark_ms)
+        return self._emit()
+
     def flush(self) -> ExampleBlock:
         """End the stream: every waiting impression becomes an example, feedback that waits is orphaned."""
         self.watermark_ms = END_OF_TIME
