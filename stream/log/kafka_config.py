@@ -40,7 +40,7 @@ class KafkaLogConfig:
     batch_bytes: PositiveInt = 256 * 1024
     fetch_wait_ms: PositiveInt = 100
     replication_factor: int = -1
-    outage_timeout_s: Annotated[float, Ge(1), Le(1_000_000)] = 30.0
+    outage_timeout_s: Annotated[float, Ge(1), Le(1_000_000)] = 120.0
 
     def __post_init__(self) -> None:
         check_ranges(self)

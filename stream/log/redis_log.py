@@ -88,7 +88,7 @@ class RedisLogConfig:
     max_entries_per_partition: PositiveInt = 1_000_000
     fetch_max_bytes: PositiveInt = 32 * 1024 * 1024
     append_chunk_bytes: PositiveInt = 4 * 1024 * 1024
-    outage_timeout_s: SecondsOrZero = 30.0
+    outage_timeout_s: SecondsOrZero = 120.0
 
     def __post_init__(self) -> None:
         check_ranges(self)

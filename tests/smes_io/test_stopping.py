@@ -86,4 +86,6 @@ def test_an_outage_is_warned_of_once_and_a_short_one_not_at_all(caplog: pytest.L
 
     calls.retry("asking", away_beyond_the_warning, timeout_s=1000, retriable=OSError)
 
-    assert caplog.messages == ["asking: no route; trying again for up to 1000 s", "asking: answers again after 0 s"]
+    begin, end = caplog.messages
+    assert begin == "asking: no route; trying again for up to 1000 s"
+    assert end.startswith("asking: answers again after ")
