@@ -317,7 +317,7 @@ def send_batch(
     requests = None if splits is None or not len(examples) else _in_two_parts(examples, read, rows, splits)
     pool_BW, counts = None if requests else pool_weights(schema, read.ids), counted(examples)
     delayed = has_delayed(examples) if joint is None else joint.delayed
-    weight_B = _bounded(examples.weight) if joint is None else examples.weight * np.float32(joint.factor)
+    weight_B = _bounded(examples.weight) if joint is None else _scaled(examples.weight, joint.factor)
     return RankBatch(
         rows_U=send(rows.rows_U),
         cells_BW=send(rows.cells_BW),
@@ -381,9 +381,13 @@ def _bounded(weight_B: F32) -> F32:
     total = float(weight_B.sum(dtype=np.float64))
     if total <= len(weight_B):
         return weight_B
+    return _scaled(weight_B, len(weight_B) / total)
+
+
+def _scaled(weight_B: F32, factor: float) -> F32:
     with np.errstate(invalid="ignore"):  # an infinity becomes NaN, and the step is not taken
-        bounded: F32 = weight_B * np.float32(len(weight_B) / total)
-    return bounded
+        scaled: F32 = weight_B * np.float32(factor)
+    return scaled
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

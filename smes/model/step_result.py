@@ -9,6 +9,8 @@ from torch import Tensor
 class StepResult:
     """Results of a step. The tensors are on the training device, and a GPU may still be computing them.
 
+    Of several ranks, each has the scores and the figures of its own instances; ``finite`` is of all of them.
+
     Attributes:
         scores: float32 [B, T], computed before the step changed the weights: probabilities of binary tasks, values in
             the label's unit of regression tasks.
