@@ -9,6 +9,7 @@ from smes.model.frozen_model import FrozenModel, KeptModel
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.schema import Schema
+from smes.world import ALONE, World
 from smes_cli.compile_loops import compile_loops
 from smes_cli.config import Config
 from trainer.evaluation import FrozenModel as AnyFrozenModel
@@ -17,11 +18,23 @@ from trainer.gate import PublishGate
 from trainer.gated_cuts import GatedCuts
 
 
-def build_learner(config: Config, schema: Schema, model: ModelConfig | None = None) -> Learner:
-    """A learner on the configured device, with the configured model unless another is given."""
+def build_learner(config: Config, schema: Schema, model: ModelConfig | None = None, world: World = ALONE) -> Learner:
+    """A learner on the configured device, with the configured model unless another is given.
+
+    Args:
+        config, schema, model: See above.
+        world: The ranks that train together.
+    """
     device, half = config.trainer.open_device(), config.trainer.cpu_precision == "bf16"
     return Learner(
-        schema, model or config.model, config.optimizer, config.rows, device=device, seed=config.trainer.seed, half=half
+        schema,
+        model or config.model,
+        config.optimizer,
+        config.rows,
+        device=device,
+        seed=config.trainer.seed,
+        half=half,
+        world=world,
     )
 
 

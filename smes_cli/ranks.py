@@ -10,17 +10,26 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 from smes.errors import RankLost, SmesError
 from smes.world import ALONE, World
+from smes_cli.console import console, errors
 
-FOLDER = "SMES_RANKS_FOLDER"
+if TYPE_CHECKING:
+    from smes_cli.command_line import StopRequest
+    from smes_cli.config import Config
+
+_logger = logging.getLogger(__name__)
+
+FOLDER = "RANKS_FOLDER"
 """Variable of the environment: the launcher's folder."""
 STOP = "stop"
 """Name of the file in it that asks the ranks to stop."""
@@ -43,6 +52,11 @@ class RankPlace:
     size: int
     local_rank: int = 0
     folder: Path | None = None
+
+    @property
+    def others_ended(self) -> bool:
+        """Whether another rank has left its exit code: it met an error, and said which."""
+        return self.folder is not None and any(self.folder.glob("ended-*"))
 
     def ended(self, code: int) -> None:
         """Leave the exit code for the launcher, which else would start an end by an error again and again."""
@@ -71,30 +85,72 @@ def rank_place(environment: Mapping[str, str] = os.environ) -> RankPlace | None:
     return RankPlace(rank, size, local, Path(folder) if folder else None)
 
 
+def begin_rank(place: RankPlace) -> None:
+    """Set up a process that is one of several ranks: it ends with its launcher, and says which rank it is.
+
+    Only rank 0 prints what is not about itself alone.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    console.quiet = console.quiet or place.rank > 0
+    for handler in logging.getLogger().handlers:
+        before = handler.formatter._fmt if handler.formatter is not None else None
+        handler.setFormatter(logging.Formatter(f"[rank {place.rank}] {before or '%(message)s'}"))
+
+
 @contextmanager
-def open_world(place: RankPlace | None, *, device: str, timeout_s: float) -> Iterator[World]:
-    """The world of this process: of the ranks that torchrun started, or of itself alone.
+def as_rank(place: RankPlace | None, config: "Config", should_stop: "StopRequest") -> Iterator[World]:
+    """Run a block as this rank, with its world.
+
+    An error ends the ranks together, and the launcher does not start them again; it does when one dies.
 
     Args:
         place: Which rank this is; None: it is alone.
-        device: ``cpu`` or ``cuda``: what the ranks compute on.
-        timeout_s: How long a rank waits for another one, seconds.
+        config: Says on what the ranks compute, and how long they wait for each other.
+        should_stop: Set when the launcher asks for a stop.
 
     Raises:
-        RankLost: The others did not come in time, or one has gone; not caught within the block, by any of its calls.
+        RankLost: Another rank has gone, and neither by a stop nor by an error that it has told.
+        typer.Exit: The block met an error, which is printed.
     """
     if place is None or place.size == 1:
         yield ALONE
         return
+    if place.folder is not None:
+        _hear_stop(place.folder, should_stop)
+    try:
+        with _open_world(place, config) as world:
+            yield world
+    except RankLost as lost:
+        if not should_stop() and not place.others_ended:
+            raise
+        _logger.warning("%s", lost)
+        place.ended(0 if should_stop() else 1)
+    except (SmesError, ValueError, OSError) as error:
+        if place.folder is None:
+            raise
+        errors.print(f"smes: {error}", highlight=False, soft_wrap=True)
+        place.ended(2 if isinstance(error, ValueError) else 1)
+    else:
+        place.ended(0)
+        return
+    raise typer.Exit(0)
+
+
+@contextmanager
+def _open_world(place: RankPlace, config: "Config") -> Iterator[World]:
+    import torch
     import torch.distributed as dist
 
     from smes.process_group import ProcessGroupWorld
 
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
+    device = config.trainer.open_device()
     torch_dist: Any = dist  # its stubs leave out what init_process_group takes
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     try:
-        torch_dist.init_process_group(
-            "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s)
-        )
+        torch_dist.init_process_group(backend, timeout=timedelta(seconds=config.trainer.rank_timeout_s))
     except (RuntimeError, ValueError) as error:
         said = (str(error).splitlines() or ["no message"])[0]
         raise RankLost(f"rank {place.rank} of {place.size}: the ranks did not find each other: {said}") from error
@@ -102,32 +158,30 @@ def open_world(place: RankPlace | None, *, device: str, timeout_s: float) -> Ite
     torch_dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
 
 
-def end_with_parent() -> None:
-    """Let the kernel kill this process when the launcher is gone (Linux): no rank stays behind as an orphan."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-
-
-def hear_stop(folder: Path, stop: Callable[[], object]) -> None:
-    """Call ``stop`` when the launcher asks the ranks to stop. It looks in a thread of its own."""
+def _hear_stop(folder: Path, should_stop: "StopRequest") -> None:
+    """Hear when the launcher asks the ranks to stop, in a thread of its own."""
 
     def look() -> None:
         pause = threading.Event()
         while not (folder / STOP).exists():
             pause.wait(_LOOK_S)
-        stop()
+        should_stop.set()
 
     threading.Thread(target=look, name="hear-stop", daemon=True).start()
 
 
-def log_by_rank(rank: int) -> None:
-    """Let every line of the log say which rank it is of."""
-    for handler in logging.getLogger().handlers:
-        if handler.formatter is not None:
-            before = handler.formatter._fmt or "%(message)s"
-            handler.setFormatter(logging.Formatter(f"[rank {rank}] {before}"))
+def require_shareable(config: "Config", ranks: int) -> None:
+    """Check that a configuration can be trained by several ranks.
 
-
-def exit_code_of(error: BaseException) -> int:
-    """The code with which the command ends after an error, as :mod:`smes_cli.__main__` has it."""
-    return 2 if isinstance(error, ValueError) and not isinstance(error, SmesError) else 1
+    Raises:
+        ValueError: It cannot; the message says which key is in the way.
+    """
+    if ranks > 1 and config.trainer.gate.enabled:
+        raise ValueError(
+            f"trainer.gate.enabled: true, expected false with {ranks} ranks: the gate scores with frozen copies of the "
+            "weights, and no rank has all rows"
+        )
+    if config.stream.batch.size < ranks:
+        raise ValueError(
+            f"stream.batch.size: {config.stream.batch.size}, expected at least {ranks}, one example for each rank"
+        )

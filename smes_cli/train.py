@@ -12,6 +12,7 @@ from feature_store.signing import Signer
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
+from smes.world import ALONE, World
 from smes_cli.building import build_evaluation, build_gate, build_learner, warm_up
 from smes_cli.config import Config
 from smes_cli.console import console, write_report
@@ -21,16 +22,21 @@ from smes_cli.seen import build_stretches, end_history, open_server, show
 from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
 from smes_cli.stored_features import open_stored_features
 from smes_cli.train_progress import show_progress
+from smes_cli.train_ranks import evaluation_of_all, rank_trainer, share_of_batches, shared_checkpoints
 from smes_io.clock import wall_clock_ms
-from stream.batch_journal import NAME, BatchJournal
+from stream.batch_journal import BatchJournal, name_of
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
 from stream.log.open_log import open_event_log
+from stream.sources import Share
 from stream.topics import FEEDBACK, IMPRESSIONS
 from trainer.checkpoints import CheckpointDirectory
 from trainer.lease import LeaseKeeper
 from trainer.loop import CHECKPOINT, SNAPSHOT, Trainer
+from trainer.other_ranks import OtherRanks
+from trainer.part_uploader import PartUploader
 from trainer.publisher import Publisher
+from trainer.rank_loop import RankTrainer
 from trainer.report import TrainingReport
 from trainer.run_report import report_so_far, training_report
 from trainer.schedule import Flags, Schedule
@@ -52,8 +58,11 @@ def run_train(
     without_checkpoint: WithoutCheckpoint | None = None,
     primed: PrimedStart | None = None,
     change_schema: bool = False,
-) -> TrainingReport:
+    world: World = ALONE,
+) -> TrainingReport | None:
     """Train until ``should_stop``; returns the report, which is also written to ``report``.
+
+    Of several ranks, all call this, and rank 0 has the report; the others return None.
 
     Args:
         config: What to train, from where, to where.
@@ -66,19 +75,23 @@ def run_train(
         without_checkpoint: What to do where there is no checkpoint but a model is in service; None: stop and ask.
         change_schema: Carry a checkpoint of another schema over to the configured one.
         primed: Begin where a log in files has brought the training; None: at the newest checkpoint.
+        world: The ranks that train together.
 
     Raises:
         EventLogUnavailable, FeatureStoreUnavailable: Not reachable within the configured wait.
         LeaseHeld, CheckpointError: Another trainer publishes in the namespace, or uses the folder of checkpoints.
         Stopped: A stop was asked for before the training began.
+        RankLost: Another rank has gone.
         SmesError, ValueError: As the components raise them.
     """
     keep_freed_memory()
     drain = drain or flush
     schema = config.schema_file().schema
+    several, is_first = world.size > 1, world.rank == 0
     with ExitStack() as stack:
-        server = open_server(config, stack)
-        checkpoints = _checkpoints(config, stack)
+        server = open_server(config, stack) if is_first else None
+        checkpoints = _checkpoints(config, None if several else stack)
+        shared = shared_checkpoints(checkpoints, world, stack) if several else None
         if primed is not None and checkpoints is not None and not checkpoints.is_empty:
             raise ValueError(
                 f"--from {primed.folder}: {checkpoints.directory} (trainer.checkpoint.directory) has a checkpoint "
@@ -86,30 +99,57 @@ def run_train(
             )
         # With a drain, a stop is a wish to train on what is there: it does not end a wait.
         waits = Waits(_never if drain else should_stop)
-        log = _event_log(config, waits, stack)
+        log = _event_log(config, waits, stack, world)
         log.set_stop(None if drain else stop_event)
         store = _store(config, waits, stack)
-        lease = stack.enter_context(LeaseKeeper(store, config.trainer.lease_s, should_stop=should_stop))
+        lease = LeaseKeeper(store, config.trainer.lease_s, should_stop=should_stop)
+        if is_first:
+            stack.enter_context(lease)
         letters = DeadLetterWriter(log)
         features = open_stored_features(config, config.schema_file(), waits, None if drain else stop_event, stack)
-        journal = _journal(config, checkpoints)
-        changes = declared_changes(config)
-        stream = ExampleStream(schema, config.stream, log, letters, changes=changes, features=features, journal=journal)
-        flags = Flags()
-        learner = build_learner(config, schema)
-        evaluation = build_evaluation(config, learner)
-        stretches = build_stretches(config, evaluation)
-        trainer = Trainer(
-            learner,
-            stream,
-            evaluation,
-            flags,
-            checkpoints=checkpoints,
-            max_failed_steps=config.trainer.max_failed_steps,
-            dead_letters=letters.write,
-            gated=build_gate(config, learner),
-            stretches=stretches,
+        stream = ExampleStream(
+            schema,
+            share_of_batches(config.stream, world),
+            log,
+            letters,
+            changes=declared_changes(config),
+            features=features,
+            journal=_journal(config, checkpoints, world),
+            share=Share(world.rank, world.size),
         )
+        flags = Flags()
+        learner = build_learner(config, schema, world=world)
+        evaluation = evaluation_of_all(config, schema) if several else build_evaluation(config, learner)
+        stretches = build_stretches(config, evaluation) if is_first else None
+        renamed = config.schema_file().renamed.features
+        trainer: Trainer
+        if several:
+            trainer = rank_trainer(
+                config,
+                world,
+                learner,
+                stream,
+                flags,
+                evaluation=evaluation,
+                checkpoints=shared,
+                stretches=stretches,
+                letters=letters,
+                open_part=lambda: PartUploader(
+                    store, schema, config.model.to_dict(), world.rank, world.size, renamed=renamed
+                ),
+            )
+        else:
+            trainer = Trainer(
+                learner,
+                stream,
+                evaluation,
+                flags,
+                checkpoints=checkpoints,
+                max_failed_steps=config.trainer.max_failed_steps,
+                dead_letters=letters.write,
+                gated=build_gate(config, learner),
+                stretches=stretches,
+            )
         otherwise = without_checkpoint or WithoutCheckpoint()
         if primed is None:
             carried_over = carrying_over(config) if change_schema else None
@@ -129,7 +169,8 @@ def run_train(
                 now_ms=wall_clock_ms,
                 lease=lease,
                 carried_from=trainer.schemas.without(schema.hash),
-                renamed=config.schema_file().renamed.features,
+                renamed=renamed,
+                others=OtherRanks(world.size - 1, config.feature_store.snapshots.upload_ttl_s) if several else None,
             )
 
         trainer.publish_to(
@@ -139,6 +180,10 @@ def run_train(
             unreadable=served.problem is not None,
             steps_before_replacing=config.trainer.steps_before_replacing,
         )
+        if not is_first:
+            waits.meanwhile = _duties(trainer, None, None, should_stop)
+            trainer.run(should_stop, drain=drain, flush=flush)
+            return None
         reporter = _Reporter(trainer, report, config.trainer.history.directory)
         watch = show(config, trainer, stretches, server, reporter.so_far, stack)
         waits.meanwhile = _duties(trainer, reporter, watch, should_stop)
@@ -214,17 +259,23 @@ class _Reporter:
 
 
 def _duties(
-    trainer: Trainer, reporter: _Reporter, watch: Watch | None, should_stop: Callable[[], bool]
+    trainer: Trainer, reporter: _Reporter | None, watch: Watch | None, should_stop: Callable[[], bool]
 ) -> Callable[[], None]:
-    """What is done while the event log is away: the schedules, copies, and saving once a stop is asked for."""
+    """What is done while the event log is away: the schedules, copies, and saving once a stop is asked for.
+
+    Of several ranks, each takes part in what the others do.
+    """
     saved = False
 
     def duties() -> None:
         nonlocal saved
-        trainer.run_requested()
+        if isinstance(trainer, RankTrainer):
+            trainer.take_part()
+        else:
+            trainer.run_requested()
         if watch is not None:
             watch.look_if_due(moved=False)
-        if should_stop() and not saved:
+        if should_stop() and not saved and reporter is not None and not isinstance(trainer, RankTrainer):
             saved = True
             trainer.save()
             reporter.write()
@@ -237,29 +288,33 @@ def _never() -> bool:
     return False
 
 
-def _checkpoints(config: Config, stack: ExitStack) -> CheckpointDirectory | None:
-    """The folder of checkpoints, locked."""
+def _checkpoints(config: Config, stack: ExitStack | None) -> CheckpointDirectory | None:
+    """The folder of checkpoints; locked, if a stack is given."""
     directory = config.trainer.checkpoint.directory
     if directory is None:
         _logger.warning("trainer.checkpoint.directory is not set: a restart will have nothing to go on from")
         return None
     checkpoints = CheckpointDirectory(directory, config.trainer.checkpoint.keep)
-    stack.enter_context(checkpoints.locked())
+    if stack is not None:
+        stack.enter_context(checkpoints.locked())
     return checkpoints
 
 
-def _journal(config: Config, checkpoints: CheckpointDirectory | None) -> BatchJournal | None:
+def _journal(config: Config, checkpoints: CheckpointDirectory | None, world: World) -> BatchJournal | None:
     """Where the ends of batches are written down, beside the checkpoints; None where nothing can depend on it."""
     if checkpoints is None or config.stream.batch.max_wait_s is None:
         return None
-    return BatchJournal(checkpoints.directory / NAME, config.trainer.checkpoint.keep)
+    name = name_of(world.rank, world.size)
+    return BatchJournal(checkpoints.directory / name, config.trainer.checkpoint.keep)
 
 
-def _event_log(config: Config, waits: Waits, stack: ExitStack) -> WaitingLog:
+def _event_log(config: Config, waits: Waits, stack: ExitStack, world: World) -> WaitingLog:
     log = WaitingLog(waits.run("event log", lambda: open_event_log(config.event_log)), waits)
     stack.callback(log.close)
-    for topic in (IMPRESSIONS, FEEDBACK):
-        log.ensure_topic(topic, config.event_log.partitions, exact=False)
+    if world.rank == 0:
+        for topic in (IMPRESSIONS, FEEDBACK):
+            log.ensure_topic(topic, config.event_log.partitions, exact=False)
+    world.wait_for_all()
     return log
 
 

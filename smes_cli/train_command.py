@@ -1,5 +1,6 @@
 """``smes train``: its options."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from smes_cli.collection import uncollected
 from smes_cli.command_line import ReportPath, SchemaOfEvents, config_of, stop_signals
 from smes_cli.console import console, report_table
 from smes_cli.preloading import torch_preloaded
+from smes_cli.ranks import as_rank, begin_rank, rank_place, require_shareable
 from smes_cli.task_tables import print_tasks
 from smes_cli.times import unix_ms_of
 from smes_io.clock import wall_clock_ms
@@ -70,9 +72,26 @@ def train(
             "milliseconds, or an age as 15m, 2h, 7d. Default: what can follow the newest impression of the primed log.",
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            help="Train with so many processes on this machine, which share out partitions and rows; each needs a "
+            "partition. When one dies, all go on from the last checkpoint. torchrun starts them on several machines.",
+            min=1,
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", help="With --workers: how often they are started again in all.", min=0)
+    ] = 3,
     report: ReportPath = None,
 ) -> None:
     """Train from the event log until stopped (Ctrl-C, SIGTERM); the last cut is then published and on disk."""
+    place = rank_place()
+    if place is not None and workers not in (None, place.size):
+        raise ValueError(f"--workers {workers}: this is one of {place.size} ranks that torchrun has started")
+    if place is not None and place.size > 1:
+        begin_rank(place)
     with uncollected(), torch_preloaded():
         config = config_of(context, schema)
         # Mistakes in options and schema files are told before torch is imported.
@@ -83,11 +102,19 @@ def train(
         from smes_cli.schema_changes import declared_changes
 
         declared_changes(config)
+        ranks = place.size if place else workers or 1
+        require_shareable(config, ranks)
+        if ranks > 1 and from_folder is not None:
+            raise ValueError("--from: expected one rank; what it writes, any number of ranks can go on from")
+        if place is None and ranks > 1:
+            from smes_cli.launch import launch
+
+            raise typer.Exit(launch(ranks, sys.argv[1:], max_restarts=max_restarts))
         from smes_cli.primed_start import PrimedStart
         from smes_cli.starting_point import WithoutCheckpoint
         from smes_cli.train import run_train
 
-    with stop_signals() as should_stop:
+    with stop_signals() as should_stop, as_rank(place, config, should_stop) as world:
         try:
             result = run_train(
                 config,
@@ -100,9 +127,12 @@ def train(
                 without_checkpoint=WithoutCheckpoint(from_snapshot=from_snapshot, anew=anew),
                 primed=None if from_folder is None else PrimedStart(from_folder, since_ms),
                 change_schema=change_schema,
+                world=world,
             )
         except Stopped as stopped:
             console.print(f"stopped before the training began: {stopped}", highlight=False)
+            return
+        if result is None:
             return
     figures = result.to_dict()
     print_tasks(figures)

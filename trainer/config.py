@@ -187,6 +187,9 @@ class TrainerConfig:
         snapshot_interval_s: Seconds between cuts for serving, > 0, on the monotonic clock.
         lease_s: The lease that lets one trainer publish in a namespace ends so many seconds after it was last renewed,
             0.5 … 3600. A trainer that takes the place of a killed one waits so long at most.
+        rank_timeout_s: Where several ranks train together, a rank that does not answer for so many seconds counts as
+            dead, 1 … 86400. It must be longer than an event log may be away (``event_log.outage_timeout_s``) and than a
+            checkpoint takes.
         max_failed_steps: So many steps in a row whose loss or gradients are not finite stop the trainer, ≥ 1. Such a
             step changes nothing; its examples are dead-lettered.
         steps_before_replacing: Steps of weights that were started anew before they replace a model in service, ≥ 1.
@@ -203,6 +206,7 @@ class TrainerConfig:
     cpu_precision: Literal["fp32", "bf16"] = "fp32"
     snapshot_interval_s: Seconds = 1.0
     lease_s: Annotated[float, Ge(0.5), Le(3600)] = 5.0
+    rank_timeout_s: Annotated[float, Ge(1), Le(86_400)] = 600.0
     max_failed_steps: PositiveInt = 5
     steps_before_replacing: PositiveInt = 1
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
