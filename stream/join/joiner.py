@@ -57,7 +57,9 @@ negatives that stood for positives to come (:mod:`smes.model.delayed_feedback`).
 Lateness is judged by the event's own partition, and examples come out in the order (due time, stage, impression id);
 where all tasks wait for their windows, that is (event time, impression id). So which examples come out, and in which
 order, depends on what the partitions hold, not on how reads interleave (except where a partition is declared idle).
-Whether feedback that no example gets counts as late or as orphaned may depend on how it was read.
+Whether feedback that no example gets counts as late or as orphaned may depend on how it was read. So may one label: of
+feedback that comes twice for an impression and a task, first from before the impression by more than the longest
+window, and then in time: a join that has forgotten the first takes the second, and one that has not drops it.
 Both ledgers balance at every moment, for each partition and in all; an impression is emitted with its first example:
 
     impressions read = emitted + waiting + late + duplicate

@@ -11,9 +11,10 @@ The topic itself is the journal. A turn's records say up to where the join had r
 
 That the repeat gives the same examples is what :mod:`stream.join.joiner` promises: they depend on what the partitions
 hold, not on how reads interleave, except where an idle partition was not waited for. So a turn ends wherever that
-happened, even without an example. A repeat that gives others is noticed, and stops the join.
+happened, even without an example.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from stream.joined.turns import Turn, newest_turn, readable_turn
 from stream.log.event_log import EventLog, OutRecord, Positions, Record, TopicPartition
 from stream.topics import EXAMPLES, FEEDBACK, IMPRESSIONS
 
+_logger = logging.getLogger(__name__)
 _TURN, _EPOCH, _LAST, _WRITTEN = "turn", "epoch", "last", "written"
 _SCAN_RECORDS, _SCAN_S = 256, 1.0
 
@@ -45,6 +47,7 @@ class _Found:
 
     turn: Turn
     parts: dict[tuple[int, int], Record] = field(default_factory=dict)  # (partition, part) → the record
+    turns: dict[tuple[int, int], Turn] = field(default_factory=dict)  # and its header
 
 
 class ExampleWriter:
@@ -144,7 +147,7 @@ class ExampleWriter:
 
     def end_turn(self) -> None:
         """Write what is held as a turn, if only a mark of how far the watermark is."""
-        self._write(self._take_held(), self._stream.watermark_ms, {})
+        self._write(self._take_held(), self._stream.watermark_ms)
 
     def settle(self) -> None:
         """Write what is held, if there is anything."""
@@ -156,7 +159,7 @@ class ExampleWriter:
         self.settle()
         self._stream.flush()
         self._hold()
-        self._write(self._take_held(), END_OF_TIME, {})
+        self._write(self._take_held(), END_OF_TIME)
 
     def state(self) -> Arrays:
         """Arrays from which :meth:`resume` goes on: those of the stream, and how far the topic is."""
@@ -192,27 +195,31 @@ class ExampleWriter:
         held, self._held = self._held, []
         return ExampleBlock.concat(held) if held else ExampleBlock.empty(self._schema)
 
-    def _write(self, examples: ExampleBlock, watermark_ms: int, there: Mapping[tuple[int, int], Record]) -> None:
+    def _write(self, examples: ExampleBlock, watermark_ms: int, found: _Found | None = None) -> None:
         """Append the records of the next turn, but those that are there already."""
         partitions = self._partitions()
         number, last = self.number + 1, self._padded(partitions)
-        rows_of: dict[int, I64] = {
-            p: np.flatnonzero(examples.partition == p) for p in np.unique(examples.partition).tolist()
-        } or {0: np.zeros(0, np.int64)}
-        for partition in rows_of:
+        parts_of = {partition: dict(enumerate(self._parts(rows))) for partition, rows in _rows_of(examples).items()}
+        counts = {partition: len(parts) for partition, parts in parts_of.items()}
+        if found is not None:
+            parts_of = self._missing(found, examples)
+            counts |= {p: turn.parts for (p, _), turn in found.turns.items()}
+        for partition in counts:
             last[partition] = number
         records = []
-        for partition, rows in rows_of.items():
-            size = self._rows_per_record
-            parts = [rows[start : start + size] for start in range(0, len(rows), size)] or [rows]
-            for part, chosen in enumerate(parts):
-                if (partition, part) not in there:
-                    turn = self._turn(number, part, len(parts), last, watermark_ms)
-                    records.append(encode_examples(examples.take(chosen), self._schema, turn, partition, chosen))
-        self._log.append(EXAMPLES, records)
+        for partition, parts in parts_of.items():
+            for part, rows in parts.items():
+                turn = self._turn(number, part, counts[partition], last, watermark_ms)
+                records.append(encode_examples(examples.take(rows), self._schema, turn, partition, rows))
+        if records:
+            self._log.append(EXAMPLES, records)
         self.number, self._last = number, last
-        if there:
+        if found is not None:
             self.completed += len(records)
+
+    def _parts(self, rows: I64) -> list[I64]:
+        size = self._rows_per_record
+        return [rows[start : start + size] for start in range(0, len(rows), size)] or [rows]
 
     def _turn(self, number: int, part: int, parts: int, last: list[int], watermark_ms: int) -> Turn:
         return Turn(
@@ -277,6 +284,7 @@ class ExampleWriter:
             if turn.number > self.number and not turn.is_fence:
                 there = found.setdefault(turn.number, _Found(turn))
                 there.parts.setdefault((record.partition, turn.part), record)
+                there.turns.setdefault((record.partition, turn.part), turn)
         expected = list(range(self.number + 1, self.number + 1 + len(found)))
         if sorted(found) != expected:
             raise EventLogError(
@@ -300,9 +308,7 @@ class ExampleWriter:
         else:
             self._stream.advance_to(turn.watermark_ms)
         self._hold()
-        examples = self._take_held()
-        self._check(found, examples)
-        self._write(examples, turn.watermark_ms, found.parts)
+        self._write(self._take_held(), turn.watermark_ms, found)
         self.repeated += 1
 
     def _require(self, until: Positions) -> None:
@@ -319,26 +325,47 @@ class ExampleWriter:
                     "which the join has read before: records are gone from the log"
                 )
 
-    def _check(self, found: _Found, examples: ExampleBlock) -> None:
-        """Compare what the topic has of a turn with the repeat.
+    def _missing(self, found: _Found, examples: ExampleBlock) -> dict[int, dict[int, I64]]:
+        """Which rows of a repeated turn the topic lacks: partition → part → rows.
+
+        What the topic has stands. Where the repeat gives other examples (:mod:`stream.join.joiner` says of which events
+        that can come), those that are there stay, and those that are not there are added.
 
         Raises:
-            EventLogError: They are not the same examples.
+            EventLogError: A part that is there cannot be read.
         """
-        for (partition, part), record in found.parts.items():
-            there = decode_examples(record, self._schema)
-            rows = np.flatnonzero(examples.partition == partition)
-            mine = examples.take(rows[part * self._rows_per_record :][: len(there.row)])
-            same = all(
-                np.array_equal(getattr(mine, name), getattr(there.examples, name))
-                for name in ("impression_id", "kind", "due_ms", "labels", "label_mask")
+        missing, others = dict[int, dict[int, I64]](), 0
+        for partition, rows in _rows_of(examples).items():
+            there = {part: record for (p, part), record in found.parts.items() if p == partition}
+            if not there:
+                missing[partition] = dict(enumerate(self._parts(rows)))
+                continue
+            keys = set[_Key]()
+            for record in there.values():
+                read = decode_examples(record, self._schema)
+                if read.dead:
+                    raise EventLogError(
+                        f"topic {EXAMPLES!r}: {partition}/{record.offset}: {read.dead[0].reason}; expected a record as "
+                        "this join has written it"
+                    )
+                keys |= _keys(read.examples)
+            mine = _keys(examples.take(rows))
+            others += len(keys - mine)
+            left = np.array(
+                [row for row, key in zip(rows, _key_list(examples.take(rows)), strict=True) if key not in keys],
+                np.int64,
             )
-            if there.dead or not same:
-                raise EventLogError(
-                    f"topic {EXAMPLES!r}: {partition}/{record.offset}, part {part} of turn {found.turn.number}, has "
-                    f"{len(there.row)} examples, and the repeat gives others ({len(mine)} of {len(rows)}): expected "
-                    "the same event log, schema and configuration (stream.join, examples.rows_per_record) as before"
-                )
+            parts = found.turns[partition, min(there)].parts
+            lacking = sorted(set(range(parts)) - there.keys())
+            missing[partition] = dict(zip(lacking, np.array_split(left, max(1, len(lacking))), strict=False))
+        if others:
+            _logger.warning(
+                "turn %d was repeated after a restart: %d of its examples in the log are not those of the repeat; "
+                "those in the log stay",
+                found.turn.number,
+                others,
+            )
+        return missing
 
     def _records(self, begin: Mapping[TopicPartition, int], end: Mapping[TopicPartition, int]) -> list[Record]:
         """What lies in the topic between two positions, in the order of each partition."""
@@ -363,3 +390,23 @@ class ExampleWriter:
                 back *= 8
             records += found
         return records
+
+
+_Key = tuple[int, int, int, bytes]
+
+
+def _key_list(examples: ExampleBlock) -> list[_Key]:
+    """What tells each example from all others: impression, kind, when it was due, of which tasks it has labels."""
+    masks = [mask.tobytes() for mask in examples.label_mask]
+    columns = (examples.impression_id.tolist(), examples.kind.tolist(), examples.due_ms.tolist(), masks)
+    return list(zip(*columns, strict=True))
+
+
+def _keys(examples: ExampleBlock) -> set[_Key]:
+    return set(_key_list(examples))
+
+
+def _rows_of(examples: ExampleBlock) -> dict[int, I64]:
+    """The rows of each partition that has any; those of the first, none, if nothing is there."""
+    partitions = np.unique(examples.partition).tolist()
+    return {p: np.flatnonzero(examples.partition == p) for p in partitions} or {0: np.zeros(0, np.int64)}

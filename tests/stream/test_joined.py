@@ -64,22 +64,27 @@ def config(wait: dict[str, Wait], idle_after_s: float = 3600.0) -> StreamConfig:
     return StreamConfig(join, batch, events_per_read=40, idle_after_s=idle_after_s)
 
 
-def events(random: Random, rows: int) -> tuple[list[Impression], list[Feedback]]:
-    """Impressions over 60 s, some twice and some late; feedback, some too late, some of no impression."""
+def events(random: Random, rows: int, *, strange: bool) -> tuple[list[Impression], list[Feedback]]:
+    """Impressions over 60 s, some twice and some late; feedback, some too late, some of no impression.
+
+    Strange feedback comes at any time, long before its impression, too.
+    """
     shown = sorted((START_MS + random.randrange(60_000), i) for i in range(rows))
     impressions = [(i, ms) for ms, i in shown]
     for _ in range(rows // 8):
         i, ms = random.choice(impressions)
         impressions.insert(random.randrange(len(impressions)), (i if random.random() < 0.5 else rows + i, ms))
-    feedback = [
-        (random.randrange(rows + 5), START_MS + random.randrange(75_000), random.randrange(3), 1.0) for _ in range(rows)
-    ]
+    feedback = []
+    for _ in range(rows):
+        i, ms = random.choice(impressions) if random.random() < 0.9 else (2 * rows + random.randrange(9), START_MS)
+        ms = START_MS + random.randrange(75_000) if strange else ms + random.randrange(-900, 14_000)
+        feedback.append((i, ms, random.randrange(3), 1.0))
     return impressions, sorted(feedback, key=lambda each: each[1] + random.randrange(2_000))
 
 
-def slices(random: Random, rows: int) -> list[tuple[list[Impression], list[Feedback]]]:
+def slices(random: Random, rows: int, *, strange: bool = False) -> list[tuple[list[Impression], list[Feedback]]]:
     """The same, in the order in which they reach the log, in a few pieces."""
-    impressions, feedback = events(random, rows)
+    impressions, feedback = events(random, rows, strange=strange)
     cuts = [sorted([0, *random.sample(range(1, len(each)), 9), len(each)]) for each in (impressions, feedback)]
     shown = [impressions[a:b] for a, b in pairwise(cuts[0])]
     return list(zip(shown, [feedback[a:b] for a, b in pairwise(cuts[1])], strict=True))
@@ -149,8 +154,7 @@ def joined_through_kills(
     log.ensure_topic(EXAMPLES, log.partitions(IMPRESSIONS))
     writer = begun(dying, settings, clock, None)  # type: ignore[arg-type]
     state = writer.state()
-    pieces = slices(random, 160)
-    for impressions, feedback in pieces:
+    for impressions, feedback in slices(random, 160, strange=idles):
         append(log, impressions, feedback)
         clock.now_s += 10_000 if idles and random.random() < 0.3 else 0.05
         for _ in range(random.randrange(1, 8)):
