@@ -4,7 +4,6 @@ The reference is the dictionary of :mod:`tests.trainer.small_table`: all ranks c
 rows whose keys hash to it. Ranks are threads; gloo carries what they say.
 """
 
-import json
 import os
 import random
 import signal
@@ -12,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ from smes.world import World
 from smes_io.redis_client import connect
 from tests.feature_store.test_snapshots import InterruptedClient
 from tests.running import until
-from tests.trainer.small_table import NOW_MS, CopiedView, Rows, SmallTable, arrays, assert_rows, served
+from tests.trainer.small_table import NOW_MS, CopiedView, Rows, SmallTable, assert_rows, served
 from tests.worlds import on_ranks
 from trainer.cut_offers import CutOffers
 from trainer.lease import LeaseKeeper
@@ -96,9 +96,7 @@ class Rank:
         self.publisher: Publisher | None = None
         if world.rank == 0:
             others = OtherRanks(world.size - 1, timeout_s=30.0)
-            self.publisher = Publisher(
-                store, SCHEMA, MODEL, "line", now_ms=lambda: NOW_MS, lease=lease, others=others
-            )
+            self.publisher = Publisher(store, SCHEMA, MODEL, "line", now_ms=lambda: NOW_MS, lease=lease, others=others)
             self.offers.open(self.publisher, 0)
         else:
             self.offers.open_part(PartUploader(store, SCHEMA, MODEL, world.rank, world.size))
@@ -129,7 +127,7 @@ def test_every_version_of_several_ranks_is_right_from_any_base_and_over_any_delt
 ) -> None:
     folder = tmp_path if chunks_in == "objects" else None
     was: dict[int, Rows] = {}
-    steps = 40
+    steps = 27
 
     def work(world: World) -> list[CopiedView]:
         store = store_of(redis_url, namespace, folder, max_chain_length=5, retain_bytes=60_000)
@@ -163,3 +161,178 @@ def test_every_version_of_several_ranks_is_right_from_any_base_and_over_any_delt
     keys = list(client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*"))
     assert bool(keys) == (folder is None)
     assert {client.ttl(key) for key in keys} <= {-1}
+
+
+def test_a_part_that_cannot_be_uploaded_is_in_the_next_version(redis_url: str, namespace: str) -> None:
+    was: dict[int, Rows] = {}
+
+    def work(world: World) -> int:
+        with connect(redis_url, 20.0) as client:
+            failing = threading.Event()
+
+            def fail(key: str) -> None:
+                if failing.is_set():
+                    raise redis.ConnectionError("no route to the store")
+
+            tried = InterruptedClient(client, 0, fail) if world.rank == 1 else client
+            config = SnapshotStoreConfig(chunk_bytes=1000)
+            rank = Rank(world, SnapshotStore(tried, namespace, config, outage_timeout_s=0.05))
+            for step in range(1, 7):
+                if step == 3:
+                    failing.set()
+                was[step] = rank.change_and_offer()
+                if step <= 2:
+                    rank.until(lambda publisher, step=step: publisher.published == step)  # type: ignore[misc]
+                if step == 3:
+                    rank.until(lambda publisher: publisher.failures > 0)
+            failing.clear()
+            rank.until(lambda publisher: not publisher.num_deltas)
+            assert rank.offers.close()
+            return rank.publisher.failures if rank.publisher else 0
+
+    failures, _ = on_ranks(2, work)
+
+    with connect(redis_url, 20.0) as client:
+        store = SnapshotStore(client, namespace)
+        assert failures >= 1
+        manifests = store.list()
+        assert [(m.version, m.kind, m.parent) for m in manifests[:2]] == [(1, "full", None), (2, "delta", 1)]
+        assert {m.kind for m in manifests[2:]} == {"delta"}
+        assert manifests[-1].version == 6
+        for manifest in manifests:
+            assert_rows(served(store, manifest), was[manifest.version])
+        payloads = [*manifests, *store.bases(manifests).values()]
+        expected = {key.encode() for manifest in payloads for key in store._keys.chunks(manifest).keys}
+        assert set(client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*")) == expected
+
+
+def test_ranks_killed_between_upload_and_commit_leave_the_version_before(
+    client: redis.Redis, redis_url: str, namespace: str, tmp_path: Path
+) -> None:
+    with publishing_ranks(redis_url, namespace, tmp_path, signal.SIGKILL) as ranks:
+        assert ranks.wait(60) == -signal.SIGKILL
+    store = store_of(redis_url, namespace, tmp_path)
+
+    before = store.current()
+    assert before is not None
+    assert (before.version, len(before.parts)) == (1, 2)
+    assert client.hlen(f"{{{namespace}}}:snapshots:uploads") == 2  # those of version 2: both parts were there
+    assert served(store, before).keys() == rows_of_version(1).keys()
+
+    def go_on(world: World) -> None:
+        rank = Rank(world, store_of(redis_url, namespace, tmp_path))
+        for _ in range(2):
+            rank.shard.table.change()
+        rank.offers.offer()
+        rank.until(lambda publisher: publisher.published == 1)
+        assert rank.offers.close()
+
+    client.delete(f"{{{namespace}}}:snapshots:lease")  # of a process that is dead; it would expire by itself
+    on_ranks(2, go_on)
+
+    newest = store.current()
+    assert newest is not None
+    assert newest.version == 2
+    assert_rows(served(store, newest), rows_of_version(2))
+    assert not client.hlen(f"{{{namespace}}}:snapshots:uploads")
+    names = [name for manifest in (before, newest) for name in store._keys.chunks(manifest).objects]
+    assert objects_in(tmp_path) == sorted(names)
+
+
+def test_a_rank_0_that_was_away_when_another_took_the_lease_commits_nothing(
+    client: redis.Redis, redis_url: str, namespace: str
+) -> None:
+    with publishing_ranks(redis_url, namespace, None, signal.SIGSTOP) as ranks:
+        until(lambda: os.waitid(os.P_PID, ranks.pid, os.WSTOPPED | os.WNOHANG) is not None, "the ranks stopped")
+        store = store_of(redis_url, namespace, None)
+        with LeaseKeeper(store, 5.0) as lease:  # once that of the ranks, which nobody renews, has expired
+            other = store.publish(
+                b"weights",
+                lineage="other",
+                version=7,
+                schema_hash=SCHEMA.hash,
+                step=7,
+                created_ms=NOW_MS,
+                fencing=lease.number,
+            )
+            os.kill(ranks.pid, signal.SIGCONT)
+            said, _ = ranks.communicate(timeout=60)
+
+    assert "LeaseLost: " in said
+    assert "expected the lease with number" in said
+    assert store.current() == other
+    assert [(m.lineage, m.version) for m in store.list()] == [("line", 1), ("other", 7)]
+    assert store.fenced()[1].startswith("line:2, published with the lease with number")
+    assert not client.hlen(f"{{{namespace}}}:snapshots:uploads")  # rank 1 has removed its part, too
+    keys = {key.encode() for manifest in store.list() for key in store._keys.chunks(manifest).keys}
+    assert set(client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*")) == keys
+
+
+def rows_of_version(version: int) -> Rows:
+    table = SmallTable()
+    for _ in range(version):
+        table.change()
+    return table.rows
+
+
+def objects_in(folder: Path) -> list[str]:
+    """The names of all objects below the one namespace of a folder."""
+    return sorted(f"{path.parent.name}/{path.name}" for path in folder.rglob("*") if path.is_file())
+
+
+_RANKS = """
+import os, sys, time
+from pathlib import Path
+from smes.errors import LeaseLost
+from tests.trainer.test_cut_parts import Rank, on_ranks, store_of
+from feature_store.publication import Publication
+from trainer.lease import LeaseKeeper
+
+url, namespace, folder, number = sys.argv[1:]
+commit = Publication.commit
+
+def interrupted(publication, manifest, fencing=None):
+    if manifest.version == 2:
+        os.kill(os.getpid(), int(number))
+        time.sleep(0.1)  # another thread may get the signal first
+    return commit(publication, manifest, fencing)
+
+Publication.commit = interrupted
+
+def work(world):
+    store = store_of(url, namespace, Path(folder) if folder else None)
+    lease = LeaseKeeper(store, 0.6) if world.rank == 0 else None
+    with lease or open(os.devnull):
+        rank = Rank(world, store, lease)
+        rank.change_and_offer()
+        rank.until(lambda publisher: publisher.published == 1)
+        rank.change_and_offer()
+        try:
+            rank.until(lambda publisher: publisher.published == 2 or publisher.check())
+        except LeaseLost as error:
+            print(f"LeaseLost: {error}", flush=True)
+            world.broadcast(b"1")
+        rank.offers.close()
+        time.sleep(0.2)  # rank 1 removes its part in a thread
+
+on_ranks(2, work)
+"""
+
+
+@contextmanager
+def publishing_ranks(
+    url: str, namespace: str, folder: Path | None, number: signal.Signals
+) -> Iterator["subprocess.Popen[str]"]:
+    """A process of two ranks, which publishes version 1 and gets a signal when all of version 2 is uploaded."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", _RANKS, url, namespace, str(folder or ""), str(int(number))],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
