@@ -7,6 +7,7 @@ message behind the gradients.
 Letters: N ranks.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -89,6 +90,10 @@ class JointBatch:
         """What all ranks have, in their order, on every rank; ``counts_N`` says how long each one's is."""
         size = self.world.size
         return self.trade(cast(Numbers, np.concatenate([values] * size)), [len(values)] * size, counts_N)
+
+    def decided(self, groups: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        """What rank 0 decided: processors of another kind may round otherwise, and all ranks have to do the same."""
+        return tuple(tuple(group) for group in json.loads(self.world.broadcast(json.dumps(groups).encode())))
 
     def means(self, *means: Tensor) -> list[Tensor]:
         """Means over the instances of all ranks, from the means over this rank's; one message.

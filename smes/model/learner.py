@@ -17,7 +17,7 @@ from torch import Tensor
 from smes.arrays import F32, I64, Arrays, Bool, prefixed, under
 from smes.derive import Derivations
 from smes.events import ExampleBlock
-from smes.joint_batch import Joining, join_parts
+from smes.joint_batch import Joining, JointBatch, join_parts
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.deltas import FullView, RowDelta, StateView, whole
 from smes.model.dense_optimizer import DenseOptimizer
@@ -228,7 +228,7 @@ class Learner:
         self._unsettled.append((self._device.read_later(taken), instances))
         self._settle(0 if known else 1)
         if self._probe is not None and watched:
-            self._end_probes(self._probe, instances)
+            self._end_probes(self._probe, instances, joint)
         stats = output.ranker.stats
         return StepResult(
             scores=scores[:own],
@@ -254,9 +254,9 @@ class Learner:
     def _watchers(self) -> list[StepWatcher]:
         return [watcher for watcher in (self._watcher, self._probe) if watcher is not None]
 
-    def _end_probes(self, probe: Probe, instances: int) -> None:
+    def _end_probes(self, probe: Probe, instances: int, joint: JointBatch | None) -> None:
         """Give experts of their own to tasks that the others' do not serve."""
-        if tasks := probe.observe(instances):
+        if tasks := probe.observe(instances, joint):
             self.give_own_experts(tasks)
         if not probe.tasks:
             self._probe = None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from smes.arrays import prefixed, under
+from smes.joint_batch import JointBatch
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.corrections import Corrections, CorrectionSums
 from smes.model.devices import RankBatch
@@ -94,19 +95,27 @@ class Probe:
     def regroup(self, groups: Clusters) -> None:
         """All tasks are compared with all others, whatever their groups."""
 
-    def observe(self, instances: int) -> tuple[int, ...]:
-        """Count instances of a step that was taken; return the tasks that get experts of their own now."""
+    def observe(self, instances: int, batch: JointBatch | None = None) -> tuple[int, ...]:
+        """Count instances of a step that was taken; return the tasks that get experts of their own now.
+
+        Args:
+            instances: Of several ranks, those of all of them.
+            batch: The batch of all ranks; None: there is one rank.
+        """
         before, self._seen = self._seen, self._seen + instances
         if (before // EVERY == self._seen // EVERY or self._seen < 2 * EVERY) and self._seen < self._until:
             return ()
         found = probe_findings(self._corrections.sums, self._names, self.tasks, last=self._seen >= self._until)
         self.findings |= {finding.task: finding for finding in found}
         self.tasks = tuple(finding.task for finding in found if finding.verdict == "on probe")
+        own = tuple(finding.task for finding in found if finding.verdict == "own experts")
+        if batch is not None:
+            self.tasks, own = batch.decided([self.tasks, own])
         for finding in found:
             if finding.task not in self.tasks:
                 figures = f"cosine with the others {finding.cosine:.4f} ± {finding.cosine_error:.4f}"
                 _logger.info("probe of task %r: %s (%s)", self._names[finding.task], finding.verdict, figures)
-        return tuple(finding.task for finding in found if finding.verdict == "own experts")
+        return own
 
     def state(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of everything that :meth:`load_state` needs."""

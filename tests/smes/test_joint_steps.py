@@ -116,12 +116,16 @@ def _by_key(learners: Sequence[Learner]) -> dict[int, Tensor]:
     return rows
 
 
-def _check(one: Learner, ranks: Sequence[Learner]) -> None:
-    """The ranks have the same bits of what all have, and together what one learner has, but for rounding."""
-    wanted, first, *others = (_shared(learner) for learner in (one, *ranks))
+def _check_shared(wanted: dict[str, Tensor], of_ranks: Sequence[dict[str, Tensor]]) -> None:
+    first, *others = of_ranks
     for name, expected in wanted.items():
         assert all(torch.equal(other[name], first[name]) for other in others), name
         assert torch.allclose(first[name].double(), expected.double(), rtol=1e-5, atol=1e-5), name
+
+
+def _check(one: Learner, ranks: Sequence[Learner]) -> None:
+    """The ranks have the same bits of what all have, and together what one learner has, but for rounding."""
+    _check_shared(_shared(one), [_shared(learner) for learner in ranks])
     rows, found = _by_key([one]), _by_key(ranks)
     assert rows.keys() == found.keys()
     for key, expected in rows.items():
@@ -205,7 +209,7 @@ def test_a_step_of_all_ranks_needs_an_example() -> None:
 def test_a_task_that_comes_later_is_probed_and_gets_its_experts_on_all_ranks() -> None:
     before = replace(_SCHEMA, tasks=_SCHEMA.tasks[:2])
     model = _FORMS["low-rank experts"]
-    model = replace(model, smes=changed(model.smes, {"groups.declared": {}}))
+    model = replace(model, smes=changed(model.smes, {"groups.declared": {}, "groups.probe_until": 240}))
     was, blocks = _learner(ALONE, model, before), _blocks()
     for block in blocks[:2]:
         was.step(was.prepare(replace(block, **{n: getattr(block, n)[:, :2] for n in _OF_TASKS})))
@@ -217,17 +221,21 @@ def test_a_task_that_comes_later_is_probed_and_gets_its_experts_on_all_ranks() -
     on_probe = {name: tensor for name, tensor in carried.items() if name.startswith("probe.")}
     assert on_probe["probe.tasks"].tolist() == [2]
 
-    def work(world: World) -> tuple[Learner, list[Tensor]]:
+    def work(world: World) -> tuple[Learner, list[Tensor], dict[str, Tensor]]:
         learner = _learner(world, model)
         learner.load_serving_state(serving, 2)
         learner.load_state(learner.state() | on_probe)
         scores = _train(world, learner, blocks[2:5])
         learner.give_own_experts([2])
-        return learner, [*scores, *_train(world, learner, blocks[5:])]
+        scores += _train(world, learner, blocks[5:6])
+        found = _shared(learner)
+        return learner, [*scores, *_train(world, learner, blocks[6:])], found
 
-    ((one, scores),), ranks = on_ranks(1, work), on_ranks(2, work)
+    ((one, scores, wanted),), ranks = on_ranks(1, work), on_ranks(2, work)
     for number, expected in enumerate(scores):
-        torch.testing.assert_close(torch.cat([parts[number] for _, parts in ranks]), expected, rtol=1e-5, atol=1e-5)
-    _check(one, [learner for learner, _ in ranks])
-    assert any(name.startswith("probe.corrections.learning.") for name in one.state())
+        torch.testing.assert_close(torch.cat([of[number] for _, of, _ in ranks]), expected, rtol=1e-5, atol=1e-5)
+    _check(one, [learner for learner, _, _ in ranks])
+    _check_shared(wanted, [found for _, _, found in ranks])
+    assert "probe.corrections.learning.shape" in wanted
+    assert not any(learner.probe_findings for learner in (one, ranks[0][0], ranks[1][0]))  # the probe has ended
     assert one.own_experts == ranks[1][0].own_experts == {"like": 4}

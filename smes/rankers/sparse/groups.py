@@ -110,7 +110,8 @@ class GroupFinder(nn.Module):
             self.squares_TCC[t] += part_CC.square()
         self.scale_CC += scale_CC
         self.noise_T += sums[1]
-        return self._count(batch.instances)
+        groups = self._count(batch.instances)
+        return None if groups is None else batch.decided(groups)
 
     def _count(self, instances: int) -> Clusters | None:
         """Count instances; the groups, when it is time for new ones."""
