@@ -208,7 +208,7 @@ class Trainer:
             checkpoint = carried_over(checkpoint)
         self.prime(checkpoint)
         self.lineage = checkpoint.lineage
-        if other:
+        if other or not checkpoint.on_disk:
             self.checkpoint()
         return checkpoint.step
 

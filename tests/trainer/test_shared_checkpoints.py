@@ -32,7 +32,7 @@ from stream.log.memory_log import InMemoryLog
 from stream.mini_batches import Assembler
 from stream.rank_shares import share_of_stream
 from stream.sources import Share
-from tests.trainer.small_world import MODEL, SCHEMA, START_MS, STREAM, fill, make_trainer, open_log
+from tests.trainer.small_world import MODEL, SCHEMA, START_MS, STREAM, fill, make_trainer, open_log, train_to_the_end
 from tests.trainer.test_carry_over import HOW, NOW
 from tests.worlds import on_ranks
 from trainer.arms_report import ArmTallies
@@ -397,6 +397,28 @@ def test_ranks_keep_as_many_checkpoints_as_one_and_remove_those_of_one(log: InMe
     trainer.checkpoint()
     assert [path.name for path in tmp_path.glob("*1-00000005.safetensors")], "sequence numbers go on"
     assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_a_trainer_goes_on_from_what_ranks_wrote_and_they_from_its_own(log: InMemoryLog, tmp_path: Path) -> None:
+    """With windows that frozen weights score: what they compare with belongs to rows as one rank had numbered them."""
+    first = make_trainer(log, tmp_path)
+    while first.learner.step_number < 5:
+        assert first.step() or first.stream.poll(0)
+    first.checkpoint()
+    assert any(name.startswith("evaluation.frozen.") for name in first.view().arrays)
+    scored = first.evaluation.progressive()["click"].examples
+
+    moments(log, tmp_path, 2, train_and_save(2), rows=RowsConfig())
+
+    second = make_trainer(log, tmp_path)
+    assert second.restore() == 7
+    assert second.lineage == "line"
+    assert CheckpointDirectory(tmp_path, keep=2).entries()[0].path.suffix == ".safetensors", "written anew at once"
+    assert second.evaluation.progressive()["click"].examples == scored
+    train_to_the_end(second)
+    assert second.evaluation.progressive()["click"].examples > scored
+    third = make_trainer(log, tmp_path)
+    assert third.restore() == 7
 
 
 def test_a_rank_whose_disk_refuses_ends_that_checkpoint_for_all(
