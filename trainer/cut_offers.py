@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from feature_store.feedback_times import FeedbackTimes
+from smes.errors import SmesError
 from smes.model.deltas import RowDelta
 from smes.world import ALONE, World
 from smes_io.clock import wall_clock_ms
@@ -184,7 +185,10 @@ class CutOffers:
         if self._uploader is not None:
             self._uploader.offer(said, cut)
         elif publisher is not None:
-            publisher.offer(_of_all(cut, shares))
+            try:
+                publisher.offer(_of_all(cut, shares))
+            except SmesError as error:  # all ranks hear it together, when Publisher.check() is asked the next time
+                _logger.error("the cut of step %d was not taken: %s", step, error)
         else:
             cut.without_view()
 

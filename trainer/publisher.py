@@ -159,11 +159,14 @@ class Publisher:
 
         Raises:
             LeaseLost: Another trainer publishes in this namespace.
+            SmesError: The publishing thread has ended on an unexpected error.
         """
         if self._lost is not None:
             raise self._lost
         if self._lease is not None:
             self._lease.check()
+        if not (self._closing or self.is_running):
+            raise SmesError("the publishing thread has ended: its error is in the log above")
 
     def close(self, timeout_s: float = 30.0, take_full: Callable[[], Cut] | None = None) -> bool:
         """Publish what waits, then stop; True if everything was published within ``timeout_s``.
