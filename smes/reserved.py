@@ -40,7 +40,7 @@ class ReservedArray:
         self._dtype = np.dtype(dtype)
         self._shape = () if columns is None else (columns,)
         self._row_bytes = self._dtype.itemsize * (1 if columns is None else columns)
-        self._largest = _memory_bytes() if largest_bytes is None else largest_bytes
+        self._largest = memory_bytes() if largest_bytes is None else largest_bytes
         self.array: NDArray[Any] = np.zeros((0, *self._shape), self._dtype)
         self.in_place = False
 
@@ -78,5 +78,6 @@ def _reserved(size: int) -> mmap.mmap | None:
     return space
 
 
-def _memory_bytes() -> int:
+def memory_bytes() -> int:
+    """How much memory the machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,7 @@
 """The ``smes`` command: every subcommand reads the configuration, calls one function and shows its result."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,7 @@ from smes_cli.dead_letters import dead_letters_app
 from smes_cli.evaluate import evaluate
 from smes_cli.export import export
 from smes_cli.features import features_app
+from smes_cli.join_command import join
 from smes_cli.preloading import torch_preloaded
 from smes_cli.redis_server import redis_server
 from smes_cli.schema import schema_app
@@ -66,6 +68,7 @@ app.command("console")(console_page)
 app.command("curves")(curves)
 app.command("evaluate")(evaluate)
 app.command("export")(export)
+app.command("join")(join)
 app.command("redis")(redis_server)
 app.command("score")(score)
 app.command("status")(status)
@@ -360,15 +363,30 @@ def serve(
     context: typer.Context,
     schema: SchemaOfEvents = None,
     port: Annotated[int | None, typer.Option(help="TCP port; 0 for any free one.", min=0, max=65535)] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that answer, with one copy of the table for all; default: scorer.processes.", min=1
+        ),
+    ] = None,
 ) -> None:
     """Score over HTTP until stopped, always with the newest snapshot."""
     with uncollected(), torch_preloaded():
         config = config_of(context, schema)
         schema_file = config.schema_file()
         console.print(f"serve: schema {schema_file.name}", highlight=False)
-        from smes_scorer.service import serve as run_scorer
+        scorer = config.scorer if port is None else replace(config.scorer, port=port)
+        scorer = scorer if workers is None else replace(scorer, processes=workers)
+        run_scorer: Callable[..., None]
+        if scorer.processes == 1:
+            from smes_scorer import service
 
-    scorer = config.scorer if port is None else replace(config.scorer, port=port)
+            run_scorer = service.serve
+        else:
+            from smes_scorer.processes import supervisor
+
+            run_scorer = supervisor.serve_by_processes
+
     run_scorer(
         scorer,
         schema_file.schema,

@@ -19,13 +19,12 @@ from smes_io.clock import wall_clock_ms
 from smes_scorer.arms import NO_ARMS, Arm, Arms
 from smes_scorer.explanation import MOST_EXPLAINED
 from smes_scorer.first_answers import FirstAnswers
-from smes_scorer.hot_swap import HotSwap
 from smes_scorer.interface import Asked, Interface, Interfaces
 from smes_scorer.request import FieldError, ScoreRequest
 from smes_scorer.scoring_queue import Done
 from smes_scorer.shadow_scoring import Answered
 from smes_scorer.telemetry import Telemetry
-from smes_scorer.versions import Explaining, Knowing, OfRequests, Scorable, ServedModel
+from smes_scorer.versions import Explaining, InService, Knowing, OfRequests, Scorable, ServedModel
 
 MOST_TOGETHER = 1_000
 """Most items that are scored in one call for several requests."""
@@ -70,7 +69,7 @@ class Answerer:
     def __init__(
         self,
         interfaces: Interfaces,
-        swap: HotSwap,
+        swap: InService,
         first_answers: FirstAnswers,
         telemetry: Telemetry,
         now_ms: Callable[[], int] = wall_clock_ms,
@@ -183,7 +182,7 @@ class Answerer:
                     done.flush()
             done.flush()
 
-    def _scored_together(self, swap: HotSwap, together: list[Asked], *, measured: bool) -> list[_Scored] | None:
+    def _scored_together(self, swap: InService, together: list[Asked], *, measured: bool) -> list[_Scored] | None:
         """Score requests in one call; None where one is alone, of another schema, or makes the model fail."""
         if len(together) == 1:
             return None
@@ -234,7 +233,7 @@ class Answerer:
         if self._swap.served is None:
             raise NotReady(self._swap.problem or "no snapshot was published yet")
 
-    def _scored(self, swap: HotSwap, asked: Asked, *, measured: bool = False) -> _Scored:
+    def _scored(self, swap: InService, asked: Asked, *, measured: bool = False) -> _Scored:
         """Score a request by the version in service, under its schema: the answer is of this version alone."""
 
         def score(interface: Interface, asked: Asked, served: ServedModel) -> _Scored:
@@ -278,7 +277,7 @@ def _scores_of_requests(model: Scorable, ids_NW: I64, numerics_NF: F32, times_N:
 
 
 def by_one_version(
-    interfaces: Interfaces, swap: HotSwap, asked: Asked, use: Callable[[Interface, Asked, ServedModel], _T]
+    interfaces: Interfaces, swap: InService, asked: Asked, use: Callable[[Interface, Asked, ServedModel], _T]
 ) -> _T:
     """Use the version in service for a request under its schema; nothing of the version changes meanwhile."""
     while True:

@@ -19,31 +19,30 @@ import msgspec
 import redis
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from feature_store.entities import EntityStore
 from feature_store.item_cache import ItemCache
-from feature_store.signing import Signer, SigningConfig
-from feature_store.snapshots import SnapshotStore, SnapshotWatcher
+from feature_store.signing import SigningConfig
 from smes.errors import SmesError
 from smes.schema import Schema
 from smes_io.bearer import Tokens
 from smes_io.redis_access import RedisAccess
 from smes_io.redis_client import open_client
 from smes_scorer.answer import Answerer, NotReady
-from smes_scorer.arms import ArmPlaces, Arms, open_arms
+from smes_scorer.arms import Arms
 from smes_scorer.bearer import BearerOnly, is_known
 from smes_scorer.config import ScorerConfig, check_names
 from smes_scorer.feature_lookup import FeatureLookup, StoreChecks
-from smes_scorer.first_answers import FirstAnswers
-from smes_scorer.hot_swap import HotSwap
 from smes_scorer.interface import Interface, Interfaces
 from smes_scorer.loading import Load, load_table_model
 from smes_scorer.middleware import BodyLimit, EndsQuietly, Metered, RequestMeter, TimeLimit
 from smes_scorer.openapi import FieldProblem, Refusal, add_page, describe_bodies, describe_tokens, documented
 from smes_scorer.request import FieldError, UnreadableBody
 from smes_scorer.scoring_queue import Busy, Dropped, ScoringQueue, Work, one_by_one
+from smes_scorer.source import Open, Source, Wanted, loaded_here
 from smes_scorer.telemetry import Telemetry
+from smes_scorer.versions import InService, ServedModel
 
 SCORE_PATH, EXPLAIN_PATH = "/v1/score", "/v1/explain"
 LIVE_PATH, READY_PATH = "/health/live", "/health/ready"
@@ -60,35 +59,30 @@ class _Parts:
 
     config: ScorerConfig
     telemetry: Telemetry
-    swap: HotSwap
+    source: Source
     features: FeatureLookup
     store_checks: StoreChecks
     answerer: Answerer
     queue: ScoringQueue
     clients: tuple[redis.Redis, ...]
-    arms: Arms
 
     def start(self) -> None:
         """Start loading."""
-        self.swap.start()
-        self.arms.start()
-        self.store_checks.start()
+        for one in (*self.source.runs, self.store_checks):
+            one.start()
 
     def close(self) -> None:
         """Stop the threads and close the connections, in a part of ``shutdown_s``."""
         # A load ends at its next chunk. Where that takes long, nobody waits for it.
-        stopping = [
-            threading.Thread(target=stop, daemon=True)
-            for stop in (self.swap.stop, self.arms.stop, self.store_checks.stop)
-        ]
+        stopping = [threading.Thread(target=one.stop, daemon=True) for one in (*self.source.runs, self.store_checks)]
         for thread in stopping:
             thread.start()
         self.queue.close()
         until_s = time.monotonic() + _CLOSING_SHARE * self.config.shutdown_s
         for thread in stopping:
             thread.join(max(0.0, until_s - time.monotonic()))
-        self.arms.close()
-        for client in self.clients:
+        self.source.arms.close()
+        for client in (*self.source.clients, *self.clients):
             client.close()
 
 
@@ -102,6 +96,7 @@ def create_app(
     signing: SigningConfig | None = None,
     renamed: Mapping[str, str] = MappingProxyType({}),
     load: Load = load_table_model,
+    source: Open | None = None,
 ) -> FastAPI:
     """Make the application. While it runs it loads each new snapshot; Redis need not be reachable yet.
 
@@ -115,6 +110,7 @@ def create_app(
         signing: Keys by which snapshots are verified; None: they are not.
         renamed: Feature → its name before, by which older rows in the store have it.
         load: Builds a model from snapshots' payloads.
+        source: Where versions come from; None: from Redis, by the arguments before.
 
     Raises:
         ValueError: ``fusion_weights`` names an unknown task, or the URL has a wrong form.
@@ -125,7 +121,10 @@ def create_app(
     def connected(timeout_s: float, of: str) -> redis.Redis:
         return open_client(redis_url, timeout_s, access=redis_access, namespace=of)
 
-    parts = _assemble(config, schema, connected, signing or SigningConfig(), namespace, renamed, load)
+    if source is None:
+        client = partial(connected, config.redis_timeout_s)
+        source = loaded_here(client, namespace, signing or SigningConfig(), load)
+    parts = _assemble(config, schema, partial(connected, config.entity_timeout_ms / 1000), namespace, renamed, source)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -152,17 +151,12 @@ def create_app(
 def _assemble(
     config: ScorerConfig,
     schema: Schema,
-    connected: Callable[[float, str], redis.Redis],
-    signing: SigningConfig,
+    connected: Callable[[str], redis.Redis],
     namespace: str,
     renamed: Mapping[str, str],
-    load: Load,
+    open_source: Open,
 ) -> _Parts:
-    signer = Signer.of(signing, namespace)
-    telemetry, first_answers = Telemetry(), FirstAnswers()
-    snapshots = connected(config.redis_timeout_s, namespace)
-    entities = connected(config.entity_timeout_ms / 1000, namespace)
-    store = SnapshotStore(snapshots, namespace, signer=signer)
+    telemetry, entities = Telemetry(), connected(namespace)
     features = FeatureLookup(telemetry, retry_s=config.entity_retry_s)
 
     renames = {schema.hash: renamed}
@@ -177,33 +171,24 @@ def _assemble(
         renames[schema.hash] = renamed
         interfaces.of(schema)  # made now, and not by the first request
 
+    def on_served(served: ServedModel) -> None:
+        interfaces.of(served.schema).served.compare(served.manifest.metrics)
+
     check_names(config, schema)
     interfaces = Interfaces(config, open_features, features, telemetry)
-    swap = HotSwap(
-        store,
-        SnapshotWatcher(snapshots, namespace, config.poll_s),
-        schema,
-        load,
-        first_answers,
-        telemetry,
-        poll_s=config.poll_s,
-        on_schema=on_schema,
-        on_served=lambda served: interfaces.of(served.schema).served.compare(served.manifest.metrics),
-    )
-    places = ArmPlaces(partial(connected, config.redis_timeout_s), namespace, signing, interfaces, on_schema)
-    arms = open_arms(config, schema, places, load, telemetry)
-    answerer = Answerer(interfaces, swap, first_answers, telemetry, arms=arms)
+    source = open_source(Wanted(config, schema, interfaces, telemetry, on_schema, on_served))
+    swap = source.swap
+    answerer = Answerer(interfaces, swap, source.first_answers, telemetry, arms=source.arms)
     checks = StoreChecks(lambda: _check_store(features, answerer.interface), config.entity_check_s)
-    telemetry.loader_alive.set_function(lambda: float(swap.alive))
+    telemetry.loader_alive.set_function(lambda: float(source.loads()))
     telemetry.snapshot_age_s.set_function(lambda: _age_s(swap) or 0.0)
     telemetry.degraded.set_function(
-        lambda: float(not swap.served or any(_problems(swap, features, answerer, arms).values()))
+        lambda: float(not swap.served or any(_problems(source, features, answerer).values()))
     )
-    store.damage.on_new = telemetry.refused.note
-    telemetry.store_damage.set_function(lambda: store.damage.count + interfaces.damage_count)
+    telemetry.store_damage.set_function(lambda: source.damage() + interfaces.damage_count)
     queue = ScoringQueue(config.workers, config.max_waiting, config.max_age_s, config.max_together)
     telemetry.waiting.set_function(lambda: queue.depth)
-    return _Parts(config, telemetry, swap, features, checks, answerer, queue, (snapshots, entities), arms)
+    return _Parts(config, telemetry, source, features, checks, answerer, queue, (entities,))
 
 
 def _add_scoring(app: FastAPI, parts: _Parts) -> None:
@@ -279,7 +264,7 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
     @app.get(LIVE_PATH, responses={500: {"description": "The snapshot loader died"}})
     async def live() -> Response:
         """200 while the process works, 500 if its snapshot loader has died."""
-        alive = parts.swap.alive
+        alive = parts.source.alive()
         return JSONResponse({"status": "alive" if alive else "the snapshot loader died"}, 200 if alive else 500)
 
     @app.get(READY_PATH, responses={503: {"description": "No snapshot was loaded yet"}})
@@ -290,36 +275,39 @@ def _add_insight(app: FastAPI, parts: _Parts) -> None:
 
         Where a token is needed, one learns no more than the status without it.
         """
-        served = parts.swap.served
+        source = parts.source
+        served = source.swap.served
         if not is_known(request.scope):
             return JSONResponse({"status": "ready" if served else "not ready"}, 200 if served else 503)
-        problems = _problems(parts.swap, parts.features, parts.answerer, parts.arms)
+        problems = _problems(source, parts.features, parts.answerer)
         status = "not ready" if served is None else "degraded" if any(problems.values()) else "ready"
-        refused = parts.telemetry.refused.summary()
-        body = {"status": status, **_served(parts.swap), "problems": problems, "refused": refused, **_shown(parts.arms)}
+        served_now, shown = _served(source.swap), _shown(source.arms)
+        body = {"status": status, **served_now, "problems": problems, "refused": source.refused(), **shown}
         return JSONResponse(body, 503 if not served else 200)
 
     @app.get("/v1/stats")
     async def stats() -> Response:
         """Counters and quantiles since the start, and rates of the last ten seconds; times in milliseconds."""
-        return JSONResponse({**_served(parts.swap), **parts.telemetry.summary(), **_shown(parts.arms)})
+        source = parts.source
+        summary = await asyncio.to_thread(source.summary)  # which may ask other processes
+        return JSONResponse({**_served(source.swap), **summary, **_shown(source.arms)})
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics(request: Request) -> Response:
         """All counters, gauges and histograms, for Prometheus."""
-        return Response(generate_latest(parts.telemetry.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await asyncio.to_thread(parts.source.metrics), media_type=CONTENT_TYPE_LATEST)
 
 
 def _check_store(features: FeatureLookup, interface: Interface) -> None:
     features.check(interface.store, interface.schema)
 
 
-def _problems(swap: HotSwap, features: FeatureLookup, answerer: Answerer, arms: Arms) -> dict[str, str | None]:
+def _problems(source: Source, features: FeatureLookup, answerer: Answerer) -> dict[str, str | None]:
     """What is wrong with what; None where nothing is."""
     interface = answerer.interface
     further = {"skew": interface.served.problem, "configuration": interface.problem}
-    further |= {f"arms.{arm.name}": arm.problem for arm in arms}
-    always = {"snapshots": swap.problem, "features": features.problem}
+    further |= {f"arms.{arm.name}": arm.problem for arm in source.arms} | dict(source.problems())
+    always = {"snapshots": source.swap.problem, "features": features.problem}
     return always | {name: problem for name, problem in further.items() if problem is not None}
 
 
@@ -328,7 +316,7 @@ def _shown(arms: Arms) -> dict[str, object]:
     return {"arms": {arm.name: arm.summary() for arm in arms}} if arms.any else {}
 
 
-def _served(swap: HotSwap) -> dict[str, object]:
+def _served(swap: InService) -> dict[str, object]:
     served, age_s = swap.served, _age_s(swap)
     return {
         "lineage": served.manifest.lineage if served else None,
@@ -338,6 +326,6 @@ def _served(swap: HotSwap) -> dict[str, object]:
     }
 
 
-def _age_s(swap: HotSwap) -> float | None:
+def _age_s(swap: InService) -> float | None:
     served = swap.served
     return None if served is None else max(0.0, time.time() - served.manifest.created_ms / 1000)

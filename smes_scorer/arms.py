@@ -6,7 +6,7 @@ ours. It has its own loader and its own version in service. A request is answere
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from smes_scorer.interface import Interfaces
 from smes_scorer.loading import Load
 from smes_scorer.shadow_scoring import Answered, ShadowScorer
 from smes_scorer.telemetry import Telemetry
+from smes_scorer.versions import InService, Versions
 
 _SHOWN = frozenset(
     f"smes_scorer_{name}"
@@ -76,27 +77,22 @@ class Arm:
     """
 
     def __init__(
-        self,
-        name: str,
-        config: ArmConfig,
-        store: SnapshotStore,
-        swap: HotSwap,
-        first_answers: FirstAnswers,
-        telemetry: Telemetry,
+        self, name: str, config: ArmConfig, swap: InService, first_answers: FirstAnswers, telemetry: Telemetry
     ) -> None:
         self.name, self.config, self.swap = name, config, swap
         self.first_answers, self.telemetry = first_answers, telemetry
-        self._store = store
         telemetry.snapshot_age_s.set_function(self._age_s)
-        store.damage.on_new = telemetry.refused.note
 
     @property
     def is_ready(self) -> bool:
         """Whether it can answer: it has a model. That of a held version counts only while the version is held."""
-        served = self.swap.served
-        if served is None:
-            return False
-        return self._store.holds(served.key) if isinstance(self._store, HeldCandidates) else True
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Start loading."""
+
+    def stop(self) -> None:
+        """Stop loading."""
 
     @property
     def problem(self) -> str | None:
@@ -123,6 +119,44 @@ class Arm:
             "problem": self.problem,
             "refused": self.telemetry.refused.summary(),
         }
+
+
+class LoadingArm(Arm):
+    """An arm that loads its versions itself; arguments as of :class:`Arm`, and where versions come from."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ArmConfig,
+        store: SnapshotStore,
+        swap: HotSwap,
+        first_answers: FirstAnswers,
+        telemetry: Telemetry,
+    ) -> None:
+        super().__init__(name, config, swap, first_answers, telemetry)
+        self._store, self._loading = store, swap
+        store.damage.on_new = telemetry.refused.note
+
+    @property
+    def is_ready(self) -> bool:
+        """As :attr:`Arm.is_ready`."""
+        served = self.swap.served
+        if served is None:
+            return False
+        return self._store.holds(served.key) if isinstance(self._store, HeldCandidates) else True
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loader thread runs."""
+        return self._loading.alive
+
+    def start(self) -> None:
+        """Start loading."""
+        self._loading.start()
+
+    def stop(self) -> None:
+        """Stop loading, and wait for the end of the thread."""
+        self._loading.stop()
 
 
 class Arms:
@@ -178,7 +212,7 @@ class Arms:
     def start(self) -> None:
         """Start loading and measuring."""
         for arm in self._arms:
-            arm.swap.start()
+            arm.start()
         for shadow, _ in self._shadows:
             shadow.start()
 
@@ -187,7 +221,7 @@ class Arms:
         for shadow, _ in self._shadows:
             shadow.stop()
         for arm in self._arms:
-            arm.swap.stop()
+            arm.stop()
 
     def close(self) -> None:
         """Close the connections."""
@@ -213,24 +247,25 @@ class ArmPlaces:
         connected: Opens a client for a namespace.
         namespace: Of the main arm.
         signing: Keys that verify, the same for every namespace; a signature holds for its own alone.
-        interfaces: Of the schemas that are served.
         on_schema: As of :class:`smes_scorer.hot_swap.HotSwap`.
     """
 
     connected: Callable[[str], redis.Redis]
     namespace: str
     signing: SigningConfig
-    interfaces: Interfaces
     on_schema: Callable[[Schema, Mapping[str, str]], None]
 
 
-def open_arms(config: ScorerConfig, schema: Schema, places: ArmPlaces, load: Load, telemetry: Telemetry) -> Arms:
+def open_arms(
+    config: ScorerConfig, schema: Schema, places: ArmPlaces, interfaces: Interfaces, load: Load, telemetry: Telemetry
+) -> Arms:
     """Open the configured arms; nothing is loaded before :meth:`Arms.start`.
 
     Args:
         config: Has ``arms``.
         schema: The configured schema, with which every arm begins.
         places: Where their snapshots are.
+        interfaces: Of the schemas that are served.
         load: Builds a model from payloads.
         telemetry: Of the main arm; its registry gets the arms' series.
 
@@ -240,31 +275,58 @@ def open_arms(config: ScorerConfig, schema: Schema, places: ArmPlaces, load: Loa
     """
     if not config.arms:
         return NO_ARMS
-    arms, clients, shadows = [], [], []
-    for name, arm_config in config.arms.items():
-        if arm_config.namespace == places.namespace:
-            raise ValueError(f"scorer.arms.{name}.namespace: {places.namespace!r}, expected another trainer's")
-        namespace = arm_config.namespace or places.namespace
-        client = places.connected(namespace)
-        signer = Signer.of(places.signing, namespace)
-        kind = HeldCandidates if arm_config.held else SnapshotStore
-        store = kind(client, namespace, signer=signer)
-        own, first_answers = Telemetry(), FirstAnswers()
-        watcher = SnapshotWatcher(client, namespace, config.poll_s)
-        swap = HotSwap(
-            store, watcher, schema, load, first_answers, own, poll_s=config.poll_s, on_schema=places.on_schema
-        )
-        arm = Arm(name, arm_config, store, swap, first_answers, own)
-        arms.append(arm)
-        clients.append(client)
-        if arm_config.shadow:
-            shadows.append(_shadow_of(arm, places.interfaces, telemetry, config.max_shadow_waiting))
-    telemetry.registry.register(_ArmSeries({arm.name: arm.telemetry for arm in arms}))
-    return Arms(tuple(arms), config.split_salt, tuple(shadows), tuple(clients))
+    opened = [open_arm(config, name, schema, places, load) for name in config.arms]
+    arms = tuple(arm for arm, _ in opened)
+    return with_arms(arms, config, interfaces, telemetry, tuple(client for _, client in opened))
+
+
+def open_arm(
+    config: ScorerConfig, name: str, schema: Schema, places: ArmPlaces, load: Load, versions: Versions | None = None
+) -> tuple[LoadingArm, redis.Redis]:
+    """Open one arm; as :func:`open_arms`. ``versions`` are as of :class:`smes_scorer.hot_swap.HotSwap`."""
+    arm_config = config.arms[name]
+    if arm_config.namespace == places.namespace:
+        raise ValueError(f"scorer.arms.{name}.namespace: {places.namespace!r}, expected another trainer's")
+    namespace = arm_config.namespace or places.namespace
+    client = places.connected(namespace)
+    kind = HeldCandidates if arm_config.held else SnapshotStore
+    store = kind(client, namespace, signer=Signer.of(places.signing, namespace))
+    swap = HotSwap(
+        store,
+        SnapshotWatcher(client, namespace, config.poll_s),
+        schema,
+        load,
+        first_answers := FirstAnswers(),
+        own := Telemetry(),
+        poll_s=config.poll_s,
+        on_schema=places.on_schema,
+        versions=versions,
+    )
+    return LoadingArm(name, arm_config, store, swap, first_answers, own), client
+
+
+def with_arms(
+    arms: tuple[Arm, ...],
+    config: ScorerConfig,
+    interfaces: Interfaces,
+    telemetry: Telemetry,
+    clients: tuple[redis.Redis, ...] = (),
+) -> Arms:
+    """The arms together, with what scores for those that are shadows; arguments as of :func:`open_arms`."""
+    shadows = tuple(
+        _shadow_of(arm, interfaces, telemetry, config.max_shadow_waiting) for arm in arms if arm.config.shadow
+    )
+    telemetry.registry.register(arm_series(arms))
+    return Arms(arms, config.split_salt, shadows, clients)
 
 
 def _shadow_of(arm: Arm, interfaces: Interfaces, telemetry: Telemetry, most: int) -> ShadowScorer:
     return ShadowScorer(arm.name, arm.swap, lambda: arm.is_ready, interfaces, telemetry.arms, max_waiting=most)
+
+
+def arm_series(arms: Iterable[Arm]) -> Collector:
+    """The loaders' series of arms, with the arm as a label."""
+    return _ArmSeries({arm.name: arm.telemetry for arm in arms})
 
 
 class _ArmSeries(Collector):

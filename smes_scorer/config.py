@@ -86,6 +86,8 @@ class ScorerConfig:
         max_items: Most items of one request.
         max_body_bytes: Largest request body.
         max_depth: How deep the lists and objects of a body may be nested. A request needs 3.
+        processes: Processes that answer, on one port. With more than one, another process loads the versions, and all
+            of them read its one copy of the table. What follows here holds for each of them.
         workers: Threads that score.
         max_together: Most requests that one of these takes at once, of those that wait at that moment. Their scores
             are computed in one call of the model.
@@ -124,6 +126,7 @@ class ScorerConfig:
     max_items: PositiveInt = 1000
     max_body_bytes: PositiveInt = 1024 * 1024
     max_depth: Annotated[int, Ge(3)] = 32
+    processes: PositiveInt = 1
     workers: PositiveInt = 2
     max_together: PositiveInt = 16
     max_waiting: NonNegativeInt = 200

@@ -81,6 +81,7 @@ class HotSwap:
         on_served: Called with each version that was put into service; must not raise.
         on_schema: Called with a schema that a version brings, before it is in service, and with its renamed features:
             name → the name before.
+        versions: Which version is in service and who reads which; by default, requests of this process.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class HotSwap:
         monotonic_s: Callable[[], float] = time.monotonic,
         on_served: Callable[[ServedModel], None] = lambda served: None,
         on_schema: Callable[[Schema, Mapping[str, str]], None] = lambda schema, renamed: None,
+        versions: Versions | None = None,
     ) -> None:
         self._store = store
         self._watcher = watcher
@@ -112,7 +114,7 @@ class HotSwap:
         self._refusals = Refusals(monotonic_s)
         self._no_fold_before_s = 0.0
         self._fenced_tries: int | None = None
-        self._versions = Versions()
+        self._versions = Versions() if versions is None else versions
         self._newest: tuple[str, int] | None = None  # of the lineage in service, the newest version that served
         telemetry.shadows.set_function(lambda: self.shadows)
         self.problem: str | None = None
@@ -365,12 +367,11 @@ class HotSwap:
             return
         try:
             folded = served.model.folded(up_to)
+            if folded is not served.model:
+                self._versions.put(ServedModel(folded, served.manifest, served.schema))
         except Exception:  # for want of memory, for instance; the version goes on as it is
             _logger.warning("a delta could not be folded into the table; tried again later", exc_info=True)
             self._no_fold_before_s = self._monotonic_s() + _FAILED_FOLD_RETRY_S
-            return
-        if folded is not served.model:
-            self._versions.put(ServedModel(folded, served.manifest, served.schema))
 
     def _note_arrivals(self, manifest: Manifest) -> None:
         """Note the feedback of a version that is about to serve. One that serves again brings none."""

@@ -6,7 +6,7 @@ nothing larger than what has arrived is allocated.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -89,8 +89,23 @@ class TableModel:
         return self if len(rows.shadows) == self.shadows else TableModel(self.model.reading(rows), rows, self.keys)
 
 
-def load_table_model(payloads: Iterable[PayloadContent], schema: Schema, before: Scorable | None = None) -> TableModel:
+def request_keys(schema: Schema) -> IdKeys:
+    """Keys of the ids of requests, which know no derived features."""
+    return IdKeys(replace(schema, derived=()))
+
+
+def load_table_model(
+    payloads: Iterable[PayloadContent],
+    schema: Schema,
+    before: Scorable | None = None,
+    *,
+    new_table: Callable[[Mapping[str, int], int], ServingTable] = ServingTable,
+) -> TableModel:
     """See :class:`Load`.
+
+    Args:
+        payloads, schema, before: As there.
+        new_table: Makes an empty table of column groups, with room for so many rows.
 
     Raises:
         SnapshotError: A payload is damaged, or its tensors do not fit its model configuration or the table.
@@ -102,7 +117,7 @@ def load_table_model(payloads: Iterable[PayloadContent], schema: Schema, before:
     for payload in payloads:
         config = _config_of(payload, schema)
         if payload.kind == "full":
-            rows, shared = _table_of(payload, schema, config), False
+            rows, shared = _table_of(payload, schema, config, new_table), False
         else:
             rows = _changed(rows, payload, schema, config)
             if not shared:
@@ -112,7 +127,7 @@ def load_table_model(payloads: Iterable[PayloadContent], schema: Schema, before:
     assert last is not None, "at least one payload"
     with _unfit("snapshot payload"):
         rows = rows.with_fewer_shadows(_MOST_SHADOWS)
-        keys = before.keys if isinstance(before, TableModel) else IdKeys(replace(schema, derived=()))
+        keys = before.keys if isinstance(before, TableModel) else request_keys(schema)
         return TableModel(ServingModel(schema, last[0], last[1].dense, rows), rows, keys)
 
 
@@ -129,11 +144,16 @@ def _config_of(payload: PayloadContent, schema: Schema) -> ModelConfig:
         raise SnapshotError(f"snapshot payload: model configuration: {error}") from error
 
 
-def _table_of(payload: PayloadContent, schema: Schema, config: ModelConfig) -> TableRows:
+def _table_of(
+    payload: PayloadContent,
+    schema: Schema,
+    config: ModelConfig,
+    new_table: Callable[[Mapping[str, int], int], ServingTable],
+) -> TableRows:
     """The rows of a full payload."""
     groups = _groups(payload, schema, config)
     with _unfit("snapshot payload"):
-        table = ServingTable(groups, payload.num_rows)
+        table = new_table(groups, payload.num_rows)
     for keys, columns in payload.rows():
         with _unfit("snapshot payload"):
             table.add(keys, columns)

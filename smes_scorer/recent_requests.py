@@ -3,8 +3,9 @@
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,24 @@ class RecentRequests:
             "rates": {name: count / seconds if seconds else None for name, count in found.items()},
             "recent_latency_ms": {"p50": p50, "p99": p99, "count": len(latency_ms)},
         }
+
+    def state(self) -> dict[str, Any]:
+        """What was counted, as JSON may hold it, for :meth:`add_state` of another process on the same machine."""
+        with self._lock:
+            self._forget()
+            seconds = [(second.number, dict(second.outcomes), list(second.latency_ms)) for second in self._seconds]
+        return {"began": self._began, "seconds": seconds}
+
+    def add_state(self, state: Mapping[str, Any]) -> None:
+        """Count what was counted elsewhere by the same clock."""
+        with self._lock:
+            by_number = {second.number: second for second in self._seconds}
+            for number, outcomes, latency_ms in state["seconds"]:
+                second = by_number.setdefault(number, _Second(number))
+                second.outcomes.update(outcomes)
+                second.latency_ms.extend(latency_ms)
+            self._seconds = deque(by_number[number] for number in sorted(by_number))
+            self._began = min(self._began, state["began"])
 
     def _forget(self) -> int:
         """Forget what is too long ago; the number of the second now."""

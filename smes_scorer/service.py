@@ -1,17 +1,16 @@
 """Runs the scoring service until a signal stops it."""
 
-import gc
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from types import MappingProxyType
 
 import torch
 import uvicorn
+from fastapi import FastAPI
 
-from feature_store.payload import PayloadContent
 from feature_store.signing import SigningConfig
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
@@ -29,7 +28,7 @@ from smes_scorer.app import create_app
 from smes_scorer.config import ScorerConfig
 from smes_scorer.connections import bounded_protocol
 from smes_scorer.loading import Load, load_table_model
-from smes_scorer.versions import Scorable
+from smes_scorer.settled import FrozenAfterFirst
 
 _ANSWERING_SHARE = 0.5
 """Of ``shutdown_s``: for the requests in flight. The rest is for the application's end and that of the process."""
@@ -64,7 +63,7 @@ def serve(
     torch.set_num_threads(config.torch_threads)
     keep_freed_memory()
     beside = ThreadPoolExecutor(1, "compiled-loops")  # while connections are made, and the first version is downloaded
-    compiled = beside.submit(_compile)
+    compiled = beside.submit(compile_answering)
     beside.shutdown(wait=False)
     app = create_app(
         config,
@@ -74,32 +73,52 @@ def serve(
         namespace=namespace,
         signing=signing,
         renamed=renamed,
-        load=_FirstLoad(load, compiled.result),
+        load=FrozenAfterFirst(load, compiled.result),
     )
     connect(redis_url, config.redis_timeout_s, access=redis_access, namespace=namespace).close()
-    with closing(_listen(config.host, config.port)) as listening:
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        on_listening(f"http://{host}:{listening.getsockname()[1]}")
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                http=bounded_protocol(config, app.state.telemetry),
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                # uvicorn says int, but waits for any number of seconds.
-                timeout_graceful_shutdown=_ANSWERING_SHARE * config.shutdown_s,  # type: ignore[arg-type]
-            )
+    with closing(listen(config.host, config.port)) as listening:
+        on_listening(url_of(config.host, listening))
+        run_server(app, config, listening)
+
+
+def run_server(app: FastAPI, config: ScorerConfig, listening: socket.socket) -> None:
+    """Answer the connections of a socket until SIGTERM or SIGINT; for the main thread of a process.
+
+    Args:
+        app: What :func:`smes_scorer.app.create_app` made.
+        config: Its limits.
+        listening: Where connections come from.
+
+    Raises:
+        SmesError: The server failed to start.
+    """
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=bounded_protocol(config, app.state.telemetry),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            # uvicorn says int, but waits for any number of seconds.
+            timeout_graceful_shutdown=_ANSWERING_SHARE * config.shutdown_s,  # type: ignore[arg-type]
         )
-        with _repeated_signals_ignored():
-            server.run(sockets=[listening])
+    )
+    with _repeated_signals_ignored():
+        server.run(sockets=[listening])
     if not server.started:
         raise SmesError("scorer: the server failed to start")
 
 
-def _compile() -> None:
+def url_of(host: str, listening: socket.socket) -> str:
+    """The URL of a listening socket."""
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{listening.getsockname()[1]}"
+
+
+def compile_answering() -> None:
+    """Compile every loop that an answer needs, or load it from the disk."""
     compile_serving_kernels()
     compile_answer_kernels()
     compile_request_kernels()
@@ -109,31 +128,12 @@ def _compile() -> None:
     compile_task_kernels()
 
 
-class _FirstLoad:
-    """Loads versions. Once the first is loaded, loops are compiled, and the collector leaves alone what there is.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections.
 
-    Libraries, application and model are some 300,000 objects that stay. The collector looks at all of them whenever a
-    quarter as many new ones have come together, for 100 ms and more, in which no request is answered.
-
-    Args:
-        load: Loads a version.
-        compiled: Waits until no request and no version would wait for a compiler.
+    Raises:
+        SmesError: The address cannot be listened on.
     """
-
-    def __init__(self, load: Load, compiled: Callable[[], None]) -> None:
-        self._load, self._compiled, self._any = load, compiled, False
-
-    def __call__(self, payloads: Iterable[PayloadContent], schema: Schema, before: Scorable | None) -> Scorable:
-        model = self._load(payloads, schema, before)
-        if not self._any:
-            self._compiled()
-            self._any = True
-            gc.collect()
-            gc.freeze()
-        return model
-
-
-def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)

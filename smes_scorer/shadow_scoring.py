@@ -16,8 +16,8 @@ import numpy as np
 
 from smes.arrays import F32
 from smes_scorer.arm_telemetry import ArmTelemetry
-from smes_scorer.hot_swap import HotSwap
 from smes_scorer.interface import Asked, Interfaces
+from smes_scorer.versions import InService
 
 _NICENESS = 10
 _END = None
@@ -56,7 +56,7 @@ class ShadowScorer:
     def __init__(
         self,
         name: str,
-        swap: HotSwap,
+        swap: InService,
         is_ready: Callable[[], bool],
         interfaces: Interfaces,
         telemetry: ArmTelemetry,

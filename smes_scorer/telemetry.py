@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -31,6 +31,20 @@ too long or its caller left; any other 5xx."""
 
 Cut = Literal["limit", "headers", "unread"]
 """Why the service ends a connection: too many of them; headers too slow or too long; an answer that is not read."""
+
+
+_COUNTERS = (
+    "swaps",
+    "load_failures",
+    "versions_answered",
+    "freshness_uncounted",
+    "unknown_users",
+    "unknown_items",
+    "ignored_context",
+    "feature_store_failures",
+    "scored_without_features",
+)
+"""Of the summary."""
 
 
 class QuantileSketch:
@@ -72,6 +86,18 @@ class QuantileSketch:
         bucket = min(int(math.log(clipped / self._smallest) / self._GROWTH), len(self._counts) - 1)
         with self._lock:
             self._counts[bucket] += 1
+
+    def counts(self) -> list[tuple[int, int]]:
+        """(Bucket, weight) of all buckets that have some, for :meth:`add_counts` of a sketch with the same bounds."""
+        with self._lock:
+            buckets = np.flatnonzero(self._counts)
+            return list(zip(buckets.tolist(), self._counts[buckets].tolist(), strict=True))
+
+    def add_counts(self, counts: Sequence[tuple[int, int]]) -> None:
+        """Count what another sketch has counted."""
+        with self._lock:
+            for bucket, weight in counts:
+                self._counts[bucket] += weight
 
     def quantile(self, q: float) -> float | None:
         """The smallest value with at least a share ``q`` of the weight at or below it; None when empty."""
@@ -227,17 +253,6 @@ class Telemetry:
     def summary(self) -> dict[str, object]:
         """All counters and quantiles as plain data, times in milliseconds; rates are of the last ten seconds."""
         by_outcome = self.requests()
-        counters = (
-            "swaps",
-            "load_failures",
-            "versions_answered",
-            "freshness_uncounted",
-            "unknown_users",
-            "unknown_items",
-            "ignored_context",
-            "feature_store_failures",
-            "scored_without_features",
-        )
         return {
             "requests": sum(by_outcome.values()),
             "errors": by_outcome["error"],
@@ -247,8 +262,33 @@ class Telemetry:
             **self._recent.summary(),
             "freshness_ms": asdict(Quantiles.of(self._freshness.sketch)),
             "freshness_stages_ms": {stage: asdict(StageFigures.of(one)) for stage, one in self._stages.items()},
-            **{name: self.value(f"{name}_total") for name in counters},
+            **{name: self.value(f"{name}_total") for name in _COUNTERS},
         }
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`summary` is made of, as JSON may hold it, for :meth:`add_state` of another process."""
+        return {
+            "outcomes": self.requests(),
+            "waiting": self.value("waiting"),
+            "latency_ms": self._latency_ms.counts(),
+            "recent": self._recent.state(),
+            "freshness": self._freshness.state(),
+            "stages": {stage: one.state() for stage, one in self._stages.items()},
+            "counters": {name: self.value(f"{name}_total") for name in _COUNTERS},
+        }
+
+    def add_state(self, state: Mapping[str, Any]) -> None:
+        """Count what another process of the same machine has counted, so that the summary is of both."""
+        for outcome, count in state["outcomes"].items():
+            self._requests.labels(outcome).inc(count)
+        self.waiting.inc(state["waiting"])
+        self._latency_ms.add_counts(state["latency_ms"])
+        self._recent.add_state(state["recent"])
+        self._freshness.add_state(state["freshness"])
+        for stage, one in state["stages"].items():
+            self._stages[stage].add_state(one)
+        for name, count in state["counters"].items():
+            getattr(self, name).inc(count)
 
 
 class _WeightedHistogram:
@@ -276,6 +316,18 @@ class _WeightedHistogram:
         bounds = [*(str(float(bound)) for bound in self._bounds_ms), "+Inf"]
         with self._lock:
             return list(zip(bounds, self._counts.cumsum().tolist(), strict=True)), self._sum_ms
+
+    def state(self) -> dict[str, Any]:
+        """What was counted, for :meth:`add_state` of one with the same bounds."""
+        with self._lock:
+            return {"sketch": self.sketch.counts(), "counts": self._counts.tolist(), "sum_ms": self._sum_ms}
+
+    def add_state(self, state: Mapping[str, Any]) -> None:
+        """Count what another one has counted."""
+        self.sketch.add_counts(state["sketch"])
+        with self._lock:
+            self._counts += np.array(state["counts"], np.int64)
+            self._sum_ms += state["sum_ms"]
 
     @property
     def mean_ms(self) -> float | None:

@@ -7,7 +7,7 @@ not changed.
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -90,6 +90,25 @@ class ServedModel:
         return self.manifest.lineage, self.manifest.version
 
 
+class InService(Protocol):
+    """The version in service of one model, and what keeps it there."""
+
+    @property
+    def served(self) -> ServedModel | None:
+        """The version in service, None before the first."""
+
+    @property
+    def schema(self) -> Schema:
+        """The schema of the version in service; before the first, the configured one."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the newest version is not served, None when it is (or when nothing was published yet)."""
+
+    def reading(self) -> AbstractContextManager[ServedModel]:
+        """The version in service, for one request, which may use it until the block ends. There must be one."""
+
+
 class Versions:
     """Which version is in service, and how many requests read which. Safe to share between threads."""
 
@@ -122,6 +141,11 @@ class Versions:
                 self._readers[served] -= 1
                 if not self._readers[served]:
                     del self._readers[served]
+
+    def read(self) -> set[ServedModel]:
+        """What is in service, and what requests still read."""
+        with self._lock:
+            return {served for served in (self._served, *self._readers) if served is not None}
 
     def oldest_read(self) -> int | None:
         """The oldest version that a request reads or may begin to read.

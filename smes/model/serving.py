@@ -84,6 +84,9 @@ class ServingModel:
         rows: Reads the rows of ids.
         device: Where to score.
 
+    Attributes:
+        schema, config: As given.
+
     Raises:
         ValueError: A tensor is missing, unknown, of another shape or type, or not finite. Nothing larger than the
             tensors was allocated.
@@ -98,7 +101,7 @@ class ServingModel:
         *,
         device: torch.device = _CPU,
     ) -> None:
-        self.schema = schema
+        self.schema, self.config = schema, model
         self._device = device
         self._rows = rows
         own = under("dense.", dense)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smes.arrays import F32, I64, Bool
+from smes.arrays import F32, I32, I64, Bool
 from smes.model.deltas import RowDelta, merged
 from smes.model.fitting import check_finite
 from smes.model.ids import IdKeys
@@ -55,17 +55,11 @@ _AT_FIRST = 0.76  # of a table of known size: a second one must fit beside it wh
 _FEWEST_SLOTS = 64
 
 
-class _Map(NamedTuple):
+class RowMap(NamedTuple):
     """Where the rows of keys are."""
 
     slots: Slots
     row_bits: int
-
-    @classmethod
-    def of(cls, rows: int, share: float) -> "_Map":
-        """An empty map of which ``rows`` take this share of the slots."""
-        count = max(_FEWEST_SLOTS, int(rows / share))
-        return cls(empty_slots(count), count.bit_length())
 
     @property
     def most_used(self) -> int:
@@ -81,6 +75,10 @@ class Shadow:
         version: The version that it leads to.
         groups: Column group → C, of the table.
 
+    Attributes:
+        delta, version: As given.
+        keys, slots: What it is looked up with: the changed keys and then the removed ones, int64 [N]; and a map.
+
     Raises:
         ValueError: Other groups or shapes, a key twice, or a weight that is not finite.
     """
@@ -90,11 +88,18 @@ class Shadow:
         columns = {name: np.ascontiguousarray(values) for name, values in delta.columns.items()}
         self.delta = RowDelta(np.ascontiguousarray(delta.keys), columns, np.ascontiguousarray(delta.removed))
         self.version = version
-        self._keys: I64 = np.concatenate([delta.keys, delta.removed])
-        self._slots = np.full(2 * len(self._keys) + 1, -1, np.int32)
-        entered = int(shadow_slots(self._keys, self._slots))
-        if entered < len(self._keys):
-            raise ValueError(f"keys of a delta: {self._keys[entered]} occurs twice, expected distinct keys")
+        self.keys: I64 = np.concatenate([delta.keys, delta.removed])
+        self.slots: I32 = np.full(2 * len(self.keys) + 1, -1, np.int32)
+        entered = int(shadow_slots(self.keys, self.slots))
+        if entered < len(self.keys):
+            raise ValueError(f"keys of a delta: {self.keys[entered]} occurs twice, expected distinct keys")
+
+    @classmethod
+    def of_arrays(cls, delta: RowDelta, version: int, keys: I64, slots: I32) -> "Shadow":
+        """One that was made and checked before, from what it consists of."""
+        shadow = cls.__new__(cls)
+        shadow.delta, shadow.version, shadow.keys, shadow.slots = delta, version, keys, slots
+        return shadow
 
     def __len__(self) -> int:
         """Rows that changed."""
@@ -103,18 +108,60 @@ class Shadow:
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
-        return self.delta.nbytes + self._keys.nbytes + self._slots.nbytes
+        return self.delta.nbytes + self.keys.nbytes + self.slots.nbytes
 
     def find(self, found_N: I64, keys_N: I64, first: int) -> None:
         """See :func:`smes.model.serving_kernels.find_in_shadow`."""
-        find_in_shadow(found_N, keys_N, self._slots, self._keys, len(self), first)
+        find_in_shadow(found_N, keys_N, self.slots, self.keys, len(self), first)
 
     def then(self, newer: "Shadow", groups: Mapping[str, int]) -> "Shadow":
         """One shadow of two, one after the other."""
         return Shadow(merged(self.delta, newer.delta), newer.version, groups)
 
 
-class ServingTable:
+class RowTable:
+    """Rows by key, to be read: float32 weights in records.
+
+    Args:
+        groups: Column group → C.
+
+    Attributes:
+        groups: As given.
+        record_words: X.
+    """
+
+    _map: RowMap
+
+    def __init__(self, groups: Mapping[str, int]) -> None:
+        self.groups = dict(groups)
+        self._start: dict[str, int] = {}
+        width = 2  # floats: the key
+        for name, columns in self.groups.items():
+            self._start[name] = width
+            width += columns
+        self.record_words = (width + 1) // 2
+
+    @property
+    def num_rows(self) -> int:
+        """Keys in the table."""
+        raise NotImplementedError
+
+    def _words(self) -> Words:
+        """The records, int64 [R, X]."""
+        raise NotImplementedError
+
+    def find(self, found_N: I64, keys_N: I64) -> F32:
+        """Look for the keys that are ``OPEN`` still. Returns the records to read the rows from, float32 [R, 2·X]."""
+        words = self._words()
+        find_open(found_N, keys_N, *self._map, words)
+        return _floats(words)
+
+    def read(self, found_N: I64, records: F32, name: str, out_NC: F32) -> None:
+        """Copy one group of the rows that :meth:`find` found, from the records that it returned."""
+        read_columns(found_N, records, self._start[name], out_NC)
+
+
+class ServingTable(RowTable):
     """Rows by key: float32 weights in records that lie in reserved memory, so that they are never copied.
 
     Args:
@@ -127,14 +174,9 @@ class ServingTable:
 
     def __init__(self, groups: Mapping[str, int], rows: int = 0) -> None:
         _check_rows(rows)
-        self.groups = dict(groups)
-        self._start: dict[str, int] = {}
-        width = 2  # floats: the key
-        for name, columns in self.groups.items():
-            self._start[name] = width
-            width += columns
-        self._records = ReservedArray(np.int64, (width + 1) // 2)
-        self._map = _Map.of(rows, _AT_FIRST)
+        super().__init__(groups)
+        self._records = self._empty_records()
+        self._map = self._empty_map(rows, _AT_FIRST)
         self._taken = 0  # slots that are not empty
         self._next_row = 0
         self._free: I64 = np.zeros(0, np.int64)
@@ -210,7 +252,8 @@ class ServingTable:
         self._records.reserve(rows)
         if max(self._taken + count, rows) <= self._map.most_used:
             return
-        larger = _Map.of(max(self.num_rows + count, int(rows * _AFTER_REBUILD / _FULLEST) + 1), _AFTER_REBUILD)
+        keys = max(self.num_rows + count, int(rows * _AFTER_REBUILD / _FULLEST) + 1)
+        larger = self._empty_map(keys, _AFTER_REBUILD)
         copy_slots(*self._map, self._words(), *larger)
         self._map, self._taken = larger, self.num_rows
 
@@ -218,15 +261,16 @@ class ServingTable:
         words: Words = self._records.array
         return words
 
-    def find(self, found_N: I64, keys_N: I64) -> F32:
-        """Look for the keys that are ``OPEN`` still. Returns the records to read the rows from, float32 [R, 2·X]."""
-        words = self._words()
-        find_open(found_N, keys_N, *self._map, words)
-        return _floats(words)
+    def _empty_records(self) -> ReservedArray:
+        return ReservedArray(np.int64, self.record_words)
 
-    def read(self, found_N: I64, records: F32, name: str, out_NC: F32) -> None:
-        """Copy one group of the rows that :meth:`find` found, from the records that it returned."""
-        read_columns(found_N, records, self._start[name], out_NC)
+    def _empty_map(self, rows: int, share: float) -> RowMap:
+        """An empty map of which ``rows`` take this share of the slots."""
+        count = max(_FEWEST_SLOTS, int(rows / share))
+        return RowMap(self._empty_slots(count), count.bit_length())
+
+    def _empty_slots(self, count: int) -> Slots:
+        return empty_slots(count)
 
 
 @dataclass(frozen=True)
@@ -240,7 +284,7 @@ class TableRows:
     """
 
     keys: IdKeys
-    table: ServingTable
+    table: RowTable
     shadows: tuple[Shadow, ...] = ()
 
     def read(self, ids_NW: I64, columns_W: I64 | None = None) -> dict[str, Tensor]:
@@ -275,6 +319,7 @@ class TableRows:
         """Fold the shadows up to a version into the table (:meth:`ServingTable.fold`); the same rows without them."""
         ready = [shadow for shadow in self.shadows if shadow.version <= up_to_version]
         for shadow in ready:
+            assert isinstance(self.table, ServingTable), "only who loads a table folds into it"
             self.table.fold(shadow)
         return TableRows(self.keys, self.table, self.shadows[len(ready) :])
 

@@ -11,12 +11,12 @@ from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.learner import Learner
 from smes.model.serving import ServingModel
 from smes.schema import Feature, Schema, Task
-from smes_scorer.service import _compile
+from smes_scorer.service import compile_answering
 
 schema = Schema("s", tasks=(Task("a"), Task("b")), features=tuple(Feature(f"f{i}") for i in range(30)))
 learner = Learner(schema, ModelConfig(), OptimizerConfig(), device=torch.device("cpu"))
 model = ServingModel.from_state(schema, learner.config, learner.serving_state())
-_compile()
+compile_answering()
 compiled, compile_now = [], Dispatcher.compile
 Dispatcher.compile = lambda self, signature: compiled.append(self.py_func.__name__) or compile_now(self, signature)
 ids = np.ones((200, schema.id_width), np.int64)
