@@ -394,6 +394,7 @@ def serve(
         redis_access=config.feature_store.redis_access,
         namespace=config.feature_store.namespace,
         signing=config.feature_store.signing,
+        chunks=config.feature_store.chunks,
         renamed=schema_file.renamed.features,
         on_listening=lambda url: console.print(f"scorer: listening on {url}", highlight=False),
     )

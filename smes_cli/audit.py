@@ -39,6 +39,7 @@ def audit(
     from smes_cli.stream_state import newest_stream_state
     from stream.audit import audit as recount
     from stream.audit_marks import read_marks, write_marks
+    from stream.joined.joined_stream import is_of_examples
     from stream.log.open_log import open_event_log
 
     if config.trainer.checkpoint.directory is None:
@@ -47,6 +48,11 @@ def audit(
     if state is None:
         raise CheckpointError(
             f"checkpoint folder {config.trainer.checkpoint.directory}: no checkpoint, expected one to audit"
+        )
+    if is_of_examples(state.arrays):
+        raise CheckpointError(
+            f"checkpoint folder {config.trainer.checkpoint.directory}: of a training on joined examples, expected one "
+            "that joins itself: the ledger of smes join is in its report"
         )
     known = [] if marks is None else read_marks(marks)
     with closing(open_event_log(config.event_log)) as log, progress("audit", None) as advance:

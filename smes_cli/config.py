@@ -30,6 +30,7 @@ from smes_io.yaml_file import STRICT, read_mapping, validated
 from smes_scorer.config import ScorerConfig, check_names
 from stream.config import StreamConfig
 from stream.join.waits import stages_of
+from stream.joined.config import ExamplesConfig
 from stream.log.open_log import EventLogConfig
 from trainer.config import TrainerConfig
 
@@ -49,8 +50,8 @@ class Config:
             given a log recognizes the built-in schemas by the log's files. A folder with ``log_standard_*.csv`` is
             KuaiRand, and a Parquet file with a ``.truth.parquet`` beside it is synthetic. ``train`` and ``serve`` are
             given no log and therefore need this key.
-        event_log, stream, model, optimizer, rows, trainer, feature_store, scorer, console, replay: The parts of the
-            components.
+        event_log, stream, model, optimizer, rows, trainer, feature_store, scorer, examples, console, replay: The parts
+            of the components.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
@@ -64,6 +65,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     feature_store: FeatureStoreConfig = field(default_factory=FeatureStoreConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
     console: ConsoleConfig = field(default_factory=ConsoleConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
 

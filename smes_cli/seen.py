@@ -12,6 +12,7 @@ from smes_cli.console import console
 from smes_cli.schema_changes import declared_changes
 from smes_io.clock import wall_clock_ms
 from stream.codec.codec import decode
+from stream.joined.records import newest_time_ms
 from stream.log.open_log import open_event_log
 from trainer.config import HistoryConfig
 from trainer.evaluation import ProgressiveEvaluation
@@ -141,4 +142,5 @@ def _log_end(config: Config, watch: Watch) -> LogEnd:
         lambda: open_event_log(config.event_log),
         lambda records: decode(records, schema, changes=changes),
         watch.positions,
+        time_of_examples=lambda record: newest_time_ms(record, schema, changes),
     )

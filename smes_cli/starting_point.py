@@ -17,6 +17,7 @@ from smes.errors import SchemaMismatch, ServingWithoutCheckpoint, SnapshotError
 from smes.schema_difference import describe_difference_from
 from smes_cli.console import console
 from stream.example_stream import ExampleStream
+from stream.joined.joined_stream import JoinedStream
 from stream.log.event_log import TopicPartition
 from trainer.checkpoint_file import Checkpoint, differences
 from trainer.loop import Trainer
@@ -50,7 +51,7 @@ class InService(NamedTuple):
 
 def find_starting_point(
     trainer: Trainer,
-    stream: ExampleStream,
+    stream: ExampleStream | JoinedStream,
     store: SnapshotStore,
     otherwise: WithoutCheckpoint,
     carried_over: Callable[[Checkpoint], Checkpoint] | None = None,
@@ -110,7 +111,7 @@ def model_in_service(store: SnapshotStore) -> InService:
         return InService(None, str(error))
 
 
-def _go_on_from(served: Manifest, trainer: Trainer, stream: ExampleStream, store: SnapshotStore) -> None:
+def _go_on_from(served: Manifest, trainer: Trainer, stream: ExampleStream | JoinedStream, store: SnapshotStore) -> None:
     name, schema = f"snapshot {served.lineage}:{served.version}", trainer.learner.schema
     tensors, metadata = read_weights(store, served)
     if metadata.get("schema_hash") != schema.hash:
@@ -130,7 +131,7 @@ def _go_on_from(served: Manifest, trainer: Trainer, stream: ExampleStream, store
     if unknown := sorted(found.keys() - stream.positions.keys()):
         at = ", ".join(f"{source.topic}/{source.partition}" for source in unknown)
         raise SnapshotError(f"{name}: positions in {at}, expected partitions that the event log has")
-    stream.positions.update(found)
+    stream.move_to(found)
     _logger.warning(
         "going on from %s as lineage %s at step %d, without a checkpoint. That costs: impressions that waited for "
         "feedback at that moment are not trained on, up to %g s of event time, and feedback that is still to come for "

@@ -63,7 +63,7 @@ def deployment_status(config: "Config", url: str | None = None) -> dict[str, Any
     reached = {"event log": events, "snapshots": snapshots}
     alarms = [f"{name}: {section['problem']}" for name, section in reached.items() if "problem" in section]
     alarms += [] if trainer or "problem" in snapshots else ["trainer: none holds the lease, expected a `smes train`"]
-    unread = events.get("unread impressions", 0) + events.get("unread feedback", 0)
+    unread = sum(events.get(f"unread {topic}", 0) for topic in ("impressions", "feedback", "examples"))
     alarms += _alarms(config, snapshots, scorer, unread)
     return {
         "trainer": trainer,
@@ -126,11 +126,11 @@ def _read_so_far(config: "Config", snapshots: Section) -> dict[str, dict[str, in
 def _event_log(config: "Config", positions: dict[str, dict[str, int]]) -> Section:
     """How much lies in the log, and how much of it is unread."""
     from stream.log.open_log import open_event_log
-    from stream.topics import DEAD_LETTERS, FEEDBACK, IMPRESSIONS
+    from stream.topics import DEAD_LETTERS, EXAMPLES, FEEDBACK, IMPRESSIONS
 
     found: Section = {}
     with closing(open_event_log(config.event_log)) as log:
-        for topic in (IMPRESSIONS, FEEDBACK):
+        for topic in (IMPRESSIONS, FEEDBACK, *((EXAMPLES,) if EXAMPLES in positions else ())):
             ends, read = log.end(topic), positions.get(topic, {})
             found[topic] = sum(ends.values()) - sum(log.begin(topic).values())
             if topic in positions:

@@ -21,12 +21,14 @@ from smes_cli.schema_changes import carrying_over, declared_changes
 from smes_cli.seen import build_stretches, end_history, open_server, show
 from smes_cli.starting_point import WithoutCheckpoint, find_starting_point
 from smes_cli.stored_features import open_stored_features
+from smes_cli.train_examples import open_joined
 from smes_cli.train_progress import show_progress
 from smes_cli.train_ranks import evaluation_of_all, rank_trainer, share_of_batches, shared_checkpoints
 from smes_io.clock import wall_clock_ms
 from stream.batch_journal import BatchJournal, name_of
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
+from stream.joined.joined_stream import JoinedStream
 from stream.log.open_log import open_event_log
 from stream.sources import Share
 from stream.topics import FEEDBACK, IMPRESSIONS
@@ -59,6 +61,7 @@ def run_train(
     primed: PrimedStart | None = None,
     change_schema: bool = False,
     world: World = ALONE,
+    examples: bool = False,
 ) -> TrainingReport | None:
     """Train until ``should_stop``; returns the report, which is also written to ``report``.
 
@@ -76,6 +79,7 @@ def run_train(
         change_schema: Carry a checkpoint of another schema over to the configured one.
         primed: Begin where a log in files has brought the training; None: at the newest checkpoint.
         world: The ranks that train together.
+        examples: Read joined examples, and join nothing.
 
     Raises:
         EventLogUnavailable, FeatureStoreUnavailable: Not reachable within the configured wait.
@@ -106,17 +110,21 @@ def run_train(
         if is_first:
             stack.enter_context(lease)
         letters = DeadLetterWriter(log)
-        features = open_stored_features(config, config.schema_file(), waits, None if drain else stop_event, stack)
-        stream = ExampleStream(
-            schema,
-            share_of_batches(config.stream, world),
-            log,
-            letters,
-            changes=declared_changes(config),
-            features=features,
-            journal=_journal(config, checkpoints, world),
-            share=Share(world.rank, world.size),
-        )
+        journal, stream_stop = _journal(config, checkpoints, world), None if drain else stop_event
+        stream: ExampleStream | JoinedStream
+        if examples:
+            stream = open_joined(config, log, letters, journal)
+        else:
+            stream = ExampleStream(
+                schema,
+                share_of_batches(config.stream, world),
+                log,
+                letters,
+                changes=declared_changes(config),
+                features=open_stored_features(config, config.schema_file(), waits, stream_stop, stack),
+                journal=journal,
+                share=Share(world.rank, world.size),
+            )
         flags = Flags()
         learner = build_learner(config, schema, world=world)
         evaluation = evaluation_of_all(config, schema) if several else build_evaluation(config, learner)
@@ -124,6 +132,7 @@ def run_train(
         renamed = config.schema_file().renamed.features
         trainer: Trainer
         if several:
+            assert isinstance(stream, ExampleStream), "several ranks join themselves"
             trainer = rank_trainer(
                 config,
                 world,

@@ -72,6 +72,14 @@ def train(
             "milliseconds, or an age as 15m, 2h, 7d. Default: what can follow the newest impression of the primed log.",
         ),
     ] = None,
+    examples: Annotated[
+        bool,
+        typer.Option(
+            "--examples",
+            help="Read the examples that `smes join`, or a join of your own, writes, and join nothing. Several "
+            "trainers, each with its own folders and namespace of the store, may read them.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -103,6 +111,10 @@ def train(
 
         declared_changes(config)
         ranks = place.size if place else workers or 1
+        if examples:
+            from smes_cli.train_examples import require_trainable_on_examples
+
+            require_trainable_on_examples(ranks=ranks, from_folder=from_folder is not None, change_schema=change_schema)
         require_shareable(config, ranks)
         if ranks > 1 and from_folder is not None:
             raise ValueError("--from: expected one rank; what it writes, any number of ranks can go on from")
@@ -128,6 +140,7 @@ def train(
                 primed=None if from_folder is None else PrimedStart(from_folder, since_ms),
                 change_schema=change_schema,
                 world=world,
+                examples=examples,
             )
         except Stopped as stopped:
             console.print(f"stopped before the training began: {stopped}", highlight=False)

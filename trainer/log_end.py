@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from smes.errors import SmesError
 from stream.codec.codec import Decoded
 from stream.log.event_log import EventLog, Positions, Record, TopicPartition
-from stream.topics import FEEDBACK, IMPRESSIONS
+from stream.topics import EXAMPLES, FEEDBACK, IMPRESSIONS
 
 _logger = logging.getLogger(__name__)
 _EVERY_S = 2.0
@@ -72,6 +72,7 @@ class LogEnd:
         decode: Decodes records of both topics.
         positions: Next record to read of every partition.
         every_s: Seconds between two looks.
+        time_of_examples: Newest event time of a record of joined examples, Unix milliseconds; None if it has none.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class LogEnd:
         positions: Callable[[], Positions],
         *,
         every_s: float = _EVERY_S,
+        time_of_examples: Callable[[Record], int | None] = lambda record: None,
     ) -> None:
+        self._time_of_examples = time_of_examples
         self._open_log, self._decode, self._positions, self._every_s = open_log, decode, positions, every_s
         self.lag: Lag | None = None
         self.failures = 0
@@ -137,7 +140,8 @@ class LogEnd:
 
     def _look(self, log: EventLog) -> Lag:
         positions, known, self._times = self._positions(), self._times, {}
-        ends = {**log.end(IMPRESSIONS), **log.end(FEEDBACK)}
+        topics = sorted({source.topic for source in positions}) or [FEEDBACK, IMPRESSIONS]
+        ends = {source: end for topic in topics for source, end in log.end(topic).items()}
         behind, newest = {}, []
         for source, end in ends.items():
             position = min(positions.get(source, end), end)
@@ -158,9 +162,13 @@ class LogEnd:
         if (source, at) not in known:
             time_ms = None
             with suppress(SmesError):  # trimmed since, or none of ours
-                decoded = self._decode(log.read({source: at}, max_records=1, timeout_s=_READ_S).records[:1])
-                times = [*decoded.impressions.event_time_ms.tolist(), *decoded.feedback.event_time_ms.tolist()]
-                time_ms = max(times, default=None)
+                records = log.read({source: at}, max_records=1, timeout_s=_READ_S).records[:1]
+                if source.topic == EXAMPLES:
+                    time_ms = self._time_of_examples(records[0]) if records else None
+                else:
+                    decoded = self._decode(records)
+                    times = [*decoded.impressions.event_time_ms.tolist(), *decoded.feedback.event_time_ms.tolist()]
+                    time_ms = max(times, default=None)
             known[source, at] = time_ms
         self._times[source, at] = known[source, at]
         return known[source, at]

@@ -101,8 +101,9 @@ class ExampleWriter:
         self._written = self._log.end(EXAMPLES)
 
     def has_written_before(self) -> bool:
-        """Whether the topic has records of a join."""
-        return newest_turn(self._tail()) is not None
+        """Whether the topic has examples, whoever wrote them."""
+        turns = map(readable_turn, self._tail())
+        return any(turn is None or turn.number > 0 for turn in turns)
 
     def resume(self, state: Arrays) -> None:
         """Go on from :meth:`state`: repeat the turns that were written since, and complete them.
@@ -112,15 +113,30 @@ class ExampleWriter:
             PositionOutOfRange, LogReplaced: The event log no longer holds what is to be repeated.
             ValueError: The state is of another stream.
         """
+        self._load(state)
+        self._fence()
+        for found in self._since():
+            self._repeat(found)
+
+    def resume_behind(self, state: Arrays) -> None:
+        """Go on from :meth:`state` where the event log has lost what is to be repeated, behind what the topic has.
+
+        Of the turns since, nothing is repeated or completed: their impressions may come twice, and those of a turn that
+        was cut short may be lost.
+        """
+        self._load(state)
+        found = newest_turn(self._tail())
+        if found is not None:
+            self.number, self._last = max(self.number, found.number), list(found.last)
+        self._fence()
+
+    def _load(self, state: Arrays) -> None:
         self._stream.load_state(state)
         self.number, self._epoch = int(state[_TURN][0]), int(state[_EPOCH][0])
         self._last = state[_LAST].tolist()
         self._written = positions_of(EXAMPLES, state[_WRITTEN].tolist())
         for source, position in self._log.begin(EXAMPLES).items():
             self._written[source] = max(position, self._written.get(source, 0))
-        self._fence()
-        for found in self._since():
-            self._repeat(found)
 
     def advance(self, timeout_s: float) -> int:
         """Read once, and write a turn if one has ended; the number of events read.
