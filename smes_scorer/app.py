@@ -21,6 +21,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from feature_store.config import ChunksConfig
 from feature_store.entities import EntityStore
 from feature_store.item_cache import ItemCache
 from feature_store.signing import SigningConfig
@@ -94,6 +95,7 @@ def create_app(
     redis_access: RedisAccess | None = None,
     namespace: str = "smes",
     signing: SigningConfig | None = None,
+    chunks: ChunksConfig | None = None,
     renamed: Mapping[str, str] = MappingProxyType({}),
     load: Load = load_table_model,
     source: Open | None = None,
@@ -108,6 +110,7 @@ def create_app(
         redis_access: How Redis lets us in, beside what the URL says.
         namespace: Prefix of their keys.
         signing: Keys by which snapshots are verified; None: they are not.
+        chunks: Where the snapshots' chunks are; None: in Redis.
         renamed: Feature → its name before, by which older rows in the store have it.
         load: Builds a model from snapshots' payloads.
         source: Where versions come from; None: from Redis, by the arguments before.
@@ -123,7 +126,7 @@ def create_app(
 
     if source is None:
         client = partial(connected, config.redis_timeout_s)
-        source = loaded_here(client, namespace, signing or SigningConfig(), load)
+        source = loaded_here(client, namespace, signing or SigningConfig(), chunks or ChunksConfig(), load)
     parts = _assemble(config, schema, partial(connected, config.entity_timeout_ms / 1000), namespace, renamed, source)
 
     @asynccontextmanager

@@ -14,7 +14,9 @@ import redis
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from feature_store.config import ChunksConfig
 from feature_store.manifest import Manifest
+from feature_store.objects import Objects
 from feature_store.signing import Signer, SigningConfig
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.schema import Schema
@@ -247,12 +249,14 @@ class ArmPlaces:
         connected: Opens a client for a namespace.
         namespace: Of the main arm.
         signing: Keys that verify, the same for every namespace; a signature holds for its own alone.
+        chunks: Where chunks are, of every namespace.
         on_schema: As of :class:`smes_scorer.hot_swap.HotSwap`.
     """
 
     connected: Callable[[str], redis.Redis]
     namespace: str
     signing: SigningConfig
+    chunks: ChunksConfig
     on_schema: Callable[[Schema, Mapping[str, str]], None]
 
 
@@ -290,7 +294,8 @@ def open_arm(
     namespace = arm_config.namespace or places.namespace
     client = places.connected(namespace)
     kind = HeldCandidates if arm_config.held else SnapshotStore
-    store = kind(client, namespace, signer=Signer.of(places.signing, namespace))
+    signer, objects = Signer.of(places.signing, namespace), Objects.of(places.chunks, namespace)
+    store = kind(client, namespace, signer=signer, objects=objects)
     swap = HotSwap(
         store,
         SnapshotWatcher(client, namespace, config.poll_s),

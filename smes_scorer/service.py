@@ -11,6 +11,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from feature_store.config import ChunksConfig
 from feature_store.signing import SigningConfig
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
@@ -42,6 +43,7 @@ def serve(
     redis_access: RedisAccess | None = None,
     namespace: str = "smes",
     signing: SigningConfig | None = None,
+    chunks: ChunksConfig | None = None,
     renamed: Mapping[str, str] = MappingProxyType({}),
     load: Load = load_table_model,
     on_listening: Callable[[str], None] = lambda url: None,
@@ -51,7 +53,7 @@ def serve(
     Call it in the main thread of a process: it installs signal handlers.
 
     Args:
-        config, schema, redis_url, redis_access, namespace, signing, renamed, load: As of
+        config, schema, redis_url, redis_access, namespace, signing, chunks, renamed, load: As of
             :func:`smes_scorer.app.create_app`.
         on_listening: Called with the base URL once connections are accepted.
 
@@ -72,6 +74,7 @@ def serve(
         redis_access=redis_access,
         namespace=namespace,
         signing=signing,
+        chunks=chunks,
         renamed=renamed,
         load=FrozenAfterFirst(load, compiled.result),
     )

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import redis
 from prometheus_client import generate_latest
 
+from feature_store.config import ChunksConfig
+from feature_store.objects import Objects
 from feature_store.signing import Signer, SigningConfig
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.schema import Schema
@@ -86,22 +88,30 @@ Open = Callable[[Wanted], Source]
 """Opens a source; nothing is loaded before it is started."""
 
 
-def loaded_here(connected: Callable[[str], redis.Redis], namespace: str, signing: SigningConfig, load: Load) -> Open:
+def loaded_here(
+    connected: Callable[[str], redis.Redis], namespace: str, signing: SigningConfig, chunks: ChunksConfig, load: Load
+) -> Open:
     """Versions that the application loads itself.
 
     Args:
         connected: Opens a client for a namespace.
-        namespace, signing, load: As of :func:`smes_scorer.app.create_app`.
+        namespace, signing, chunks, load: As of :func:`smes_scorer.app.create_app`.
     """
-    return partial(_loaded_here, connected, namespace, signing, load)
+    return partial(_loaded_here, connected, namespace, signing, chunks, load)
 
 
 def _loaded_here(
-    connected: Callable[[str], redis.Redis], namespace: str, signing: SigningConfig, load: Load, wanted: Wanted
+    connected: Callable[[str], redis.Redis],
+    namespace: str,
+    signing: SigningConfig,
+    chunks: ChunksConfig,
+    load: Load,
+    wanted: Wanted,
 ) -> Source:
     config, telemetry, first_answers = wanted.config, wanted.telemetry, FirstAnswers()
     client = connected(namespace)
-    store = SnapshotStore(client, namespace, signer=Signer.of(signing, namespace))
+    signer, objects = Signer.of(signing, namespace), Objects.of(chunks, namespace)
+    store = SnapshotStore(client, namespace, signer=signer, objects=objects)
     store.damage.on_new = telemetry.refused.note
     swap = HotSwap(
         store,
@@ -114,7 +124,7 @@ def _loaded_here(
         on_schema=wanted.on_schema,
         on_served=wanted.on_served,
     )
-    places = ArmPlaces(connected, namespace, signing, wanted.on_schema)
+    places = ArmPlaces(connected, namespace, signing, chunks, wanted.on_schema)
     arms = open_arms(config, wanted.schema, places, wanted.interfaces, load, telemetry)
     return Source(
         swap=swap,

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from feature_store.feedback_times import FeedbackTimes
-from smes.errors import SmesError
+from smes.errors import RankLost, SmesError
 from smes.model.deltas import RowDelta
 from smes.world import ALONE, World
 from smes_io.clock import wall_clock_ms
@@ -221,9 +221,8 @@ class CutOffers:
                     self._offer_jointly()
                 if closing is not None:
                     closing.join(_TURN_S)
-        except RuntimeError as error:
-            # Of a collective: another rank has ended.
-            _logger.error("the last snapshot was not published: another rank is gone: %s", error)
+        except RankLost as error:
+            _logger.error("the last snapshot was not published: %s", error)
             return False
         finally:
             if publisher is not None and publisher.others is not None:

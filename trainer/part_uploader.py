@@ -61,11 +61,6 @@ class PartUploader:
         self._lock = threading.Lock()  # of the line below
         self._reports: list[Report] = []
 
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes of the deltas that rank 0 may still ask for."""
-        return sum(delta.nbytes for _, delta in self._deltas)
-
     def offer(self, decision: Decision, cut: Cut) -> None:
         """Keep a cut until rank 0 asks for it, or does not need it any more.
 

@@ -11,6 +11,8 @@ from types import MappingProxyType
 import redis
 import torch
 
+from feature_store.config import ChunksConfig
+from feature_store.objects import Objects
 from feature_store.signing import Signer, SigningConfig
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.model.shared_rows import SharedTable
@@ -37,7 +39,8 @@ class LoaderProcess:
     """Loads the versions of all models, and tells the workers of them.
 
     Args:
-        config, schema, redis_url, redis_access, namespace, signing, renamed: As of :func:`smes_scorer.app.create_app`.
+        config, schema, redis_url, redis_access, namespace, signing, chunks, renamed: As of
+            :func:`smes_scorer.app.create_app`.
         board: Of all processes.
         boxes: Of the workers.
         box: Of this process.
@@ -53,6 +56,7 @@ class LoaderProcess:
         redis_access: RedisAccess | None,
         namespace: str,
         signing: SigningConfig | None,
+        chunks: ChunksConfig | None = None,
         renamed: Mapping[str, str] = MappingProxyType({}),
         board: Board,
         boxes: Sequence[Mailbox],
@@ -65,7 +69,7 @@ class LoaderProcess:
         self._closing = ExitStack()
         self.telemetry = Telemetry()
         self._first_answers = FirstAnswers()
-        signing = signing or SigningConfig()
+        signing, chunks = signing or SigningConfig(), chunks or ChunksConfig()
 
         def connected(namespace: str) -> redis.Redis:
             client = open_client(redis_url, config.redis_timeout_s, access=redis_access, namespace=namespace)
@@ -76,7 +80,8 @@ class LoaderProcess:
             return Feed(track, board, boxes, incarnation, lambda schema_hash: self._renames.get(schema_hash, {}))
 
         client = connected(namespace)
-        store = SnapshotStore(client, namespace, signer=Signer.of(signing, namespace))
+        signer, objects = Signer.of(signing, namespace), Objects.of(chunks, namespace)
+        store = SnapshotStore(client, namespace, signer=signer, objects=objects)
         store.damage.on_new = self.telemetry.refused.note
         self.telemetry.store_damage.set_function(lambda: store.damage.count)
         load = FrozenAfterFirst(partial(load_table_model, new_table=SharedTable))
@@ -92,7 +97,7 @@ class LoaderProcess:
             on_schema=self._on_schema,
             versions=self._feeds[0],
         )
-        places = ArmPlaces(connected, namespace, signing, self._on_schema)
+        places = ArmPlaces(connected, namespace, signing, chunks, self._on_schema)
         self._arms: list[LoadingArm] = [
             open_arm(config, name, schema, places, load, versions)[0]
             for name, versions in zip(config.arms, self._feeds[1:], strict=True)

@@ -23,6 +23,7 @@ from types import FrameType, MappingProxyType
 
 import torch
 
+from feature_store.config import ChunksConfig
 from feature_store.signing import Signer, SigningConfig
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
@@ -58,6 +59,7 @@ def serve_by_processes(
     redis_access: RedisAccess | None = None,
     namespace: str = "smes",
     signing: SigningConfig | None = None,
+    chunks: ChunksConfig | None = None,
     renamed: Mapping[str, str] = MappingProxyType({}),
     on_listening: Callable[[str], None] = lambda url: None,
 ) -> None:
@@ -95,6 +97,7 @@ def serve_by_processes(
                 redis_access=redis_access,
                 namespace=namespace,
                 signing=signing,
+                chunks=chunks,
                 renamed=renamed,
                 board=board,
                 boxes=boxes,
