@@ -12,6 +12,7 @@ import redis
 import uvicorn
 from fastapi import FastAPI
 
+from feature_store.config import ChunksConfig
 from feature_store.entities import EntityStore
 from feature_store.manifest import Manifest
 from feature_store.payload import PayloadContent
@@ -145,6 +146,7 @@ def make_app(redis_url: str, namespace: str) -> Callable[..., FastAPI]:
         url: str = redis_url,
         load: Load = _load,
         signing: SigningConfig | None = None,
+        chunks: ChunksConfig | None = None,
         fill_store: bool = True,
         **config: object,
     ) -> FastAPI:
@@ -153,7 +155,9 @@ def make_app(redis_url: str, namespace: str) -> Callable[..., FastAPI]:
                 EntityStore(client, SCHEMA, namespace).put("item", 2**62, {"author": 1})
         fast: dict[str, object] = {"poll_s": 0.05, "entity_timeout_ms": 60_000, **config}
         scorer_config = ScorerConfig(**fast)  # type: ignore[arg-type]  # tests name the fields
-        return create_app(scorer_config, SCHEMA, redis_url=url, namespace=namespace, signing=signing, load=load)
+        return create_app(
+            scorer_config, SCHEMA, redis_url=url, namespace=namespace, signing=signing, chunks=chunks, load=load
+        )
 
     return make_app
 
