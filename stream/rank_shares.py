@@ -59,6 +59,8 @@ def share_of_stream(parts: Sequence[Arrays], rank: int, size: int) -> Arrays:
         ValueError: The states do not fit together.
     """
     mine = Share(rank, size)
+    if any("waits" not in part for part in parts):
+        raise ValueError("state of the stream: not of a join of impressions and feedback, which ranks can share out")
     whole = _put_together(parts)
     whole |= _without_what_is_apart(whole, size)
     share = {name: array for name, array in whole.items() if mine.has(_partition_in(name))}
