@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from smes.model.learner import Learner
 from smes_cli.building import build_evaluation, build_learner
 from smes_cli.compile_loops import compile_loops
 from smes_cli.config import Config
+from smes_cli.train_ranks import share_of_batches
 from stream.codec.codec import encode_feedback, encode_impressions
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
@@ -153,7 +155,9 @@ def joint_batches(config: Config, ranks: int) -> Iterator[ExampleBlock]:
     with closing(open_event_log(config.event_log)) as log:
         for rank in range(ranks):
             letters, share = DeadLetterWriter(log), Share(rank, ranks)
-            streams.append(ExampleStream(config.schema_file().schema, config.stream, log, letters, share=share))
+            place: Any = SimpleNamespace(rank=rank, size=ranks)
+            of_rank = share_of_batches(config.stream, place)
+            streams.append(ExampleStream(config.schema_file().schema, of_rank, log, letters, share=share))
         for flush in (False, True):  # all read to the end before the first one closes its windows
             taken = [_drained(stream, flush=flush) for stream in streams]
             for step in range(max(map(len, taken))):
