@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import smes.model.learner
 from smes.derived import Derived
 from smes.events import FIRST, FURTHER, ExampleBlock
 from smes.model.carry_over import carry_over
@@ -150,6 +151,24 @@ def test_ranks_learn_what_one_rank_learns_from_the_whole_batch(
         torch.testing.assert_close(torch.cat([parts[number] for _, parts in ranks]), expected, rtol=1e-5, atol=1e-5)
     _check(one, [learner for learner, _ in ranks])
     assert np.abs(one.serving_state()["dense.tasks.borrowing.weight_TT"].numpy()).max() > 0.01  # a rare task borrows
+
+
+def test_ranks_compute_once_what_the_examples_of_a_request_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smes.model.learner, "LEAST_SAVED_IN_TRAINING", 10)
+    blocks = []
+    for block in _blocks():
+        ids, numerics = np.repeat(block.ids[::6], 6, axis=0), np.repeat(block.numerics[::6], 6, axis=0)
+        ids[:, 1], numerics[:, 1] = block.ids[:, 1], block.numerics[:, 1]
+        blocks.append(replace(block, ids=ids, numerics=numerics))
+
+    def work(world: World) -> tuple[Learner, bool]:
+        learner = _learner(world, _FORMS["default"])
+        _train(world, learner, blocks)
+        return learner, learner.prepare(_part(world, blocks[0], 1)).requests is not None
+
+    ((one, splits),), ranks = on_ranks(1, work), on_ranks(2, work)
+    assert [splits, *(of_rank for _, of_rank in ranks)] == [True, True, False]
+    _check(one, [learner for learner, _ in ranks])
 
 
 def test_ranks_that_go_on_from_their_states_have_the_same_bits() -> None:
