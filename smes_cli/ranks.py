@@ -147,10 +147,15 @@ def _open_world(place: RankPlace, config: "Config") -> Iterator[World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
     device = config.trainer.open_device()
-    torch_dist: Any = dist  # its stubs leave out what init_process_group takes
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    torch_dist: Any = dist  # its stubs leave out what these functions take
+    backend, timeout = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", config.trainer.rank_timeout_s
     try:
-        torch_dist.init_process_group(backend, timeout=timedelta(seconds=config.trainer.rank_timeout_s))
+        store, rank, size = next(torch_dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        # The launcher's store stays from one start of the ranks to the next, and with it where they listened before.
+        store = torch_dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        torch_dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        )
     except (RuntimeError, ValueError) as error:
         said = (str(error).splitlines() or ["no message"])[0]
         raise RankLost(f"rank {place.rank} of {place.size}: the ranks did not find each other: {said}") from error
