@@ -56,6 +56,7 @@ class Trainer:
         trained: Impressions trained on, with those before a restart; each counts once, with its first example.
         not_finite: Impressions whose first step was not taken because loss or gradients were not finite, likewise.
         lineage: Name of this history of weights.
+        ranks: How many ranks train together.
         experts: What the routing executed.
         arms: How well the scorer's arms served.
         offers: Offers its cuts for serving.
@@ -104,7 +105,7 @@ class Trainer:
         self.trained = self.not_finite = 0
         self.experts = self._new_tally(routing)
         self.arms = ArmTallies(learner.schema)
-        self._flags, self._checkpoints = flags, checkpoints
+        self._flags, self._checkpoints, self.ranks = flags, checkpoints, world.size
         self.writer: CheckpointWriter | SharedCheckpointWriter | None = (
             CheckpointWriter(checkpoints) if checkpoints else None
         )
@@ -126,7 +127,9 @@ class Trainer:
             *([gate] if gate else []),
         ]
         self._observers += [*told_first, *observers, self.failed]
-        self._state = TrainingState(learner, stream, evaluation, self.experts, self.arms, gate, stretches)
+        self._state = TrainingState(
+            learner, stream, evaluation, self.experts, self.arms, gate, stretches, rank=world.rank
+        )
         if stretches is not None:
             stretches.follow(lambda: (learner.step_number, self.trained, self._event_time_ms))
         self.schemas = SchemasBefore()
