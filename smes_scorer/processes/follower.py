@@ -216,12 +216,13 @@ class Following:
         """Ends only when it is told to, or with the process: without it, no memory would ever be folded."""
         try:
             while not self._stopping.is_set():
-                self._turn()
+                self.turn()
         except BaseException:
             _logger.exception("the thread that follows the loader failed")
             os._exit(1)  # another process takes this one's place
 
-    def _turn(self) -> None:
+    def turn(self, wait_s: float = _IDLE_S) -> None:
+        """Say what is read, and take what the loader has said since; wait so long for it at most."""
         place, waits = self._place, False
         place.board.beat(place.worker)
         for follower in self._followers:
@@ -229,7 +230,7 @@ class Following:
             place.board.reads(place.worker, follower.track, oldest, newest)
             waits |= oldest != newest
         newest_texts: dict[int, Message] = {}
-        message = place.boxes[place.worker].take(_LOOK_S if waits else _IDLE_S)
+        message = place.boxes[place.worker].take(min(wait_s, _LOOK_S) if waits else wait_s)
         while message is not None:
             self._take(message, newest_texts)
             message = place.boxes[place.worker].take(0)
@@ -237,6 +238,8 @@ class Following:
             assert isinstance(last.text, Generation)
             self._followers[track].take(last.text, last.descriptors)
             last.close()
+        for follower in self._followers if newest_texts else ():
+            place.board.reads(place.worker, follower.track, *follower.reads())
 
     def _take(self, message: Message, newest: dict[int, Message]) -> None:
         """Take a message; of generations, only the newest for this process is kept."""

@@ -77,13 +77,13 @@ def serve_by_processes(
     if config.tokens is not None:
         Tokens(config.tokens)
     Signer.of(signing or SigningConfig(), namespace)
-    torch.set_num_threads(1)  # a team of threads would not outlive a fork
-    keep_freed_memory()
-    compile_answering()
-    compile_mapped_kernels()
     connect(redis_url, config.redis_timeout_s, access=redis_access, namespace=namespace).close()
     with ExitStack() as closing:
         sockets = [closing.enter_context(one) for one in _sockets(config)]
+        torch.set_num_threads(1)  # a team of threads would not outlive a fork
+        keep_freed_memory()
+        compile_answering()
+        compile_mapped_kernels()
         board = Board(config.processes, 1 + len(config.arms))
         boxes, loader_box = [Mailbox() for _ in sockets], Mailbox()
 

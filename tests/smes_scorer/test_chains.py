@@ -66,7 +66,9 @@ def model_of(swap: HotSwap) -> TableModel:
 
 
 def table_of(swap: HotSwap) -> ServingTable:
-    return model_of(swap).rows.table
+    table = model_of(swap).rows.table
+    assert isinstance(table, ServingTable)
+    return table
 
 
 def lose(client: redis.Redis, namespace: str, manifest: Manifest) -> None:
