@@ -163,7 +163,7 @@ def _train(network: Network, config: Path, stack: ExitStack) -> list[subprocess.
         torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={network.address(0)}:{_RENDEZVOUS}", "--rdzv-id=scale"]
         torchrun += [f"--local-addr={network.address(rank)}", "--max-restarts=100", "--module", "smes_cli"]
         smes = ["-c", str(config), "train", "--flush", "--report", str(config.with_suffix(".json"))]
-        env = environment() | {"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"}
+        env = environment() | {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         log = config.with_name(f"{config.stem}-{rank}.log")
         process = spawn(["ip", "netns", "exec", name, *torchrun, *smes], log=log, env=env, cwd=config.parent)
         stack.callback(stop, process, timeout_s=0)
