@@ -25,6 +25,7 @@ import torch
 from feature_store.config import SnapshotStoreConfig
 from feature_store.objects import Objects
 from feature_store.snapshots import SnapshotStore
+from smes.errors import SnapshotDamaged
 from smes.model.deltas import RowDelta
 from smes.model.shards import owner_of
 from smes.schema import Schema, Task
@@ -161,6 +162,13 @@ def test_every_version_of_several_ranks_is_right_from_any_base_and_over_any_delt
     keys = list(client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*"))
     assert bool(keys) == (folder is None)
     assert {client.ttl(key) for key in keys} <= {-1}
+    last = store._keys.chunks(manifests[-1])
+    if folder is None:
+        client.delete(last.keys[-1])
+    else:
+        Objects(f"file://{folder}", namespace).remove(last.objects[-1:])
+    with pytest.raises(SnapshotDamaged, match="missing, though the snapshot is listed"):
+        served(store, manifests[-1])
 
 
 def test_a_part_that_cannot_be_uploaded_is_in_the_next_version(redis_url: str, namespace: str) -> None:
