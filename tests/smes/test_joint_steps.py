@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +11,16 @@ import torch
 from torch import Tensor
 
 import smes.model.learner
+from smes.derive import Derivations
 from smes.derived import Derived
 from smes.events import FIRST, FURTHER, ExampleBlock
+from smes.joint_batch import JointBatch
 from smes.model.carry_over import carry_over
 from smes.model.config import ModelConfig, OptimizerConfig
 from smes.model.devices import HostDevice
 from smes.model.learner import Learner
+from smes.model.numeric_moments import NumericMoments
+from smes.quantiles import StreamQuantiles
 from smes.rankers.config import HomeConfig, MmoeConfig, PleConfig, SharedBottomConfig
 from smes.rankers.sparse.config import SmesConfig
 from smes.schema import Schema
@@ -187,6 +192,31 @@ def test_ranks_that_go_on_from_their_states_have_the_same_bits() -> None:
     for kept, again in zip(*(on_ranks(2, partial(work, killed=killed)) for killed in (False, True)), strict=True):
         assert kept.keys() == again.keys()
         assert all(torch.equal(again[name], tensor) for name, tensor in kept.items())
+
+
+def test_moments_and_boundaries_have_the_bits_of_one_rank() -> None:
+    """Longer than a sample of a quantile bucket; with more ranks than features, and ranks that have nothing."""
+    schema = replace(RICH_SCHEMA, derived=(Derived("band", "bucket", ("score",), quantiles=4, settle=30_000),))
+    batches = np.random.default_rng(0).lognormal(size=(6, 6_000, 2)).astype(np.float32)
+    batches[:, ::9] = np.nan
+    batches[2:, :, 0] *= 1e4
+
+    def work(world: World) -> list[np.ndarray[Any, Any]]:
+        moments, quantiles = NumericMoments(schema), StreamQuantiles(Derivations(schema))
+        for number, batch in enumerate(batches):
+            ends = {1: [0, 6_000], 3: [0, 6_000 if number == 3 else 100 + 900 * number, 6_000, 6_000]}[world.size]
+            part = batch[ends[world.rank] : ends[world.rank + 1]]
+            joint = None
+            if world.size > 1:
+                joint = JointBatch.of(world, instances=len(part), observed=len(part), weight=1.0, delayed=False)
+            moments.observe(part, joint)
+            quantiles.observe(part[:, 1:], joint)
+        return [*moments.moments.values(), *moments.state().values(), *quantiles.state().values(), quantiles.boundaries]
+
+    (one,) = on_ranks(1, work)
+    for arrays in on_ranks(3, work):
+        for array, expected in zip(arrays, one, strict=True):
+            np.testing.assert_array_equal(array, expected)
 
 
 @pytest.mark.parametrize("at_once", [True, False])
