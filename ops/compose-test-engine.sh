@@ -46,7 +46,7 @@ make_stand_ins() {
         tar -C "$engine_folder/debian" -c . | docker import - smes-stand-in/debian:12 > /dev/null
         rm -r "$engine_folder/debian"
     fi
-    bridge=$(docker network inspect bridge --format '{{(index .IPAM.Config 0).Gateway}}')
+    bridge=$(ip -4 -o address show docker0 | awk '{split($4, address, "/"); print address[1]}')
     mkdir -p "$context"
     cp "$here"/stand-ins/* "$context"
     cp -r "$KAFKA_HOME/libs" "$context"

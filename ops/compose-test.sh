@@ -53,7 +53,8 @@ is_well() { [[ $(health "$1") =~ ^(healthy|running)$ ]]; }
 has_ended_well() { [ "$(inspect "$1" '{{.State.Status}} {{.State.ExitCode}}')" = "exited 0" ]; }
 has_restarted() { [ "$(inspect "$1" '{{.RestartCount}}')" -gt "$2" ] && is_well "$1"; }
 inside() { docker compose exec -T "$@"; }
-log_lines() { docker compose logs --no-log-prefix "$@" 2> /dev/null | wc -l; }
+logs() { docker compose logs --no-log-prefix "$@" 2> /dev/null | tr -d '\033' | sed 's/^\[2K//'; }
+log_lines() { logs "$@" | wc -l; }
 our_lines() { log_lines trainer scorer simulator console; }
 
 # ---- scores: one request after the other in the background, one line each: code, lineage, version
@@ -140,10 +141,11 @@ say "kafka stopped, started again 40 s later: $(answered "$before") answers, $(u
 # ---- the replay's end, and what was read of it
 
 until_true 900 "the replay's end" has_ended_well simulator
-say "replay ended: $(docker compose logs --no-log-prefix simulator 2> /dev/null | tail -n 1)"
-is_read() { inside trainer smes status | grep -q 'unread impressions 0 · unread feedback 0'; }
-until_true 300 "everything is read" is_read
-say "status: $(inside trainer smes status | tr '\n' ' ' | tr -s ' ')"
+say "replay ended: $(logs simulator | tail -n 1)"
+status() { inside trainer smes status --url http://scorer:8000; }
+is_read() { [[ $(status) == *"unread impressions 0 "*"unread feedback 0"*"no alarm"* ]]; }
+until_true 300 "everything is read, and there is no alarm" is_read
+say "status:" && status
 docker compose stop trainer > /dev/null 2>&1
 has_ended_well trainer || fail "the trainer's exit code: $(inspect trainer '{{.State.ExitCode}}')"
 audited=$(docker compose run --rm --no-deps -T trainer audit 2>&1) || fail "audit: $audited"
@@ -169,18 +171,18 @@ until_true 180 "an answer after the second up" is_answered
 goes_on() { read -r _ now newest <<< "$(score)"; [ "$now" = "$lineage" ] && [ "$newest" -ge "$version" ]; }
 goes_on || fail "lineage $lineage, version $version before; now $(score)"
 until_true 180 "the simulator has ended" has_ended_well simulator
-docker compose logs simulator 2> /dev/null | grep -q 'nothing is left to append' || fail "replayed twice"
+[[ $(logs simulator) == *"nothing is left to append"* ]] || fail "replayed twice"
 say "second up: $(score), before $lineage $version; the simulator replayed nothing twice"
 
 # ---- another schema on these volumes: refused once, not again and again
 
 docker compose down > /dev/null 2>&1
 SMES_SCHEMA=kuairand docker compose up --detach kafka redis trainer > /dev/null 2>&1
-is_refused() { docker compose logs --no-log-prefix trainer 2> /dev/null | grep -q '^refused (exit code 2)'; }
+is_refused() { [[ $(logs trainer) == *"refused (exit code 2)"* ]]; }
 until_true 120 "another schema is refused" is_refused
 sleep 15
 [ "$(inspect trainer '{{.RestartCount}}')" -eq 0 ] || fail "the trainer was started again"
-say "another schema: $(docker compose logs --no-log-prefix trainer 2> /dev/null | grep '^smes: ' | tail -n 1)"
+say "another schema: $(logs trainer | grep '^smes: ' | tail -n 1)"
 say "restarts of it: $(inspect trainer '{{.RestartCount}}'); lines logged: $(log_lines trainer)"
 
 # ---- nothing is left, also where a log of the caller's was mounted

@@ -188,3 +188,19 @@ def test_the_image_gets_every_package() -> None:
     torch = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("torch==")]
     assert len(torch) == 1
     assert "+" not in torch[0], "the Dockerfile appends which build it is"
+
+
+def test_the_script_that_starts_the_stack_starts_what_is_there() -> None:
+    scripts = [*ROOT.glob("ops/*.sh"), *ROOT.glob("ops/*/*.sh")]
+    assert len(scripts) > 3
+    for script in scripts:
+        subprocess.run(["bash", "-n", str(script)], check=True)
+    text = (ROOT / "ops/compose-test.sh").read_text()
+    [started] = re.findall(r"^services=\((.*)\)$", text, flags=re.MULTILINE)
+    killed = re.search(r"# ---- killed.*?^for service in ([\w ]+); do$", text, flags=re.MULTILINE | re.DOTALL)
+    assert killed is not None
+    assert {*killed[1].split()} == {*started.split()}
+    assert {*started.split(), "grafana"} == set(COMPOSE["services"])
+    stand_ins = re.findall(r"\w+=([\w/]+:v?[\d.]+(?:-slim)?)", (ROOT / "ops/compose-test-engine.sh").read_text())
+    pulled = {interpolated(COMPOSE["services"][name]["image"]) for name in ("kafka", "redis", "prometheus")}
+    assert {*stand_ins} == pulled | {"python:3.11-slim"}
