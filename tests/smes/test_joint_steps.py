@@ -1,5 +1,6 @@
 """N ranks with a part of a batch each take the step that one rank takes with the whole: in all that a step learns."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -156,6 +157,24 @@ def test_ranks_learn_what_one_rank_learns_from_the_whole_batch(
         torch.testing.assert_close(torch.cat([parts[number] for _, parts in ranks]), expected, rtol=1e-5, atol=1e-5)
     _check(one, [learner for learner, _ in ranks])
     assert np.abs(one.serving_state()["dense.tasks.borrowing.weight_TT"].numpy()).max() > 0.01  # a rare task borrows
+
+
+@pytest.mark.parametrize("form", [_YOUNG, "budget", "home by mini-batches"])
+def test_ranks_learn_the_same_by_the_operators_of_a_gpu(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without compiled loops, and where the host learns of a step later. No GPU runs this."""
+    monkeypatch.setattr(HostDevice, "tells_at_once", False)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("smes.") and hasattr(module, "on_host"):
+            monkeypatch.setattr(module, "on_host", lambda x: False)
+    blocks = _blocks(5)
+
+    def work(world: World) -> Learner:
+        learner = _learner(world, _FORMS[form])
+        _train(world, learner, blocks)
+        return learner
+
+    (one,) = on_ranks(1, work)
+    _check(one, on_ranks(2, work))
 
 
 def test_ranks_compute_once_what_the_examples_of_a_request_share(monkeypatch: pytest.MonkeyPatch) -> None:
