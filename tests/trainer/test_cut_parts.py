@@ -23,6 +23,7 @@ import redis
 import torch
 
 from feature_store.config import SnapshotStoreConfig
+from feature_store.manifest import Manifest
 from feature_store.objects import Objects
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SnapshotDamaged
@@ -43,6 +44,7 @@ from trainer.publisher import Publisher
 
 SCHEMA = Schema("published", tasks=(Task("click"),))
 MODEL = {"ranker": "none"}
+_CLIENTS: list[redis.Redis] = []
 
 
 class Shard:
@@ -113,13 +115,20 @@ class Rank:
         while not self.world.broadcast(b"1" if self.publisher is not None and condition(self.publisher) else b""):
             assert time.monotonic() < deadline_s
             self.offers.exchange()
+            time.sleep(0.002)
 
 
 def store_of(url: str, namespace: str, folder: Path | None, **config: Any) -> SnapshotStore:
     objects = None if folder is None else Objects(f"file://{folder}", namespace)
-    return SnapshotStore(
-        connect(url, 20.0), namespace, SnapshotStoreConfig(chunk_bytes=1000, **config), objects=objects
-    )
+    _CLIENTS.append(connect(url, 20.0))
+    return SnapshotStore(_CLIENTS[-1], namespace, SnapshotStoreConfig(chunk_bytes=1000, **config), objects=objects)
+
+
+@pytest.fixture(autouse=True)
+def _closed_clients() -> Iterator[None]:
+    yield
+    while _CLIENTS:
+        _CLIENTS.pop().close()
 
 
 @pytest.mark.parametrize("chunks_in", ["redis", "objects"])
@@ -214,66 +223,67 @@ def test_a_part_that_cannot_be_uploaded_is_in_the_next_version(redis_url: str, n
         assert set(client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*")) == expected
 
 
-def test_ranks_killed_between_upload_and_commit_leave_the_version_before(
+def test_neither_ranks_that_were_away_nor_dead_ones_publish(
     client: redis.Redis, redis_url: str, namespace: str, tmp_path: Path
 ) -> None:
-    with publishing_ranks(redis_url, namespace, tmp_path, signal.SIGKILL) as ranks:
-        assert ranks.wait(60) == -signal.SIGKILL
-    store = store_of(redis_url, namespace, tmp_path)
-
-    before = store.current()
-    assert before is not None
-    assert (before.version, len(before.parts)) == (1, 2)
-    assert client.hlen(f"{{{namespace}}}:snapshots:uploads") == 2  # those of version 2: both parts were there
-    assert served(store, before).keys() == rows_of_version(1).keys()
-
-    def go_on(world: World) -> None:
-        rank = Rank(world, store_of(redis_url, namespace, tmp_path))
-        for _ in range(2):
-            rank.shard.table.change()
-        rank.offers.offer()
-        rank.until(lambda publisher: publisher.published == 1)
-        assert rank.offers.close()
-
-    client.delete(f"{{{namespace}}}:snapshots:lease")  # of a process that is dead; it would expire by itself
-    on_ranks(2, go_on)
-
-    newest = store.current()
-    assert newest is not None
-    assert newest.version == 2
-    assert_rows(served(store, newest), rows_of_version(2))
-    assert not client.hlen(f"{{{namespace}}}:snapshots:uploads")
-    names = [name for manifest in (before, newest) for name in store._keys.chunks(manifest).objects]
-    assert objects_in(tmp_path) == sorted(names)
-
-
-def test_a_rank_0_that_was_away_when_another_took_the_lease_commits_nothing(
-    client: redis.Redis, redis_url: str, namespace: str
-) -> None:
-    with publishing_ranks(redis_url, namespace, None, signal.SIGSTOP) as ranks:
+    """All of version 2 is uploaded and not committed when the ranks are stopped; in another namespace, killed."""
+    stopped, killed = f"{namespace}-stopped", f"{namespace}-killed"
+    with ranks_that_stop_and_die(redis_url, stopped, killed, tmp_path) as ranks:
         until(lambda: os.waitid(os.P_PID, ranks.pid, os.WSTOPPED | os.WNOHANG) is not None, "the ranks stopped")
-        store = store_of(redis_url, namespace, None)
+        store = store_of(redis_url, stopped, None)
+        assert client.hlen(f"{{{stopped}}}:snapshots:uploads") == 2
         with LeaseKeeper(store, 5.0) as lease:  # once that of the ranks, which nobody renews, has expired
-            other = store.publish(
-                b"weights",
-                lineage="other",
-                version=7,
-                schema_hash=SCHEMA.hash,
-                step=7,
-                created_ms=NOW_MS,
-                fencing=lease.number,
-            )
+            other = publish(store, lease.number)
             os.kill(ranks.pid, signal.SIGCONT)
             said, _ = ranks.communicate(timeout=60)
+        assert ranks.returncode == -signal.SIGKILL
 
     assert "LeaseLost: " in said
     assert "expected the lease with number" in said
     assert store.current() == other
     assert [(m.lineage, m.version) for m in store.list()] == [("line", 1), ("other", 7)]
     assert store.fenced()[1].startswith("line:2, published with the lease with number")
-    assert not client.hlen(f"{{{namespace}}}:snapshots:uploads")  # rank 1 has removed its part, too
+    assert not client.hlen(f"{{{stopped}}}:snapshots:uploads")  # rank 1 has removed its part, too
     keys = {key.encode() for manifest in store.list() for key in store._keys.chunks(manifest).keys}
-    assert set(client.scan_iter(f"{{{namespace}}}:snapshots:chunk:*")) == keys
+    assert set(client.scan_iter(f"{{{stopped}}}:snapshots:chunk:*")) == keys
+
+    store = store_of(redis_url, killed, tmp_path)
+    before = store.current()
+    assert before is not None
+    assert (before.version, len(before.parts)) == (1, 2)
+    assert_rows(served(store, before), rows_of_version(1))
+    assert client.hlen(f"{{{killed}}}:snapshots:uploads") == 2
+    client.delete(f"{{{killed}}}:snapshots:lease")  # of the dead process; it would expire by itself
+
+    def go_on(world: World) -> None:
+        rank = Rank(world, store_of(redis_url, killed, tmp_path))
+        rank.shard.table.change()
+        rank.change_and_offer()
+        rank.until(lambda publisher: publisher.published == 1)
+        assert rank.offers.close()
+
+    on_ranks(2, go_on)
+
+    newest = store.current()
+    assert newest is not None
+    assert newest.version == 2
+    assert_rows(served(store, newest), rows_of_version(2))
+    assert not client.hlen(f"{{{killed}}}:snapshots:uploads")
+    names = [name for manifest in (before, newest) for name in store._keys.chunks(manifest).objects]
+    assert objects_in(tmp_path) == sorted(names)
+
+
+def publish(store: SnapshotStore, number: int) -> Manifest:
+    """What another trainer publishes."""
+    return store.publish(
+        b"weights",
+        lineage="other",
+        version=7,
+        schema_hash=SCHEMA.hash,
+        step=7,
+        created_ms=NOW_MS,
+        fencing=number,
+    )
 
 
 def rows_of_version(version: int) -> Rows:
@@ -289,26 +299,25 @@ def objects_in(folder: Path) -> list[str]:
 
 
 _RANKS = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from smes.errors import LeaseLost
 from tests.trainer.test_cut_parts import Rank, on_ranks, store_of
 from feature_store.publication import Publication
 from trainer.lease import LeaseKeeper
 
-url, namespace, folder, number = sys.argv[1:]
+url, stopped, killed, folder = sys.argv[1:]
 commit = Publication.commit
 
 def interrupted(publication, manifest, fencing=None):
     if manifest.version == 2:
-        os.kill(os.getpid(), int(number))
+        os.kill(os.getpid(), signal.SIGSTOP if manifest.chunks_in == "redis" else signal.SIGKILL)
         time.sleep(0.1)  # another thread may get the signal first
     return commit(publication, manifest, fencing)
 
 Publication.commit = interrupted
 
-def work(world):
-    store = store_of(url, namespace, Path(folder) if folder else None)
+def work(world, store):
     lease = LeaseKeeper(store, 0.6) if world.rank == 0 else None
     with lease or open(os.devnull):
         rank = Rank(world, store, lease)
@@ -321,19 +330,17 @@ def work(world):
             print(f"LeaseLost: {error}", flush=True)
             world.broadcast(b"1")
         rank.offers.close()
-        time.sleep(0.2)  # rank 1 removes its part in a thread
 
-on_ranks(2, work)
+on_ranks(2, lambda world: work(world, store_of(url, stopped, None)))
+on_ranks(2, lambda world: work(world, store_of(url, killed, Path(folder))))
 """
 
 
 @contextmanager
-def publishing_ranks(
-    url: str, namespace: str, folder: Path | None, number: signal.Signals
-) -> Iterator["subprocess.Popen[str]"]:
-    """A process of two ranks, which publishes version 1 and gets a signal when all of version 2 is uploaded."""
+def ranks_that_stop_and_die(url: str, stopped: str, killed: str, folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process of two ranks, which publishes versions 1 and 2 in each namespace."""
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _RANKS, url, namespace, str(folder or ""), str(int(number))],
+        [sys.executable, "-P", "-c", _RANKS, url, stopped, killed, str(folder)],
         stdout=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parents[2],
