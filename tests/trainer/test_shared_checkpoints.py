@@ -32,6 +32,7 @@ from stream.log.memory_log import InMemoryLog
 from stream.mini_batches import Assembler
 from stream.rank_shares import share_of_stream
 from stream.sources import Share
+from stream.topics import FEEDBACK, IMPRESSIONS
 from tests.trainer.small_world import MODEL, SCHEMA, START_MS, STREAM, fill, make_trainer, open_log, train_to_the_end
 from tests.trainer.test_carry_over import HOW, NOW
 from tests.worlds import on_ranks
@@ -45,7 +46,7 @@ from trainer.schemas_before import SchemasBefore
 from trainer.shared_checkpoints import SharedCheckpoints, SharedCheckpointWriter
 from trainer.training_state import Progress, TrainingState
 
-_N = 4000
+_N = 3000
 _ROWS = RowsConfig(admit_after=3, shared_rows=2, counted_sightings=2000)
 _OPTIMIZER = OptimizerConfig(frequency_power=0.25)
 _BY_ROW = ("table.records", "rows.vocabulary", "rows.ages.seen_s", "rows.ages.vocabulary", "rows.ages.batches")
@@ -374,6 +375,20 @@ def test_what_is_damaged_or_not_finished_gives_way_to_the_checkpoint_before_it_o
     assert found.step == 3
     if damage is lose_manifest:
         assert steps_in(folder) == [3], "parts that nobody names are gone when a training begins"
+
+
+def test_a_command_reads_only_what_it_asks_for_of_all_ranks(stored: Path) -> None:
+    parts = set(stored.glob("*.safetensors"))
+    directory = CheckpointDirectory(stored, keep=2)
+
+    found = directory.newest(schema=SCHEMA, model=MODEL.to_dict(), only=("stream.", "trainer."))
+
+    assert found is not None
+    assert not any(name.startswith("learner.") for name in found.arrays)
+    positions = {name for name in found.arrays if name.endswith("/position")}
+    assert positions == {f"stream.{topic}/{p}/position" for topic in (IMPRESSIONS, FEEDBACK) for p in range(4)}
+    assert found.arrays["trainer.trained"].tolist() == [0, 0]
+    assert parts == set(stored.glob("*.safetensors")), "reading removes nothing"
 
 
 @pytest.fixture(scope="module")
