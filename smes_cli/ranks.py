@@ -151,8 +151,14 @@ def _open_world(place: RankPlace, config: "Config") -> Iterator[World]:
     backend, timeout = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", config.trainer.rank_timeout_s
     try:
         store, rank, size = next(torch_dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-        # The launcher's store stays from one start of the ranks to the next, and with it where they listened before.
-        store = torch_dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The launcher's store stays from one start of the ranks to the next, and with it where they listened before.
+            store = torch_dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            if rank == 0 and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+                _logger.warning(
+                    "torchrun on several machines: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or ranks that it "
+                    "starts again may not find each other"
+                )
         torch_dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
         )

@@ -1,6 +1,8 @@
 """``smes train``: event log → join → progressive evaluation → training → snapshots and checkpoints."""
 
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -106,7 +108,8 @@ def run_train(
         log = _event_log(config, waits, stack, world)
         log.set_stop(None if drain else stop_event)
         store = _store(config, waits, stack)
-        lease = LeaseKeeper(store, config.trainer.lease_s, should_stop=should_stop)
+        holder = f"process {os.getpid()} on {socket.gethostname()}, rank 0 of {world.size}" if several else None
+        lease = LeaseKeeper(store, config.trainer.lease_s, should_stop=should_stop, holder=holder)
         if is_first:
             stack.enter_context(lease)
         letters = DeadLetterWriter(log)

@@ -21,6 +21,7 @@ class Said:
     """What a rank says in a turn. Whole numbers; truth values are 0 or 1.
 
     Attributes:
+        phase: Where its loop is: it trains live, drains, flushes.
         has_batch: Whether a batch is ready.
         to_train_on: Examples in it to train on.
         closings: Examples in it with final labels.
@@ -36,6 +37,7 @@ class Said:
         mail: It has something to tell rank 0.
     """
 
+    phase: int = 0
     has_batch: int = 0
     to_train_on: int = 0
     closings: int = 0

@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from enum import Enum, auto
+from enum import IntEnum
 from typing import Any
 
 import msgspec
@@ -60,11 +60,11 @@ _POLL_S, _SHORT_POLL_S = 0.2, 0.01  # of a rank for which others wait
 _FIGURES_S = 1.0
 
 
-class _Phase(Enum):
-    LIVE = auto()
-    DRAIN = auto()
-    FLUSH = auto()
-    OVER = auto()
+class _Phase(IntEnum):
+    LIVE = 0
+    DRAIN = 1
+    FLUSH = 2
+    OVER = 3
 
 
 class RankTrainer(Trainer):
@@ -211,8 +211,10 @@ class RankTrainer(Trainer):
         self._should_stop, self._is_first = should_stop, True
         while self._phase is not _Phase.OVER:
             turn = self._take_turn()
-            step = self._next_step(turn)
-            if step is not None:
+            self._do_requested(turn)
+            if self._has_phase_ended(turn):
+                self._begin_next_phase(drain=drain, flush=flush)
+            elif (step := self._next_step(turn)) is not None:
                 self._step_together(step)
             else:
                 self._results.deliver()
@@ -220,8 +222,6 @@ class RankTrainer(Trainer):
                     self._read(_SHORT_POLL_S if turn.any("has_batch") else _POLL_S)
                 for observer in (*self._observers, *self._told_all):
                     observer.after_read()
-            self._do_requested(turn)
-            self._next_phase(turn, drain=drain, flush=flush)
 
     def take_part(self) -> None:
         """Take part in a turn while this rank waits for its event log; elsewhere, do nothing.
@@ -231,12 +231,13 @@ class RankTrainer(Trainer):
         """
         if self._is_polling:
             turn = self._take_turn()
-            step = self._next_step(turn)
-            if step is not None:  # it is repeated, and this rank had no part in it
+            self._do_requested(turn)
+            if self._has_phase_ended(turn):
+                return  # this rank's turns say so, too, until it has come there
+            if (step := self._next_step(turn)) is not None:  # it is repeated, and this rank had no part in it
                 self._step_together(step)
             else:
                 self._results.deliver()
-            self._do_requested(turn)
 
     def _take_turn(self) -> Turn:
         """Hear the other ranks.
@@ -273,6 +274,7 @@ class RankTrainer(Trainer):
         batch, is_first_rank = (None if self._is_polling else self._own.upcoming()), self._world.rank == 0
         is_due = is_first_rank and time.monotonic() >= self._figures_due_s
         said = Said(
+            phase=self._phase,
             cannot=self._cannot_get_one,
             is_over=self._is_over and batch is None,
             is_spent=self._own.is_spent,
@@ -312,6 +314,9 @@ class RankTrainer(Trainer):
         return self._phase is _Phase.FLUSH or self._own.has_reached(self._end)
 
     def _next_step(self, turn: Turn) -> JointStep | None:
+        phase = turn.of("phase")
+        if (phase != phase[0]).any():
+            return None  # a rank that waited for its event log has not heard of the stop yet
         wanted = self._repeats.of(self.steps + 1, self._world.size)
         lacks = ~turn.of("has_batch").astype(np.bool_) & turn.of("is_spent").astype(np.bool_)
         if wanted is not None and (wanted & lacks).any():
@@ -380,17 +385,18 @@ class RankTrainer(Trainer):
                 self.writer.start(*self._view())
         self.times.lap("duties")
 
-    def _next_phase(self, turn: Turn, *, drain: bool, flush: bool) -> None:
-        if self._phase is _Phase.LIVE:
-            if self._is_stopping:
-                self._phase = _Phase.DRAIN if drain or flush else _Phase.OVER
-                if self._phase is _Phase.DRAIN:
-                    self._end = self._own.end()
-        elif turn.all("is_over"):
-            is_flushed = not flush or self._phase is _Phase.FLUSH
-            self._phase = _Phase.OVER if is_flushed else _Phase.FLUSH
-            if not is_flushed:
-                self._own.flush()
+    def _has_phase_ended(self, turn: Turn) -> bool:
+        return turn.any("stop") if self._phase is _Phase.LIVE else turn.all("is_over")
+
+    def _begin_next_phase(self, *, drain: bool, flush: bool) -> None:
+        if self._phase is _Phase.LIVE and (drain or flush):
+            self._phase = _Phase.DRAIN
+            self._end = self._own.end()
+        elif self._phase is _Phase.DRAIN and flush:
+            self._phase = _Phase.FLUSH
+            self._own.flush()
+        else:
+            self._phase = _Phase.OVER
 
     def _exchange_figures(self) -> None:
         self._figures = RankFigures.of(self._own, self.learner).of_all(self._world)

@@ -130,6 +130,7 @@ class TrainingReport:
         schema: Hash of the schema.
         lineage: The lineage trained.
         version: Steps taken.
+        ranks: How many ranks trained together; every figure is of all of them.
         events, feedback: The two ledgers.
         throughput: Speed of training.
         freshness_ms, scorer: Measured by the demo; None in a report of training alone.
@@ -165,6 +166,7 @@ class TrainingReport:
     arms_left_out: int
     features: FeatureCounts
     gate: dict[str, Any] | None = None
+    ranks: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the documented keys: the one form in which reports are written."""

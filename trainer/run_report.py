@@ -63,6 +63,7 @@ def report_so_far(trainer: Trainer, *, seconds: float, trained: int) -> Training
         arms_left_out=trainer.arms.left_out,
         features=ledger.features,
         gate=trainer.gated.gate.summary() if trainer.gated else None,
+        ranks=trainer.ranks,
     )
 
 

@@ -34,6 +34,7 @@ SECTIONS = {
     "arms_left_out": None,
     "features": {"user", "item"},
     "gate": None,
+    "ranks": None,
 }
 SYNTHETIC_TASKS = {"click", "long_view", "watch_time", "like", "profile_enter", "comment", "follow", "forward"}
 OF_A_BINARY_TASK = {"base_rate", "auc", "gauc_windowed", "ne", "calibration", "ece"}
