@@ -46,7 +46,7 @@ from trainer.schemas_before import SchemasBefore
 from trainer.shared_checkpoints import SharedCheckpoints, SharedCheckpointWriter
 from trainer.training_state import Progress, TrainingState
 
-_N = 3000
+_N = 4000
 _ROWS = RowsConfig(admit_after=3, shared_rows=2, counted_sightings=2000)
 _OPTIMIZER = OptimizerConfig(frequency_power=0.25)
 _BY_ROW = ("table.records", "rows.vocabulary", "rows.ages.seen_s", "rows.ages.vocabulary", "rows.ages.batches")
@@ -140,6 +140,8 @@ class Moment:
         for part in ranks:
             assert not records.keys() & part.records.keys(), "a key has one owner"
             records |= part.records
+            for name, array in part.dense.items():
+                np.testing.assert_array_equal(array, ranks[0].dense[name], err_msg=f"{name}, alike on all ranks")
         trained = [impression for part in ranks for impression in part.trained]
         ledger, counts, seen = (_sum(getattr(part, name) for part in ranks) for name in ("ledger", "counts", "seen"))
         return cls(records, ledger, counts, ranks[0].dense, trained, seen)
