@@ -9,7 +9,6 @@ Letters: B instances, T tasks.
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,8 +92,8 @@ class LabelRegression(nn.Module):
             is_binary_T: bool.
         """
         if on_host(self.count_TT):
-            self._add(labels_BT, weight_BT, (self.count_TT, self.sum_TT, self.product_TT))
-            self._fade_and_solve(is_binary_T)
+            self._add(labels_BT, weight_BT, self._sums)
+            self._solve_here(is_binary_T)
         else:
             self.take_in(self.sums(labels_BT, weight_BT), is_binary_T)
 
@@ -113,27 +112,30 @@ class LabelRegression(nn.Module):
     @torch.no_grad()
     def take_in(self, sums_3TT: Tensor, is_binary_T: Tensor) -> None:
         """Take in the sums over a batch, and solve for β."""
-        for sums_TT, new_TT in zip((self.count_TT, self.sum_TT, self.product_TT), sums_3TT, strict=True):
+        for sums_TT, new_TT in zip(self._sums, sums_3TT, strict=True):
             sums_TT.add_(new_TT)
-        self._fade_and_solve(is_binary_T)
+        fade_TT = (_HORIZON / self.count_TT).clamp(max=1.0)
+        for sums_TT in self._sums:
+            sums_TT.mul_(fade_TT)
+        if on_host(self.count_TT):
+            self._solve_here(is_binary_T)
+            return
+        mean_TT = self.sum_TT / self.count_TT.clamp(min=1e-12)
+        covariance_TT = self.product_TT / self.count_TT.clamp(min=1e-12) - mean_TT * mean_TT.T
+        self._solve(torch.where(is_binary_T & is_binary_T.unsqueeze(1), covariance_TT, 0.0), is_binary_T)
+
+    @property
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.count_TT, self.sum_TT, self.product_TT
 
     def _add(self, labels_BT: Tensor, weight_BT: Tensor, sums: Sequence[Tensor], horizon: float = _HORIZON) -> None:
         cells = (labels_BT.double().contiguous().numpy(), weight_BT.double().contiguous().numpy())
         add_pairs(*cells, horizon, *(tensor.numpy() for tensor in sums))
 
-    def _fade_and_solve(self, is_binary_T: Tensor) -> None:
-        sums = (self.count_TT, self.sum_TT, self.product_TT)
-        if on_host(self.count_TT):
-            none_BT, count, total, product = np.zeros((0, len(is_binary_T))), *(tensor.numpy() for tensor in sums)
-            add_pairs(none_BT, none_BT, _HORIZON, count, total, product)
-            solve_pairs(count, total, product, is_binary_T.numpy(), self._ratio, _RIDGE, self.weight_TT.numpy())
-            return
-        fade_TT = (_HORIZON / self.count_TT).clamp(max=1.0)
-        for sums_TT in sums:
-            sums_TT.mul_(fade_TT)
-        mean_TT = self.sum_TT / self.count_TT.clamp(min=1e-12)
-        covariance_TT = self.product_TT / self.count_TT.clamp(min=1e-12) - mean_TT * mean_TT.T
-        self._solve(torch.where(is_binary_T & is_binary_T.unsqueeze(1), covariance_TT, 0.0), is_binary_T)
+    def _solve_here(self, is_binary_T: Tensor) -> None:
+        """Solve by the compiled loop."""
+        sums = (tensor.numpy() for tensor in self._sums)
+        solve_pairs(*sums, is_binary_T.numpy(), self._ratio, _RIDGE, self.weight_TT.numpy())
 
     def _solve(self, covariance_TT: Tensor, is_binary_T: Tensor) -> None:
         """Solve for the β of all tasks with one Cholesky factor.

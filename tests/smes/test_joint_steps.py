@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import smes.model.borrowing
 import smes.model.learner
+import smes.rankers.sparse.router
 from smes.derive import Derivations
 from smes.derived import Derived
 from smes.events import FIRST, FURTHER, ExampleBlock
@@ -146,6 +148,8 @@ def test_ranks_learn_what_one_rank_learns_from_the_whole_batch(
     form: str, size: int, at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HostDevice, "tells_at_once", at_once)
+    for module in (smes.model.borrowing, smes.rankers.sparse.router):
+        monkeypatch.setattr(module, "_HORIZON", 100.0)  # what was seen earlier fades within the test
     blocks = _blocks()
 
     def work(world: World) -> tuple[Learner, list[Tensor]]:
