@@ -180,13 +180,13 @@ class _Run:
                     self._advance()
             if flush:
                 self._writer.flush()
+            self._writer.settle()
+            self.save()
         except Stopped as stopped:
-            _logger.warning("%s", stopped)
+            _logger.warning("%s; what was not written yet is joined again after the next start", stopped)
         except SmesError:
             self._write_report()
             raise
-        self._writer.settle()
-        self.save()
         return self._write_report()
 
     def _advance(self) -> None:

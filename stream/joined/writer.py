@@ -16,8 +16,7 @@ happened, even without an example.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import numpy as np
 
@@ -30,24 +29,23 @@ from stream.codec.limits import max_rows
 from stream.codec.record_headers import headers
 from stream.join.joiner import END_OF_TIME
 from stream.joined.config import ExamplesConfig
-from stream.joined.records import decode_examples, encode_examples
+from stream.joined.found_turns import (
+    FoundTurn,
+    missing_rows,
+    newest_epoch,
+    newest_records,
+    rows_by_partition,
+    turns_since,
+)
+from stream.joined.records import encode_examples
 from stream.joined.turn_stream import TurnStream, positions_of
 from stream.joined.turns import Turn, newest_turn, readable_turn
-from stream.log.event_log import EventLog, OutRecord, Positions, Record, TopicPartition
+from stream.log.event_log import EventLog, OutRecord, Positions, TopicPartition
 from stream.topics import EXAMPLES, FEEDBACK, IMPRESSIONS
 
 _logger = logging.getLogger(__name__)
 _TURN, _EPOCH, _LAST, _WRITTEN = "turn", "epoch", "last", "written"
-_SCAN_RECORDS, _SCAN_S = 256, 1.0
-
-
-@dataclass(slots=True)
-class _Found:
-    """A turn that the topic has already, if only in part."""
-
-    turn: Turn
-    parts: dict[tuple[int, int], Record] = field(default_factory=dict)  # (partition, part) → the record
-    turns: dict[tuple[int, int], Turn] = field(default_factory=dict)  # and its header
+_REPEAT_S = 1.0
 
 
 class ExampleWriter:
@@ -94,7 +92,7 @@ class ExampleWriter:
 
     def begin_anew(self) -> None:
         """Start with the event log's oldest record, behind whatever the topic has."""
-        found = newest_turn(self._tail())
+        found = newest_turn(newest_records(self._log))
         if found is not None:
             self.number, self._epoch, self._last = found.number, found.epoch, list(found.last)
         self._fence()
@@ -102,7 +100,7 @@ class ExampleWriter:
 
     def has_written_before(self) -> bool:
         """Whether the topic has examples, whoever wrote them."""
-        turns = map(readable_turn, self._tail())
+        turns = map(readable_turn, newest_records(self._log))
         return any(turn is None or turn.number > 0 for turn in turns)
 
     def resume(self, state: Arrays) -> None:
@@ -115,7 +113,7 @@ class ExampleWriter:
         """
         self._load(state)
         self._fence()
-        for found in self._since():
+        for found in turns_since(self._log, self.number, self._written, self._epoch):
             self._repeat(found)
 
     def resume_behind(self, state: Arrays) -> None:
@@ -125,7 +123,7 @@ class ExampleWriter:
         was cut short may be lost.
         """
         self._load(state)
-        found = newest_turn(self._tail())
+        found = newest_turn(newest_records(self._log))
         if found is not None:
             self.number, self._last = max(self.number, found.number), list(found.last)
         self._fence()
@@ -191,7 +189,7 @@ class ExampleWriter:
         Raises:
             EventLogError: Another join has begun to write: what this one writes counts for nobody.
         """
-        newest = max((turn.epoch for turn in map(readable_turn, self._tail()) if turn is not None), default=0)
+        newest = newest_epoch(self._log)
         if newest > self._epoch:
             raise EventLogError(
                 f"topic {EXAMPLES!r}: another join has begun to write after this one, expected one join a topic"
@@ -211,14 +209,16 @@ class ExampleWriter:
         held, self._held = self._held, []
         return ExampleBlock.concat(held) if held else ExampleBlock.empty(self._schema)
 
-    def _write(self, examples: ExampleBlock, watermark_ms: int, found: _Found | None = None) -> None:
+    def _write(self, examples: ExampleBlock, watermark_ms: int, found: FoundTurn | None = None) -> None:
         """Append the records of the next turn, but those that are there already."""
         partitions = self._partitions()
         number, last = self.number + 1, self._padded(partitions)
-        parts_of = {partition: dict(enumerate(self._parts(rows))) for partition, rows in _rows_of(examples).items()}
+        parts_of = {
+            partition: dict(enumerate(self._parts(rows))) for partition, rows in rows_by_partition(examples).items()
+        }
         counts = {partition: len(parts) for partition, parts in parts_of.items()}
         if found is not None:
-            parts_of = self._missing(found, examples)
+            parts_of = missing_rows(found, examples, self._schema, self._parts)
             counts |= {p: turn.parts for (p, _), turn in found.turns.items()}
         for partition in counts:
             last[partition] = number
@@ -271,7 +271,7 @@ class ExampleWriter:
 
     def _fence(self) -> None:
         """Begin an epoch: nothing that a run before still writes counts from here on."""
-        before = max((turn.epoch for turn in map(readable_turn, self._tail()) if turn is not None), default=0)
+        before = newest_epoch(self._log)
         self._epoch = max(self._now_ms(), self._epoch + 1, before + 1)
         partitions = self._partitions()
         turn = self._turn(self.number, 0, 0, self._padded(partitions), self._stream.watermark_ms)
@@ -279,44 +279,14 @@ class ExampleWriter:
         empty = encode_examples(ExampleBlock.empty(self._schema), self._schema, None, 0, np.zeros(0, np.int64)).value
         self._log.append(EXAMPLES, [OutRecord(empty, head, p) for p in range(partitions)])
 
-    def _since(self) -> list[_Found]:
-        """The turns that the topic has between the checkpoint and the fence, in order.
-
-        Raises:
-            EventLogError: A later run than this one has written.
-        """
-        found: dict[int, _Found] = {}
-        epochs: dict[TopicPartition, int] = {}
-        for record in self._records(self._written, self._log.end(EXAMPLES)):
-            turn, source = readable_turn(record), TopicPartition(record.topic, record.partition)
-            if turn is None or turn.epoch < epochs.get(source, 0):
-                continue
-            if turn.epoch > self._epoch:
-                raise EventLogError(
-                    f"topic {EXAMPLES!r}: {source.partition}/{record.offset} is of another join, which has begun to "
-                    "write after this one, expected one join a topic"
-                )
-            epochs[source] = turn.epoch
-            if turn.number > self.number and not turn.is_fence:
-                there = found.setdefault(turn.number, _Found(turn))
-                there.parts.setdefault((record.partition, turn.part), record)
-                there.turns.setdefault((record.partition, turn.part), turn)
-        expected = list(range(self.number + 1, self.number + 1 + len(found)))
-        if sorted(found) != expected:
-            raise EventLogError(
-                f"topic {EXAMPLES!r}: turns {sorted(found)[:8]} after the checkpoint's {self.number}, expected "
-                f"{expected[:8]}: records are gone, or another join has written them"
-            )
-        return [found[number] for number in expected]
-
-    def _repeat(self, found: _Found) -> None:
+    def _repeat(self, found: FoundTurn) -> None:
         turn = found.turn
         until = positions_of(IMPRESSIONS, turn.impressions) | positions_of(FEEDBACK, turn.feedback)
         self._require(until)
         self._stream.until = until
         try:
             while not self._stream.has_reached_until:
-                self._stream.poll(_SCAN_S)
+                self._stream.poll(_REPEAT_S)
         finally:
             self._stream.until = None
         if turn.watermark_ms == END_OF_TIME:
@@ -340,89 +310,3 @@ class ExampleWriter:
                     f"{source.topic}/{source.partition}: ends at {end.get(source, 0)}, expected {position} or more, "
                     "which the join has read before: records are gone from the log"
                 )
-
-    def _missing(self, found: _Found, examples: ExampleBlock) -> dict[int, dict[int, I64]]:
-        """Which rows of a repeated turn the topic lacks: partition → part → rows.
-
-        What the topic has stands. Where the repeat gives other examples (:mod:`stream.join.joiner` says of which events
-        that can come), those that are there stay, and those that are not there are added.
-
-        Raises:
-            EventLogError: A part that is there cannot be read.
-        """
-        missing, others = dict[int, dict[int, I64]](), 0
-        for partition, rows in _rows_of(examples).items():
-            there = {part: record for (p, part), record in found.parts.items() if p == partition}
-            if not there:
-                missing[partition] = dict(enumerate(self._parts(rows)))
-                continue
-            keys = set[_Key]()
-            for record in there.values():
-                read = decode_examples(record, self._schema)
-                if read.dead:
-                    raise EventLogError(
-                        f"topic {EXAMPLES!r}: {partition}/{record.offset}: {read.dead[0].reason}; expected a record as "
-                        "this join has written it"
-                    )
-                keys |= _keys(read.examples)
-            mine = _keys(examples.take(rows))
-            others += len(keys - mine)
-            left = np.array(
-                [row for row, key in zip(rows, _key_list(examples.take(rows)), strict=True) if key not in keys],
-                np.int64,
-            )
-            parts = found.turns[partition, min(there)].parts
-            lacking = sorted(set(range(parts)) - there.keys())
-            missing[partition] = dict(zip(lacking, np.array_split(left, max(1, len(lacking))), strict=False))
-        if others:
-            _logger.warning(
-                "turn %d was repeated after a restart: %d of its examples in the log are not those of the repeat; "
-                "those in the log stay",
-                found.turn.number,
-                others,
-            )
-        return missing
-
-    def _records(self, begin: Mapping[TopicPartition, int], end: Mapping[TopicPartition, int]) -> list[Record]:
-        """What lies in the topic between two positions, in the order of each partition."""
-        records: list[Record] = []
-        at = {source: position for source, position in begin.items() if position < end.get(source, 0)}
-        while at:
-            fetch = self._log.read(at, max_records=_SCAN_RECORDS, timeout_s=_SCAN_S)
-            records += [r for r in fetch.records if r.offset < end[TopicPartition(r.topic, r.partition)]]
-            at = {source: position for source, position in fetch.positions.items() if position < end[source]}
-        return records
-
-    def _tail(self) -> list[Record]:
-        """The last record of each partition, and perhaps some before it."""
-        begin, end, records = self._log.begin(EXAMPLES), self._log.end(EXAMPLES), list[Record]()
-        for source, stop in end.items():
-            back, found = 1, list[Record]()
-            while not found and begin[source] < stop:
-                start = max(begin[source], stop - back)
-                found = self._records({source: start}, {source: stop})
-                if start == begin[source]:
-                    break
-                back *= 8
-            records += found
-        return records
-
-
-_Key = tuple[int, int, int, bytes]
-
-
-def _key_list(examples: ExampleBlock) -> list[_Key]:
-    """What tells each example from all others: impression, kind, when it was due, of which tasks it has labels."""
-    masks = [mask.tobytes() for mask in examples.label_mask]
-    columns = (examples.impression_id.tolist(), examples.kind.tolist(), examples.due_ms.tolist(), masks)
-    return list(zip(*columns, strict=True))
-
-
-def _keys(examples: ExampleBlock) -> set[_Key]:
-    return set(_key_list(examples))
-
-
-def _rows_of(examples: ExampleBlock) -> dict[int, I64]:
-    """The rows of each partition that has any; those of the first, none, if nothing is there."""
-    partitions = np.unique(examples.partition).tolist()
-    return {p: np.flatnonzero(examples.partition == p) for p in partitions} or {0: np.zeros(0, np.int64)}
