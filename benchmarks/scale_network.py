@@ -161,7 +161,8 @@ def _train(network: Network, config: Path, stack: ExitStack) -> list[subprocess.
             "--nproc-per-node=1",
         ]
         torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={network.address(0)}:{_RENDEZVOUS}", "--rdzv-id=scale"]
-        torchrun += [f"--local-addr={network.address(rank)}", "--max-restarts=100", "--module", "smes_cli"]
+        torchrun += [f"--local-addr={network.address(rank)}", f"--rdzv-conf=is_host={int(rank == 0)}"]
+        torchrun += ["--max-restarts=100", "--module", "smes_cli"]
         smes = ["-c", str(config), "train", "--flush", "--report", str(config.with_suffix(".json"))]
         env = environment() | {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         log = config.with_name(f"{config.stem}-{rank}.log")
