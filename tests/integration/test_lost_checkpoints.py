@@ -138,6 +138,7 @@ def test_anew_without_a_step_nothing_is_published(config: Config, served: Manife
         config, report=None, drain=False, skip_lost=False, should_stop=lambda: True, without_checkpoint=ANEW
     )
 
+    assert report is not None
     assert report.version == 0
     assert current(config) == served
 

@@ -61,7 +61,9 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pairs, Trai
 
 
 def drain_primed(config: Config, start: PrimedStart) -> dict[str, Any]:
-    return run_train(config, report=None, drain=True, skip_lost=False, should_stop=lambda: True, primed=start).to_dict()
+    report = run_train(config, report=None, drain=True, skip_lost=False, should_stop=lambda: True, primed=start)
+    assert report is not None
+    return report.to_dict()
 
 
 @pytest.mark.parametrize("kind", ["redis", pytest.param("kafka", marks=pytest.mark.kafka)])

@@ -38,9 +38,9 @@ def schema_now() -> dict[str, Any]:
 
 
 def drain_changed(config: Config) -> dict[str, Any]:
-    return run_train(
-        config, report=None, drain=True, skip_lost=False, should_stop=lambda: True, change_schema=True
-    ).to_dict()
+    report = run_train(config, report=None, drain=True, skip_lost=False, should_stop=lambda: True, change_schema=True)
+    assert report is not None
+    return report.to_dict()
 
 
 def served_by_now(config: Config, pairs: Pairs) -> Pairs:

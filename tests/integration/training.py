@@ -112,6 +112,7 @@ def drain(
         flush=flush,
         without_checkpoint=without_checkpoint,
     )
+    assert report is not None, "of rank 0"
     return report.to_dict()
 
 
