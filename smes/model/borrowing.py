@@ -92,7 +92,7 @@ class LabelRegression(nn.Module):
             is_binary_T: bool.
         """
         if on_host(self.count_TT):
-            self._add(labels_BT, weight_BT, self._sums)
+            self._add(labels_BT, weight_BT, self._sums, _HORIZON)
             self._solve_here(is_binary_T)
         else:
             self.take_in(self.sums(labels_BT, weight_BT), is_binary_T)
@@ -102,7 +102,7 @@ class LabelRegression(nn.Module):
         """What :meth:`take_in` takes of a batch, or of a rank's part of one. float64 [3, T, T]."""
         if on_host(self.count_TT):
             sums_3TT = torch.zeros(3, *self.count_TT.shape, dtype=torch.float64)
-            self._add(labels_BT, weight_BT, sums_3TT.unbind(), horizon=math.inf)
+            self._add(labels_BT, weight_BT, sums_3TT.unbind(), math.inf)
             return sums_3TT
         present_BT, weight_BT = (weight_BT > 0).double(), weight_BT.double()
         weighted_BT = labels_BT.double() * weight_BT
@@ -128,7 +128,7 @@ class LabelRegression(nn.Module):
     def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.count_TT, self.sum_TT, self.product_TT
 
-    def _add(self, labels_BT: Tensor, weight_BT: Tensor, sums: Sequence[Tensor], horizon: float = _HORIZON) -> None:
+    def _add(self, labels_BT: Tensor, weight_BT: Tensor, sums: Sequence[Tensor], horizon: float) -> None:
         cells = (labels_BT.double().contiguous().numpy(), weight_BT.double().contiguous().numpy())
         add_pairs(*cells, horizon, *(tensor.numpy() for tensor in sums))
 
