@@ -14,7 +14,7 @@ from smes_cli.__main__ import run
 from smes_cli.config import Config
 from smes_cli.demo.processes import log_tail
 from smes_cli.train import run_train
-from tests.integration.training import drain, fill_servers, read_pairs, snapshots_of
+from tests.integration.training import fill_servers, read_pairs, snapshots_of, totals
 from tests.running import (
     MARKER,
     environment,
@@ -57,8 +57,9 @@ def newest_parts(folder: Path) -> dict[str, str]:
     return digests
 
 
+@pytest.mark.timeout(300)  # four processes start; alone it takes a tenth of that
 def test_a_killed_rank_costs_no_bit_and_nothing_stays_behind(
-    redis_url: str, namespace: str, world: Path, tmp_path: Path, request: pytest.FixtureRequest
+    redis_url: str, namespace: str, world: Path, tmp_path: Path
 ) -> None:
     """The ranks that are killed are processes; those that are not, to compare with, are threads of this one."""
     log = {"partitions": 4, "namespace": namespace}
@@ -66,14 +67,14 @@ def test_a_killed_rank_costs_no_bit_and_nothing_stays_behind(
         write_config(
             tmp_path / name, redis_url, namespace, event_log=log, feature_store={"namespace": namespace + name}
         )
-        for name in ("killed", "whole", "alone")
+        for name in ("killed", "whole")
     ]
-    killed, whole, alone = map(read_config, paths)
-    fill_servers(killed, read_pairs(killed, world), "arrow")
+    killed, whole = map(read_config, paths)
+    pairs = read_pairs(killed, world)
+    fill_servers(killed, pairs, "arrow")
     ranks_drain(whole, tmp_path / "whole.json")
-    expected, of_one = read_json(tmp_path / "whole.json"), drain(alone)
-    assert expected["events"] == of_one["events"]
-    assert expected["feedback"] == of_one["feedback"]
+    expected = read_json(tmp_path / "whole.json")
+    assert (expected["events"]["impressions"], expected["feedback"]["received"]) == totals(pairs)
     assert conservation_errors(expected) == []
     assert expected["ranks"] == 2
 
@@ -86,7 +87,7 @@ def test_a_killed_rank_costs_no_bit_and_nothing_stays_behind(
     os.kill(second.pid, signal.SIGKILL)
     until_log_says(output, "going on from the checkpoint", trainer)
     trainer.send_signal(signal.SIGTERM)
-    assert trainer.wait(60) == 0, log_tail(output, 60)
+    assert trainer.wait(120) == 0, log_tail(output, 60)
 
     got = read_json(report)
     for section in ("version", "events", "feedback", "tasks", "rows", "active_experts"):
