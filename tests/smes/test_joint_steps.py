@@ -40,6 +40,7 @@ _SMALL = {"experts.num": 8, "encoder_dims": (16,), "experts.dims": (8,), "balanc
 _DEFAULT = changed(SmesConfig(), {**_SMALL, "trunk_dims": (8,), "num_group": 2, "groups.declared": _GROUPS})
 _FOUND = {"groups.declared": {}, "groups.found": 2, "groups.found_until": 200}
 _NORMS = {"router.input": "both", "router.norm": "batch", "router.rank": 4}
+_REQUEST_48 = np.repeat(np.arange(8), [2, 10, 5, 7, 1, 11, 6, 6])
 _YOUNG = "found groups, more experts at first"
 _FORMS: dict[str, ModelConfig] = {
     "default": ModelConfig(smes=_DEFAULT),
@@ -69,17 +70,17 @@ def _learner(world: World, model: ModelConfig, schema: Schema = _SCHEMA) -> Lear
     return learner
 
 
-def _blocks(batches: int = 7, size: int = 48) -> list[ExampleBlock]:
+def _blocks(batches: int = 7) -> list[ExampleBlock]:
     """Requests, heavy weights, feedback that is late (in some batches, of some impressions), a feature that leaps."""
     blocks = []
-    for number, block in enumerate(stream(RICH_SCHEMA, batches=batches, size=size)):
+    for number, block in enumerate(stream(RICH_SCHEMA, batches=batches, size=48)):
         ids, numerics = block.ids.copy(), block.numerics.copy()
-        ids[:, 0] = np.repeat(ids[::6, 0], 6)
+        ids[:, 0] = ids[_REQUEST_48, 0]
         numerics[::7, 1] *= 10.0**number
-        block = replace(block, ids=ids, numerics=numerics, request_id=np.arange(size) // 6, weight=block.weight * 1.5)
+        block = replace(block, ids=ids, numerics=numerics, request_id=_REQUEST_48, weight=block.weight * 1.5)
         if number % 3 == 1:
             kind, late_share = block.kind.copy(), block.late_share.copy()
-            kind[size // 2 :], late_share[size // 2 :, ::2] = FIRST, 0.3
+            kind[24:], late_share[24:, ::2] = FIRST, 0.3
             kind[-5:] = FURTHER
             block = replace(block, kind=kind, late_share=late_share)
         blocks.append(block)
@@ -185,7 +186,7 @@ def test_ranks_compute_once_what_the_examples_of_a_request_share(monkeypatch: py
     monkeypatch.setattr(smes.model.learner, "LEAST_SAVED_IN_TRAINING", 10)
     blocks = []
     for block in _blocks():
-        ids, numerics = np.repeat(block.ids[::6], 6, axis=0), np.repeat(block.numerics[::6], 6, axis=0)
+        ids, numerics = block.ids[_REQUEST_48], block.numerics[_REQUEST_48]
         ids[:, 1], numerics[:, 1] = block.ids[:, 1], block.numerics[:, 1]
         blocks.append(replace(block, ids=ids, numerics=numerics))
 
