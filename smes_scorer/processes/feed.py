@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from smes.model.serving import ServingModel
 from smes.model.serving_rows import Shadow
 from smes.model.shared_rows import ShadowPlace, SharedTable, place_of, share
@@ -118,7 +120,7 @@ class Feed(Versions):
             self._workers[worker] = told = _Worker(incarnation)
         box = self._boxes[worker]
         if self._told is not None and told.generation != self._told.number:
-            text = _for(self._told.text, incarnation)
+            text = msgspec.structs.replace(self._told.text, incarnation=incarnation)
             # Before it is sent: from then on the worker may read it.
             told.first = told.first or self._told.number
             if box.put(text, [memory.descriptor for memory in self._told.memory]):
@@ -149,9 +151,3 @@ class Feed(Versions):
             places=tuple(map(place_of, memory)),
         )
         return _Told(number, text, memory)
-
-
-def _for(text: Generation, incarnation: int) -> Generation:
-    return Generation(
-        incarnation, text.loader, text.track, text.number, text.table, text.shadows, text.dense, text.places
-    )

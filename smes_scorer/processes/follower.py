@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import msgspec
+
 from smes.errors import SmesError
 from smes.model.serving import required_keys
 from smes.model.serving_rows import TableRows
@@ -17,7 +19,7 @@ from smes.shared_memory import Bytes, mapped
 from smes_scorer.first_answers import Arrivals, FirstAnswer, FirstAnswers
 from smes_scorer.loading import TableModel, request_keys
 from smes_scorer.processes.board import LOADER, Board
-from smes_scorer.processes.mailbox import FirstAnswered, Generation, Mailbox, Message, Status
+from smes_scorer.processes.mailbox import FirstAnswered, Generation, Lend, Mailbox, Message, Status, Tell
 from smes_scorer.processes.version_block import VersionBlock
 from smes_scorer.telemetry import Telemetry
 from smes_scorer.versions import ServedModel, Versions
@@ -109,14 +111,14 @@ class Follower:
         """Whether the loader says that the version may answer."""
         return self.status is not None and self.status.holds
 
-    def take(self, text: Generation, descriptors: Sequence[int]) -> None:
-        """Put a generation into service. Never raises: the one before stays."""
+    def take(self, text: Generation, descriptors: Sequence[int]) -> bool:
+        """Put a generation into service; whether it is. Never raises: the one before stays."""
         try:
             served = self._mapped(text, descriptors)
         except Exception as error:  # for want of memory, for instance
             self._failed = f"generation {text.number}: {error}"
             _logger.warning("a version of the loader could not be taken: %s", self._failed, exc_info=True)
-            return
+            return False
         self._failed = None
         self._generations[served] = text.number
         self._versions.put(served)
@@ -127,6 +129,7 @@ class Follower:
             gc.collect()
             gc.freeze()  # as a scorer of one process does once its first version is loaded
             self.first.set()
+        return True
 
     def reads(self) -> tuple[int, int]:
         """The oldest generation that a request reads or may begin to read, and the newest; 0: none."""
@@ -177,6 +180,7 @@ class Following:
 
     def __init__(self, place: WorkerPlace, followers: Sequence[Follower], figures: Callable[[], bytes]) -> None:
         self._place, self._followers, self._figures = place, followers, figures
+        self._served: dict[int, Message] = {}  # by track: the generation in service, with its descriptors
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="version-follower", daemon=True)
 
@@ -193,10 +197,12 @@ class Following:
     @property
     def problems(self) -> dict[str, str | None]:
         """What is wrong with the other processes."""
-        board = self._place.board
+        board, main = self._place.board, self._followers[0]
         found: dict[str, str | None] = {}
         if not self.loads:
             found["loader"] = "the process that loads versions has ended; it is started again"
+        elif main.served is not None and not main.holds:
+            found["loader"] = "the process that loads versions was started again, and has none yet"
         if away := [worker for worker in range(board.workers) if not board.alive(worker)]:
             found["workers"] = f"{len(away)} of {board.workers} processes that answer do not run"
         return found
@@ -205,7 +211,15 @@ class Following:
         """Start the thread; call it once. A process that takes another's place begins with what that served."""
         self._thread.start()
         if self._place.incarnation > 1:
+            self.borrow()
             self._followers[0].first.wait(_FIRST_WAIT_S)
+
+    def borrow(self) -> None:
+        """Ask the other workers for what they serve, in case the loader has nothing yet."""
+        place = self._place
+        for worker, box in enumerate(place.boxes):
+            if worker != place.worker and place.board.alive(worker):
+                box.put(Lend(place.worker, place.incarnation))
 
     def stop(self) -> None:
         """Stop the thread and wait for its end."""
@@ -236,24 +250,44 @@ class Following:
             message = place.boxes[place.worker].take(0)
         for track, last in newest_texts.items():
             assert isinstance(last.text, Generation)
-            self._followers[track].take(last.text, last.descriptors)
-            last.close()
+            if self._followers[track].take(last.text, last.descriptors):
+                last, self._served[track] = self._served.get(track, last), last
+            if last is not self._served.get(track):
+                last.close()
         for follower in self._followers if newest_texts else ():
             place.board.reads(place.worker, follower.track, *follower.reads())
 
     def _take(self, message: Message, newest: dict[int, Message]) -> None:
         """Take a message; of generations, only the newest for this process is kept."""
         text = message.text
-        if isinstance(text, Generation) and text.incarnation == self._place.incarnation:
+        if isinstance(text, Generation) and self._is_new(text, newest.get(text.track)):
             if (older := newest.get(text.track)) is not None:
                 older.close()
             newest[text.track] = message
             return
         if isinstance(text, Status):
             self._followers[text.track].status = text
-        elif not isinstance(text, Generation) and message.descriptors:
+        elif isinstance(text, Lend):
+            self._lend(text)
+        elif isinstance(text, Tell):
             message.answer(self._figures())
         message.close()
+
+    def _is_new(self, text: Generation, taken: Message | None) -> bool:
+        """Whether a generation is for this process, and not older than what it has: it may have been lent."""
+        have = taken or self._served.get(text.track)
+        newest = have.text.number if have is not None and isinstance(have.text, Generation) else 0
+        return text.incarnation == self._place.incarnation and text.number > newest
+
+    def _lend(self, asked: Lend) -> None:
+        """Give another worker what this one serves, if that is of a loader that has ended, so that nobody folds it."""
+        board = self._place.board
+        for served in self._served.values():
+            text = served.text
+            assert isinstance(text, Generation)
+            if text.loader != board.incarnation(LOADER) or not board.alive(LOADER):
+                lent = msgspec.structs.replace(text, incarnation=asked.incarnation)
+                self._place.boxes[asked.worker].put(lent, served.descriptors)
 
 
 class ToldFirstAnswers(FirstAnswers):

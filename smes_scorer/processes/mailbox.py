@@ -70,11 +70,22 @@ class FirstAnswered(msgspec.Struct, frozen=True, tag=True):
     now_ms: int
 
 
+class Lend(msgspec.Struct, frozen=True, tag=True):
+    """A worker that has just started asks another one for what that serves, in case no process can load it now.
+
+    Attributes:
+        worker, incarnation: Of the one that asks.
+    """
+
+    worker: int
+    incarnation: int
+
+
 class Tell(msgspec.Struct, frozen=True, tag=True):
     """Somebody asks for the figures of a process. With the descriptor of a socket for the answer."""
 
 
-Text = Generation | Status | FirstAnswered | Tell
+Text = Generation | Status | FirstAnswered | Lend | Tell
 _DECODER = msgspec.json.Decoder(Text)
 
 

@@ -10,7 +10,7 @@ import ctypes
 import gc
 import logging
 import os
-import selectors
+import select
 import signal
 import socket
 import sys
@@ -42,6 +42,7 @@ from smes_scorer.processes.mailbox import Mailbox
 from smes_scorer.service import compile_answering, listen, run_server, url_of
 
 _PR_SET_PDEATHSIG = 1
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
 _LOOK_S = 1.0
 _STUCK_S = 30.0
 """A process that has not said for so long that it works is ended, and started again."""
@@ -130,10 +131,9 @@ def serve_by_processes(
 
 @dataclass
 class _Child:
-    """A process: its id and a descriptor that can be waited for, None where it has ended; and when it may begin."""
+    """A process: its id, None where it has ended; and when it may begin."""
 
-    pid: int = 0
-    descriptor: int | None = None
+    pid: int | None = None
     began_s: float = 0.0
     starts_s: float = 0.0
     pause_s: float = _FIRST_PAUSE_S
@@ -169,58 +169,52 @@ class Supervisor:
         woken, wakes = socket.socketpair()
         for end in (woken, wakes):
             end.setblocking(False)
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = [signal.signal(number, self._stop) for number in numbers]
+        before = [signal.signal(number, self._note) for number in _SIGNALS]
         wakeup = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
-        with selectors.DefaultSelector() as selector, woken, wakes:
-            selector.register(woken, selectors.EVENT_READ)
+        with woken, wakes:
             try:
-                self._start_due(selector)
+                self._start_due()
                 on_started()
                 while not self._stopping:
-                    selector.select(self._wait_s())
+                    select.select([woken], [], [], self._wait_s())
                     with suppress(BlockingIOError):
                         woken.recv(4096)
-                    self._look(selector)
+                    self._look()
                     if not self._stopping:
-                        self._start_due(selector)
+                        self._start_due()
             finally:
                 signal.set_wakeup_fd(wakeup)
                 self._end_all()
-                for number, handler in zip(numbers, before, strict=True):
+                for number, handler in zip(_SIGNALS, before, strict=True):
                     signal.signal(number, handler)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        self._stopping = True
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._stopping |= number != signal.SIGCHLD  # which says that it is time to look
 
     def _wait_s(self) -> float:
-        due = [child.starts_s for child in self._children.values() if child.descriptor is None]
+        due = [child.starts_s for child in self._children.values() if child.pid is None]
         return max(0.0, min([_LOOK_S, *(at - time.monotonic() for at in due)]))
 
-    def _start_due(self, selector: selectors.BaseSelector) -> None:
+    def _start_due(self) -> None:
         for number, child in self._children.items():
-            if child.descriptor is None and time.monotonic() >= child.starts_s:
+            if child.pid is None and time.monotonic() >= child.starts_s:
                 self._board.born(number)
                 child.began_s = time.monotonic()
                 child.pid = _forked(self._mains[number], _name(number))
-                child.descriptor = os.pidfd_open(child.pid)
-                selector.register(child.descriptor, selectors.EVENT_READ)
 
-    def _look(self, selector: selectors.BaseSelector) -> None:
+    def _look(self) -> None:
         """Note which processes have ended; end those that are stuck."""
         now_s = time.monotonic()
         asleep, self._looked_s = now_s - self._looked_s > 2 * _LOOK_S, now_s  # then the others may have been, too
         for number, child in self._children.items():
-            if child.descriptor is None:
+            if child.pid is None:
                 continue
-            ended, status = os.waitpid(child.pid, os.WNOHANG)
-            if ended:
-                selector.unregister(child.descriptor)
-                os.close(child.descriptor)
-                child.descriptor = None
+            status = _status(child.pid)
+            if status is not None:
                 self._board.died(number)
                 if not self._stopping:
                     self._note_end(number, child, status)
+                child.pid = None
             elif not asleep and self._board.silent_s(number) > _STUCK_S:
                 _logger.warning("%s has not said for %g s that it works, and is ended", _name(number), _STUCK_S)
                 os.kill(child.pid, signal.SIGKILL)
@@ -237,11 +231,10 @@ class Supervisor:
         self._stop_accepting()
         self._signal_all(signal.SIGTERM)
         until_s = time.monotonic() + self._shutdown_s
-        while any(child.descriptor is not None for child in self._children.values()):
+        while any(child.pid is not None for child in self._children.values()):
             for number, child in self._children.items():
-                if child.descriptor is not None and os.waitpid(child.pid, os.WNOHANG)[0]:
-                    os.close(child.descriptor)
-                    child.descriptor = None
+                if child.pid is not None and _status(child.pid) is not None:
+                    child.pid = None
                     self._board.died(number)
             if time.monotonic() > until_s:
                 self._signal_all(signal.SIGKILL)
@@ -249,9 +242,15 @@ class Supervisor:
 
     def _signal_all(self, number: signal.Signals) -> None:
         for child in self._children.values():
-            if child.descriptor is not None:
+            if child.pid is not None:
                 with suppress(ProcessLookupError):
                     os.kill(child.pid, number)
+
+
+def _status(pid: int) -> int | None:
+    """What :func:`os.waitpid` says of a child that has ended; None of one that runs."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return status if ended else None
 
 
 def _forked(main: Callable[[], int], name: str) -> int:
@@ -265,7 +264,7 @@ def _forked(main: Callable[[], int], name: str) -> int:
     code = 1
     try:
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() == parent:

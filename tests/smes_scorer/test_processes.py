@@ -86,6 +86,12 @@ class Service:
         for worker in workers or range(self.board.workers):
             self._following[worker].turn(0)
 
+    def followed_turn(self, worker: int, *, borrow: bool = False) -> None:
+        """A worker looks into its box, and before that asks the others for what they have, as at its start."""
+        if borrow:
+            self._following[worker].borrow()
+        self._following[worker].turn(0)
+
     def _worker(self, worker: int) -> tuple[Follower, Following]:
         place = WorkerPlace(worker, self.board.incarnation(worker), self.board, self.boxes, self.loader_box)
         follower = Follower(0, SCHEMA, Telemetry())
@@ -105,7 +111,7 @@ def test_nothing_that_any_process_reads_is_folded(client: redis.Redis, namespace
     chain.publish("full")
     service.turn()
     with slow.reading() as old:
-        for _ in range(12):  # more than there are shadows, so that some are merged
+        for _ in range(10):  # more than there are shadows, so that some are merged
             chain.publish()
             service.turn()
             service.turn()
@@ -139,6 +145,13 @@ def test_a_process_that_takes_anothers_place_begins_anew(
     service.turn()
     assert service.swap.shadows == 0
     assert served_version(service.followers[1], chain) == chain.version
+
+    service.board.died(-1)
+    service.worker_starts(0)
+    service.followed_turn(0, borrow=True)
+    service.followed_turn(1)
+    service.followed_turn(0)
+    assert served_version(service.followers[0], chain) == chain.version, "lent by worker 1, while nobody loads"
 
     service.loader_starts()
     assert [served_version(follower, chain) for follower in service.followers] == [chain.version] * 2
