@@ -187,23 +187,32 @@ def measured(
 
 
 def rates(store: SnapshotStore, redis_url: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Answers a second of one and of two processes, in turns, with a small table and no swaps."""
-    world, found = SwapWorld(20_000), dict[int, list[float]]()
+    """Answers of one and of two processes, a second and by processor time; in turns, a small table and no swaps."""
+    world = SwapWorld(20_000)
     bodies = [world.body(number) for number in range(REQUESTS)]
-    for _ in range(arguments.rounds):
+    rate: dict[int, list[float]] = {1: [], 2: []}
+    took: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(arguments.rounds):
         for workers in (1, 2):
-            with service(world, redis_url, folder, workers) as (_, url), httpx.Client(base_url=url) as http:
-                Bench(store, world, http).replace(f"r{workers}-{len(found.get(workers, []))}")
+            with service(world, redis_url, folder, workers) as (process, url), httpx.Client(base_url=url) as http:
+                Bench(store, world, http).replace(f"r{workers}-{number}")
                 load(url, bodies, arguments.connections, 2.0)  # until all is warm
+                before_s = _processor_s(process)
                 answers = load(url, bodies, arguments.connections, arguments.rate_seconds)
                 assert not answers.failed, answers
-                found.setdefault(workers, []).append(answers.rate)
-    ratios = [two / one for one, two in zip(found[1], found[2], strict=True)]
-    return {
-        "answers_per_s_1_worker": statistics.median(found[1]),
-        "answers_per_s_2_workers": statistics.median(found[2]),
-        "throughput_ratio_2_workers": statistics.median(ratios),
-    }
+                rate[workers].append(answers.rate)
+                took[workers].append(1000 * (_processor_s(process) - before_s) / len(answers.seconds))
+    figures: dict[str, float] = {}
+    for name, of in (("answers_per_s", rate), ("processor_ms_per_answer", took)):
+        figures |= {f"{name}_{workers}_workers": statistics.median(of[workers]) for workers in of}
+        figures[f"{name}_ratio"] = statistics.median(two / one for one, two in zip(of[1], of[2], strict=True))
+    return figures
+
+
+def _processor_s(process: psutil.Process) -> float:
+    """Processor time of all processes of a service that run."""
+    times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
+    return float(sum(each.user + each.system for each in times))
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
