@@ -129,7 +129,8 @@ def as_rank(place: RankPlace | None, config: "Config", should_stop: "StopRequest
     except (SmesError, ValueError, OSError) as error:
         if place.folder is None:
             raise
-        errors.print(f"smes: {error}", highlight=False, soft_wrap=True)
+        of_rank = f"[rank {place.rank}] " if place.rank else ""
+        errors.print(f"{of_rank}smes: {error}", highlight=False, soft_wrap=True)
         place.ended(2 if isinstance(error, ValueError) else 1)
     else:
         place.ended(0)

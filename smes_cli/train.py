@@ -168,8 +168,11 @@ def run_train(
             served = find_starting_point(trainer, stream, store, otherwise, carried_over)
         else:
             served = begin_primed(primed, config, trainer, log, store, otherwise)
-        for skipped in stream.skip_lost().values() if skip_lost else ():
-            _logger.error("%s", skipped)
+        skipped = stream.skip_lost().values() if skip_lost else ()
+        for each in skipped:
+            _logger.error("%s", each)
+        if isinstance(trainer, RankTrainer):
+            trainer.note_skipped(bool(skipped))
         warm_up(config, schema)
 
         def publisher(lineage: str) -> Publisher:

@@ -25,6 +25,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 
 from feature_store.publication import Manifest
 from smes.errors import RankFailed, RankLost, SmesError, Stopped
@@ -56,7 +57,7 @@ from trainer.shared_checkpoints import SharedCheckpoints, SharedCheckpointWriter
 from trainer.stretches import Stretches
 
 _logger = logging.getLogger(__name__)
-_POLL_S, _SHORT_POLL_S = 0.2, 0.01  # of a rank for which others wait
+_POLL_S, _SHORT_POLL_S = 0.2, 0.05  # the latter of a rank for which others wait
 _FIGURES_S = 1.0
 
 
@@ -182,6 +183,15 @@ class RankTrainer(Trainer):
             self._journal.clear()
             return {}
         return {number: int(note, 16) for number, note in self._journal.resume_noted(self.steps)}
+
+    def note_skipped(self, skipped: bool) -> None:
+        """Note whether this rank's stream goes on elsewhere than its checkpoint says: then no rank repeats steps."""
+        told = torch.tensor([int(skipped)])
+        self._world.sum([told])
+        if int(told):
+            self._repeats.clear()
+            if self._journal is not None:
+                self._journal.clear()
 
     def publish_to(
         self,
