@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from smes.errors import RankLost, SmesError
+from smes.errors import WRONG_INPUT, RankLost, SmesError
 from smes.world import ALONE, World
 from smes_cli.console import console, errors
 
@@ -131,7 +131,7 @@ def as_rank(place: RankPlace | None, config: "Config", should_stop: "StopRequest
             raise
         of_rank = f"[rank {place.rank}] " if place.rank else ""
         errors.print(f"{of_rank}smes: {error}", highlight=False, soft_wrap=True)
-        place.ended(2 if isinstance(error, ValueError) else 1)
+        place.ended(2 if isinstance(error, WRONG_INPUT) else 1)
     else:
         place.ended(0)
         return
@@ -153,7 +153,7 @@ def _open_world(place: RankPlace, config: "Config") -> Iterator[World]:
     try:
         store, rank, size = next(torch_dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # The launcher's store stays from one start of the ranks to the next, and with it where they listened before.
+            # The launcher's store stays from one start of the ranks to the next, and with it their old addresses.
             store = torch_dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             if rank == 0 and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
                 _logger.warning(
