@@ -108,10 +108,18 @@ say "image built in $(seconds "$step") s: $(docker images --format '{{.Size}}' s
 step=$(date +%s%N)
 docker compose up --detach "${services[@]}" > /dev/null 2>&1 || fail "docker compose up"
 say "up returned after $(seconds "$step") s"
-until_true 180 "a first answer" is_answered
+until_true 300 "a first answer" is_answered
 say "first answer $(seconds "$step") s after up: version $(score)"
-for service in "${services[@]}"; do until_true 180 "$service is healthy" is_well "$service"; done
+for service in "${services[@]}"; do until_true 300 "$service is healthy" is_well "$service"; done
 say "all healthy $(seconds "$step") s after up: ${services[*]}"
+scrapes() {
+    curl --silent http://127.0.0.1:9090/api/v1/targets | python3 -c 'import json, sys
+targets = json.load(sys.stdin)["data"]["activeTargets"]
+print(*sorted(target["labels"]["job"] + " " + target["health"] for target in targets), sep=", ")'
+}
+scrapes_both() { [ "$(scrapes)" = "smes-scorer up, smes-trainer up" ]; }
+until_true 300 "Prometheus scrapes trainer and scorer" scrapes_both
+say "Prometheus: $(scrapes)"
 score_for_ever &
 scoring=$!
 
@@ -121,8 +129,8 @@ for service in scorer console prometheus redis trainer kafka simulator; do
     restarts=$(inspect "$service" '{{.RestartCount}}') step=$(date +%s%N)
     before=$(wc -l < "$answers") logged=$(our_lines)
     kill -KILL "$(inspect "$service" '{{.State.Pid}}')"
-    until_true 180 "$service is back" has_restarted "$service" "$restarts"
-    for other in trainer scorer; do until_true 120 "$other is well after $service" is_well "$other"; done
+    until_true 300 "$service is back" has_restarted "$service" "$restarts"
+    for other in trainer scorer; do until_true 300 "$other is well after $service" is_well "$other"; done
     is_answered || fail "no answer after $service was killed"
     say "$service killed: back after $(seconds "$step") s;" \
         "$(answered "$before") answers, $(unanswered "$before") not; $(($(our_lines) - logged)) lines logged by ours"
@@ -134,7 +142,7 @@ before=$(wc -l < "$answers") logged=$(our_lines)
 docker compose stop kafka > /dev/null 2>&1
 sleep 40
 docker compose start kafka > /dev/null 2>&1
-until_true 120 "Kafka is back" is_well kafka
+until_true 300 "Kafka is back" is_well kafka
 say "kafka stopped, started again 40 s later: $(answered "$before") answers, $(unanswered "$before") not;" \
     "$(($(our_lines) - logged)) lines logged by ours"
 
@@ -167,10 +175,10 @@ done
 docker compose down > /dev/null 2>&1
 say "stopped and removed in $(seconds "$step") s, volumes kept"
 docker compose up --detach "${services[@]}" > /dev/null 2>&1 || fail "docker compose up, again"
-until_true 180 "an answer after the second up" is_answered
+until_true 300 "an answer after the second up" is_answered
 goes_on() { read -r _ now newest <<< "$(score)"; [ "$now" = "$lineage" ] && [ "$newest" -ge "$version" ]; }
 goes_on || fail "lineage $lineage, version $version before; now $(score)"
-until_true 180 "the simulator has ended" has_ended_well simulator
+until_true 300 "the simulator has ended" has_ended_well simulator
 [[ $(logs simulator) == *"nothing is left to append"* ]] || fail "replayed twice"
 say "second up: $(score), before $lineage $version; the simulator replayed nothing twice"
 
@@ -179,7 +187,7 @@ say "second up: $(score), before $lineage $version; the simulator replayed nothi
 docker compose down > /dev/null 2>&1
 SMES_SCHEMA=kuairand docker compose up --detach kafka redis trainer > /dev/null 2>&1
 is_refused() { [[ $(logs trainer) == *"refused (exit code 2)"* ]]; }
-until_true 120 "another schema is refused" is_refused
+until_true 300 "another schema is refused" is_refused
 sleep 15
 [ "$(inspect trainer '{{.RestartCount}}')" -eq 0 ] || fail "the trainer was started again"
 say "another schema: $(logs trainer | grep '^smes: ' | tail -n 1)"
@@ -206,7 +214,7 @@ KAFKA_PASSWORD=$(random) REDIS_PASSWORD=$(random) SCORER_REDIS_PASSWORD=$(random
 export KAFKA_PASSWORD REDIS_PASSWORD SCORER_REDIS_PASSWORD IMPRESSIONS=20000
 export COMPOSE_FILE=docker-compose.yml:ops/docker/passwords.yml
 docker compose up --detach "${services[@]}" > /dev/null 2>&1 || fail "docker compose up, with passwords"
-until_true 180 "an answer, with passwords" is_answered
+until_true 300 "an answer, with passwords" is_answered
 until_true 300 "the replay's end, with passwords" has_ended_well simulator
 redis_says() { inside -e REDISCLI_AUTH= redis redis-cli "$@" 2>&1; }
 [[ $(redis_says GET x) == *NOAUTH* ]] || fail "Redis answers without a password"

@@ -11,6 +11,7 @@
     ├── LeaseHeld                 another trainer holds the right to publish
     ├── LeaseLost                 this trainer's right to publish was taken over
     ├── CheckpointError           a checkpoint on disk cannot be restored, or another trainer holds their folder
+    │   └── ModelMismatch         it was trained with another configuration of the model
     ├── ServingWithoutCheckpoint  a model is in service, but the trainer has no checkpoint to go on from
     ├── StepsNotFinite            several steps in a row had a loss or gradients that are not finite
     ├── EventLogError             the event log refused or lost something
@@ -104,6 +105,10 @@ class CheckpointError(SmesError):
     """A checkpoint on disk cannot be written or restored, or another trainer holds the folder of checkpoints."""
 
 
+class ModelMismatch(CheckpointError):
+    """A checkpoint was trained with another configuration of the model; the message names the keys that differ."""
+
+
 class ServingWithoutCheckpoint(SmesError):
     """A model is in service, but the trainer has no checkpoint. The message says what to ask for."""
 
@@ -153,3 +158,7 @@ class LogError(SmesError):
 
 class Stopped(SmesError):
     """A wait for a server ended early because a stop was asked for. The message names what was waited for."""
+
+
+WRONG_INPUT = (ValueError, SchemaMismatch, ModelMismatch)
+"""What the same start would meet again: wrong input, or a configuration that does not fit what is there."""

@@ -5,7 +5,7 @@ import logging
 import sys
 import traceback
 
-from smes.errors import SmesError
+from smes.errors import WRONG_INPUT, SmesError
 from smes_cli.app import app
 from smes_cli.console import errors
 from smes_cli.loop_cache import loop_cache
@@ -33,6 +33,9 @@ def run(arguments: list[str]) -> int:
         app(args=arguments, prog_name="smes")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
+    except WRONG_INPUT as error:
+        _print(error)
+        return EXIT_USAGE
     except (SmesError, OSError) as error:  # OSError: a full disk, a folder without rights
         _print(error)
         return EXIT_FAILED
@@ -40,9 +43,6 @@ def run(arguments: list[str]) -> int:
         error.add_note("expected more memory, or a configuration that asks for less")
         _print(error)
         return EXIT_FAILED
-    except ValueError as error:
-        _print(error)
-        return EXIT_USAGE
     return 0
 
 

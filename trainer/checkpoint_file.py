@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from smes.arrays import Arrays
-from smes.errors import CheckpointError, SchemaMismatch
+from smes.errors import CheckpointError, ModelMismatch, SchemaMismatch
 from smes.model.deltas import StateArray
 from smes.schema import Schema
 from smes.schema_difference import describe_difference_from
@@ -267,7 +267,7 @@ def _compatible_model(path: Path, metadata: Mapping[str, str], schema: Schema, m
         )
     trained: dict[str, Any] = json.loads(metadata["model"])
     if changed := differences(trained, json.loads(json.dumps(model))):
-        raise CheckpointError(
+        raise ModelMismatch(
             f"checkpoint {path}: trained with another model configuration (differs in: {', '.join(changed)}); "
             "expected the same, or an empty checkpoint folder"
         )

@@ -148,7 +148,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing_behind(
         (["evaluate", log], EXIT_USAGE, "expected either --version"),
         (["evaluate", log, "--version", "1:2:3"], EXIT_USAGE, "expected VERSION or LINEAGE:VERSION"),
         (["evaluate", log, "--version", "99999"], EXIT_FAILED, "99999"),
-        (["evaluate", log, "--version", version, "--schema", str(other)], EXIT_FAILED, "plan"),
+        (["evaluate", log, "--version", version, "--schema", str(other)], EXIT_USAGE, "plan"),
         (["evaluate", log, "--checkpoint", str(full)], EXIT_FAILED, "no checkpoint in it"),
         (["score", log, "--version", version, "--out", str(tmp_path / "out.csv")], EXIT_USAGE, "ends in .parquet"),
         (["score", str(full / "none.parquet"), "--version", version, "--out", out], EXIT_FAILED, "no such file"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import save
 
-from smes.errors import CheckpointError, SchemaMismatch
+from smes.errors import CheckpointError, ModelMismatch, SchemaMismatch
 from smes.model.config import OptimizerConfig
 from smes.model.rows_config import RowRules, RowsConfig
 from stream.log.memory_log import InMemoryLog
@@ -263,7 +263,7 @@ def test_another_model_is_refused_with_the_keys_that_differ(log: InMemoryLog, tm
     smes = replace(MODEL.smes, experts=replace(MODEL.smes.experts, num=8), router=replace(MODEL.smes.router, rank=4))
     other = replace(MODEL, embedding_dim=4, smes=smes)
 
-    with pytest.raises(CheckpointError, match=r"differs in: embedding_dim, smes\.experts\.num, smes\.router\.rank\)"):
+    with pytest.raises(ModelMismatch, match=r"differs in: embedding_dim, smes\.experts\.num, smes\.router\.rank\)"):
         CheckpointDirectory(tmp_path, 2).newest(schema=trainer.learner.schema, model=other.to_dict())
 
 
