@@ -135,3 +135,38 @@ def test_an_impression_that_was_read_late_does_not_open_a_window_again() -> None
 
     assert evaluated.state()["windows"][:, 0].tolist() == windows[:, 0].tolist()
     assert evaluated.state()["windows"][-1, 2] == windows[-1, 2] + 1
+
+
+def test_while_several_ranks_train_no_impression_is_ranked_and_all_else_counts() -> None:
+    """The evaluation of one rank, then of several, which have no frozen weights, then of one again."""
+    stream, lag = numbered(batches(700, served=0.3)), 7
+    weights = Weights()
+    run(whole := evaluation(CONFIG, weights), weights, stream)
+
+    weights = Weights()
+    evaluated = evaluation(CONFIG, weights)
+    for number, batch in enumerate(stream):
+        if number in (len(stream) // 3, 2 * len(stream) // 3):
+            state = {name: array.copy() for name, array in evaluated.state().items()}
+            several = number < len(stream) // 2
+            evaluated = (
+                ProgressiveEvaluation(SCHEMA, CONFIG, freeze=None, thaw=None)
+                if several
+                else evaluation(CONFIG, weights)
+            )
+            evaluated.load_state(state)
+        step = first_of(batch)
+        evaluated.before_step(step)
+        scores = scores_of(weights.version, step.ids)
+        weights.version += 1
+        evaluated.after_step(step, StepFigures(scores))
+        if number >= lag:
+            evaluated.after_closing(of_kind(stream[number - lag], CLOSING))
+    for batch in stream[-lag:]:
+        evaluated.after_closing(of_kind(batch, CLOSING))
+
+    assert evaluated.progressive() == whole.progressive()
+    ranked, all_ranked = (
+        each.since(each.totals() | {"group_auc": np.zeros(2)}, with_open=True)[1] for each in (evaluated, whole)
+    )
+    assert all(0 < ranked[task] < all_ranked[task] for task in ranked if all_ranked[task])
