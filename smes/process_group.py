@@ -23,6 +23,10 @@ class ProcessGroupWorld:
         self._group: Any = group  # torch's stubs leave out what its collectives take
         self.rank, self.size = group.rank(), group.size()
 
+    def close(self) -> None:
+        """Let go of the group, after the last call: one that lives when the interpreter ends may abort the process."""
+        self._group = None
+
     def sum(self, tensors: Sequence[Tensor]) -> None:
         for some in _by_kind(tensors):
             flat = some[0].view(-1) if len(some) == 1 else torch.cat([tensor.view(-1) for tensor in some])

@@ -166,8 +166,10 @@ def _open_world(place: RankPlace, config: "Config") -> Iterator[World]:
     except (RuntimeError, ValueError) as error:
         said = (str(error).splitlines() or ["no message"])[0]
         raise RankLost(f"rank {place.rank} of {place.size}: the ranks did not find each other: {said}") from error
-    yield ProcessGroupWorld(torch_dist.group.WORLD)
+    world = ProcessGroupWorld(torch_dist.group.WORLD)
+    yield world
     torch_dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+    world.close()
 
 
 def _hear_stop(folder: Path, should_stop: "StopRequest") -> None:

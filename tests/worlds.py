@@ -36,12 +36,15 @@ def on_ranks(size: int, work: Callable[[World], T], timeout_s: float = 30.0) -> 
     def run(rank: int) -> T:
         torch.set_num_threads(1)
         group = torch_dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+        world = ProcessGroupWorld(group)
         try:
-            return work(ProcessGroupWorld(group))
+            return work(world)
         except BaseException as error:
             with lock:
                 failed.append(error)
             raise
+        finally:
+            world.close()
 
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(run, rank) for rank in range(size)]
