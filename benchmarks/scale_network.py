@@ -1,6 +1,6 @@
 """Ranks with addresses of their own, between which the network is slow, loses packets, and breaks for a while.
 
-Each rank runs in a network namespace, joined by a bridge to the other and to a Valkey. ``tc netem`` delays and drops
+Each rank runs in a network namespace, joined by wires to the other and to a Valkey. ``tc netem`` delays and drops
 what leaves a rank. It needs the rights to make namespaces (root); without them the part says so and measures nothing.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from benchmarks.chaos_system import WAITING, ChaosError, environment, read_config, read_json
-from benchmarks.scale_ranks import fill, rank_digests
+from benchmarks.scale_ranks import fill, rank_digests, rank_processes
 from feature_store.folding import read_weights
 from feature_store.snapshots import SnapshotStore
 from smes.errors import SmesError
@@ -29,7 +29,8 @@ from smes_cli.demo.processes import log_tail, spawn, stop
 from smes_io.clock import wait_until
 from smes_io.redis_client import connect
 
-_NET = "10.77.63"
+RANKS = 2
+_NET, _BETWEEN, _WIRES = "10.77.63", "10.77.64", ("store", "ranks")
 _PORT, _RENDEZVOUS = 6399, 29400
 _WITHIN_S = 600.0
 
@@ -51,46 +52,54 @@ def why_not() -> str | None:
 
 @dataclass
 class Network:
-    """Namespaces on one bridge.
+    """A namespace for each of two ranks: a wire between them, and one from each to this machine.
+
+    Wires, not a bridge: what a container engine sets for bridges would drop what goes from one rank to the other.
 
     Attributes:
         stack: Removes them at its end.
-        ranks: How many.
+        names: Of the namespaces.
     """
 
     stack: ExitStack
-    ranks: int
     names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        bridge = f"smes{os.getpid() % 100_000}"
-        _ip("link", "add", bridge, "type", "bridge")
-        self.stack.callback(_ip, "link", "del", bridge)
-        _ip("addr", "add", f"{_NET}.1/24", "dev", bridge)
-        _ip("link", "set", bridge, "up")
-        for rank in range(self.ranks):
-            name, outside = f"{bridge}-r{rank}", f"v{bridge[-6:]}r{rank}"
+        prefix = f"smes{os.getpid() % 100_000}"
+        for rank in range(RANKS):
+            name, outside = f"{prefix}-r{rank}", f"{prefix}o{rank}"
             _ip("netns", "add", name)
-            self.stack.callback(_ip, "netns", "del", name)
-            _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
-            _ip("link", "set", outside, "master", bridge, "up")
-            _ip("-n", name, "addr", "add", f"{self.address(rank)}/24", "dev", "eth0")
-            _ip("-n", name, "link", "set", "eth0", "up")
-            _ip("-n", name, "link", "set", "lo", "up")
             self.names.append(name)
+            self.stack.callback(_ip, "netns", "del", name)
+            _ip("link", "add", outside, "type", "veth", "peer", "name", "store", "netns", name)
+            host, own = f"{_NET}.{4 * rank + 1}", f"{_NET}.{4 * rank + 2}"
+            _ip("addr", "add", f"{host}/30", "dev", outside)
+            _ip("link", "set", outside, "up")
+            _ip("-n", name, "addr", "add", f"{own}/30", "dev", "store")
+            _ip("-n", name, "link", "set", "store", "up")
+            _ip("-n", name, "link", "set", "lo", "up")
+            if rank:
+                _ip("-n", name, "route", "add", f"{_NET}.1/32", "via", host)
+        first, second = self.names
+        _ip("-n", first, "link", "add", "ranks", "type", "veth", "peer", "name", "ranks", "netns", second)
+        for rank, name in enumerate(self.names):
+            _ip("-n", name, "addr", "add", f"{self.address(rank)}/24", "dev", "ranks")
+            _ip("-n", name, "link", "set", "ranks", "up")
 
     def address(self, rank: int) -> str:
-        return f"{_NET}.{10 + rank}"
+        return f"{_BETWEEN}.{1 + rank}"
 
     def worsen(self, *netem: str) -> None:
         """What ``tc netem`` does to all that leaves a rank, from now on."""
         for name in self.names:
-            _run("tc", "-n", name, "qdisc", "replace", "dev", "eth0", "root", "netem", *netem)
+            for wire in _WIRES:
+                _run("tc", "-n", name, "qdisc", "replace", "dev", wire, "root", "netem", *netem)
 
     def mend(self) -> None:
         """No faults from now on."""
         for name in self.names:
-            _run("tc", "-n", name, "qdisc", "del", "dev", "eth0", "root")
+            for wire in _WIRES:
+                _run("tc", "-n", name, "qdisc", "del", "dev", wire, "root")
 
 
 def _ip(*arguments: str) -> None:
@@ -103,7 +112,7 @@ def _run(program: str, *arguments: str) -> None:
 
 @contextmanager
 def _valkey(folder: Path) -> Iterator[str]:
-    """A Valkey on the bridge; its URL."""
+    """A Valkey that both ranks reach; its URL."""
     folder.mkdir(parents=True, exist_ok=True)
     argv = [
         valkey_program(),
@@ -157,14 +166,14 @@ def _train(network: Network, config: Path, stack: ExitStack) -> list[subprocess.
             "-P",
             "-m",
             "torch.distributed.run",
-            f"--nnodes={network.ranks}",
+            f"--nnodes={RANKS}",
             "--nproc-per-node=1",
         ]
         torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint={network.address(0)}:{_RENDEZVOUS}", "--rdzv-id=scale"]
         torchrun += [f"--local-addr={network.address(rank)}", f"--rdzv-conf=is_host={int(rank == 0)}"]
         torchrun += ["--max-restarts=100", "--module", "smes_cli"]
         smes = ["-c", str(config), "train", "--flush", "--report", str(config.with_suffix(".json"))]
-        env = environment() | {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        env = environment() | {"GLOO_SOCKET_IFNAME": "ranks", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         log = config.with_name(f"{config.stem}-{rank}.log")
         process = spawn(["ip", "netns", "exec", name, *torchrun, *smes], log=log, env=env, cwd=config.parent)
         stack.callback(stop, process, timeout_s=0)
@@ -172,14 +181,15 @@ def _train(network: Network, config: Path, stack: ExitStack) -> list[subprocess.
     return running
 
 
-def _said(config: Path, ranks: int, text: str) -> bool:
-    logs = [config.with_name(f"{config.stem}-{rank}.log") for rank in range(ranks)]
+def _said(config: Path, text: str) -> bool:
+    logs = [config.with_name(f"{config.stem}-{rank}.log") for rank in range(RANKS)]
     return any(log.exists() and text in log.read_text(errors="replace") for log in logs)
 
 
 def _end(running: Sequence[subprocess.Popen[bytes]], config: Path) -> None:
-    for process in running:
-        process.terminate()
+    """Ask a rank to stop, which all hear: torchrun itself would give them 30 s, and end with an error."""
+    (rank_0,) = (each for process in running for rank, each in rank_processes(process).items() if rank == 0)
+    rank_0.terminate()
     for rank, process in enumerate(running):
         if process.wait(_WITHIN_S):
             log = config.with_name(f"{config.stem}-{rank}.log")
@@ -216,12 +226,12 @@ class _Reader(threading.Thread):
         self.join(30)
 
 
-def run_network(folder: Path, log: Path, limit: int, ranks: int = 2) -> dict[str, Any]:
+def run_network(folder: Path, log: Path, limit: int) -> dict[str, Any]:
     """A calm run and a disturbed one over the same log: 20 ms of delay, then 2 % loss, then nothing for 10 s."""
     if why := why_not():
         return {"network_measured": False, "network_why_not": why}
     with ExitStack() as stack:
-        network = Network(stack, ranks)
+        network = Network(stack)
         url = stack.enter_context(_valkey(folder / "valkey"))
         calm, rough = (_config(folder, name, url, "network") for name in ("calm", "rough"))
         read = read_config(calm)
@@ -229,7 +239,7 @@ def run_network(folder: Path, log: Path, limit: int, ranks: int = 2) -> dict[str
         fill(read, log, limit)
         began_s = time.monotonic()
         running = _train(network, calm, stack)
-        if not wait_until(lambda: _said(calm, ranks, WAITING), timeout_s=120):
+        if not wait_until(lambda: _said(calm, WAITING), timeout_s=300):
             raise ChaosError(f"calm: not begun:\n{log_tail(calm.with_name('calm-0.log'), 30)}")
         _end(running, calm)
         calm_s = time.monotonic() - began_s
@@ -238,7 +248,7 @@ def run_network(folder: Path, log: Path, limit: int, ranks: int = 2) -> dict[str
         began_s = time.monotonic()
         network.worsen("delay", "20ms")
         running = _train(network, rough, stack)
-        if not wait_until(lambda: _said(rough, ranks, WAITING), timeout_s=240):
+        if not wait_until(lambda: _said(rough, WAITING), timeout_s=300):
             raise ChaosError(f"rough: not begun:\n{log_tail(rough.with_name('rough-0.log'), 30)}")
         time.sleep(5)
         delayed = len(reader.versions)
