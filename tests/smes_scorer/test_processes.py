@@ -27,7 +27,7 @@ from smes.model.shared_rows import SharedTable
 from smes.schema import MISSING
 from smes.shared_memory import SharedBytes, mapped
 from smes_scorer.config import ScorerConfig
-from smes_scorer.first_answers import FirstAnswers
+from smes_scorer.first_answers import STAGES, FirstAnswer, FirstAnswers
 from smes_scorer.hot_swap import HotSwap
 from smes_scorer.loading import load_table_model
 from smes_scorer.processes.board import Board
@@ -180,6 +180,26 @@ def test_memory_of_another_process_can_only_be_read() -> None:
         mmap.mmap(memory.descriptor, memory.size)
     with pytest.raises(PermissionError):
         os.ftruncate(memory.descriptor, 10)
+
+
+def test_the_figures_of_two_processes_are_those_of_one_that_did_the_work_of_both() -> None:
+    rng, (one, first, second) = np.random.default_rng(0), (Telemetry() for _ in range(3))
+    for number in range(200):
+        status, latency_s = (200, 200, 422, 500)[number % 4], float(rng.gamma(2.0, 0.02))
+        for telemetry in (one, first if number % 3 else second):
+            telemetry.request(status, latency_s)
+            telemetry.unknown_items.inc(number)
+    answer = FirstAnswer(np.array([3]), np.array([700]), np.full((1, len(STAGES)), 100))
+    for telemetry in (one, second):
+        telemetry.unscored("busy")
+        telemetry.first_answer(answer)
+    together = Telemetry()
+    for telemetry in (first, second):
+        together.add_state(json.loads(json.dumps(telemetry.state())))
+
+    for name, figure in one.summary().items():
+        if name not in ("rates", "recent_latency_ms"):  # of whole seconds, the newest left out
+            assert together.summary()[name] == figure, name
 
 
 _SERVE = """
