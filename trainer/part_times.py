@@ -5,8 +5,8 @@ import time
 PARTS = ("read", "prepare", "evaluate", "step", "results", "duties")
 """``read``: read, decode, join, and the wait for events. ``prepare``: rows for new ids, copies to the device.
 ``evaluate``: score by the frozen weights of the window. ``step``: forward, backward, update. ``results``: count scores
-and routing. ``duties``: cuts, checkpoints, publications that are waited for. Several ranks also have ``turn``: what they
-tell each other, and the wait for the slowest.
+and routing. ``duties``: cuts, checkpoints, publications that are waited for. Several ranks also have ``turn``: what
+they tell each other, and the wait for the slowest.
 """
 
 

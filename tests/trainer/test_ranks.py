@@ -30,6 +30,7 @@ from tests.worlds import on_ranks
 from trainer.checkpoints import CheckpointDirectory
 from trainer.config import EvaluationConfig
 from trainer.evaluation import ProgressiveEvaluation
+from trainer.loop import CHECKPOINT
 from trainer.rank_loop import RankTrainer
 from trainer.schedule import Flags
 from trainer.shared_checkpoints import SharedCheckpoints
@@ -203,3 +204,48 @@ def test_an_error_of_one_rank_ends_all_at_one_step_with_a_checkpoint(tmp_path: P
         return everything(trainer)
 
     assert on_ranks(2, restored) == digests
+
+
+def test_a_rank_that_waits_for_its_event_log_holds_up_neither_checkpoints_nor_a_stop(tmp_path: Path) -> None:
+    log = open_log(PARTITIONS)
+    for of_rank in by_rank(400):
+        append(log, *of_rank)
+
+    def work(world: World) -> tuple[int, int, str]:
+        trainer = rank_trainer(world, log, tmp_path)
+        read, seen = trainer._own.poll, [0, 0]  # turns of the outage, checkpoints that came in it
+
+        def poll(timeout_s: float) -> int:
+            if world.rank == 1 and trainer.steps and not seen[0]:
+                before = len(list(tmp_path.glob("*.ranks.json")))
+                while seen[0] < 1000 and not trainer._is_stopping:
+                    trainer.take_part()  # as trainer.waits does while the log is away
+                    seen[0] += 1
+                seen[1] = len(list(tmp_path.glob("*.ranks.json"))) - before
+            return read(timeout_s)
+
+        trainer._own.poll = poll  # type: ignore[method-assign]  # a broker that is away for one of two clients
+        turns = 0
+
+        def should_stop() -> bool:
+            nonlocal turns
+            if trainer.steps and world.rank == 0:
+                turns += 1
+                if turns == 5:
+                    trainer._flags.request(CHECKPOINT)
+            return turns > 40
+
+        trainer.run(should_stop, drain=True)
+        return seen[0], seen[1], everything(trainer)
+
+    (_, _, first), (turns, checkpoints, second) = on_ranks(2, work)
+
+    assert 0 < turns < 1000
+    assert checkpoints > 0
+
+    def undisturbed(world: World) -> str:
+        trainer = rank_trainer(world, log)
+        trainer.run(lambda: True, drain=True)
+        return everything(trainer)
+
+    assert on_ranks(2, undisturbed) == [first, second]
