@@ -1,17 +1,25 @@
 """Ranks with addresses of their own, between which the network is slow, loses packets, and breaks for a while.
 
-Each rank runs in a network namespace, joined by wires to the other and to a Valkey. ``tc netem`` delays and drops
-what leaves a rank. It needs the rights to make namespaces (root); without them the part says so and measures nothing.
+Each rank runs in a network namespace, joined by wires to the other and to a Valkey. A wire is a pair of TUN devices
+with a thread between them, which delays and drops packets: ``tc netem`` does so, too, but a kernel may lack it. Root's
+rights are needed; without them the part says so and measures nothing.
 """
 
+import fcntl
+import heapq
+import itertools
+import math
 import os
+import random
+import select
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,84 +38,137 @@ from smes_io.clock import wait_until
 from smes_io.redis_client import connect
 
 RANKS = 2
-_NET, _BETWEEN, _WIRES = "10.77.63", "10.77.64", ("store", "ranks")
+_NET, _BETWEEN, _MTU = "10.77.63", "10.77.64", 9000
+_TUN, _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = "/dev/net/tun", 0x400454CA, 0x0001, 0x1000
 _PORT, _RENDEZVOUS = 6399, 29400
 _WITHIN_S = 600.0
 
 
 def why_not() -> str | None:
-    """Why no namespaces can be made here; None if they can."""
+    """Why no namespaces and wires can be made here; None if they can."""
     if os.geteuid() != 0:
         return "not root"
-    if not (shutil.which("ip") and shutil.which("tc")):
-        return "no ip and tc (iproute2)"
+    if not (shutil.which("ip") and Path(_TUN).exists()):
+        return f"no ip (iproute2), or no {_TUN}"
     name = f"smes-try-{os.getpid()}"
     try:
-        _run("ip", "netns", "add", name)
+        _ip("netns", "add", name)
     except subprocess.CalledProcessError as error:
         return str(error.stderr).strip()
-    _run("ip", "netns", "del", name)
+    _ip("netns", "del", name)
     return None
 
 
 @dataclass
-class Network:
-    """A namespace for each of two ranks: a wire between them, and one from each to this machine.
+class Faults:
+    """What happens to every packet, from now on.
 
-    Wires, not a bridge: what a container engine sets for bridges would drop what goes from one rank to the other.
+    Attributes:
+        delay_s: How long it is on its way.
+        loss: Share that gets lost; 1 is a wire that is cut.
+    """
+
+    delay_s: float = 0.0
+    loss: float = 0.0
+
+
+class Wire(threading.Thread):
+    """Carries packets between two TUN devices, which it makes.
+
+    Args:
+        names: Of the devices; they can be moved into namespaces while it runs.
+        faults: Looked at for each packet.
+        seed: Of what gets lost.
+    """
+
+    def __init__(self, names: tuple[str, str], faults: Faults, seed: int) -> None:
+        super().__init__(name=f"wire-{names[0]}", daemon=True)
+        self._ends = [_open_tun(name) for name in names]
+        self._faults, self._random = faults, random.Random(seed)  # noqa: S311 - which packets get lost
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        poller, other = select.poll(), dict(zip(self._ends, reversed(self._ends), strict=True))
+        for end in self._ends:
+            poller.register(end, select.POLLIN)
+        on_their_way: list[tuple[float, int, int, bytes]] = []
+        for number in itertools.count():
+            now_s = time.monotonic()
+            while on_their_way and on_their_way[0][0] <= now_s:
+                _, _, end, packet = heapq.heappop(on_their_way)
+                with suppress(OSError):  # its device is down
+                    os.write(end, packet)
+            if self._over.is_set():
+                return
+            wait_s = min(0.05, on_their_way[0][0] - now_s) if on_their_way else 0.05
+            for end, _ in poller.poll(max(0, math.ceil(1000 * wait_s))):
+                with suppress(OSError):
+                    packet = os.read(end, _MTU + 100)
+                    if self._random.random() >= self._faults.loss:
+                        due_s = time.monotonic() + self._faults.delay_s
+                        heapq.heappush(on_their_way, (due_s, 2 * number + (end == self._ends[0]), other[end], packet))
+
+    def close(self) -> None:
+        """End; the devices are gone then."""
+        self._over.set()
+        self.join(5)
+        for end in self._ends:
+            os.close(end)
+
+
+def _open_tun(name: str) -> int:
+    end = os.open(_TUN, os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(end, _TUNSETIFF, struct.pack("16sH", name.encode(), _IFF_TUN | _IFF_NO_PI))
+    return end
+
+
+@dataclass
+class Network:
+    """A namespace for each of two ranks, a wire between them, and one from each to this machine.
 
     Attributes:
         stack: Removes them at its end.
+        faults: Of all wires.
         names: Of the namespaces.
     """
 
     stack: ExitStack
+    faults: Faults = field(default_factory=Faults)
     names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         prefix = f"smes{os.getpid() % 100_000}"
         for rank in range(RANKS):
-            name, outside = f"{prefix}-r{rank}", f"{prefix}o{rank}"
+            name = f"{prefix}-r{rank}"
             _ip("netns", "add", name)
-            self.names.append(name)
             self.stack.callback(_ip, "netns", "del", name)
-            _ip("link", "add", outside, "type", "veth", "peer", "name", "store", "netns", name)
-            host, own = f"{_NET}.{4 * rank + 1}", f"{_NET}.{4 * rank + 2}"
-            _ip("addr", "add", f"{host}/30", "dev", outside)
-            _ip("link", "set", outside, "up")
-            _ip("-n", name, "addr", "add", f"{own}/30", "dev", "store")
-            _ip("-n", name, "link", "set", "store", "up")
             _ip("-n", name, "link", "set", "lo", "up")
+            self.names.append(name)
+            host, own = f"{_NET}.{4 * rank + 1}", f"{_NET}.{4 * rank + 2}"
+            self._join((f"{prefix}h{rank}", None, host), (f"{prefix}s{rank}", name, own))
             if rank:
                 _ip("-n", name, "route", "add", f"{_NET}.1/32", "via", host)
-        first, second = self.names
-        _ip("-n", first, "link", "add", "ranks", "type", "veth", "peer", "name", "ranks", "netns", second)
-        for rank, name in enumerate(self.names):
-            _ip("-n", name, "addr", "add", f"{self.address(rank)}/24", "dev", "ranks")
-            _ip("-n", name, "link", "set", "ranks", "up")
+        ends = [(f"ranks{rank}", name, self.address(rank)) for rank, name in enumerate(self.names)]
+        self._join(ends[0], ends[1])
+
+    def _join(self, one: tuple[str, str | None, str], other: tuple[str, str | None, str]) -> None:
+        """Join two (device, namespace, address) by a wire."""
+        wire = Wire((one[0], other[0]), self.faults, seed=len(self.names))
+        wire.start()
+        self.stack.callback(wire.close)
+        for (device, namespace, address), (_, _, peer) in ((one, other), (other, one)):
+            inside = ("-n", namespace) if namespace else ()
+            if namespace:
+                _ip("link", "set", device, "netns", namespace)
+            _ip(*inside, "addr", "add", address, "peer", peer, "dev", device)
+            _ip(*inside, "link", "set", device, "mtu", str(_MTU), "up")
 
     def address(self, rank: int) -> str:
         return f"{_BETWEEN}.{1 + rank}"
 
-    def worsen(self, *netem: str) -> None:
-        """What ``tc netem`` does to all that leaves a rank, from now on."""
-        for name in self.names:
-            for wire in _WIRES:
-                _run("tc", "-n", name, "qdisc", "replace", "dev", wire, "root", "netem", *netem)
-
-    def mend(self) -> None:
-        """No faults from now on."""
-        for name in self.names:
-            for wire in _WIRES:
-                _run("tc", "-n", name, "qdisc", "del", "dev", wire, "root")
-
 
 def _ip(*arguments: str) -> None:
-    _run("ip", *arguments)
-
-
-def _run(program: str, *arguments: str) -> None:
-    subprocess.run([program, *arguments], check=True, capture_output=True, text=True)
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)  # noqa: S607 - iproute2, wherever
 
 
 @contextmanager
@@ -173,7 +234,7 @@ def _train(network: Network, config: Path, stack: ExitStack) -> list[subprocess.
         torchrun += [f"--local-addr={network.address(rank)}", f"--rdzv-conf=is_host={int(rank == 0)}"]
         torchrun += ["--max-restarts=100", "--module", "smes_cli"]
         smes = ["-c", str(config), "train", "--flush", "--report", str(config.with_suffix(".json"))]
-        env = environment() | {"GLOO_SOCKET_IFNAME": "ranks", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        env = environment() | {"GLOO_SOCKET_IFNAME": f"ranks{rank}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         log = config.with_name(f"{config.stem}-{rank}.log")
         process = spawn(["ip", "netns", "exec", name, *torchrun, *smes], log=log, env=env, cwd=config.parent)
         stack.callback(stop, process, timeout_s=0)
@@ -246,20 +307,20 @@ def run_network(folder: Path, log: Path, limit: int) -> dict[str, Any]:
         reader = _Reader(url, "rough")
         reader.start()
         began_s = time.monotonic()
-        network.worsen("delay", "20ms")
+        network.faults.delay_s = 0.02
         running = _train(network, rough, stack)
         if not wait_until(lambda: _said(rough, WAITING), timeout_s=300):
             raise ChaosError(f"rough: not begun:\n{log_tail(rough.with_name('rough-0.log'), 30)}")
         time.sleep(5)
         delayed = len(reader.versions)
-        network.worsen("delay", "20ms", "loss", "2%")
+        network.faults.loss = 0.02
         time.sleep(5)
         lossy = len(reader.versions)
-        network.worsen("loss", "100%")
+        network.faults.loss = 1.0
         cut_s = time.monotonic()
         time.sleep(10)
         mended_s = time.monotonic()
-        network.mend()
+        network.faults.delay_s = network.faults.loss = 0.0
         went_on = wait_until(lambda: any(at > mended_s for at, _ in reader.versions), timeout_s=120)
         stalled = sum(cut_s + 2 < at < mended_s for at, _ in reader.versions)
         first_after_s = min((at - mended_s for at, _ in reader.versions if at > mended_s), default=-1.0)
