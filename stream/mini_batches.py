@@ -48,7 +48,7 @@ class Assembler:
     ) -> None:
         self._schema = schema
         self._join = Joiner(schema, join, join_sources(partitions) if isinstance(partitions, int) else partitions)
-        self._batches = BatchQueue(batcher or MiniBatcher(schema, batch))
+        self._batches = BatchQueue(MiniBatcher(schema, batch) if batcher is None else batcher)  # an empty one is false
         self._dead: Counter[TopicPartition] = Counter()
         self._unknown_fields: Counter[TopicPartition] = Counter()
         self._gaps: Counter[TopicPartition] = Counter()

@@ -1,6 +1,7 @@
 """Joined examples through the topic: the same batches as without it, whatever dies in between."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -112,6 +113,7 @@ class Clock:
 
 def begun(log: EventLog, settings: StreamConfig, clock: Clock, state: Arrays | None) -> ExampleWriter:
     """A join that has just started, from a checkpoint if there is one."""
+    settings = replace(settings, batch=MiniBatchConfig(size=100, max_wait_s=None))  # a turn knows no batches
     stream = TurnStream(SCHEMA, settings, log, DeadLetterWriter(log), monotonic=clock)
     how = ExamplesConfig(max_wait_s=0.2, rows_per_record=3)
     writer = ExampleWriter(SCHEMA, how, stream, log, monotonic=clock, pause=clock.pause)
