@@ -3,6 +3,7 @@
 The ranks are threads of this process, which talk over real sockets.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -210,6 +211,7 @@ def test_a_rank_that_waits_for_its_event_log_holds_up_neither_checkpoints_nor_a_
     log = open_log(PARTITIONS)
     for of_rank in by_rank(400):
         append(log, *of_rank)
+    away = threading.Event()
 
     def work(world: World) -> tuple[int, int, str]:
         trainer = rank_trainer(world, log, tmp_path)
@@ -217,6 +219,7 @@ def test_a_rank_that_waits_for_its_event_log_holds_up_neither_checkpoints_nor_a_
 
         def poll(timeout_s: float) -> int:
             if world.rank == 1 and trainer.steps and not seen[0]:
+                away.set()
                 before = len(list(tmp_path.glob("*.ranks.json")))
                 while seen[0] < 1000 and not trainer._is_stopping:
                     trainer.take_part()  # as trainer.waits does while the log is away
@@ -225,15 +228,15 @@ def test_a_rank_that_waits_for_its_event_log_holds_up_neither_checkpoints_nor_a_
             return read(timeout_s)
 
         trainer._own.poll = poll  # type: ignore[method-assign]  # a broker that is away for one of two clients
-        turns = 0
+        asked: list[int] = []
 
         def should_stop() -> bool:
-            nonlocal turns
-            if trainer.steps and world.rank == 0:
-                turns += 1
-                if turns == 5:
+            written = len(list(tmp_path.glob("*.ranks.json")))
+            if away.is_set() and world.rank == 0 and trainer.writer is not None and not trainer.writer.is_busy:
+                if not asked:
                     trainer._flags.request(CHECKPOINT)
-            return turns > 40
+                asked.append(written)
+            return len(asked) > 3 and written > asked[0]
 
         trainer.run(should_stop, drain=True)
         return seen[0], seen[1], everything(trainer)
