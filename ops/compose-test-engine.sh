@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # For ops/compose-test.sh: an engine of its own, with images made of Debian packages.
 
-engine_pid='' wheels_pid='' engine_folder='' engine_is_new=''
+engine_pid='' wheels_pid='' engine_folder='' engine_is_new='' forward=''
 
 # start_engine [FOLDER]
 start_engine() {
@@ -11,6 +11,7 @@ start_engine() {
     mkdir -p "$engine_folder"
     export DOCKER_HOST="unix://$engine_folder/docker.sock"
     if ! docker info > /dev/null 2>&1; then
+        forward=$(iptables -S FORWARD | head -n 1)
         dockerd --storage-driver "$(storage_driver)" --data-root "$engine_folder/data" \
             --exec-root "$engine_folder/exec" --host "$DOCKER_HOST" --pidfile "$engine_folder/docker.pid" \
             > "$engine_folder/dockerd.log" 2>&1 &
@@ -72,6 +73,10 @@ end_engine() {
     if [ -n "$engine_pid" ]; then
         kill "$engine_pid" 2> /dev/null || true
         wait "$engine_pid" 2> /dev/null || true
+        # It leaves its bridge and its rules behind, and forwarding closed.
+        iptables-save | grep --invert-match --extended-regexp 'DOCKER|docker0' | iptables-restore
+        [ -z "$forward" ] || iptables ${forward/-P/--policy}
+        ip link delete docker0 2> /dev/null || true
     fi
     [ -z "$engine_is_new" ] || rm -rf "$engine_folder"
 }
