@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from smes.events import CLOSING, FIRST, FURTHER, ExampleBlock
 from smes.schema import Schema, Task
-from stream.config import MiniBatchConfig
 from stream.batch_queue import MiniBatcher
+from stream.config import MiniBatchConfig
 
 SCHEMA = Schema(name="test", tasks=(Task("click", window_s=5),))
 

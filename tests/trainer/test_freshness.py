@@ -7,10 +7,10 @@ import numpy as np
 
 from smes.events import CLOSING, FURTHER, ExampleBlock
 from smes.schema import MISSING
+from stream.batch_queue import BatchTimes
 from stream.config import MiniBatchConfig
 from stream.dead_letters import DeadLetterWriter
 from stream.example_stream import ExampleStream
-from stream.batch_queue import BatchTimes
 from tests.trainer.small_world import SCHEMA, STREAM, fill, open_log
 from trainer.freshness import FeedbackArrivals
 from trainer.observers import StepFigures
