@@ -80,6 +80,7 @@ class ExampleStream:
         self.assembler = Assembler(schema, config.join, config.batch, self._sources.positions, batcher)
         self._last_news_s: dict[TopicPartition, float] = {}
         self._last_events_s: float | None = None
+        self._polled_s = 0.0
         self.is_caught_up = False
         """Whether the last :meth:`poll` found nothing new in any partition."""
         self._events_per_record = config.events_per_read / _FIRST_READ_RECORDS
@@ -127,7 +128,7 @@ class ExampleStream:
             self._events_per_record = max(1.0, events / len(fetch.records), 0.5 * self._events_per_record)
         news = _passed(fetch) | (set(self.assembler.sources) - fetch.at_end)
         self.is_caught_up = not news
-        now_s = self._monotonic()
+        self._polled_s = now_s = self._monotonic()
         self.assembler.push(impressions, decoded.feedback, self._idle(news, now_s), now_s=now_s)
         self.positions.update(fetch.positions)
         self._stop_repeating_at_the_end(bool(news), now_s)
@@ -189,14 +190,17 @@ class ExampleStream:
 
     @property
     def is_spent(self) -> bool:
-        """Whether nothing new has come for so long that what a restart was to repeat will not come."""
+        """Whether at the last :meth:`poll` nothing new had come for so long that what a restart repeats will not come.
+
+        Between two reads of the log nobody knows; they may be far apart, where other ranks are waited for.
+        """
         longest_s = 2 * self._config.idle_after_s + (self._max_wait_s or 0.0)
-        return self._last_events_s is not None and self._monotonic() - self._last_events_s > longest_s
+        return self._last_events_s is not None and self._polled_s - self._last_events_s > longest_s
 
     @property
     def is_idle(self) -> bool:
-        """Whether all partitions have had nothing new for so long that nobody waits for them."""
-        since_s = self._monotonic() - self._config.idle_after_s
+        """Whether, at the last :meth:`poll`, all partitions had had nothing new for so long that none is waited for."""
+        since_s = self._polled_s - self._config.idle_after_s
         last_s = self._last_news_s
         return all(source in last_s and last_s[source] < since_s for source in self.assembler.sources)
 

@@ -49,7 +49,8 @@ class FailedSteps(Observer):
         """Count the batch and set its examples aside.
 
         Raises:
-            StepsNotFinite: So many steps in a row failed that going on is of no use.
+            StepsNotFinite: So many steps in a row failed that going on is of no use. Of several ranks, all raise it at
+                one step, whatever became of a rank's dead letters.
             SmesError: The dead letters could not be written.
         """
         self._forget(examples)
@@ -63,18 +64,21 @@ class FailedSteps(Observer):
             named,
             more,
         )
-        if self._write is not None:
+        failure: SmesError | None = None
+        if self._write is not None and len(examples):
             try:
                 self._write(letters(examples))
             except SmesError as error:
                 _logger.error("the dead letters of %d examples were not written: %s", len(examples), error)
-                raise
+                failure = error
         if self.in_a_row == self._most:  # once: what was in flight is still counted after it
             raise StepsNotFinite(
                 f"loss or gradients of {self.in_a_row} steps in a row: not finite (last: impressions {named}{more}), "
                 f"expected finite ones; the weights and the last checkpoint are those before these steps. Look at the "
                 f"dead letters with code not_finite, lower optimizer.learning_rate, or raise trainer.max_failed_steps"
-            )
+            ) from failure
+        if failure is not None:
+            raise failure
 
 
 def letters(examples: ExampleBlock) -> list[DeadLetter]:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 
 from feature_store.publication import Manifest
-from smes.errors import RankFailed, RankLost, SmesError, Stopped
+from smes.errors import RankFailed, SmesError, Stopped
 from smes.events import CLOSING, ExampleBlock
 from smes.model.learner import Learner
 from smes.model.memory_use import MemoryUse
@@ -123,9 +124,10 @@ class RankTrainer(Trainer):
         self.steps = 0
         self._empty = ExampleBlock.empty(learner.schema)
         self._phase, self._end = _Phase.LIVE, Positions()
-        self._is_stopping = self._is_polling = self._is_first = False
+        self._is_stopping = self._is_polling = self._is_first = self._reads_on = False
         self._should_stop: Callable[[], bool] = lambda: False
         self._error: SmesError | None = None
+        self._common_end: SmesError | None = None  # met in a turn that was taken while this rank waited for its log
         self._figures: RankFigures | None = None
         self._figures_due_s = 0.0
         self.stream = StreamOfAll(stream, lambda: self._figures)
@@ -218,7 +220,7 @@ class RankTrainer(Trainer):
             self.cut()
 
     def _train(self, should_stop: Callable[[], bool], *, drain: bool, flush: bool) -> None:
-        self._should_stop, self._is_first = should_stop, True
+        self._should_stop, self._is_first, self._reads_on = should_stop, True, drain or flush
         while self._phase is not _Phase.OVER:
             turn = self._take_turn()
             self._do_requested(turn)
@@ -229,7 +231,8 @@ class RankTrainer(Trainer):
             else:
                 self._results.deliver()
                 if self._own.upcoming() is None:
-                    self._read(_SHORT_POLL_S if turn.any("has_batch") else _POLL_S)
+                    timeout_s = _SHORT_POLL_S if turn.any("has_batch") else _POLL_S
+                    self._ask_log(partial(self._own.poll, timeout_s))
                 for observer in (*self._observers, *self._told_all):
                     observer.after_read()
 
@@ -237,17 +240,26 @@ class RankTrainer(Trainer):
         """Take part in a turn while this rank waits for its event log; elsewhere, do nothing.
 
         Raises:
-            RankFailed, RankLost: The others end.
+            Stopped: All stop, and nothing more is to be read.
+            SmesError: All ranks end in this turn.
         """
-        if self._is_polling:
+        if not self._is_polling:
+            return
+        try:
             turn = self._take_turn()
             self._do_requested(turn)
             if self._has_phase_ended(turn):
+                if not self._reads_on:
+                    self._phase = _Phase.OVER
+                    raise Stopped("the event log was waited for when all ranks stopped")
                 return  # this rank's turns say so, too, until it has come there
             if (step := self._next_step(turn)) is not None:  # it is repeated, and this rank had no part in it
                 self._step_together(step)
             else:
                 self._results.deliver()
+        except SmesError as error:
+            self._common_end = error
+            raise
 
     def _take_turn(self) -> Turn:
         """Hear the other ranks.
@@ -278,6 +290,9 @@ class RankTrainer(Trainer):
                 self.publisher.check()
         except SmesError as error:
             self._error = self._error or error
+        if isinstance(self._joint_results.error, Stopped):
+            _logger.warning("%s", self._joint_results.error)
+            self._is_stopping, self._joint_results.error = True, None
         self._error = self._error or self._joint_results.error
 
     def _said(self, *, has_mail: bool) -> Said:
@@ -335,6 +350,8 @@ class RankTrainer(Trainer):
                 "take part in other steps"
             )
             self._repeats.clear()
+            if self._journal is not None:
+                self._journal.clear()
             wanted = None
         return next_step(turn, wanted)
 
@@ -366,20 +383,24 @@ class RankTrainer(Trainer):
             self._flags.request(CHECKPOINT)  # a trainer that dies again and again still goes forward
             self._is_first = False
 
-    def _read(self, timeout_s: float) -> None:
+    def _ask_log(self, ask: Callable[[], object]) -> None:
+        """Ask the event log for something. Meanwhile this rank takes part; an error of the log all hear in a turn."""
         self._is_polling = True
         try:
-            self._own.poll(timeout_s)
-        except (RankLost, RankFailed):
-            raise
+            ask()
         except Stopped as stopped:
             _logger.warning("%s", stopped)
             self._is_stopping = True
         except SmesError as error:
+            if error is self._common_end:
+                raise
             self._error = self._error or error
         finally:
             self._is_polling = False
         self.times.lap("read")
+
+    def _note_end(self) -> None:
+        self._end = self._own.end()
 
     def _do_requested(self, turn: Turn) -> None:
         """Do what rank 0's schedules requested."""
@@ -401,7 +422,7 @@ class RankTrainer(Trainer):
     def _begin_next_phase(self, *, drain: bool, flush: bool) -> None:
         if self._phase is _Phase.LIVE and (drain or flush):
             self._phase = _Phase.DRAIN
-            self._end = self._own.end()
+            self._ask_log(self._note_end)
         elif self._phase is _Phase.DRAIN and flush:
             self._phase = _Phase.FLUSH
             self._own.flush()
@@ -416,6 +437,13 @@ class RankTrainer(Trainer):
         """Offer the final cut and write the final checkpoint; then rank 0 knows the figures of all."""
         super().save()
         self._exchange_figures()
+
+    def finish(self, on_saved: Callable[[], object] | None = None) -> None:
+        """As :meth:`trainer.loop.Trainer.finish`; then an error that the other ranks have not heard of is raised."""
+        super().finish(on_saved)
+        error = self._joint_results.error
+        if error is not None and self._error is None and not isinstance(error, Stopped):
+            raise error
 
     def routing_now(self) -> RoutingSummary:
         """What is known without probing the routing."""
