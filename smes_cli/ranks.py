@@ -24,6 +24,7 @@ from smes.world import ALONE, World
 from smes_cli.console import console, errors
 
 if TYPE_CHECKING:
+    from smes.process_group import ProcessGroupWorld
     from smes_cli.command_line import StopRequest
     from smes_cli.config import Config
 
@@ -53,6 +54,11 @@ class RankPlace:
     local_rank: int = 0
     folder: Path | None = None
 
+    def begins(self) -> None:
+        """Take back the exit code that this rank has left before the launcher started it again."""
+        if self.folder is not None:
+            self._told.unlink(missing_ok=True)
+
     @property
     def others_ended(self) -> bool:
         """Whether another rank has left its exit code: it met an error, and said which."""
@@ -61,7 +67,12 @@ class RankPlace:
     def ended(self, code: int) -> None:
         """Leave the exit code for the launcher, which else would start an end by an error again and again."""
         if self.folder is not None:
-            (self.folder / f"ended-{self.rank}").write_text(str(code), encoding="utf-8")
+            self._told.write_text(str(code), encoding="utf-8")
+
+    @property
+    def _told(self) -> Path:
+        assert self.folder is not None, "the launcher has told it"
+        return self.folder / f"ended-{self.rank}"
 
 
 def rank_place(environment: Mapping[str, str] = os.environ) -> RankPlace | None:
@@ -118,9 +129,10 @@ def as_rank(place: RankPlace | None, config: "Config", should_stop: "StopRequest
         return
     if place.folder is not None:
         _hear_stop(place.folder, should_stop)
+    place.begins()
+    world, is_good = None, False
     try:
-        with _open_world(place, config) as world:
-            yield world
+        yield (world := _open_world(place, config))
     except RankLost as lost:
         if not should_stop() and not place.others_ended:
             raise
@@ -133,13 +145,16 @@ def as_rank(place: RankPlace | None, config: "Config", should_stop: "StopRequest
         errors.print(f"{of_rank}smes: {error}", highlight=False, soft_wrap=True)
         place.ended(2 if isinstance(error, WRONG_INPUT) else 1)
     else:
+        is_good = True
         place.ended(0)
         return
+    finally:  # when the end is told: then the others lose this rank
+        if world is not None:
+            _let_go(world, is_good=is_good)
     raise typer.Exit(0)
 
 
-@contextmanager
-def _open_world(place: RankPlace, config: "Config") -> Iterator[World]:
+def _open_world(place: RankPlace, config: "Config") -> "ProcessGroupWorld":
     import torch
     import torch.distributed as dist
 
@@ -166,9 +181,16 @@ def _open_world(place: RankPlace, config: "Config") -> Iterator[World]:
     except (RuntimeError, ValueError) as error:
         said = (str(error).splitlines() or ["no message"])[0]
         raise RankLost(f"rank {place.rank} of {place.size}: the ranks did not find each other: {said}") from error
-    world = ProcessGroupWorld(torch_dist.group.WORLD)
-    yield world
-    torch_dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
+    return ProcessGroupWorld(torch_dist.group.WORLD)
+
+
+def _let_go(world: "ProcessGroupWorld", *, is_good: bool) -> None:
+    """Let go of the process group: one of gloo that lives when the interpreter ends may abort the process."""
+    import torch.distributed as dist
+
+    torch_dist: Any = dist
+    if is_good or torch_dist.get_backend() == "gloo":  # NCCL would wait for ranks that are gone
+        torch_dist.destroy_process_group()
     world.close()
 
 
