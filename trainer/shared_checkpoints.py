@@ -185,7 +185,8 @@ class SharedCheckpoints:
         """Agree with the other ranks on the next checkpoint.
 
         Raises:
-            CheckpointError: Rank 0 cannot read the folder, or this rank is at another step than rank 0.
+            CheckpointError: The ranks are at different steps; all raise it.
+            OSError: Rank 0 cannot read the folder. It raises alone, and its end ends the others.
         """
         own = [step, self.directory.next_sequence() if self._world.rank == 0 else 0, secrets.token_hex(4)]
         told = self._all(own)
@@ -299,10 +300,17 @@ class SharedCheckpointWriter:
             raise CheckpointError(self._problem)
 
     def _run(self, work: Callable[[], int]) -> None:
-        """Do something in a thread, whose result is then this rank's state."""
+        """Do something in a thread, whose result is then this rank's state; if it raises, the attempt has failed."""
 
         def run() -> None:
-            self._state = work()
+            state = _FAILED
+            try:
+                state = work()
+            except Exception as error:  # training goes on; if the last one cannot be written either, that is raised
+                _logger.exception("checkpoint: not written")
+                self._problem = f"checkpoint in {self._folder}: not written: {error!r}"
+            finally:
+                self._state = state
 
         self._state = _WRITING
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
@@ -314,9 +322,6 @@ class SharedCheckpointWriter:
             write_checkpoint(path, checkpoint, attempt.sequence, part)
         except OSError as error:
             self._problem = f"checkpoint {path}: not written: {error.strerror or error}"
-        except Exception as error:  # training goes on; if the last checkpoint cannot be written either, that is raised
-            _logger.exception("checkpoint %s: not written", path)
-            self._problem = f"checkpoint {path}: not written: {error}"
         else:
             return _WRITTEN
         finally:

@@ -36,6 +36,7 @@ from stream.topics import FEEDBACK, IMPRESSIONS
 from tests.trainer.small_world import MODEL, SCHEMA, START_MS, STREAM, fill, make_trainer, open_log, train_to_the_end
 from tests.trainer.test_carry_over import HOW, NOW
 from tests.worlds import on_ranks
+from trainer import shared_checkpoints
 from trainer.arms_report import ArmTallies
 from trainer.checkpoint_file import Checkpoint, CheckpointView
 from trainer.checkpoints import CheckpointDirectory
@@ -468,6 +469,27 @@ def test_a_rank_whose_disk_refuses_ends_that_checkpoint_for_all(
     assert "No space left" in other[1]
     assert "not written by rank 0" in own[1]
     assert len(steps_in(tmp_path)) == 2
+
+
+def test_a_manifest_that_cannot_be_written_for_any_reason_ends_that_checkpoint_for_all(
+    log: InMemoryLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(shared_checkpoints, "write_manifest", no_memory)
+
+    def run(world: World) -> str:
+        rank = Rank(world, log, tmp_path)
+        rank.train(1)
+        with pytest.raises(CheckpointError) as refused:
+            rank.save()
+        return str(refused.value)
+
+    own, other = on_ranks(2, run)
+    assert "MemoryError" in own
+    assert "not written by rank 0" in other
+    assert not list(tmp_path.glob("step-*"))
 
 
 def test_one_training_at_a_time_and_one_folder_for_all_ranks(
