@@ -4,7 +4,8 @@ The ranks are threads of this process, which talk over real sockets.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 from smes.errors import EventLogError, LeaseLost, RankFailed, StepsNotFinite
 from smes.events import ExampleBlock
 from smes.world import World
+from stream.batch_journal import STEPS, BatchJournal
 from stream.dead_letters import DeadLetter, DeadLetterWriter
 from stream.example_stream import ExampleStream
 from tests.trainer.small_world import SCHEMA, STREAM, open_log
 from tests.trainer.test_ranks import PARTITIONS, append, by_rank, everything, rank_trainer
 from tests.worlds import on_ranks
+from trainer.rank_loop import RankTrainer
 
 _MOST = 2  # failed steps in a row
 
@@ -145,3 +148,33 @@ def test_a_stream_that_was_not_read_for_long_is_neither_idle_nor_spent() -> None
     assert (stream.is_idle, stream.is_spent) == (False, False)
     stream.poll(0.0)
     assert (stream.is_idle, stream.is_spent) == (True, True)
+
+
+def test_steps_that_the_log_does_not_lead_to_are_forgotten_also_by_the_next_restart(tmp_path: Path) -> None:
+    live = replace(STREAM, idle_after_s=0.1, batch=replace(STREAM.batch, max_wait_s=0.05))
+    log, (of_0, of_1) = open_log(PARTITIONS), by_rank(700)
+    append(log, *of_0)
+
+    def train(world: World, until: Callable[[RankTrainer], bool]) -> int:
+        trainer = rank_trainer(world, log, tmp_path, live)
+        trainer.restore()
+        trainer.run(lambda: until(trainer))
+        return trainer.steps
+
+    before, _ = on_ranks(2, lambda world: train(world, lambda trainer: trainer.steps > 1))
+    journal = BatchJournal(tmp_path / STEPS, 1000)
+    journal.resume(0)
+    for lost in range(before + 1, before + 40):
+        journal.add(lost, "3")  # trained on before a kill, and gone from the log since
+
+    came: list[bool] = []
+
+    def until(trainer: RankTrainer) -> bool:
+        if trainer._world.rank == 0 and trainer._repeats.of(before + 1, 2) is None and not came:
+            came.append(True)
+            append(log, *of_1)
+        return trainer.steps > before
+
+    after, _ = on_ranks(2, lambda world: train(world, until))
+    noted = BatchJournal(tmp_path / STEPS, 1000).resume(before)
+    assert noted == list(range(before + 1, after + 1))
