@@ -9,6 +9,8 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from smes.errors import RankLost
 
+_ADVICE = ". This is typically caused by"  # with which gloo goes on: a guess, and whom to tell
+
 
 class ProcessGroupWorld:
     """The ranks of a process group.
@@ -74,7 +76,7 @@ class ProcessGroupWorld:
         try:
             start().wait()
         except RuntimeError as error:
-            said = (str(error).splitlines() or ["no message"])[0]
+            said = (str(error).splitlines() or ["no message"])[0].partition(_ADVICE)[0]
             raise RankLost(
                 f"rank {self.rank} of {self.size}: another rank ended, or did not answer in time: {said}"
             ) from error

@@ -107,7 +107,8 @@ class CheckpointDirectory:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"checkpoint folder {self.directory}: {_holder(path)}, expected a folder of its own for each trainer"
+                f"checkpoint folder {self.directory}: {_holder(path)}, expected a folder of its own for each trainer "
+                "or join"
             ) from None
         except OSError as error:
             _logger.warning(

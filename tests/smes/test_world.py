@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from smes.errors import RankLost
 from smes.world import World
 from tests.worlds import on_ranks
 
@@ -58,3 +59,16 @@ def test_a_rank_that_fails_is_the_error_that_one_sees() -> None:
 
     with pytest.raises(ValueError, match="rank 1 has a fault"):
         on_ranks(2, work, timeout_s=1.0)
+
+
+def test_a_rank_that_is_gone_is_told_in_one_line_without_advice_to_developers() -> None:
+    def work(world: World) -> None:
+        if world.rank == 0:
+            world.sum([torch.zeros(3)])
+
+    with pytest.raises(RankLost) as lost:
+        on_ranks(2, work, timeout_s=5.0)
+    message = str(lost.value)
+    assert message.startswith("rank 0 of 2: another rank ended, or did not answer in time: ")
+    assert "Connection " in message
+    assert "typically" not in message
