@@ -62,9 +62,14 @@ class Figures(msgspec.Struct, frozen=True):
         ]
         return cls(families, telemetry.state())
 
-    def to_json(self) -> bytes:
-        """Bytes that :func:`msgspec.json.decode` reads."""
-        return msgspec.json.encode(self)
+    def to_bytes(self) -> bytes:
+        """MessagePack, which has infinity and NaN, too: a series may have such a value."""
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def from_bytes(cls, answer: bytes) -> "Figures":
+        """The inverse of :meth:`to_bytes`."""
+        return msgspec.msgpack.decode(answer, type=cls)
 
 
 class AllFigures(Collector):
@@ -82,7 +87,7 @@ class AllFigures(Collector):
 
     def own(self) -> bytes:
         """What this process answers when it is asked."""
-        return Figures.of(self._telemetry, self._place.worker).to_json()
+        return Figures.of(self._telemetry, self._place.worker).to_bytes()
 
     def summary(self) -> dict[str, object]:
         """As :meth:`smes_scorer.telemetry.Telemetry.summary`, of all processes that live and answer within a second."""
@@ -122,7 +127,7 @@ class AllFigures(Collector):
                 box = place.loader if worker == LOADER else place.boxes[worker]
                 answer = box.ask(max(0.01, until_s - time.monotonic()))
                 if answer is not None:
-                    yield worker, msgspec.json.decode(answer, type=Figures)
+                    yield worker, Figures.from_bytes(answer)
 
 
 def _is_shown(family: str, worker: int) -> bool:

@@ -142,7 +142,7 @@ class LoaderProcess:
             if first is not None:
                 telemetry.first_answer(first)
         elif isinstance(text, Tell):
-            message.answer(Figures.of(self.telemetry, LOADER).to_json())
+            message.answer(Figures.of(self.telemetry, LOADER).to_bytes())
         message.close()
 
     def _statuses(self) -> list[Status]:

@@ -16,14 +16,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from types import FrameType, MappingProxyType
 
 import torch
 
 from feature_store.config import ChunksConfig
+from feature_store.objects import Objects
 from feature_store.signing import Signer, SigningConfig
 from smes.errors import SmesError
 from smes.model.devices import keep_freed_memory
@@ -78,6 +81,11 @@ def serve_by_processes(
     if config.tokens is not None:
         Tokens(config.tokens)
     Signer.of(signing or SigningConfig(), namespace)
+    chunks = chunks or ChunksConfig()
+    if chunks.url != "redis":
+        # Elsewhere, as a library may start threads for it; and now, as the process that loads would fail for ever.
+        with ProcessPoolExecutor(1, get_context("fork")) as elsewhere:
+            elsewhere.submit(_check_objects, chunks, namespace).result()
     connect(redis_url, config.redis_timeout_s, access=redis_access, namespace=namespace).close()
     with ExitStack() as closing:
         sockets = [closing.enter_context(one) for one in _sockets(config)]
@@ -309,6 +317,10 @@ def _sockets(config: ScorerConfig) -> list[socket.socket]:
             one.close()
         raise SmesError(f"scorer: cannot listen on {config.host}:{address[1]}: {error.strerror or error}") from error
     return sockets
+
+
+def _check_objects(chunks: ChunksConfig, namespace: str) -> None:
+    Objects.of(chunks, namespace)
 
 
 def _name(number: int) -> str:

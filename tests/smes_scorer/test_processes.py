@@ -1,6 +1,7 @@
 """Several processes serve from the memory of one that loads: each answer is of one version, whoever ends meanwhile."""
 
 import json
+import math
 import mmap
 import os
 import signal
@@ -19,6 +20,7 @@ import pytest
 import redis
 from prometheus_client.parser import text_string_to_metric_families
 
+from feature_store.config import ChunksConfig
 from feature_store.snapshots import SnapshotStore, SnapshotWatcher
 from smes.arrays import F32, I64
 from smes.errors import SmesError
@@ -32,6 +34,7 @@ from smes_scorer.hot_swap import HotSwap
 from smes_scorer.loading import load_table_model
 from smes_scorer.processes.board import Board
 from smes_scorer.processes.feed import Feed
+from smes_scorer.processes.figures import Figures
 from smes_scorer.processes.follower import Follower, Following, WorkerPlace
 from smes_scorer.processes.mailbox import Mailbox
 from smes_scorer.processes.supervisor import serve_by_processes
@@ -194,8 +197,12 @@ def test_the_figures_of_two_processes_are_those_of_one_that_did_the_work_of_both
         telemetry.unscored("busy")
         telemetry.first_answer(answer)
     together = Telemetry()
+    first.skew_size.labels("price", "mean").set(math.inf)  # trained on one value alone
     for telemetry in (first, second):
-        together.add_state(json.loads(json.dumps(telemetry.state())))
+        figures = Figures.from_bytes(Figures.of(telemetry, 0).to_bytes())
+        together.add_state(figures.state)
+        values = [value for *_, samples in figures.families for name, _, value in samples if name.endswith("skew_size")]
+        assert values == ([math.inf] if telemetry is first else [])
 
     for name, figure in one.summary().items():
         if name not in ("rates", "recent_latency_ms"):  # of whole seconds, the newest left out
@@ -326,3 +333,9 @@ def test_what_was_killed_leaves_no_process_and_its_port_was_its_own(redis_url: s
         with pytest.raises(SmesError, match=f"scorer: cannot listen on 127.0.0.1:{port}: Address already in use"):
             serve_by_processes(ScorerConfig(port=port, processes=2), SCHEMA, redis_url=redis_url)
         process.kill()
+
+
+def test_an_object_store_that_cannot_be_opened_is_refused_before_processes_begin(redis_url: str) -> None:
+    chunks = ChunksConfig("nope://bucket/folder")
+    with pytest.raises(ValueError, match="feature_store.chunks: url 'nope://bucket/folder': Protocol not known: nope"):
+        serve_by_processes(ScorerConfig(port=0, processes=2), SCHEMA, redis_url=redis_url, chunks=chunks)
