@@ -55,7 +55,9 @@ def newest_epoch(log: EventLog) -> int:
     return max((turn.epoch for turn in map(readable_turn, newest_records(log)) if turn is not None), default=0)
 
 
-def turns_since(log: EventLog, number: int, written: Mapping[TopicPartition, int], epoch: int) -> list[FoundTurn]:
+def turns_since(
+    log: EventLog, number: int, written: Mapping[TopicPartition, int], epoch: int, epoch_before: int = 0
+) -> list[FoundTurn]:
     """The turns that the topic has between a checkpoint and the fence of a run, in order.
 
     Args:
@@ -63,6 +65,8 @@ def turns_since(log: EventLog, number: int, written: Mapping[TopicPartition, int
         number: The checkpoint's last turn.
         written: Where the topic ended then, or begins now.
         epoch: Of this run.
+        epoch_before: Of the run that wrote the checkpoint, whose fences lie before ``written``: records of earlier runs
+            that came later still count for nobody.
 
     Raises:
         EventLogError: A later run than this one has written.
@@ -71,7 +75,7 @@ def turns_since(log: EventLog, number: int, written: Mapping[TopicPartition, int
     epochs: dict[TopicPartition, int] = {}
     for record in _records(log, written, log.end(EXAMPLES)):
         turn, source = readable_turn(record), TopicPartition(record.topic, record.partition)
-        if turn is None or turn.epoch < epochs.get(source, 0):
+        if turn is None or turn.epoch < epochs.get(source, epoch_before):
             continue
         if turn.epoch > epoch:
             raise EventLogError(

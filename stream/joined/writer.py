@@ -112,8 +112,9 @@ class ExampleWriter:
             ValueError: The state is of another stream.
         """
         self._load(state)
+        before = self._epoch
         self._fence()
-        for found in turns_since(self._log, self.number, self._written, self._epoch):
+        for found in turns_since(self._log, self.number, self._written, self._epoch, before):
             self._repeat(found)
 
     def resume_behind(self, state: Arrays) -> None:

@@ -286,6 +286,28 @@ def test_a_join_that_was_thought_dead_counts_for_nobody() -> None:
     second.note_written()
 
 
+def test_what_a_join_that_was_thought_dead_writes_after_the_next_ones_checkpoint_counts_for_nobody() -> None:
+    """The third join does not take it for a turn of the second one, so it writes that turn itself."""
+    log, settings, clock = InMemoryLog(), config({}), Clock()
+    for topic in (IMPRESSIONS, FEEDBACK, EXAMPLES):
+        log.ensure_topic(topic, 2)
+    first = begun(log, settings, clock, None)
+    second = begun(log, settings, clock, first.state())
+    second.note_written()
+    for impressions, feedback in slices(Random(3), 120):
+        append(log, impressions, feedback)
+    while not first._stream.has_reached(first._stream.end()):
+        first.advance(0.0)
+    first.flush()
+    third = begun(log, settings, clock, second.state())
+    while not third._stream.has_reached(third._stream.end()):
+        third.advance(0.0)
+    third.flush()
+    through = JoinedStream(SCHEMA, settings, log, DeadLetterWriter(log))
+    got = ExampleBlock.concat([ExampleBlock.empty(SCHEMA), *batches(through)])
+    assert len(np.unique(got.impression_id)) == len(got) == third._stream.ledger().handed_out > 0
+
+
 def test_what_others_write_is_read_and_what_is_wrong_is_a_letter() -> None:
     """Records without turns come by the time at which they were due; each bad row has a letter with its field."""
     log, settings = InMemoryLog(), config({})
