@@ -1,7 +1,7 @@
 """What the topic of examples has already: its newest turns, and which rows of a repeated turn it lacks."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,7 +52,13 @@ def newest_records(log: EventLog) -> list[Record]:
 
 def newest_epoch(log: EventLog) -> int:
     """The highest epoch of the last records; 0 where they name none."""
-    return max((turn.epoch for turn in map(readable_turn, newest_records(log)) if turn is not None), default=0)
+    return _highest_epoch(newest_records(log))
+
+
+def newest_epoch_since(log: EventLog, written: Mapping[TopicPartition, int], end: Mapping[TopicPartition, int]) -> int:
+    """The highest epoch of all records between two positions that are in the log still; 0 where they name none."""
+    begin = log.begin(EXAMPLES)
+    return _highest_epoch(_records(log, {source: max(begin[source], written.get(source, 0)) for source in end}, end))
 
 
 def turns_since(
@@ -156,6 +162,10 @@ def _records(log: EventLog, begin: Mapping[TopicPartition, int], end: Mapping[To
         records += [r for r in fetch.records if r.offset < end[TopicPartition(r.topic, r.partition)]]
         at = {source: position for source, position in fetch.positions.items() if position < end[source]}
     return records
+
+
+def _highest_epoch(records: Iterable[Record]) -> int:
+    return max((turn.epoch for turn in map(readable_turn, records) if turn is not None), default=0)
 
 
 def _key_list(examples: ExampleBlock) -> list[_Key]:

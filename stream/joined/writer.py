@@ -16,6 +16,7 @@ happened, even without an example.
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -33,6 +34,7 @@ from stream.joined.found_turns import (
     FoundTurn,
     missing_rows,
     newest_epoch,
+    newest_epoch_since,
     newest_records,
     rows_by_partition,
     turns_since,
@@ -87,6 +89,7 @@ class ExampleWriter:
         self._epoch = 0
         self._last: list[int] = []
         self._written: Positions = {}
+        self._appended = Counter[int]()  # records by partition, since then
         self._held: list[ExampleBlock] = []
         self._held_since_s = self._rests_until_s = 0.0
 
@@ -97,6 +100,7 @@ class ExampleWriter:
             self.number, self._epoch, self._last = found.number, found.epoch, list(found.last)
         self._fence()
         self._written = self._log.end(EXAMPLES)
+        self._appended.clear()
 
     def has_written_before(self) -> bool:
         """Whether the topic has examples, whoever wrote them."""
@@ -190,12 +194,16 @@ class ExampleWriter:
         Raises:
             EventLogError: Another join has begun to write: what this one writes counts for nobody.
         """
-        newest = newest_epoch(self._log)
+        end, newest = self._log.end(EXAMPLES), newest_epoch(self._log)
+        if any(at > self._written.get(source, 0) + self._appended[source.partition] for source, at in end.items()):
+            # There is more than this run has written: of the last records alone, all may be its own.
+            newest = max(newest, newest_epoch_since(self._log, self._written, end))
         if newest > self._epoch:
             raise EventLogError(
                 f"topic {EXAMPLES!r}: another join has begun to write after this one, expected one join a topic"
             )
-        self._written = self._log.end(EXAMPLES)
+        self._written = end
+        self._appended.clear()
 
     def _due_s(self) -> float:
         return self._held_since_s + self._config.max_wait_s
@@ -229,7 +237,7 @@ class ExampleWriter:
                 turn = self._turn(number, part, counts[partition], last, watermark_ms)
                 records.append(encode_examples(examples.take(rows), self._schema, turn, partition, rows))
         if records:
-            self._log.append(EXAMPLES, records)
+            self._append(records)
         self.number, self._last = number, last
         if found is not None:
             self.completed += len(records)
@@ -278,7 +286,11 @@ class ExampleWriter:
         turn = self._turn(self.number, 0, 0, self._padded(partitions), self._stream.watermark_ms)
         head = (*headers("arrow", self._schema), turn.header())
         empty = encode_examples(ExampleBlock.empty(self._schema), self._schema, None, 0, np.zeros(0, np.int64)).value
-        self._log.append(EXAMPLES, [OutRecord(empty, head, p) for p in range(partitions)])
+        self._append([OutRecord(empty, head, p) for p in range(partitions)])
+
+    def _append(self, records: list[OutRecord]) -> None:
+        self._log.append(EXAMPLES, records)
+        self._appended.update(record.partition for record in records)
 
     def _repeat(self, found: FoundTurn) -> None:
         turn = found.turn

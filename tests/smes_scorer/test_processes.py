@@ -337,5 +337,5 @@ def test_what_was_killed_leaves_no_process_and_its_port_was_its_own(redis_url: s
 
 def test_an_object_store_that_cannot_be_opened_is_refused_before_processes_begin(redis_url: str) -> None:
     chunks = ChunksConfig("nope://bucket/folder")
-    with pytest.raises(ValueError, match="feature_store.chunks: url 'nope://bucket/folder': Protocol not known: nope"):
+    with pytest.raises(ValueError, match="url 'nope://bucket/folder': Protocol not known: nope"):
         serve_by_processes(ScorerConfig(port=0, processes=2), SCHEMA, redis_url=redis_url, chunks=chunks)

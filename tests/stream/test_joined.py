@@ -299,6 +299,8 @@ def test_what_a_join_that_was_thought_dead_writes_after_the_next_ones_checkpoint
     while not first._stream.has_reached(first._stream.end()):
         first.advance(0.0)
     first.flush()
+    with pytest.raises(EventLogError, match="another join has begun"):  # though the last records are its own
+        first.note_written()
     third = begun(log, settings, clock, second.state())
     while not third._stream.has_reached(third._stream.end()):
         third.advance(0.0)
