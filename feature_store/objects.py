@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 _T = TypeVar("_T")
+_REMOVED_AT_ONCE = 16
+"""So many objects are removed within a call's time limit: a chain of versions has thousands."""
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -109,7 +112,10 @@ class Objects:
     def remove(self, names: Iterable[str]) -> None:
         """Remove objects; errors as :meth:`read`. Those that are gone already are not missed."""
         paths = [self._path(name) for name in names]
+        for start in range(0, len(paths), _REMOVED_AT_ONCE):
+            self._remove(paths[start : start + _REMOVED_AT_ONCE])
 
+    def _remove(self, paths: list[str]) -> None:
         def remove() -> None:
             for path in paths:
                 with suppress(FileNotFoundError):
@@ -118,8 +124,7 @@ class Objects:
                 with suppress(OSError, NotImplementedError):
                     self._fs.rmdir(folder)
 
-        if paths:
-            self._call(f"{len(paths)} objects were removed", remove)
+        self._call(f"{len(paths)} objects were removed", remove)
 
     def remove_folder(self, folder: str) -> None:
         """Remove all that an upload has written; errors as :meth:`read`."""

@@ -199,6 +199,22 @@ def test_waits_are_bounded_and_errors_are_of_the_store(client: redis.Redis, name
     assert not client.hlen(f"{{{namespace}-2}}:snapshots:uploads")
 
 
+def test_the_time_limit_is_not_of_all_that_is_removed(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Objects(f"memory://{namespace}", namespace, timeout_s=0.4)
+    names = [f"{version}-0-of-a/0-0" for version in range(60)]
+    for name in names:
+        objects.write(name, b"x")
+    removed_at_once = MemoryFileSystem.rm_file
+
+    def slow(self: MemoryFileSystem, path: str) -> None:
+        time.sleep(0.01)
+        removed_at_once(self, path)
+
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", slow)
+    objects.remove(names)
+    assert objects.folders() == set()
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
