@@ -3,6 +3,7 @@
 A module of its own because it imports no torch: the demo's process compiles before it starts its workers.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -38,6 +39,8 @@ from smes_io.schema_file import load_builtin
 from smes_scorer.answer_kernels import compile_answer_kernels
 from stream.block_stream import BlockStream
 
+_logger = logging.getLogger(__name__)
+
 
 def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     """Run every compiled loop once, on a throwaway row; returns the joined example.
@@ -46,13 +49,19 @@ def compile_loops(config: Config, schema: Schema) -> ExampleBlock:
     compile for it: the last bits of a sum may differ between a process that has compiled a loop and one that loads it,
     and a trainer that starts again must go on with the same ones.
     """
-    compile_metric_kernels()
-    if sum(count_scores.stats.cache_misses.values()):
-        _compile_elsewhere()
+    compile_missing()
     examples = _compile_configured(config, schema)
     for group in _GROUPS:  # from the disk; what no other process could compile fails here
         group()
     return examples
+
+
+def compile_missing() -> None:
+    """Compile, in other processes, what Numba has not on its disk: all of it, or nothing."""
+    compile_metric_kernels()
+    if sum(count_scores.stats.cache_misses.values()):
+        _logger.warning("compiling loops, as once after an installation: that takes half a minute or more")
+        _compile_elsewhere()
 
 
 def _compile_elsewhere() -> None:

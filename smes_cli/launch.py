@@ -16,6 +16,7 @@ from typing import Any
 
 from smes.errors import SmesError
 from smes_cli.command_line import stop_signals
+from smes_cli.compile_loops import compile_missing
 from smes_cli.ranks import FOLDER, STOP
 
 _logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def launch(ranks: int, arguments: Sequence[str], *, max_restarts: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    compile_missing()  # or each rank would, all at the same time
     logging.getLogger("torch.distributed.elastic").setLevel(logging.WARNING)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(

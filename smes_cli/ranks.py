@@ -107,6 +107,10 @@ def begin_rank(place: RankPlace) -> None:
     for handler in logging.getLogger().handlers:
         before = handler.formatter._fmt if handler.formatter is not None else None
         handler.setFormatter(logging.Formatter(f"[rank {place.rank}] {before or '%(message)s'}"))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if place.rank == 0 and restarts != "0":
+        most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "?")
+        _logger.warning("a rank died: all go on from the newest checkpoint (restart %s of %s)", restarts, most)
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def status(
     write_report(found, report)
     for name, section in found.items():
         if name != "alarms":
-            console.print(f"{name:<14}{_line(section)}", highlight=False, soft_wrap=True)
+            of = " (records)" if name == "event log" and "problem" not in section else ""
+            console.print(f"{name:<14}{_line(section)}{of}", highlight=False, soft_wrap=True)
     for alarm in found["alarms"]:
         console.print(f"alarm         {alarm}", style="bold red", highlight=False, soft_wrap=True)
     if found["alarms"]:
