@@ -266,14 +266,18 @@ def _forked(main: Callable[[], int], name: str) -> int:
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
+    # A signal that comes while the child has this process's handlers would be noted there, and then forgotten.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return pid
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() == parent:
             code = main()

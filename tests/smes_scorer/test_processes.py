@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from smes_scorer.processes.feed import Feed
 from smes_scorer.processes.figures import Figures
 from smes_scorer.processes.follower import Follower, Following, WorkerPlace
 from smes_scorer.processes.mailbox import Mailbox
-from smes_scorer.processes.supervisor import serve_by_processes
+from smes_scorer.processes.supervisor import Supervisor, serve_by_processes
 from smes_scorer.telemetry import Telemetry
 from tests.smes_scorer.chains import MODEL, SCHEMA, Chain
 
@@ -339,3 +340,17 @@ def test_an_object_store_that_cannot_be_opened_is_refused_before_processes_begin
     chunks = ChunksConfig("nope://bucket/folder")
     with pytest.raises(ValueError, match="url 'nope://bucket/folder': Protocol not known: nope"):
         serve_by_processes(ScorerConfig(port=0, processes=2), SCHEMA, redis_url=redis_url, chunks=chunks)
+
+
+def test_a_stop_right_after_the_start_reaches_every_process() -> None:
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def sleep() -> int:
+        time.sleep(60)
+        return 0
+
+    began_s = time.monotonic()
+    for _ in range(8):
+        Supervisor(dict.fromkeys(range(3), sleep), Board(3), shutdown_s=30.0).run(on_started=stop)
+    assert time.monotonic() - began_s < 30
