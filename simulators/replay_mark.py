@@ -10,7 +10,6 @@ import msgspec
 from msgspec import Meta
 
 from simulators.replay import ReplayReport
-from smes.errors import LogError
 
 _INTERVAL_S = 1.0
 
@@ -53,18 +52,19 @@ class MarkFile:
         """The mark to go on from; that of the beginning if there is no file.
 
         Raises:
-            LogError: The file has no mark, or one of another replay; the message names what differs.
+            ValueError: The file has no mark, or one of another replay; the message names what differs.
+            OSError: It cannot be read.
         """
         try:
             mark = msgspec.json.decode(self._path.read_bytes(), type=Mark)
         except FileNotFoundError:
             return Mark(self._what)
-        except (OSError, msgspec.DecodeError) as error:
-            raise LogError(f"{self._path}: {error}, expected the mark of a replay, or no file") from error
+        except msgspec.DecodeError as error:
+            raise ValueError(f"{self._path}: {error}, expected the mark of a replay, or no file") from error
         names = [name for name in {**mark.what, **self._what} if mark.what.get(name) != self._what.get(name)]
         if names:
             differing = ", ".join(f"{n} {self._what.get(n, 'none')}, there {mark.what.get(n, 'none')}" for n in names)
-            raise LogError(
+            raise ValueError(
                 f"{self._path}: the mark of another replay ({differing}); expected that of this one, or another file: "
                 "without a file, the replay begins at the log's beginning"
             )

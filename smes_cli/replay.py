@@ -40,8 +40,9 @@ def run_replay(
             log's beginning.
 
     Raises:
-        LogError: The log cannot be read as its schema file says, or ``mark`` is of another replay.
-        ValueError: Impressions of a request are to be sent together, and the log has no ids of requests.
+        LogError: The log cannot be read as its schema file says.
+        ValueError: Impressions of a request are to be sent together, and the log has no ids of requests; or ``mark`` is
+            of another replay.
         EventLogError, EventLogUnavailable: An append failed. A note on the error says where the replay was.
     """
     schema_file = config.schema_file(log)
@@ -100,12 +101,17 @@ def where(report: ReplayReport) -> str:
 
 
 def _what(config: Config, reader: LogReader, event_log: EventLog) -> dict[str, str]:
-    """What decides the order of the events, and which topics they are appended to."""
-    replay = config.replay
+    """What decides the order of the events, and which topics they are appended to.
+
+    The log itself by what is counted in it: it may have another path in another container.
+    """
+    replay, ledger = config.replay, reader.ledger
+    times = f"from {ledger.first_event_ms} to {ledger.last_event_ms} ms"
     topics = {topic: event_log.incarnations(topic) for topic in (IMPRESSIONS, FEEDBACK)}
     return {
         "schema": reader.schema.hash,
         "impressions": str(reader.total),
+        "log": f"{ledger.rows} rows {times}, {ledger.users} users, {ledger.items} items",
         "seed": str(replay.seed),
         "late_share": str(replay.late_share),
         **{f"topic {topic}": incarnation_of[TopicPartition(topic, 0)] for topic, incarnation_of in topics.items()},

@@ -15,7 +15,7 @@ from simulators.merge import MAX_BLOCK_BYTES, PendingFeedback, replay_blocks
 from simulators.replay import MAX_WAIT_S, Replayer, ReplayReport
 from simulators.replay_mark import MarkFile
 from simulators.synthetic import synthesize
-from smes.errors import LogError, Stopped
+from smes.errors import Stopped
 from smes.events import FeedbackBlock, ImpressionBlock
 from smes_io.schema_file import SchemaFile, load_builtin, load_schema_file
 from stream.codec.codec import Codec, Decoded, decode
@@ -365,9 +365,9 @@ def test_a_mark_of_another_replay_or_of_nothing_is_refused(reader: LogReader, tm
     path = tmp_path / "mark"
     report, _, _, _ = replay(reader, ReplayConfig())
     MarkFile(path, {"seed": "3"}).write(report)
-    with pytest.raises(LogError, match=r"mark: the mark of another replay \(seed 4, there 3\)"):
+    with pytest.raises(ValueError, match=r"mark: the mark of another replay \(seed 4, there 3\)"):
         MarkFile(path, {"seed": "4"}).read()
     for text in ("", "{}", '{"what": {}, "impressions": -1}', "\0"):
         path.write_text(text)
-        with pytest.raises(LogError, match="expected the mark of a replay, or no file"):
+        with pytest.raises(ValueError, match="expected the mark of a replay, or no file"):
             MarkFile(path, {"seed": "3"}).read()

@@ -131,11 +131,15 @@ def test_replay_prints_and_reports_the_same_ledger(
     synthesize(world, 300, seed=3)
     ledger, _, _ = checked(capsys, world)
     path, report = write_config(tmp_path, redis_url, namespace), tmp_path / "replay.json"
-    assert run(["-c", str(path), "replay", str(world), "--report", str(report)]) == 0
+    replay = ["-c", str(path), "replay", "--mark", str(tmp_path / "mark")]
+    assert run([*replay, str(world), "--report", str(report)]) == 0
     assert f"log {world}: 300 impressions in 300 rows" in capsys.readouterr().out
     assert read_json(report)["log"] == {
         key: value for key, value in ledger.items() if key not in ("problems", "profile")
     }
+    synthesize(world, 300, seed=4)
+    assert run([*replay, str(world)]) == 2
+    assert "the mark of another replay (log 300 rows" in capsys.readouterr().err
 
 
 def test_kuairand_is_checked_in_ten_seconds(capsys: Captured, kuairand_dir: Path, tmp_path: Path) -> None:
