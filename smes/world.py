@@ -5,9 +5,10 @@ the others. With one rank nothing is sent.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # what runs no ranks imports no torch
+    from torch import Tensor
 
 
 class World(Protocol):
@@ -21,7 +22,7 @@ class World(Protocol):
     rank: int
     size: int
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def sum(self, tensors: "Sequence[Tensor]") -> None:
         """Replace each tensor by its sum over all ranks, in place.
 
         Every rank gets the same bits, and the same ranks with the same tensors get them again.
@@ -31,7 +32,7 @@ class World(Protocol):
         """
         ...
 
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def exchange(self, parts: "Sequence[Tensor]") -> "list[Tensor]":
         """Send a part to each rank, and return the parts that were sent to this one, in the order of the ranks.
 
         Args:
@@ -39,7 +40,7 @@ class World(Protocol):
         """
         ...
 
-    def trade(self, values: Tensor, going: Sequence[int], coming: Sequence[int]) -> Tensor:
+    def trade(self, values: "Tensor", going: Sequence[int], coming: Sequence[int]) -> "Tensor":
         """Do as :meth:`exchange` where every rank knows what comes: one message, and nothing is put together twice.
 
         Args:
@@ -52,7 +53,7 @@ class World(Protocol):
         """
         ...
 
-    def gather(self, values: Tensor) -> list[Tensor]:
+    def gather(self, values: "Tensor") -> "list[Tensor]":
         """Give every rank what all ranks have, in the order of the ranks. They may differ in their first dimension."""
         ...
 
@@ -74,16 +75,16 @@ class Alone:
 
     rank, size = 0, 1
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
+    def sum(self, tensors: "Sequence[Tensor]") -> None:
         """The tensors are their own sums."""
 
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+    def exchange(self, parts: "Sequence[Tensor]") -> "list[Tensor]":
         return list(parts)
 
-    def trade(self, values: Tensor, going: Sequence[int], coming: Sequence[int]) -> Tensor:
+    def trade(self, values: "Tensor", going: Sequence[int], coming: Sequence[int]) -> "Tensor":
         return values
 
-    def gather(self, values: Tensor) -> list[Tensor]:
+    def gather(self, values: "Tensor") -> "list[Tensor]":
         return [values]
 
     def broadcast(self, message: bytes) -> bytes:

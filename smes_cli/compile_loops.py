@@ -25,7 +25,6 @@ from smes.model.numeric_moments import NumericMoments
 from smes.model.request_kernels import compile_request_kernels
 from smes.model.rows_config import RowsConfig
 from smes.model.serving_kernels import compile_serving_kernels
-from smes.model.shared_rows import compile_mapped_kernels
 from smes.model.table_kernels import compile_kernels
 from smes.model.task_kernels import compile_task_kernels
 from smes.rankers.clip_kernels import compile_clip_kernels
@@ -130,4 +129,6 @@ if __name__ == "__main__":
         _compile_some(Path(sys.argv[1]))
     else:  # beforehand, as `make install` does
         compile_loops(Config(), load_builtin("synthetic").schema)
+        from smes.model.shared_rows import compile_mapped_kernels  # with torch
+
         compile_mapped_kernels()  # for `smes serve --workers` alone

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from smes.errors import WRONG_INPUT, RankLost, SmesError
-from smes.world import ALONE, World
 from smes_cli.console import console, errors
 
 if TYPE_CHECKING:
     from smes.process_group import ProcessGroupWorld
+    from smes.world import World
     from smes_cli.command_line import StopRequest
     from smes_cli.config import Config
 
@@ -114,7 +114,7 @@ def begin_rank(place: RankPlace) -> None:
 
 
 @contextmanager
-def as_rank(place: RankPlace | None, config: "Config", should_stop: "StopRequest") -> Iterator[World]:
+def as_rank(place: RankPlace | None, config: "Config", should_stop: "StopRequest") -> "Iterator[World]":
     """Run a block as this rank, with its world.
 
     An error ends the ranks together, and the launcher does not start them again; it does when one dies.
@@ -128,6 +128,8 @@ def as_rank(place: RankPlace | None, config: "Config", should_stop: "StopRequest
         RankLost: Another rank has gone, and neither by a stop nor by an error that it has told.
         typer.Exit: The block met an error, which is printed.
     """
+    from smes.world import ALONE  # with torch, which other commands do not import
+
     if place is None or place.size == 1:
         yield ALONE
         return

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from math import ceil
 
 import numpy as np
-import torch
 
 from smes.arrays import F32, I64, Arrays, Bool, prefixed, under
 from smes.model.id_rows_kernels import Seconds, Vocabularies, not_among, not_seen_since, oldest
@@ -119,6 +118,8 @@ class RowAges:
         """Lists of one length, of all ranks. int64 [lists, ranks, length]."""
         if self._world.size == 1 or not counts[0]:
             return np.array(counts, np.int64).reshape(len(counts), 1, -1)
+        import torch  # where there are ranks, it is there; compiling loops needs none
+
         each = [1] * self._world.size
         of_ranks: I64 = self._world.trade(torch.tensor([counts] * self._world.size), each, each).numpy()
         return of_ranks.transpose(1, 0, 2)
@@ -127,6 +128,8 @@ class RowAges:
         """How many of this rank's rows, the oldest first, and of all ranks' are the ``count`` oldest of all."""
         if self._world.size == 1:
             return len(rows), len(rows)
+        import torch
+
         seen_s = [part.numpy() for part in self._world.gather(torch.from_numpy(self._seen_s[rows].astype(np.int64)))]
         ranks = np.repeat(np.arange(self._world.size), [len(part) for part in seen_s])
         first = ranks[np.argsort(np.concatenate(seen_s), kind="stable")[:count]]

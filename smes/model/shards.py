@@ -4,12 +4,15 @@ Letters: N keys or ranks, A rows that ranks ask for.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from smes.arrays import I64
 from smes.hashing import splitmix64
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HALF = np.uint64(32)
 
@@ -46,6 +49,6 @@ class Routes:
         wanted_N: How many rows this rank reads of each one.
     """
 
-    asked_A: Tensor
+    asked_A: "Tensor"
     asked_N: tuple[int, ...]
     wanted_N: tuple[int, ...]
