@@ -104,8 +104,10 @@ class JoinedStream:
         if self._monotonic() >= self._due_s:
             self._refresh()
         most = np.inf if self._lacks_some else 2 * self._config.events_per_read
-        at = {TopicPartition(EXAMPLES, p): q.read_to for p, q in self._queues.items() if q.rows < most}
-        fetch = self._read(at, min(timeout_s, self._until_overdue_s()))
+        at = {TopicPartition(EXAMPLES, p): q.read_to for p, q in self._queues.items()}
+        wanted = {source: read_to for source, read_to in at.items() if self._queues[source.partition].rows < most}
+        # Where all have that much, and no turn is whole, the next one is larger.
+        fetch = self._read(wanted or at, min(timeout_s, self._until_overdue_s()))
         rows, news = self._add(fetch)
         now_s = self._monotonic()
         self._push(news | {p for p in self._queues if TopicPartition(EXAMPLES, p) not in fetch.at_end}, now_s)

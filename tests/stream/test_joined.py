@@ -21,6 +21,7 @@ from stream.joined.config import ExamplesConfig
 from stream.joined.joined_stream import JoinedStream
 from stream.joined.records import encode_examples
 from stream.joined.turn_stream import TurnStream
+from stream.joined.turns import Turn
 from stream.joined.writer import ExampleWriter
 from stream.log.event_log import EventLog, OutRecord, TopicPartition
 from stream.log.memory_log import InMemoryLog
@@ -339,3 +340,22 @@ def test_what_others_write_is_read_and_what_is_wrong_is_a_letter() -> None:
     for text in (b"label_range", b"labels.click", b"late_share.like", b"unparsable", b"unknown_codec"):
         assert text in letters
     assert through.ledger().dead_lettered == 4
+
+
+def test_a_turn_may_be_larger_than_what_is_read_ahead() -> None:
+    """Small turns, which are taken, and in the same read the beginning of one that closes many windows."""
+    log = InMemoryLog()
+    log.ensure_topic(EXAMPLES, 1)
+    parts_of = dict.fromkeys(range(1, 61), (1, 1)) | {61: (50, 3)}
+    for number, (parts, rows) in parts_of.items():
+        for part in range(parts):
+            block = ExampleBlock.empty(SCHEMA, rows)
+            row = rows * part + np.arange(rows)
+            block.impression_id[:], block.ids[:] = 1000 * number + row, 1
+            block.event_time_ms[:], block.due_ms[:] = START_MS, START_MS + number
+            turn = Turn(1, number, part, parts, (number,), START_MS + number, (0,), (0,))
+            log.append(EXAMPLES, [encode_examples(block, SCHEMA, turn, 0, row)])
+    stream = JoinedStream(SCHEMA, config({}), log, DeadLetterWriter(log))
+    got = batches(stream)
+    stream.flush()
+    assert sum(map(len, got)) + sum(map(len, iter(stream.next_batch, None))) == 60 + 150
