@@ -22,7 +22,7 @@ from stream.config import StreamConfig
 from stream.dead_letters import DeadLetter, DeadLetterWriter
 from stream.join.joiner import END_OF_TIME
 from stream.join.ledgers import StreamLedger
-from stream.joined.queue import Item, PartitionQueue, next_turn
+from stream.joined.queue import Item, PartitionQueue, lacking_of_the_next, next_turn
 from stream.joined.records import decode_examples
 from stream.left_out_features import FeatureCounts
 from stream.log.event_log import EventLog, Fetch, Positions, TopicPartition
@@ -77,7 +77,6 @@ class JoinedStream:
         self._last_s: float | None = None
         self._rows_per_record = config.events_per_read / _FIRST_READ_RECORDS
         self._due_s = monotonic()
-        self._lacks_some = False  # of the next turn: it may be larger than what is read ahead otherwise
         self._refresh()
 
     @property
@@ -103,11 +102,11 @@ class JoinedStream:
         """
         if self._monotonic() >= self._due_s:
             self._refresh()
-        most = np.inf if self._lacks_some else 2 * self._config.events_per_read
-        at = {TopicPartition(EXAMPLES, p): q.read_to for p, q in self._queues.items()}
-        wanted = {source: read_to for source, read_to in at.items() if self._queues[source.partition].rows < most}
-        # Where all have that much, and no turn is whole, the next one is larger.
-        fetch = self._read(wanted or at, min(timeout_s, self._until_overdue_s()))
+        # The next turn may be larger than what is read ahead otherwise.
+        most, lacking = 2 * self._config.events_per_read, lacking_of_the_next(self._queues)
+        read_to = {p: queue.read_to for p, queue in self._queues.items() if queue.rows < most or p in lacking}
+        at = {TopicPartition(EXAMPLES, p): position for p, position in read_to.items()}
+        fetch = self._read(at, min(timeout_s, self._until_overdue_s()))
         rows, news = self._add(fetch)
         now_s = self._monotonic()
         self._push(news | {p for p in self._queues if TopicPartition(EXAMPLES, p) not in fetch.at_end}, now_s)
@@ -163,9 +162,7 @@ class JoinedStream:
         self._take([p for p, last_s in self._last_news_s.items() if now_s - last_s > self._config.idle_after_s], now_s)
 
     def _take(self, idle: list[int], now_s: float) -> None:
-        self._lacks_some = True
         while (taken := next_turn(self._queues, idle)) is not None:
-            self._lacks_some = False
             examples, watermark_ms = taken.examples, taken.watermark_ms
             if watermark_ms is None:
                 examples, watermark_ms = self._in_order(examples)

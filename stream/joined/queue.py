@@ -191,6 +191,15 @@ def next_turn(queues: dict[int, PartitionQueue], idle: Iterable[int]) -> Taken |
     return Taken(examples.take(np.argsort(row, kind="stable")), some.watermark_ms)
 
 
+def lacking_of_the_next(queues: dict[int, PartitionQueue]) -> set[int]:
+    """Partitions of which more must be read before :func:`next_turn` gives something; where it gives None, some."""
+    heads = {p: head for p, queue in queues.items() if (head := queue.head()) is not None}
+    turns = {p: head.turn for p, head in heads.items() if head.turn is not None}
+    number = min((turn.number for turn in turns.values()), default=0)
+    cut = {p for p, turn in turns.items() if turn.number == number and not queues[p].has_whole(number)}
+    return cut | {p for p, queue in queues.items() if p not in heads or not queue.may_have_started}
+
+
 def _next_without_turn(queues: dict[int, PartitionQueue], heads: dict[int, Item], idle: set[int]) -> Taken | None:
     if any(p not in heads and p not in idle for p in queues):
         return None

@@ -1,6 +1,6 @@
 """Joined examples through the topic: the same batches as without it, whatever dies in between."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from random import Random
@@ -23,7 +23,7 @@ from stream.joined.records import encode_examples
 from stream.joined.turn_stream import TurnStream
 from stream.joined.turns import Turn
 from stream.joined.writer import ExampleWriter
-from stream.log.event_log import EventLog, OutRecord, TopicPartition
+from stream.log.event_log import EventLog, Fetch, OutRecord, TopicPartition
 from stream.log.memory_log import InMemoryLog
 from stream.sources import Share
 from stream.topics import EXAMPLES, FEEDBACK, IMPRESSIONS, partition_of
@@ -359,3 +359,33 @@ def test_a_turn_may_be_larger_than_what_is_read_ahead() -> None:
     got = batches(stream)
     stream.flush()
     assert sum(map(len, got)) + sum(map(len, iter(stream.next_batch, None))) == 60 + 150
+
+
+def test_what_is_read_ahead_of_a_partition_that_is_away_is_bounded() -> None:
+    """The first turn lacks its part in partition 1, whose server is away; partition 0 has many turns after it."""
+
+    class Away(Dying):
+        away = True
+
+        def read(self, positions: Mapping[TopicPartition, int], *, max_records: int, timeout_s: float) -> Fetch:
+            here = {at: n for at, n in positions.items() if at.partition == 0 or not self.away}
+            fetch = self._log.read(here, max_records=max_records, timeout_s=0.0) if here else Fetch([], {}, frozenset())
+            return replace(fetch, positions={**positions, **fetch.positions})
+
+    log = Away(InMemoryLog())
+    log._log.ensure_topic(EXAMPLES, 2)
+    block = ExampleBlock.empty(SCHEMA, 4)
+    block.ids[:], block.event_time_ms[:], block.due_ms[:] = 1, START_MS, START_MS
+    for number in range(1, 201):
+        block.impression_id[:] = 10 * number + np.arange(4)
+        turn = Turn(1, number, 0, 1, (number, 1), START_MS, (0, 0), (0, 0))
+        for p in range(1 + (number == 1)):
+            log.append(EXAMPLES, [encode_examples(block, SCHEMA, turn, p, 4 * p + np.arange(4))])
+    settings = config({})
+    stream = JoinedStream(SCHEMA, settings, log, DeadLetterWriter(log._log))  # type: ignore[arg-type]
+    read = sum(stream.poll(0.0) for _ in range(100))
+    assert settings.events_per_read < read < 4 * settings.events_per_read
+    log.away = False
+    got = batches(stream)
+    stream.flush()
+    assert sum(map(len, got)) + sum(map(len, iter(stream.next_batch, None))) == 4 * 201
