@@ -1,6 +1,7 @@
 """What the process that loads does for those that answer: it tells them each version, and folds when none is older."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ from smes_scorer.processes.mailbox import Generation, Mailbox, Status
 from smes_scorer.versions import ServedModel, Versions
 
 _INCARNATION_BITS = 40
+_AGAIN_S = 5.0
+"""A worker that has not taken what it was told for so long is told again: it may have had no room."""
 
 
 @dataclass
@@ -26,6 +29,7 @@ class _Worker:
     incarnation: int = 0
     first: int = 0  # the first generation that this incarnation was told
     generation: int = 0
+    told_s: float = 0.0  # when it was told that
     status: Status | None = None
 
 
@@ -119,14 +123,19 @@ class Feed(Versions):
         if told.incarnation != incarnation:
             self._workers[worker] = told = _Worker(incarnation)
         box = self._boxes[worker]
-        if self._told is not None and told.generation != self._told.number:
+        if self._told is not None and self._is_to_be_told(worker, told, self._told.number):
             text = msgspec.structs.replace(self._told.text, incarnation=incarnation)
             # Before it is sent: from then on the worker may read it.
             told.first = told.first or self._told.number
             if box.put(text, [memory.descriptor for memory in self._told.memory]):
-                told.generation = self._told.number
+                told.generation, told.told_s = self._told.number, time.monotonic()
         if self._status is not None and told.status != self._status and box.put(self._status):
             told.status = self._status
+
+    def _is_to_be_told(self, worker: int, told: _Worker, number: int) -> bool:
+        if told.generation != number:
+            return True
+        return self._board.taken(worker, self.track) < number and time.monotonic() - told.told_s >= _AGAIN_S
 
     def _described(self, number: int, served: ServedModel) -> _Told:
         model = served.model

@@ -28,7 +28,7 @@ from smes.errors import SmesError
 from smes.model.serving import ServingModel
 from smes.model.shared_rows import SharedTable
 from smes.schema import MISSING
-from smes.shared_memory import SharedBytes, mapped
+from smes.shared_memory import Bytes, SharedBytes, mapped
 from smes_scorer.config import ScorerConfig
 from smes_scorer.first_answers import STAGES, FirstAnswer, FirstAnswers
 from smes_scorer.hot_swap import HotSwap
@@ -169,6 +169,27 @@ def test_a_process_that_takes_anothers_place_begins_anew(
         service.turn()
     assert service.swap.shadows == 0
     assert [served_version(follower, chain) for follower in service.followers] == [chain.version] * 2
+
+
+def test_a_version_that_could_not_be_taken_is_told_again(
+    client: redis.Redis, namespace: str, store: SnapshotStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, chain, refusals = Service(client, namespace), Chain(store), [MemoryError("no room")]
+
+    def refused_once(descriptor: int, size: int) -> Bytes:
+        if refusals:
+            raise refusals.pop()
+        return mapped(descriptor, size)
+
+    monkeypatch.setattr("smes_scorer.processes.follower.mapped", refused_once)
+    chain.publish("full")
+    service.turn()
+    assert service.followers[0].served is None
+    assert "no room" in str(service.followers[0].problem)
+    monkeypatch.setattr("smes_scorer.processes.feed._AGAIN_S", 0.0)
+    service.turn()
+    assert [served_version(follower, chain) for follower in service.followers] == [chain.version] * 2
+    assert service.followers[0].problem is None
 
 
 def test_memory_of_another_process_can_only_be_read() -> None:
