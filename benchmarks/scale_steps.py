@@ -102,6 +102,7 @@ def run_rank(rank: int, size: int, store: Path, log: Path, limit: int, batch: in
         torch_dist: Any = dist
         group = torch_dist.ProcessGroupGloo(torch_dist.FileStore(str(store), size), rank, size, timedelta(seconds=60))
         world = TimedWorld(group)
+        del group  # the world lets go of it at the end
     schema, device = load_builtin("synthetic").schema, torch.device("cpu")
     learner = Learner(schema, config.model, config.optimizer, config.rows, device=device, world=world)
     share = -(-batch // size)
@@ -124,6 +125,7 @@ def run_rank(rank: int, size: int, store: Path, log: Path, limit: int, batch: in
             "sent_bytes": world.sent_bytes / steps,
             "messages": world.messages / steps,
         }
+        world.close()  # a group that is there when the interpreter ends may abort it
     return figures
 
 
