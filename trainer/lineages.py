@@ -42,6 +42,23 @@ def lineage_to_publish(lineage: str, step: int, served: Manifest | None, listed:
     return _forked(lineage, step, served.version)
 
 
+def first_step_to_publish(
+    lineage: str, served: Manifest | None, *, unreadable: bool, steps_before_replacing: int
+) -> int:
+    """From which step on weights of a lineage may be published: at once where nothing is in service.
+
+    Args:
+        lineage: Theirs.
+        served: Manifest of the snapshot that is served; None if there is none, or it cannot be read.
+        unreadable: Whether there is one that cannot be read.
+        steps_before_replacing: Steps before they replace weights of a lineage that they do not descend from, ≥ 1.
+    """
+    if served is None and not unreadable:
+        return 0
+    stranger = served is None or root_of(served.lineage) != root_of(lineage)
+    return steps_before_replacing if stranger else 1
+
+
 def _forked(lineage: str, step: int, published: int) -> str:
     forked = new_lineage(lineage)
     _logger.warning(

@@ -28,7 +28,7 @@ from trainer.evaluation import ProgressiveEvaluation
 from trainer.failed_steps import DEFAULT_MAX_FAILED_STEPS, FailedSteps
 from trainer.feature_figures import SampledFeatures
 from trainer.gated_cuts import GatedCuts
-from trainer.lineages import lineage_to_publish, new_lineage, root_of
+from trainer.lineages import first_step_to_publish, lineage_to_publish, new_lineage
 from trainer.observers import BatchSender, DelayedResults, Observer
 from trainer.part_times import PartTimes
 from trainer.publisher import Publisher
@@ -263,10 +263,9 @@ class Trainer:
                 descend from, ≥ 1.
         """
         self.lineage = lineage_to_publish(self.lineage, self.learner.step_number, served, listed)
-        first_step = 0
-        if served is not None or unreadable:
-            stranger = served is None or root_of(served.lineage) != root_of(self.lineage)
-            first_step = steps_before_replacing if stranger else 1
+        first_step = first_step_to_publish(
+            self.lineage, served, unreadable=unreadable, steps_before_replacing=steps_before_replacing
+        )
         self.offers.open(open_publisher(self.lineage), first_step)
         self.observe(self.offers.arrivals)
         if self.learner.step_number:

@@ -42,7 +42,7 @@ from stream.log.event_log import Positions
 from trainer.checkpoint_file import Checkpoint, CheckpointView
 from trainer.evaluation import ProgressiveEvaluation
 from trainer.joint_turn import JointStep, Repeats, Said, Turn, mask_of, next_step
-from trainer.lineages import lineage_to_publish, new_lineage, root_of
+from trainer.lineages import first_step_to_publish, lineage_to_publish, new_lineage
 from trainer.loop import CHECKPOINT, SNAPSHOT, Trainer
 from trainer.observers import Observer, StepFigures
 from trainer.part_uploader import PartUploader
@@ -208,10 +208,9 @@ class RankTrainer(Trainer):
         lineage = lineage_to_publish(self.lineage, self.learner.step_number, served, listed)
         self.lineage = self._world.broadcast(lineage.encode()).decode()
         if self._world.rank == 0:
-            first_step = 0
-            if served is not None or unreadable:
-                stranger = served is None or root_of(served.lineage) != root_of(self.lineage)
-                first_step = steps_before_replacing if stranger else 1
+            first_step = first_step_to_publish(
+                self.lineage, served, unreadable=unreadable, steps_before_replacing=steps_before_replacing
+            )
             self.offers.open(open_publisher(self.lineage), first_step)
         else:
             self.offers.open_part(self._open_part())
