@@ -75,6 +75,7 @@ class JoinedStream:
         self._incarnations: dict[int, str] = {}
         self._last_news_s: dict[int, float] = {}
         self._last_s: float | None = None
+        self._at_end: frozenset[TopicPartition] = frozenset()
         self._rows_per_record = config.events_per_read / _FIRST_READ_RECORDS
         self._due_s = monotonic()
         self._refresh()
@@ -104,9 +105,12 @@ class JoinedStream:
             self._refresh()
         # The next turn may be larger than what is read ahead otherwise.
         most, lacking = 2 * self._config.events_per_read, lacking_of_the_next(self._queues)
+        if lacking and all(TopicPartition(EXAMPLES, p) in self._at_end for p in lacking):
+            lacking = set(self._queues)  # what is missing may never come: a drain must reach the end of the others
         read_to = {p: queue.read_to for p, queue in self._queues.items() if queue.rows < most or p in lacking}
         at = {TopicPartition(EXAMPLES, p): position for p, position in read_to.items()}
         fetch = self._read(at, min(timeout_s, self._until_overdue_s()))
+        self._at_end = fetch.at_end
         rows, news = self._add(fetch)
         now_s = self._monotonic()
         self._push(news | {p for p in self._queues if TopicPartition(EXAMPLES, p) not in fetch.at_end}, now_s)
